@@ -1,0 +1,189 @@
+"""Attention: who may see whom, the product itself, and the part around it."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from research.errors import Invalid
+from research.model.layers import Context, Linear, Part, check_sizes
+from research.sharding import shard, spec
+
+
+def visible(
+  query_segments: jax.Array | None,
+  key_segments: jax.Array | None,
+  length: tuple[int, int],
+  *,
+  causal: bool,
+  prefix: jax.Array | None = None,
+  window: int | None = None,
+) -> jax.Array | None:
+  """[batch or 1, 1, query, key] bool: may the query see the key? None: every query sees every key.
+
+  Causal means no later key, except that two tokens of one prefix see each other; a window of w means no key
+  w or more places back; a segment sees only itself.
+  """
+  distance = np.arange(length[0])[:, None] - np.arange(length[1])[None, :]
+  see = None
+  if causal:
+    see = jnp.asarray(distance >= 0)[None]
+    if prefix is not None:
+      see = see | (prefix[:, :, None] & prefix[:, None, :])
+  if window is not None:
+    near = jnp.asarray(np.abs(distance) < window)[None]
+    see = near if see is None else see & near
+  if key_segments is not None:
+    if query_segments is None:  # unpacked: one document a row, padding behind it
+      query_segments = jnp.ones((1, length[0]), key_segments.dtype)
+    same = query_segments[:, :, None] == key_segments[:, None, :]
+    see = same if see is None else see & same
+  return None if see is None else see[:, None]
+
+
+def dot_product_attention(
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  *,
+  mask: jax.Array | None = None,
+  bias: jax.Array | None = None,
+  scale: float,
+  soft_cap: float | None = None,
+) -> jax.Array:
+  """softmax(scale query key^T + bias, where mask) value, the softmax in float32.
+
+  Args:
+    query: [batch, query, heads, head_dim].
+    key, value: [batch, key, kv_heads, head_dim]; heads is a multiple of kv_heads, and query head h reads
+      key head h // (heads // kv_heads).
+    mask: bool, [batch or 1, 1, query, key].
+    bias: [1, heads, query, key].
+    soft_cap: c in c tanh(logits / c) (Gemma 2).
+
+  Returns:
+    [batch, query, heads, head_dim]. A query that sees nothing (padding) gets the mean of all values.
+  """
+  batch, length, heads, head_dim = query.shape
+  kv_heads = key.shape[2]
+  group = heads // kv_heads
+  grouped = (batch, length, kv_heads, group, head_dim)
+  # Both 'kv_heads' and 'heads' live on one mesh axis; when it does not divide kv_heads, the keys stay whole.
+  q = (query * scale).reshape(
+    grouped, out_sharding=spec('batch', 'length', 'kv_heads', None, None, shape=grouped)
+  )
+  logits = jnp.einsum('bqkgd,bskd->bkgqs', q, key, preferred_element_type=jnp.float32)
+  if soft_cap is not None:
+    logits = soft_cap * jnp.tanh(logits / soft_cap)
+  if bias is not None:
+    grouped_bias = (1, kv_heads, group, *bias.shape[2:])
+    logits = logits + bias.reshape(
+      grouped_bias, out_sharding=spec(None, 'kv_heads', None, None, None, shape=grouped_bias)
+    )
+  if mask is not None:
+    # Finite, so that a row which sees nothing has a gradient of zero and not NaN.
+    logits = jnp.where(mask[:, :, None], logits, -1e30)
+  weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+  y = jnp.einsum('bkgqs,bskd->bqkgd', weights, value)
+  shape = (batch, length, heads, value.shape[-1])
+  return y.reshape(shape, out_sharding=spec('batch', 'length', 'heads', None, shape=shape))
+
+
+class Attention(nnx.Module):
+  """Multi-head attention (Vaswani et al. 2017, arXiv:1706.03762).
+
+  Grouped-query with `kv_heads` < heads (Ainslie et al. 2023, arXiv:2305.13245), multi-query with 1.
+
+  Knobs:
+    rotary: rotates queries and keys by position (`positions.rotary`).
+    qk_norm: a norm over head_dim of queries and keys (Qwen 3).
+    scale: of the logits; head_dim^-1/2 by default. T5 takes 1 and starts its queries smaller by that factor.
+    window: a query sees itself and the window - 1 keys before it (Mistral).
+  """
+
+  cross = False
+
+  def __init__(
+    self,
+    embed: int,
+    *,
+    heads: int,
+    head_dim: int,
+    kv_heads: int | None = None,
+    rotary: Callable[..., jax.Array] | None = None,
+    qk_norm: Part | None = None,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    window: int | None = None,
+    qkv_bias: bool = False,
+    output_bias: bool = False,
+    linear: Part = Linear,
+    rngs: nnx.Rngs,
+  ):
+    check_sizes(type(self), heads=heads, head_dim=head_dim, kv_heads=kv_heads, window=window)
+    kv_heads = kv_heads or heads
+    if heads % kv_heads:
+      raise Invalid(type(self), 'kv_heads', f'{kv_heads} does not divide the {heads} heads.')
+    self.heads, self.head_dim, self.rotary, self.soft_cap, self.window = (
+      heads,
+      head_dim,
+      rotary,
+      soft_cap,
+      window,
+    )
+    self.scale = head_dim**-0.5 if scale is None else scale
+    query_scale = (head_dim**-0.5 / self.scale) ** 2
+    make = lambda axis, n, scale=1.0: linear(
+      {'embed': embed}, {axis: n, 'head_dim': head_dim}, bias=qkv_bias, init_scale=scale, rngs=rngs
+    )
+    self.query = make('heads', heads, query_scale)
+    self.key, self.value = make('kv_heads', kv_heads), make('kv_heads', kv_heads)
+    self.output = linear(
+      {'heads': heads, 'head_dim': head_dim}, {'embed': embed}, bias=output_bias, rngs=rngs
+    )
+    self.query_norm = qk_norm(head_dim, rngs=rngs) if qk_norm else None
+    self.key_norm = qk_norm(head_dim, rngs=rngs) if qk_norm else None
+
+  def __call__(self, x: jax.Array, context: Context):
+    return self.attend(x, x, context, context.bias, self.mask(x, context)), {}
+
+  def mask(self, x, context):
+    segments, length = context.segments, x.shape[1]
+    return visible(
+      segments,
+      segments,
+      (length, length),
+      causal=context.causal,
+      prefix=context.prefix,
+      window=self.window,
+    )
+
+  def attend(self, x, source, context, bias, mask):
+    q, k, v = self.query(x), self.key(source), self.value(source)
+    if self.query_norm is not None:
+      q, k = self.query_norm(q), self.key_norm(k)
+    if self.rotary is not None:
+      q, k = self.rotary(q, context.positions), self.rotary(k, context.positions)
+    k, v = (shard(y, 'batch', None, 'kv_heads', None) for y in (k, v))
+    y = dot_product_attention(
+      q, k, v, mask=mask, bias=bias, scale=self.scale, soft_cap=self.soft_cap
+    )
+    return self.output(y)
+
+  def mixing_flops(self, length: int, encoder_length: int) -> int:
+    """Forward FLOPs of query key^T and weights value for a sequence, every key seen by every query."""
+    keys = encoder_length if self.cross else length
+    return 4 * length * min(keys, self.window or keys) * self.heads * self.head_dim
+
+
+class CrossAttention(Attention):
+  """Attention from the decoder to the encoder's output: no position bias, nothing hidden but padding."""
+
+  cross = True
+
+  def __call__(self, x: jax.Array, context: Context):
+    lengths = (x.shape[1], context.encoded.shape[1])
+    mask = visible(context.segments, context.encoded_segments, lengths, causal=False)
+    return self.attend(x, context.encoded, context, None, mask), {}

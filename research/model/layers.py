@@ -1,0 +1,164 @@
+"""What every part is made of: parameters with named axes, projections, norms, the MLP.
+
+A *part* is a module `part(embed, **knobs, rngs=...)` with `part(x, context) -> (y, penalties)`: x and y are
+[batch, length, embed], `penalties` are scalars by name that training adds to the loss (most parts have none).
+The parent gives `embed`; the knobs are the part's own and come from gin. The dtype of the activations is the
+dtype of the computation: parameters stay float32 and are cast where they are used.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from research.errors import Invalid
+from research.sharding import shard, spec
+
+Part = Callable[..., nnx.Module]
+Initializer = Callable[..., jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+  """What a part may look at besides its own input. `segments` is 0 where there is only padding."""
+
+  positions: jax.Array  # [batch, length], from 0 in every packed document
+  segments: jax.Array | None = None  # [batch, length], the packed document each token belongs to
+  prefix: jax.Array | None = None  # [batch, length] bool, tokens that see each other both ways
+  causal: bool = True
+  bias: jax.Array | None = None  # [1, heads, length, length], added to the attention logits
+  encoded: jax.Array | None = None  # [batch, encoder length, embed]
+  encoded_segments: jax.Array | None = None  # [batch, encoder length]
+
+
+def normal(stddev: float = 0.02) -> Initializer:
+  """Normal with this standard deviation, whatever the shape (GPT-2, BERT)."""
+  return nnx.initializers.normal(stddev)
+
+
+def param(rngs: nnx.Rngs, shape, axes, init: Initializer) -> nnx.Param:
+  """A float32 parameter, made where the names of its axes say."""
+  return nnx.Param(init(rngs.params(), shape, jnp.float32, out_sharding=spec(*axes, shape=shape)))
+
+
+def check_sizes(owner: type, **sizes: int | None) -> None:
+  """Raise `Invalid` for a size that is not a positive integer (None is allowed: not given)."""
+  for field, size in sizes.items():
+    if size is not None and (not isinstance(size, int) or size < 1):
+      raise Invalid(owner, field, f'{size!r} is not a size; it must be a positive integer.')
+
+
+class Linear(nnx.Module):
+  """y[..., outputs] = sum over inputs of x[..., inputs] kernel[inputs, outputs] (+ bias[outputs]).
+
+  `inputs` and `outputs` map axis names to sizes; each may have several, as in {'heads': 8, 'head_dim': 64}.
+  The default initialisation is normal with variance 1/fan_in; `init_scale` multiplies that variance.
+  """
+
+  def __init__(
+    self,
+    inputs: Mapping[str, int],
+    outputs: Mapping[str, int],
+    *,
+    bias: bool = False,
+    init: Initializer | None = None,
+    init_scale: float = 1.0,
+    rngs: nnx.Rngs,
+  ):
+    self.inputs, self.outputs = tuple(inputs), tuple(outputs)
+    fan_in = math.prod(inputs.values())
+    init = init or normal(math.sqrt(init_scale / fan_in))
+    shape = (*inputs.values(), *outputs.values())
+    self.kernel = param(rngs, shape, (*inputs, *outputs), init)
+    zeros = nnx.initializers.zeros
+    self.bias = param(rngs, tuple(outputs.values()), self.outputs, zeros) if bias else None
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    # FSDP: the kernel is gathered over 'embed' for its use; what 'tensor' splits stays split.
+    whole = lambda axes: tuple(None if axis == 'embed' else axis for axis in axes)
+    kernel = shard(self.kernel[...].astype(x.dtype), *whole(self.inputs), *whole(self.outputs))
+    n = len(self.inputs)
+    contract = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
+    lead = ('batch', 'length', *[None] * 8)[: x.ndim - n]
+    y_spec = spec(*lead, *whole(self.outputs))
+    y = jax.lax.dot_general(x, kernel, (contract, ((), ())), out_sharding=y_spec)
+    if self.bias is None:
+      return y
+    return y + shard(self.bias[...].astype(x.dtype), *whole(self.outputs))
+
+
+class RMSNorm(nnx.Module):
+  """x / sqrt(mean(x^2) + epsilon) * scale (Zhang & Sennrich 2019, arXiv:1910.07467), in float32.
+
+  `scale_offset` 1 stores the scale as its difference from one (Gemma).
+  """
+
+  def __init__(
+    self, embed: int, *, epsilon: float = 1e-6, scale_offset: float = 0.0, rngs: nnx.Rngs
+  ):
+    self.epsilon, self.scale_offset = epsilon, scale_offset
+    self.scale = param(rngs, (embed,), (None,), nnx.initializers.constant(1.0 - scale_offset))
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
+    return (y * (self.scale[...] + self.scale_offset)).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+  """(x - mean) / sqrt(variance + epsilon) * scale + bias (Ba et al. 2016, arXiv:1607.06450), in float32."""
+
+  def __init__(
+    self,
+    embed: int,
+    *,
+    epsilon: float = 1e-5,
+    scale: bool = True,
+    bias: bool = True,
+    rngs: nnx.Rngs,
+  ):
+    self.epsilon = epsilon
+    self.scale = param(rngs, (embed,), (None,), nnx.initializers.ones) if scale else None
+    self.bias = param(rngs, (embed,), (None,), nnx.initializers.zeros) if bias else None
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    y = x.astype(jnp.float32)
+    y = y - jnp.mean(y, axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
+    if self.scale is not None:
+      y = y * self.scale[...]
+    if self.bias is not None:
+      y = y + self.bias[...]
+    return y.astype(x.dtype)
+
+
+class Mlp(nnx.Module):
+  """output(product of activation_i(input_i(x))): `(gelu,)` is plain, `(silu, identity)` is gated (SwiGLU).
+
+  Gating is Shazeer 2020, arXiv:2002.05202.
+  """
+
+  def __init__(
+    self,
+    embed: int,
+    *,
+    mlp: int,
+    activations: Sequence[Callable[[jax.Array], jax.Array]],
+    bias: bool = False,
+    linear: Part = Linear,
+    rngs: nnx.Rngs,
+  ):
+    check_sizes(Mlp, mlp=mlp)
+    self.activations = tuple(activations)
+    self.inputs = nnx.List(
+      [linear({'embed': embed}, {'mlp': mlp}, bias=bias, rngs=rngs) for _ in self.activations]
+    )
+    self.output = linear({'mlp': mlp}, {'embed': embed}, bias=bias, rngs=rngs)
+
+  def __call__(self, x: jax.Array, context: Context):
+    hidden = (f(linear(x)) for f, linear in zip(self.activations, self.inputs, strict=True))
+    return self.output(functools.reduce(jnp.multiply, hidden)), {}

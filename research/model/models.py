@@ -1,0 +1,209 @@
+"""Whole models: a batch in, logits out.
+
+A model has `features(batch) -> (x [batch, length, embed], penalties)` and `logits(x)`; the two are apart so
+that a loss need never hold the logits of a whole batch. The keys of a batch are seqio's.
+"""
+
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from research.model.layers import Context, Part, check_sizes, normal, param
+from research.sharding import shard, spec
+
+
+class Embedder(nnx.Module):
+  """Tokens (and, where learned, positions and a type) to vectors.
+
+  Knobs:
+    positions: how many learned positions there are (GPT-2, BERT); None for none.
+    types: how many token types (BERT); tokens are of type 0.
+    scale: of the token vectors (Gemma: embed^1/2).
+    norm: after the sum (BERT, BLOOM).
+  """
+
+  def __init__(
+    self,
+    embed: int,
+    vocab: int,
+    *,
+    positions: int | None = None,
+    types: int | None = None,
+    scale: float = 1.0,
+    norm: Part | None = None,
+    init=None,
+    rngs: nnx.Rngs,
+  ):
+    check_sizes(Embedder, positions=positions, types=types)
+    init = init or normal(0.02)
+    self.scale = scale
+    table = lambda n, axis: param(rngs, (n, embed), (axis, 'embed'), init) if n else None
+    self.tokens, self.positions, self.types = (
+      table(vocab, 'vocab'),
+      table(positions, None),
+      table(types, None),
+    )
+    self.norm = norm(embed, rngs=rngs) if norm else None
+
+  def __call__(self, tokens: jax.Array, positions: jax.Array, dtype) -> jax.Array:
+    here = spec('batch', 'length', None)
+    look_up = lambda table, index: (
+      shard(table[...].astype(dtype), *[None] * 2).at[index].get(out_sharding=here, mode='clip')
+    )
+    x = look_up(self.tokens, tokens) * self.scale
+    if self.positions is not None:
+      x = x + look_up(self.positions, positions)
+    if self.types is not None:
+      x = x + self.types[...][0].astype(dtype)
+    return self.norm(x) if self.norm is not None else x
+
+  def attend(self, x: jax.Array) -> jax.Array:
+    """Float32 logits of `x` against the token vectors."""
+    table = shard(self.tokens[...].astype(x.dtype), 'vocab', None)
+    return jnp.einsum(
+      'ble,ve->blv',
+      x,
+      table,
+      preferred_element_type=jnp.float32,
+      out_sharding=spec('batch', 'length', 'vocab'),
+    )
+
+
+class TiedHead(nnx.Module):
+  """Logits against the token vectors (Press & Wolf 2017); `scale` is T5 1.0's embed^-1/2."""
+
+  def __init__(self, embed: int, vocab: int, *, scale: float = 1.0, rngs: nnx.Rngs):
+    self.scale = scale
+
+  def __call__(self, x: jax.Array, embedder: Embedder) -> jax.Array:
+    return embedder.attend(x * self.scale)
+
+
+class UntiedHead(nnx.Module):
+  """Logits by a matrix of their own."""
+
+  def __init__(self, embed: int, vocab: int, *, init=None, rngs: nnx.Rngs):
+    self.kernel = param(rngs, (embed, vocab), ('embed', 'vocab'), init or normal(embed**-0.5))
+
+  def __call__(self, x: jax.Array, embedder: Embedder) -> jax.Array:
+    kernel = shard(self.kernel[...].astype(x.dtype), None, 'vocab')
+    return jnp.einsum(
+      'ble,ev->blv',
+      x,
+      kernel,
+      preferred_element_type=jnp.float32,
+      out_sharding=spec('batch', 'length', 'vocab'),
+    )
+
+
+def _positions(batch: dict, name: str) -> jax.Array:
+  tokens = batch[f'{name}_input_tokens']
+  default = lambda: jnp.broadcast_to(
+    np.arange(tokens.shape[1], dtype=np.int32), tokens.shape, out_sharding=spec('batch', None)
+  )
+  return batch[f'{name}_positions'] if f'{name}_positions' in batch else default()
+
+
+class LanguageModel(nnx.Module):
+  """One stack: GPT, LLaMA, Mamba when `causal`; BERT when not; GLM by the batch's prefix.
+
+  Args:
+    vocab: logits; at least the vocabulary of the data.
+    embed: width of the residual stream.
+    dtype: of the activations and so of the computation; parameters, logits and loss are float32.
+  """
+
+  inputs = ('decoder',)
+
+  def __init__(
+    self,
+    *,
+    vocab: int,
+    embed: int,
+    embedder: Part,
+    stack: Part,
+    head: Part,
+    causal: bool = True,
+    dtype='float32',
+    rngs: nnx.Rngs,
+  ):
+    check_sizes(LanguageModel, vocab=vocab, embed=embed)
+    self.vocab, self.causal, self.dtype = vocab, causal, jnp.dtype(dtype)
+    self.embedder = embedder(embed, vocab, rngs=rngs)
+    self.stack = stack(embed, rngs=rngs)
+    self.head = head(embed, vocab, rngs=rngs)
+
+  def features(self, batch: dict[str, jax.Array]):
+    positions = _positions(batch, 'decoder')
+    context = Context(
+      positions=positions,
+      segments=batch.get('decoder_segment_ids'),
+      prefix=_as_bool(batch.get('decoder_causal_attention')),
+      causal=self.causal,
+    )
+    return self.stack(self.embedder(batch['decoder_input_tokens'], positions, self.dtype), context)
+
+  def logits(self, x: jax.Array) -> jax.Array:
+    return self.head(x, self.embedder)
+
+  def __call__(self, batch: dict[str, jax.Array]):
+    x, penalties = self.features(batch)
+    return self.logits(x), penalties
+
+
+class EncoderDecoder(nnx.Module):
+  """An encoder that sees both ways and a causal decoder that also reads it (T5)."""
+
+  inputs = ('encoder', 'decoder')
+
+  def __init__(
+    self,
+    *,
+    vocab: int,
+    embed: int,
+    embedder: Part,
+    encoder: Part,
+    decoder: Part,
+    head: Part,
+    dtype='float32',
+    rngs: nnx.Rngs,
+  ):
+    check_sizes(EncoderDecoder, vocab=vocab, embed=embed)
+    self.vocab, self.dtype = vocab, jnp.dtype(dtype)
+    self.embedder = embedder(embed, vocab, rngs=rngs)
+    self.encoder, self.decoder = encoder(embed, rngs=rngs), decoder(embed, rngs=rngs)
+    self.head = head(embed, vocab, rngs=rngs)
+
+  def features(self, batch: dict[str, jax.Array]):
+    source, target = batch['encoder_input_tokens'], batch['decoder_input_tokens']
+    positions = _positions(batch, 'encoder')
+    # Unpacked rows have no segments; token 0 is padding, as everywhere in seqio.
+    segments = (
+      batch['encoder_segment_ids']
+      if 'encoder_segment_ids' in batch
+      else (source > 0).astype(jnp.int32)
+    )
+    context = Context(positions=positions, segments=segments, causal=False)
+    encoded, penalties = self.encoder(self.embedder(source, positions, self.dtype), context)
+    positions = _positions(batch, 'decoder')
+    context = Context(
+      positions=positions,
+      segments=batch.get('decoder_segment_ids'),
+      encoded=encoded,
+      encoded_segments=segments,
+    )
+    x, more = self.decoder(self.embedder(target, positions, self.dtype), context)
+    return x, {k: penalties.get(k, 0.0) + more.get(k, 0.0) for k in {**penalties, **more}}
+
+  def logits(self, x: jax.Array) -> jax.Array:
+    return self.head(x, self.embedder)
+
+  def __call__(self, batch: dict[str, jax.Array]):
+    x, penalties = self.features(batch)
+    return self.logits(x), penalties
+
+
+def _as_bool(x):
+  return None if x is None else x.astype(bool)

@@ -1,0 +1,128 @@
+"""How parts meet the residual stream, and how layers are repeated."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from research.errors import Invalid, did_you_mean
+from research.model.layers import Context, Part, check_sizes
+
+# What the backward pass keeps of a layer's forward pass; the rest it computes again.
+REMAT = {
+  'none': None,
+  'full': jax.checkpoint_policies.nothing_saveable,
+  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def _add(*penalties: dict) -> dict:
+  names = dict.fromkeys(name for p in penalties for name in p)
+  return {name: sum(p[name] for p in penalties if name in p) for name in names}
+
+
+class Residual(nnx.Module):
+  """A wiring: `parts` side by side on one stream. Subclasses say where the norms stand."""
+
+  def __init__(self, embed: int, parts: tuple[Part, ...], *, norm: Part, rngs: nnx.Rngs):
+    self.norm = norm(embed, rngs=rngs)
+    self.parts = nnx.List([part(embed, rngs=rngs) for part in parts])
+
+  def sum_of_parts(self, x, context):
+    ys, penalties = zip(*(part(x, context) for part in self.parts), strict=True)
+    return sum(ys), _add(*penalties)
+
+
+class PreNorm(Residual):
+  """x + sum of part(norm(x)): GPT-2 and after; with several parts, PaLM's parallel layer."""
+
+  def __call__(self, x: jax.Array, context: Context):
+    y, penalties = self.sum_of_parts(self.norm(x), context)
+    return x + y, penalties
+
+
+class PostNorm(Residual):
+  """norm(x + sum of part(x)): the original transformer and BERT."""
+
+  def __call__(self, x: jax.Array, context: Context):
+    y, penalties = self.sum_of_parts(x, context)
+    return self.norm(x + y), penalties
+
+
+class Stack(nnx.Module):
+  """`repeats` of the same `parts` in a row, with stacked parameters [layers, ...].
+
+  `parts = (Attention, Mlp)` is a decoder layer; `((Attention, Mlp),)` puts them side by side;
+  `(Attention, CrossAttention, Mlp)` is T5's decoder. A longer tuple is a longer period.
+
+  Knobs:
+    residual: the wiring (`PreNorm`, `PostNorm`).
+    norm: after the last layer.
+    bias: a position bias that all the layers share, made from the length.
+    scan: one compiled layer in a loop (compiles fast, whatever the depth), or all of them written out
+      (runs faster when small). The parameters are the same.
+    remat: what the backward pass keeps ('none' recomputes nothing, 'full' everything, 'dots' all but matmuls).
+  """
+
+  def __init__(
+    self,
+    embed: int,
+    *,
+    parts: tuple,
+    residual: Part,
+    repeats: int,
+    norm: Part | None = None,
+    bias: Part | None = None,
+    scan: bool = True,
+    remat: str = 'full',
+    rngs: nnx.Rngs,
+  ):
+    check_sizes(Stack, repeats=repeats)
+    if remat not in REMAT:
+      raise Invalid(Stack, 'remat', f'no policy {remat!r}.{did_you_mean(remat, REMAT)}')
+    self.repeats, self.scan, self.remat = repeats, scan, remat
+
+    def build(key, part):
+      parts = part if isinstance(part, tuple | list) else (part,)
+      return residual(embed, tuple(parts), rngs=nnx.Rngs(params=key))
+
+    self.sublayers = nnx.List(
+      [
+        jax.vmap(functools.partial(build, part=part))(jax.random.split(rngs.params(), repeats))
+        for part in parts
+      ]
+    )
+    self.norm = norm(embed, rngs=rngs) if norm else None
+    self.bias = bias(rngs=rngs) if bias else None
+
+  def __call__(self, x: jax.Array, context: Context):
+    if self.bias is not None:
+      context = dataclasses.replace(context, bias=self.bias(x.shape[1]))
+
+    def layer(x, sublayers):
+      penalties = []
+      for sublayer in sublayers:
+        x, penalty = sublayer(x, context)
+        penalties.append(penalty)
+      return x, _add(*penalties)
+
+    if self.remat != 'none':
+      layer = jax.checkpoint(layer, policy=REMAT[self.remat], prevent_cse=not self.scan)
+    if self.scan:
+      x, penalties = jax.lax.scan(layer, x, self.sublayers)
+      penalties = jax.tree.map(jnp.sum, penalties)
+    else:
+      penalties = {}
+      for sublayers in _unstack(self.sublayers, self.repeats):
+        x, penalty = layer(x, sublayers)
+        penalties = _add(penalties, penalty)
+    return (self.norm(x) if self.norm is not None else x), penalties
+
+
+def _unstack(tree, n: int) -> list:
+  """The n slices of every array's first axis. One `split` each: its gradient is one concatenation."""
+  leaves, treedef = jax.tree.flatten(tree)
+  slices = [[s[0] for s in jax.lax.split(leaf, (1,) * n)] for leaf in leaves]
+  return [jax.tree.unflatten(treedef, one) for one in zip(*slices, strict=True)]
