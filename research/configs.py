@@ -170,7 +170,9 @@ class Config:
       if len(found) == 1:
         return found.pop()
       names = {target.__name__ for target in targets} | set(self.macros)
-      raise UserError(f'{where}: no configured class or function {selector!r}.{did_you_mean(selector, names)}')
+      raise UserError(
+        f'{where}: no configured class or function {selector!r}.{did_you_mean(selector, names)}'
+      )
     if first not in symbols:
       raise UserError(
         f'{where}: {first!r} is not imported in this file (from a.b import {first}).{did_you_mean(first, symbols)}'
@@ -235,7 +237,9 @@ class Config:
       case dict():
         return {k: self._resolve(v, scope, binding, f'{path}[{k!r}]') for k, v in value.items()}
       case list() | tuple():
-        return type(value)(self._resolve(v, scope, binding, f'{path}[{i}]') for i, v in enumerate(value))
+        return type(value)(
+          self._resolve(v, scope, binding, f'{path}[{i}]') for i, v in enumerate(value)
+        )
       case _:
         return value
 
@@ -250,7 +254,8 @@ class Config:
           bound.used = True
           arguments[name] = (bound, scope)
     arguments = {
-      name: self._resolve(bound.value, s, bound, f'{path}.{name}') for name, (bound, s) in arguments.items()
+      name: self._resolve(bound.value, s, bound, f'{path}.{name}')
+      for name, (bound, s) in arguments.items()
     }
     # By convention what a parent passes is positional (or rngs); keyword-only arguments are the knobs.
     dataclass = dataclasses.is_dataclass(target)
@@ -271,7 +276,9 @@ class Config:
     used = [name for name, binding in bindings if binding.used]
     for name, binding in bindings:
       if binding.where.startswith('--gin.') and not binding.used:
-        raise UserError(f'{binding.where}: nothing in this configuration uses {name}.{did_you_mean(name, used)}')
+        raise UserError(
+          f'{binding.where}: nothing in this configuration uses {name}.{did_you_mean(name, used)}'
+        )
 
   @contextlib.contextmanager
   def explains(self):
@@ -322,12 +329,13 @@ def describe(value, indent: int = 0) -> str:
   if dataclasses.is_dataclass(value) and not inspect.isclass(value):
     fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
     name = type(value).__name__
-  elif isinstance(value, functools.partial) or inspect.isclass(value) or inspect.isfunction(value):
-    target, given = (value.func, value.keywords) if isinstance(value, functools.partial) else (value, {})
+  elif callable(value):
+    target, given = (
+      (value.func, value.keywords) if isinstance(value, functools.partial) else (value, {})
+    )
     defaults = {n: p.default for n, p in _parameters(target).items() if p.default is not p.empty}
-    fields, name = {**defaults, **given}, f'{target.__module__}.{target.__name__}'
-    if not given and not inspect.isclass(value):
-      fields = {}
+    name = f'{target.__module__}.{target.__qualname__}'
+    fields = {**defaults, **given} if given or inspect.isclass(value) else {}
   elif isinstance(value, list | tuple):
     if not any(isinstance(v, functools.partial) or callable(v) for v in value):
       return repr(value)

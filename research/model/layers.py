@@ -35,9 +35,9 @@ class Context:
   encoded_segments: jax.Array | None = None  # [batch, encoder length]
 
 
-def normal(stddev: float = 0.02) -> Initializer:
-  """Normal with this standard deviation, whatever the shape (GPT-2, BERT)."""
-  return nnx.initializers.normal(stddev)
+def normal(key, shape, dtype=jnp.float32, out_sharding=None, *, stddev: float = 0.02) -> jax.Array:
+  """An initializer: normal with this standard deviation, whatever the shape (GPT-2, BERT)."""
+  return nnx.initializers.normal(stddev)(key, shape, dtype, out_sharding=out_sharding)
 
 
 def param(rngs: nnx.Rngs, shape, axes, init: Initializer) -> nnx.Param:
@@ -71,7 +71,7 @@ class Linear(nnx.Module):
   ):
     self.inputs, self.outputs = tuple(inputs), tuple(outputs)
     fan_in = math.prod(inputs.values())
-    init = init or normal(math.sqrt(init_scale / fan_in))
+    init = init or functools.partial(normal, stddev=math.sqrt(init_scale / fan_in))
     shape = (*inputs.values(), *outputs.values())
     self.kernel = param(rngs, shape, (*inputs, *outputs), init)
     zeros = nnx.initializers.zeros

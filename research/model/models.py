@@ -5,12 +5,14 @@ that a loss need never hold the logits of a whole batch. The keys of a batch are
 """
 
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from research.model.layers import Context, Part, check_sizes, normal, param
+from research.model.layers import Context, Initializer, Part, check_sizes, normal, param
 from research.sharding import shard, spec
 
 
@@ -33,12 +35,11 @@ class Embedder(nnx.Module):
     types: int | None = None,
     scale: float = 1.0,
     norm: Part | None = None,
-    init=None,
+    init: Initializer = normal,
     rngs: nnx.Rngs,
   ):
     check_sizes(Embedder, positions=positions, types=types)
-    init = init or normal(0.02)
-    self.scale = scale
+        self.scale = scale
     table = lambda n, axis: param(rngs, (n, embed), (axis, 'embed'), init) if n else None
     self.tokens, self.positions, self.types = (
       table(vocab, 'vocab'),
@@ -85,7 +86,7 @@ class UntiedHead(nnx.Module):
   """Logits by a matrix of their own."""
 
   def __init__(self, embed: int, vocab: int, *, init=None, rngs: nnx.Rngs):
-    self.kernel = param(rngs, (embed, vocab), ('embed', 'vocab'), init or normal(embed**-0.5))
+    self.kernel = param(rngs, (embed, vocab), ('embed', 'vocab'), init or functools.partial(normal, stddev=embed**-0.5))
 
   def __call__(self, x: jax.Array, embedder: Embedder) -> jax.Array:
     kernel = shard(self.kernel[...].astype(x.dtype), None, 'vocab')

@@ -52,7 +52,7 @@ class RelativePositionBias(nnx.Module):
   ):
     check_sizes(RelativePositionBias, heads=heads, buckets=buckets, max_distance=max_distance)
     self.buckets, self.max_distance, self.bidirectional = buckets, max_distance, bidirectional
-    self.table = param(rngs, (buckets, heads), (None, 'heads'), normal(0.02))
+    self.table = param(rngs, (buckets, heads), (None, 'heads'), normal)
 
   def __call__(self, length: int) -> jax.Array:
     distance = np.arange(length)[None, :] - np.arange(length)[:, None]  # key - query

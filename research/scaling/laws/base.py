@@ -1,0 +1,144 @@
+"""What a law is: a formula, parameters that carry their units, and where a fit should start.
+
+A parameter's units are powers of the inputs and of the fitted quantity ('loss' below, whatever it is).
+The fit divides them out, so that it sees numbers near one whoever counted tokens in billions:
+a change of units changes the fitted parameters exactly as dimensional analysis says.
+"""
+
+import dataclasses
+import itertools
+import math
+import types
+from collections.abc import Mapping
+from typing import ClassVar
+
+import numpy as np
+
+from research.errors import UserError, did_you_mean
+
+
+class LawError(UserError, ValueError):
+  """A law that cannot be used as asked: a parameter or an input that it does not have."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+  """One fitted number.
+
+  `units`: powers of the inputs, and of the output under the name 'loss'; a power is a number or the
+  name of another parameter (A in A / N^alpha has the units loss * N^alpha: {'loss': 1, 'params': 'alpha'}).
+  `start`: values to start from, in those units at the data's geometric mean, so that they need no scale.
+  `positive`: fitted through its logarithm. `low`, `high`: bounds; of the logarithm where positive.
+  `linear`: the law is linear in it (at fixed other parameters), which variable projection uses.
+  """
+
+  meaning: str
+  units: Mapping[str, float | str] = dataclasses.field(default_factory=dict, hash=False)
+  start: tuple[float, ...] = (1.0,)
+  positive: bool = True
+  low: float = -14.0
+  high: float = 14.0
+  linear: bool = False
+
+
+def coefficient(meaning, start=(0.03, 0.3, 1.0), **units) -> Parameter:
+  """A positive factor in which the law is linear, in units of the loss times `units`."""
+  return Parameter(meaning, {'loss': 1, **units}, start, linear=True)
+
+
+def exponent(meaning, start=(0.15, 0.35, 0.7), low=0.0, high=4.0) -> Parameter:
+  return Parameter(meaning, start=start, positive=False, low=low, high=high)
+
+
+class Law:
+  """Subclass it with `inputs`, `parameters` and `predict`; docs/laws.md adds one in fifteen lines.
+
+  `predict(p, x)` is traced by jax. `p.NAME` are natural parameter values; `x.NAME` are the inputs and
+  `x.ln_NAME` their logarithms, taken once outside the fit: write exp(-p.alpha * x.ln_params).
+  """
+
+  source: ClassVar[str]
+  form: ClassVar[str]
+  output: ClassVar[str] = 'loss'
+  inputs: ClassVar[tuple[str, ...]]
+  # Inputs that may be zero or are labels: no logarithm is taken of them, and they have no units.
+  plain: ClassVar[tuple[str, ...]] = ()
+  parameters: ClassVar[Mapping[str, Parameter]]
+
+  def predict(self, p, x):
+    raise NotImplementedError
+
+  @property
+  def name(self) -> str:
+    return type(self).__name__
+
+  def __call__(self, parameters: Mapping[str, float], **inputs) -> np.ndarray:
+    """The law's value in numpy float64; `inputs` broadcast against each other."""
+    self.check_names(parameters)
+    p = types.SimpleNamespace(**{k: np.asarray(v, np.float64) for k, v in parameters.items()})
+    with np.errstate(over='ignore', under='ignore'):
+      return np.asarray(self.predict(p, self.namespace(inputs)))
+
+  def namespace(self, inputs: Mapping) -> types.SimpleNamespace:
+    missing = [name for name in self.inputs if name not in inputs]
+    if missing:
+      raise LawError(f'{self.name} needs {", ".join(self.inputs)}: missing {", ".join(missing)}.')
+    x = {name: np.asarray(inputs[name], np.float64) for name in self.inputs}
+    logs = {f'ln_{k}': np.log(v) for k, v in x.items() if k not in self.plain}
+    return types.SimpleNamespace(**x, **logs)
+
+  def check_names(self, parameters) -> None:
+    for name in parameters:
+      if name not in self.parameters:
+        raise LawError(
+          f'{self.name} has no parameter {name!r}.{did_you_mean(name, self.parameters)}'
+        )
+
+  def natural(self, z: Mapping, center: Mapping[str, float], exp, fixed=(), tied=()) -> dict:
+    """Dimensionless coordinates -> natural values; `center` holds ln geometric means.
+
+    `fixed` maps names to natural values, `tied` names to the name whose value they share.
+    """
+    fixed, tied, values = dict(fixed), dict(tied), {}
+    for name, parameter in self._in_order(tied):
+      if name in fixed:
+        values[name] = fixed[name]
+      elif name in tied:
+        values[name] = values[tied[name]]
+      else:
+        shift = self._shift(parameter, values, center)
+        values[name] = exp(z[name] + shift) if parameter.positive else z[name] * exp(shift)
+    return {name: values[name] for name in self.parameters}
+
+  def coordinates(self, values: Mapping[str, float], center: Mapping[str, float]) -> dict:
+    """The inverse of `natural`, in numpy, for a whole set of natural values."""
+    z = {}
+    for name, parameter in self.parameters.items():
+      shift = self._shift(parameter, values, center)
+      if parameter.positive:
+        with np.errstate(divide='ignore'):
+          z[name] = np.log(values[name]) - shift
+      else:
+        z[name] = values[name] * np.exp(-shift)
+    return z
+
+  def _in_order(self, tied):
+    """Exponents first, since the units of coefficients refer to them; what is tied after what it is tied to."""
+    named = lambda p: any(isinstance(power, str) for power in p.units.values())
+    return sorted(self.parameters.items(), key=lambda item: (named(item[1]), item[0] in tied))
+
+  @staticmethod
+  def _shift(parameter: Parameter, values: Mapping, center: Mapping[str, float]):
+    shift = 0.0
+    for unit, power in parameter.units.items():
+      shift = shift + center[unit] * (values[power] if isinstance(power, str) else power)
+    return shift
+
+  def starts(self) -> dict[str, np.ndarray]:
+    """The product of every parameter's `start`, in dimensionless coordinates, [starts] each."""
+    z0 = [
+      [math.log(v) for v in p.start] if p.positive else list(p.start)
+      for p in self.parameters.values()
+    ]
+    grid = np.array(list(itertools.product(*z0)))
+    return dict(zip(self.parameters, grid.T, strict=True))

@@ -1,0 +1,274 @@
+"""Many small robust regressions at once: one compiled program, float64, every start and every replicate.
+
+Each lane runs one problem of a queue. A lane whose problem has converged writes its answer and takes the
+next one, so nobody waits for the slowest. A step is Newton on the exact Hessian where that is positive
+definite, else iteratively reweighted least squares (IRLS), whose matrix majorizes the Huber loss.
+"""
+
+import dataclasses
+import functools
+import types
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from research.scaling.laws.base import Law
+
+_TINY = 1e-300
+LOSSES = ('huber', 'l2', 'l1')
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+  """What is minimised: sum_i w_i rho(r_i), r the log or linear residual of `law`.
+
+  `fixed`: (name, natural value) pairs; `tied`: (name, other name) pairs. The other parameters are free.
+  """
+
+  law: Law
+  loss: str = 'huber'
+  residuals: str = 'log'
+  fixed: tuple[tuple[str, float], ...] = ()
+  tied: tuple[tuple[str, str], ...] = ()
+
+  @property
+  def free(self) -> tuple[str, ...]:
+    held = {name for name, _ in self.fixed} | {name for name, _ in self.tied}
+    return tuple(name for name in self.law.parameters if name not in held)
+
+  def values(self, z, center, exp=jnp.exp) -> dict:
+    """Free coordinates [free, ...] -> every parameter's natural value [...]."""
+    return self.law.natural(
+      dict(zip(self.free, z, strict=True)), center, exp, self.fixed, self.tied
+    )
+
+  def predict(self, z, data):
+    p = types.SimpleNamespace(**self.values(z, data['center']))
+    return self.law.predict(p, types.SimpleNamespace(**data['x']))
+
+  def residual(self, z, y, data):
+    """r [rows] at free coordinates z [free]; y [rows] is the observed loss, or its logarithm."""
+    predicted = self.predict(z, data)
+    if self.residuals == 'linear':
+      return predicted - y
+    return jnp.log(jnp.maximum(predicted, _TINY)) - y
+
+  def bounds(self) -> tuple[np.ndarray, np.ndarray]:
+    parameters = [self.law.parameters[name] for name in self.free]
+    return np.array([p.low for p in parameters]), np.array([p.high for p in parameters])
+
+
+def rho(loss: str, r, delta, tau):
+  """(rho, rho', rho'', IRLS weight) of residuals r.
+
+  Huber: r^2/2 within delta, delta (|r| - delta/2) outside; l2: r^2/2. `l1` is solved as Huber with a
+  vanishing delta (see fits.py). tau != 1/2 weighs r < 0 (a prediction below the data) by 2 tau and
+  r > 0 by 2 (1 - tau): the asymmetric loss whose minimum is an expectile or, with l1, a quantile.
+  """
+  side = jnp.where(r < 0, 2 * tau, 2 * (1 - tau))
+  if loss == 'l2':
+    return side * r * r / 2, side * r, side, side
+  size = jnp.abs(r)
+  inside = size <= delta
+  value = jnp.where(inside, r * r / 2, delta * (size - delta / 2))
+  slope = jnp.where(inside, r, delta * jnp.sign(r))
+  weight = jnp.where(inside, 1.0, delta / jnp.maximum(size, _TINY))
+  return side * value, side * slope, side * inside, side * weight
+
+
+class _Point(NamedTuple):
+  f: jax.Array
+  gradient: jax.Array
+  newton: jax.Array  # the Hessian
+  irls: jax.Array  # J^T W J, positive semidefinite
+
+
+def _expand(problem: Problem, z, y, w, data, delta, tau) -> _Point:
+  def row(x, y):
+    def slope(z):
+      r, g = jax.value_and_grad(lambda z: problem.residual(z, y, dict(x=x, center=data['center'])))(
+        z
+      )
+      return g, (r, g)
+
+    hessian, (r, gradient) = jax.jacfwd(slope, has_aux=True)(z)
+    return r, gradient, hessian
+
+  # Row by row, then one contraction each: XLA on CPUs vectorises a dot and not a sum.
+  r, jacobian, bend = jax.vmap(row)(data['x'], y)
+  value, slope, curve, weight = rho(problem.loss, r, delta, tau)
+  force = w * slope
+  square = lambda c: jnp.einsum('ni,nj->ij', jacobian * (w * c)[:, None], jacobian)
+  return _Point(
+    w @ value,
+    force @ jacobian,
+    square(curve) + jnp.einsum('n,nij->ij', force, bend),
+    square(weight),
+  )
+
+
+def _solve_positive(matrix, vector):
+  """(solution, was it positive definite): Cholesky unrolled, since a LAPACK call per lane costs more."""
+  n = vector.shape[0]
+  low = [[None] * n for _ in range(n)]
+  good = jnp.bool_(True)
+  for i in range(n):
+    for j in range(i + 1):
+      s = matrix[i, j] - sum((low[i][k] * low[j][k] for k in range(j)), 0.0)
+      if i == j:
+        good = good & (s > 1e-13 * jnp.abs(matrix[i, i]) + _TINY)
+        low[i][i] = jnp.sqrt(jnp.maximum(s, _TINY))
+      else:
+        low[i][j] = s / low[j][j]
+  forward: list = []
+  for i in range(n):
+    forward.append((vector[i] - sum((low[i][k] * forward[k] for k in range(i)), 0.0)) / low[i][i])
+  back: list = [None] * n
+  for i in reversed(range(n)):
+    back[i] = (forward[i] - sum((low[k][i] * back[k] for k in range(i + 1, n)), 0.0)) / low[i][i]
+  return jnp.stack(back), good
+
+
+class _Lane(NamedTuple):
+  index: jax.Array  # which problem of the queue
+  z: jax.Array
+  point: _Point
+  damping: jax.Array
+  careful: jax.Array  # the last Newton step failed: take an IRLS step
+  steps: jax.Array
+
+
+def _propose(lane: _Lane, low, high):
+  """A trial z, the decrease that its quadratic model promises, and whether the step was Newton's."""
+  point, z = lane.point, lane.z
+  # Coordinates pushed against a bound stay there for this step.
+  held = ((z <= low) & (point.gradient > 0)) | ((z >= high) & (point.gradient < 0))
+  gradient = jnp.where(held, 0.0, point.gradient)
+  mask = ~held[:, None] & ~held[None, :]
+  eye = jnp.eye(z.shape[0])
+  scale = jnp.maximum(jnp.diagonal(point.irls), 1e-12 * jnp.trace(point.irls) + _TINY)
+  system = lambda m: jnp.where(mask, m + lane.damping * jnp.diag(scale), eye)
+  newton, definite = _solve_positive(system(point.newton), -gradient)
+  irls, _ = _solve_positive(system(point.irls) + 1e-14 * jnp.diag(scale), -gradient)
+  use_newton = definite & ~lane.careful & jnp.isfinite(newton).all()
+  step = jnp.where(use_newton, newton, jnp.where(jnp.isfinite(irls), irls, 0.0))
+  trial = jnp.clip(z + jnp.clip(step, -2.0, 2.0), low, high)
+  return trial, -(gradient * step).sum(), use_newton
+
+
+def _advance(problem, lane, y, w, data, low, high, delta, tau):
+  trial, promise, newton = _propose(lane, low, high)
+  point = _expand(problem, trial, y, w, data, delta, tau)
+  fresh = jnp.isinf(lane.point.f)
+  better = (point.f < lane.point.f) & jnp.isfinite(point.f) & jnp.isfinite(point.gradient).all()
+  pick = lambda new, old: jax.tree.map(lambda a, b: jnp.where(better, a, b), new, old)
+  eased = jnp.where(lane.damping < 1e-7, 0.0, lane.damping * 0.1)
+  stiffer = jnp.where(newton, lane.damping, jnp.maximum(lane.damping * 8, 1e-4))
+  moved = jnp.abs(trial - lane.z).max()
+  # Converged: nothing left to gain beyond rounding, or no step of any length improves.
+  gain = jnp.where(better, 1e-15, 1e-11) * lane.point.f
+  small = (promise <= gain) | (moved <= 1e-12) | (lane.point.f < 1e-28)
+  done = jnp.where(fresh, ~better, small | (stiffer > 1e10))
+  advanced = _Lane(
+    lane.index,
+    pick(trial, lane.z),
+    pick(point, lane.point),
+    jnp.where(fresh, lane.damping, jnp.where(better, eased, stiffer)),
+    ~better & newton,
+    lane.steps + 1,
+  )
+  return advanced, done
+
+
+def _at_start(index, z) -> _Lane:
+  """Lanes whose first step is of length zero and only evaluates: no second copy of the program to load one."""
+  lanes, free = z.shape
+  eye = jnp.broadcast_to(jnp.eye(free), (lanes, free, free))
+  unknown = _Point(jnp.full(lanes, jnp.inf), jnp.zeros((lanes, free)), eye, eye)
+  flags = jnp.zeros(lanes, bool)
+  return _Lane(index, z, unknown, jnp.full(lanes, 1e-3), flags, jnp.zeros(lanes, int))
+
+
+@functools.partial(jax.jit, static_argnames=('problem', 'lanes', 'max_steps'))
+def _run(problem, data, z0, rows, y, w, delta, tau, low, high, *, lanes, max_steps):
+  count, free = z0.shape
+  step = jax.vmap(lambda lane, y, w: _advance(problem, lane, y, w, data, low, high, delta, tau))
+
+  def load(index):
+    safe = jnp.minimum(index, count - 1)
+    return _at_start(index, z0[safe]), y[rows[safe, 0]], w[rows[safe, 1]]
+
+  def body(state):
+    lane, ys, ws, following, out = state
+    lane, done = step(lane, ys, ws)
+    done = done | (lane.steps >= max_steps)
+    slot = jnp.where(done, lane.index, count)
+    answer = (lane.z, lane.point.f, lane.steps, lane.point.newton, lane.point.gradient)
+    out = tuple(a.at[slot].set(b, mode='drop') for a, b in zip(out, answer, strict=True))
+    index = jnp.where(done, following + jnp.cumsum(done) - 1, lane.index)
+
+    def refill(_):
+      pick = lambda new, old: jnp.where(done.reshape((-1,) + (1,) * (old.ndim - 1)), new, old)
+      return jax.tree.map(pick, load(index), (lane, ys, ws))
+
+    lane, ys, ws = jax.lax.cond(done.any(), refill, lambda _: (lane, ys, ws), None)
+    return lane, ys, ws, following + done.sum(), out
+
+  first = jnp.arange(lanes)
+  out = (
+    jnp.zeros((count, free)),
+    jnp.full(count, jnp.inf),
+    jnp.full(count, max_steps),
+    jnp.zeros((count, free, free)),
+    jnp.zeros((count, free)),
+  )
+  unfinished = lambda state: (state[0].index < count).any()
+  return jax.lax.while_loop(unfinished, body, (*load(first), jnp.asarray(lanes), out))[-1]
+
+
+class Solution(NamedTuple):
+  z: np.ndarray  # [problems, free]
+  objective: np.ndarray  # [problems]; inf where the start itself could not be evaluated
+  steps: np.ndarray  # [problems]; max_steps where it did not converge
+  hessian: np.ndarray  # [problems, free, free]
+  gradient: np.ndarray  # [problems, free]
+
+
+def solve(problem, data, z0, y, w, *, rows=None, delta=1e-3, tau=0.5, max_steps=300) -> Solution:
+  """Minimises every problem of a queue.
+
+  z0 [problems, free] starts; y [targets, rows], w [weightings, rows]; `rows` [problems, 2] says which
+  target and which weighting each problem uses (the first of each by default). jax's global precision
+  setting is left as it was.
+  """
+  z0 = np.atleast_2d(np.asarray(z0, np.float64))
+  y, w = (np.atleast_2d(np.asarray(a, np.float64)) for a in (y, w))
+  if rows is None:
+    rows = np.zeros((len(z0), 2), int)
+  low, high = problem.bounds()
+  z0 = np.clip(z0, low, high)
+  # A lane's working set should stay in cache, and the queue should keep every lane busy.
+  lanes = int(np.clip(2**16 // y.shape[1], 4, 256))
+  lanes = min(lanes, 1 << max(len(z0) - 1, 0).bit_length())
+  # Queues of like size share a program: repeat the last start up to a power of two.
+  size = 1 << max(len(z0) - 1, 0).bit_length()
+  pad = lambda a: np.concatenate([a, np.repeat(a[-1:], size - len(a), axis=0)])
+  with jax.enable_x64(True):
+    out = _run(
+      problem,
+      data,
+      pad(z0),
+      pad(rows),
+      y,
+      w,
+      float(delta),
+      float(tau),
+      low,
+      high,
+      lanes=lanes,
+      max_steps=max_steps,
+    )
+    out = jax.device_get(out)
+  return Solution(*(a[: len(z0)] for a in out))
