@@ -175,7 +175,8 @@ class Config:
       )
     if first not in symbols:
       raise UserError(
-        f'{where}: {first!r} is not imported in this file (from a.b import {first}).{did_you_mean(first, symbols)}'
+        f'{where}: {first!r} is not imported in this file (from a.b import {first}).'
+        + did_you_mean(first, symbols)
       )
     target = symbols[first]
     for name in rest:
@@ -211,7 +212,8 @@ class Config:
     """The value of the root macro, every reference a `functools.partial` of what was bound to it."""
     if self.root not in self.macros:
       raise UserError(
-        f'no {self.root} = @... in these gin files, so there is nothing to run.{did_you_mean(self.root, self.macros)}'
+        f'no {self.root} = @... in these gin files, so there is nothing to run.'
+        + did_you_mean(self.root, self.macros)
       )
     with self.explains():
       tree = self._resolve(_Macro(self.root), '', _Binding(None, {}, ''), self.root)

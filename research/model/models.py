@@ -4,7 +4,6 @@ A model has `features(batch) -> (x [batch, length, embed], penalties)` and `logi
 that a loss need never hold the logits of a whole batch. The keys of a batch are seqio's.
 """
 
-
 import functools
 
 import jax
@@ -39,7 +38,7 @@ class Embedder(nnx.Module):
     rngs: nnx.Rngs,
   ):
     check_sizes(Embedder, positions=positions, types=types)
-        self.scale = scale
+    self.scale = scale
     table = lambda n, axis: param(rngs, (n, embed), (axis, 'embed'), init) if n else None
     self.tokens, self.positions, self.types = (
       table(vocab, 'vocab'),
@@ -86,7 +85,8 @@ class UntiedHead(nnx.Module):
   """Logits by a matrix of their own."""
 
   def __init__(self, embed: int, vocab: int, *, init=None, rngs: nnx.Rngs):
-    self.kernel = param(rngs, (embed, vocab), ('embed', 'vocab'), init or functools.partial(normal, stddev=embed**-0.5))
+    init = init or functools.partial(normal, stddev=embed**-0.5)
+    self.kernel = param(rngs, (embed, vocab), ('embed', 'vocab'), init)
 
   def __call__(self, x: jax.Array, embedder: Embedder) -> jax.Array:
     kernel = shard(self.kernel[...].astype(x.dtype), None, 'vocab')
