@@ -1,0 +1,257 @@
+"""How large a model is and what a token costs, by every convention of the scaling literature.
+
+    python -m research.model.counts --gin_file=gin/models/llama/7b.gin --length=2048
+
+Parameters (N), by which scaling laws differ (Porian et al. 2024, arXiv:2406.19146; Pearce & Song 2024,
+arXiv:2406.12907):
+
+- `params_total`: all of them.
+- `params_non_embedding`: without token, position and type tables and without an untied head's matrix
+  (Kaplan et al. 2020, arXiv:2001.08361). T5's relative biases count as the layers' own.
+- `params_with_head`: that and the matrix of the logits, embed x vocab, tied or not: all that multiplies a token.
+- `params_active`: `params_total` with the routed experts that one token visits in place of all of them.
+
+Floating-point operations (C), forward and backward (twice the forward), per target token. Routed experts
+count as far as they are active:
+
+- `flops_6n_non_embedding`, `flops_6n_with_head`: six times those parameters.
+- `flops_attention_full`: 6N with the head, and the mixing of tokens: scores and weighted sums of attention as
+  if every query saw every key (what dense kernels do, and PaLM's MFU: arXiv:2204.02311, appendix B), or the
+  scan of a state-space layer.
+- `flops_attention_causal`: the same with only the pairs that the causal mask and the window leave.
+- `flops_chinchilla`: Hoffmann et al. 2022, arXiv:2203.15556, appendix F: embeddings as a dense product, the
+  matrices of the layers (no norms, no biases), full attention with 3 FLOPs a pair and head for the softmax,
+  and the logits. (The ratios to 6ND in their table A4 come out when embeddings and logits are left away.)
+
+An encoder-decoder has two lengths, and D counts target tokens, the ones with a loss: nats per token and tokens
+mean the same as in a language model, and C = D x FLOPs per target token. So the encoder, and the keys and
+values of cross attention, cost their FLOPs per input token times inputs / targets, and the rest of the decoder
+what it costs. (Raffel et al. 2020, arXiv:1910.10683, section 3.2.2: at equal lengths each half sees half of the
+tokens, so that 2P parameters cost what a decoder of P costs on the concatenation.)
+"""
+
+import argparse
+import sys
+
+# The heavy imports wait until the arguments are parsed: `--help` must not cost a second.
+if __name__ == '__main__':
+  _parser = argparse.ArgumentParser(
+    prog='python -m research.model.counts',
+    description='N, FLOPs per token and KV-cache bytes of the model that a gin file defines.',
+    epilog='Bindings go as --gin.Class.argument=value or --gin.MACRO=value.',
+  )
+  _parser.add_argument('--gin_file', action='append', required=True, help='defines MODEL; repeats')
+  _parser.add_argument('--length', type=int, default=2048, help='target tokens in a sequence')
+  _parser.add_argument(
+    '--inputs', type=int, help='input tokens (encoder-decoder only; default: as --length)'
+  )
+  _arguments, _rest = _parser.parse_known_args()
+  if _unknown := [a for a in _rest if not a.startswith('--gin.')]:
+    _parser.error(f'no option {_unknown[0]!r}; write gin bindings as --gin.Class.argument=value')
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+
+import jax
+import numpy as np
+from flax import nnx
+
+from research.errors import UserError
+from research.model.attention import Attention
+from research.model.models import Embedder
+from research.model.stack import Stack
+from research.sharding import Mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+  """Parameters, FLOPs (forward and backward) per target token, and bytes of cache; see the module's text."""
+
+  params_total: int
+  params_non_embedding: int
+  params_with_head: int
+  params_active: int
+  flops_6n_non_embedding: float
+  flops_6n_with_head: float
+  flops_attention_causal: float
+  flops_attention_full: float
+  flops_chinchilla: float
+  kv_cache_bytes_per_token: int  # in the model's dtype, per token of a decoded sequence
+  cross_cache_bytes_per_token: int  # per token of the encoder's input; kept beside the former
+
+
+@dataclasses.dataclass(frozen=True)
+class _Node:
+  """A parameter or a part, with the modules that hold it, outermost first."""
+
+  names: tuple[str, ...]
+  holders: tuple[nnx.Module, ...]
+  value: nnx.Param | nnx.Module
+
+  @property
+  def repeats(self) -> int:
+    return math.prod(module.repeats for module in self.holders if isinstance(module, Stack))
+
+  @property
+  def active_fraction(self) -> float:
+    return math.prod(getattr(module, 'active_fraction', 1.0) for module in self.holders)
+
+
+def _nodes(value, names=(), holders=()) -> Iterator[_Node]:
+  if isinstance(value, nnx.Param):
+    yield _Node(names, holders, value)
+    return
+  if isinstance(value, nnx.List | list | tuple):
+    children = ((str(i), child) for i, child in enumerate(value))
+  elif isinstance(value, nnx.Module):
+    if hasattr(value, 'mixing_flops'):
+      yield _Node(names, holders, value)
+    children, holders = vars(value).items(), (*holders, value)
+  else:
+    return
+  for name, child in children:
+    yield from _nodes(child, (*names, name), holders)
+
+
+def abstract(model: Callable[..., nnx.Module]) -> nnx.Module:
+  """The model with shapes in place of arrays: nothing is computed or allocated."""
+  with Mesh(data=1).use(jax.devices()[:1]):
+    return jax.eval_shape(lambda key: model(rngs=nnx.Rngs(params=key)), jax.random.key(0))
+
+
+def count(model: Callable[..., nnx.Module], lengths: Mapping[str, int]) -> Counts:
+  """What `model` counts on sequences of these lengths.
+
+  Args:
+    model: a partial that needs only `rngs`, as `configs.load(..., root='MODEL').tree()` gives it.
+    lengths: {'targets': tokens}, and for an encoder-decoder {'inputs': tokens, 'targets': tokens}.
+
+  Raises:
+    UserError: a length is missing, or not positive.
+  """
+  module = abstract(model)
+  targets, inputs = _check_lengths(module, lengths)
+  params, parts = [], []
+  for node in _nodes(module):
+    (params if isinstance(node.value, nnx.Param) else parts).append(node)
+
+  total = non_embedding = head = 0
+  active = matrices = tables = (
+    0.0  # per target token: active non-embedding, of which matrices; bytes looked up
+  )
+  idle = 0.0
+  for node in params:
+    size, kind = math.prod(node.value.shape), _kind(node, module.vocab)
+    total += size
+    idle += size * (1 - node.active_fraction)
+    if kind == 'layers':
+      seen = size * node.active_fraction * (inputs / targets if _sees_inputs(node) else 1)
+      non_embedding += size
+      active += seen
+      matrices += seen if _is_matrix(node) else 0
+    elif kind == 'tokens':
+      embed = node.value.shape[-1]
+      # Every table look-up, the encoder's too, counts as the product with a one-hot vector.
+      tables += size * (1 + inputs / targets)
+      head = head or module.vocab * embed
+  mixing = [_mixing(part, module, inputs, targets) for part in parts]
+  full, causal, softmax = np.sum(mixing, axis=0) if mixing else (0.0, 0.0, 0.0)
+  itemsize = module.dtype.itemsize
+  cached = [
+    (p.value.cross, _cached(p.value) * p.repeats * itemsize) for p in parts if _cached(p.value)
+  ]
+  return Counts(
+    params_total=total,
+    params_non_embedding=non_embedding,
+    params_with_head=non_embedding + head,
+    params_active=total - round(idle),
+    flops_6n_non_embedding=6 * active,
+    flops_6n_with_head=6 * (active + head),
+    flops_attention_causal=6 * (active + head) + 3 * causal,
+    flops_attention_full=6 * (active + head) + 3 * full,
+    flops_chinchilla=3 * (2 * (tables + matrices + head) + full + softmax),
+    kv_cache_bytes_per_token=sum(n for cross, n in cached if not cross),
+    cross_cache_bytes_per_token=sum(n for cross, n in cached if cross),
+  )
+
+
+def _check_lengths(module, lengths) -> tuple[int, int]:
+  needed = ('inputs', 'targets') if 'encoder' in module.inputs else ('targets',)
+  for name in needed:
+    if lengths.get(name, 0) < 1:
+      got = ', '.join(f'{k}={v}' for k, v in lengths.items()) or 'nothing'
+      raise UserError(
+        f'lengths: {type(module).__name__} needs a positive length of its {name}; got {got}.'
+      )
+  return lengths['targets'], lengths['inputs'] if 'inputs' in needed else 0
+
+
+def _kind(node: _Node, vocab: int) -> str:
+  """'tokens', 'embedding' (another table), 'head' (its matrix and bias), or 'layers' (all the rest)."""
+  if isinstance(node.holders[-1], Embedder):
+    return 'tokens' if node.names[-1] == 'tokens' else 'embedding'
+  return 'head' if node.names[0] == 'head' and vocab in node.value.shape else 'layers'
+
+
+def _sees_inputs(node: _Node) -> bool:
+  """Is it multiplied with the tokens of the encoder's input?"""
+  cross = any(getattr(module, 'cross', False) for module in node.holders)
+  return node.names[0] == 'encoder' or (cross and {'key', 'value'} & set(node.names) != set())
+
+
+def _is_matrix(node: _Node) -> bool:
+  stacked = any(isinstance(module, Stack) for module in node.holders) and 'sublayers' in node.names
+  dimensions = len(node.value.shape) - stacked
+  return dimensions > 1 and 'bias' not in node.names
+
+
+def _mixing(part: _Node, module, inputs: int, targets: int) -> tuple[float, float, float]:
+  """Forward FLOPs per target token: (all pairs, visible pairs, the softmax of all pairs)."""
+  encoder = part.names[0] == 'encoder'
+  length = inputs if encoder else targets
+  full = part.value.mixing_flops(length, inputs) * part.repeats / targets
+  if not isinstance(part.value, Attention) and not getattr(part.value, 'quadratic', False):
+    return full, full, 0.0
+  window = min(part.value.window or length, length)
+  masked = not encoder and not part.value.cross and getattr(module, 'causal', True)
+  # A band of `window` keys without the corner before the first token: w L - w (w - 1) / 2 pairs.
+  visible = 1 - (window - 1) / (2 * length) if masked else 1
+  keys = inputs if part.value.cross else window
+  return full, full * visible, 3 * part.value.heads * keys * part.repeats * length / targets
+
+
+def _cached(part) -> int:
+  """Values that decoding keeps per token of the sequence that the part reads."""
+  if hasattr(part, 'cached_per_token'):
+    return part.cached_per_token()
+  # The stacked axis of the layers is not the part's own: [..., embed, kv_heads, head_dim].
+  return 2 * math.prod(part.key.kernel.shape[-2:]) if isinstance(part, Attention) else 0
+
+
+def table(counts: Counts) -> str:
+  """The counts as lines of text, with digits grouped and a short form beside."""
+  lines = []
+  for name, value in dataclasses.asdict(counts).items():
+    scale = max(0, min(5, (len(str(round(value))) - 1) // 3))
+    short = f'{value / 1000**scale:.4g}{["", "K", "M", "B", "T", "P"][scale]}'
+    lines.append(f'{name:28}{round(value):>24,}  {short:>8}')
+  return '\n'.join(lines)
+
+
+def main(arguments: argparse.Namespace, bindings: list[str]) -> None:
+  """Prints the table of the MODEL that the gin files and bindings define."""
+  from research import configs  # it alone needs gin
+
+  model = configs.load(arguments.gin_file, bindings, root='MODEL').tree()
+  lengths = {'targets': arguments.length, 'inputs': arguments.inputs or arguments.length}
+  print(f'{" ".join(arguments.gin_file)}, length {arguments.length:,}')
+  print(table(count(model, lengths)))
+
+
+if __name__ == '__main__':
+  try:
+    main(_arguments, [a.removeprefix('--gin.') for a in _rest])
+  except UserError as error:
+    print(error, file=sys.stderr)
+    sys.exit(2)
