@@ -8,7 +8,7 @@ arXiv:2406.12907):
 - `params_total`: all of them.
 - `params_non_embedding`: without token, position and type tables and without an untied head's matrix
   (Kaplan et al. 2020, arXiv:2001.08361). T5's relative biases count as the layers' own.
-- `params_with_head`: that and the matrix of the logits, embed x vocab, tied or not: all that multiplies a token.
+- `params_with_head`: that and the matrix of the logits, embed x vocab, tied or not: what multiplies a token.
 - `params_active`: `params_total` with the routed experts that one token visits in place of all of them.
 
 Floating-point operations (C), forward and backward (twice the forward), per target token. Routed experts
@@ -54,7 +54,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 
 import jax
-import numpy as np
 from flax import nnx
 
 from research.errors import UserError
@@ -88,6 +87,10 @@ class _Node:
   names: tuple[str, ...]
   holders: tuple[nnx.Module, ...]
   value: nnx.Param | nnx.Module
+
+  @property
+  def size(self) -> int:
+    return math.prod(self.value.shape)
 
   @property
   def repeats(self) -> int:
@@ -135,44 +138,33 @@ def count(model: Callable[..., nnx.Module], lengths: Mapping[str, int]) -> Count
   params, parts = [], []
   for node in _nodes(module):
     (params if isinstance(node.value, nnx.Param) else parts).append(node)
+  layers = [p for p in params if _kind(p, module.vocab) == 'layers']
+  tables = [p for p in params if _kind(p, module.vocab) == 'tokens']
 
-  total = non_embedding = head = 0
-  active = matrices = tables = (
-    0.0  # per target token: active non-embedding, of which matrices; bytes looked up
-  )
-  idle = 0.0
-  for node in params:
-    size, kind = math.prod(node.value.shape), _kind(node, module.vocab)
-    total += size
-    idle += size * (1 - node.active_fraction)
-    if kind == 'layers':
-      seen = size * node.active_fraction * (inputs / targets if _sees_inputs(node) else 1)
-      non_embedding += size
-      active += seen
-      matrices += seen if _is_matrix(node) else 0
-    elif kind == 'tokens':
-      embed = node.value.shape[-1]
-      # Every table look-up, the encoder's too, counts as the product with a one-hot vector.
-      tables += size * (1 + inputs / targets)
-      head = head or module.vocab * embed
-  mixing = [_mixing(part, module, inputs, targets) for part in parts]
-  full, causal, softmax = np.sum(mixing, axis=0) if mixing else (0.0, 0.0, 0.0)
-  itemsize = module.dtype.itemsize
-  cached = [
-    (p.value.cross, _cached(p.value) * p.repeats * itemsize) for p in parts if _cached(p.value)
-  ]
+  def per_target(params) -> float:
+    """How many of them one target token is multiplied with, with its share of the input's tokens."""
+    share = lambda p: inputs / targets if _sees_inputs(p) else 1
+    return sum(p.size * p.active_fraction * share(p) for p in params)
+
+  total, non_embedding = sum(p.size for p in params), sum(p.size for p in layers)
+  head = module.vocab * tables[0].value.shape[-1]
+  active, matrices = per_target(layers), per_target(p for p in layers if _is_matrix(p))
+  one_hot = sum(p.size for p in tables) * (1 + inputs / targets)
+  mixing = [_mixing(p, module, inputs, targets) for p in parts]
+  full, causal, softmax = (sum(m[i] for m in mixing) for i in range(3))
+  cached = lambda cross: sum(_cached(p) * p.repeats for p in parts if _cross(p.value) == cross)
   return Counts(
     params_total=total,
     params_non_embedding=non_embedding,
     params_with_head=non_embedding + head,
-    params_active=total - round(idle),
+    params_active=round(sum(p.size * p.active_fraction for p in params)),
     flops_6n_non_embedding=6 * active,
     flops_6n_with_head=6 * (active + head),
     flops_attention_causal=6 * (active + head) + 3 * causal,
     flops_attention_full=6 * (active + head) + 3 * full,
-    flops_chinchilla=3 * (2 * (tables + matrices + head) + full + softmax),
-    kv_cache_bytes_per_token=sum(n for cross, n in cached if not cross),
-    cross_cache_bytes_per_token=sum(n for cross, n in cached if cross),
+    flops_chinchilla=3 * (2 * (one_hot + matrices + head) + full + softmax),
+    kv_cache_bytes_per_token=cached(cross=False) * module.dtype.itemsize,
+    cross_cache_bytes_per_token=cached(cross=True) * module.dtype.itemsize,
   )
 
 
@@ -196,7 +188,7 @@ def _kind(node: _Node, vocab: int) -> str:
 
 def _sees_inputs(node: _Node) -> bool:
   """Is it multiplied with the tokens of the encoder's input?"""
-  cross = any(getattr(module, 'cross', False) for module in node.holders)
+  cross = any(_cross(module) for module in node.holders)
   return node.names[0] == 'encoder' or (cross and {'key', 'value'} & set(node.names) != set())
 
 
@@ -204,6 +196,10 @@ def _is_matrix(node: _Node) -> bool:
   stacked = any(isinstance(module, Stack) for module in node.holders) and 'sublayers' in node.names
   dimensions = len(node.value.shape) - stacked
   return dimensions > 1 and 'bias' not in node.names
+
+
+def _cross(module) -> bool:
+  return getattr(module, 'cross', False)
 
 
 def _mixing(part: _Node, module, inputs: int, targets: int) -> tuple[float, float, float]:
@@ -214,18 +210,21 @@ def _mixing(part: _Node, module, inputs: int, targets: int) -> tuple[float, floa
   if not isinstance(part.value, Attention) and not getattr(part.value, 'quadratic', False):
     return full, full, 0.0
   window = min(part.value.window or length, length)
-  masked = not encoder and not part.value.cross and getattr(module, 'causal', True)
+  masked = not encoder and not _cross(part.value) and getattr(module, 'causal', True)
   # A band of `window` keys without the corner before the first token: w L - w (w - 1) / 2 pairs.
   visible = 1 - (window - 1) / (2 * length) if masked else 1
-  keys = inputs if part.value.cross else window
+  keys = inputs if _cross(part.value) else window
   return full, full * visible, 3 * part.value.heads * keys * part.repeats * length / targets
 
 
-def _cached(part) -> int:
-  """Values that decoding keeps per token of the sequence that the part reads."""
+def _cached(node: _Node) -> int:
+  """Values that decoding keeps per token of the sequence that the part reads; the encoder is not run again."""
+  part = node.value
+  if node.names[0] == 'encoder':
+    return 0
   if hasattr(part, 'cached_per_token'):
     return part.cached_per_token()
-  # The stacked axis of the layers is not the part's own: [..., embed, kv_heads, head_dim].
+  # The stacked axis of the layers is not the part's own: [layers, embed, kv_heads, head_dim].
   return 2 * math.prod(part.key.kernel.shape[-2:]) if isinstance(part, Attention) else 0
 
 
