@@ -1,0 +1,92 @@
+"""What a run is."""
+
+import dataclasses
+from collections.abc import Callable
+
+from research.configs import describe
+from research.errors import Invalid
+from research.sharding import Mesh
+from research.streams import Stream
+
+# Two runs that differ only in these are one run: it may resume on another mesh or log more often.
+_INCIDENTAL = ('mesh', 'log_every', 'checkpoint_every', 'keep_checkpoints')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+  """One training run: everything that decides its result, and how often it reports.
+
+  Attributes:
+    model: `model(rngs=...)` makes a `LanguageModel` or an `EncoderDecoder`.
+    train, validation: streams of examples; the loss of a run is its loss on all of `validation`.
+    steps: updates.
+    batch_size: examples per update, over all devices.
+    optimizer: `optimizer(learning_rate=schedule)` makes an optax transformation.
+    schedule: `schedule(steps)` makes a `step -> learning rate`.
+    clip: gradients are scaled down to this global norm; None for no clipping.
+    z_loss: weight of log(Z)^2 in the loss (PaLM uses 1e-4).
+    microbatches: the batch is gone through in so many parts, to save memory; the update is the same.
+    logits_chunks: the length is cut into so many parts for the logits; None chooses.
+    seed: of the initialisation and of the order of the examples.
+    eval_every: steps between evaluations; None for one at the end.
+    checkpoint_every: steps between checkpoints; None for one at the end.
+  """
+
+  model: Callable
+  train: Stream
+  validation: Stream
+  steps: int
+  batch_size: int
+  optimizer: Callable
+  schedule: Callable
+  clip: float | None = 1.0
+  z_loss: float = 0.0
+  microbatches: int = 1
+  logits_chunks: int | None = None
+  seed: int = 0
+  mesh: Mesh = dataclasses.field(default_factory=Mesh)
+  log_every: int = 10
+  eval_every: int | None = None
+  checkpoint_every: int | None = None
+  keep_checkpoints: int = 2
+
+  def __post_init__(self):
+    positive = ('steps', 'batch_size', 'microbatches', 'log_every', 'keep_checkpoints')
+    optional = ('logits_chunks', 'eval_every', 'checkpoint_every')
+    for field in (*positive, *optional):
+      value = getattr(self, field)
+      if value is None and field in optional:
+        continue
+      if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise Invalid(Run, field, f'{value!r} must be a positive whole number.')
+    if self.batch_size % self.microbatches:
+      raise Invalid(
+        Run, 'microbatches', f'{self.microbatches} does not divide the batch of {self.batch_size}.'
+      )
+    for field in ('train', 'validation'):
+      if not isinstance(getattr(self, field), Stream):
+        raise Invalid(Run, field, 'must be a stream: @streams.Stream() with its parentheses.')
+    if self.clip is not None and not self.clip > 0:
+      raise Invalid(Run, 'clip', f'{self.clip!r} must be positive, or None.')
+    lengths = self.train.lengths
+    if self.logits_chunks and lengths[_target(lengths)] % self.logits_chunks:
+      raise Invalid(
+        Run,
+        'logits_chunks',
+        f'{self.logits_chunks} does not divide the length {lengths[_target(lengths)]}.',
+      )
+    self.schedule(self.steps)  # a warm-up longer than the run is an error now
+
+  @property
+  def target_length(self) -> int:
+    """Tokens per example that the logits are made for."""
+    return self.train.lengths[_target(self.train.lengths)]
+
+  def identity(self) -> str:
+    """The text that is equal for two runs that train the same parameters."""
+    fields = [f.name for f in dataclasses.fields(self) if f.name not in _INCIDENTAL]
+    return '\n'.join(f'{name} = {describe(getattr(self, name), 1)}' for name in fields) + '\n'
+
+
+def _target(lengths: dict) -> str:
+  return 'targets' if 'targets' in lengths else 'inputs'

@@ -1,0 +1,411 @@
+"""Train one model: gin file -> Run -> batches -> one jitted step -> rows.
+
+Writes into --workdir: config.gin (re-runnable), config.txt (resolved), metrics.jsonl, tensorboard/, checkpoints/
+and at last run.json, the one row of the run. Started again with the same workdir it resumes where it was.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import pathlib
+import signal
+import sys
+import time
+
+from research import cli
+from research.errors import Invalid, UserError
+
+if __name__ == '__main__':
+  _parser = cli.parser('train', __doc__)
+  _parser.add_argument(
+    '--workdir', default=None, metavar='DIR', help='default: runs/<name of the gin file>'
+  )
+  FLAGS = cli.parse(_parser)  # before jax: --help and a wrong flag answer at once
+  cli.use_huge_pages()
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from research import configs, data, sharding
+from research.model import counts
+from research.run import Run
+from research.training import losses, metrics
+from research.training.checkpoints import Checkpoints, names
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """The functions of a run under the mesh in use: what is compiled."""
+
+  run: Run
+  graphdef: nnx.GraphDef
+  optimizer: optax.GradientTransformation
+  schedule: optax.Schedule
+  chunks: int
+
+  def init(self, key: jax.Array) -> dict:
+    """The state before the first step: step, params, opt."""
+    params = nnx.to_pure_dict(nnx.state(self.run.model(rngs=nnx.Rngs(params=key))))
+    return {'step': jnp.zeros((), jnp.int32), 'params': params, 'opt': self.optimizer.init(params)}
+
+  def loss(self, params: dict, batch: dict) -> tuple[jax.Array, dict]:
+    """Sum of the loss over a batch's target tokens, and what it is made of."""
+    model = nnx.merge(self.graphdef, params)
+    x, penalties = model.features(batch)
+    weights = batch['decoder_loss_weights'].astype(jnp.float32)
+    targets = batch['decoder_target_tokens']
+    nll, z_loss = losses.cross_entropy(
+      model.logits, x, targets, weights, z_loss=self.run.z_loss, chunks=self.chunks
+    )
+    tokens = jnp.sum(weights)
+    # Penalties are means over tokens: weighted by tokens, microbatches add up to the batch.
+    sums = {'nll': nll, 'z_loss': z_loss, **{k: v * tokens for k, v in penalties.items()}}
+    return sum(sums.values()), {**sums, 'tokens': tokens}
+
+  def step(self, state: dict, batch: dict) -> tuple[dict, dict]:
+    """One update. Gradients are of the mean over the batch's target tokens, however it is cut."""
+    gradient = jax.value_and_grad(self.loss, has_aux=True)
+    if self.run.microbatches == 1:
+      (_, sums), grads = gradient(state['params'], batch)
+    else:
+      n = self.run.microbatches
+      parts = {k: jnp.moveaxis(x.reshape(-1, n, *x.shape[1:]), 1, 0) for k, x in batch.items()}
+      add = lambda total, part: (
+        jax.tree.map(jnp.add, total, gradient(state['params'], part)),
+        None,
+      )
+      zero = jax.tree.map(
+        jnp.zeros_like,
+        jax.eval_shape(gradient, state['params'], jax.tree.map(lambda x: x[0], parts)),
+      )
+      ((_, sums), grads), _ = jax.lax.scan(add, zero, parts)
+    tokens = jnp.maximum(sums['tokens'], 1.0)
+    grads = jax.tree.map(lambda g: g / tokens, grads)
+    updates, opt = self.optimizer.update(grads, state['opt'], state['params'])
+    params = optax.apply_updates(state['params'], updates)
+    scalars = {k: v / tokens for k, v in sums.items() if k != 'tokens'}
+    scalars = {
+      'loss': scalars.pop('nll'),
+      **scalars,
+      'tokens': sums['tokens'],
+      'grad_norm': optax.global_norm(grads),
+    }
+    scalars['learning_rate'] = self.schedule(state['step'])
+    return {'step': state['step'] + 1, 'params': params, 'opt': opt}, scalars
+
+  def evaluate(self, params: dict, batch: dict) -> tuple[jax.Array, jax.Array]:
+    """Sum of the negative log-likelihood in nats, and the number of target tokens."""
+    _, sums = self.loss(params, batch)
+    return sums['nll'], sums['tokens']
+
+
+def make_program(run: Run, batch_rows: int | None = None) -> Program:
+  """Builds a run's functions under the mesh in use. Nothing is computed or compiled.
+
+  Args:
+    batch_rows: rows of a batch on one device, for the choice of logits chunks.
+  """
+  abstract = jax.eval_shape(lambda key: run.model(rngs=nnx.Rngs(params=key)), jax.random.key(0))
+  schedule = run.schedule(run.steps)
+  optimizer = run.optimizer(learning_rate=schedule)
+  if run.clip is not None:
+    optimizer = optax.chain(optax.clip_by_global_norm(run.clip), optimizer)
+  rows = batch_rows or run.batch_size // run.microbatches
+  chunks = run.logits_chunks or losses.default_chunks(rows, run.target_length, abstract.vocab)
+  return Program(run, nnx.graphdef(abstract), optimizer, schedule, chunks)
+
+
+def open_workdir(workdir: pathlib.Path, run: Run, config_text: str) -> None:
+  """Makes the folder, or checks that it holds this very run.
+
+  Raises:
+    UserError: it cannot be written, or holds another run.
+  """
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    if not os.access(workdir, os.W_OK):
+      raise PermissionError(13, 'not writable')
+  except OSError as error:
+    raise UserError(
+      f'--workdir={workdir} cannot be written ({error.strerror}); choose another.'
+    ) from None
+  identity, path = run.identity(), workdir / 'config.txt'
+  if path.exists() and path.read_text() != identity:
+    there, here = path.read_text().splitlines(), identity.splitlines()
+    old, new = next(
+      (pair for pair in zip(there, here, strict=False) if pair[0] != pair[1]), ('', '')
+    )
+    raise UserError(
+      f'--workdir={workdir} holds a different run ("{old.strip()}" there, "{new.strip()}" here); '
+      'choose another workdir, or delete that one.'
+    )
+  metrics.write_atomic(path, identity)
+  metrics.write_atomic(workdir / 'config.gin', config_text)
+
+
+def check_fits(run: Run, vocab: int, inputs: tuple[str, ...], train: data.Frozen) -> None:
+  """Raises Invalid where model, data and devices do not go together."""
+  if vocab < train.vocab_size:
+    owner = getattr(run.model, 'func', run.model)
+    raise Invalid(
+      owner,
+      'vocab',
+      f'{vocab} is less than the {train.vocab_size} tokens of the data; set it to that or more.',
+    )
+  missing = [name for name in inputs if f'{name}_input_tokens' not in train.features]
+  if missing:
+    raise Invalid(
+      Run,
+      'train',
+      f'the model reads {missing[0]} tokens and {run.train.name} for this architecture has none.',
+    )
+  devices = run.mesh.batch_shards(jax.device_count()) * run.microbatches
+  if run.batch_size % devices:
+    raise Invalid(
+      Run, 'batch_size', f'{run.batch_size} is not a multiple of {devices}, the devices a batch is split over '
+      'times the microbatches.',
+    )  # fmt: skip
+
+
+class Interrupted(Exception):
+  """SIGTERM came; the state is saved."""
+
+
+class _Signal:
+  """True once SIGTERM came, on any host."""
+
+  def __init__(self):
+    self.came = False
+    try:
+      self.previous = signal.signal(signal.SIGTERM, self._come)
+    except ValueError:  # not the main thread: whoever started it handles signals
+      self.previous = None
+
+  def _come(self, *_):
+    self.came = True
+
+  def check(self, step: int) -> bool:
+    if jax.process_count() == 1:
+      return self.came
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.reached_preemption_sync_point(step)
+
+  def restore(self):
+    if self.previous is not None:
+      signal.signal(signal.SIGTERM, self.previous)
+
+
+def train(run: Run, workdir: str | pathlib.Path, config_text: str = '', stream=sys.stderr) -> dict:
+  """Trains to the end, or from where a checkpoint in `workdir` left it; returns the run's row.
+
+  Raises:
+    UserError: something does not fit; before anything is compiled.
+    Interrupted: SIGTERM came; a checkpoint was saved.
+  """
+  workdir = pathlib.Path(workdir)
+  with run.mesh.use():
+    open_workdir(workdir, run, config_text)
+    say = lambda text: print(text, file=stream, flush=True)
+    lead = jax.process_index() == 0
+    devices = jax.devices()
+    say(
+      f'{len(devices)} {devices[0].device_kind} device(s), mesh {dict(jax.sharding.get_mesh().shape)}'
+    )
+    frozen, validation = (
+      data.open_stream(run.train, log=say),
+      data.open_stream(run.validation, log=say),
+    )
+    program = make_program(run)
+    model = jax.eval_shape(lambda key: run.model(rngs=nnx.Rngs(params=key)), jax.random.key(0))
+    check_fits(run, model.vocab, model.inputs, frozen)
+    count = counts.count(run.model, run.train.lengths)
+    say(
+      f'{metrics.si(count.params_total)} parameters ({metrics.si(count.params_non_embedding)} non-embedding), '
+      f'{metrics.si(run.steps * run.batch_size * run.target_length)} tokens to train on; '
+      f'a uniform guess has a loss of ln {model.vocab} = {math.log(model.vocab):.3f} nats/token'
+    )
+    loop = _Loop(run, program, workdir, frozen, validation, count, stream)
+    try:
+      row = loop.train()
+    finally:
+      loop.close()
+    if lead:
+      metrics.write_atomic(workdir / 'run.json', json.dumps(row, indent=1) + '\n')
+    return row
+
+
+class _Loop:
+  """The loop around the step: dispatches it, and looks at each step's metrics one step later."""
+
+  def __init__(self, run, program, workdir, frozen, validation, count, stream):
+    self.run, self.program, self.workdir = run, program, workdir
+    self.frozen, self.validation, self.count = frozen, validation, count
+    self.signal = _Signal()
+    self.checkpoints = Checkpoints(workdir / 'checkpoints', keep=run.keep_checkpoints)
+    self.step_fn = jax.jit(program.step, donate_argnums=0)
+    self.evaluate_fn = jax.jit(program.evaluate)
+    init = jax.jit(program.init)
+    restored = self.checkpoints.restore(
+      jax.eval_shape(init, jax.random.key(run.seed)), log=self._say(stream)
+    )
+    if restored:
+      self.start, self.state, meta = restored
+      self.tokens, self.seconds = meta['tokens'], meta['seconds']
+      print(f'resumed from step {self.start:,}', file=stream, flush=True)
+    else:
+      self.start, self.state, self.tokens, self.seconds = 0, init(jax.random.key(run.seed)), 0, 0.0
+    self.rows = metrics.Rows(workdir, self.start)
+    flops = count.flops_6n_with_head
+    self.progress = metrics.Progress(run.steps, self.start, flops, stream)
+    self.window: list[dict] = []
+    self.clock = time.monotonic()
+    self.began = self.clock - self.seconds
+
+  @staticmethod
+  def _say(stream):
+    return lambda text: print(text, file=stream, flush=True)
+
+  def train(self) -> dict:
+    run, pending, status = self.run, None, 'finished'
+    batches = data.batches(
+      self.frozen, run.batch_size, run.seed, start=self.start,
+      process_index=jax.process_index(), process_count=jax.process_count(),
+    )  # fmt: skip
+    for step in range(self.start + 1, run.steps + 1):
+      self.state, scalars = self.step_fn(self.state, sharding.place(next(batches)))
+      if pending is not None and not self.look(*pending):
+        status = 'nan'
+        break
+      pending = step, scalars
+      stop = self.signal.check(step)
+      if stop or step == run.steps or self.due(step):
+        pending = None
+        if not self.look(step, scalars):
+          status = 'nan'
+          break
+        self.pause(
+          step, last=step == run.steps, save=stop or step == run.steps or self.due_checkpoint(step)
+        )
+      if stop and step < run.steps:
+        self.checkpoints.wait()
+        raise Interrupted(f'stopped at step {step:,} with a checkpoint; start again to go on')
+    return self.row(step, status)
+
+  def due_checkpoint(self, step: int) -> bool:
+    return bool(self.run.checkpoint_every) and step % self.run.checkpoint_every == 0
+
+  def due(self, step: int) -> bool:
+    return (
+      self.due_checkpoint(step) or bool(self.run.eval_every) and step % self.run.eval_every == 0
+    )
+
+  def look(self, step: int, scalars: dict) -> bool:
+    """Fetches a step's metrics and logs them; False when the loss is no number."""
+    scalars = {k: float(v) for k, v in jax.device_get(scalars).items()}
+    self.window.append(scalars)
+    self.tokens += int(scalars['tokens'])
+    good = math.isfinite(scalars['loss']) and math.isfinite(scalars['grad_norm'])
+    if step % self.run.log_every == 0 or step == self.run.steps or not good:
+      self.log(step)
+    return good
+
+  def log(self, step: int) -> None:
+    """One row: means over the steps since the last row."""
+    now = time.monotonic()
+    window, seconds = self.window, max(now - self.clock, 1e-9)
+    tokens = sum(w['tokens'] for w in window)
+    mean = lambda key: sum(w[key] for w in window) / len(window)
+    row = {'step': step, 'tokens': self.tokens} | {k: mean(k) for k in window[0] if k != 'tokens'}
+    row |= {'learning_rate': window[-1]['learning_rate'], 'tokens_per_second': tokens / seconds}
+    row['flops_per_second'] = row['tokens_per_second'] * self.progress.flops_per_token
+    self.window, self.clock = [], now
+    self.rows.write(row)
+    self.progress.show(row, last=step == self.run.steps)
+
+  def pause(self, step: int, last: bool, save: bool) -> None:
+    """Between steps: evaluate, save."""
+    began = time.monotonic()
+    if last or self.run.eval_every and step % self.run.eval_every == 0:
+      self.last_evaluation = self.evaluate()
+      self.rows.write(
+        {
+          'step': step,
+          'tokens': self.tokens,
+          **{f'validation/{k}': v for k, v in self.last_evaluation.items()},
+        }
+      )
+      self.progress.say(
+        f'step {step:,}: validation loss {self.last_evaluation["loss"]:.4f} nats/token, '
+        f'{self.last_evaluation["bits_per_byte"]:.4f} bits/byte'
+      )
+    if save:
+      self.checkpoints.save(
+        step, self.state, {'tokens': self.tokens, 'seconds': time.monotonic() - self.began}
+      )
+    self.clock += time.monotonic() - began  # speed is of training alone
+
+  def evaluate(self) -> dict[str, float]:
+    """Mean over all target tokens of the validation stream, in nats per token and bits per byte."""
+    batches = data.eval_batches(self.validation, self.run.batch_size)
+    sums = [self.evaluate_fn(self.state['params'], sharding.place(batch)) for batch in batches]
+    nll, tokens = (sum(map(float, s)) for s in zip(*jax.device_get(sums), strict=True))
+    loss = nll / tokens
+    return {'loss': loss, 'bits_per_byte': loss / math.log(2) / self.validation.bytes_per_token}
+
+  def row(self, step: int, status: str) -> dict:
+    """The run as one row: N, D and C by every convention, the loss, the hyper-parameters."""
+    run, evaluation = self.run, getattr(self, 'last_evaluation', {}) if status == 'finished' else {}
+    if status == 'finished' and not evaluation:
+      evaluation = self.evaluate()
+    if status == 'nan':
+      self.progress.say(
+        f'step {step:,}: the loss is not a number; stopped, the last good checkpoint is kept'
+      )
+    return {
+      'status': status,
+      **{k: v for k, v in vars(self.count).items() if k.startswith('params_')},
+      'tokens': self.tokens,
+      **{k: v * self.tokens for k, v in vars(self.count).items() if k.startswith('flops_')},
+      'loss': evaluation.get('loss'),
+      'bits_per_byte': evaluation.get('bits_per_byte'),
+      'steps': step,
+      'batch_size': run.batch_size,
+      'length': run.target_length,
+      'learning_rate': float(max(self.program.schedule(s) for s in (*range(0, run.steps, max(1, run.steps // 100)), run.steps))),
+      'seed': run.seed,
+      'task': run.train.name,
+      'seconds': time.monotonic() - self.began,
+      'devices': jax.device_count(),
+    }  # fmt: skip
+
+  def close(self):
+    self.signal.restore()
+    self.checkpoints.close()
+    self.rows.close()
+
+
+def default_workdir(gin_files: list[str]) -> pathlib.Path:
+  return pathlib.Path('runs') / pathlib.Path(gin_files[-1]).stem
+
+
+def main(flags) -> int:
+  config = configs.load(flags.gin_file, flags.gin)
+  run = config.build()
+  workdir = pathlib.Path(flags.workdir) if flags.workdir else default_workdir(flags.gin_file)
+  try:
+    with config.explains():
+      row = train(run, workdir, config.text)
+  except Interrupted as stop:
+    print(stop, file=sys.stderr)
+    return 143
+  print(json.dumps({'workdir': str(workdir), **row}))
+  return 0 if row['status'] == 'finished' else 1
+
+
+if __name__ == '__main__':
+  cli.run(main, FLAGS)

@@ -1,0 +1,141 @@
+"""Checkpoints that are verified on load: Orbax, behind one small class.
+
+Orbax restores a flipped byte as NaN without an error, so every checkpoint carries a checksum of each array,
+and a restore that does not match falls back to the previous good step and says so.
+"""
+
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from research.errors import UserError
+
+
+def names(tree) -> dict[str, Any]:
+  """The leaves of nested dicts by path, 'params/embedder/tokens'."""
+  flat, _ = jax.tree.flatten_with_path(tree)
+  return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in flat}
+
+
+@jax.jit
+def _checksums(tree):
+  def one(x):
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+      x = jax.random.key_data(x)
+    size = x.dtype.itemsize
+    bits = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[size])
+    bits, place, stride = bits.astype(jnp.uint32), jnp.zeros((), jnp.uint32), 1
+    for axis in reversed(range(x.ndim)):
+      place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * np.uint32(stride % 2**32)
+      stride *= x.shape[axis]
+    # Odd weights: no single flipped bit can vanish modulo 2^32. Integer sums do not depend on the mesh.
+    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+
+  return jax.tree.map(one, tree)
+
+
+def checksums(tree) -> dict[str, int]:
+  """A 32-bit checksum of every array, by name; the same on every mesh."""
+  return {name: int(value) for name, value in names(_checksums(tree)).items()}
+
+
+class Checkpoints:
+  """The checkpoints of one run, in `folder`/<step>; the newest `keep` of them.
+
+  Saving is asynchronous; an error of a save is raised by the next `save` or by `close`.
+  """
+
+  def __init__(self, folder: pathlib.Path, *, keep: int = 2):
+    self.folder = pathlib.Path(folder).absolute()
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
+    )
+    self.manager = ocp.CheckpointManager(self.folder, options=options)
+
+  def save(self, step: int, state, meta: dict[str, Any]) -> None:
+    """Starts to save `state` (arrays may be donated after this) with `meta` (JSON) beside it."""
+    if step in self.manager.all_steps():
+      return
+    meta = {**meta, 'checksums': checksums(state)}
+    items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+    self.manager.save(step, args=items)
+
+  def restore(self, abstract_state, log=print) -> tuple[int, Any, dict] | None:
+    """The newest good checkpoint: (step, state, meta), or None where there is none.
+
+    Args:
+      abstract_state: what is wanted, as `jax.eval_shape` gives it under the mesh to restore onto.
+      log: told of every damaged checkpoint, which is moved to `<folder>_damaged`.
+
+    Raises:
+      UserError: the checkpoint holds another model: names what is missing, extra or misshapen.
+    """
+    mesh = jax.sharding.get_mesh()
+    # eval_shape gives shardings on an abstract mesh, which Orbax refuses.
+    sharding = lambda x: jax.sharding.NamedSharding(
+      mesh, x.sharding.spec if x.sharding else jax.P()
+    )
+    target = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(x)), abstract_state
+    )
+    for step in sorted(self.manager.all_steps(), reverse=True):
+      self._check_same_model(step, target)
+      items = ocp.args.Composite(
+        state=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore()
+      )
+      try:
+        restored = self.manager.restore(step, args=items)
+        expected, found = restored.meta.pop('checksums'), checksums(restored.state)
+        bad = [name for name, value in expected.items() if found.get(name) != value]
+      except (ValueError, OSError, KeyError) as error:
+        bad = [f'{type(error).__name__}: {str(error).splitlines()[0][:200]}']
+      if not bad:
+        return step, restored.state, restored.meta
+      log(f'checkpoint at step {step} is damaged ({bad[0]}); falling back to the one before it')
+      self._set_aside(step)
+    return None
+
+  def _check_same_model(self, step: int, target) -> None:
+    try:
+      saved = names(self.manager.item_metadata(step)['state'].tree)
+    except (ValueError, OSError, KeyError, AttributeError, TypeError):
+      return  # unreadable: the restore will say so
+    saved = {k: tuple(v.shape) for k, v in saved.items()}
+    wanted = {k: tuple(v.shape) for k, v in names(target).items()}
+    problems = [f'{k} is missing' for k in sorted(wanted.keys() - saved.keys())]
+    problems += [f'{k} is not in this model' for k in sorted(saved.keys() - wanted.keys())]
+    problems += [
+      f'{k} is {saved[k]} and this model has {wanted[k]}'
+      for k in sorted(wanted.keys() & saved.keys())
+      if saved[k] != wanted[k]
+    ]
+    if problems:
+      more = f' (and {len(problems) - 3} more)' if len(problems) > 3 else ''
+      raise UserError(
+        f'{self.folder / str(step)} was saved by another model: {"; ".join(problems[:3])}{more}; '
+        'give this run a workdir of its own.'
+      )
+
+  def _set_aside(self, step: int) -> None:
+    damaged = self.folder.parent / f'{self.folder.name}_damaged'
+    damaged.mkdir(exist_ok=True)
+    shutil.move(self.folder / str(step), damaged / f'{step}')
+    self.manager.reload()
+
+  def wait(self) -> None:
+    self.manager.wait_until_finished()
+
+  def close(self) -> None:
+    self.manager.close()
+
+
+def save_params(folder: pathlib.Path, params) -> None:
+  """Writes parameters alone (a converted model) as a checkpoint of step 0."""
+  checkpoints = Checkpoints(folder, keep=1)
+  checkpoints.save(0, {'params': params}, {})
+  checkpoints.close()

@@ -1,0 +1,114 @@
+"""Rows of metrics: JSON lines, TensorBoard events, and the line a person watches."""
+
+import json
+import os
+import pathlib
+import sys
+import time
+
+
+def write_atomic(path: pathlib.Path, text: str) -> None:
+  """The file is either the old one or the whole new one, whatever dies."""
+  path = pathlib.Path(path)
+  temporary = path.with_name(f'.{path.name}.{os.getpid()}')
+  temporary.write_text(text)
+  temporary.replace(path)
+
+
+def read_rows(path: pathlib.Path) -> list[dict]:
+  """The rows of a JSON-lines file; a last line cut by a kill is left out."""
+  if not pathlib.Path(path).exists():
+    return []
+  rows = []
+  for line in pathlib.Path(path).read_text().splitlines():
+    try:
+      rows.append(json.loads(line))
+    except json.JSONDecodeError:
+      break
+  return rows
+
+
+class Rows:
+  """`metrics.jsonl` of a run, with every row also as TensorBoard scalars.
+
+  On resuming from `step`, rows after it are dropped: they will come again, so there is no gap and no double.
+  """
+
+  def __init__(self, workdir: pathlib.Path, step: int, tensorboard: bool = True):
+    path = workdir / 'metrics.jsonl'
+    kept = [row for row in read_rows(path) if row['step'] <= step]
+    write_atomic(path, ''.join(json.dumps(row) + '\n' for row in kept))
+    self.file = path.open('a')
+    self.writer = None
+    if tensorboard:
+      from tensorboardX import SummaryWriter
+
+      self.writer = SummaryWriter(
+        str(workdir / 'tensorboard'), purge_step=step + 1 if step else None
+      )
+
+  def write(self, row: dict) -> None:
+    self.file.write(json.dumps(row) + '\n')
+    self.file.flush()
+    if self.writer is not None:
+      for key, value in row.items():
+        if key != 'step' and isinstance(value, int | float):
+          self.writer.add_scalar(key, value, row['step'])
+
+  def close(self) -> None:
+    self.file.close()
+    if self.writer is not None:
+      self.writer.close()
+
+
+def si(x: float) -> str:
+  """1234567 -> '1.23M'."""
+  for unit in ('', 'k', 'M', 'G', 'T', 'P', 'E'):
+    if abs(x) < 999.5 or unit == 'E':
+      return f'{x:.3g}{unit}'
+    x /= 1000
+  raise AssertionError
+
+
+def clock(seconds: float) -> str:
+  """3723 -> '1:02:03'."""
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'
+
+
+class Progress:
+  """One line that is rewritten on a terminal, and a new line now and then elsewhere."""
+
+  def __init__(self, steps: int, start: int, flops_per_token: float, stream=sys.stderr):
+    self.steps, self.start, self.flops_per_token, self.stream = (
+      steps,
+      start,
+      flops_per_token,
+      stream,
+    )
+    self.began = time.monotonic()
+    self.shown = -1e9
+    self.interval = 0.2 if stream.isatty() else 10.0
+
+  def show(self, row: dict, last: bool = False) -> None:
+    now = time.monotonic()
+    if now - self.shown < self.interval and not last:
+      return
+    self.shown = now
+    done = row['step'] - self.start
+    left = (now - self.began) / max(done, 1) * (self.steps - row['step'])
+    speed = row['tokens_per_second']
+    line = (
+      f'step {row["step"]:,}/{self.steps:,}  loss {row["loss"]:.4f}  {si(speed)} tokens/s  '
+      f'{si(speed * self.flops_per_token)}FLOP/s  {clock(left)} left'
+    )
+    terminal = self.stream.isatty()
+    self.stream.write(f'\r\x1b[K{line}' if terminal else line + '\n')
+    if last and terminal:
+      self.stream.write('\n')
+    self.stream.flush()
+
+  def say(self, text: str) -> None:
+    self.stream.write(('\r\x1b[K' if self.stream.isatty() else '') + text + '\n')
+    self.stream.flush()
