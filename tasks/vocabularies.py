@@ -1,0 +1,115 @@
+"""seqio vocabularies for `research.vocabularies`, and the bytes of text that each token stands for."""
+
+import io
+import pathlib
+
+import numpy as np
+import seqio
+
+from research import vocabularies
+from research.errors import Invalid
+from research.streams import digest
+
+
+def build(vocabulary, cache: pathlib.Path, store, log=print) -> seqio.Vocabulary:
+  """The seqio vocabulary; a SentencePiece model is trained on `store`'s text when it must be."""
+  if isinstance(vocabulary, vocabularies.Bytes):
+    return seqio.ByteVocabulary(vocabulary.extra_ids)
+  path = vocabulary.file or _trained(vocabulary, cache, store, log)
+  return seqio.SentencePieceVocabulary(str(path), extra_ids=vocabulary.extra_ids)
+
+
+def _trained(vocabulary, cache: pathlib.Path, store, log) -> pathlib.Path:
+  from research.streams import _to_spec
+
+  key = digest([_to_spec(vocabulary), store.fingerprint('train')])
+  path = cache / 'vocabularies' / f'{vocabulary.model_type}-{vocabulary.size}-{key}.model'
+  if not path.exists():
+    log(f'training a SentencePiece model: {vocabulary.model_type}, {vocabulary.size} ids')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix('.partial')
+    partial.write_bytes(train(vocabulary, _sample(store, vocabulary.train_bytes)))
+    partial.rename(path)
+  return path
+
+
+def _sample(store, size: int):
+  """Lines of the first pieces of the training text, `size` bytes in all."""
+  for piece in range(store.pieces('train')):
+    for document in store.documents('train', piece):
+      if size <= 0:
+        return
+      size -= len(document)
+      yield from filter(None, document.decode().split('\n'))
+
+
+def train(vocabulary, lines) -> bytes:
+  """A serialised SentencePiece model trained on `lines`, without the extra ids (seqio adds those)."""
+  import sentencepiece
+
+  model = io.BytesIO()
+  try:
+    sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter(lines),
+      model_writer=model,
+      vocab_size=vocabulary.size - vocabulary.extra_ids,
+      model_type=vocabulary.model_type,
+      pad_id=0,
+      eos_id=1,
+      unk_id=2,
+      bos_id=-1,
+      byte_fallback=True,
+      normalization_rule_name='identity',
+      add_dummy_prefix=False,
+      remove_extra_whitespaces=False,
+      allow_whitespace_only_pieces=True,
+      split_digits=True,
+      character_coverage=0.9995,
+      max_sentence_length=1 << 16,
+      num_threads=4,
+      minloglevel=2,
+    )
+  except RuntimeError as e:
+    why = f'{vocabulary.size} ids cannot be learned from this corpus: {e}'
+    raise Invalid(vocabularies.SentencePiece, 'size', ' '.join(why.split())) from e
+  return model.getvalue()
+
+
+def encode(vocabulary: seqio.Vocabulary, documents: list[bytes]) -> list[np.ndarray]:
+  """Token ids (int32, no EOS) of every UTF-8 document."""
+  if isinstance(vocabulary, seqio.ByteVocabulary):
+    return [np.frombuffer(d, np.uint8).astype(np.int32) + 3 for d in documents]
+  texts = [d.decode() for d in documents]
+  if isinstance(vocabulary, seqio.SentencePieceVocabulary):
+    encoded = vocabulary.tokenizer.encode(texts, num_threads=2)
+  else:
+    encoded = vocabulary.encode_batch(texts)
+  return [np.asarray(e, np.int32) for e in encoded]
+
+
+def token_bytes(vocabulary: seqio.Vocabulary) -> np.ndarray:
+  """(vocab_size,) int64: UTF-8 bytes of text that each id stands for; 0 for special ids.
+
+  Summed over tokens it gives the true bytes of a text, for a byte vocabulary and for a lossless
+  SentencePiece model exactly; for a normalising one, the bytes of the normalised text.
+  """
+  n = vocabulary.vocab_size
+  sizes = np.zeros(n, np.int64)
+  if isinstance(vocabulary, seqio.ByteVocabulary):
+    sizes[3 : 3 + 256] = 1
+  elif isinstance(vocabulary, seqio.SentencePieceVocabulary):
+    model = vocabulary.tokenizer
+    for i in range(n - vocabulary.extra_ids):
+      if model.is_byte(i):
+        sizes[i] = 1
+      elif not model.is_control(i) and not model.is_unknown(i):
+        sizes[i] = len(model.id_to_piece(i).replace('▁', ' ').encode())
+  elif hasattr(vocabulary, 'token_bytes'):
+    sizes[:] = vocabulary.token_bytes()
+  else:
+    sizes[:] = [len(str(vocabulary.decode([i])).encode()) for i in range(n)]
+    for special in (vocabulary.pad_id, vocabulary.eos_id, vocabulary.unk_id):
+      if special is not None:
+        sizes[special] = 0
+    sizes[n - vocabulary.extra_ids :] = 0
+  return sizes
