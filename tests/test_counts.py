@@ -1,0 +1,322 @@
+"""Every preset has the parameters that its publication has, and the FLOPs are those of the program.
+
+A family is one gin file and one row of a table below. `EXACT` totals are those of the modules of transformers
+5.23, built on torch's meta device from the configuration of the released weights, where a row does not say
+otherwise. `ROUNDED` are figures of papers, with the digits they print.
+"""
+
+import functools
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from research import configs
+from research.errors import UserError
+from research.model.counts import Counts, abstract, count, table
+from research.sharding import Mesh
+
+MODELS = pathlib.Path(__file__).resolve().parent.parent / 'gin' / 'models'
+
+EXACT = {
+  't5/1_0_small': 60_506_624,
+  't5/1_0_base': 222_903_552,
+  't5/1_0_large': 737_668_096,
+  't5/1_0_3b': 2_851_598_336,
+  't5/1_0_11b': 11_307_321_344,
+  't5/1_1_small': 76_961_152,
+  't5/1_1_base': 247_577_856,
+  't5/1_1_large': 783_150_080,
+  't5/1_1_xl': 2_849_757_184,
+  't5/1_1_xxl': 11_135_332_352,
+  # transformers ties the heads of the next three families; theirs is vocab x embed more.
+  'mt5/small': 172_119_424 + 250_112 * 512,
+  'mt5/base': 390_315_264 + 250_112 * 768,
+  'mt5/large': 973_466_624 + 250_112 * 1024,
+  'mt5/xl': 3_230_390_272 + 250_112 * 2048,
+  'mt5/xxl': 11_896_598_528 + 250_112 * 4096,
+  'byt5/small': 299_072_512 + 384 * 1472,
+  'byt5/base': 581_063_424 + 384 * 1536,
+  'byt5/large': 1_227_593_728 + 384 * 1536,
+  'byt5/xl': 3_736_818_688 + 384 * 2560,
+  'byt5/xxl': 12_905_105_280 + 384 * 4672,
+  'ul2/20b': 19_459_613_696 + 32_128 * 4096,
+  'switch/base_8': 619_339_008,
+  'switch/base_16': 1_072_397_568,
+  'switch/base_32': 1_978_514_688,
+  'switch/base_64': 3_790_748_928,
+  'switch/base_128': 7_415_217_408,
+  'switch/large_128': 26_309_291_008,
+  'gpt2/124m': 124_439_808,
+  'gpt2/355m': 354_823_168,
+  'gpt2/774m': 774_030_080,
+  'gpt2/1_5b': 1_557_611_200,
+  'opt/125m': 125_239_296,
+  'opt/1_3b': 1_315_758_080,
+  'opt/2_7b': 2_651_596_800,
+  'opt/6_7b': 6_658_473_984,
+  'opt/13b': 12_853_473_280,
+  'opt/30b': 29_974_540_288,
+  'opt/66b': 65_719_701_504,
+  'opt/175b': 174_604_468_224,
+  'llama/7b': 6_738_415_616,
+  'llama/13b': 13_015_864_320,
+  'llama/33b': 32_528_943_616,
+  'llama/65b': 65_285_660_672,
+  'llama2/7b': 6_738_415_616,
+  'llama2/13b': 13_015_864_320,
+  'llama2/70b': 68_976_648_192,
+  'llama3/8b': 8_030_261_248,
+  'llama3/70b': 70_553_706_496,
+  'llama3/405b': 405_853_388_800,
+  'bloom/560m': 559_214_592,
+  'bloom/1b1': 1_065_314_304,
+  'bloom/1b7': 1_722_408_960,
+  'bloom/3b': 3_002_557_440,
+  'bloom/7b1': 7_069_016_064,
+  'bloom/176b': 176_247_271_424,
+  'falcon/7b': 6_921_720_704,
+  'baichuan/7b': 7_000_559_616,  # transformers' Llama at this vocabulary
+  'baichuan/13b': 13_264_901_120,  # the index of the released weights: 26,529,802,240 bytes of bfloat16
+  'qwen/1_8b': 1_836_828_672,  # Qwen 1: transformers' Qwen 2 with as many key heads as heads
+  'qwen/7b': 7_721_324_544,
+  'qwen/14b': 14_167_290_880,
+  'qwen/72b': 72_287_920_128,
+  'qwen2/0_5b': 494_032_768,
+  'qwen2/1_5b': 1_543_714_304,
+  'qwen2/7b': 7_615_616_512,
+  'qwen2/72b': 72_706_203_648,
+  'qwen2_5/0_5b': 494_032_768,
+  'qwen2_5/1_5b': 1_543_714_304,
+  'qwen2_5/3b': 3_085_938_688,
+  'qwen2_5/7b': 7_615_616_512,
+  'qwen2_5/14b': 14_770_033_664,
+  'qwen2_5/32b': 32_763_876_352,
+  'qwen2_5/72b': 72_706_203_648,
+  'qwen3/0_6b': 596_049_920,
+  'qwen3/1_7b': 1_720_574_976,
+  'qwen3/4b': 4_022_468_096,
+  'qwen3/8b': 8_190_735_360,
+  'qwen3/14b': 14_768_307_200,
+  'qwen3/32b': 32_762_123_264,
+  'qwen3/30b_a3b': 30_532_122_624,
+  'qwen3/235b_a22b': 235_093_634_560,
+  'mixtral/8x7b': 46_702_792_704,
+  'mixtral/8x22b': 140_620_634_112,
+}
+
+# preset: (what the paper prints, half a unit of its last digit, which count)
+ROUNDED = {
+  # Brown et al. 2020, table 2.1; 350M is a name, its 24 layers of 1024 and 50,257 tokens are 356M.
+  'gpt3/125m': (125e6, 0.5e6, 'params_total'),
+  'gpt3/350m': (356e6, 0.5e6, 'params_total'),
+  'gpt3/760m': (760e6, 0.5e6, 'params_total'),
+  'gpt3/1_3b': (1.3e9, 0.05e9, 'params_total'),
+  'gpt3/2_7b': (2.7e9, 0.05e9, 'params_total'),
+  'gpt3/6_7b': (6.7e9, 0.05e9, 'params_total'),
+  'gpt3/13b': (
+    13e9,
+    0.5e9,
+    'params_total',
+  ),  # printed 13.0B, which the table's own sizes miss by .5%
+  'gpt3/175b': (175e9, 0.5e9, 'params_total'),  # printed 175.0B; OPT 175B is of the same shape
+  # Chowdhery et al. 2022, table 1; of 540B it prints 540.35, which is 540.356 cut and not rounded.
+  'palm/8b': (8.63e9, 0.005e9, 'params_total'),
+  'palm/62b': (62.50e9, 0.005e9, 'params_total'),
+  'palm/540b': (540.355e9, 0.005e9, 'params_total'),
+  # Thoppilan et al. 2022, section 3: "137B non-embedding parameters".
+  'lamda/137b': (137e9, 0.5e9, 'params_non_embedding'),
+}
+
+LENGTHS = {'targets': 2048, 'inputs': 2048}
+
+
+def load(preset: str, *bindings: str):
+  return configs.load(str(MODELS / f'{preset}.gin'), bindings, root='MODEL').tree()
+
+
+@functools.cache
+def counted(preset: str) -> Counts:
+  return count(load(preset), LENGTHS)
+
+
+@pytest.mark.parametrize('preset', EXACT)
+def test_published_total(preset):
+  assert counted(preset).params_total == EXACT[preset]
+
+
+@pytest.mark.parametrize('preset', ROUNDED)
+def test_published_total_within_its_rounding(preset):
+  printed, half_unit, name = ROUNDED[preset]
+  assert getattr(counted(preset), name) == pytest.approx(printed, abs=half_unit)
+
+
+def presets() -> list[str]:
+  """The gin files that are sizes: not the ones that sizes include, nor the ones for tests and tutorials."""
+  paths = (p for p in MODELS.rglob('*.gin') if p.stem != 'tiny' and 'Set: ' not in p.read_text())
+  return sorted(str(path.relative_to(MODELS).with_suffix('')) for path in paths)
+
+
+def test_every_preset_has_a_row():
+  assert presets() == sorted([*EXACT, *ROUNDED])
+
+
+@pytest.mark.parametrize('preset', [*EXACT, *ROUNDED])
+def test_the_first_line_of_a_preset_gives_its_total(preset):
+  first = (MODELS / f'{preset}.gin').read_text().splitlines()[0]
+  assert f': {counted(preset).params_total:,} parameters' in first
+
+
+@pytest.mark.parametrize(
+  ('preset', 'active', 'half_unit'),
+  [
+    ('mixtral/8x7b', 12.9e9, 0.05e9),  # Mistral AI's announcement: 46.7B and 12.9B
+    ('mixtral/8x22b', 39e9, 0.5e9),  # 141B and 39B
+    ('qwen3/30b_a3b', 3.35e9, 0.05e9),  # Qwen Team's model card: 30.5B and 3.3B, which is 3.353 cut
+    ('qwen3/235b_a22b', 22e9, 0.5e9),
+  ],
+)
+def test_active_parameters(preset, active, half_unit):
+  assert counted(preset).params_active == pytest.approx(active, abs=half_unit)
+
+
+def test_non_embedding_and_head():
+  gpt2, llama, t5 = counted('gpt2/124m'), counted('llama/7b'), counted('t5/1_1_small')
+  assert gpt2.params_total - gpt2.params_non_embedding == (50257 + 1024) * 768
+  assert (
+    gpt2.params_with_head - gpt2.params_non_embedding == 50257 * 768
+  )  # tied, and still a product
+  assert llama.params_total - llama.params_non_embedding == 2 * 32000 * 4096
+  assert llama.params_with_head - llama.params_non_embedding == 32000 * 4096
+  assert t5.params_total - t5.params_non_embedding == 2 * 32128 * 512
+  assert llama.flops_6n_non_embedding == 6 * llama.params_non_embedding
+  assert llama.flops_6n_with_head == 6 * llama.params_with_head
+
+
+TINY = ('EMBED=32', 'LAYERS=2', 'HEADS=4', 'HEAD_DIM=16', 'MLP=48', 'VOCAB=96')
+
+
+def dot_flops(jaxpr) -> int:
+  """2 x multiplications of every matrix product in a program, loops and calls unrolled."""
+  total = 0
+  for equation in jaxpr.eqns:
+    trips = equation.params.get('length', 1) if equation.primitive.name == 'scan' else 1
+    if equation.primitive.name == 'dot_general':
+      (contract, _), _ = equation.params['dimension_numbers']
+      size = math.prod(equation.invars[0].aval.shape[i] for i in contract)
+      total += 2 * size * math.prod(equation.outvars[0].aval.shape)
+    for value in equation.params.values():
+      inner = getattr(value, 'jaxpr', value)
+      total += trips * dot_flops(inner) if hasattr(inner, 'eqns') else 0
+  return total
+
+
+@pytest.mark.parametrize(
+  ('preset', 'more'),
+  [
+    ('gpt2/124m', ()),
+    ('llama3/8b', ('KV_HEADS=2',)),
+    ('qwen3/0_6b', ('KV_HEADS=2',)),
+    ('palm/8b', ()),
+    ('bloom/560m', ()),
+    ('t5/1_0_small', ()),
+    ('t5/1_1_small', ()),
+  ],
+)
+def test_flops_are_those_of_the_traced_program(preset, more):
+  """Appendix F without its softmax and its one-hot products is every matrix product of the forward pass."""
+  model = load(preset, *TINY, *more)
+  batch, inputs, targets = 2, 24, 8
+  counts = count(model, {'inputs': inputs, 'targets': targets})
+  with Mesh(data=1).use(jax.devices()[:1]):
+    module = abstract(model)
+    encoder = 'encoder' in module.inputs
+    tokens = {'decoder_input_tokens': jnp.zeros((batch, targets), int)}
+    if encoder:
+      tokens['encoder_input_tokens'] = jnp.ones((batch, inputs), int)
+    jaxpr = jax.make_jaxpr(lambda module, tokens: module(tokens)[0])(module, tokens).jaxpr
+  pairs = targets + encoder * (inputs * inputs / targets + inputs)  # per target token, in a layer
+  softmax = 3 * 4 * 2 * pairs
+  one_hot = 2 * 96 * 32 * (1 + encoder * inputs / targets)
+  forward = counts.flops_chinchilla / 3 - softmax - one_hot
+  assert dot_flops(jaxpr) == pytest.approx(forward * batch * targets, rel=1e-12)
+
+
+@pytest.mark.parametrize('window', [None, 1, 3, 8, 100])
+def test_causal_attention_counts_the_pairs_of_the_mask(window):
+  bindings = [*TINY, f'Attention.window={window}']
+  length, layers = 8, 2
+  counts = count(load('llama/7b', *bindings), {'targets': length})
+  seen = sum(min(i + 1, window or length) for i in range(length))
+  mixing = counts.flops_attention_causal - counts.flops_6n_with_head
+  # Two products of head_dim multiplications and additions a pair and head, thrice for the backward pass.
+  assert mixing == pytest.approx(3 * 2 * 2 * 16 * 4 * layers * seen / length, rel=1e-12)
+  full = counts.flops_attention_full - counts.flops_6n_with_head
+  assert full == 3 * 2 * 2 * 16 * 4 * layers * min(window or length, length)
+
+
+@pytest.mark.parametrize(
+  ('layers', 'embed', 'mlp', 'heads', 'head_dim', 'ratio'),
+  [
+    (10, 640, 2560, 10, 64, 1.03),
+    (20, 1024, 4096, 16, 64, 1.10),
+    (24, 1280, 5120, 10, 128, 1.08),
+    (26, 1792, 7168, 14, 128, 1.04),
+    (28, 2048, 8192, 16, 128, 1.03),
+    (40, 3584, 14336, 28, 128, 0.99),
+  ],
+)
+def test_chinchilla_convention_gives_the_papers_table(layers, embed, mlp, heads, head_dim, ratio):
+  """Hoffmann et al. 2022, table A4: FLOPs of appendix F over 6ND, of layers alone.
+
+  Its N includes embeddings (32,000 x embed) and the projection of relative positions in every layer (embed x
+  heads x head_dim), whose FLOPs the appendix does not list.
+  """
+  sizes = f'EMBED={embed} LAYERS={layers} MLP={mlp} HEADS={heads} HEAD_DIM={head_dim} VOCAB=32000'
+  counts = count(load('gpt2/124m', *sizes.split()), {'targets': 2048})
+  of_layers = counts.flops_chinchilla - 3 * 2 * 2 * 32000 * embed
+  matrices = layers * (4 * embed * heads * head_dim + 2 * embed * mlp)
+  n = matrices + layers * embed * heads * head_dim + 32000 * embed
+  assert of_layers / (6 * n) == pytest.approx(ratio, abs=0.0051)
+
+
+def test_encoder_decoder_counts_input_tokens_per_target_token():
+  short = count(load('t5/1_1_small'), {'inputs': 512, 'targets': 128})
+  model = abstract(load('t5/1_1_small'))
+  size = lambda module: sum(leaf.size for leaf in jax.tree.leaves(module))
+  cross = model.decoder.sublayers[1]
+  keys_and_values = size(cross.parts[0].key) + size(cross.parts[0].value)
+  want = 4 * (size(model.encoder) + keys_and_values) + size(model.decoder) - keys_and_values
+  assert short.flops_6n_non_embedding == 6 * want
+  assert short.params_non_embedding == size(model.encoder) + size(model.decoder)
+
+
+@pytest.mark.parametrize(
+  ('preset', 'per_token', 'per_input'),
+  [
+    ('llama/7b', 2 * 32 * 4096 * 2, 0),  # keys and values of 32 layers, two bytes each
+    ('llama3/8b', 2 * 32 * 8 * 128 * 2, 0),
+    ('falcon/7b', 2 * 32 * 64 * 2, 0),
+    ('t5/1_1_xxl', 2 * 24 * 4096 * 2, 2 * 24 * 4096 * 2),
+  ],
+)
+def test_cache_bytes_in_bfloat16(preset, per_token, per_input):
+  encoder_decoder = preset.startswith('t5')
+  name = 'EncoderDecoder' if encoder_decoder else 'LanguageModel'
+  counts = count(load(preset, f"{name}.dtype='bfloat16'"), LENGTHS)
+  assert counts.kv_cache_bytes_per_token == per_token
+  assert counts.cross_cache_bytes_per_token == per_input
+
+
+@pytest.mark.parametrize('lengths', [{}, {'targets': 0}, {'targets': 8}])
+def test_missing_length_is_named(lengths):
+  with pytest.raises(UserError, match='lengths: EncoderDecoder needs a positive length of its'):
+    count(load('t5/1_1_small'), lengths)
+
+
+def test_table_shows_every_count():
+  text = table(counted('llama/7b'))
+  assert '6,738,415,616    6.738B' in text
+  assert len(text.splitlines()) == len(Counts.__dataclass_fields__)
