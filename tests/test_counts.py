@@ -105,6 +105,16 @@ EXACT = {
   'qwen3/235b_a22b': 235_093_634_560,
   'mixtral/8x7b': 46_702_792_704,
   'mixtral/8x22b': 140_620_634_112,
+  'mamba/130m': 129_135_360,
+  'mamba/370m': 371_516_416,
+  'mamba/790m': 793_204_224,
+  'mamba/1_4b': 1_372_178_432,
+  'mamba/2_8b': 2_768_345_600,
+  'mamba2/130m': 128_989_632,
+  'mamba2/370m': 368_346_624,
+  'mamba2/780m': 780_161_280,
+  'mamba2/1_3b': 1_343_757_312,
+  'mamba2/2_7b': 2_702_599_680,
 }
 
 # preset: (what the paper prints, half a unit of its last digit, which count)
@@ -299,6 +309,7 @@ def test_encoder_decoder_counts_input_tokens_per_target_token():
     ('llama/7b', 2 * 32 * 4096 * 2, 0),  # keys and values of 32 layers, two bytes each
     ('llama3/8b', 2 * 32 * 8 * 128 * 2, 0),
     ('falcon/7b', 2 * 32 * 64 * 2, 0),
+    ('mamba/130m', 0, 0),  # a state of constant size
     ('t5/1_1_xxl', 2 * 24 * 4096 * 2, 2 * 24 * 4096 * 2),
   ],
 )

@@ -17,6 +17,7 @@ FILES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / 'gin').rglob('*.g
 TINY = {
   'EMBED': 32, 'LAYERS': 2, 'ENCODER_LAYERS': 2, 'DECODER_LAYERS': 1, 'HEADS': 8, 'KV_HEADS': 2, 'HEAD_DIM': 8,
   'MLP': 48, 'EXPERTS': 4, 'ACTIVE': 2, 'HEAD_SCALE': 32**-0.5,
+  'INNER': 64, 'RANK': 2,
 }  # fmt: skip
 
 
