@@ -136,6 +136,14 @@ ROUNDED = {
   'palm/8b': (8.63e9, 0.005e9, 'params_total'),
   'palm/62b': (62.50e9, 0.005e9, 'params_total'),
   'palm/540b': (540.355e9, 0.005e9, 'params_total'),
+  # Rae et al. 2021, table 1, and Hoffmann et al. 2022, table 4
+  'gopher/44m': (44e6, 0.5e6, 'params_total'),
+  'gopher/117m': (117e6, 0.5e6, 'params_total'),
+  'gopher/417m': (417e6, 0.5e6, 'params_total'),
+  'gopher/1_4b': (1.4e9, 0.05e9, 'params_total'),
+  'gopher/7_1b': (7.1e9, 0.05e9, 'params_total'),
+  'gopher/280b': (280e9, 0.5e9, 'params_total'),
+  'chinchilla/70b': (70e9, 0.5e9, 'params_total'),
   # Thoppilan et al. 2022, section 3: "137B non-embedding parameters".
   'lamda/137b': (137e9, 0.5e9, 'params_non_embedding'),
 }

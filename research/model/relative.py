@@ -1,0 +1,83 @@
+"""Attention with projected relative positions, as in Transformer-XL, Gopher and Chinchilla."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from research.model.attention import Attention, dot_product_attention
+from research.model.layers import Linear, Part, normal, param
+from research.sharding import shard, spec
+
+
+class RelativeAttention(Attention):
+  """Multi-head attention whose logits also depend on a projection of the distance (Dai et al. 2019).
+
+  logits[i, j] = scale ((q_i + u) k_j + (q_i + v) W r_{i-j}) with r the sinusoids of the distance and u, v
+  learned per head (arXiv:1901.02860, section 3.3). W [embed, heads, head_dim] is as large as the queries'
+  projection. Memory between segments, the other half of that paper, is left out.
+
+  Knobs:
+    window: as in `Attention`.
+  """
+
+  def __init__(
+    self,
+    embed: int,
+    *,
+    heads: int,
+    head_dim: int,
+    window: int | None = None,
+    linear: Part = Linear,
+    rngs: nnx.Rngs,
+  ):
+    super().__init__(embed, heads=heads, head_dim=head_dim, window=window, linear=linear, rngs=rngs)
+    shape, zeros = (heads, head_dim), nnx.initializers.zeros
+    init = functools.partial(normal, stddev=embed**-0.5)
+    self.position = param(rngs, (embed, *shape), ('embed', 'heads', 'head_dim'), init)
+    self.content_bias = param(rngs, shape, ('heads', 'head_dim'), zeros)
+    self.position_bias = param(rngs, shape, ('heads', 'head_dim'), zeros)
+
+  def attend(self, x, source, context, bias, mask):
+    q, k, v = self.query(x), self.key(source), self.value(source)
+    k, v = (shard(y, 'batch', None, 'kv_heads', None) for y in (k, v))
+    here = lambda y: shard(y[...].astype(x.dtype), 'heads', None)
+    distances = self.by_distance(q + here(self.position_bias))
+    y = dot_product_attention(
+      q + here(self.content_bias),
+      k,
+      v,
+      mask=mask,
+      bias=distances if bias is None else distances + bias,
+      scale=self.scale,
+    )
+    return self.output(y)
+
+  def by_distance(self, q: jax.Array) -> jax.Array:
+    """scale q_i W r_{i-j}: [batch, heads, query, key] from [batch, length, heads, head_dim]."""
+    batch, length, heads, _ = q.shape
+    kernel = shard(self.position[...].astype(q.dtype), None, 'heads', None)
+    r = sinusoids(np.arange(length - 1, -length, -1), kernel.shape[0]).astype(q.dtype)
+    r = jnp.einsum('ne,ehd->nhd', r, kernel)
+    logits = jnp.einsum('bqhd,nhd->bhqn', q * self.scale, r, preferred_element_type=jnp.float32)
+    # Row i holds distances length - 1 down to 1 - length and wants i down to i + 1 - length. With a column put
+    # before it, reading rows one shorter moves each a step further: pad, drop the first `length`, read again.
+    where = lambda shape: {'out_sharding': spec('batch', 'heads', None, None, shape=shape)}
+    logits = jnp.pad(logits, ((0, 0), (0, 0), (0, 0), (1, 0)))
+    shape = (batch, heads, 2 * length, length)
+    logits = logits.reshape(shape, **where(shape))[:, :, 1:]
+    shape = (batch, heads, length, 2 * length - 1)
+    return logits.reshape(shape, **where(shape))[..., :length]
+
+  def mixing_flops(self, length: int, encoder_length: int) -> int:
+    """`Attention`'s, and half as much again for the products with distances."""
+    return super().mixing_flops(length, encoder_length) * 3 // 2
+
+
+def sinusoids(positions: np.ndarray, embed: int) -> jax.Array:
+  """[n, embed]: sines and then cosines of the positions, wavelengths 2 pi to 20000 pi (Dai et al. 2019)."""
+  frequency = 10_000.0 ** (-np.arange(0, embed, 2) / embed)
+  angle = positions[:, None] * frequency
+  return jnp.asarray(np.concatenate([np.sin(angle), np.cos(angle)], axis=-1), jnp.float32)
