@@ -4,13 +4,17 @@
 """
 
 import dataclasses
+import glob
 import importlib.metadata
+import pathlib
 import platform
 from typing import ClassVar
 
-from research.errors import Invalid
+from research.errors import Invalid, did_you_mean
+from research.vocabularies import file_signature
 
 SPLITS = ('train', 'validation')
+BROKEN = ('refuse', 'skip')
 
 # Installed with every lock of this project on every platform, at least 40 kB of Python each.
 # fmt: off
@@ -91,4 +95,163 @@ def version(package: str) -> str:
     return f'{package}-absent'
 
 
-CORPORA = (PythonSources,)
+@dataclasses.dataclass(frozen=True)
+class Files(Corpus):
+  """Base of the corpora that lie in files.
+
+  Attributes:
+    files: path or glob, or several; local, or gs:// (with TensorFlow's file system). `.gz` is opened.
+    validation_files: the validation split; without it the split is by a hash of each document.
+    validation_fraction: the share of documents that the hash sends there.
+    broken: 'refuse' stops at the first broken file or line and names it; 'skip' counts them.
+    longest: a longer document, in characters, is cut at line ends.
+  """
+
+  files: str | tuple[str, ...] = ()
+  validation_files: str | tuple[str, ...] = ()
+  validation_fraction: float = 0.01
+  broken: str = 'refuse'
+  longest: int = 1_000_000
+
+  def __post_init__(self):
+    for field in ('files', 'validation_files'):
+      value = getattr(self, field)
+      object.__setattr__(self, field, (value,) if isinstance(value, str) else tuple(value))
+    if not self.files:
+      raise Invalid(type(self), 'files', 'set the files to read, such as "/data/*.jsonl.gz".')
+    if self.broken not in BROKEN:
+      hint = did_you_mean(self.broken, BROKEN)
+      raise Invalid(type(self), 'broken', f'{self.broken!r} is not known.{hint}')
+    if not 0 < self.validation_fraction < 1 and not self.validation_files:
+      why = f'{self.validation_fraction} must lie between 0 and 1.'
+      raise Invalid(type(self), 'validation_fraction', why)
+    for field in ('files', 'validation_files'):
+      for pattern in getattr(self, field):
+        if '://' not in pattern and not found(pattern):
+          raise Invalid(type(self), field, f'no file matches {pattern!r}.{_near(pattern)}')
+
+  def signature(self) -> list:
+    patterns = (*self.files, *self.validation_files)
+    return [file_signature(f) for p in patterns if '://' not in p for f in found(p)]
+
+
+def found(pattern: str) -> list[str]:
+  """Local files (or folders) that a path or a glob names, sorted."""
+  return sorted(glob.glob(str(pathlib.Path(pattern).expanduser()), recursive=True))
+
+
+def _near(pattern: str) -> str:
+  path = pathlib.Path(pattern).expanduser()
+  if glob.has_magic(str(path.parent)):
+    return ''
+  if not path.parent.is_dir():
+    return f' There is no folder {path.parent}.'
+  hint = did_you_mean(path.name, [p.name for p in path.parent.iterdir()])
+  return hint if hint.startswith(' Did') else ''
+
+
+@dataclasses.dataclass(frozen=True)
+class TextFiles(Files):
+  """UTF-8 text files.
+
+  Attributes:
+    separator: what stands between documents in a file, such as a newline or '<|endoftext|>'; None
+      makes every file a document.
+  """
+
+  separator: str | None = None
+  name: ClassVar[str] = 'text'
+
+
+@dataclasses.dataclass(frozen=True)
+class _Records(Files):
+  """Base of the files of records.
+
+  Attributes:
+    field: the field with the text (with `prompt`: with the completion).
+    prompt: the field with the prompt, for instruction pairs.
+  """
+
+  field: str = 'text'
+  prompt: str | None = None
+
+  @property
+  def pairs(self) -> bool:
+    return self.prompt is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class JsonLines(_Records):
+  """A JSON object on every line."""
+
+  name: ClassVar[str] = 'jsonl'
+
+
+@dataclasses.dataclass(frozen=True)
+class Parquet(_Records):
+  """Parquet files, read by row group."""
+
+  name: ClassVar[str] = 'parquet'
+
+
+@dataclasses.dataclass(frozen=True)
+class HuggingFace(_Records):
+  """What `datasets` wrote with `save_to_disk`: `files` are the .arrow files in its folders."""
+
+  name: ClassVar[str] = 'huggingface'
+
+
+@dataclasses.dataclass(frozen=True)
+class TFRecords(_Records):
+  """TFRecord files of tf.train.Example, the text in a bytes feature."""
+
+  name: ClassVar[str] = 'tfrecord'
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayRecords(_Records):
+  """ArrayRecord files of tf.train.Example, the text in a bytes feature."""
+
+  name: ClassVar[str] = 'array_record'
+
+
+@dataclasses.dataclass(frozen=True)
+class Tfds(Corpus):
+  """A TensorFlow Datasets data set, already prepared under `data_dir` (nothing is downloaded).
+
+  Attributes:
+    tfds_name: such as 'lm1b:1.1.0'; the version is part of the name.
+    data_dir: TFDS's folder; None is its default.
+    field, prompt, broken, longest: as for files of records.
+    train, validation: TFDS splits, such as 'train[:99%]'.
+  """
+
+  tfds_name: str = ''
+  data_dir: str | None = None
+  field: str = 'text'
+  prompt: str | None = None
+  train: str = 'train'
+  validation: str = 'validation'
+  broken: str = 'refuse'
+  longest: int = 1_000_000
+  name: ClassVar[str] = 'tfds'
+
+  def __post_init__(self):
+    if not self.tfds_name:
+      raise Invalid(Tfds, 'tfds_name', "set the data set's name, such as 'lm1b:1.1.0'.")
+
+  @property
+  def pairs(self) -> bool:
+    return self.prompt is not None
+
+
+CORPORA = (
+  PythonSources,
+  TextFiles,
+  JsonLines,
+  Parquet,
+  HuggingFace,
+  TFRecords,
+  ArrayRecords,
+  Tfds,
+)

@@ -122,4 +122,172 @@ class SpanCorruption(Objective):
     check_spans(stream, self.noise_density, self.mean_noise_span_length)
 
 
-OBJECTIVES = {c.name: c for c in (CausalLM, SpanCorruption)}
+@dataclasses.dataclass(frozen=True)
+class PrefixLM(Objective):
+  """Predict the rest of a segment from a prefix of random length that sees itself both ways.
+
+  Raffel et al. (2020), section 3.2.3; Liu et al. (2018), arXiv:1801.10198.
+
+  Attributes:
+    noise_density: the share of tokens that is predicted, on average; at most one half.
+  """
+
+  noise_density: float = 0.5
+
+  name: ClassVar[str] = 'prefix_lm'
+  architectures: ClassVar[tuple[str, ...]] = ('decoder', 'encoder_decoder')
+
+  def targets_length(self, inputs: int) -> int:
+    return inputs
+
+  def check(self, stream):
+    super().check(stream)
+    if not 0 < self.noise_density <= 0.5:
+      raise Invalid(
+        PrefixLM, 'noise_density', f'{self.noise_density} must be above 0, at most 0.5.'
+      )
+    check_targets_hold_inputs(stream)
+
+
+def check_targets_hold_inputs(stream):
+  """Raises `Invalid` when an encoder-decoder's targets could be cut off."""
+  lengths = stream.lengths
+  if stream.architecture == 'encoder_decoder' and lengths['targets'] < lengths['inputs']:
+    why = f"'targets' is {lengths['targets']}: {stream.name} can hide as much as 'inputs' holds, "
+    raise Invalid(type(stream), 'lengths', why + f'so make it {lengths["inputs"]}.')
+
+
+@dataclasses.dataclass(frozen=True)
+class Denoiser:
+  """One of UL2's: `mode` 'R', 'X' (span corruption) or 'S' (prefix LM), and its share of the tokens."""
+
+  mode: str
+  mean_noise_span_length: float
+  noise_density: float
+  rate: float = 1.0
+
+  def __post_init__(self):
+    if self.mode not in ('R', 'S', 'X'):
+      raise Invalid(Denoiser, 'mode', f"{self.mode!r} is none of 'R', 'S' and 'X'.")
+    if self.rate <= 0:
+      raise Invalid(Denoiser, 'rate', f'{self.rate} must be positive.')
+
+
+@dataclasses.dataclass(frozen=True)
+class UL2(Objective):
+  """A mixture of denoisers, each announced by a mode token (Tay et al. 2022, arXiv:2205.05131).
+
+  The default seven are those of its table 1: R (mean 3 and 8 at 15%), X (3, 8, 64 at 50% and 64 at
+  15%), S (a quarter predicted, on average). The mode tokens are the three lowest extra ids: R, S, X.
+  """
+
+  denoisers: tuple[Denoiser, ...] = (
+    Denoiser('R', 3, 0.15),
+    Denoiser('R', 8, 0.15),
+    Denoiser('S', 0, 0.25),
+    Denoiser('X', 3, 0.5),
+    Denoiser('X', 8, 0.5),
+    Denoiser('X', 64, 0.15),
+    Denoiser('X', 64, 0.5),
+  )
+
+  name: ClassVar[str] = 'ul2'
+  architectures: ClassVar[tuple[str, ...]] = ('encoder_decoder', 'decoder')
+  marks: ClassVar[int] = 3
+
+  def __post_init__(self):
+    object.__setattr__(self, 'denoisers', tuple(self.denoisers))
+
+  def targets_length(self, inputs: int) -> int:
+    return inputs
+
+  def check(self, stream):
+    super().check(stream)
+    check_targets_hold_inputs(stream)
+    for d in self.denoisers:
+      if d.mode != 'S':
+        check_spans(stream, d.noise_density, d.mean_noise_span_length, 1, Denoiser)
+
+
+def check_marks(stream):
+  """Raises `Invalid` when the vocabulary has no ids for the objective's own marks."""
+  marks = reserved_ids(stream.task)
+  if stream.vocabulary.extra_ids < marks:
+    why = f'{stream.vocabulary.extra_ids} is too few: {stream.name} needs {marks} ids of its own.'
+    raise Invalid(type(stream.vocabulary), 'extra_ids', why)
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedLM(Objective):
+  """Predict chosen tokens in place: BERT (Devlin et al. 2019, arXiv:1810.04805, section 3.1).
+
+  Of the chosen tokens 80% become the mask (the lowest extra id), 10% a random token, 10% stay.
+
+  Attributes:
+    noise_density: the chance of a token (or word) to be chosen.
+    whole_word: whether the tokens of a word are chosen together.
+  """
+
+  noise_density: float = 0.15
+  whole_word: bool = False
+
+  name: ClassVar[str] = 'masked_lm'
+  architectures: ClassVar[tuple[str, ...]] = ('encoder',)
+  marks: ClassVar[int] = 1
+
+  def check(self, stream):
+    super().check(stream)
+    check_marks(stream)
+    if not 0 < self.noise_density < 1:
+      raise Invalid(MaskedLM, 'noise_density', f'{self.noise_density} must lie between 0 and 1.')
+
+
+@dataclasses.dataclass(frozen=True)
+class FillInTheMiddle(Objective):
+  """Causal LM in which a share of the segments has its middle moved to the end.
+
+  Bavarian et al. (2022), arXiv:2207.14255: at the level of the context, cut at token positions; in
+  the order prefix-suffix-middle (PSM) or suffix-prefix-middle (SPM, variant 2). The marks <PRE>,
+  <SUF>, <MID> are the three lowest extra ids; the loss is on all tokens.
+
+  Attributes:
+    rate: the share of segments that is rearranged.
+    spm_rate: the share of those that is in SPM order.
+  """
+
+  rate: float = 0.5
+  spm_rate: float = 0.5
+
+  name: ClassVar[str] = 'fim'
+  marks: ClassVar[int] = 3
+
+  def check(self, stream):
+    super().check(stream)
+    check_marks(stream)
+    for field in ('rate', 'spm_rate'):
+      if not 0 <= getattr(self, field) <= 1:
+        raise Invalid(FillInTheMiddle, field, f'{getattr(self, field)} must be from 0 to 1.')
+    if stream.lengths['targets'] < 16:
+      raise Invalid(type(stream), 'lengths', "'targets' must be at least 16 for fim.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Instructions(Objective):
+  """Predict a completion from its prompt; the prompt carries no loss. Pairs that do not fit are dropped.
+
+  Attributes:
+    bidirectional_prompt: on a decoder, whether the prompt's tokens see each other both ways.
+  """
+
+  bidirectional_prompt: bool = False
+
+  name: ClassVar[str] = 'instructions'
+  architectures: ClassVar[tuple[str, ...]] = ('decoder', 'encoder_decoder')
+  pairs: ClassVar[bool] = True
+  random: ClassVar[bool] = False
+
+
+OBJECTIVES = {
+  c.name: c
+  for c in (CausalLM, PrefixLM, SpanCorruption, UL2, MaskedLM, FillInTheMiddle, Instructions)
+}

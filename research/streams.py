@@ -175,5 +175,5 @@ def from_spec(spec: dict):
 
 _CLASSES = {
   c.__name__: c
-  for c in (Stream, *corpora.CORPORA, *vocabularies.VOCABULARIES, *objectives.OBJECTIVES.values())
+  for c in (Stream, *corpora.CORPORA, *vocabularies.VOCABULARIES, objectives.Denoiser, *objectives.OBJECTIVES.values())
 }

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import seqio
@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from research import objectives
 from research.streams import Stream
-from tasks import packing
+from tasks import packing, preprocessors
 
 # t5's preprocessors take a random chunk of this many tokens from a longer document and drop the rest;
 # longer documents are therefore cut here first, and nothing is dropped.
@@ -22,26 +22,38 @@ BLOCK = 8192
 # what seqio costs, it costs per example.
 CHUNK = 8192
 
+# One document: its tokens, or the tokens of a prompt and of its completion.
+Document = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """One seqio Task: preprocessors, the sequence_length that they see, its share of the text."""
+
+  preprocessors: list[Callable]
+  lengths: Mapping[str, int]
+  rate: float = 1.0
+
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
   """How one objective is built.
 
   Attributes:
-    preprocessors: seqio preprocessors from {'targets': tokens} to the task's features.
-    features: the task's features, each with its vocabulary.
-    task_lengths: what the preprocessors see as sequence_length.
+    parts: the tasks whose examples are mixed; every document goes to one of them.
+    features: their features, each with its vocabulary.
     converter: the seqio feature converter.
     longest: documents of more tokens are cut here first; None where the preprocessors take any.
     cut: examples are cut to this many tokens after the preprocessors; None leaves them.
+    omit: model features that the model is not to see.
   """
 
-  preprocessors: list[Callable]
+  parts: list[Part]
   features: Mapping[str, seqio.Feature]
-  task_lengths: Mapping[str, int]
   converter: seqio.FeatureConverter
   longest: int | None = LONGEST
   cut: int | None = None
+  omit: tuple[str, ...] = ()
 
 
 def recipe(stream: Stream, vocabulary: seqio.Vocabulary) -> Recipe:
@@ -49,76 +61,169 @@ def recipe(stream: Stream, vocabulary: seqio.Vocabulary) -> Recipe:
   return _RECIPES[type(stream.task)](stream, vocabulary)
 
 
-def _converter(stream: Stream, **kwargs) -> seqio.FeatureConverter:
+def _two_sided(stream: Stream):
   if stream.architecture == 'encoder_decoder':
-    return seqio.EncDecFeatureConverter(pack=stream.packing, **kwargs)
-  return seqio.PrefixLMFeatureConverter(pack=stream.packing, **kwargs)
-
-
-def append_eos(dataset: tf.data.Dataset, output_features) -> tf.data.Dataset:
-  """EOS at the end of every document, before it is split."""
-  eos = [output_features['targets'].vocabulary.eos_id]
-  return dataset.map(lambda x: {**x, 'targets': tf.concat([x['targets'], eos], 0)})
-
-
-def split(dataset: tf.data.Dataset, sequence_length) -> tf.data.Dataset:
-  """Documents cut into segments of the targets' length."""
-  return t5.split_tokens(dataset, max_tokens_per_segment=sequence_length['targets'])
+    return seqio.EncDecFeatureConverter(pack=stream.packing)
+  return seqio.PrefixLMFeatureConverter(pack=stream.packing)
 
 
 def _causal_lm(stream, vocabulary):
+  length = stream.lengths['targets']
+  part = Part(
+    [preprocessors.append_eos, preprocessors.split],
+    {'targets': length * max(1, CHUNK // length)},
+  )
   features = {'targets': seqio.Feature(vocabulary, add_eos=False)}
   converter = seqio.LMFeatureConverter(pack=stream.packing)
-  length = stream.lengths['targets']
-  lengths = {'targets': length * max(1, CHUNK // length)}
-  return Recipe([append_eos, split], features, lengths, converter, longest=None, cut=length)
+  return Recipe([part], features, converter, longest=None, cut=length)
+
+
+def _corruption(stream, density: float, mean_span: float, mode: str | None = None) -> Part:
+  lengths = dict(stream.lengths)
+  if stream.architecture == 'decoder':
+    lengths['inputs'] = objectives.encoder_share(lengths, density, mean_span)
+  corrupt = functools.partial(
+    t5.span_corruption,
+    noise_density=density,
+    mean_noise_span_length=mean_span,
+    # Merging would put two documents into one example, where they see each other.
+    merge_examples_to_reduce_padding=False,
+    reserved_for_packing=1 if mode else None,
+  )
+  marked = [functools.partial(preprocessors.prepend_mode, mode=mode)] if mode else []
+  return Part([corrupt, *marked, seqio.preprocessors.append_eos_after_trim], lengths)
+
+
+def _prefix(stream, density: float, mode: str | None = None) -> Part:
+  lengths = dict(stream.lengths)
+  if stream.architecture == 'decoder':
+    # The two sides are one segment; its length leaves room for what is added below.
+    lengths['inputs'] = lengths['targets'] - 1
+  marked = [functools.partial(preprocessors.prepend_mode, mode=mode)] if mode else []
+  seen = lengths | {'inputs': lengths['inputs'] - len(marked)}
+  cut = lambda dataset, output_features: t5.prefix_lm(dataset, seen, output_features, density)
+  return Part([cut, *marked, seqio.preprocessors.append_eos_after_trim], lengths)
+
+
+def _sides(stream, vocabulary, inputs_eos=True):
+  return {
+    'inputs': seqio.Feature(vocabulary, add_eos=inputs_eos),
+    'targets': seqio.Feature(vocabulary, add_eos=True),
+  }
 
 
 def _span_corruption(stream, vocabulary):
   task = stream.task
-  lengths = dict(stream.lengths)
-  if stream.architecture == 'decoder':
-    share = objectives.encoder_share(lengths, task.noise_density, task.mean_noise_span_length)
-    lengths = {'inputs': share, 'targets': lengths['targets']}
+  part = _corruption(stream, task.noise_density, task.mean_noise_span_length)
+  return Recipe([part], _sides(stream, vocabulary), _two_sided(stream))
+
+
+def _prefix_lm(stream, vocabulary):
+  # On a decoder, an EOS between prefix and rest would tell a model where the prefix ends.
+  features = _sides(stream, vocabulary, inputs_eos=stream.architecture == 'encoder_decoder')
+  return Recipe([_prefix(stream, stream.task.noise_density)], features, _two_sided(stream))
+
+
+def _ul2(stream, vocabulary):
+  parts = [
+    _prefix(stream, d.noise_density, 'S')
+    if d.mode == 'S'
+    else _corruption(stream, d.noise_density, d.mean_noise_span_length, d.mode)
+    for d in stream.task.denoisers
+  ]
+  rates = [d.rate for d in stream.task.denoisers]
+  parts = [dataclasses.replace(p, rate=r) for p, r in zip(parts, rates, strict=True)]
+  return Recipe(parts, _sides(stream, vocabulary), _two_sided(stream))
+
+
+def _masked_lm(stream, vocabulary):
+  task, length = stream.task, stream.lengths['inputs']
   corrupt = functools.partial(
-    t5.span_corruption,
-    noise_density=task.noise_density,
-    mean_noise_span_length=task.mean_noise_span_length,
-    # Merging would put two documents into one example, where they see each other.
-    merge_examples_to_reduce_padding=False,
+    preprocessors.masked_lm, noise_density=task.noise_density, whole_word=task.whole_word
   )
-  features = {k: seqio.Feature(vocabulary, add_eos=True) for k in ('inputs', 'targets')}
-  preprocessors = [corrupt, seqio.preprocessors.append_eos_after_trim]
-  return Recipe(preprocessors, features, lengths, _converter(stream))
+  part = Part(
+    [preprocessors.append_eos, preprocessors.split, corrupt],
+    dict.fromkeys(('inputs', 'targets', 'chosen'), length),
+  )
+  features = {k: seqio.Feature(vocabulary, add_eos=False) for k in ('inputs', 'targets')}
+  features['chosen'] = seqio.Feature(seqio.PassThroughVocabulary(2), add_eos=False)
+  converter = preprocessors.MaskedLMFeatureConverter(pack=stream.packing)
+  return Recipe([part], features, converter, longest=None)
 
 
-_RECIPES = {objectives.CausalLM: _causal_lm, objectives.SpanCorruption: _span_corruption}
+def _fim(stream, vocabulary):
+  task, length = stream.task, stream.lengths['targets']
+  move = functools.partial(preprocessors.fill_in_the_middle, rate=task.rate, spm_rate=task.spm_rate)
+  split = functools.partial(t5.split_tokens, max_tokens_per_segment=length - 4)
+  part = Part([preprocessors.append_eos, split, move], {'targets': length})
+  features = {'targets': seqio.Feature(vocabulary, add_eos=False)}
+  converter = seqio.LMFeatureConverter(pack=stream.packing)
+  return Recipe([part], features, converter, longest=None)
 
 
-def task_dataset(made: Recipe, documents: list[np.ndarray], seed: int) -> tf.data.Dataset:
-  """The task's examples {feature: (tokens,) int32} over `documents` (token ids without EOS)."""
-  if made.longest:
-    step = made.longest
-    documents = [d[i : i + step] for d in documents for i in range(0, len(d), step)]
+def _instructions(stream, vocabulary):
+  decoder = stream.architecture == 'decoder'
+  lengths = dict(stream.lengths)
+  total = lengths['targets'] if decoder else None
+  if decoder:
+    lengths['inputs'] = lengths['targets']
+  fits = functools.partial(preprocessors.drop_too_long, total=total)
+  part = Part([seqio.preprocessors.append_eos, fits], lengths)
+  hide = decoder and not stream.task.bidirectional_prompt
+  return Recipe(
+    [part],
+    _sides(stream, vocabulary, inputs_eos=not decoder),
+    _two_sided(stream),
+    longest=None,
+    omit=('decoder_causal_attention',) if hide else (),
+  )
+
+
+_RECIPES = {
+  objectives.CausalLM: _causal_lm,
+  objectives.PrefixLM: _prefix_lm,
+  objectives.SpanCorruption: _span_corruption,
+  objectives.UL2: _ul2,
+  objectives.MaskedLM: _masked_lm,
+  objectives.FillInTheMiddle: _fim,
+  objectives.Instructions: _instructions,
+}
+
+
+def task_dataset(made: Recipe, part: Part, documents: list[Document], seed: int):
+  """A part's examples {feature: (tokens,) int32} over `documents`, as a tf.data.Dataset."""
 
   def source(split, shuffle_files, seed=None):
     del split, shuffle_files, seed
-    ends = np.cumsum([0, *map(len, documents)])
-    values = np.concatenate([*documents, np.zeros(0, np.int32)])
-    ragged = tf.RaggedTensor.from_row_splits(values, ends)
-    return tf.data.Dataset.from_tensor_slices(ragged).map(lambda x: {'targets': x})
+    columns = {}
+    for key in documents[0]:
+      ends = np.cumsum([0, *(len(d[key]) for d in documents)])
+      columns[key] = tf.RaggedTensor.from_row_splits(
+        np.concatenate([d[key] for d in documents]).astype(np.int32), ends
+      )
+    return tf.data.Dataset.from_tensor_slices(columns)
 
   task = seqio.Task(
     'isoflop',
     source=seqio.FunctionDataSource(source, splits=['train']),
     output_features=made.features,
-    preprocessors=made.preprocessors,
+    preprocessors=part.preprocessors,
   )
   with seqio.map_seed_manager(seed):
-    return task.get_dataset(dict(made.task_lengths), 'train', shuffle=False, seed=seed)
+    return task.get_dataset(dict(part.lengths), 'train', shuffle=False, seed=seed)
 
 
-def blocks(made: Recipe, documents: list[np.ndarray], lengths: Mapping[str, int], seed: int):
+def share_out(documents: list[Document], rates: list[float]) -> list[list[Document]]:
+  """Every document to the part that is furthest behind its share of the tokens so far."""
+  shares, held = [[] for _ in rates], np.zeros(len(rates))
+  for document in documents:
+    i = int(np.argmin(held / rates)) if len(rates) > 1 else 0
+    held[i] += sum(map(len, document.values()))
+    shares[i].append(document)
+  return shares
+
+
+def blocks(made: Recipe, documents: list[Document], lengths, seed: int) -> Iterator[dict]:
   """Model features of `documents`, shuffled, packed and converted, in blocks of rows.
 
   Args:
@@ -130,15 +235,28 @@ def blocks(made: Recipe, documents: list[np.ndarray], lengths: Mapping[str, int]
   Yields:
     {model feature: (rows, length) int32}.
   """
-  parts = list(task_dataset(made, documents, seed).ragged_batch(BLOCK))
+  if made.longest:
+    step = made.longest
+    documents = [
+      {k: v[i : i + step] for k, v in d.items()}
+      for d in documents
+      for i in range(0, max(map(len, d.values())), step)
+    ]
+  shares = share_out(documents, [p.rate for p in made.parts])
+  found = []
+  for i, (part, share) in enumerate(zip(made.parts, shares, strict=True)):
+    if share:
+      found += task_dataset(made, part, share, seed + i).ragged_batch(BLOCK)
+  if not found:
+    return
   columns = {}
-  for key in parts[0] if parts else ():
-    values = np.concatenate([p[key].values.numpy() for p in parts])
-    columns[key] = values, np.concatenate([p[key].row_lengths().numpy() for p in parts])
+  for key in found[0]:
+    values = np.concatenate([f[key].values.numpy() for f in found])
+    columns[key] = values, np.concatenate([f[key].row_lengths().numpy() for f in found])
   if made.cut:
     columns = packing.cut(columns, made.cut)
-  n = len(next(iter(columns.values()))[1]) if columns else 0
-  order = np.random.default_rng(seed).permutation(n)
-  for i in range(0, n, BLOCK):
+  order = np.random.default_rng(seed).permutation(len(next(iter(columns.values()))[1]))
+  for i in range(0, len(order), BLOCK):
     chosen = packing.gather(columns, order[i : i + BLOCK])
-    yield packing.convert(made.converter, chosen, lengths)
+    rows = packing.convert(made.converter, chosen, lengths)
+    yield {k: v for k, v in rows.items() if k not in made.omit}

@@ -75,11 +75,22 @@ def train(vocabulary, lines) -> bytes:
   return model.getvalue()
 
 
-def encode(vocabulary: seqio.Vocabulary, documents: list[bytes]) -> list[np.ndarray]:
-  """Token ids (int32, no EOS) of every UTF-8 document."""
+def encode(vocabulary: seqio.Vocabulary, documents: list[bytes], pairs=False) -> list[dict]:
+  """Token ids (int32, no EOS) of every UTF-8 document: {'targets'}, or of a pair {'inputs', 'targets'}.
+
+  The two texts of a pair lie in one document, with a NUL byte between them.
+  """
+  if pairs:
+    parts = [d.split(b'\0', 1) for d in documents]
+    sides = [_encode(vocabulary, [p[i] for p in parts]) for i in (0, 1)]
+    return [{'inputs': a, 'targets': b} for a, b in zip(*sides, strict=True)]
+  return [{'targets': ids} for ids in _encode(vocabulary, documents)]
+
+
+def _encode(vocabulary, texts: list[bytes]) -> list[np.ndarray]:
   if isinstance(vocabulary, seqio.ByteVocabulary):
-    return [np.frombuffer(d, np.uint8).astype(np.int32) + 3 for d in documents]
-  texts = [d.decode() for d in documents]
+    return [np.frombuffer(t, np.uint8).astype(np.int32) + 3 for t in texts]
+  texts = [t.decode() for t in texts]
   if isinstance(vocabulary, seqio.SentencePieceVocabulary):
     encoded = vocabulary.tokenizer.encode(texts, num_threads=2)
   else:
