@@ -1,4 +1,4 @@
-"""What all the commands share: flags, errors as one sentence, the process's environment. Imports nothing heavy."""
+"""What all commands share: flags, errors as one sentence, the environment. Imports nothing heavy."""
 
 import argparse
 import os

@@ -1,11 +1,10 @@
 """Train one model: gin file -> Run -> batches -> one jitted step -> rows.
 
-Writes into --workdir: config.gin (re-runnable), config.txt (resolved), metrics.jsonl, tensorboard/, checkpoints/
-and at last run.json, the one row of the run. Started again with the same workdir it resumes where it was.
+Writes into --workdir: config.gin (re-runnable), config.txt (resolved), metrics.jsonl, tensorboard/,
+checkpoints/ and at last run.json, the one row of the run. Started again with the same workdir it resumes.
 """
 
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -34,7 +33,7 @@ from research import configs, data, sharding
 from research.model import counts
 from research.run import Run
 from research.training import losses, metrics
-from research.training.checkpoints import Checkpoints, names
+from research.training.checkpoints import Checkpoints
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,10 +215,7 @@ def train(run: Run, workdir: str | pathlib.Path, config_text: str = '', stream=s
     say(
       f'{len(devices)} {devices[0].device_kind} device(s), mesh {dict(jax.sharding.get_mesh().shape)}'
     )
-    frozen, validation = (
-      data.open_stream(run.train, log=say),
-      data.open_stream(run.validation, log=say),
-    )
+    frozen, validation = data.open_streams([run.train, run.validation], log=say)
     program = make_program(run)
     model = jax.eval_shape(lambda key: run.model(rngs=nnx.Rngs(params=key)), jax.random.key(0))
     check_fits(run, model.vocab, model.inputs, frozen)
@@ -301,7 +297,7 @@ class _Loop:
 
   def due(self, step: int) -> bool:
     return (
-      self.due_checkpoint(step) or bool(self.run.eval_every) and step % self.run.eval_every == 0
+      self.due_checkpoint(step) or (bool(self.run.eval_every) and step % self.run.eval_every == 0)
     )
 
   def look(self, step: int, scalars: dict) -> bool:
@@ -330,7 +326,7 @@ class _Loop:
   def pause(self, step: int, last: bool, save: bool) -> None:
     """Between steps: evaluate, save."""
     began = time.monotonic()
-    if last or self.run.eval_every and step % self.run.eval_every == 0:
+    if last or (self.run.eval_every and step % self.run.eval_every == 0):
       self.last_evaluation = self.evaluate()
       self.rows.write(
         {
@@ -376,7 +372,7 @@ class _Loop:
       'steps': step,
       'batch_size': run.batch_size,
       'length': run.target_length,
-      'learning_rate': float(max(self.program.schedule(s) for s in (*range(0, run.steps, max(1, run.steps // 100)), run.steps))),
+      'learning_rate': float(jnp.max(jax.vmap(self.program.schedule)(jnp.linspace(0, run.steps, 101)))),
       'seed': run.seed,
       'task': run.train.name,
       'seconds': time.monotonic() - self.began,

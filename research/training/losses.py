@@ -1,6 +1,5 @@
 """Cross-entropy that never holds the logits of a whole batch."""
 
-import functools
 from collections.abc import Callable
 
 import jax

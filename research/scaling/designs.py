@@ -1,0 +1,203 @@
+"""Which runs a question needs: sizes by a ladder, budgets by a list, hyper-parameters by rules.
+
+A design yields `Planned` runs; it knows sizes and counts, and nothing of gin, training or machines.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+
+from research.errors import Invalid
+
+CONVENTIONS = {
+  'flops_6n_non_embedding': 'params_non_embedding',
+  'flops_6n_with_head': 'params_with_head',
+  'flops_attention_causal': 'params_with_head',
+  'flops_attention_full': 'params_with_head',
+  'flops_chinchilla': 'params_total',
+}
+"""The FLOP conventions, and the parameters that go with each in C = 6 N D or instead of it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+  """A rung of the ladder: the macros that make it, and what it counts."""
+
+  macros: Mapping[str, int]
+  params: int
+  flops_per_token: float
+
+  @property
+  def name(self) -> str:
+    return 'x'.join(str(self.macros[k]) for k in ('WIDTH', 'DEPTH'))
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+  """A run to do. Macros and values are what its gin file is given; the rest is what to expect of it."""
+
+  name: str
+  role: str  # 'fit' or 'forecast'
+  budget: float  # FLOPs
+  size: Size
+  tokens: int
+  steps: int
+  batch_size: int
+  learning_rate: float
+
+  @property
+  def flops(self) -> float:
+    return self.size.flops_per_token * self.tokens
+
+  def bindings(self) -> dict[str, object]:
+    return {
+      **self.size.macros,
+      'LEARNING_RATE': self.learning_rate,
+      'Run.steps': self.steps,
+      'Run.batch_size': self.batch_size,
+    }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rule:
+  """value * (x / at) ** exponent, for x the run's parameters, tokens or FLOPs; kept within [low, high]."""
+
+  value: float
+  at: float = 1.0
+  exponent: float = 0.0
+  by: str = 'params'
+  low: float = 0.0
+  high: float = math.inf
+
+  def __post_init__(self):
+    if self.by not in ('params', 'tokens', 'flops'):
+      raise Invalid(Rule, 'by', f"{self.by!r} is not one of 'params', 'tokens', 'flops'.")
+    if not (self.value > 0 and self.at > 0):
+      raise Invalid(Rule, 'value', 'value and at must be positive.')
+
+  def __call__(self, *, params: float, tokens: float, flops: float) -> float:
+    x = {'params': params, 'tokens': tokens, 'flops': flops}[self.by]
+    return min(max(self.value * (x / self.at) ** self.exponent, self.low), self.high)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ladder:
+  """Sizes of one shape: widths in multiples of a head, depth in proportion to width.
+
+  Attributes:
+    widths: (first, last, step) of the widths of the residual stream; multiples of head_dim.
+    head_dim: so many per head.
+    aspect: width per layer.
+    mlp_ratio: width of the MLP over the model's, rounded to a multiple of head_dim.
+  """
+
+  widths: tuple[int, int, int]
+  head_dim: int = 16
+  aspect: float = 32.0
+  mlp_ratio: float = 8 / 3
+
+  def __post_init__(self):
+    if len(self.widths) != 3 or not all(isinstance(w, int) and w > 0 for w in self.widths):
+      raise Invalid(
+        Ladder, 'widths', f'{self.widths!r} is not (first, last, step), three positive integers.'
+      )
+    first, last, step = self.widths
+    if first % self.head_dim or step % self.head_dim or last < first:
+      raise Invalid(
+        Ladder, 'widths', f'{self.widths!r} must rise in multiples of head_dim, {self.head_dim}.'
+      )
+
+  def macros(self) -> list[dict[str, int]]:
+    first, last, step = self.widths
+    return [
+      {
+        'WIDTH': width,
+        'DEPTH': max(1, round(width / self.aspect)),
+        'HEADS': width // self.head_dim,
+        'HEAD_DIM': self.head_dim,
+        'MLP': self.head_dim * max(1, round(width * self.mlp_ratio / self.head_dim)),
+      }
+      for width in range(first, last + 1, step)
+    ]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IsoFlop:
+  """Budgets x sizes: for every budget, sizes around the expected optimum, each trained for what is left.
+
+  The expected optimum has `ratio` tokens per parameter (Hoffmann 2022: about 20); the sizes are the rungs
+  nearest to it times `spread`^-1 .. `spread`, evenly in the logarithm. The first fit may well move it: look
+  whether every budget's minimum lies inside its sizes.
+
+  Attributes:
+    budgets: C in FLOPs, by the convention `flops`.
+    sizes: runs per budget.
+    ladder: where the sizes come from.
+    learning_rate, batch_size: rules; batch_size in examples.
+    flops: a FLOP convention of results rows.
+    min_steps: a run with fewer updates is left out: it says more about warm-up than about size.
+  """
+
+  budgets: tuple[float, ...]
+  ladder: Ladder
+  learning_rate: Rule
+  batch_size: Rule
+  sizes: int = 5
+  spread: float = 4.0
+  ratio: float = 20.0
+  flops: str = 'flops_6n_with_head'
+  min_steps: int = 50
+
+  def __post_init__(self):
+    if not self.budgets or not all(b > 0 for b in self.budgets):
+      raise Invalid(
+        IsoFlop, 'budgets', f'{self.budgets!r} must be one or more positive numbers of FLOPs.'
+      )
+    if self.sizes < 3:
+      raise Invalid(IsoFlop, 'sizes', f'{self.sizes} sizes do not show a minimum; take at least 3.')
+    if not self.spread > 1:
+      raise Invalid(IsoFlop, 'spread', f'{self.spread!r} must be above 1.')
+    if self.flops not in CONVENTIONS:
+      raise Invalid(IsoFlop, 'flops', f'{self.flops!r} is not one of {", ".join(CONVENTIONS)}.')
+
+  def rungs(self, count: Callable[[dict], object]) -> list[Size]:
+    """The ladder counted. `count(macros)` gives `counts.Counts` of that size."""
+    sizes = []
+    for macros in self.ladder.macros():
+      c = count(macros)
+      sizes.append(Size(macros, getattr(c, CONVENTIONS[self.flops]), getattr(c, self.flops)))
+    return sizes
+
+  def plan(self, rungs: list[Size], length: int) -> list[Planned]:
+    """The runs of the fit, cheapest budget first. `length` is target tokens per example."""
+    runs = []
+    for budget in self.budgets:
+      centre = math.sqrt(budget / 6 / self.ratio)
+      steps = [2 * i / (self.sizes - 1) - 1 for i in range(self.sizes)]
+      chosen = {nearest(rungs, centre * self.spread**s).name: None for s in steps}
+      sizes = [rung for rung in rungs if rung.name in chosen]
+      planned = [self.run(budget, size, length, 'fit') for size in sizes]
+      planned = [run for run in planned if run.steps >= self.min_steps]
+      if len(planned) < 3:
+        raise Invalid(
+          IsoFlop, 'budgets',
+          f'{budget:.3g} FLOPs leave {len(planned)} sizes of this ladder with {self.min_steps} steps or more; '
+          'widen the ladder, lower batch_size, or raise the budget.',
+        )  # fmt: skip
+      runs += planned
+    return runs
+
+  def run(self, budget: float, size: Size, length: int, role: str) -> Planned:
+    """One run that spends `budget` on `size`."""
+    tokens = budget / size.flops_per_token
+    facts = {'params': size.params, 'tokens': tokens, 'flops': budget}
+    batch = max(1, round(self.batch_size(**facts)))
+    steps = max(1, round(tokens / (batch * length)))
+    name = f'{role}-{budget:.2e}-{size.name}'.replace('+', '')
+    rate = float(f'{self.learning_rate(**facts):.4g}')
+    return Planned(name, role, budget, size, steps * batch * length, steps, batch, rate)
+
+
+def nearest(rungs: list[Size], params: float) -> Size:
+  """The rung whose parameters are nearest, by ratio."""
+  return min(rungs, key=lambda size: abs(math.log(size.params / params)))
