@@ -183,7 +183,9 @@ def _kind(node: _Node, vocab: int) -> str:
   """'tokens', 'embedding' (another table), 'head' (its matrix and bias), or 'layers' (all the rest)."""
   if isinstance(node.holders[-1], Embedder):
     return 'tokens' if node.names[-1] == 'tokens' else 'embedding'
-  return 'head' if node.names[0] == 'head' and vocab in node.value.shape else 'layers'
+  # What lies between the last layer and the matrix of the logits (BERT's dense layer) is a layer.
+  of_head = node.names[:-1] == ('head',) and vocab in node.value.shape
+  return 'head' if of_head else 'layers'
 
 
 def _sees_inputs(node: _Node) -> bool:
@@ -193,9 +195,10 @@ def _sees_inputs(node: _Node) -> bool:
 
 
 def _is_matrix(node: _Node) -> bool:
+  """Is it multiplied with a token, rather than added to it or scaling its channels one by one?"""
   stacked = any(isinstance(module, Stack) for module in node.holders) and 'sublayers' in node.names
-  dimensions = len(node.value.shape) - stacked
-  return dimensions > 1 and 'bias' not in node.names
+  elementwise = 'bias' in node.names or node.names[-1].endswith(('_bias', 'scale', 'log_a'))
+  return len(node.value.shape) - stacked > 1 and not elementwise
 
 
 def _cross(module) -> bool:
