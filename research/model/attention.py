@@ -60,7 +60,7 @@ def dot_product_attention(
     key, value: [batch, key, kv_heads, head_dim]; heads is a multiple of kv_heads, and query head h reads
       key head h // (heads // kv_heads).
     mask: bool, [batch or 1, 1, query, key].
-    bias: [1, heads, query, key].
+    bias: [batch or 1, heads, query, key].
     soft_cap: c in c tanh(logits / c) (Gemma 2).
 
   Returns:
@@ -78,10 +78,10 @@ def dot_product_attention(
   if soft_cap is not None:
     logits = soft_cap * jnp.tanh(logits / soft_cap)
   if bias is not None:
-    grouped_bias = (1, kv_heads, group, *bias.shape[2:])
-    logits = logits + bias.reshape(
-      grouped_bias, out_sharding=spec(None, 'kv_heads', None, None, None, shape=grouped_bias)
-    )
+    grouped_bias = (bias.shape[0], kv_heads, group, *bias.shape[2:])
+    batch_axis = None if bias.shape[0] == 1 else 'batch'
+    where = spec(batch_axis, 'kv_heads', None, None, None, shape=grouped_bias)
+    logits = logits + bias.reshape(grouped_bias, out_sharding=where)
   if mask is not None:
     # Finite, so that a row which sees nothing has a gradient of zero and not NaN.
     logits = jnp.where(mask[:, :, None], logits, -1e30)
@@ -98,7 +98,8 @@ class Attention(nnx.Module):
 
   Knobs:
     rotary: rotates queries and keys by position (`positions.rotary`).
-    qk_norm: a norm over head_dim of queries and keys (Qwen 3).
+    qk_norm: a norm of queries and keys, over head_dim (Qwen 3);
+    qk_norm_heads: over all heads together (OLMo 2).
     scale: of the logits; head_dim^-1/2 by default. T5 takes 1 and starts its queries smaller by that factor.
     window: a query sees itself and the window - 1 keys before it (Mistral).
   """
@@ -114,6 +115,7 @@ class Attention(nnx.Module):
     kv_heads: int | None = None,
     rotary: Callable[..., jax.Array] | None = None,
     qk_norm: Part | None = None,
+    qk_norm_heads: bool = False,
     scale: float | None = None,
     soft_cap: float | None = None,
     window: int | None = None,
@@ -143,8 +145,10 @@ class Attention(nnx.Module):
     self.output = linear(
       {'heads': heads, 'head_dim': head_dim}, {'embed': embed}, bias=output_bias, rngs=rngs
     )
-    self.query_norm = qk_norm(head_dim, rngs=rngs) if qk_norm else None
-    self.key_norm = qk_norm(head_dim, rngs=rngs) if qk_norm else None
+    over = lambda n: head_dim * n if qk_norm_heads else head_dim
+    self.query_norm = qk_norm(over(heads), rngs=rngs) if qk_norm else None
+    self.key_norm = qk_norm(over(kv_heads), rngs=rngs) if qk_norm else None
+    self.qk_norm_heads = qk_norm_heads
 
   def __call__(self, x: jax.Array, context: Context):
     return self.attend(x, x, context, context.bias, self.mask(x, context)), {}
@@ -163,7 +167,7 @@ class Attention(nnx.Module):
   def attend(self, x, source, context, bias, mask):
     q, k, v = self.query(x), self.key(source), self.value(source)
     if self.query_norm is not None:
-      q, k = self.query_norm(q), self.key_norm(k)
+      q, k = self.norm(self.query_norm, q, 'heads'), self.norm(self.key_norm, k, 'kv_heads')
     if self.rotary is not None:
       q, k = self.rotary(q, context.positions), self.rotary(k, context.positions)
     k, v = (shard(y, 'batch', None, 'kv_heads', None) for y in (k, v))
@@ -171,6 +175,12 @@ class Attention(nnx.Module):
       q, k, v, mask=mask, bias=bias, scale=self.scale, soft_cap=self.soft_cap
     )
     return self.output(y)
+
+  def norm(self, norm, x, axis):
+    if not self.qk_norm_heads:
+      return norm(x)
+    flat = shard(x, 'batch', 'length', None, None).reshape(*x.shape[:2], -1)
+    return shard(norm(flat).reshape(x.shape), 'batch', 'length', axis, None)
 
   def mixing_flops(self, length: int, encoder_length: int) -> int:
     """Forward FLOPs of query key^T and weights value for a sequence, every key seen by every query."""
@@ -187,3 +197,85 @@ class CrossAttention(Attention):
     lengths = (x.shape[1], context.encoded.shape[1])
     mask = visible(context.segments, context.encoded_segments, lengths, causal=False)
     return self.attend(x, context.encoded, context, None, mask), {}
+
+
+class LatentAttention(nnx.Module):
+  """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1 and appendix C).
+
+  Keys and values are projections of one small vector per token, and the rotated part of a key is shared by all
+  heads; those two are all that decoding must keep.
+
+  Knobs:
+    heads: each has queries and keys of head_dim + rotary_dim and values of value_dim.
+    key_rank, query_rank: widths of the small vectors (query_rank None: queries straight from the stream).
+    norm: of the small vectors.
+    rotary: as in `Attention`, of the rotary_dim channels.
+    scale: (head_dim + rotary_dim)^-1/2 by default; YaRN as DeepSeek uses it multiplies that.
+  """
+
+  quadratic = True
+  window = None
+
+  def __init__(
+    self,
+    embed: int,
+    *,
+    heads: int,
+    head_dim: int,
+    rotary_dim: int,
+    value_dim: int,
+    key_rank: int,
+    query_rank: int | None = None,
+    norm: Part,
+    rotary: Callable[..., jax.Array],
+    scale: float | None = None,
+    linear: Part = Linear,
+    rngs: nnx.Rngs,
+  ):
+    check_sizes(
+      LatentAttention, heads=heads, head_dim=head_dim, rotary_dim=rotary_dim, value_dim=value_dim,
+      key_rank=key_rank, query_rank=query_rank,
+    )  # fmt: skip
+    self.heads, self.head_dim, self.rotary_dim, self.value_dim = (
+      heads,
+      head_dim,
+      rotary_dim,
+      value_dim,
+    )
+    self.key_rank, self.rotary = key_rank, rotary
+    self.scale = (head_dim + rotary_dim) ** -0.5 if scale is None else scale
+    make = lambda inputs, outputs: linear(inputs, outputs, rngs=rngs)
+    per_head = lambda size: {'heads': heads, 'head_dim': size}
+    source = {'rank': query_rank} if query_rank else {'embed': embed}
+    self.query_down = make({'embed': embed}, source) if query_rank else None
+    self.query_norm = norm(query_rank, rngs=rngs) if query_rank else None
+    self.query = make(source, per_head(head_dim + rotary_dim))
+    self.key_down = make({'embed': embed}, {'rank': key_rank})
+    self.key_norm = norm(key_rank, rngs=rngs)
+    self.key = make({'rank': key_rank}, per_head(head_dim))
+    self.value = make({'rank': key_rank}, per_head(value_dim))
+    self.key_rotary = make({'embed': embed}, {'head_dim': rotary_dim})
+    self.output = make(per_head(value_dim), {'embed': embed})
+
+  def __call__(self, x: jax.Array, context: Context):
+    q = x if self.query_down is None else self.query_norm(self.query_down(x))
+    q, q_rotary = jnp.split(self.query(q), [self.head_dim], axis=-1)
+    q = jnp.concatenate([q, self.rotary(q_rotary, context.positions)], axis=-1)
+    latent = self.key_norm(self.key_down(x))
+    k, v = self.key(latent), self.value(latent)
+    k_rotary = self.rotary(self.key_rotary(x)[:, :, None], context.positions)
+    shared = (*k.shape[:3], self.rotary_dim)
+    where = spec('batch', 'length', 'heads', None, shape=shared)
+    k = jnp.concatenate([k, jnp.broadcast_to(k_rotary, shared, out_sharding=where)], axis=-1)
+    k, v = (shard(y, 'batch', None, 'heads', None) for y in (k, v))
+    segments, lengths = context.segments, (x.shape[1], x.shape[1])
+    mask = visible(segments, segments, lengths, causal=context.causal, prefix=context.prefix)
+    return self.output(dot_product_attention(q, k, v, mask=mask, scale=self.scale)), {}
+
+  def mixing_flops(self, length: int, encoder_length: int) -> int:
+    """Forward FLOPs of query key^T and weights value, every key seen by every query."""
+    return 2 * length * length * self.heads * (self.head_dim + self.rotary_dim + self.value_dim)
+
+  def cached_per_token(self) -> int:
+    """Values that decoding keeps per token."""
+    return self.key_rank + self.rotary_dim

@@ -5,13 +5,14 @@ that a loss need never hold the logits of a whole batch. The keys of a batch are
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from research.model.layers import Context, Initializer, Part, check_sizes, normal, param
+from research.model.layers import Context, Initializer, Linear, Part, check_sizes, normal, param
 from research.sharding import shard, spec
 
 
@@ -20,6 +21,8 @@ class Embedder(nnx.Module):
 
   Knobs:
     positions: how many learned positions there are (GPT-2, BERT); None for none.
+    position_offset: the row of position 0 (OPT has 2 rows before it, so its table has 2 more).
+    fixed_positions: added too, `positions.sinusoidal`.
     types: how many token types (BERT); tokens are of type 0.
     scale: of the token vectors (Gemma: embed^1/2).
     norm: after the sum (BERT, BLOOM).
@@ -31,6 +34,8 @@ class Embedder(nnx.Module):
     vocab: int,
     *,
     positions: int | None = None,
+    position_offset: int = 0,
+    fixed_positions: Callable[..., jax.Array] | None = None,
     types: int | None = None,
     scale: float = 1.0,
     norm: Part | None = None,
@@ -38,7 +43,7 @@ class Embedder(nnx.Module):
     rngs: nnx.Rngs,
   ):
     check_sizes(Embedder, positions=positions, types=types)
-    self.scale = scale
+    self.scale, self.position_offset, self.fixed_positions = scale, position_offset, fixed_positions
     table = lambda n, axis: param(rngs, (n, embed), (axis, 'embed'), init) if n else None
     self.tokens, self.positions, self.types = (
       table(vocab, 'vocab'),
@@ -54,7 +59,9 @@ class Embedder(nnx.Module):
     )
     x = look_up(self.tokens, tokens) * self.scale
     if self.positions is not None:
-      x = x + look_up(self.positions, positions)
+      x = x + look_up(self.positions, positions + self.position_offset)
+    if self.fixed_positions is not None:
+      x = x + self.fixed_positions(positions, x.shape[-1]).astype(dtype)
     if self.types is not None:
       x = x + self.types[...][0].astype(dtype)
     return self.norm(x) if self.norm is not None else x
@@ -71,32 +78,102 @@ class Embedder(nnx.Module):
     )
 
 
-class TiedHead(nnx.Module):
-  """Logits against the token vectors (Press & Wolf 2017); `scale` is T5 1.0's embed^-1/2."""
+def _soft_cap(logits: jax.Array, cap: float | None) -> jax.Array:
+  return logits if cap is None else cap * jnp.tanh(logits / cap)
 
-  def __init__(self, embed: int, vocab: int, *, scale: float = 1.0, rngs: nnx.Rngs):
-    self.scale = scale
+
+def _project(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """Float32 logits of x [batch, length, embed] by a kernel [embed, vocab]."""
+  where = spec('batch', 'length', 'vocab')
+  return jnp.einsum(
+    'ble,ev->blv', x, kernel, preferred_element_type=jnp.float32, out_sharding=where
+  )
+
+
+class TiedHead(nnx.Module):
+  """Logits against the token vectors (Press & Wolf 2017, arXiv:1608.05859).
+
+  Knobs:
+    scale: of x (T5 1.0: embed^-1/2).
+    soft_cap: c in c tanh(logits / c) (Gemma 2).
+  """
+
+  def __init__(
+    self,
+    embed: int,
+    vocab: int,
+    *,
+    scale: float = 1.0,
+    soft_cap: float | None = None,
+    rngs: nnx.Rngs,
+  ):
+    self.scale, self.soft_cap = scale, soft_cap
 
   def __call__(self, x: jax.Array, embedder: Embedder) -> jax.Array:
-    return embedder.attend(x * self.scale)
+    return _soft_cap(embedder.attend(x * self.scale), self.soft_cap)
 
 
 class UntiedHead(nnx.Module):
-  """Logits by a matrix of their own."""
+  """Logits by a matrix of their own; with `bias` in GPT-J and Phi, `soft_cap` as in `TiedHead`."""
 
-  def __init__(self, embed: int, vocab: int, *, init=None, rngs: nnx.Rngs):
+  def __init__(
+    self,
+    embed: int,
+    vocab: int,
+    *,
+    bias: bool = False,
+    soft_cap: float | None = None,
+    init: Initializer | None = None,
+    rngs: nnx.Rngs,
+  ):
+    init = init or functools.partial(normal, stddev=embed**-0.5)
+    self.kernel = param(rngs, (embed, vocab), ('embed', 'vocab'), init)
+    self.bias = param(rngs, (vocab,), ('vocab',), nnx.initializers.zeros) if bias else None
+    self.soft_cap = soft_cap
+
+  def __call__(self, x: jax.Array, embedder: Embedder) -> jax.Array:
+    logits = _project(x, shard(self.kernel[...].astype(x.dtype), None, 'vocab'))
+    if self.bias is not None:
+      logits = logits + self.bias[...]
+    return _soft_cap(logits, self.soft_cap)
+
+
+class NormalisedHead(nnx.Module):
+  """Logits by a matrix whose column for every token has length one (Baichuan 2, arXiv:2309.10305)."""
+
+  def __init__(self, embed: int, vocab: int, *, init: Initializer | None = None, rngs: nnx.Rngs):
     init = init or functools.partial(normal, stddev=embed**-0.5)
     self.kernel = param(rngs, (embed, vocab), ('embed', 'vocab'), init)
 
   def __call__(self, x: jax.Array, embedder: Embedder) -> jax.Array:
-    kernel = shard(self.kernel[...].astype(x.dtype), None, 'vocab')
-    return jnp.einsum(
-      'ble,ev->blv',
-      x,
-      kernel,
-      preferred_element_type=jnp.float32,
-      out_sharding=spec('batch', 'length', 'vocab'),
-    )
+    kernel = shard(self.kernel[...], None, 'vocab')
+    length = jnp.sqrt(jnp.sum(kernel * kernel, axis=0) + 1e-24)
+    return _project(x, (kernel / length).astype(x.dtype))
+
+
+class MaskedHead(nnx.Module):
+  """BERT's: logits of norm(activation(dense(x))) against the token vectors, plus a bias.
+
+  Devlin et al. 2018, arXiv:1810.04805, as released.
+  """
+
+  def __init__(
+    self,
+    embed: int,
+    vocab: int,
+    *,
+    norm: Part,
+    activation: Callable[[jax.Array], jax.Array],
+    linear: Part = Linear,
+    rngs: nnx.Rngs,
+  ):
+    self.activation = activation
+    self.dense = linear({'embed': embed}, {None: embed}, bias=True, rngs=rngs)
+    self.norm = norm(embed, rngs=rngs)
+    self.bias = param(rngs, (vocab,), ('vocab',), nnx.initializers.zeros)
+
+  def __call__(self, x: jax.Array, embedder: Embedder) -> jax.Array:
+    return embedder.attend(self.norm(self.activation(self.dense(x)))) + self.bias[...]
 
 
 def _positions(batch: dict, name: str) -> jax.Array:

@@ -280,7 +280,7 @@ class MoE(nnx.Module):
     experts: int,
     mlp: int,
     activations: Sequence[Callable[[jax.Array], jax.Array]],
-    router: Part = Router,
+    router: Part,
     capacity: float | None = None,
     shared: Part | None = None,
     shared_gate: bool = False,

@@ -4,6 +4,7 @@ Learned positions are added by `models.Embedder`; a model without any of these h
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,25 +13,110 @@ from flax import nnx
 
 from research.model.layers import check_sizes, normal, param
 
+# What a scaling of rotary frequencies gives: the frequencies [rotated / 2] to use, and a factor of cos and sin.
+Scaled = tuple[np.ndarray, float]
+
 
 def rotary(
-  x: jax.Array, positions: jax.Array, *, base: float = 10_000.0, fraction: float = 1.0
+  x: jax.Array,
+  positions: jax.Array,
+  *,
+  base: float = 10_000.0,
+  fraction: float = 1.0,
+  interleaved: bool = False,
+  scaling: Callable[[np.ndarray], Scaled] | None = None,
 ) -> jax.Array:
-  """Rotary position embedding (Su et al. 2021, arXiv:2104.09864), halves rotated as in GPT-NeoX and LLaMA.
+  """Rotary position embedding (Su et al. 2021, arXiv:2104.09864).
 
   Args:
     x: [batch, length, heads, head_dim].
     positions: [batch, length].
     base: the longest wavelength is 2 pi base.
     fraction: of head_dim that is rotated; the rest passes.
+    interleaved: pairs are (0, 1), (2, 3), ... as in the paper, GPT-J, GLM and DeepSeek; otherwise
+      (0, n/2), (1, n/2 + 1), ... as in GPT-NeoX and LLaMA.
+    scaling: of the frequencies, for a longer context than was trained on (`linear_scaling` and the others).
   """
   rotated = int(x.shape[-1] * fraction)
   frequency = base ** (-np.arange(0, rotated, 2, dtype=np.float32) / rotated)
-  angle = positions.astype(jnp.float32)[..., None, None] * frequency
-  cos, sin = jnp.cos(angle), jnp.sin(angle)
-  a, b = jnp.split(x[..., :rotated].astype(jnp.float32), 2, axis=-1)
-  y = jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x.dtype)
+  frequency, magnitude = scaling(frequency) if scaling else (frequency, 1.0)
+  angle = positions.astype(jnp.float32)[..., None, None] * frequency.astype(np.float32)
+  cos, sin = jnp.cos(angle) * magnitude, jnp.sin(angle) * magnitude
+  y = x[..., :rotated].astype(jnp.float32)
+  if interleaved:
+    y = y.reshape(*y.shape[:-1], rotated // 2, 2)
+    a, b = y[..., 0], y[..., 1]
+    y = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(x[..., :rotated].shape)
+  else:
+    a, b = jnp.split(y, 2, axis=-1)
+    y = jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+  y = y.astype(x.dtype)
   return jnp.concatenate([y, x[..., rotated:]], axis=-1) if rotated < x.shape[-1] else y
+
+
+def linear_scaling(frequency: np.ndarray, *, factor: float) -> Scaled:
+  """Position interpolation (Chen et al. 2023, arXiv:2306.15595): all frequencies divided by the factor."""
+  return frequency / factor, 1.0
+
+
+def ntk_scaling(frequency: np.ndarray, *, factor: float) -> Scaled:
+  """NTK-aware interpolation (see arXiv:2309.00071, section 3.1): base x factor^(d / (d - 2)).
+
+  So the highest frequency is kept and the lowest is divided by the factor.
+  """
+  n = len(frequency)
+  return frequency * factor ** (-np.arange(n) / max(n - 1, 1)), 1.0
+
+
+def llama3_scaling(
+  frequency: np.ndarray,
+  *,
+  factor: float = 8.0,
+  low: float = 1.0,
+  high: float = 4.0,
+  original_length: int = 8192,
+) -> Scaled:
+  """Llama 3.1's scaling: by how often a pair turns within the original length.
+
+  Pairs that turn more than `high` times keep their frequency, those that turn less than `low` times are
+  divided by the factor, and between them it is interpolated.
+  """
+  turns = original_length * frequency / (2 * np.pi)
+  keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
+  return keep * frequency + (1 - keep) * frequency / factor, 1.0
+
+
+def yarn_scaling(
+  frequency: np.ndarray,
+  *,
+  factor: float,
+  original_length: int,
+  fast: float = 32.0,
+  slow: float = 1.0,
+  magnitude: float | None = None,
+) -> Scaled:
+  """YaRN (Peng et al. 2023, arXiv:2309.00071, section 3.2 and equation 22).
+
+  As `llama3_scaling`, with the interpolation linear in the index of the pair, from the last that turns `fast`
+  times to the first that turns `slow` times. cos and sin grow by `magnitude`, 0.1 ln factor + 1 by default.
+  """
+  n = len(frequency)
+  step = math.log(frequency[0] / frequency[-1]) / max(n - 1, 1)  # of the log frequency, per pair
+  index = lambda turns: math.log(original_length * frequency[0] / (2 * math.pi * turns)) / step
+  first, last = max(math.floor(index(fast)), 0), min(math.ceil(index(slow)), 2 * n - 1)
+  divide = np.clip((np.arange(n) - first) / max(last - first, 0.001), 0.0, 1.0)
+  magnitude = 0.1 * math.log(factor) + 1 if magnitude is None else magnitude
+  return frequency * (1 - divide) + frequency / factor * divide, magnitude
+
+
+def sinusoidal(positions: jax.Array, embed: int, *, base: float = 10_000.0) -> jax.Array:
+  """[batch, length, embed]: sines in the first half, cosines in the second, of wavelengths 2 pi to 2 pi base.
+
+  Vaswani et al. 2017, arXiv:1706.03762, section 3.5, with the order of the channels of tensor2tensor.
+  """
+  frequency = base ** (-np.arange(embed // 2, dtype=np.float32) / max(embed // 2 - 1, 1))
+  angle = positions.astype(jnp.float32)[..., None] * frequency
+  return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
 
 
 class RelativePositionBias(nnx.Module):

@@ -155,8 +155,8 @@ class Mamba(nnx.Module):
     return _whole(y, x.shape[1])
 
   def mixing_flops(self, length: int, encoder_length: int) -> int:
-    """Forward FLOPs of the convolution (2 per tap) and the recurrence (6 per channel and state)."""
-    return length * self.inner * (2 * self.width + 6 * self.state)
+    """Forward FLOPs of the recurrence: 6 per channel and state."""
+    return 6 * length * self.inner * self.state
 
 
 class Mamba2(nnx.Module):
@@ -274,8 +274,7 @@ class Mamba2(nnx.Module):
     return (y * jax.lax.rsqrt(square + self.epsilon) * self.norm_scale[...]).astype(dtype)
 
   def mixing_flops(self, length: int, encoder_length: int) -> int:
-    """Forward FLOPs of the convolutions and of the chunked products, every pair of a chunk counted."""
+    """Forward FLOPs of the chunked products, every pair of a chunk counted."""
     chunk, inner = min(self.chunk, length), self.heads * self.head_dim
-    convolutions = 2 * self.width * (inner + 2 * self.groups * self.state)
     pairs = 2 * chunk * (self.groups * self.state + inner)
-    return length * (convolutions + pairs + 4 * inner * self.state)
+    return length * (pairs + 4 * inner * self.state)

@@ -51,6 +51,39 @@ class PostNorm(Residual):
     return self.norm(x + y), penalties
 
 
+class PreNormEach(nnx.Module):
+  """x + sum of part_i(norm_i(x)): parts side by side, each behind a norm of its own (GPT-NeoX, Falcon-40B)."""
+
+  def __init__(self, embed: int, parts: tuple[Part, ...], *, norm: Part, rngs: nnx.Rngs):
+    self.parts = nnx.List([part(embed, rngs=rngs) for part in parts])
+    self.norms = nnx.List([norm(embed, rngs=rngs) for _ in parts])
+
+  def __call__(self, x: jax.Array, context: Context):
+    pairs = zip(self.parts, self.norms, strict=True)
+    ys, penalties = zip(*(part(norm(x), context) for part, norm in pairs), strict=True)
+    return x + sum(ys), _add(*penalties)
+
+
+class NormAfter(Residual):
+  """x + norm(sum of part(x)): OLMo 2's reordered norm (arXiv:2501.00656, section 3.2)."""
+
+  def __call__(self, x: jax.Array, context: Context):
+    y, penalties = self.sum_of_parts(x, context)
+    return x + self.norm(y), penalties
+
+
+class SandwichNorm(Residual):
+  """x + norm_after(sum of part(norm(x))): Gemma 2 and 3, GLM-4-0414 (Ding et al. 2021, arXiv:2105.13290)."""
+
+  def __init__(self, embed: int, parts: tuple[Part, ...], *, norm: Part, rngs: nnx.Rngs):
+    super().__init__(embed, parts, norm=norm, rngs=rngs)
+    self.norm_after = norm(embed, rngs=rngs)
+
+  def __call__(self, x: jax.Array, context: Context):
+    y, penalties = self.sum_of_parts(self.norm(x), context)
+    return x + self.norm_after(y), penalties
+
+
 class Stack(nnx.Module):
   """`repeats` of the same `parts` in a row, with stacked parameters [layers, ...].
 
@@ -58,7 +91,7 @@ class Stack(nnx.Module):
   `(Attention, CrossAttention, Mlp)` is T5's decoder. A longer tuple is a longer period.
 
   Knobs:
-    residual: the wiring (`PreNorm`, `PostNorm`).
+    residual: the wiring (`PreNorm`, `PostNorm`, ...).
     norm: after the last layer.
     bias: a position bias that all the layers share, made from the length.
     scan: one compiled layer in a loop (compiles fast, whatever the depth), or all of them written out
@@ -119,6 +152,26 @@ class Stack(nnx.Module):
         x, penalty = layer(x, sublayers)
         penalties = _add(penalties, penalty)
     return (self.norm(x) if self.norm is not None else x), penalties
+
+
+class Stacks(nnx.Module):
+  """Stacks one after another, where not all layers are alike.
+
+  DeepSeek-V2 begins with a dense layer; Gemma 3 1B ends with a part of its period.
+  """
+
+  def __init__(
+    self, embed: int, *, stacks: tuple[Part, ...], norm: Part | None = None, rngs: nnx.Rngs
+  ):
+    self.stacks = nnx.List([stack(embed, rngs=rngs) for stack in stacks])
+    self.norm = norm(embed, rngs=rngs) if norm else None
+
+  def __call__(self, x: jax.Array, context: Context):
+    penalties = []
+    for stack in self.stacks:
+      x, penalty = stack(x, context)
+      penalties.append(penalty)
+    return (self.norm(x) if self.norm is not None else x), _add(*penalties)
 
 
 def _unstack(tree, n: int) -> list:
