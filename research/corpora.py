@@ -10,6 +10,7 @@ import pathlib
 import platform
 from typing import ClassVar
 
+from research import cleaning
 from research.errors import Invalid, did_you_mean
 from research.vocabularies import file_signature
 
@@ -40,7 +41,20 @@ VALIDATION_PACKAGES = (
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-  """Base of the corpora."""
+  """Base of the corpora.
+
+  Attributes:
+    filters: rules of `research.cleaning`, in order, such as (Length(200), Gopher()).
+    near_duplicates: takes near-duplicate documents out; exact ones always go.
+    contamination: counts, or takes out, training documents that repeat validation text.
+    piece_bytes: text per piece of the training split, from which one shard is made; validation
+      pieces are a quarter of that.
+  """
+
+  filters: tuple[cleaning.Filter, ...] = ()
+  near_duplicates: cleaning.NearDuplicates | None = None
+  contamination: cleaning.Contamination | None = None
+  piece_bytes: int = 8 << 20
 
   name: ClassVar[str]
 

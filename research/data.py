@@ -17,7 +17,7 @@ import threading
 import numpy as np
 
 from research.errors import UserError
-from research.freeze import enough, shard_name
+from research.shards import facts_of
 from research.streams import Stream, digest
 
 Batch = dict[str, np.ndarray]
@@ -52,7 +52,10 @@ def open_streams(streams: list[Stream], cache_dir=None, log=print) -> 'list[Froz
 
 
 def _present(folder: pathlib.Path, stream: Stream) -> bool:
-  return (folder / 'header.json').exists() and enough(folder, stream)
+  passes = range(stream.passes)
+  return (folder / 'header.json').exists() and all(
+    facts_of(folder, p, stream.examples) is not None for p in passes
+  )
 
 
 def _freeze(streams, cache: pathlib.Path, log):
@@ -62,7 +65,7 @@ def _freeze(streams, cache: pathlib.Path, log):
     raise UserError(
       f'cannot write the data cache {cache} ({e.strerror}): set ISOFLOP_CACHE.'
     ) from e
-  spec = json.dumps({'streams': [s.spec() for s in streams]})
+  spec = json.dumps([s.spec() for s in streams])
   command = [sys.executable, '-m', 'research.freeze', f'--spec={spec}', f'--cache={cache}']
   root = str(pathlib.Path(__file__).resolve().parent.parent)
   paths = os.pathsep.join([root, os.getcwd(), os.environ.get('PYTHONPATH', '')])
@@ -83,7 +86,7 @@ def _freeze(streams, cache: pathlib.Path, log):
       raise
     reader.join()
   if child.returncode == 2 and errors:
-    raise UserError(errors[-1].rstrip())
+    raise UserError(errors[-1].rstrip().removeprefix('error: '))
   if child.returncode:
     raise RuntimeError(f'research.freeze ended with {child.returncode}:\n{"".join(errors)}')
 
@@ -103,12 +106,17 @@ class Frozen:
   def __init__(self, folder: pathlib.Path, stream: Stream):
     self.folder, self.stream = folder, stream
     header = json.loads((folder / 'header.json').read_text())
-    shards = [self._shards(p, header['pieces']) for p in range(stream.passes)]
+    shards = [facts_of(folder, p, stream.examples) for p in range(stream.passes)]
+    if None in shards:
+      raise UserError(f'{folder} is not complete: delete it and run again.')
     self.manifest = header | {'shards': shards, 'examples': stream.examples}
     self.vocab_size, self.passes = header['vocab_size'], stream.passes
     facts = [s for some in shards for s in some]
-    self._dtype = np.dtype([(k, d, (n,)) for k, d, n in facts[0]['features']])
-    self.features = {k: ((n,), np.dtype(np.int32)) for k, _, n in facts[0]['features']}
+    rows = next((f['features'] for f in facts if f['examples']), [])
+    if not rows:
+      raise UserError(f'{folder} holds no example: the {stream.split} split is too small.')
+    self._dtype = np.dtype([(k, d, (n,)) for k, d, n in rows])
+    self.features = {k: ((n,), np.dtype(np.int32)) for k, _, n in rows}
     self.bytes_per_token = _ratio(facts, 'target_bytes', 'target_tokens')
     self.fill = _ratio(facts, 'target_tokens', 'positions')
     self._check(facts)
@@ -118,20 +126,7 @@ class Frozen:
     self._examples = min(int(starts[-1]) for starts in self._starts)
     if stream.examples is not None:
       self._examples = min(self._examples, stream.examples)
-    if not self._examples:
-      raise UserError(f'{folder} holds no example: the {stream.split} split is too small.')
     self.fingerprint = digest([[f['sha256'] for f in facts], self._examples])
-
-  def _shards(self, number, pieces):
-    found, shards = 0, []
-    for piece in range(pieces):
-      path = self.folder / shard_name(number, piece)
-      facts = json.loads(path.with_suffix('.json').read_text())
-      shards.append(facts | {'file': path.name})
-      found += facts['examples']
-      if self.stream.examples is not None and found >= self.stream.examples:
-        break
-    return shards
 
   def _map(self, facts):
     if not facts['examples']:

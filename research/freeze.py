@@ -1,243 +1,343 @@
 """Freeze data streams: seqio task -> fixed-shape examples on disk, which training reads as memory.
 
-    python -m research.freeze --spec=JSON [--cache=DIR]
+A run does this by itself, in a process of its own, for a stream that is not there yet. By hand:
 
-`research.data` runs this by itself, in a process of its own, when a stream is not there yet. A stream is
-a folder of shards, each made from one piece of the corpus and written whole or not at all; a freeze
-that was killed goes on with the next shard and ends with the same bytes. This is the one file under
-research/ that imports seqio or TensorFlow.
+    python -m research.freeze --gin_file=gin/runs/tiny.gin            # every stream of the run
+    python -m research.freeze --gin_file=gin/runs/tiny.gin --show=2   # and print what a model sees
+
+Each shard is made from one piece of the corpus and written whole or not at all: a freeze that was killed
+goes on with the next shard and ends with the same bytes.
 """
 
-import argparse
+import concurrent.futures
 import contextlib
-import fcntl
+import functools
 import hashlib
 import json
 import multiprocessing
-import os
 import pathlib
 import sys
 import time
 
-import numpy as np
-
-from research.errors import UserError
+from research import cli, shards
+from research.errors import Invalid, UserError, did_you_mean
 from research.streams import Stream, from_spec
 
-
-def main(argv=None):
-  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-  parser.add_argument('--spec', required=True, help='JSON: {"streams": [...]} of Stream.spec()')
-  parser.add_argument('--cache', required=True, help='folder that holds the frozen streams')
-  args = parser.parse_args(argv)
-  try:
-    streams = [from_spec(s) for s in json.loads(args.spec)['streams']]
-    freeze(streams, pathlib.Path(args.cache))
-  except UserError as e:
-    print(e, file=sys.stderr)
-    sys.exit(2)
+# Examples per shard of a registered task, which has no pieces of text.
+REGISTERED_SHARD = 16384
+ROOTS = ('RUN', 'SWEEP', 'STREAM')
 
 
-def freeze(streams: list[Stream], cache: pathlib.Path, log=None):
-  """Writes what is missing of every stream under `cache`; progress goes to `log`."""
-  log = log or say
-  (cache / 'streams').mkdir(parents=True, exist_ok=True)
-  # The corpus is read in another process while this one spends its ten seconds importing TensorFlow.
-  spawn = multiprocessing.get_context('spawn')
-  readers = [spawn.Process(target=read, args=(s.spec(), cache)) for s in streams]
-  for reader in readers:
-    reader.start()
-  import tasks.objectives  # noqa: F401
+def main(argv=None) -> int:
+  parser = cli.parser('freeze', __doc__, gin=False)
+  parser.add_argument('--gin_file', action='append', metavar='FILE', help='a run or a sweep')
+  parser.add_argument('--show', nargs='?', type=int, const=2, default=0, metavar='N',
+                      help='print N examples of each stream, decoded')  # fmt: skip
+  parser.add_argument('--cache', metavar='DIR', help='default: $ISOFLOP_CACHE or ~/.cache/isoflop')
+  parser.add_argument('--workers', type=int, default=1, help='processes that write shards')
+  parser.add_argument('--spec', help='streams as JSON, instead of a gin file')
+  flags = cli.parse(parser, argv)
+  if flags.spec:
+    streams = [from_spec(s) for s in json.loads(flags.spec)]
+  elif flags.gin_file:
+    streams = configured(flags.gin_file, flags.gin)
+  else:
+    raise UserError('name a run with --gin_file=FILE.')
+  from research import data
 
-  for reader in readers:
-    reader.join()
-  for stream in streams:
-    folder = cache / 'streams' / stream.key()
-    with locked(folder.with_suffix('.lock'), log):
-      writer = Ours(stream, folder, cache, log)
-      writer.run()
+  cache = pathlib.Path(flags.cache or data.default_cache()).expanduser()
+  freeze(streams, cache, workers=flags.workers)
+  if not flags.spec:
+    for stream in streams:
+      report(data.Frozen(cache / 'streams' / stream.key(), stream), cache, flags.show)
+  return 0
+
+
+def configured(files: list[str], bindings: list[str]) -> list[Stream]:
+  """Every stream in what gin files describe, each once."""
+  from research import configs
+
+  found = {}
+  config = configs.load(files, bindings)
+  config.root = next((r for r in ROOTS if r in config.macros), 'RUN')
+  for stream in streams_in(config.tree()):
+    found[json.dumps(stream.spec())] = stream
+  if not found:
+    raise UserError(f'{files[-1]} sets no stream (@streams.Stream()).')
+  return list(found.values())
+
+
+def streams_in(tree):
+  """The streams in a tree of partials, containers and dataclasses."""
+  if isinstance(tree, Stream):
+    yield tree
+  elif isinstance(tree, functools.partial):
+    yield from streams_in([*tree.args, *tree.keywords.values()])
+  elif isinstance(tree, dict):
+    yield from streams_in(list(tree.values()))
+  elif isinstance(tree, list | tuple):
+    for part in tree:
+      yield from streams_in(part)
+  elif hasattr(tree, '__dataclass_fields__') and not isinstance(tree, type):
+    yield from streams_in(list(vars(tree).values()))
+
+
+def report(frozen, cache: pathlib.Path, show: int):
+  """Prints what a stream holds, and `show` of its examples."""
+  stream, n = frozen.stream, len(frozen)
+  shapes = ', '.join(f'{k} {shape[0]}' for k, (shape, _) in frozen.features.items())
+  print(f'{stream.name} {stream.split}: {n} examples in {frozen.folder}')
+  print(f'  {shapes}')
+  print(
+    f'  {frozen.fill:.1%} of target positions carry loss, {frozen.bytes_per_token:.3f} bytes each'
+  )
+  if show:
+    from tasks import show as shown
+
+    vocabulary = writer(stream, frozen.folder, cache, say).vocabulary
+    print(shown.render(frozen.examples(range(min(show, n))), vocabulary, stream))
 
 
 def say(line: str):
   print(line, flush=True)
 
 
+def freeze(streams: list[Stream], cache: pathlib.Path, log=say, workers: int = 1):
+  """Writes what is missing of every stream under `cache`.
+
+  Args:
+    streams: what to freeze.
+    cache: the folder.
+    log: called with lines of progress.
+    workers: processes; the files are the same for any number.
+
+  Raises:
+    UserError: the corpus or the task is not as the stream says.
+  """
+  missing = [s for s in streams if not complete(cache / 'streams' / s.key(), s)]
+  if missing and 'tensorflow' not in sys.modules:
+    _import_and_read(missing, cache)
+  for stream in missing:
+    folder = cache / 'streams' / stream.key()
+    with shards.locked(folder.with_suffix('.lock'), log):
+      if not complete(folder, stream):
+        _write(stream, folder, cache, log, workers)
+
+
+def complete(folder: pathlib.Path, stream: Stream) -> bool:
+  """Whether all that the stream asks for is on disk."""
+  if not (folder / 'header.json').exists():
+    return False
+  passes = range(stream.passes)
+  return all(shards.facts_of(folder, p, stream.examples) is not None for p in passes)
+
+
+def _import_and_read(streams, cache):
+  """TensorFlow's ten seconds of import, while another process reads the corpora."""
+  spawn = multiprocessing.get_context('spawn')
+  specs = {json.dumps(s.spec()['corpus']): s.spec() for s in streams if not s.registered}
+  readers = [spawn.Process(target=read, args=(spec, cache)) for spec in specs.values()]
+  for reader in readers:
+    reader.start()
+  import tasks.objectives  # noqa: F401
+
+  for reader in readers:
+    reader.join()
+
+
 def read(spec: dict, cache: pathlib.Path):
-  """Makes the store of a stream's corpus; an error is met again, and told, by `Ours.run`."""
+  """Makes the store of a stream's corpus; an error is met again, and told, by the writer."""
   from tasks import store
 
-  with contextlib.suppress(UserError), locked(cache / 'corpora.lock', say):
+  with contextlib.suppress(UserError), shards.locked(cache / 'corpora.lock', say):
     store.open_store(from_spec(spec).corpus, cache, say)
 
 
-@contextlib.contextmanager
-def locked(path: pathlib.Path, log):
-  """One writer at a time; the system releases the lock of a process that dies."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with open(path, 'w') as f:
-    try:
-      fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      log(f'another process is writing {path.stem}: waiting for it')
-      fcntl.flock(f, fcntl.LOCK_EX)
-    yield
+def _write(stream, folder, cache, log, workers):
+  started = writer(stream, folder, cache, log)
+  folder.mkdir(exist_ok=True)
+  if not (folder / 'header.json').exists():
+    shards.write_json(folder / 'header.json', started.header())
+  if workers > 1 and not stream.registered:
+    return _write_with(workers, stream, started, cache, log)
+  for number in range(stream.passes):
+    while shards.facts_of(folder, number, stream.examples) is None:
+      piece = sum(1 for _ in folder.glob(f'pass{number}-*.json'))
+      started.shard(number, piece)
 
 
-class Ours:
-  """Freezes one stream of an objective over a corpus."""
+def _write_with(workers: int, stream, started, cache, log):
+  """The same shards, `workers` at a time; up to `workers` - 1 more than are needed."""
+  spawn = multiprocessing.get_context('spawn')
+  with concurrent.futures.ProcessPoolExecutor(
+    workers, spawn, initializer=_start_worker, initargs=(stream.spec(), started.folder, cache)
+  ) as pool:
+    for number in range(stream.passes):
+      while shards.facts_of(started.folder, number, stream.examples) is None:
+        paths = (started.folder / shards.shard_name(number, p) for p in range(started.pieces))
+        missing = [i for i, p in enumerate(paths) if not p.with_suffix('.json').exists()]
+        list(pool.map(_work, [number] * workers, missing[:workers]))
+        log(f'freezing {stream.name} {stream.split}: {workers} shards with {workers} workers')
+
+
+def _start_worker(spec, folder, cache):
+  global _worker
+  _worker = writer(from_spec(spec), folder, cache, say)
+
+
+def _work(number, piece):
+  _worker.shard(number, piece)
+
+
+def writer(stream: Stream, folder: pathlib.Path, cache: pathlib.Path, log):
+  """What writes the shards of this stream."""
+  return (Registered if stream.registered else Ours)(stream, folder, cache, log)
+
+
+class _Writer:
+  """A stream being written; `vocabulary` is seqio's, `token_bytes` its bytes per id."""
 
   def __init__(self, stream: Stream, folder: pathlib.Path, cache: pathlib.Path, log):
     self.stream, self.folder, self.cache, self.log = stream, folder, cache, log
+    self.start, self.said, self.tokens = time.monotonic(), 0.0, 0
+    self.open()
+    from tasks import vocabularies
 
-  def run(self):
-    if (self.folder / 'header.json').exists() and enough(self.folder, self.stream):
-      return
-    from tasks import store  # light; TensorFlow comes with the rest, below
-
-    with locked(self.cache / 'corpora.lock', self.log):
-      self.store = store.open_store(self.stream.corpus, self.cache, self.log)
-    from tasks import objectives, vocabularies
-
-    with locked(self.cache / 'vocabularies.lock', self.log):
-      self.vocabulary = vocabularies.build(self.stream.vocabulary, self.cache, self.store, self.log)
-    self.made = objectives.recipe(self.stream, self.vocabulary)
-    self.folder.mkdir(exist_ok=True)
-    if not (self.folder / 'header.json').exists():
-      write_json(self.folder / 'header.json', self.header())
-    self.start, self.tokens = time.monotonic(), 0
-    for number in range(self.stream.passes):
-      for piece in range(self.store.pieces(self.stream.split)):
-        if not (self.folder / shard_name(number, piece)).with_suffix('.json').exists():
-          self.shard(number, piece)
-        if enough(self.folder, self.stream, number):
-          break
+    self.token_bytes = vocabularies.token_bytes(self.vocabulary)
 
   def header(self) -> dict:
-    split = self.stream.split
     return {
       'stream': self.stream.spec() | {'examples': None},
-      'pieces': self.store.pieces(split),
-      'corpus': self.store.manifest['splits'][split]
-      | {'name': self.stream.corpus.name, 'dropped': self.store.manifest['dropped']},
       'vocabulary': str(self.vocabulary),
       'vocab_size': int(self.vocabulary.vocab_size),
+      'corpus': None,
     }
+
+  def seed(self, number: int, piece: int) -> int:
+    """Of one shard: different for every pass, piece and split."""
+    key = json.dumps([self.stream.seed, number, piece, self.stream.split])
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], 'big') >> 1
+
+  def progress(self, shard: str, tokens: int, end=False):
+    self.tokens += tokens
+    now = time.monotonic()
+    if end or now - self.said > 2:
+      self.said = now
+      rate = self.tokens / max(now - self.start, 1e-9)
+      self.log(
+        f'freezing {self.stream.name} {self.stream.split}: {self.tokens / 1e6:.1f}M tokens, '
+        f'{rate / 1e6:.2f}M tokens/s, {shard}'
+      )
+
+
+class Ours(_Writer):
+  """An objective over a corpus: one shard for every pass over every piece of the text."""
+
+  def open(self):
+    from tasks import store
+
+    with shards.locked(self.cache / 'corpora.lock', self.log):
+      self.store = store.open_store(self.stream.corpus, self.cache, self.log)
+    self.pieces = self.store.pieces(self.stream.split)
+    if not self.store.manifest['splits'][self.stream.split]['documents']:
+      raise UserError(
+        f'{self.stream.corpus.name} has no document in its {self.stream.split} split.'
+      )
+    from tasks import objectives, vocabularies
+
+    with shards.locked(self.cache / 'vocabularies.lock', self.log):
+      wanted = self.stream.vocabulary
+      self.vocabulary = vocabularies.build(wanted, self.cache, self.store, self.log)
+    self.made = objectives.recipe(self.stream, self.vocabulary)
+
+  def header(self):
+    facts = self.store.manifest['splits'][self.stream.split]
+    corpus = {k: v for k, v in self.store.manifest.items() if k not in ('splits', 'signature')}
+    return super().header() | {'corpus': corpus | facts}
 
   def shard(self, number: int, piece: int):
     """Writes the shard of pass `number` over `piece`."""
     from tasks import objectives, vocabularies
 
-    documents = vocabularies.encode(self.vocabulary, self.store.documents(self.stream.split, piece))
-    key = [self.stream.seed, number, piece, self.stream.split]
-    seed = int.from_bytes(hashlib.sha256(json.dumps(key).encode()).digest()[:4], 'big') >> 1
-    sizes = vocabularies.token_bytes(self.vocabulary)
-    with Shard(self.folder, number, piece, sizes) as shard:
+    documents = vocabularies.encode(
+      self.vocabulary,
+      self.store.documents(self.stream.split, piece),
+      self.stream.task.pairs,
+    )
+    name = f'piece {piece + 1} of {self.pieces}'
+    if self.stream.passes > 1:
+      name += f', pass {number + 1} of {self.stream.passes}'
+    last = piece == self.pieces - 1
+    seed = self.seed(number, piece)
+    with shards.Shard(self.folder, number, piece, self.token_bytes, last) as shard:
       for rows in objectives.blocks(self.made, documents, self.stream.lengths, seed):
-        self.tokens += shard.write(rows)
-        self.progress(number, piece)
-    self.progress(number, piece, end=True)
+        self.progress(name, shard.write(rows))
+    self.progress(name, 0, end=True)
 
-  def progress(self, number, piece, end=False):
-    now = time.monotonic()
-    if end or now - getattr(self, 'said', 0) > 2:
-      self.said = now
-      rate = self.tokens / max(now - self.start, 1e-9)
-      self.log(
-        f'freezing {self.stream.name} {self.stream.split}: {self.tokens / 1e6:.1f}M tokens, '
-        f'{rate / 1e6:.2f}M tokens/s, piece {piece + 1} of {self.store.pieces(self.stream.split)}'
-        + (f', pass {number + 1} of {self.stream.passes}' if self.stream.passes > 1 else '')
+
+class Registered(_Writer):
+  """A seqio Task or Mixture of somebody else's, through seqio's own feature converters."""
+
+  def open(self):
+    import importlib
+
+    import seqio
+
+    importlib.import_module(self.stream.module)
+    names = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
+    if self.stream.task not in names:
+      hint = did_you_mean(self.stream.task, names)
+      why = f'{self.stream.module} registers no seqio task or mixture {self.stream.task!r}.{hint}'
+      raise Invalid(Stream, 'task', why)
+    self.task = seqio.get_mixture_or_task(self.stream.task)
+    if self.stream.split not in self.task.splits:
+      hint = did_you_mean(self.stream.split, self.task.splits)
+      why = f'{self.stream.task} has no split {self.stream.split!r}.{hint}'
+      raise Invalid(Stream, 'split', why)
+    self.vocabulary = self.task.output_features['targets'].vocabulary
+    both = self.stream.architecture == 'encoder_decoder' or (
+      self.stream.architecture is None and 'inputs' in self.stream.lengths
+    )
+    kind = seqio.EncDecFeatureConverter if both else seqio.DecoderFeatureConverter
+    self.converter = kind(pack=self.stream.packing)
+    self.number = None
+
+  def rows(self, number: int, piece: int):
+    """Model features in blocks of rows, from the first example of `piece` on."""
+    import seqio
+
+    seed = self.seed(number, 0)
+    with seqio.map_seed_manager(seed):
+      dataset = seqio.get_dataset(
+        self.task,
+        self.stream.lengths,
+        self.converter,
+        dataset_split=self.stream.split,
+        shuffle=True,
+        num_epochs=1,
+        seed=seed,
+        verbose=False,
       )
+    # An iterator that was lost with its process is gone through again: it is a function of the seed.
+    return dataset.skip(piece * REGISTERED_SHARD).batch(256).as_numpy_iterator()
 
-
-def shard_name(number: int, piece: int) -> str:
-  return f'pass{number}-{piece:05d}.bin'
-
-
-def write_json(path: pathlib.Path, value):
-  """Whole or not at all."""
-  partial = path.with_name(path.name + '.partial')
-  partial.write_text(json.dumps(value, indent=1))
-  os.replace(partial, path)
-
-
-def enough(folder: pathlib.Path, stream: Stream, number: int | None = None) -> bool:
-  """Whether the shards of pass `number` (of all passes) hold what the stream asks for."""
-  if number is None:
-    return all(enough(folder, stream, p) for p in range(stream.passes))
-  pieces = json.loads((folder / 'header.json').read_text())['pieces']
-  found = 0
-  for piece in range(pieces):
-    path = (folder / shard_name(number, piece)).with_suffix('.json')
-    if not path.exists():
-      return False
-    found += json.loads(path.read_text())['examples']
-    if stream.examples is not None and found >= stream.examples:
-      return True
-  return True
-
-
-def row_dtype(features: dict[str, int], vocab_size: int) -> np.dtype:
-  """One example on disk: every feature's smallest unsigned integers, one after the other."""
-
-  def small(key, length):
-    if key.endswith('_tokens'):
-      return np.uint16 if vocab_size <= 1 << 16 else np.uint32
-    if key.endswith('_segment_ids') or key.endswith('_positions'):
-      return np.uint16 if length <= 1 << 16 else np.uint32
-    return np.uint8
-
-  return np.dtype([(k, small(k, n), (n,)) for k, n in sorted(features.items())])
-
-
-class Shard:
-  """One shard as it is written: NAME.bin of rows, then NAME.json with its facts and hash."""
-
-  def __init__(self, folder, number, piece, token_bytes):
-    self.path = folder / shard_name(number, piece)
-    self.partial = self.path.with_suffix('.partial')
-    self.token_bytes, self.hash = token_bytes, hashlib.sha256()
-    self.facts = {'examples': 0, 'target_tokens': 0, 'target_bytes': 0, 'positions': 0}
-    self.dtype = None
-
-  def __enter__(self):
-    self.file = open(self.partial, 'wb')
-    return self
-
-  def write(self, rows) -> int:
-    """Appends rows ({feature: (n, length)}); returns how many target tokens they hold."""
-    if self.dtype is None:
-      lengths = {k: v.shape[1] for k, v in rows.items()}
-      self.dtype = row_dtype(lengths, len(self.token_bytes))
-    n = len(next(iter(rows.values())))
-    table = np.empty(n, self.dtype)
-    for key, value in rows.items():
-      if value.min(initial=0) < 0 or value.max(initial=0) > np.iinfo(self.dtype[key].base).max:
-        raise UserError(f'{key} has a value outside {self.dtype[key].base}: {value.max()}.')
-      table[key] = value
-    side = 'encoder' if 'encoder_target_tokens' in rows else 'decoder'
-    weights = rows[f'{side}_loss_weights']
-    tokens = int(weights.sum())
-    data = table.tobytes()
-    self.file.write(data)
-    self.hash.update(data)
-    self.facts['examples'] += n
-    self.facts['positions'] += weights.size
-    self.facts['target_tokens'] += tokens
-    sizes = self.token_bytes[rows[f'{side}_target_tokens']]
-    self.facts['target_bytes'] += int((sizes * weights).sum())
-    return tokens
-
-  def __exit__(self, kind, *_):
-    self.file.flush()
-    os.fsync(self.file.fileno())
-    self.file.close()
-    if kind is not None:
-      return
-    os.replace(self.partial, self.path)
-    features = [[k, self.dtype[k].base.name, self.dtype[k].shape[0]] for k in self.dtype.names]
-    facts = self.facts | {'sha256': self.hash.hexdigest(), 'features': features}
-    write_json(self.path.with_suffix('.json'), facts)
+  def shard(self, number: int, piece: int):
+    """Writes the next shard; the iterator stays open for the one after it."""
+    if self.number != number or self.next != piece:
+      try:
+        self.iterator = self.rows(number, piece)
+      except ValueError as e:
+        why = ' '.join(str(e).split())
+        raise UserError(f'seqio cannot build {self.stream.task}: {why}') from e
+      self.number, self.held = number, next(self.iterator, None)
+    wanted = REGISTERED_SHARD // 256
+    with shards.Shard(self.folder, number, piece, self.token_bytes, False) as shard:
+      while self.held is not None and wanted:
+        self.progress(f'shard {piece + 1}', shard.write(self.held))
+        self.held, wanted = next(self.iterator, None), wanted - 1
+      shard.last = self.held is None
+    self.next = piece + 1
 
 
 if __name__ == '__main__':
-  main()
+  cli.run(main)

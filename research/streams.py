@@ -11,7 +11,7 @@ import importlib.util
 import json
 import pathlib
 
-from research import corpora, objectives, vocabularies
+from research import cleaning, corpora, objectives, vocabularies
 from research.errors import Invalid, did_you_mean
 
 # Part of every key: raise it when the bytes that a given Stream freezes to change.
@@ -83,6 +83,9 @@ class Stream:
       raise Invalid(Stream, 'architecture', f'{self.architecture!r} is not known.{hint}')
 
   def _check_registered(self):
+    if self.architecture == 'encoder':
+      why = 'a registered task runs as a decoder or an encoder_decoder.'
+      raise Invalid(Stream, 'architecture', why)
     if self.module is None:
       raise Invalid(
         Stream,
@@ -129,7 +132,7 @@ class Stream:
 
   def spec(self) -> dict:
     """A JSON-able dict from which `from_spec` makes an equal Stream."""
-    return _to_spec(self)
+    return to_spec(self)
 
   def key(self) -> str:
     """Names the frozen files: what the stream is, except `examples`, which only says how much."""
@@ -148,14 +151,15 @@ def digest(value) -> str:
   return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _to_spec(value):
+def to_spec(value):
+  """`value`, dataclasses and all, as JSON can hold it."""
   if dataclasses.is_dataclass(value):
-    fields = {f.name: _to_spec(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    fields = {f.name: to_spec(getattr(value, f.name)) for f in dataclasses.fields(value)}
     return {'class': type(value).__name__, **fields}
   if isinstance(value, list | tuple):
-    return [_to_spec(v) for v in value]
+    return [to_spec(v) for v in value]
   if isinstance(value, dict):
-    return {str(k): _to_spec(v) for k, v in value.items()}
+    return {str(k): to_spec(v) for k, v in value.items()}
   if isinstance(value, pathlib.Path):
     return str(value)
   return value
@@ -175,5 +179,12 @@ def from_spec(spec: dict):
 
 _CLASSES = {
   c.__name__: c
-  for c in (Stream, *corpora.CORPORA, *vocabularies.VOCABULARIES, objectives.Denoiser, *objectives.OBJECTIVES.values())
+  for c in (
+    Stream,
+    objectives.Denoiser,
+    *cleaning.RULES,
+    *corpora.CORPORA,
+    *vocabularies.VOCABULARIES,
+    *objectives.OBJECTIVES.values(),
+  )
 }

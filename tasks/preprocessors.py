@@ -129,7 +129,9 @@ class MaskedLMFeatureConverter(seqio.FeatureConverter):
   """
 
   TASK_FEATURES: ClassVar = dict.fromkeys(('inputs', 'targets', 'chosen'), _SPEC)
-  MODEL_FEATURES: ClassVar = dict.fromkeys(('encoder_input_tokens', 'encoder_target_tokens', 'encoder_loss_weights'), _SPEC)
+  MODEL_FEATURES: ClassVar = dict.fromkeys(
+    ('encoder_input_tokens', 'encoder_target_tokens', 'encoder_loss_weights'), _SPEC
+  )
   PACKING_FEATURE_DTYPES: ClassVar = {
     'encoder_segment_ids': tf.int32,
     'encoder_positions': tf.int32,

@@ -1,8 +1,8 @@
 """The text of a corpus, read once and kept: cleaned, without duplicates, shuffled, in pieces.
 
-Every document goes to the piece that a hash of its content names and lies there in the hash's order.
-So each piece is a uniform sample of the whole corpus, whatever the order of the files, and a run that
-needs a tenth of the text reads a tenth of the pieces.
+Documents lie in the order of a hash of their content, cut into pieces. So each piece is a uniform
+sample of the whole corpus, whatever the order of the files, and a run that needs a tenth of the text
+reads a tenth of the pieces.
 """
 
 import collections
@@ -10,15 +10,18 @@ import hashlib
 import json
 import pathlib
 import shutil
+import struct
+import time
+from collections.abc import Iterator
 
 import numpy as np
 
-from research.streams import digest
-from tasks import readers
+from research.corpora import SPLITS
+from research.streams import digest, to_spec
+from tasks import cleaning, readers
 
-# Bytes of text per piece. A piece is what one shard of a frozen stream is made from, and validation
-# streams are short: theirs are small.
-PIECE = {'train': 8 << 20, 'validation': 2 << 20}
+# Bytes of text that are sorted in memory; more goes through files.
+IN_MEMORY = 1 << 30
 
 
 class Store:
@@ -48,53 +51,155 @@ class Store:
 
 def open_store(corpus, cache: pathlib.Path, log=print) -> Store:
   """The store of `corpus` under `cache`, built when it is not there. Call it under the cache's lock."""
-  folder = cache / 'corpora' / f'{corpus.name}-{_key(corpus)}'
+  key = digest([to_spec(corpus), corpus.signature()])
+  folder = cache / 'corpora' / f'{corpus.name}-{key}'
   if not (folder / 'manifest.json').exists():
     partial = folder.with_name(folder.name + '.partial')
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    _build(corpus, partial, log)
+    manifest = build(corpus, partial, log)
+    (partial / 'manifest.json').write_text(json.dumps(manifest, indent=1))
     partial.rename(folder)
   return Store(folder)
 
 
-def _key(corpus) -> str:
-  fields = {
-    k: v if isinstance(v, str | int | float | None) else list(v) for k, v in vars(corpus).items()
-  }
-  return digest([PIECE, fields, corpus.signature()])
-
-
-def _build(corpus, folder: pathlib.Path, log):
+def build(corpus, folder: pathlib.Path, log) -> dict:
+  """Reads `corpus` into the pieces under `folder`; returns the manifest."""
   dropped = collections.Counter()
-  documents = {split: [] for split in PIECE}
-  total = 0
-  for split, _, text in readers.READERS[type(corpus)](corpus, dropped):
-    documents[split].append((hashlib.blake2b(text, digest_size=16).digest(), text))
+  spools = {split: Spool(folder / f'{split}.spool') for split in SPLITS}
+  total, said = 0, time.monotonic()
+  for split, text in readers.read(corpus, dropped):
+    if corpus.filters:
+      text = cleaning.clean(text.decode(), corpus.filters, dropped)
+      text = text and text.encode()
+    if not text:
+      continue
+    key = hashlib.blake2b(text, digest_size=16).digest()
+    if split is None:
+      # Bits that the order below does not use.
+      uniform = int.from_bytes(key[8:], 'big') / 2**64
+      split = 'validation' if uniform < corpus.validation_fraction else 'train'
+    spools[split].add(key, text)
     total += len(text)
-    if total >> 26 != (total - len(text)) >> 26:
+    if time.monotonic() - said > 2:
+      said = time.monotonic()
       log(f'reading {corpus.name}: {total / 1e6:.0f} MB')
-  documents = {split: dict(found) for split, found in documents.items()}
-  for key in documents['validation'].keys() & documents['train'].keys():
-    del documents['train'][key]
-    dropped['in validation as well, taken out of train'] += 1
-  splits = {split: _write(folder, split, found) for split, found in documents.items()}
+  screen = Screen(corpus, dropped)
+  splits = {}
+  for split in ('validation', 'train'):
+    splits[split] = _write(folder, split, spools[split], screen, corpus)
+    log(
+      f'{corpus.name} {split}: {splits[split]["documents"]} documents, '
+      f'{splits[split]["bytes"] / 1e6:.1f} MB'
+    )
+  for why, n in dropped.most_common():
+    log(f'  {n} documents left out: {why}')
   manifest = {'corpus': corpus.name, 'signature': corpus.signature(), 'splits': splits}
   manifest['dropped'] = dict(sorted(dropped.items()))
-  (folder / 'manifest.json').write_text(json.dumps(manifest, indent=1))
-  for split, facts in splits.items():
-    log(f'{corpus.name} {split}: {facts["documents"]} documents, {facts["bytes"] / 1e6:.1f} MB')
+  if screen.overlap:
+    manifest['contamination'] = found = screen.overlap.report()
+    log(
+      f'contamination: {found["documents"]} of {found["of_documents"]} validation documents share '
+      f'{corpus.contamination.ngram} words in a row with training'
+    )
+  return manifest
 
 
-def _write(folder: pathlib.Path, split: str, documents: dict[bytes, bytes]) -> dict:
-  size = sum(map(len, documents.values()))
-  pieces = max(1, round(size / PIECE[split]))
-  by_piece = [[] for _ in range(pieces)]
-  for key in sorted(documents):
-    by_piece[int.from_bytes(key[-8:], 'big') % pieces].append(documents[key])
-  for i, texts in enumerate(by_piece):
-    stem = folder / f'{split}-{i:05d}'
-    stem.with_suffix('.txt').write_bytes(b''.join(texts))
-    np.save(stem.with_suffix('.npy'), np.cumsum([len(t) for t in texts], dtype=np.int64))
-  fingerprint = hashlib.sha256(b''.join(sorted(documents))).hexdigest()[:16]
-  return {'documents': len(documents), 'bytes': size, 'pieces': pieces, 'fingerprint': fingerprint}
+class Screen:
+  """Duplicates within and between the splits; validation goes first."""
+
+  def __init__(self, corpus, dropped):
+    self.dropped, self.keys, self.last = dropped, set(), None
+    self.near = cleaning.MinHash(corpus.near_duplicates) if corpus.near_duplicates else None
+    self.overlap = cleaning.Overlap(corpus.contamination) if corpus.contamination else None
+
+  def keeps(self, split: str, key: bytes, text: bytes) -> bool:
+    why = self._why_not(split, key, text)
+    if why:
+      self.dropped[why] += 1
+    elif split == 'validation':
+      self.keys.add(key)
+    return not why
+
+  def _why_not(self, split, key, text) -> str:
+    last, self.last = self.last, key
+    if key == last:  # equal documents are neighbours in the order
+      return 'exact duplicates'
+    if split == 'train' and key in self.keys:
+      return 'exact duplicates of validation'
+    if self.near and self.near.seen(text):
+      return 'near duplicates'
+    if self.overlap and split == 'validation':
+      self.overlap.add(text)
+    elif self.overlap and self.overlap.in_training(text) and self.overlap.rule.drop:
+      return 'share an n-gram with validation'
+    return ''
+
+
+class Spool:
+  """Documents by key, given back in the order of the keys, without holding all of them in memory."""
+
+  def __init__(self, folder: pathlib.Path):
+    self.folder, self.held, self.size, self.all = folder, [], 0, 0
+
+  def add(self, key: bytes, text: bytes):
+    self.held.append((key, text))
+    self.size += len(text)
+    self.all += len(text)
+    if self.size > IN_MEMORY:
+      self._flush()
+
+  def _flush(self):
+    self.folder.mkdir(exist_ok=True)
+    self.held.sort(key=lambda item: item[0][0])
+    files = {}
+    for key, text in self.held:
+      if key[0] not in files:
+        files[key[0]] = open(self.folder / f'{key[0]:03d}', 'ab')  # noqa: SIM115
+      files[key[0]].write(key + struct.pack('<Q', len(text)) + text)
+    for file in files.values():
+      file.close()
+    self.held, self.size = [], 0
+
+  def __iter__(self) -> Iterator[tuple[bytes, bytes]]:
+    if not self.folder.exists():
+      yield from sorted(self.held)
+      return
+    self._flush()
+    for path in sorted(self.folder.iterdir()):
+      data, at, found = path.read_bytes(), 0, []
+      while at < len(data):
+        (n,) = struct.unpack_from('<Q', data, at + 16)
+        found.append((data[at : at + 16], data[at + 24 : at + 24 + n]))
+        at += 24 + n
+      yield from sorted(found)
+    shutil.rmtree(self.folder)
+
+
+def _write(folder: pathlib.Path, split: str, spool: Spool, screen: Screen, corpus) -> dict:
+  # A validation stream is short, and its pieces are made whole: they are small.
+  size = corpus.piece_bytes // (4 if split == 'validation' else 1)
+  pieces = max(1, round(spool.all / size))
+  documents = size = 0
+  whole = hashlib.sha256()
+  by_piece, at = [], 0
+
+  def close():
+    stem = folder / f'{split}-{at:05d}'
+    stem.with_suffix('.txt').write_bytes(b''.join(by_piece))
+    np.save(stem.with_suffix('.npy'), np.cumsum([len(t) for t in by_piece], dtype=np.int64))
+
+  for key, text in spool:
+    if not screen.keeps(split, key, text):
+      continue
+    while at < int.from_bytes(key[:8], 'big') * pieces >> 64:
+      close()
+      by_piece, at = [], at + 1
+    by_piece.append(text)
+    documents, size = documents + 1, size + len(text)
+    whole.update(key)
+  while at < pieces:
+    close()
+    by_piece, at = [], at + 1
+  fingerprint = whole.hexdigest()[:16]
+  return {'documents': documents, 'bytes': size, 'pieces': pieces, 'fingerprint': fingerprint}

@@ -8,7 +8,7 @@ import seqio
 
 from research import vocabularies
 from research.errors import Invalid
-from research.streams import digest
+from research.streams import digest, to_spec
 
 
 def build(vocabulary, cache: pathlib.Path, store, log=print) -> seqio.Vocabulary:
@@ -20,9 +20,7 @@ def build(vocabulary, cache: pathlib.Path, store, log=print) -> seqio.Vocabulary
 
 
 def _trained(vocabulary, cache: pathlib.Path, store, log) -> pathlib.Path:
-  from research.streams import _to_spec
-
-  key = digest([_to_spec(vocabulary), store.fingerprint('train')])
+  key = digest([to_spec(vocabulary), store.fingerprint('train')])
   path = cache / 'vocabularies' / f'{vocabulary.model_type}-{vocabulary.size}-{key}.model'
   if not path.exists():
     log(f'training a SentencePiece model: {vocabulary.model_type}, {vocabulary.size} ids')

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from research import data, freeze
+from research import data, shards
 from research.errors import Invalid, UserError
 from research.streams import Stream, from_spec
 
@@ -18,13 +18,14 @@ def frozen(tmp_path, sizes=(37, 20, 5), length=8, passes=1, examples=None, seed=
   object.__setattr__(stream, 'passes', passes)
   folder = tmp_path / 'stream'
   folder.mkdir()
-  freeze.write_json(folder / 'header.json', {'pieces': len(sizes), 'vocab_size': 1000})
+  shards.write_json(folder / 'header.json', {'vocab_size': 1000})
   for number in range(passes):
     first = 0
     for piece, n in enumerate(sizes):
       tokens = np.tile(np.arange(first, first + n)[:, None], (1, length)) + 500 * number
       ones = np.ones_like(tokens)
-      with freeze.Shard(folder, number, piece, np.ones(1000, np.int64)) as shard:
+      last = piece == len(sizes) - 1
+      with shards.Shard(folder, number, piece, np.ones(1000, np.int64), last) as shard:
         shard.write({'decoder_target_tokens': tokens, 'decoder_loss_weights': ones})
       first += n
   return data.Frozen(folder, stream)

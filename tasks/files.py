@@ -1,0 +1,149 @@
+"""Files opened, cut into documents, and complained about: what the readers share."""
+
+import collections
+import contextlib
+import gzip
+import zlib
+from collections.abc import Iterator
+
+from research import corpora
+from research.errors import UserError, did_you_mean
+
+BLOCK = 1 << 20
+
+
+def files(corpus: corpora.Files) -> Iterator[tuple[str | None, str]]:
+  """(split, path) of a corpus's files; the split is None where a hash of each document decides."""
+  rest = 'train' if corpus.validation_files else None
+  for split, patterns in (('validation', corpus.validation_files), (rest, corpus.files)):
+    for pattern in patterns:
+      for path in remote(pattern) if '://' in pattern else corpora.found(pattern):
+        yield split, path
+
+
+def remote(pattern: str) -> list[str]:
+  """Files that TensorFlow's file system finds, such as gs://bucket/*.jsonl.gz."""
+  import tensorflow as tf
+
+  try:
+    paths = sorted(tf.io.gfile.glob(pattern))
+  except tf.errors.OpError as e:
+    raise UserError(f'cannot list {pattern}: {e.message.splitlines()[0]}') from e
+  if not paths:
+    raise UserError(f'no file matches {pattern}.')
+  return paths
+
+
+def binary(path: str):
+  """A binary file object; .gz is decompressed."""
+  if '://' in path:
+    import tensorflow as tf
+
+    raw = tf.io.gfile.GFile(path, 'rb')
+  else:
+    raw = open(path, 'rb')  # noqa: SIM115 (the caller closes it)
+  return gzip.GzipFile(fileobj=raw) if path.endswith('.gz') else raw
+
+
+def blocks_of(path: str) -> Iterator[bytes]:
+  """The bytes of a file, a megabyte at a time."""
+  with binary(path) as f:
+    first = f.read(BLOCK)
+    if not first:
+      raise EOFError('it is empty')
+    yield first
+    while block := f.read(BLOCK):
+      yield block
+
+
+def lines_of(path: str) -> Iterator[bytes]:
+  """The lines of a file, without their ends."""
+  held = b''
+  for block in blocks_of(path):
+    *whole, held = (held + block).split(b'\n')
+    yield from whole
+  if held:
+    yield held
+
+
+def cut(document: bytes, longest: int) -> list[bytes]:
+  """A document in parts of at most `longest` bytes, cut after a line where there is one."""
+  parts, at = [], 0
+  while len(document) - at > longest:
+    end = document.rfind(b'\n', at, at + longest) + 1
+    if end <= at:
+      end = at + longest
+      while end > at + 1 and document[end] & 0xC0 == 0x80:  # not inside a character
+        end -= 1
+    parts.append(document[at:end])
+    at = end
+  return [*parts, document[at:]]
+
+
+class Broken:
+  """Refuses or counts what is broken in one file, as the corpus says."""
+
+  def __init__(self, corpus, dropped: collections.Counter, path: str):
+    self.corpus, self.dropped, self.path = corpus, dropped, path
+
+  def __call__(self, what: str, kind: str):
+    """`what` is wrong; `kind` is the name that it is counted under."""
+    if self.corpus.broken == 'refuse':
+      hint = f" (to go on without it: {type(self.corpus).__name__}.broken = 'skip')"
+      raise UserError(f'{self.path}: {what}{hint}.')
+    self.dropped[f'broken: {kind}'] += 1
+
+  def is_text(self, data: bytes, line: int) -> bool:
+    """Whether `data`, which starts in `line`, is UTF-8."""
+    try:
+      data.decode()
+    except UnicodeDecodeError as e:
+      line += data[: e.start].count(b'\n')
+      self(f'line {line} is not UTF-8 (byte 0x{data[e.start]:02x})', 'not UTF-8')
+      return False
+    return True
+
+  @contextlib.contextmanager
+  def reading(self, *errors):
+    """Within this an unreadable rest of the file is refused or counted."""
+    known = (EOFError, OSError, zlib.error, *errors)
+    try:
+      yield
+    except known as e:
+      why = ' '.join(str(e).split())[:200] or type(e).__name__
+      if isinstance(e, EOFError) and 'empty' not in why:
+        why = 'it ends in the middle: a truncated gzip file'
+      self(why, 'unreadable files')
+
+
+def example(data: bytes, broken: Broken, number: int) -> dict:
+  """The bytes features of a serialised tf.train.Example."""
+  from google.protobuf.message import DecodeError
+  from tensorflow.core.example import example_pb2
+
+  try:
+    features = example_pb2.Example.FromString(data).features.feature
+  except DecodeError:
+    broken(f'record {number} is not a tf.train.Example', 'not a tf.train.Example')
+    return {}
+  return {k: v.bytes_list.value[0] for k, v in features.items() if v.bytes_list.value}
+
+
+def fields(corpus, broken: Broken, split, record: dict, where: str):
+  """The (split, text) of one record, or its (split, prompt NUL completion)."""
+  texts = []
+  for name in filter(None, (corpus.prompt, corpus.field)):
+    value = record.get(name)
+    if isinstance(value, bytes):
+      if not broken.is_text(value, 1):
+        return
+      value = value.decode()
+    if not isinstance(value, str):
+      hint = did_you_mean(name, record) if value is None else f' It is a {type(value).__name__}.'
+      broken(f'{where} has no text field {name!r}.{hint}'.rstrip('.'), f'no text field {name!r}')
+      return
+    texts.append(value)
+  if corpus.prompt:
+    yield split, b'\0'.join(t.replace('\0', ' ').encode(errors='replace') for t in texts)
+    return
+  yield from ((split, part) for part in cut(texts[0].encode(errors='replace'), corpus.longest))
