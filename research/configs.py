@@ -120,8 +120,10 @@ class Config:
             self._bind(statement, symbols, where)
     except SyntaxError as error:
       line = error.lineno or '?'
-      hint = ' Strings need quotes.' if command_line else ''
-      raise UserError(f'{source}{"" if command_line else f":{line}"}: {error.msg}.{hint}') from None
+      # The parser's first line is Python's own about its syntax tree; its last says what it could not read.
+      why = error.msg.splitlines()[-1].strip().rstrip('.')
+      hint = ' (a string needs quotes)' if 'token' in why else ''
+      raise UserError(f'{source}{"" if command_line else f":{line}"}: {why}{hint}.') from None
     except (tokenize.TokenError, IndentationError) as error:
       raise UserError(f'{source}: not gin syntax ({error.args[0]}).') from None
     self.lines += text_lines[kept:]

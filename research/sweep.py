@@ -176,10 +176,10 @@ def start_worker(flags, workdir: pathlib.Path, cores: list[int]) -> subprocess.P
     | cli.CPU_ENVIRONMENT
     | {'PYTHONPATH': os.pathsep.join([root, os.environ.get('PYTHONPATH', '')])}
   )
-  log = (workdir / 'workers.log').open('a')
-  # On its own cores a worker's jax starts as many threads as it has cores; they do not disturb each other.
-  pin = (lambda: os.sched_setaffinity(0, cores)) if hasattr(os, 'sched_setaffinity') else None
-  return subprocess.Popen(command, env=env, stdout=log, stderr=log, preexec_fn=pin, cwd=os.getcwd())
+  if hasattr(os, 'sched_setaffinity'):  # so that workers do not disturb each other
+    command.append(f'--cores={",".join(map(str, cores))}')
+  with (workdir / 'workers.log').open('a') as log:
+    return subprocess.Popen(command, env=env, stdout=log, stderr=log)
 
 
 def launch(flags, sweep: Sweep, runs: list[designs.Planned], folder: Folder, table) -> None:

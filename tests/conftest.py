@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import random
 
 # Before jax: with fewer threads than devices, eight devices on two cores deadlock in a collective.
 os.environ.setdefault('PJRT_NPROC', '16')
@@ -9,7 +10,7 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('XLA_FLAGS', '--xla_force_host_platform_device_count=8')
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
-import pytest  # noqa: E402
+import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -21,3 +22,16 @@ def shared_data() -> pathlib.Path:
     if folder and pathlib.Path(folder).is_dir():
       return pathlib.Path(folder)
   pytest.skip('no public data: set ISOFLOP_DATA to a folder with it (see docs/laws.md)')
+
+
+@pytest.fixture(scope='session')
+def text_file(tmp_path_factory) -> pathlib.Path:
+  """A small text: lines that a small model learns something of. The session's data cache is its own."""
+  folder = tmp_path_factory.mktemp('text')
+  os.environ['ISOFLOP_CACHE'] = str(folder / 'cache')
+  words = ('the', 'law', 'of', 'this', 'run', 'is', 'loss', 'falls', 'with', 'compute', 'and', 'data')
+  choose = random.Random(0).choice
+  for i in range(40):
+    text = '\n'.join(' '.join(choose(words) for _ in range(12)) for _ in range(20))
+    (folder / f'{i:02}.txt').write_text(text)
+  return folder / '*.txt'

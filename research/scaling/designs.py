@@ -181,7 +181,8 @@ class IsoFlop:
       if len(planned) < 3:
         raise Invalid(
           IsoFlop, 'budgets',
-          f'{budget:.3g} FLOPs leave {len(planned)} sizes of this ladder with {self.min_steps} steps or more; '
+          f'{budget:.3g} FLOPs leave {len(planned)} sizes of this ladder with {self.min_steps} steps '
+          f'or more; '
           'widen the ladder, lower batch_size, or raise the budget.',
         )  # fmt: skip
       runs += planned

@@ -1,0 +1,250 @@
+"""A run: it resumes exactly, keeps its rows whole, says what is wrong before it starts."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from research import configs, train
+from research.errors import UserError
+from research.training import metrics
+from research.training.checkpoints import Checkpoints
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+MODELS = ('decoder', 'encoder_decoder')
+
+
+def bindings(text_file, **more) -> list[str]:
+  return [f"FILES='{text_file}'", *(f'{k}={v}' for k, v in more.items())]
+
+
+def load(model, text_file, **more):
+  return configs.load(f'tests/gin/{model}.gin', bindings(text_file, **more))
+
+
+def run(model, text_file, workdir, **more) -> dict:
+  config = load(model, text_file, **more)
+  with config.explains(), open(os.devnull, 'w') as silence:
+    return train.train(config.build(), workdir, config.text, stream=silence)
+
+
+def final_state(config, workdir):
+  """The last checkpoint as host arrays."""
+  the_run = config.build()
+  with the_run.mesh.use():
+    program = train.make_program(the_run)
+    abstract = jax.eval_shape(jax.jit(program.init), jax.random.key(0))
+    checkpoints = Checkpoints(workdir / 'checkpoints')
+    step, state, _ = checkpoints.restore(abstract)
+    checkpoints.close()
+    return step, jax.tree.map(np.asarray, state)
+
+
+def loss_rows(workdir):
+  return [row for row in metrics.read_rows(workdir / 'metrics.jsonl') if 'loss' in row]
+
+
+@pytest.mark.parametrize('model', MODELS)
+def test_a_run_learns_and_ends_as_one_row(model, text_file, tmp_path):
+  row = run(model, text_file, tmp_path, **{'Run.eval_every': 20})
+  assert row['status'] == 'finished'
+  losses = [r['loss'] for r in loss_rows(tmp_path)]
+  assert losses[-1] < losses[0] - 1
+  assert row == json.loads((tmp_path / 'run.json').read_text())
+  assert 0 < row['tokens'] <= 40 * 8 * row['length']
+  assert row['flops_6n_with_head'] > row['flops_6n_non_embedding'] > 0
+  evaluations = [r for r in metrics.read_rows(tmp_path / 'metrics.jsonl') if 'validation/loss' in r]
+  assert [r['step'] for r in evaluations] == [20, 40]
+  assert evaluations[-1]['validation/loss'] == row['loss']
+  assert list((tmp_path / 'tensorboard').iterdir())
+  # What it saved is re-runnable, and is the same run.
+  again = configs.load(str(tmp_path / 'config.gin'))
+  assert again.build().identity() == (tmp_path / 'config.txt').read_text()
+
+
+def test_stopped_by_sigterm_and_resumed_is_bit_identical(text_file, tmp_path):
+  config = load('decoder', text_file)
+  whole, parts = tmp_path / 'whole', tmp_path / 'parts'
+  run('decoder', text_file, whole)
+  look = train._Loop.look
+
+  def look_and_kill(loop, step, scalars):
+    if step == 16:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return look(loop, step, scalars)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(train._Loop, 'look', look_and_kill)
+    with pytest.raises(train.Interrupted, match=r'stopped at step 1[67] with a checkpoint'):
+      run('decoder', text_file, parts)
+  run('decoder', text_file, parts)
+  (step, state), (step2, state2) = final_state(config, whole), final_state(config, parts)
+  assert step == step2 == 40
+  jax.tree.map(np.testing.assert_array_equal, state, state2)
+  assert [r['step'] for r in loss_rows(parts)] == [r['step'] for r in loss_rows(whole)]
+  assert [r['loss'] for r in loss_rows(parts)][-1] == [r['loss'] for r in loss_rows(whole)][-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('model', MODELS)
+def test_killed_and_restarted_is_bit_identical(model, text_file, tmp_path):
+  workdir, steps = tmp_path / 'killed', 400
+  more = {'Run.steps': steps, 'Run.checkpoint_every': 25}
+  run(model, text_file, tmp_path / 'whole', **more)
+  command = [
+    sys.executable,
+    '-m',
+    'research.train',
+    f'--gin_file=tests/gin/{model}.gin',
+    f'--workdir={workdir}',
+  ]
+  command += [f'--gin.{b}' for b in bindings(text_file, **more)]
+  kill_at, killed = random.Random(model).sample(range(30, steps - 60), 2), 0
+  for at in sorted(kill_at):
+    process = subprocess.Popen(
+      command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
+    while process.poll() is None:
+      rows = loss_rows(workdir)
+      if rows and rows[-1]['step'] >= at:
+        process.send_signal(signal.SIGKILL)
+        killed += 1
+        break
+      time.sleep(0.005)
+    process.wait()
+  assert killed == 2
+  subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+  config = load(model, text_file, **more)
+  (step, state), (step2, state2) = (
+    final_state(config, tmp_path / 'whole'),
+    final_state(config, workdir),
+  )
+  assert step == step2 == steps
+  jax.tree.map(np.testing.assert_array_equal, state, state2)
+  wanted = [*range(3, steps, 3), steps]
+  assert [r['step'] for r in loss_rows(workdir)] == wanted
+  assert [r['step'] for r in loss_rows(tmp_path / 'whole')] == wanted
+
+
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(text_file, tmp_path, capfd):
+  run('decoder', text_file, tmp_path / 'run')
+  steps = sorted(
+    int(p.name) for p in (tmp_path / 'run' / 'checkpoints').iterdir() if p.name.isdigit()
+  )
+  assert steps == [35, 40]
+  flip_bytes(tmp_path / 'run' / 'checkpoints' / '40' / 'state')
+  lines = []
+  the_run = load('decoder', text_file).build()
+  with the_run.mesh.use():
+    program = train.make_program(the_run)
+    abstract = jax.eval_shape(jax.jit(program.init), jax.random.key(0))
+    checkpoints = Checkpoints(tmp_path / 'run' / 'checkpoints')
+    step, state, _ = checkpoints.restore(abstract, log=lines.append)
+    checkpoints.close()
+  assert step == 35
+  assert 'checkpoint at step 40 is damaged' in lines[0]
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
+  assert (tmp_path / 'run' / 'checkpoints_damaged' / '40').is_dir()
+
+
+def flip_bytes(folder):
+  """Flips one byte in the middle of the largest data file."""
+  path = max((p for p in folder.rglob('*') if p.is_file()), key=lambda p: p.stat().st_size)
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 0x10
+  path.write_bytes(bytes(data))
+
+
+def test_a_checkpoint_of_another_model_names_what_differs(text_file, tmp_path):
+  run('decoder', text_file, tmp_path, **{'Run.steps': 2})
+  (tmp_path / 'config.txt').unlink()
+  with pytest.raises(
+    UserError, match=r'params/embedder/tokens is \(384, 32\) and this model has \(384, 48\)'
+  ):
+    run('decoder', text_file, tmp_path, WIDTH=48)
+
+
+def test_a_run_that_diverges_stops_with_its_last_good_checkpoint(text_file, tmp_path):
+  row = run('decoder', text_file, tmp_path, LEARNING_RATE=1e30, **{'Run.clip': None})
+  assert row['status'] == 'nan'
+  assert row['loss'] is None
+  assert row['steps'] < 40
+  steps = [int(p.name) for p in (tmp_path / 'checkpoints').iterdir() if p.name.isdigit()]
+  for step in steps:
+    assert step < row['steps']
+
+
+def test_microbatches_are_one_batch(text_file, tmp_path):
+  config = load('encoder_decoder', text_file)
+  batch = None
+  results = []
+  for microbatches in (1, 4):
+    the_run = load('encoder_decoder', text_file, **{'Run.microbatches': microbatches}).build()
+    with the_run.mesh.use():
+      from research import data, sharding
+
+      if batch is None:
+        frozen = data.open_stream(config.build().train, log=lambda _: None)
+        batch = next(data.batches(frozen, the_run.batch_size, 0))
+      program = train.make_program(the_run)
+      state = jax.jit(program.init)(jax.random.key(0))
+      state, scalars = jax.jit(program.step)(state, sharding.place(batch))
+      results.append(
+        (
+          jax.tree.map(np.asarray, state['params']),
+          float(scalars['loss']),
+          float(scalars['grad_norm']),
+        )
+      )
+  np.testing.assert_allclose(results[0][1:], results[1][1:], rtol=1e-5)
+  # Adam's first step is lr * sign(gradient): compare where the gradient is not all rounding.
+  close = [
+    np.mean(np.isclose(a, b, rtol=1e-3, atol=1e-5))
+    for a, b in zip(*(jax.tree.leaves(r[0]) for r in results), strict=True)
+  ]
+  assert min(close) > 0.99
+
+
+@pytest.mark.parametrize(
+  ('more', 'says'),
+  [
+    ({'Run.steps': -3}, r'--gin\.Run\.steps=-3: Run\.steps: -3 must be a positive whole number'),
+    ({'VOCAB': 100}, r'--gin\.VOCAB=100, by %VOCAB at .*tiny\.gin:\d+: LanguageModel\.vocab: 100 is less'),
+    ({'Run.batch_size': 6}, r'--gin\.Run\.batch_size=6: Run\.batch_size: 6 is not a multiple of 8'),
+    ({'Stream.task': "'causal_ml'"}, r"--gin\.Stream\.task='causal_ml': .*Did you mean causal_lm"),
+    ({'Attention.kv_heads': 3}, r'--gin\.Attention\.kv_heads=3: Attention\.kv_heads: 3 does not divide'),
+    ({'Run.microbatches': 3}, r'--gin\.Run\.microbatches=3: .*3 does not divide the batch of 8'),
+    ({'warmup_cosine.warmup': 99}, r'--gin\.warmup_cosine\.warmup=99: .*run of 40 steps'),
+  ],
+)  # fmt: skip
+def test_a_mistake_is_told_before_anything_is_compiled(
+  more, says, text_file, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(train, '_Loop', None)  # where compiling begins
+  with pytest.raises(UserError, match=says) as error:
+    run('decoder', text_file, tmp_path, **more)
+  assert '\n' not in str(error.value)
+
+
+def test_a_workdir_of_another_run_is_not_touched(text_file, tmp_path):
+  run('decoder', text_file, tmp_path, **{'Run.steps': 2})
+  before = {p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()}
+  with pytest.raises(
+    UserError, match=r'holds a different run \("steps = 2" there, "steps = 3" here\)'
+  ):
+    run('decoder', text_file, tmp_path, **{'Run.steps': 3})
+  assert before == {p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()}
+
+
+def test_a_workdir_that_cannot_be_made(text_file, tmp_path):
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(UserError, match=r'--workdir=.* cannot be written'):
+    run('decoder', text_file, tmp_path / 'file' / 'run')
