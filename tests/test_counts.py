@@ -78,8 +78,16 @@ EXACT = {
   'bloom/7b1': 7_069_016_064,
   'bloom/176b': 176_247_271_424,
   'falcon/7b': 6_921_720_704,
-  'baichuan/7b': 7_000_559_616,  # transformers' Llama at this vocabulary
-  'baichuan/13b': 13_264_901_120,  # the index of the released weights: 26,529,802,240 bytes of bfloat16
+  'falcon/40b': 41_303_293_952,
+  'falcon/180b': 178_557_088_768,
+  'glm/4_9b': 9_399_951_360,
+  'glm/chatglm2_6b': 6_243_584_000,  # what its released code counts when it loads (both)
+  'glm/chatglm3_6b': 6_243_584_000,
+  'baichuan/7b': 7_000_559_616,  # both: the table of Baichuan-13B's README
+  'baichuan/13b': 13_264_901_120,
+  # The same at the vocabulary of Baichuan 2: 125,696 for 64,000 in both tables.
+  'baichuan2/7b': 7_000_559_616 + 2 * (125_696 - 64_000) * 4096,
+  'baichuan2/13b': 13_264_901_120 + 2 * (125_696 - 64_000) * 5120,
   'qwen/1_8b': 1_836_828_672,  # Qwen 1: transformers' Qwen 2 with as many key heads as heads
   'qwen/7b': 7_721_324_544,
   'qwen/14b': 14_167_290_880,
@@ -103,6 +111,26 @@ EXACT = {
   'qwen3/32b': 32_762_123_264,
   'qwen3/30b_a3b': 30_532_122_624,
   'qwen3/235b_a22b': 235_093_634_560,
+  'gemma/2b': 2_506_172_416,
+  'gemma/7b': 8_537_680_896,
+  'gemma2/2b': 2_614_341_888,
+  'gemma2/9b': 9_241_705_984,
+  'gemma2/27b': 27_227_128_320,
+  'gemma3/270m': 268_098_176,
+  'gemma3/1b': 999_885_952,
+  'gemma3/4b': 3_880_263_168,
+  'gemma3/12b': 11_766_034_176,
+  'gemma3/27b': 27_009_346_304,
+  'olmo2/1b': 1_484_916_736,
+  'olmo2/7b': 7_298_617_344,
+  'olmo2/13b': 13_716_198_400,
+  'olmo2/32b': 32_234_279_936,
+  'bert/base': 109_514_298,
+  'bert/large': 335_174_458,
+  'deepseek/v2_lite': 15_706_484_224,
+  # transformers keeps the bias that chooses experts in a buffer: 58 layers of 256.
+  'deepseek/v3': 671_026_404_352 + 58 * 256,
+  'jamba/52b': 51_570_323_328,
   'mixtral/8x7b': 46_702_792_704,
   'mixtral/8x22b': 140_620_634_112,
   'mamba/130m': 129_135_360,
@@ -187,17 +215,22 @@ def test_the_first_line_of_a_preset_gives_its_total(preset):
   assert f': {counted(preset).params_total:,} parameters' in first
 
 
+# Model cards: 46.7B and 12.9B, 141B and 39B, 30.5B and 3.3B (3.353 cut), 235B and 22B, 52B and 12B; and without
+# the token vectors, 15.7B and 2.4B (2.451 cut) and 671B and 37B.
 @pytest.mark.parametrize(
-  ('preset', 'active', 'half_unit'),
+  ('preset', 'active', 'half_unit', 'token_vectors'),
   [
-    ('mixtral/8x7b', 12.9e9, 0.05e9),  # Mistral AI's announcement: 46.7B and 12.9B
-    ('mixtral/8x22b', 39e9, 0.5e9),  # 141B and 39B
-    ('qwen3/30b_a3b', 3.35e9, 0.05e9),  # Qwen Team's model card: 30.5B and 3.3B, which is 3.353 cut
-    ('qwen3/235b_a22b', 22e9, 0.5e9),
+    ('mixtral/8x7b', 12.9e9, 0.05e9, 0),
+    ('mixtral/8x22b', 39e9, 0.5e9, 0),
+    ('qwen3/30b_a3b', 3.35e9, 0.05e9, 0),
+    ('qwen3/235b_a22b', 22e9, 0.5e9, 0),
+    ('jamba/52b', 12e9, 0.5e9, 0),
+    ('deepseek/v2_lite', 2.45e9, 0.05e9, 102400 * 2048),
+    ('deepseek/v3', 37e9, 0.5e9, 129280 * 7168),
   ],
 )
-def test_active_parameters(preset, active, half_unit):
-  assert counted(preset).params_active == pytest.approx(active, abs=half_unit)
+def test_active_parameters(preset, active, half_unit, token_vectors):
+  assert counted(preset).params_active - token_vectors == pytest.approx(active, abs=half_unit)
 
 
 def test_non_embedding_and_head():
@@ -231,35 +264,60 @@ def dot_flops(jaxpr) -> int:
   return total
 
 
+def traced_flops(preset: str, bindings, inputs: int, targets: int) -> tuple[Counts, float]:
+  """The counts of a preset made small, and per target token the FLOPs of its forward pass's matrix products."""
+  model, batch = load(preset, *bindings), 2
+  with Mesh(data=1).use(jax.devices()[:1]):
+    module = abstract(model)
+    tokens = {f'{name}_input_tokens': jnp.ones((batch, inputs), int) for name in module.inputs}
+    tokens['decoder_input_tokens'] = jnp.ones((batch, targets), int)
+    jaxpr = jax.make_jaxpr(lambda module, tokens: module(tokens)[0])(module, tokens).jaxpr
+  counts = count(model, {'inputs': inputs, 'targets': targets})
+  return counts, dot_flops(jaxpr) / (batch * targets)
+
+
 @pytest.mark.parametrize(
   ('preset', 'more'),
   [
     ('gpt2/124m', ()),
+    ('bert/base', ()),
     ('llama3/8b', ('KV_HEADS=2',)),
     ('qwen3/0_6b', ('KV_HEADS=2',)),
+    ('olmo2/1b', ()),
     ('palm/8b', ()),
     ('bloom/560m', ()),
+    ('falcon/40b', ('KV_HEADS=2',)),
     ('t5/1_0_small', ()),
     ('t5/1_1_small', ()),
   ],
 )
 def test_flops_are_those_of_the_traced_program(preset, more):
   """Appendix F without its softmax and its one-hot products is every matrix product of the forward pass."""
-  model = load(preset, *TINY, *more)
-  batch, inputs, targets = 2, 24, 8
-  counts = count(model, {'inputs': inputs, 'targets': targets})
-  with Mesh(data=1).use(jax.devices()[:1]):
-    module = abstract(model)
-    encoder = 'encoder' in module.inputs
-    tokens = {'decoder_input_tokens': jnp.zeros((batch, targets), int)}
-    if encoder:
-      tokens['encoder_input_tokens'] = jnp.ones((batch, inputs), int)
-    jaxpr = jax.make_jaxpr(lambda module, tokens: module(tokens)[0])(module, tokens).jaxpr
+  inputs, targets, layers = 24, 8, 2
+  counts, traced = traced_flops(preset, [*TINY, *more], inputs, targets)
+  encoder = preset.startswith('t5')
   pairs = targets + encoder * (inputs * inputs / targets + inputs)  # per target token, in a layer
-  softmax = 3 * 4 * 2 * pairs
+  softmax = 3 * 4 * layers * pairs
   one_hot = 2 * 96 * 32 * (1 + encoder * inputs / targets)
-  forward = counts.flops_chinchilla / 3 - softmax - one_hot
-  assert dot_flops(jaxpr) == pytest.approx(forward * batch * targets, rel=1e-12)
+  assert traced == pytest.approx(counts.flops_chinchilla / 3 - softmax - one_hot, rel=1e-12)
+
+
+def test_flops_of_latent_attention_are_those_of_the_traced_program():
+  sizes = 'VOCAB=96 EMBED=32 DENSE_LAYERS=2 HEADS=4 MLP=48 Stacks.stacks=(@dense/stack.Stack,)'
+  counts, traced = traced_flops('deepseek/v3', sizes.split(), 8, 8)
+  softmax, one_hot = 3 * 4 * 2 * 8, 2 * 96 * 32
+  assert traced == pytest.approx(counts.flops_chinchilla / 3 - softmax - one_hot, rel=1e-12)
+
+
+def test_flops_of_state_space_duality_are_those_of_the_traced_program():
+  sizes = 'VOCAB=96 EMBED=32 LAYERS=2 HEADS=4 HEAD_DIM=16 Mamba2.state=8 Mamba2.chunk=4'
+  counts, traced = traced_flops('mamba2/130m', sizes.split(), 8, 8)
+  convolutions = (
+    2 * 4 * (64 + 2 * 8) * 2
+  )  # taps x channels x layers, no matrix product in the program
+  one_hot = 2 * 96 * 32
+  assert traced == pytest.approx(counts.flops_chinchilla / 3 - convolutions - one_hot, rel=1e-12)
+  assert counts.flops_attention_causal == counts.flops_attention_full
 
 
 @pytest.mark.parametrize('window', [None, 1, 3, 8, 100])
@@ -317,6 +375,7 @@ def test_encoder_decoder_counts_input_tokens_per_target_token():
     ('llama/7b', 2 * 32 * 4096 * 2, 0),  # keys and values of 32 layers, two bytes each
     ('llama3/8b', 2 * 32 * 8 * 128 * 2, 0),
     ('falcon/7b', 2 * 32 * 64 * 2, 0),
+    ('deepseek/v3', 61 * (512 + 64) * 2, 0),  # 70 KB, the latent vectors alone
     ('mamba/130m', 0, 0),  # a state of constant size
     ('t5/1_1_xxl', 2 * 24 * 4096 * 2, 2 * 24 * 4096 * 2),
   ],

@@ -15,9 +15,10 @@ from research.model.counts import abstract
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FILES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / 'gin').rglob('*.gin'))
 TINY = {
-  'EMBED': 32, 'LAYERS': 2, 'ENCODER_LAYERS': 2, 'DECODER_LAYERS': 1, 'HEADS': 8, 'KV_HEADS': 2, 'HEAD_DIM': 8,
-  'MLP': 48, 'EXPERTS': 4, 'ACTIVE': 2, 'HEAD_SCALE': 32**-0.5,
-  'INNER': 64, 'RANK': 2,
+  'VOCAB': 96, 'EMBED': 32, 'LAYERS': 2, 'ENCODER_LAYERS': 2, 'DECODER_LAYERS': 1, 'PERIODS': 2, 'REST': 1,
+  'DENSE_LAYERS': 1, 'MOE_LAYERS': 2, 'HEADS': 8, 'KV_HEADS': 2, 'HEAD_DIM': 8, 'MLP': 48, 'EXPERT_MLP': 16,
+  'SHARED_MLP': 32, 'EXPERTS': 4, 'ACTIVE': 2, 'INNER': 64, 'RANK': 2, 'HEAD_SCALE': 32**-0.5,
+  'EMBEDDING_SCALE': 32**0.5, 'LOGIT_SCALE': 0.1,
 }  # fmt: skip
 
 
@@ -30,7 +31,8 @@ def left_open(file: str) -> list[str]:
 
 SHARED = [file for file in FILES if file.startswith('gin/models/') and left_open(file)]
 SIZES = [file for file in FILES if file.startswith('gin/models/') and file not in SHARED]
-COMMANDS = [file for file in FILES if file.startswith(('gin/runs/', 'gin/sweeps/'))]
+RUNS = [file for file in FILES if file.startswith('gin/runs/')]
+SWEEPS = [file for file in FILES if file.startswith('gin/sweeps/')]
 
 
 def models(value):
@@ -66,10 +68,15 @@ def test_shared_file_needs_what_it_says_and_no_more(file):
   assert module.vocab
 
 
-@pytest.mark.parametrize('file', COMMANDS)
-def test_command_file_resolves_and_its_model_can_be_made(file):
-  root = 'SWEEP' if file.startswith('gin/sweeps/') else 'RUN'
-  found = list(models(configs.load(file, root=root).tree()))
-  assert found
-  for model in found:
-    abstract(model)
+@pytest.mark.parametrize('file', RUNS)
+def test_model_of_a_run_can_be_made(file):
+  (model,) = models(configs.load(file).tree())
+  abstract(model)
+
+
+@pytest.mark.parametrize('file', SWEEPS)
+def test_sweep_is_of_a_run(file):
+  sweep = configs.load(file, root='SWEEP').build()
+  assert sweep.run in RUNS
+  (model,) = models(configs.load(sweep.run, sweep.bindings).tree())
+  abstract(model)
