@@ -45,15 +45,12 @@ class Problem:
     )
 
   def predict(self, z, data):
-    p = types.SimpleNamespace(**self.values(z, data['center']))
-    return self.law.predict(p, types.SimpleNamespace(**data['x']))
-
-  def residual(self, z, y, data):
-    """r [rows] at free coordinates z [free]; y [rows] is the observed loss, or its logarithm."""
-    predicted = self.predict(z, data)
-    if self.residuals == 'linear':
-      return predicted - y
-    return jnp.log(jnp.maximum(predicted, _TINY)) - y
+    """The law at free coordinates z [free] -> [rows]."""
+    values = self.values(z, data['center'])
+    # A parameter meets the rows in a product with a column of ones, not a broadcast: its gradient is
+    # then a dot, which XLA on CPUs vectorises, and not a sum, which it does not (2x on the Hessian).
+    values = {name: data['ones'] @ jnp.reshape(v, 1) for name, v in values.items()}
+    return self.law.predict(types.SimpleNamespace(**values), types.SimpleNamespace(**data['x']))
 
   def bounds(self) -> tuple[np.ndarray, np.ndarray]:
     parameters = [self.law.parameters[name] for name in self.free]
@@ -86,27 +83,22 @@ class _Point(NamedTuple):
 
 
 def _expand(problem: Problem, z, y, w, data, delta, tau) -> _Point:
-  def row(x, y):
-    def slope(z):
-      r, g = jax.value_and_grad(lambda z: problem.residual(z, y, dict(x=x, center=data['center'])))(
-        z
-      )
-      return g, (r, g)
-
-    hessian, (r, gradient) = jax.jacfwd(slope, has_aux=True)(z)
-    return r, gradient, hessian
-
-  # Row by row, then one contraction each: XLA on CPUs vectorises a dot and not a sum.
-  r, jacobian, bend = jax.vmap(row)(data['x'], y)
+  """Value and derivatives of sum_i w_i rho(r_i); y is the observed loss, or its logarithm."""
+  predict = lambda z: problem.predict(z, data)
+  m = predict(z)
+  jacobian = jax.jacfwd(predict)(z)
+  log = problem.residuals == 'log'
+  safe = jnp.maximum(m, _TINY)
+  r = jnp.log(safe) - y if log else m - y
   value, slope, curve, weight = rho(problem.loss, r, delta, tau)
   force = w * slope
-  square = lambda c: jnp.einsum('ni,nj->ij', jacobian * (w * c)[:, None], jacobian)
-  return _Point(
-    w @ value,
-    force @ jacobian,
-    square(curve) + jnp.einsum('n,nij->ij', force, bend),
-    square(weight),
-  )
+  curve, pull = w * curve, force
+  if log:  # d2 ln m = d2 m / m - (d ln m)(d ln m)^T
+    jacobian, curve, pull = jacobian / safe[:, None], curve - force, force / safe
+  pull = jax.lax.stop_gradient(pull)
+  bend = jax.jacfwd(jax.grad(lambda z: pull @ predict(z)))(z)
+  square = lambda c: jnp.einsum('ni,nj->ij', jacobian * c[:, None], jacobian)
+  return _Point(w @ value, force @ jacobian, square(curve) + bend, square(w * weight))
 
 
 def _solve_positive(matrix, vector):
@@ -183,7 +175,8 @@ def _advance(problem, lane, y, w, data, low, high, delta, tau):
 
 
 def _at_start(index, z) -> _Lane:
-  """Lanes whose first step is of length zero and only evaluates: no second copy of the program to load one."""
+  """Lanes whose first step is of length zero and only evaluates: no second copy of the program to "
+  "load one."""
   lanes, free = z.shape
   eye = jnp.broadcast_to(jnp.eye(free), (lanes, free, free))
   unknown = _Point(jnp.full(lanes, jnp.inf), jnp.zeros((lanes, free)), eye, eye)
@@ -192,8 +185,8 @@ def _at_start(index, z) -> _Lane:
 
 
 @functools.partial(jax.jit, static_argnames=('problem', 'lanes', 'max_steps'))
-def _run(problem, data, z0, rows, y, w, delta, tau, low, high, *, lanes, max_steps):
-  count, free = z0.shape
+def _run(problem, data, z0, count, rows, y, w, delta, tau, low, high, *, lanes, max_steps):
+  size, free = z0.shape
   step = jax.vmap(lambda lane, y, w: _advance(problem, lane, y, w, data, low, high, delta, tau))
 
   def load(index):
@@ -204,7 +197,7 @@ def _run(problem, data, z0, rows, y, w, delta, tau, low, high, *, lanes, max_ste
     lane, ys, ws, following, out = state
     lane, done = step(lane, ys, ws)
     done = done | (lane.steps >= max_steps)
-    slot = jnp.where(done, lane.index, count)
+    slot = jnp.where(done & (lane.index < count), lane.index, size)
     answer = (lane.z, lane.point.f, lane.steps, lane.point.newton, lane.point.gradient)
     out = tuple(a.at[slot].set(b, mode='drop') for a, b in zip(out, answer, strict=True))
     index = jnp.where(done, following + jnp.cumsum(done) - 1, lane.index)
@@ -218,11 +211,11 @@ def _run(problem, data, z0, rows, y, w, delta, tau, low, high, *, lanes, max_ste
 
   first = jnp.arange(lanes)
   out = (
-    jnp.zeros((count, free)),
-    jnp.full(count, jnp.inf),
-    jnp.full(count, max_steps),
-    jnp.zeros((count, free, free)),
-    jnp.zeros((count, free)),
+    jnp.zeros((size, free)),
+    jnp.full(size, jnp.inf),
+    jnp.full(size, max_steps),
+    jnp.zeros((size, free, free)),
+    jnp.zeros((size, free)),
   )
   unfinished = lambda state: (state[0].index < count).any()
   return jax.lax.while_loop(unfinished, body, (*load(first), jnp.asarray(lanes), out))[-1]
@@ -249,17 +242,16 @@ def solve(problem, data, z0, y, w, *, rows=None, delta=1e-3, tau=0.5, max_steps=
     rows = np.zeros((len(z0), 2), int)
   low, high = problem.bounds()
   z0 = np.clip(z0, low, high)
-  # A lane's working set should stay in cache, and the queue should keep every lane busy.
+  data, y, w, rows, size = _share_shapes(data, y, w, rows, len(z0))
+  # A lane's working set should stay in cache.
   lanes = int(np.clip(2**16 // y.shape[1], 4, 256))
-  lanes = min(lanes, 1 << max(len(z0) - 1, 0).bit_length())
-  # Queues of like size share a program: repeat the last start up to a power of two.
-  size = 1 << max(len(z0) - 1, 0).bit_length()
-  pad = lambda a: np.concatenate([a, np.repeat(a[-1:], size - len(a), axis=0)])
+  pad = lambda a: np.concatenate([a, np.repeat(a[:1], size - len(a), axis=0)])
   with jax.enable_x64(True):
     out = _run(
       problem,
       data,
       pad(z0),
+      len(z0),
       pad(rows),
       y,
       w,
@@ -272,3 +264,25 @@ def solve(problem, data, z0, y, w, *, rows=None, delta=1e-3, tau=0.5, max_steps=
     )
     out = jax.device_get(out)
   return Solution(*(a[: len(z0)] for a in out))
+
+
+def _share_shapes(data, y, w, rows, problems):
+  """Pads rows (with weight 0) and queues to a few sizes, so that most calls share one compiled program."""
+  n = y.shape[1]
+  size = 1024
+  while size < problems:
+    size *= 4
+  if n > 2**14:
+    return data, y, w, rows, size
+  step = max(16, 1 << (max(n - 1, 1).bit_length() - 2))
+  extra = -n % step
+  more = lambda a: np.concatenate([a, np.repeat(a[:1], extra, axis=0)])
+  data = {**data, 'x': {k: more(v) for k, v in data['x'].items()}, 'ones': more(data['ones'])}
+  wide = lambda a, fill: np.concatenate([a, np.full((len(a), extra), fill)], axis=1)
+  y, w = wide(y, y[0, 0]), wide(w, 0.0)
+  if size * (n + extra) <= 2**24:
+    # Every problem brings its own y and w, be it a start or a replicate.
+    y, w = y[rows[:, 0]], w[rows[:, 1]]
+    grow = lambda a: np.concatenate([a, np.broadcast_to(a[:1], (size - len(a), a.shape[1]))])
+    y, w, rows = grow(y), grow(w), np.stack([np.arange(problems)] * 2, axis=1)
+  return data, y, w, rows, size

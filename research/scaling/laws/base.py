@@ -12,6 +12,7 @@ import types
 from collections.abc import Mapping
 from typing import ClassVar
 
+import jax
 import numpy as np
 
 from research.errors import UserError, did_you_mean
@@ -50,11 +51,13 @@ def exponent(meaning, start=(0.15, 0.35, 0.7), low=0.0, high=4.0) -> Parameter:
   return Parameter(meaning, start=start, positive=False, low=low, high=high)
 
 
+@dataclasses.dataclass(frozen=True)
 class Law:
-  """Subclass it with `inputs`, `parameters` and `predict`; docs/laws.md adds one in fifteen lines.
+  """Subclass it with `inputs`, a Parameter each and `predict`; docs/laws.md adds one in fifteen lines.
 
   `predict(p, x)` is traced by jax. `p.NAME` are natural parameter values; `x.NAME` are the inputs and
   `x.ln_NAME` their logarithms, taken once outside the fit: write exp(-p.alpha * x.ln_params).
+  Two instances of one law are equal, so that they share a compiled fit.
   """
 
   source: ClassVar[str]
@@ -65,6 +68,11 @@ class Law:
   plain: ClassVar[tuple[str, ...]] = ()
   parameters: ClassVar[Mapping[str, Parameter]]
 
+  def __init_subclass__(cls, **kwargs):
+    super().__init_subclass__(**kwargs)
+    own = {name: value for name, value in vars(cls).items() if isinstance(value, Parameter)}
+    cls.parameters = {**getattr(cls, 'parameters', {}), **own}
+
   def predict(self, p, x):
     raise NotImplementedError
 
@@ -73,10 +81,10 @@ class Law:
     return type(self).__name__
 
   def __call__(self, parameters: Mapping[str, float], **inputs) -> np.ndarray:
-    """The law's value in numpy float64; `inputs` broadcast against each other."""
+    """The law in float64; `parameters` and `inputs` broadcast against each other."""
     self.check_names(parameters)
     p = types.SimpleNamespace(**{k: np.asarray(v, np.float64) for k, v in parameters.items()})
-    with np.errstate(over='ignore', under='ignore'):
+    with jax.enable_x64(True), jax.numpy_rank_promotion('allow'):
       return np.asarray(self.predict(p, self.namespace(inputs)))
 
   def namespace(self, inputs: Mapping) -> types.SimpleNamespace:

@@ -1,0 +1,310 @@
+"""The whole fit in one call: rows in, an `Analysis` out that forecasts, prints, plots and saves itself."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from research.errors import UserError
+from research.scaling import approaches, bootstrap, fits, laws, planning
+from research.scaling import rows as table
+from research.scaling.laws.base import Law, LawError
+
+_COLUMNS, _CHINCHILLA = table.Columns(), laws.Chinchilla()
+
+
+class NoForecast(UserError, ValueError):
+  """Neither a law nor two isoFLOP minima: nothing to forecast with. The message gives every reason."""
+
+
+class Optimum(NamedTuple):
+  params: np.ndarray
+  tokens: np.ndarray
+  loss: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Forecast:
+  """What a run at `flops` should reach; intervals at `level`, that of the loss for one new run with its noise.
+
+  `extrapolation` is flops over the largest budget that was fitted.
+  """
+
+  flops: float
+  params: float
+  tokens: float
+  loss: float
+  loss_low: float
+  loss_high: float
+  params_low: float
+  params_high: float
+  tokens_low: float
+  tokens_high: float
+  level: float
+  method: str
+  extrapolation: float
+
+  def error(self, outcome: float) -> float:
+    """(forecast - outcome) / outcome."""
+    return self.loss / outcome - 1
+
+  def __str__(self) -> str:
+    return (
+      f'C = {self.flops:.3g} ({self.extrapolation:.2g}x the largest fitted): '
+      f'N* = {self.params:.3g} [{self.params_low:.3g}, {self.params_high:.3g}], '
+      f'D* = {self.tokens:.3g} [{self.tokens_low:.3g}, {self.tokens_high:.3g}], '
+      f'loss {self.loss:.4f} [{self.loss_low:.4f}, {self.loss_high:.4f}] ({self.method})'
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Analysis:
+  """Everything a set of rows says about N*(C), D*(C) and the loss.
+
+  `approach1`, `approach2`, `approach3` are None where refused; `refusals` says why, by name.
+  `cost` is the rows' FLOP convention, `level` that of every interval.
+  """
+
+  rows: table.Observations
+  cost: planning.Cost
+  approach1: approaches.Allocation | None
+  approach2: approaches.Allocation | None
+  approach3: fits.Fit | None
+  bootstrap: bootstrap.Bootstrap | None
+  refusals: dict[str, str] = dataclasses.field(default_factory=dict)
+  notes: tuple[str, ...] = ()
+  conventions: tuple[dict, ...] = ()
+  level: float = 0.9
+
+  @property
+  def method(self) -> str:
+    if self.approach3 is not None:
+      return f'approach 3, {self.approach3.law.name}'
+    return 'approach 2, power laws through the isoFLOP minima'
+
+  def predict(self, params, tokens) -> np.ndarray:
+    """The fitted loss in nats per token; raises NoForecast without a law of N and D."""
+    if self.approach3 is None:
+      raise NoForecast(
+        f'No law of N and D was fitted: {self.refusals.get("approach 3", "not asked for")}'
+      )
+    return self.approach3.predict(params=params, tokens=tokens)
+
+  def optimum(self, flops) -> Optimum:
+    """Compute-optimal N*, D* and their loss at a budget or an array of them."""
+    if self.approach3 is not None:
+      law, values = self.approach3.law, self.approach3.parameters
+      return Optimum(*planning.optimum(law, values, flops, self.cost))
+    two = self.approach2
+    flops = np.asarray(flops, np.float64)
+    return Optimum(two.params(flops), two.tokens(flops), two.loss(flops))
+
+  def optimum_samples(self, flops) -> Optimum:
+    """The optimum under every bootstrap replicate, [replicates, budgets] each."""
+    flops = np.atleast_1d(np.asarray(flops, np.float64))
+    if self.approach3 is not None:
+      values = {k: v[:, None] for k, v in self.bootstrap.parameters.items()}
+      return Optimum(*planning.optimum(self.approach3.law, values, flops, self.cost))
+    s = self.approach2.samples
+    line = lambda i: np.exp(s[:, i + 1 : i + 2] + s[:, i : i + 1] * np.log(flops))
+    return Optimum(line(0), line(2), line(4))
+
+  def exponents(self) -> dict[str, tuple[float, float, float]]:
+    """{'a, approach 2': (value, low, high), ...}: N* ~ C^a and D* ~ C^b by each approach."""
+    out = {}
+    for k, found in ((1, self.approach1), (2, self.approach2)):
+      if found is not None:
+        out[f'a, approach {k}'] = (found.params.exponent, *found.interval('a', self.level))
+        out[f'b, approach {k}'] = (found.tokens.exponent, *found.interval('b', self.level))
+    if self.approach3 is not None:
+      ends = np.array([self.rows.flops.min(), self.rows.flops.max()])
+      slope = lambda v: np.diff(np.log(v), axis=-1)[..., 0] / np.log(ends[1] / ends[0])
+      best, many = self.optimum(ends), self.optimum_samples(ends)
+      for name, v, s in (('a', best.params, many.params), ('b', best.tokens, many.tokens)):
+        low, high = self._interval(slope(s))
+        out[f'{name}, approach 3'] = (float(slope(v)), low, high)
+    return out
+
+  def forecast(self, flops: float | None = None, *, params=None, tokens=None) -> Forecast:
+    """The loss at the optimum of `flops`, or of a run of given `params` and `tokens`."""
+    given = params is not None and tokens is not None
+    if not given and flops is None:
+      raise NoForecast('forecast needs flops, or params and tokens.')
+    if given:
+      flops = float(self.cost.flops(params, tokens)) if flops is None else float(flops)
+    if given and self.approach3 is not None:
+      best = Optimum(params, tokens, self.predict(params, tokens))
+      values = {k: v[:, None] for k, v in self.bootstrap.parameters.items()}
+      losses = self.approach3.law(values, params=params, tokens=tokens)
+      many = Optimum(np.full_like(losses, params), np.full_like(losses, tokens), losses)
+    else:
+      best, many = self.optimum(flops), self.optimum_samples(flops)
+      if given:  # approach 2 knows only the optimum
+        best = best._replace(params=params, tokens=tokens)
+    bounds = [self._interval(v) for v in (self._with_noise(many.loss), many.params, many.tokens)]
+    return Forecast(
+      float(flops),
+      float(best.params),
+      float(best.tokens),
+      float(best.loss),
+      *bounds[0],
+      *bounds[1],
+      *bounds[2],
+      self.level,
+      self.method,
+      float(flops / self.rows.flops.max()),
+    )
+
+  def _with_noise(self, losses: np.ndarray) -> np.ndarray:
+    """Adds a run's own scatter to bootstrapped losses."""
+    if self.approach3 is None:
+      return losses
+    drawn = np.random.default_rng(0).choice(self.bootstrap.spread, size=losses.shape)
+    return losses * np.exp(drawn) if self.approach3.problem.residuals == 'log' else losses + drawn
+
+  def _interval(self, values) -> tuple[float, float]:
+    values = np.asarray(values).ravel()
+    if not np.isfinite(values).any():
+      return float('nan'), float('nan')
+    tail = 50 * (1 - self.level)
+    low, high = np.nanpercentile(values, [tail, 100 - tail])
+    return float(low), float(high)
+
+  def plot(self):
+    """One matplotlib figure: isoFLOP curves, loss surface, N* and D*, residuals."""
+    from research.scaling import plots
+
+    return plots.overview(self)
+
+  def __str__(self) -> str:
+    from research.scaling import text
+
+    return text.summary(self)
+
+  __repr__ = __str__
+
+  def to_json(self) -> str:
+    from research.scaling import serial
+
+    return json.dumps(serial.analysis_to_dict(self), indent=1)
+
+  @classmethod
+  def from_json(cls, text: str, extra_laws: Iterable[Law] = ()) -> 'Analysis':
+    """Restores `to_json`'s text; `extra_laws` are instances of laws that are not this package's."""
+    from research.scaling import serial
+
+    return serial.analysis_from_dict(json.loads(text), extra_laws)
+
+  def save(self, path) -> None:
+    pathlib.Path(path).write_text(self.to_json() + '\n')
+
+  @classmethod
+  def load(cls, path, extra_laws: Iterable[Law] = ()) -> 'Analysis':
+    return cls.from_json(pathlib.Path(path).read_text(), extra_laws)
+
+
+def fit_results(
+  rows,
+  *,
+  columns: table.Columns = _COLUMNS,
+  law: Law = _CHINCHILLA,
+  profile: str = 'parabola',
+  noise: float | None = None,
+  curves: Mapping | None = None,
+  role: str | None = 'fit',
+  drop_highest: int = 0,
+  robust: str = 'huber',
+  delta: float = 1e-3,
+  residuals: str = 'log',
+  fixed: Mapping[str, float] | None = None,
+  tied: Mapping[str, str] | None = None,
+  resample: str = 'residual',
+  replicates: int = 1000,
+  level: float = 0.9,
+  seed: int = 0,
+) -> Analysis:
+  """Approaches 1 (given `curves`), 2 and 3 with bootstrap intervals.
+
+  Args:
+    rows: a path (.csv, .jsonl, .json, .parquet), a list of dicts, or Observations.
+    columns: which columns hold N, D, C and the loss, and their units; see rows.Columns.
+    law: what approach 3 fits; where it is not identifiable its reasons are kept and TiedChinchilla is tried.
+    profile, noise: approach 2's interpolation and seed noise; see approaches.isoflop.
+    curves: run -> [(tokens, loss), ...] for approach 1.
+    drop_highest: leave out this many of the highest losses (Besiroglu et al. 2024 drop 5).
+    robust, delta, residuals, fixed, tied: see fits.fit.
+    resample: 'residual', 'pairs', 'cluster by run' or 'cluster by budget'.
+  """
+  seen = _observe(rows, columns, role)
+  seen = _without_highest(seen, drop_highest)
+  cost = planning.fit_cost(seen.params, seen.tokens, seen.flops)
+  refusals: dict[str, str] = {}
+  one = _approach1(curves, seen, cost, refusals)
+  try:
+    two = approaches.isoflop(
+      seen, cost, method=profile, noise=noise, replicates=replicates, seed=seed
+    )
+  except approaches.NoAllocation as e:
+    two, refusals['approach 2'] = None, str(e)
+  options = {'robust': robust, 'delta': delta, 'residuals': residuals, 'fixed': fixed, 'tied': tied}
+  three = _approach3(law, seen, options, refusals)
+  if three is None and two is None:
+    raise NoForecast(' '.join(dict.fromkeys(refusals.values())))
+  spread = None
+  if three is not None:
+    kind, groups = _resampling(resample, seen)
+    spread = bootstrap.bootstrap(three, kind, groups=groups, replicates=replicates, seed=seed)
+  result = Analysis(seen, cost, one, two, three, spread, refusals, level=level)
+  from research.scaling import diagnostics
+
+  return dataclasses.replace(result, notes=tuple(diagnostics.notes(result)))
+
+
+def _observe(rows, columns, role) -> table.Observations:
+  if isinstance(rows, table.Observations):
+    return rows
+  if isinstance(rows, (str, pathlib.Path)):
+    rows = table.read_table(rows)
+  return table.observe(rows, columns, role)
+
+
+def _without_highest(seen: table.Observations, count: int) -> table.Observations:
+  if count <= 0:
+    return seen
+  highest = np.argsort(seen.loss, kind='stable')[-count:]
+  keep = np.setdiff1d(np.arange(len(seen)), highest)
+  dropped = tuple((str(seen.run[i]), f'one of the {count} highest losses') for i in highest)
+  return dataclasses.replace(seen.take(keep), excluded=seen.excluded + dropped)
+
+
+def _approach1(curves, seen, cost, refusals):
+  if not curves:
+    return None
+  params = {str(run): float(n) for run, n in zip(seen.run, seen.params, strict=True)}
+  try:
+    return approaches.envelope({r: c for r, c in curves.items() if r in params}, params, cost)
+  except approaches.NoAllocation as e:
+    refusals['approach 1'] = str(e)
+    return None
+
+
+def _approach3(law, seen, options, refusals) -> fits.Fit | None:
+  for candidate in dict.fromkeys((law, laws.TiedChinchilla())):
+    try:
+      own = options if candidate is law else {**options, 'fixed': None, 'tied': None}
+      return fits.fit(candidate, seen.inputs, seen.loss, **own)
+    except fits.NotIdentifiable as e:
+      refusals['approach 3' if candidate is law else 'approach 3, tied'] = str(e)
+  return None
+
+
+def _resampling(resample: str, seen) -> tuple[str, np.ndarray | None]:
+  groups = {'cluster by run': seen.run, 'cluster by budget': seen.budget}
+  if resample in groups:
+    return 'cluster', groups[resample]
+  if resample not in ('residual', 'pairs'):
+    raise LawError(f'resample={resample!r} is none of residual, pairs, {", ".join(groups)}.')
+  return resample, None

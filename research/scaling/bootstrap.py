@@ -1,0 +1,109 @@
+"""Bootstraps: every replicate of every fit in one compiled queue."""
+
+import dataclasses
+
+import numpy as np
+
+from research.scaling import fits
+from research.scaling.laws.base import LawError
+
+KINDS = ('residual', 'pairs', 'cluster')
+# Above this many rows a replicate is one Newton step from the optimum, not a fit of its own.
+ONE_STEP = 50_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Bootstrap:
+  """`parameters`: name -> [replicates]; `spread` [rows]: the residuals that a new run may add."""
+
+  kind: str
+  parameters: dict[str, np.ndarray]
+  objective: np.ndarray
+  spread: np.ndarray
+
+  @property
+  def replicates(self) -> int:
+    return len(self.objective)
+
+  def interval(self, values: np.ndarray, level: float = 0.9) -> tuple:
+    """Percentile interval over the first axis of `values` [replicates, ...]."""
+    tail = 50 * (1 - level)
+    low, high = np.nanpercentile(values, [tail, 100 - tail], axis=0)
+    return low, high
+
+  def intervals(self, level: float = 0.9) -> dict[str, tuple[float, float]]:
+    return {
+      k: tuple(float(v) for v in self.interval(values, level))
+      for k, values in self.parameters.items()
+    }
+
+  def standard_errors(self) -> dict[str, float]:
+    return {k: float(v.std(ddof=1)) for k, v in self.parameters.items()}
+
+
+def bootstrap(
+  fit: fits.Fit,
+  kind: str = 'residual',
+  *,
+  groups: np.ndarray | None = None,
+  replicates: int = 1000,
+  seed: int = 0,
+  minima: int = 2,
+) -> Bootstrap:
+  """Refits `fit` to resampled rows.
+
+  Args:
+    kind: 'pairs' draws rows; 'cluster' draws whole `groups` (runs or budgets); 'residual' keeps the design and
+      draws residuals, widened by sqrt(n / (n - p)), which a sweep of few, chosen points wants.
+    minima: how many of the fit's distinct minima each replicate starts from; the lowest end is kept.
+  """
+  if kind not in KINDS:
+    raise LawError(f'bootstrap kind {kind!r} is not one of {", ".join(KINDS)}.')
+  rng = np.random.default_rng(seed)
+  n, p = len(fit.observed), len(fit.problem.free)
+  log = fit.problem.residuals == 'log'
+  target = np.log(fit.observed) if log else fit.observed
+  spread = -fit.residuals * np.sqrt(n / max(n - p, 1))
+  y, w = target[None], fit.weights[None]
+  if kind == 'residual':
+    drawn = spread - np.average(spread) if fit.problem.loss == 'l2' else spread
+    y = target - (-fit.residuals) + drawn[rng.integers(n, size=(replicates, n))]
+  else:
+    w = fit.weights * _counts(kind, groups, n, replicates, rng)
+  starts = [m for m in fit.minima[:minima] if m.kind != 'unconverged'] or [fit.minima[0]]
+  z, objective = _refit(fit, y, w, starts, replicates)
+  values = fit.problem.values(z.T, fit.data['center'], np.exp)
+  values = {k: np.broadcast_to(np.asarray(v, np.float64), replicates) for k, v in values.items()}
+  return Bootstrap(kind, values, objective, spread)
+
+
+def _refit(fit: fits.Fit, y, w, starts, replicates):
+  """The lowest end of each replicate over `starts` -> z [replicates, free], objective [replicates]."""
+  if len(fit.observed) > ONE_STEP:
+    raise LawError(
+      f'{len(fit.observed)} rows are too many to refit {replicates} times; use `one_step` for intervals.'
+    )
+  center = fit.data['center']
+  ends = []
+  for start in starts:
+    z0 = fit.problem.law.coordinates(start.parameters, center)
+    z0 = np.tile([z0[name] for name in fit.problem.free], (replicates, 1))
+    each = np.arange(replicates)
+    rows = np.stack([each * (len(y) > 1), each * (len(w) > 1)], axis=1)
+    ends.append(fits.minimise(fit.problem, fit.data, z0, y, w, rows, fit.delta, fit.tau))
+  best = np.argmin([e.objective for e in ends], axis=0)
+  pick = lambda field: np.stack([getattr(e, field) for e in ends])[best, np.arange(replicates)]
+  return pick('z'), pick('objective')
+
+
+def _counts(kind, groups, n, replicates, rng) -> np.ndarray:
+  """How often each row is drawn: [replicates, rows]."""
+  if kind == 'pairs':
+    return rng.multinomial(n, np.full(n, 1 / n), size=replicates).astype(float)
+  if groups is None:
+    raise LawError("bootstrap kind 'cluster' needs groups: the run or the budget of each row.")
+  names, index = np.unique(np.asarray(groups), return_inverse=True)
+  if len(names) < 3:
+    raise LawError(f'a cluster bootstrap needs at least 3 groups, not {len(names)}.')
+  drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=replicates)
+  return drawn[:, index].astype(float)

@@ -1,0 +1,339 @@
+"""Fitting a law to rows: every distinct minimum, its curvature, and a refusal where rows cannot tell."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from research.errors import UserError, did_you_mean
+from research.scaling import solver
+from research.scaling.laws.base import Law, LawError
+
+# Above this many rows the starts are run on a random subset, and only distinct minima on all rows.
+SUBSET = 4096
+LOSS_NAMES = ('huber', 'l1', 'l2')
+RESIDUALS = ('log', 'linear')
+
+
+class NotIdentifiable(UserError, ValueError):
+  """The rows do not determine the parameters. `reasons` says why, `cure` what would."""
+
+  def __init__(self, law: Law, reasons: list[str], cure: str):
+    self.law, self.reasons, self.cure = law, reasons, cure
+    super().__init__(f'{law.name} is not identifiable here: {"; ".join(reasons)}. {cure}')
+
+
+@dataclasses.dataclass(frozen=True)
+class Minimum:
+  """One distinct local minimum. `kind`: 'minimum', 'bound' (of a parameter), 'saddle', 'unconverged'."""
+
+  parameters: dict[str, float]
+  objective: float
+  starts: int
+  kind: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+  """A fitted law. Arrays are per row; `covariance` is that of the free dimensionless coordinates `z`."""
+
+  problem: solver.Problem
+  parameters: dict[str, float]
+  objective: float
+  minima: tuple[Minimum, ...]
+  starts: int
+  z: np.ndarray
+  covariance: np.ndarray
+  condition: float
+  correlations: np.ndarray
+  data: dict = dataclasses.field(repr=False)
+  observed: np.ndarray = dataclasses.field(repr=False)
+  weights: np.ndarray = dataclasses.field(repr=False)
+  delta: float = 1e-3
+  tau: float = 0.5
+
+  @property
+  def law(self) -> Law:
+    return self.problem.law
+
+  def predict(self, **inputs) -> np.ndarray:
+    return self.law(self.parameters, **inputs)
+
+  @property
+  def fitted(self) -> np.ndarray:
+    return self.predict(**{name: self.data['x'][name] for name in self.law.inputs})
+
+  @property
+  def residuals(self) -> np.ndarray:
+    """Predicted minus observed; of logarithms where the fit's residuals are."""
+    if self.problem.residuals == 'log':
+      return np.log(self.fitted) - np.log(self.observed)
+    return self.fitted - self.observed
+
+  @property
+  def standard_errors(self) -> dict[str, float]:
+    """Robust (sandwich) standard errors by the delta method; a bootstrap is the better answer."""
+    names, step = self.problem.free, 1e-5
+    errors = dict.fromkeys(self.parameters, 0.0)
+    at = lambda z: self.problem.values(z, self.data['center'], np.exp)
+    slopes = []
+    for i in range(len(names)):
+      dz = np.eye(len(names))[i] * step
+      up, down = at(self.z + dz), at(self.z - dz)
+      slopes.append({k: (up[k] - down[k]) / (2 * step) for k in up})
+    for name in errors:
+      slope = np.array([s[name] for s in slopes])
+      errors[name] = float(np.sqrt(max(slope @ self.covariance @ slope, 0.0)))
+    return errors
+
+  def __str__(self) -> str:
+    errors = self.standard_errors
+    lines = [f'{self.law.name}: {self.law.form}   objective {self.objective:.10g}']
+    lines += [f'  {k:8s} {v:<12.6g} ± {errors[k]:.3g}' for k, v in self.parameters.items()]
+    lines.append(f'  {len(self.minima)} distinct minima from {self.starts} starts:')
+    lines += [f'    {m.objective:.10g}  {m.kind}, {m.starts} starts' for m in self.minima[:6]]
+    return '\n'.join(lines)
+
+
+def fit(
+  law: Law,
+  inputs: Mapping[str, np.ndarray],
+  loss: np.ndarray,
+  *,
+  weights: np.ndarray | None = None,
+  robust: str = 'huber',
+  delta: float = 1e-3,
+  tau: float = 0.5,
+  residuals: str = 'log',
+  fixed: Mapping[str, float] | None = None,
+  tied: Mapping[str, str] | None = None,
+  starts: Mapping[str, np.ndarray] | None = None,
+  check: bool = True,
+) -> Fit:
+  """Minimises sum_i weights_i rho(residual_i) from every start.
+
+  Args:
+    law: what to fit; `inputs` holds an array [rows] for each of its inputs, `loss` [rows] what it predicts.
+    robust: 'huber' (quadratic within `delta`), 'l1' or 'l2'; `tau` other than 1/2 makes it asymmetric.
+    residuals: 'log' (of predicted over observed) or 'linear' (predicted minus observed).
+    fixed: parameters held at a natural value; tied: parameters that take another's value.
+    starts: natural values, an array [starts] for every parameter (default: the law's own grid).
+    check: raise NotIdentifiable where the rows cannot tell the parameters (see `doubts`).
+  """
+  problem = solver.Problem(
+    law, robust, residuals, _pairs(law, fixed or {}), _pairs(law, tied or {}, names=True)
+  )
+  _check_choice('robust', robust, LOSS_NAMES)
+  _check_choice('residuals', residuals, RESIDUALS)
+  data, y = make_data(law, inputs, loss)
+  w = np.ones_like(y) if weights is None else np.asarray(weights, np.float64)
+  if len(y) < len(problem.free):
+    few = f'{len(y)} rows for {len(problem.free)} parameters'
+    raise NotIdentifiable(law, [few], 'Add runs, or fix or tie parameters.')
+  target = np.log(y) if residuals == 'log' else y
+  z0 = _starts(problem, starts, data['center'])
+  minima = _multistart(problem, data, z0, target, w, delta, tau)
+  best = minima[0]
+  curvature = _covariance(problem, data, best[0], target, w, delta, tau)
+  result = Fit(
+    problem=problem,
+    parameters=_floats(problem.values(best[0], data['center'], np.exp)),
+    objective=float(best[1]),
+    minima=tuple(
+      Minimum(_floats(problem.values(z, data['center'], np.exp)), float(f), n, kind)
+      for z, f, n, kind in minima
+    ),
+    starts=len(z0),
+    z=best[0],
+    **curvature,
+    data=data,
+    observed=y,
+    weights=w,
+    delta=delta,
+    tau=tau,
+  )
+  if check and (reasons := doubts(result)):
+    raise NotIdentifiable(law, reasons, cure(result))
+  return result
+
+
+def make_data(law: Law, inputs: Mapping, loss) -> tuple[dict, np.ndarray]:
+  """Rows as the solver wants them, and the observed loss."""
+  y = np.atleast_1d(np.asarray(loss, np.float64))
+  x = {}
+  for name in law.inputs:
+    if name not in inputs:
+      raise LawError(f'{law.name} needs the input {name!r}.{did_you_mean(name, inputs)}')
+    x[name] = np.broadcast_to(np.asarray(inputs[name], np.float64), y.shape)
+  for name, values in {**x, law.output: y}.items():
+    bad = ~np.isfinite(values) if name in law.plain else ~(np.isfinite(values) & (values > 0))
+    if bad.any():
+      row = int(np.flatnonzero(bad)[0])
+      raise LawError(f'{law.name}: {name} is {values[row]} in row {row}; it must be positive.')
+  logs = {f'ln_{name}': np.log(v) for name, v in x.items() if name not in law.plain}
+  center = {name: float(logs[f'ln_{name}'].mean()) for name in law.inputs if name not in law.plain}
+  center['loss'] = float(np.log(y).mean())
+  return {'x': {**x, **logs}, 'center': center, 'ones': np.ones((len(y), 1))}, y
+
+
+def minimise(problem, data, z0, target, w, rows, delta, tau, **options) -> solver.Solution:
+  """`solver.solve`, with L1 as the limit of Huber losses whose delta vanishes."""
+  if problem.loss != 'l1':
+    return solver.solve(problem, data, z0, target, w, rows=rows, delta=delta, tau=tau, **options)
+  huber = dataclasses.replace(problem, loss='huber')
+  for delta in 10.0 ** np.arange(-2, -10, -1.0):
+    solution = solver.solve(huber, data, z0, target, w, rows=rows, delta=delta, tau=tau, **options)
+    z0 = solution.z
+  # Huber / delta -> |r| + O(delta).
+  return solution._replace(objective=solution.objective / delta)
+
+
+def doubts(result: Fit) -> list[str]:
+  """Why these rows may not determine the parameters; empty when they do."""
+  reasons = []
+  for name in result.law.inputs:
+    values = result.data['x'][name]
+    needed = [k for k in result.problem.free if name in result.law.parameters[k].units]
+    if needed and np.ptp(values) <= 1e-9 * np.abs(values).max():
+      reasons.append(f'every row has the same {name}')
+  low, high = result.problem.bounds()
+  for name, z, a, b in zip(result.problem.free, result.z, low, high, strict=True):
+    if z - a < 1e-6 or b - z < 1e-6:
+      value = result.parameters[name]
+      reasons.append(f'{name} ran to its bound ({value:.3g})')
+  if reasons:
+    return reasons
+  if not np.isfinite(result.condition) or result.condition > 1e9:
+    reasons.append(f'the curvature is singular (condition number {result.condition:.1e})')
+    return reasons
+  errors = result.standard_errors
+  for name in result.problem.free:
+    parameter, value = result.law.parameters[name], result.parameters[name]
+    if not parameter.positive and errors[name] > 0.5 * abs(value):
+      reasons.append(f'{name} = {value:.3g} ± {errors[name]:.2g} is not told from zero')
+  return reasons
+
+
+def cure(result: Fit) -> str:
+  names = set(result.law.parameters)
+  if {'alpha', 'beta'} <= names and 'beta' in result.problem.free:
+    return 'Add budgets or sizes, widen the range of both N and D, or fit TiedChinchilla.'
+  return 'Add runs over a wider range of every input, or fix or tie parameters.'
+
+
+def _multistart(problem, data, z0, target, w, delta, tau):
+  """[(z, objective, starts that reached it, kind)], best first."""
+  n = len(target)
+  if n > SUBSET:
+    some = np.random.default_rng(0).choice(n, SUBSET, replace=False)
+    part = {
+      'x': {k: v[some] for k, v in data['x'].items()},
+      'center': data['center'],
+      'ones': data['ones'][some],
+    }
+    rough = minimise(problem, part, z0, target[some], w[some], None, delta, tau)
+    groups = _distinct(problem, part, rough, len(z0))[:8]
+    z0, counts = np.stack([g[0] for g in groups]), np.array([g[2] for g in groups])
+  else:
+    counts = np.ones(len(z0), int)
+  return _distinct(problem, data, minimise(problem, data, z0, target, w, None, delta, tau), counts)
+
+
+def _distinct(problem, data, solution: solver.Solution, counts, most: int = 24):
+  """Groups what predicts the same losses: along a flat direction parameters differ, predictions do not."""
+  counts = np.broadcast_to(counts, solution.objective.shape)
+  order = np.argsort(solution.objective, kind='stable')
+  order = order[np.isfinite(solution.objective[order])]
+  if len(order) == 0:
+    raise LawError(f'{problem.law.name}: no start could be evaluated; check the inputs.')
+  with jax.enable_x64(True):
+    predicted = np.asarray(jax.vmap(lambda z: problem.predict(z, data))(solution.z[order]))
+  predicted = np.log(np.maximum(predicted, 1e-300))
+  left, groups = np.ones(len(order), bool), []
+  while left.any() and len(groups) < most:
+    i = int(np.argmax(left))
+    same = left & (np.abs(predicted - predicted[i]).max(1) < 1e-4)
+    k = order[i]
+    kind = _kind(problem, solution, k)
+    groups.append((solution.z[k], solution.objective[k], int(counts[order[same]].sum()), kind))
+    left &= ~same
+  return groups
+
+
+def _kind(problem, solution: solver.Solution, k: int, max_steps: int = 300) -> str:
+  low, high = problem.bounds()
+  z, hessian = solution.z[k], solution.hessian[k]
+  if solution.steps[k] >= max_steps:
+    return 'unconverged'
+  if ((z - low < 1e-6) | (high - z < 1e-6)).any():
+    return 'bound'
+  scale = np.sqrt(np.maximum(np.abs(np.diag(hessian)), 1e-300))
+  eigenvalues = np.linalg.eigvalsh(hessian / np.outer(scale, scale))
+  return 'saddle' if eigenvalues[0] < -1e-6 else 'minimum'
+
+
+def _covariance(problem, data, z, target, w, delta, tau) -> dict:
+  """Sandwich covariance, condition number and correlations of the free coordinates."""
+  with jax.enable_x64(True):
+    predict = lambda z: problem.predict(z, data)
+    m, jacobian = np.asarray(predict(z)), np.asarray(jax.jacfwd(predict)(np.asarray(z)))
+  if problem.residuals == 'log':
+    r, jacobian = np.log(m) - target, jacobian / m[:, None]
+  else:
+    r = m - target
+  n, p = jacobian.shape
+  if problem.loss == 'l2':
+    bread, meat = w, (w * r) ** 2
+  else:
+    # The expected curvature of a robust loss is the density of residuals near zero, which the few rows
+    # within delta estimate badly: take it from the spread of all residuals, as for a normal error.
+    spread = 1.4826 * np.median(np.abs(r)) + 1e-300
+    width = max(delta if problem.loss == 'huber' else 0.0, 0.3 * spread)
+    slope = np.clip(r, -width, width)
+    bread, meat = w * (np.abs(r) <= width), (w * slope) ** 2
+    if bread.sum() < 2 * p:
+      bread = w * np.minimum(1.0, width / np.maximum(np.abs(r), 1e-300))
+  information = jacobian.T @ (jacobian * bread[:, None])
+  scale = np.sqrt(np.maximum(np.diag(information), 1e-300))
+  condition = float(np.linalg.cond(information / np.outer(scale, scale)))
+  inverse = np.linalg.pinv(information / np.outer(scale, scale)) / np.outer(scale, scale)
+  covariance = inverse @ (jacobian.T @ (jacobian * meat[:, None])) @ inverse * n / max(n - p, 1)
+  sd = np.sqrt(np.maximum(np.diag(inverse), 1e-300))
+  return {
+    'covariance': covariance,
+    'condition': condition,
+    'correlations': inverse / np.outer(sd, sd),
+  }
+
+
+def _starts(problem, starts, center) -> np.ndarray:
+  """[starts, free] coordinates."""
+  law = problem.law
+  if starts is None:
+    z = law.starts()
+  else:
+    law.check_names(starts)
+    if missing := [name for name in law.parameters if name not in starts]:
+      raise LawError(f'starts of {law.name} lack {", ".join(missing)}.')
+    z = law.coordinates({k: np.asarray(v, np.float64) for k, v in starts.items()}, center)
+  grid = np.stack([np.atleast_1d(z[name]) for name in problem.free], axis=1)
+  return np.unique(np.round(grid, 12), axis=0)
+
+
+def _pairs(law, mapping, names=False) -> tuple:
+  law.check_names(mapping)
+  if names:
+    law.check_names(mapping.values())
+  return tuple((k, v if names else float(v)) for k, v in sorted(mapping.items()))
+
+
+def _check_choice(name, value, options):
+  if value not in options:
+    raise LawError(
+      f'{name}={value!r} is not one of {", ".join(options)}.{did_you_mean(value, options)}'
+    )
+
+
+def _floats(values) -> dict[str, float]:
+  return {name: float(v) for name, v in values.items()}

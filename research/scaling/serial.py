@@ -1,0 +1,113 @@
+"""An analysis to and from plain JSON values."""
+
+import dataclasses
+import math
+from collections.abc import Iterable
+
+import numpy as np
+
+from research.scaling import approaches, bootstrap, fits, laws, planning, rows, solver
+from research.scaling.analysis import Analysis
+from research.scaling.laws.base import Law, LawError
+
+FORMAT = 1
+
+
+def plain(value):
+  """Dataclasses, arrays and numpy scalars as JSON values; NaN and infinities as strings."""
+  if isinstance(value, Law):
+    return value.name
+  if dataclasses.is_dataclass(value):
+    return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+  if isinstance(value, dict):
+    return {str(k): plain(v) for k, v in value.items()}
+  if isinstance(value, np.ndarray):
+    return plain(value.tolist())
+  if isinstance(value, (list, tuple)):
+    return [plain(v) for v in value]
+  if isinstance(value, (np.floating, float)):
+    return float(value) if math.isfinite(value) else str(float(value))
+  if isinstance(value, np.integer):
+    return int(value)
+  return value
+
+
+def array(value) -> np.ndarray:
+  """The inverse of `plain` for a (nested) list of numbers."""
+  return np.array(value, np.float64)
+
+
+def analysis_to_dict(a: Analysis) -> dict:
+  return {'format': FORMAT, **plain(a)}
+
+
+def analysis_from_dict(d: dict, extra_laws: Iterable[Law] = ()) -> Analysis:
+  if d.get('format') != FORMAT:
+    raise LawError(
+      f'This is no saved analysis of format {FORMAT} (its format is {d.get("format")!r}).'
+    )
+  known = {law.name: law for law in (*laws.standard(), *extra_laws)}
+  return Analysis(
+    rows=_observations(d['rows']),
+    cost=planning.Cost(**d['cost']),
+    approach1=_allocation(d['approach1']),
+    approach2=_allocation(d['approach2']),
+    approach3=_fit(d['approach3'], known),
+    bootstrap=_bootstrap(d['bootstrap']),
+    refusals=d['refusals'],
+    notes=tuple(d['notes']),
+    conventions=tuple(d['conventions']),
+    level=d['level'],
+  )
+
+
+def _observations(d) -> rows.Observations:
+  arrays = {k: array(d[k]) for k in rows.ARRAYS if k != 'run'}
+  excluded = tuple((run, why) for run, why in d['excluded'])
+  return rows.Observations(np.array(d['run']), **arrays, excluded=excluded, columns=d['columns'])
+
+
+def _allocation(d) -> approaches.Allocation | None:
+  if d is None:
+    return None
+  lines = {k: approaches.PowerLaw(*map(float, d[k].values())) for k in ('params', 'tokens', 'loss')}
+  profiles = []
+  for p in d['profiles']:
+    arrays = {k: array(p[k]) for k in ('params', 'tokens', 'loss')}
+    numbers = {k: float(p[k]) for k in ('flops', 'params_opt', 'tokens_opt', 'loss_opt')}
+    profiles.append(
+      approaches.Profile(**{**p, **arrays, **numbers, 'warnings': tuple(p['warnings'])})
+    )
+  rest = {'profiles': tuple(profiles), 'samples': array(d['samples'])}
+  return approaches.Allocation(**{**d, **lines, **rest})
+
+
+def _fit(d, known) -> fits.Fit | None:
+  if d is None:
+    return None
+  p = d['problem']
+  if p['law'] not in known:
+    raise LawError(
+      f'The analysis was fitted with {p["law"]}; pass an instance of it in extra_laws.'
+    )
+  pairs = lambda items: tuple((a, b) for a, b in items)
+  problem = solver.Problem(
+    known[p['law']], p['loss'], p['residuals'], pairs(p['fixed']), pairs(p['tied'])
+  )
+  data = d['data']
+  data = {
+    'x': {k: array(v) for k, v in data['x'].items()},
+    'center': data['center'],
+    'ones': array(data['ones']),
+  }
+  names = ('z', 'covariance', 'correlations', 'observed', 'weights')
+  arrays = {k: array(d[k]) for k in names}
+  minima = tuple(fits.Minimum(**m) for m in d['minima'])
+  return fits.Fit(**{**d, 'problem': problem, 'minima': minima, 'data': data, **arrays})
+
+
+def _bootstrap(d) -> bootstrap.Bootstrap | None:
+  if d is None:
+    return None
+  values = {k: array(v) for k, v in d['parameters'].items()}
+  return bootstrap.Bootstrap(d['kind'], values, array(d['objective']), array(d['spread']))

@@ -1,0 +1,39 @@
+"""An analysis as plain text."""
+
+from research.scaling.analysis import Analysis
+
+
+def summary(a: Analysis) -> str:
+  lines = [
+    f'{len(a.rows)} runs, N = {a.rows.columns.get("params", "params")}, {a.cost}, loss in nats per token'
+  ]
+  if a.rows.excluded:
+    lines.append(f'{len(a.rows.excluded)} rows left out:')
+    lines += [f'  {run}: {why}' for run, why in a.rows.excluded[:8]]
+    if len(a.rows.excluded) > 8:
+      lines.append(f'  and {len(a.rows.excluded) - 8} more')
+  if a.approach2 is not None:
+    lines.append(f'Approach 2 ({a.approach2.method}), minima of the isoFLOP curves:')
+    for p in a.approach2.profiles:
+      if p.refused:
+        lines.append(f'  C {p.flops:<9.3g} refused: {p.refused}')
+      else:
+        found = f'N* {p.params_opt:<9.3g} D* {p.tokens_opt:<9.3g} loss {p.loss_opt:.4f}'
+        lines.append(f'  C {p.flops:<9.3g} {found}' + ''.join(f'  ({w})' for w in p.warnings))
+  if a.approach3 is not None:
+    fit, spread = a.approach3, a.bootstrap.intervals(a.level)
+    lines.append(f'Approach 3, {fit.law.name}: L = {fit.law.form}   objective {fit.objective:.10g}')
+    for name, value in fit.parameters.items():
+      low, high = spread[name]
+      lines.append(f'  {name:6s} {value:<11.5g} [{low:.4g}, {high:.4g}]')
+    found = f'  {len(fit.minima)} distinct minima from {fit.starts} starts'
+    lines.append(found + f', condition number {fit.condition:.2g}')
+    for m in fit.minima[1:4]:
+      lines.append(f'    also {m.objective:.10g} ({m.kind}, {m.starts} starts)')
+  for name, why in a.refusals.items():
+    lines.append(f'{name} refused: {why}')
+  lines.append(f'Exponents, with {a.level:.0%} intervals (N* ~ C^a, D* ~ C^b):')
+  for name, (value, low, high) in a.exponents().items():
+    lines.append(f'  {name:14s} {value:.4f} [{low:.4f}, {high:.4f}]')
+  lines += [f'Note: {note}' for note in a.notes]
+  return '\n'.join(lines)

@@ -1,0 +1,230 @@
+"""Rows in, Analysis out: what is left out, what is refused, forecasts, saving, plots, the report, "
+"the command."""
+
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from research.scaling import (
+  Analysis,
+  Columns,
+  NoForecast,
+  RowError,
+  fit_results,
+  laws,
+  planning,
+  plots,
+  report,
+)
+
+TRUE = {'E': 1.2, 'A': 60.0, 'B': 120.0, 'alpha': 0.3, 'beta': 0.3}
+
+
+def sweep(
+  noise=0.002, seed=0, budgets=(1e13, 3e13, 1e14, 3e14), factors=(0.3, 0.55, 1.0, 1.8, 3.2)
+):
+  rng = np.random.default_rng(seed)
+  rows = []
+  for c in budgets:
+    best, _, _ = planning.optimum(laws.Chinchilla(), TRUE, c)
+    for k in factors:
+      n = float(best) * k
+      d = c / (6 * n)
+      loss = float(laws.Chinchilla()(TRUE, params=n, tokens=d)) * math.exp(noise * rng.normal())
+      rows.append(
+        {
+          'run': f'{c:.0e}-{k}',
+          'status': 'finished',
+          'role': 'fit',
+          'budget': c,
+          'params_with_head': n,
+          'tokens': d,
+          'flops_6n_with_head': c,
+          'loss': loss,
+        }
+      )
+  return rows
+
+
+@pytest.fixture(scope='module')
+def rows():
+  return sweep()
+
+
+@pytest.fixture(scope='module')
+def analysis(rows):
+  return fit_results(rows)
+
+
+def test_a_small_sweep_forecasts_a_larger_budget(analysis):
+  f = analysis.forecast(1e15)
+  truth = float(laws.Chinchilla()(TRUE, params=f.params, tokens=f.tokens))
+  assert abs(f.error(truth)) < 0.01
+  assert f.loss_low < f.loss < f.loss_high
+  assert f.extrapolation == pytest.approx(1e15 / 3e14)
+  assert f.params * f.tokens * 6 == pytest.approx(1e15, rel=1e-9)
+
+
+def test_both_approaches_find_the_exponent(analysis):
+  """How often the intervals hold the truth is another test's business; here: close, and of a sane width."""
+  for name in ('a, approach 2', 'a, approach 3'):
+    value, low, high = analysis.exponents()[name]
+    assert abs(value - 0.5) < 0.03
+    assert 0.005 < high - low < 0.1
+
+
+def test_unfinished_diverged_and_foreign_rows_are_left_out_and_listed(rows, analysis):
+  more = [
+    {**rows[0], 'run': 'blew up', 'status': 'nan', 'loss': ''},
+    {**rows[0], 'run': 'still nan', 'loss': 'nan'},
+    {**rows[0], 'run': 'the forecast', 'role': 'forecast'},
+    dict(rows[3]),
+  ]
+  again = fit_results([*rows, *more])
+  assert dict(again.rows.excluded) == {
+    'blew up': "its status is 'nan'",
+    'still nan': 'its loss is nan',
+    'the forecast': "its role is 'forecast'",
+    rows[3]['run']: f'it repeats {rows[3]["run"]}',
+  }
+  assert again.approach3.parameters == analysis.approach3.parameters
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({'loss': ''}, r'row 3 .* has no loss'),
+    ({'loss': -1.0}, r'row 3 .*: loss is -1.0; it must be positive'),
+    ({'params_with_head': 'big'}, r"row 3 .*: params_with_head is 'big', which is not a number"),
+    ({'tokens': 0}, r'row 3 .*: tokens is 0; it must be positive'),
+  ],
+)
+def test_a_bad_number_is_named_by_row_and_column(rows, change, message):
+  rows = [dict(r) for r in rows]
+  rows[2].update(change)
+  with pytest.raises(RowError, match=message):
+    fit_results(rows)
+
+
+def test_units_that_cannot_be_right_are_named(rows):
+  billions = [{**r, 'tokens': r['tokens'] / 1e9} for r in rows]
+  with pytest.raises(RowError, match=r'tokens_unit.*1e9'):
+    fit_results(billions)
+  same = fit_results(billions, columns=Columns(tokens_unit=1e9))
+  assert same.approach3.objective == pytest.approx(fit_results(rows).approach3.objective, rel=1e-6)
+  bits = [{('bits' if k == 'loss' else k): v for k, v in r.items()} for r in rows]
+  with pytest.raises(RowError, match='nats per token'):
+    fit_results(bits, columns=Columns(loss='bits'))
+  perplexity = [{**r, 'loss': math.exp(r['loss'])} for r in rows]
+  with pytest.raises(RowError, match='perplexity'):
+    fit_results(perplexity)
+
+
+def test_a_missing_column_is_named_with_a_suggestion(rows):
+  with pytest.raises(RowError, match=r"no column 'tokns' for tokens\. Did you mean tokens"):
+    fit_results(rows, columns=Columns(tokens='tokns'))
+  with pytest.raises(RowError, match=r'no column for loss'):
+    fit_results([{k: v for k, v in r.items() if k != 'loss'} for r in rows])
+
+
+def test_one_budget_only_is_refused_with_both_reasons():
+  with pytest.raises(
+    NoForecast, match=r'1 of 1 budgets have an isoFLOP minimum, and a power law needs 2'
+  ):
+    fit_results(sweep(noise=0.0, budgets=(1e14,), factors=(0.5, 1.0, 2.0)))
+
+
+def test_two_sizes_a_budget_have_no_minimum_and_are_not_averaged_in():
+  found = fit_results(sweep(factors=(0.5, 2.0), budgets=(1e13, 3e13, 1e14, 3e14, 1e15)))
+  assert found.approach2 is None
+  assert '2 sizes; a parabola needs 3' in found.refusals['approach 2']
+
+
+def test_a_concave_curve_and_a_minimum_at_the_edge_are_refused(rows):
+  bent = [dict(r) for r in rows]
+  for r in bent[:5]:
+    r['loss'] = 8.0 - r['loss']
+  for i, r in enumerate(bent[5:10]):
+    r['loss'] = 3.3 - 0.1 * i
+  found = fit_results(bent, robust='l1')
+  reasons = [p.refused for p in found.approach2.profiles]
+  assert 'not bracketed, add' in reasons[0]
+  assert reasons[1] == 'the lowest loss is at the largest size: not bracketed, add larger models'
+  assert reasons[2:] == [None, None]
+  assert len(found.approach2.used) == 2
+
+
+def test_save_and_load_forecast_alike(analysis, tmp_path):
+  analysis.save(tmp_path / 'fit.json')
+  again = Analysis.load(tmp_path / 'fit.json')
+  assert again.forecast(1e15) == analysis.forecast(1e15)
+  assert again.exponents() == analysis.exponents()
+  assert str(again) == str(analysis)
+
+
+def test_plots_draw_and_the_report_holds_everything(analysis, rows, tmp_path):
+  f = analysis.forecast(1e15)
+  curves = {r['run']: [(r['tokens'] * t, r['loss'] + 1 - t) for t in (0.1, 0.5, 1.0)] for r in rows}
+  assert len(plots.overview(analysis).axes) == 2
+  path = report.write(
+    tmp_path / 'report.html',
+    analysis,
+    title='A <small> sweep',
+    runs=rows,
+    curves=curves,
+    forecast=f,
+    outcome=f.loss * 1.01,
+    meta={'corpus': 'made up'},
+  )
+  page = path.read_text()
+  assert page.count('data:image/png;base64,') == 7
+  assert 'http' not in page
+  assert 'A &lt;small&gt; sweep' in page
+  assert '-0.99%' in page
+  assert all(str(r['run']) in page for r in rows)
+
+
+def test_the_command_fits_a_csv(rows, tmp_path):
+  import csv
+
+  path = tmp_path / 'results.csv'
+  with path.open('w', newline='') as f:
+    out = csv.DictWriter(f, rows[0])
+    out.writeheader()
+    out.writerows(rows)
+  from research import fit
+
+  assert (
+    fit.main(
+      [f'--results={path}', '--bootstrap=200', '--forecast=1e15', f'--save={tmp_path / "a.json"}']
+    )
+    == 0
+  )
+  assert Analysis.load(tmp_path / 'a.json').bootstrap.replicates == 200
+
+
+def test_the_commands_errors_are_one_sentence(tmp_path, capsys):
+  from research import fit
+
+  (tmp_path / 'results.csv').write_text('a,b\n1,2\n')
+  assert fit.main([f'--results={tmp_path / "reslts.csv"}']) == 2
+  assert 'Did you mean results.csv?' in capsys.readouterr().err
+  assert fit.main([f'--results={tmp_path / "results.csv"}']) == 2
+  assert 'no column for params, loss, tokens (or flops)' in capsys.readouterr().err
+  assert fit.main([f'--results={tmp_path / "results.csv"}', '--law=Chinchila']) == 2
+  assert 'Did you mean Chinchilla' in capsys.readouterr().err
+
+
+def test_help_imports_neither_jax_nor_tensorflow():
+  code = (
+    'import sys\n'
+    'from research import fit\n'
+    'try: fit.main(["--help"])\n'
+    'except SystemExit: pass\n'
+    'print([m for m in ("jax", "tensorflow", "matplotlib") if m in sys.modules])'
+  )
+  out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+  assert out.stdout.strip().endswith('[]')

@@ -1,0 +1,122 @@
+"""Approach 3: the published optimum on public data, recovery, every minimum, refusals."""
+
+import csv
+
+import jax
+import numpy as np
+import pytest
+
+from research.scaling import fits, laws
+
+TRUE = {'E': 1.69, 'A': 406.4, 'B': 410.7, 'alpha': 0.34, 'beta': 0.28}
+
+
+@pytest.fixture(scope='module')
+def points(shared_data):
+  """The 240 points of Besiroglu et al. 2024: N, D, C and loss."""
+  with (shared_data / 'chinchilla_fig4.csv').open() as f:
+    rows = list(csv.DictReader(f))
+  n, c, loss = (
+    np.array([float(r[k]) for r in rows]) for k in ('Model Size', 'Training FLOP', 'loss')
+  )
+  keep = np.sort(np.argsort(loss)[:-5])
+  return {'params': n[keep], 'tokens': c[keep] / (6 * n[keep]), 'flops': c[keep]}, loss[keep]
+
+
+def grid(noise=0.0, seed=0, true=TRUE):
+  """A made-up sweep, 6 budgets of 7 sizes."""
+  c, k = np.meshgrid(np.geomspace(1e18, 1e21, 6), np.geomspace(0.2, 5, 7))
+  n = (0.1 * c**0.5 * k).ravel()
+  d = c.ravel() / (6 * n)
+  loss = laws.Chinchilla()(true, params=n, tokens=d)
+  return n, d, loss * np.exp(noise * np.random.default_rng(seed).normal(size=n.size))
+
+
+def test_the_huber_optimum_of_the_replication(points):
+  x, loss = points
+  found = fits.fit(laws.Chinchilla(), x, loss)
+  # Besiroglu et al. 2024's data; the optimum itself to all digits given, objective to 1e-10 relative.
+  assert found.objective == pytest.approx(1.0182740178e-3, rel=1e-9)
+  want = {'A': 477.83, 'B': 2143.42, 'E': 1.81721, 'alpha': 0.34731, 'beta': 0.36717}
+  for name, value in want.items():
+    assert found.parameters[name] == pytest.approx(value, rel=1.5e-5)
+  p = found.parameters
+  assert p['beta'] / (p['alpha'] + p['beta']) == pytest.approx(0.51390, abs=1e-5)
+  assert [m.kind for m in found.minima] == ['minimum']
+
+
+def test_l1_is_the_replications_headline(points):
+  x, loss = points
+  p = fits.fit(laws.Chinchilla(), x, loss, robust='l1').parameters
+  want = {'A': 482.01, 'B': 2085.43, 'E': 1.8169, 'alpha': 0.3478, 'beta': 0.3658}
+  for name, value in want.items():
+    assert p[name] == pytest.approx(value, rel=2e-4)
+
+
+def test_linear_least_squares_on_the_217(points):
+  x, loss = points
+  some = x['flops'] < 1e21
+  assert some.sum() == 217
+  x = {'params': x['params'][some] / 1e6, 'tokens': x['tokens'][some] / 1e9}
+  found = fits.fit(laws.Chinchilla(), x, loss[some], robust='l2', residuals='linear')
+  want = {'E': 1.9051, 'A': 4.0005, 'B': 1.0509, 'alpha': 0.3511, 'beta': 0.4587}
+  for name, value in want.items():
+    assert found.parameters[name] == pytest.approx(value, abs=6e-5)
+  assert (found.residuals**2).sum() == pytest.approx(0.062414, abs=6e-7)
+
+
+def test_noiseless_rows_give_the_truth_back():
+  n, d, loss = grid()
+  found = fits.fit(laws.Chinchilla(), {'params': n, 'tokens': d}, loss)
+  for name, value in TRUE.items():
+    assert found.parameters[name] == pytest.approx(value, rel=1e-6)
+
+
+def test_more_tokens_per_unit_map_as_dimensional_analysis_says():
+  n, d, loss = grid(0.003)
+  one = fits.fit(laws.Chinchilla(), {'params': n, 'tokens': d}, loss)
+  other = fits.fit(laws.Chinchilla(), {'params': n / 1e6, 'tokens': d / 1e9}, loss)
+  p, q = one.parameters, other.parameters
+  assert q['alpha'] == pytest.approx(p['alpha'], rel=1e-8)
+  assert q['A'] == pytest.approx(p['A'] * 1e6 ** -p['alpha'], rel=1e-6)
+  assert q['B'] == pytest.approx(p['B'] * 1e9 ** -p['beta'], rel=1e-6)
+  assert other.objective == pytest.approx(one.objective, rel=1e-10)
+
+
+def test_ties_and_fixed_values_hold():
+  n, d, loss = grid(0.003)
+  x = {'params': n, 'tokens': d}
+  tied = fits.fit(laws.Chinchilla(), x, loss, tied={'beta': 'alpha'})
+  small = fits.fit(laws.TiedChinchilla(), x, loss)
+  assert tied.parameters['beta'] == tied.parameters['alpha']
+  assert tied.objective == pytest.approx(small.objective, rel=1e-9)
+  fixed = fits.fit(laws.Chinchilla(), x, loss, fixed={'E': 1.69})
+  assert fixed.parameters['E'] == 1.69
+  assert fixed.objective >= fits.fit(laws.Chinchilla(), x, loss).objective
+
+
+def test_one_model_size_is_refused_with_its_reason():
+  d = np.geomspace(1e9, 1e11, 12)
+  n = np.full_like(d, 1e8)
+  loss = laws.Chinchilla()(TRUE, params=n, tokens=d)
+  with pytest.raises(fits.NotIdentifiable, match='every row has the same params'):
+    fits.fit(laws.Chinchilla(), {'params': n, 'tokens': d}, loss)
+
+
+def test_fewer_rows_than_parameters_are_refused():
+  n, d, loss = grid()
+  with pytest.raises(fits.NotIdentifiable, match='4 rows for 5 parameters'):
+    fits.fit(laws.Chinchilla(), {'params': n[:4], 'tokens': d[:4]}, loss[:4])
+
+
+def test_a_misspelt_parameter_is_named():
+  n, d, loss = grid()
+  with pytest.raises(laws.LawError, match=r"no parameter 'alfa'\. Did you mean alpha"):
+    fits.fit(laws.Chinchilla(), {'params': n, 'tokens': d}, loss, fixed={'alfa': 0.3})
+
+
+def test_fitting_leaves_the_process_in_single_precision():
+  n, d, loss = grid()
+  fits.fit(laws.TiedChinchilla(), {'params': n, 'tokens': d}, loss)
+  assert not jax.config.jax_enable_x64
+  assert jax.numpy.ones(1).dtype == np.float32
