@@ -1,0 +1,176 @@
+"""The train step against PyTorch's on a CPU: medians of steps, side by side.
+
+    python experiments/speed/train_step.py [--workload W2] [--repeats 3]
+
+Every measurement is a process of its own, one at a time and in turns, so that a busy machine slows all alike. A
+step is the whole update: loss, gradients, clipping to norm 1, AdamW. Ours is `research.train`'s own step.
+Needs torch and, for W3, transformers (CONTRIBUTING.md).
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import pathlib
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+VARIANTS = ('isoflop', 'torch', 'torch-compiled')
+WORKLOADS = {  # sequences in a batch, input length of an encoder (0: a decoder), target length, vocabulary
+  'W1': (8, 0, 512, 32000),
+  'W2': (32, 0, 128, 512),
+  'W3': (8, 512, 114, 32128),
+}
+
+
+def synthetic(workload: str) -> tuple:
+  """(inputs, targets), int32: uniform tokens but 0, which is padding, and 1, the end of a text."""
+  import numpy as np
+
+  batch, encoder, length, vocab = WORKLOADS[workload]
+  random = np.random.default_rng(0)
+  draw = lambda n: random.integers(2, vocab, (batch, n), np.int32)
+  if encoder:
+    return draw(encoder), draw(length)
+  tokens = draw(length + 1)
+  return tokens[:, :-1].copy(), tokens[:, 1:].copy()
+
+
+def our_step(workload: str, bindings: list[str], packed: bool, mesh: contextlib.ExitStack):
+  """(step, number of parameters, FLOPs per target token); the step works until `mesh` is closed."""
+  sys.path.insert(0, str(ROOT))
+  import jax
+  import numpy as np
+
+  from research import configs, sharding, train
+  from research.model import counts
+
+  run = configs.load(f'experiments/speed/{workload.lower()}.gin', bindings).build()
+  inputs, targets = synthetic(workload)
+  batch = {'decoder_target_tokens': targets, 'decoder_loss_weights': np.ones_like(targets)}
+  if WORKLOADS[workload][1]:
+    batch['encoder_input_tokens'] = inputs
+    batch['decoder_input_tokens'] = np.pad(targets, ((0, 0), (1, 0)))[:, :-1]
+  else:
+    batch['decoder_input_tokens'] = inputs
+  if packed:  # two documents in every row, as packing makes them
+    half = targets.shape[1] // 2
+    places = np.broadcast_to(np.arange(targets.shape[1], dtype=np.int32), targets.shape)
+    batch['decoder_segment_ids'] = places // half + 1
+    batch['decoder_positions'] = places % half
+  mesh.enter_context(run.mesh.use())
+  program = train.make_program(run)
+  state = jax.jit(program.init)(jax.random.key(0))
+  step = jax.jit(program.step, donate_argnums=0)
+  batch = sharding.place(batch)
+  size = sum(p.size for p in jax.tree.leaves(state['params']))
+
+  def advance():
+    nonlocal state
+    state, scalars = step(state, batch)
+    return jax.block_until_ready(scalars)['loss']
+
+  flops = counts.count(run.model, run.train.lengths).flops_attention_full
+  return advance, size, flops
+
+
+def torch_step(workload: str, compiled: bool):
+  """(step, number of parameters)."""
+  import torch_models
+
+  inputs, targets = (x.astype('int64') for x in synthetic(workload))
+  step, size = torch_models.step_function(workload, compiled)
+  return lambda: step(inputs, targets).detach(), size
+
+
+def measure(variant: str, workload: str, steps: int, bindings: list[str], packed: bool) -> dict:
+  """One process's figures: wall and processor milliseconds of a step, start-up seconds, first loss."""
+  began, flops, mesh = time.monotonic(), None, contextlib.ExitStack()
+  if variant == 'isoflop':
+    step, size, flops = our_step(workload, bindings, packed, mesh)
+  else:
+    step, size = torch_step(workload, compiled=variant == 'torch-compiled')
+  loss = float(step())
+  first = time.monotonic() - began
+  for _ in range(4):
+    step()
+  used = lambda: sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
+  walls, before = [], used()
+  for _ in range(steps):
+    start = time.perf_counter()
+    step()
+    walls.append(time.perf_counter() - start)
+  processor = (used() - before) / steps
+  mesh.close()
+  return {
+    'ms': 1e3 * statistics.median(walls), 'best_ms': 1e3 * min(walls), 'cpu_ms': 1e3 * processor,
+    'first_step_s': first, 'loss': loss, 'params': size, 'flops': flops,
+  }  # fmt: skip
+
+
+def in_process(variant: str, workload: str, flags: argparse.Namespace) -> dict:
+  """`measure` in a fresh process, with the huge pages that `research.cli` asks for, for PyTorch too."""
+  command = [sys.executable, __file__, '--workload', workload, '--steps', str(flags.steps)]
+  command += ['--measure', variant, *(f'--gin.{b}' for b in flags.gin)]
+  command += ['--packed'] if flags.packed else []
+  if flags.cores:
+    command = ['taskset', '-c', flags.cores, *command]
+  environment = {'JAX_PLATFORMS': 'cpu'} | os.environ | {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}
+  done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+  if done.returncode:
+    sys.exit(f'{" ".join(command)} failed:\n{done.stderr}')
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+def table(workload: str, results: dict[str, list[dict]]) -> str:
+  """Medians over the repeats; a ratio is of our speed to theirs, so above 1 is faster than PyTorch."""
+  batch, _, length, _ = WORKLOADS[workload]
+  tokens = batch * length
+  median = lambda variant, key: statistics.median(r[key] for r in results[variant])
+  flops = results['isoflop'][0]['flops'] * tokens
+  lines = [
+    f'{workload}: {tokens:,} target tokens and {flops / 1e9:.1f} GFLOP a step, '
+    f'{results["isoflop"][0]["params"]:,} parameters',
+    f'{"":15} {"ms/step":>8} {"best":>8} {"CPU ms":>8} {"tokens/s":>9} {"GFLOP/s":>8} '
+    f'{"first step":>10} {"wall ratio":>10} {"CPU ratio":>9}  loss',
+  ]
+  for variant, rows in results.items():
+    ms, cpu = median(variant, 'ms'), median(variant, 'cpu_ms')
+    lines.append(
+      f'{variant:15} {ms:8.1f} {median(variant, "best_ms"):8.1f} {cpu:8.1f} {tokens / ms * 1e3:9,.0f} '
+      f'{flops / ms / 1e6:8.1f} {median(variant, "first_step_s"):8.1f} s '
+      f'{ms / median("isoflop", "ms"):10.2f} {cpu / median("isoflop", "cpu_ms"):9.2f}  {rows[0]["loss"]:.3f}'
+    )
+  return '\n'.join(lines)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+  parser.add_argument('--workload', action='append', choices=WORKLOADS, help='default: all')
+  parser.add_argument('--variant', action='append', choices=VARIANTS, help='default: all')
+  parser.add_argument('--repeats', type=int, default=3, help='processes of each')
+  parser.add_argument('--steps', type=int, default=20, help='timed, after 5')
+  parser.add_argument('--cores', help="taskset's list, such as 0: everything on one core")
+  parser.add_argument('--packed', action='store_true', help='ours with two documents in a row')
+  parser.add_argument('--measure', choices=VARIANTS, help=argparse.SUPPRESS)
+  arguments = [a for a in sys.argv[1:] if not a.startswith('--gin.')]
+  flags = parser.parse_args(arguments)
+  flags.gin = [a.removeprefix('--gin.') for a in sys.argv[1:] if a.startswith('--gin.')]
+  if flags.measure:
+    result = measure(flags.measure, flags.workload[0], flags.steps, flags.gin, flags.packed)
+    print(json.dumps(result))
+    return
+  for workload in flags.workload or WORKLOADS:
+    results = {variant: [] for variant in VARIANTS if variant in (flags.variant or VARIANTS)}
+    for _ in range(flags.repeats):
+      for variant, rows in results.items():
+        rows.append(in_process(variant, workload, flags))
+    print(table(workload, results), flush=True)
+
+
+if __name__ == '__main__':
+  main()
