@@ -8,6 +8,8 @@ otherwise. `ROUNDED` are figures of papers, with the digits they print.
 import functools
 import math
 import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -131,6 +133,20 @@ EXACT = {
   # transformers keeps the bias that chooses experts in a buffer: 58 layers of 256.
   'deepseek/v3': 671_026_404_352 + 58 * 256,
   'jamba/52b': 51_570_323_328,
+  'mistral/7b': 7_241_732_096,
+  'glm/4_9b_0414': 9_400_279_040,
+  'qwen2/57b_a14b': 57_408_658_944,
+  'gptj/6b': 6_050_882_784,
+  'gpt_neox/20b': 20_554_567_680,
+  'mpt/7b': 6_649_286_656,
+  'pythia/70m': 70_426_624,  # transformers, and the table of Pythia's README (all)
+  'pythia/160m': 162_322_944,
+  'pythia/410m': 405_334_016,
+  'pythia/1b': 1_011_781_632,
+  'pythia/1_4b': 1_414_647_808,
+  'pythia/2_8b': 2_775_208_960,
+  'pythia/6_9b': 6_857_302_016,
+  'pythia/12b': 11_846_072_320,
   'mixtral/8x7b': 46_702_792_704,
   'mixtral/8x22b': 140_620_634_112,
   'mamba/130m': 129_135_360,
@@ -231,6 +247,24 @@ def test_the_first_line_of_a_preset_gives_its_total(preset):
 )
 def test_active_parameters(preset, active, half_unit, token_vectors):
   assert counted(preset).params_active - token_vectors == pytest.approx(active, abs=half_unit)
+
+
+@pytest.mark.parametrize(
+  ('preset', 'non_embedding'),
+  [
+    ('pythia/70m', 18_915_328),
+    ('pythia/160m', 85_056_000),
+    ('pythia/410m', 302_311_424),
+    ('pythia/1b', 805_736_448),
+    ('pythia/1_4b', 1_208_602_624),
+    ('pythia/2_8b', 2_517_652_480),
+    ('pythia/6_9b', 6_444_163_072),
+    ('pythia/12b', 11_327_027_200),
+  ],
+)
+def test_published_non_embedding(preset, non_embedding):
+  """The table of Pythia's README counts as Kaplan et al. do."""
+  assert counted(preset).params_non_embedding == non_embedding
 
 
 def test_non_embedding_and_head():
@@ -392,6 +426,31 @@ def test_cache_bytes_in_bfloat16(preset, per_token, per_input):
 def test_missing_length_is_named(lengths):
   with pytest.raises(UserError, match='lengths: EncoderDecoder needs a positive length of its'):
     count(load('t5/1_1_small'), lengths)
+
+
+def run(*flags: str, python: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+  command = [sys.executable, *python, '-m', 'research.model.counts', *flags]
+  return subprocess.run(command, cwd=MODELS.parent.parent, text=True, capture_output=True)
+
+
+def test_command_prints_a_line_for_every_preset():
+  lines = run('--presets=gin/models/gpt2/*.gin').stdout.splitlines()
+  sizes = ('124m', '1_5b', '355m', '774m')
+  want = [[f'gin/models/gpt2/{size}.gin', f'{EXACT[f"gpt2/{size}"]:,}'] for size in sizes]
+  assert [line.split()[:2] for line in lines[1:]] == want
+
+
+def test_command_says_a_mistake_in_one_sentence():
+  wrong = run('--gin_file=gin/models/gpt2/124m.gin', '--gin.EMBD=64')
+  why = '--gin.EMBD=64: nothing in this configuration uses EMBD. Did you mean EMBED?'
+  assert (wrong.returncode, wrong.stderr) == (2, why + '\n')
+
+
+def test_help_imports_nothing_heavy():
+  answer = run('--help', python=('-X', 'importtime'))
+  imported = {line.split('|')[-1].strip() for line in answer.stderr.splitlines()}
+  assert answer.returncode == 0
+  assert not imported & {'jax', 'flax', 'gin', 'tensorflow'}
 
 
 def test_table_shows_every_count():

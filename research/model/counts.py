@@ -1,6 +1,7 @@
 """How large a model is and what a token costs, by every convention of the scaling literature.
 
     python -m research.model.counts --gin_file=gin/models/llama/7b.gin --length=2048
+    python -m research.model.counts --presets='gin/models/qwen*/*.gin'
 
 Parameters (N), by which scaling laws differ (Porian et al. 2024, arXiv:2406.19146; Pearce & Song 2024,
 arXiv:2406.12907):
@@ -40,7 +41,9 @@ if __name__ == '__main__':
     description='N, FLOPs per token and KV-cache bytes of the model that a gin file defines.',
     epilog='Bindings go as --gin.Class.argument=value or --gin.MACRO=value.',
   )
-  _parser.add_argument('--gin_file', action='append', required=True, help='defines MODEL; repeats')
+  _what = _parser.add_mutually_exclusive_group(required=True)
+  _what.add_argument('--gin_file', action='append', help='defines MODEL; repeats')
+  _what.add_argument('--presets', help='a pattern of files, each defining a MODEL: a line for each')
   _parser.add_argument('--length', type=int, default=2048, help='target tokens in a sequence')
   _parser.add_argument(
     '--inputs', type=int, help='input tokens (encoder-decoder only; default: as --length)'
@@ -50,7 +53,9 @@ if __name__ == '__main__':
     _parser.error(f'no option {_unknown[0]!r}; write gin bindings as --gin.Class.argument=value')
 
 import dataclasses
+import glob
 import math
+import pathlib
 from collections.abc import Callable, Iterator, Mapping
 
 import jax
@@ -241,14 +246,41 @@ def table(counts: Counts) -> str:
   return '\n'.join(lines)
 
 
+COLUMNS = {
+  'N': 'params_total',
+  'active': 'params_active',
+  'non-embedding': 'params_non_embedding',
+  'with head': 'params_with_head',
+  'FLOPs/token': 'flops_attention_causal',
+  'cache bytes/token': 'kv_cache_bytes_per_token',
+}
+
+
+def row(name: str, counts: Counts) -> str:
+  """One line of the table of presets, under the names of `COLUMNS`."""
+  values = (round(getattr(counts, field)) for field in COLUMNS.values())
+  return f'{name:32}' + ''.join(f'{value:>20,}' for value in values)
+
+
 def main(arguments: argparse.Namespace, bindings: list[str]) -> None:
-  """Prints the table of the MODEL that the gin files and bindings define."""
+  """Prints the table of the MODEL that the gin files and bindings define, or a line for every preset."""
   from research import configs  # it alone needs gin
 
-  model = configs.load(arguments.gin_file, bindings, root='MODEL').tree()
+  load = lambda files: configs.load(files, bindings, root='MODEL').tree()
   lengths = {'targets': arguments.length, 'inputs': arguments.inputs or arguments.length}
-  print(f'{" ".join(arguments.gin_file)}, length {arguments.length:,}')
-  print(table(count(model, lengths)))
+  if arguments.gin_file:
+    print(f'{" ".join(arguments.gin_file)}, length {arguments.length:,}')
+    print(table(count(load(arguments.gin_file), lengths)))
+    return
+  # What sizes share says in its header what is to be set, and is no model by itself.
+  paths = sorted(
+    path for path in glob.glob(arguments.presets) if 'Set: ' not in pathlib.Path(path).read_text()
+  )
+  if not paths:
+    raise UserError(f'--presets={arguments.presets}: no file of that pattern is a whole model.')
+  print(f'{"":32}' + ''.join(f'{name:>20}' for name in COLUMNS))
+  for path in paths:
+    print(row(path, count(load([path]), lengths)), flush=True)
 
 
 if __name__ == '__main__':
