@@ -26,6 +26,7 @@ if __name__ == '__main__':
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -42,14 +43,23 @@ class Program:
 
   run: Run
   graphdef: nnx.GraphDef
-  optimizer: optax.GradientTransformation
-  schedule: optax.Schedule
   chunks: int
+
+  def optimizer(self, rate) -> optax.GradientTransformation:
+    """The optimizer whose learning rate now is `rate`, an input: runs that differ only in it and in their
+    number of steps share one compiled step."""
+    optimizer = self.run.optimizer(learning_rate=lambda _: rate)
+    clip = optax.clip_by_global_norm(self.run.clip) if self.run.clip else optax.identity()
+    return optax.chain(clip, optimizer)
 
   def init(self, key: jax.Array) -> dict:
     """The state before the first step: step, params, opt."""
     params = nnx.to_pure_dict(nnx.state(self.run.model(rngs=nnx.Rngs(params=key))))
-    return {'step': jnp.zeros((), jnp.int32), 'params': params, 'opt': self.optimizer.init(params)}
+    return {
+      'step': jnp.zeros((), jnp.int32),
+      'params': params,
+      'opt': self.optimizer(0.0).init(params),
+    }
 
   def loss(self, params: dict, batch: dict) -> tuple[jax.Array, dict]:
     """Sum of the loss over a batch's target tokens, and what it is made of."""
@@ -65,8 +75,8 @@ class Program:
     sums = {'nll': nll, 'z_loss': z_loss, **{k: v * tokens for k, v in penalties.items()}}
     return sum(sums.values()), {**sums, 'tokens': tokens}
 
-  def step(self, state: dict, batch: dict) -> tuple[dict, dict]:
-    """One update. Gradients are of the mean over the batch's target tokens, however it is cut."""
+  def step(self, state: dict, batch: dict, rate: jax.Array) -> tuple[dict, dict]:
+    """One update at learning rate `rate`, by the mean loss of the batch's target tokens, however it is cut."""
     gradient = jax.value_and_grad(self.loss, has_aux=True)
     if self.run.microbatches == 1:
       (_, sums), grads = gradient(state['params'], batch)
@@ -84,7 +94,7 @@ class Program:
       ((_, sums), grads), _ = jax.lax.scan(add, zero, parts)
     tokens = jnp.maximum(sums['tokens'], 1.0)
     grads = jax.tree.map(lambda g: g / tokens, grads)
-    updates, opt = self.optimizer.update(grads, state['opt'], state['params'])
+    updates, opt = self.optimizer(rate).update(grads, state['opt'], state['params'])
     params = optax.apply_updates(state['params'], updates)
     scalars = {k: v / tokens for k, v in sums.items() if k != 'tokens'}
     scalars = {
@@ -93,7 +103,6 @@ class Program:
       'tokens': sums['tokens'],
       'grad_norm': optax.global_norm(grads),
     }
-    scalars['learning_rate'] = self.schedule(state['step'])
     return {'step': state['step'] + 1, 'params': params, 'opt': opt}, scalars
 
   def evaluate(self, params: dict, batch: dict) -> tuple[jax.Array, jax.Array]:
@@ -109,13 +118,9 @@ def make_program(run: Run, batch_rows: int | None = None) -> Program:
     batch_rows: rows of a batch on one device, for the choice of logits chunks.
   """
   abstract = jax.eval_shape(lambda key: run.model(rngs=nnx.Rngs(params=key)), jax.random.key(0))
-  schedule = run.schedule(run.steps)
-  optimizer = run.optimizer(learning_rate=schedule)
-  if run.clip is not None:
-    optimizer = optax.chain(optax.clip_by_global_norm(run.clip), optimizer)
   rows = batch_rows or run.batch_size // run.microbatches
   chunks = run.logits_chunks or losses.default_chunks(rows, run.target_length, abstract.vocab)
-  return Program(run, nnx.graphdef(abstract), optimizer, schedule, chunks)
+  return Program(run, nnx.graphdef(abstract), chunks)
 
 
 def open_workdir(workdir: pathlib.Path, run: Run, config_text: str) -> None:
@@ -207,6 +212,9 @@ def train(run: Run, workdir: str | pathlib.Path, config_text: str = '', stream=s
     Interrupted: SIGTERM came; a checkpoint was saved.
   """
   workdir = pathlib.Path(workdir)
+  # Compiled programs are kept: the runs of a sweep that share a shape, and a restart, need not compile again.
+  jax.config.update('jax_compilation_cache_dir', str(data.default_cache() / 'xla'))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
   with run.mesh.use():
     open_workdir(workdir, run, config_text)
     say = lambda text: print(text, file=stream, flush=True)
@@ -245,6 +253,7 @@ class _Loop:
     self.checkpoints = Checkpoints(workdir / 'checkpoints', keep=run.keep_checkpoints)
     self.step_fn = jax.jit(program.step, donate_argnums=0)
     self.evaluate_fn = jax.jit(program.evaluate)
+    self.rates = np.asarray(jax.vmap(run.schedule(run.steps))(jnp.arange(run.steps)), np.float32)
     init = jax.jit(program.init)
     restored = self.checkpoints.restore(
       jax.eval_shape(init, jax.random.key(run.seed)), log=self._say(stream)
@@ -273,7 +282,9 @@ class _Loop:
       process_index=jax.process_index(), process_count=jax.process_count(),
     )  # fmt: skip
     for step in range(self.start + 1, run.steps + 1):
-      self.state, scalars = self.step_fn(self.state, sharding.place(next(batches)))
+      self.state, scalars = self.step_fn(
+        self.state, sharding.place(next(batches)), self.rates[step - 1]
+      )
       if pending is not None and not self.look(*pending):
         status = 'nan'
         break
@@ -296,8 +307,8 @@ class _Loop:
     return bool(self.run.checkpoint_every) and step % self.run.checkpoint_every == 0
 
   def due(self, step: int) -> bool:
-    return (
-      self.due_checkpoint(step) or (bool(self.run.eval_every) and step % self.run.eval_every == 0)
+    return self.due_checkpoint(step) or (
+      bool(self.run.eval_every) and step % self.run.eval_every == 0
     )
 
   def look(self, step: int, scalars: dict) -> bool:
@@ -317,7 +328,7 @@ class _Loop:
     tokens = sum(w['tokens'] for w in window)
     mean = lambda key: sum(w[key] for w in window) / len(window)
     row = {'step': step, 'tokens': self.tokens} | {k: mean(k) for k in window[0] if k != 'tokens'}
-    row |= {'learning_rate': window[-1]['learning_rate'], 'tokens_per_second': tokens / seconds}
+    row |= {'learning_rate': float(self.rates[step - 1]), 'tokens_per_second': tokens / seconds}
     row['flops_per_second'] = row['tokens_per_second'] * self.progress.flops_per_token
     self.window, self.clock = [], now
     self.rows.write(row)
@@ -372,7 +383,7 @@ class _Loop:
       'steps': step,
       'batch_size': run.batch_size,
       'length': run.target_length,
-      'learning_rate': float(jnp.max(jax.vmap(self.program.schedule)(jnp.linspace(0, run.steps, 101)))),
+      'learning_rate': float(self.rates.max()),
       'seed': run.seed,
       'task': run.train.name,
       'seconds': time.monotonic() - self.began,

@@ -196,7 +196,7 @@ def test_microbatches_are_one_batch(text_file, tmp_path):
         batch = next(data.batches(frozen, the_run.batch_size, 0))
       program = train.make_program(the_run)
       state = jax.jit(program.init)(jax.random.key(0))
-      state, scalars = jax.jit(program.step)(state, sharding.place(batch))
+      state, scalars = jax.jit(program.step)(state, sharding.place(batch), 1e-3)
       results.append(
         (
           jax.tree.map(np.asarray, state['params']),
