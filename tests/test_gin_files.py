@@ -7,10 +7,13 @@ import functools
 import pathlib
 import re
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from research import configs
 from research.model.counts import abstract
+from research.sharding import Mesh
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FILES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / 'gin').rglob('*.gin'))
@@ -65,7 +68,12 @@ def test_size_is_complete(file):
 def test_shared_file_needs_what_it_says_and_no_more(file):
   bindings = [f'{name}={TINY[name]}' for name in left_open(file)]
   module = abstract(configs.load(file, bindings, root='MODEL').tree())  # a name unused is an error
-  assert module.vocab
+  batch = {f'{name}_input_tokens': jnp.ones((2, 12), jnp.int32) for name in module.inputs}
+  with Mesh(data=1).use(jax.devices()[:1]):
+    logits, penalties = jax.eval_shape(lambda module, batch: module(batch), module, batch)
+  assert logits.shape == (2, 12, module.vocab)
+  assert logits.dtype == jnp.float32
+  assert all(penalty.shape == () for penalty in penalties.values())
 
 
 @pytest.mark.parametrize('file', RUNS)
