@@ -1,0 +1,356 @@
+"""Freezing, from files to batches: what goes in comes out, whatever breaks on the way."""
+
+import gzip
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+
+from research import data, freeze
+from research.corpora import HuggingFace, JsonLines, Parquet, TextFiles, TFRecords
+from research.errors import Invalid, UserError
+from research.streams import Stream
+
+pytestmark = pytest.mark.filterwarnings('ignore')  # TensorFlow's own, at import
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+silent = lambda line: None
+
+
+def texts(n=60, seed=0):
+  draw = np.random.default_rng(seed)
+  words = ['alpha', 'beta', 'gamma', 'delta', 'omega', 'naïve', '北京']
+  return [
+    f'{i}: ' + ' '.join(words[j] for j in draw.integers(0, 7, draw.integers(5, 120)))
+    for i in range(n)
+  ]
+
+
+def opened(stream, cache):
+  """The stream, frozen in this process: TensorFlow is imported once for all tests."""
+  freeze.freeze([stream], cache, silent)
+  return data.Frozen(cache / 'streams' / stream.key(), stream)
+
+
+def text_of(frozen, key='decoder_target_tokens'):
+  """The documents in a causal byte stream, in no order."""
+  rows = frozen.examples(range(len(frozen)))
+  documents = {}
+  for i, row in enumerate(rows[key]):
+    ids = rows[key.replace('target_tokens', 'segment_ids')][i]
+    for s in range(1, ids.max() + 1):
+      documents[i, s] = bytes((row[ids == s] - 3).clip(0, 255).astype(np.uint8))
+  return documents
+
+
+def jsonl(path, rows):
+  opener = gzip.open if path.suffix == '.gz' else open
+  with opener(path, 'wt') as f:
+    f.writelines(json.dumps(r) + '\n' for r in rows)
+  return str(path)
+
+
+def stream_of(corpus, **fields):
+  return Stream(corpus=corpus, **{'lengths': {'targets': 2048}, **fields})
+
+
+def write_text(folder):
+  (folder / 'a.txt').write_text('\x1e'.join(texts()))
+  return TextFiles(files=str(folder / '*.txt'), separator='\x1e')
+
+
+def write_jsonl(folder):
+  jsonl(folder / 'a.jsonl.gz', [{'text': t} for t in texts()[:30]])
+  jsonl(folder / 'b.jsonl', [{'text': t} for t in texts()[30:]])
+  return JsonLines(files=(str(folder / '*.gz'), str(folder / 'b.jsonl')))
+
+
+def write_parquet(folder):
+  import pyarrow as pa
+  import pyarrow.parquet as pq
+
+  table = pa.table({'n': list(range(60)), 'text': texts()})
+  pq.write_table(table, folder / 'a.parquet', row_group_size=7)
+  return Parquet(files=str(folder / 'a.parquet'))
+
+
+def write_huggingface(folder):
+  import pyarrow as pa
+
+  table = pa.table({'text': texts()})
+  (folder / 'set').mkdir()
+  with pa.ipc.new_stream(str(folder / 'set' / 'data-00000-of-00001.arrow'), table.schema) as out:
+    out.write_table(table)
+  return HuggingFace(files=str(folder / 'set'))
+
+
+def write_tfrecord(folder):
+  import tensorflow as tf
+
+  with tf.io.TFRecordWriter(str(folder / 'a.tfrecord')) as out:
+    for t in texts():
+      feature = tf.train.Feature(bytes_list=tf.train.BytesList(value=[t.encode()]))
+      example = tf.train.Example(features=tf.train.Features(feature={'text': feature}))
+      out.write(example.SerializeToString())
+  return TFRecords(files=str(folder / 'a.tfrecord'))
+
+
+@pytest.mark.parametrize(
+  'write', [write_text, write_jsonl, write_parquet, write_huggingface, write_tfrecord]
+)
+def test_every_kind_of_file_gives_its_documents(tmp_path, write):
+  corpus = write(tmp_path)
+  fields = {'validation_fraction': 0.2}
+  corpus = type(corpus)(**{**vars(corpus), **fields})
+  splits = [
+    opened(stream_of(corpus, split=split), tmp_path / 'cache') for split in ('train', 'validation')
+  ]
+  found = [sorted(d[:-1] if d[-1] == 0 else d for d in text_of(f).values()) for f in splits]
+  assert sorted(found[0] + found[1]) == sorted(t.encode() for t in texts())
+  assert 3 < len(found[1]) < 25
+  total = sum(s['target_bytes'] for f in splits for s in f.manifest['shards'][0])
+  assert total == sum(len(t.encode()) for t in texts())
+
+
+def test_the_split_and_the_examples_do_not_depend_on_the_files_order(tmp_path):
+  for name, rows in (('a', texts()), ('b', texts()[::-1])):
+    (tmp_path / name).mkdir()
+    jsonl(tmp_path / name / 'x.jsonl', [{'text': t} for t in rows])
+  frozen = [
+    opened(stream_of(JsonLines(files=str(tmp_path / name / 'x.jsonl'))), tmp_path / 'cache')
+    for name in 'ab'
+  ]
+  assert frozen[0].folder != frozen[1].folder
+  assert frozen[0].fingerprint == frozen[1].fingerprint
+
+
+BROKEN = {
+  'truncated gzip': ('x.jsonl.gz', lambda good: gzip.compress(good)[:-20], 'truncated gzip'),
+  'invalid UTF-8': ('x.jsonl', lambda good: good + b'{"text": "\xff"}\n', 'line 61 is not UTF-8'),
+  'empty file': ('x.jsonl', lambda good: b'', 'it is empty'),
+  'no field': ('x.jsonl', lambda good: b'{"txt": "a"}\n' + good, "line 1 has no text field 'text'"),
+  'not JSON': ('x.jsonl', lambda good: good + b'{"text": \n', 'line 61 is not JSON'),
+  'not an object': ('x.jsonl', lambda good: good + b'[1]\n', 'line 61 is not a JSON object'),
+}
+
+
+@pytest.mark.parametrize('name', BROKEN)
+def test_broken_input_is_refused_with_its_place_or_counted(tmp_path, name):
+  file, spoil, message = BROKEN[name]
+  good = ''.join(json.dumps({'text': t}) + '\n' for t in texts()).encode()
+  (tmp_path / file).write_bytes(spoil(good))
+  jsonl(tmp_path / 'good.jsonl', [{'text': 'fine ' * 50}])
+  files = (str(tmp_path / file), str(tmp_path / 'good.jsonl'))
+  with pytest.raises(UserError, match=message) as error:
+    opened(stream_of(JsonLines(files=files)), tmp_path / 'cache')
+  assert str(tmp_path / file) in str(error.value)
+  assert '\n' not in str(error.value)
+  frozen = opened(stream_of(JsonLines(files=files, broken='skip')), tmp_path / 'cache')
+  dropped = frozen.manifest['corpus']['dropped']
+  assert sum(n for why, n in dropped.items() if why.startswith('broken')) == 1
+
+
+def test_invalid_utf8_in_text_is_named_by_its_line(tmp_path):
+  (tmp_path / 'a.txt').write_bytes(b'one\ntwo\n\xc3\x28three\n')
+  with pytest.raises(UserError, match=r'a.txt: line 3 is not UTF-8 \(byte 0xc3\)'):
+    opened(stream_of(TextFiles(files=str(tmp_path / 'a.txt'))), tmp_path / 'cache')
+
+
+def test_a_million_character_line_is_cut_and_none_of_it_lost(tmp_path):
+  long = ''.join(f'é{i}' for i in range(150_000))
+  assert len(long) > 900_000
+  (tmp_path / 'a.txt').write_text(long)
+  corpus = TextFiles(files=str(tmp_path / 'a.txt'), longest=300_001, validation_fraction=1e-9)
+  frozen = opened(stream_of(corpus), tmp_path / 'cache')
+  rows = frozen.examples(range(len(frozen)))['decoder_target_tokens']
+  assert (rows == 0xC3 + 3).sum() == (rows == 0xA9 + 3).sum() == 150_000
+  assert (rows == 1).sum() == -(-len(long.encode()) // 300_000)
+
+
+def test_a_missing_file_and_a_misspelt_one(tmp_path):
+  (tmp_path / 'corpus.txt').write_text('x')
+  with pytest.raises(Invalid, match=r'Did you mean corpus.txt\?'):
+    TextFiles(files=str(tmp_path / 'corpsu.txt'))
+  with pytest.raises(Invalid, match=r'There is no folder'):
+    TextFiles(files=str(tmp_path / 'no' / 'corpus.txt'))
+
+
+def test_pieces_and_workers_change_nothing_in_the_text(tmp_path):
+  jsonl(tmp_path / 'x.jsonl', [{'text': t} for t in texts(200)])
+  file = str(tmp_path / 'x.jsonl')
+  whole = opened(stream_of(JsonLines(files=file)), tmp_path / 'cache')
+  pieces = opened(stream_of(JsonLines(files=file, piece_bytes=9000)), tmp_path / 'cache')
+  assert len(whole.manifest['shards'][0]) == 1
+  assert len(pieces.manifest['shards'][0]) > 5
+  assert sorted(text_of(whole).values()) == sorted(text_of(pieces).values())
+
+
+def test_a_larger_cap_extends_the_same_files(tmp_path):
+  jsonl(tmp_path / 'x.jsonl', [{'text': t} for t in texts(200)])
+  corpus = JsonLines(files=str(tmp_path / 'x.jsonl'), piece_bytes=9000)
+  lengths = {'targets': 256}
+  small = opened(stream_of(corpus, lengths=lengths, examples=20), tmp_path / 'cache')
+  large = opened(stream_of(corpus, lengths=lengths, examples=120), tmp_path / 'cache')
+  assert small.folder == large.folder
+  assert len(small.manifest['shards'][0]) < len(large.manifest['shards'][0])
+  for key, value in small.examples(range(20)).items():
+    np.testing.assert_array_equal(value, large.examples(range(20))[key])
+
+
+def test_passes_are_fresh_corruptions_of_the_same_text(tmp_path):
+  jsonl(tmp_path / 'x.jsonl', [{'text': t} for t in texts(50)])
+  stream = stream_of(
+    JsonLines(files=str(tmp_path / 'x.jsonl')),
+    task='span_corruption',
+    lengths={'inputs': 128},
+    passes=2,
+  )
+  frozen = opened(stream, tmp_path / 'cache')
+  a, b = (frozen.examples(range(len(frozen)), number) for number in (0, 1))
+  assert any((a[k] != b[k]).any() for k in a)
+  shards = frozen.manifest['shards']
+  assert shards[0][0]['sha256'] != shards[1][0]['sha256']
+  assert abs(shards[0][0]['examples'] - shards[1][0]['examples']) <= 2
+
+
+TASKS = textwrap.dedent("""
+  import functools, seqio, tensorflow as tf
+  features = {k: seqio.Feature(seqio.ByteVocabulary(), add_eos=True) for k in ('inputs', 'targets')}
+  def source(split, shuffle_files, seed=None):
+    n = 90 if split == 'train' else 9
+    return tf.data.Dataset.range(n).map(
+      lambda i: {'inputs': tf.strings.as_string(i), 'targets': tf.strings.as_string(i * i)})
+  for name in ('squares', 'more_squares'):
+    seqio.TaskRegistry.add(
+      name, source=seqio.FunctionDataSource(source, splits=['train', 'validation']),
+      preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
+      output_features=features, shuffle_buffer_size=100)
+  seqio.MixtureRegistry.add('both', [('squares', 1), ('more_squares', 2)])
+""")
+
+
+@pytest.fixture(scope='module')
+def registered(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('tasks')
+  (folder / 'my_squares.py').write_text(TASKS)
+  sys.path.insert(0, str(folder))
+  yield 'my_squares'
+  sys.path.remove(str(folder))
+
+
+def test_a_registered_task_and_a_mixture_run_as_in_t5x(registered, tmp_path):
+  lengths = {'inputs': 16, 'targets': 32}
+  stream = Stream(task='squares', module=registered, lengths=lengths)
+  frozen = opened(stream, tmp_path)
+  assert frozen.features['encoder_input_tokens'][0] == (16,)
+  rows = frozen.examples(range(len(frozen)))
+  pairs = set()
+  for i in range(len(frozen)):
+    for s in range(1, rows['encoder_segment_ids'][i].max() + 1):
+      sides = [
+        rows[f'{side}_tokens'][i][rows[f'{side.split("_")[0]}_segment_ids'][i] == s]
+        for side in ('encoder_input', 'decoder_target')
+      ]
+      pairs.add(tuple(int(bytes((t[t > 2] - 3).astype(np.uint8))) for t in sides))
+  assert pairs == {(i, i * i) for i in range(90)}
+  decoder = opened(
+    Stream(task='both', module=registered, lengths=lengths, architecture='decoder'), tmp_path
+  )
+  assert decoder.features['decoder_causal_attention'][0] == (48,)
+
+
+def test_a_misspelt_registered_task_and_split(registered, tmp_path):
+  lengths = {'inputs': 16, 'targets': 32}
+  with pytest.raises(UserError, match=r"registers no seqio task .* 'sqares'. Did you mean squares"):
+    opened(Stream(task='sqares', module=registered, lengths=lengths), tmp_path)
+  with pytest.raises(UserError, match=r"no split 'trian'. Did you mean train"):
+    opened(Stream(task='squares', split='trian', module=registered, lengths=lengths), tmp_path)
+
+
+def child(stream, cache, **env):
+  command = [sys.executable, '-m', 'research.freeze', f'--cache={cache}']
+  command.append(f'--spec={json.dumps([stream.spec()])}')
+  quiet = {'TF_CPP_MIN_LOG_LEVEL': '3', 'CUDA_VISIBLE_DEVICES': ''}
+  pipe = subprocess.PIPE
+  return subprocess.Popen(
+    command,
+    cwd=ROOT,
+    env=os.environ | quiet | env,
+    stdout=pipe,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+
+
+def digests(folder):
+  return [json.loads(p.read_text())['sha256'] for p in sorted(folder.glob('pass*.json'))]
+
+
+@pytest.mark.slow
+def test_a_killed_freeze_resumes_and_two_writers_end_with_the_same_hashes(tmp_path):
+  jsonl(tmp_path / 'x.jsonl', [{'text': t} for t in texts(900)])
+  corpus = JsonLines(files=str(tmp_path / 'x.jsonl'), piece_bytes=60_000)
+  stream = stream_of(corpus, task='span_corruption', lengths={'inputs': 128}, passes=2)
+  want = opened(stream, tmp_path / 'whole')
+  folder = tmp_path / 'killed' / 'streams' / stream.key()
+  process = child(stream, tmp_path / 'killed')
+  while len(list(folder.glob('pass*.json'))) < 2:
+    time.sleep(0.01)
+    assert process.poll() is None, process.communicate()
+  process.send_signal(signal.SIGKILL)
+  process.communicate()
+  done = len(digests(folder))
+  assert 2 <= done < len(digests(want.folder))
+  writers = [child(stream, tmp_path / 'killed') for _ in range(2)]
+  said = [w.communicate()[0] for w in writers]
+  assert [w.returncode for w in writers] == [0, 0], said
+  assert digests(folder) == digests(want.folder)
+  assert any('another process is writing' in s for s in said)
+  assert not list(folder.glob('*.partial'))
+  assert data.Frozen(folder, stream).fingerprint == want.fingerprint
+
+
+@pytest.mark.slow
+def test_more_workers_write_the_same_files(tmp_path):
+  jsonl(tmp_path / 'x.jsonl', [{'text': t} for t in texts(300)])
+  corpus = JsonLines(files=str(tmp_path / 'x.jsonl'), piece_bytes=20_000)
+  stream = stream_of(corpus, lengths={'targets': 128})
+  one = opened(stream, tmp_path / 'one')
+  freeze.freeze([stream], tmp_path / 'two', silent, workers=2)
+  assert digests(tmp_path / 'two' / 'streams' / stream.key()) == digests(one.folder)
+
+
+@pytest.mark.slow
+def test_open_stream_freezes_in_a_process_of_its_own_and_relays_its_errors(tmp_path):
+  jsonl(tmp_path / 'x.jsonl', [{'text': t} for t in texts()])
+  lines = []
+  stream = stream_of(JsonLines(files=str(tmp_path / 'x.jsonl')))
+  frozen = data.open_stream(stream, tmp_path / 'cache', lines.append)
+  assert any('freezing causal_lm train' in line for line in lines)
+  start = time.monotonic()
+  again = data.open_stream(stream, tmp_path / 'cache', lines.append)
+  assert time.monotonic() - start < 1
+  assert again.fingerprint == frozen.fingerprint
+  bad = stream_of(JsonLines(files=str(tmp_path / 'x.jsonl'), field='txt'))
+  with pytest.raises(UserError, match=r"line 1 has no text field 'txt'. Did you mean text"):
+    data.open_stream(bad, tmp_path / 'cache', lines.append)
+
+
+def test_what_is_shown_can_be_read(tmp_path, capsys):
+  jsonl(tmp_path / 'x.jsonl', [{'q': 'two plus two?', 'a': 'four'}, {'q': 'why?', 'a': 'so\nso'}])
+  corpus = JsonLines(
+    files=str(tmp_path / 'x.jsonl'), field='a', prompt='q', validation_fraction=1e-9
+  )
+  stream = stream_of(corpus, task='instructions', lengths={'targets': 64})
+  frozen = opened(stream, tmp_path / 'cache')
+  freeze.report(frozen, tmp_path / 'cache', show=1)
+  out = capsys.readouterr().out
+  assert '2 document parts; decoder' in out
+  assert '‹two plus two?›four<eos>' in out
+  assert '‹why?›so\\nso<eos>' in out
