@@ -206,7 +206,8 @@ class Config:
             yield from walk(v, binding)
 
     for binding in (*self.bindings.values(), *self.macros.values()):
-      yield from walk(binding.value, binding)
+      if not binding.where.startswith('--gin.'):  # whose own bare names are looked up here
+        yield from walk(binding.value, binding)
 
   # Resolving.
 

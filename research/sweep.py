@@ -41,8 +41,8 @@ class Sweep:
   """What a sweep is.
 
   Attributes:
-    run: gin file of the run that every run of the sweep is a variation of; it must take the macros WIDTH,
-      DEPTH, HEADS, MLP and LEARNING_RATE.
+    run: gin file of the run that every run of the sweep is a variation of; it must take the macros EMBED,
+      LAYERS, HEADS, HEAD_DIM, MLP and LEARNING_RATE.
     design: which runs.
     forecast: the budget of the run that tests the law, as a multiple of the design's largest; None for none.
     workers: runs at a time on this machine, the cores divided between them; None for one a core.

@@ -101,7 +101,7 @@ class Program:
       'loss': scalars.pop('nll'),
       **scalars,
       'tokens': sums['tokens'],
-      'grad_norm': optax.global_norm(grads),
+      'grad_norm': optax.tree.norm(grads),
     }
     return {'step': state['step'] + 1, 'params': params, 'opt': opt}, scalars
 

@@ -182,3 +182,9 @@ def test_describe_prints_defaults_and_no_addresses():
 def test_no_python_under_gin():
   # A gin/__init__.py would shadow gin-config itself.
   assert not list((pathlib.Path(configs.ROOT) / 'gin').rglob('*.py'))
+
+
+def test_a_bare_reference_on_the_command_line_is_looked_up_too(write):
+  file = write(BASE + 'layers.RMSNorm.epsilon = 1e-5\n')
+  tree = configs.load(file, ['Mlp.activations=(@RMSNorm,)'], root='ROOT').tree()
+  assert tree.keywords['activations'][0].func is layers.RMSNorm

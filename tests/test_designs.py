@@ -18,7 +18,7 @@ def rungs():
   """Decoders by their usual count, 12 layers width^2, six FLOPs a parameter and token."""
   sizes = []
   for macros in ladder().macros():
-    n = 12 * macros['DEPTH'] * macros['WIDTH'] ** 2
+    n = 12 * macros['LAYERS'] * macros['EMBED'] ** 2
     sizes.append(designs.Size(macros, n, 6.0 * n))
   return sizes
 
@@ -60,13 +60,13 @@ def test_hyperparameters_follow_the_size():
 
 def test_shapes_of_the_ladder():
   for macros in ladder(aspect=64, head_dim=16).macros():
-    assert macros['WIDTH'] == macros['HEADS'] * macros['HEAD_DIM']
-    assert macros['DEPTH'] == max(1, round(macros['WIDTH'] / 64))
+    assert macros['EMBED'] == macros['HEADS'] * macros['HEAD_DIM']
+    assert macros['LAYERS'] == max(1, round(macros['EMBED'] / 64))
     assert macros['MLP'] % 16 == 0
 
 
 def test_nearest_is_by_ratio():
-  sizes = [designs.Size({'WIDTH': n, 'DEPTH': 1}, n, 6.0 * n) for n in (100, 1000)]
+  sizes = [designs.Size({'EMBED': n, 'LAYERS': 1}, n, 6.0 * n) for n in (100, 1000)]
   assert designs.nearest(sizes, math.sqrt(100 * 1000) * 1.01).params == 1000
   assert designs.nearest(sizes, math.sqrt(100 * 1000) * 0.99).params == 100
 

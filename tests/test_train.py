@@ -169,7 +169,7 @@ def test_a_checkpoint_of_another_model_names_what_differs(text_file, tmp_path):
   with pytest.raises(
     UserError, match=r'params/embedder/tokens is \(384, 32\) and this model has \(384, 48\)'
   ):
-    run('decoder', text_file, tmp_path, WIDTH=48)
+    run('decoder', text_file, tmp_path, EMBED=48)
 
 
 def test_a_run_that_diverges_stops_with_its_last_good_checkpoint(text_file, tmp_path):
@@ -217,7 +217,7 @@ def test_microbatches_are_one_batch(text_file, tmp_path):
   ('more', 'says'),
   [
     ({'Run.steps': -3}, r'--gin\.Run\.steps=-3: Run\.steps: -3 must be a positive whole number'),
-    ({'VOCAB': 100}, r'--gin\.VOCAB=100, by %VOCAB at .*tiny\.gin:\d+: LanguageModel\.vocab: 100 is less'),
+    ({'VOCAB': 100}, r'--gin\.VOCAB=100, by %VOCAB at .*family\.gin:\d+: LanguageModel\.vocab: 100 is less'),
     ({'Run.batch_size': 6}, r'--gin\.Run\.batch_size=6: Run\.batch_size: 6 is not a multiple of 8'),
     ({'Stream.task': "'causal_ml'"}, r"--gin\.Stream\.task='causal_ml': .*Did you mean causal_lm"),
     ({'Attention.kv_heads': 3}, r'--gin\.Attention\.kv_heads=3: Attention\.kv_heads: 3 does not divide'),

@@ -29,7 +29,7 @@ class Size:
 
   @property
   def name(self) -> str:
-    return 'x'.join(str(self.macros[k]) for k in ('WIDTH', 'DEPTH'))
+    return 'x'.join(str(self.macros[k]) for k in ('EMBED', 'LAYERS'))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,8 +111,8 @@ class Ladder:
     first, last, step = self.widths
     return [
       {
-        'WIDTH': width,
-        'DEPTH': max(1, round(width / self.aspect)),
+        'EMBED': width,
+        'LAYERS': max(1, round(width / self.aspect)),
         'HEADS': width // self.head_dim,
         'HEAD_DIM': self.head_dim,
         'MLP': self.head_dim * max(1, round(width * self.mlp_ratio / self.head_dim)),
