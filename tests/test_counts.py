@@ -163,19 +163,15 @@ EXACT = {
 
 # preset: (what the paper prints, half a unit of its last digit, which count)
 ROUNDED = {
-  # Brown et al. 2020, table 2.1; 350M is a name, its 24 layers of 1024 and 50,257 tokens are 356M.
+  # Brown et al. 2020, table D.1
   'gpt3/125m': (125e6, 0.5e6, 'params_total'),
   'gpt3/350m': (356e6, 0.5e6, 'params_total'),
   'gpt3/760m': (760e6, 0.5e6, 'params_total'),
-  'gpt3/1_3b': (1.3e9, 0.05e9, 'params_total'),
-  'gpt3/2_7b': (2.7e9, 0.05e9, 'params_total'),
-  'gpt3/6_7b': (6.7e9, 0.05e9, 'params_total'),
-  'gpt3/13b': (
-    13e9,
-    0.5e9,
-    'params_total',
-  ),  # printed 13.0B, which the table's own sizes miss by .5%
-  'gpt3/175b': (175e9, 0.5e9, 'params_total'),  # printed 175.0B; OPT 175B is of the same shape
+  'gpt3/1_3b': (1320e6, 5e6, 'params_total'),
+  'gpt3/2_7b': (2650e6, 5e6, 'params_total'),
+  'gpt3/6_7b': (6660e6, 5e6, 'params_total'),
+  'gpt3/13b': (12850e6, 5e6, 'params_total'),
+  'gpt3/175b': (174600e6, 50e6, 'params_total'),
   # Chowdhery et al. 2022, table 1; of 540B it prints 540.35, which is 540.356 cut and not rounded.
   'palm/8b': (8.63e9, 0.005e9, 'params_total'),
   'palm/62b': (62.50e9, 0.005e9, 'params_total'),
@@ -390,6 +386,26 @@ def test_chinchilla_convention_gives_the_papers_table(layers, embed, mlp, heads,
   matrices = layers * (4 * embed * heads * head_dim + 2 * embed * mlp)
   n = matrices + layers * embed * heads * head_dim + 32000 * embed
   assert of_layers / (6 * n) == pytest.approx(ratio, abs=0.0051)
+
+
+@pytest.mark.parametrize(
+  ('preset', 'flops', 'tokens'), [('gpt3/175b', 3.14e23, 300e9), ('palm/540b', 2.53e24, 780e9)]
+)
+def test_published_training_compute(preset, flops, tokens):
+  """Brown et al. 2020, table D.1, and 6 x 540.35B x 780B of Chowdhery et al. 2022: 6N with the tied head."""
+  assert counted(preset).flops_6n_with_head * tokens == pytest.approx(flops, rel=0.002)
+
+
+def test_flops_of_experts_are_those_of_the_active_ones():
+  counts = counted('mixtral/8x7b')
+  assert counts.flops_6n_non_embedding == 6 * (counts.params_active - 2 * 32000 * 4096)
+
+
+def test_encoder_decoder_of_equal_lengths_costs_half_its_parameters_per_token():
+  """Brown et al. 2020, table D.1: of T5's parameters half are active for a token, 3 FLOPs and not 6."""
+  counts = counted('t5/1_0_11b')
+  per_token_of_either_side = counts.flops_6n_non_embedding / 2
+  assert per_token_of_either_side == 3 * counts.params_non_embedding
 
 
 def test_encoder_decoder_counts_input_tokens_per_target_token():

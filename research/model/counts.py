@@ -27,8 +27,8 @@ count as far as they are active:
 An encoder-decoder has two lengths, and D counts target tokens, the ones with a loss: nats per token and tokens
 mean the same as in a language model, and C = D x FLOPs per target token. So the encoder, and the keys and
 values of cross attention, cost their FLOPs per input token times inputs / targets, and the rest of the decoder
-what it costs. (Raffel et al. 2020, arXiv:1910.10683, section 3.2.2: at equal lengths each half sees half of the
-tokens, so that 2P parameters cost what a decoder of P costs on the concatenation.)
+what it costs. (At equal lengths a token of either side then meets half of the parameters: so Raffel et al.
+2020, arXiv:1910.10683, section 3.2.2, compare architectures, and Brown et al. 2020, table D.1, count T5.)
 """
 
 import argparse
