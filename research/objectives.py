@@ -221,7 +221,9 @@ def check_marks(stream):
 class MaskedLM(Objective):
   """Predict chosen tokens in place: BERT (Devlin et al. 2019, arXiv:1810.04805, section 3.1).
 
-  Of the chosen tokens 80% become the mask (the lowest extra id), 10% a random token, 10% stay.
+  Of the chosen tokens 80% become the mask (the lowest extra id), 10% a random token, 10% stay. As a
+  'decoder' the features have the names that a model of one stack reads (decoder_input_tokens, ...; the
+  inputs are not shifted); as an 'encoder' they have seqio's (encoder_input_tokens, ...).
 
   Attributes:
     noise_density: the chance of a token (or word) to be chosen.
@@ -232,7 +234,7 @@ class MaskedLM(Objective):
   whole_word: bool = False
 
   name: ClassVar[str] = 'masked_lm'
-  architectures: ClassVar[tuple[str, ...]] = ('encoder',)
+  architectures: ClassVar[tuple[str, ...]] = ('decoder', 'encoder')
   marks: ClassVar[int] = 1
 
   def check(self, stream):

@@ -46,6 +46,7 @@ class Recipe:
     longest: documents of more tokens are cut here first; None where the preprocessors take any.
     cut: examples are cut to this many tokens after the preprocessors; None leaves them.
     omit: model features that the model is not to see.
+    rename: (from, to) in the model features' names.
   """
 
   parts: list[Part]
@@ -54,6 +55,7 @@ class Recipe:
   longest: int | None = LONGEST
   cut: int | None = None
   omit: tuple[str, ...] = ()
+  rename: tuple[str, str] | None = None
 
 
 def recipe(stream: Stream, vocabulary: seqio.Vocabulary) -> Recipe:
@@ -137,7 +139,7 @@ def _ul2(stream, vocabulary):
 
 
 def _masked_lm(stream, vocabulary):
-  task, length = stream.task, stream.lengths['inputs']
+  task, (length,) = stream.task, stream.lengths.values()
   corrupt = functools.partial(
     preprocessors.masked_lm, noise_density=task.noise_density, whole_word=task.whole_word
   )
@@ -148,7 +150,8 @@ def _masked_lm(stream, vocabulary):
   features = {k: seqio.Feature(vocabulary, add_eos=False) for k in ('inputs', 'targets')}
   features['chosen'] = seqio.Feature(seqio.PassThroughVocabulary(2), add_eos=False)
   converter = preprocessors.MaskedLMFeatureConverter(pack=stream.packing)
-  return Recipe([part], features, converter, longest=None)
+  side = None if stream.architecture == 'encoder' else ('encoder_', 'decoder_')
+  return Recipe([part], features, converter, longest=None, rename=side)
 
 
 def _fim(stream, vocabulary):
@@ -259,4 +262,5 @@ def blocks(made: Recipe, documents: list[Document], lengths, seed: int) -> Itera
   for i in range(0, len(order), BLOCK):
     chosen = packing.gather(columns, order[i : i + BLOCK])
     rows = packing.convert(made.converter, chosen, lengths)
-    yield {k: v for k, v in rows.items() if k not in made.omit}
+    names = {k: k.replace(*made.rename) if made.rename else k for k in rows}
+    yield {names[k]: v for k, v in rows.items() if k not in made.omit}
