@@ -438,10 +438,18 @@ def test_cache_bytes_in_bfloat16(preset, per_token, per_input):
   assert counts.cross_cache_bytes_per_token == per_input
 
 
-@pytest.mark.parametrize('lengths', [{}, {'targets': 0}, {'targets': 8}])
-def test_missing_length_is_named(lengths):
-  with pytest.raises(UserError, match='lengths: EncoderDecoder needs a positive length of its'):
-    count(load('t5/1_1_small'), lengths)
+@pytest.mark.parametrize(
+  ('preset', 'lengths'),
+  [('t5/1_1_small', {}), ('t5/1_1_small', {'targets': 8}), ('t5/1_1_small', {'targets': 8, 'inputs': 0}),
+   ('gpt2/124m', {}), ('gpt2/124m', {'targets': 0})],
+)  # fmt: skip
+def test_missing_length_is_named(preset, lengths):
+  with pytest.raises(UserError, match=r"lengths: \w+ needs positive lengths of its '"):
+    count(load(preset), lengths)
+
+
+def test_masked_language_model_has_one_length():
+  assert count(load('bert/base'), {'inputs': 512}) == count(load('bert/base'), {'targets': 512})
 
 
 def run(*flags: str, python: tuple[str, ...] = ()) -> subprocess.CompletedProcess:

@@ -133,7 +133,7 @@ def count(model: Callable[..., nnx.Module], lengths: Mapping[str, int]) -> Count
 
   Args:
     model: a partial that needs only `rngs`, as `configs.load(..., root='MODEL').tree()` gives it.
-    lengths: {'targets': tokens}, and for an encoder-decoder {'inputs': tokens, 'targets': tokens}.
+    lengths: as a stream's. {'inputs': tokens, 'targets': tokens} for an encoder-decoder, one of them otherwise.
 
   Raises:
     UserError: a length is missing, or not positive.
@@ -174,14 +174,18 @@ def count(model: Callable[..., nnx.Module], lengths: Mapping[str, int]) -> Count
 
 
 def _check_lengths(module, lengths) -> tuple[int, int]:
-  needed = ('inputs', 'targets') if 'encoder' in module.inputs else ('targets',)
-  for name in needed:
-    if lengths.get(name, 0) < 1:
-      got = ', '.join(f'{k}={v}' for k, v in lengths.items()) or 'nothing'
-      raise UserError(
-        f'lengths: {type(module).__name__} needs a positive length of its {name}; got {got}.'
-      )
-  return lengths['targets'], lengths['inputs'] if 'inputs' in needed else 0
+  if 'encoder' in module.inputs:
+    targets, inputs = found = (lengths.get('targets', 0), lengths.get('inputs', 0))
+    needed = "its 'inputs' and 'targets'"
+  else:  # masked language modelling calls its one length 'inputs'
+    found, inputs = (lengths.get('targets', lengths.get('inputs', 0)),), 0
+    targets, needed = found[0], "its 'targets'"
+  if min(found) < 1:
+    got = ', '.join(f'{k}={v}' for k, v in lengths.items()) or 'nothing'
+    raise UserError(
+      f'lengths: {type(module).__name__} needs positive lengths of {needed}; got {got}.'
+    )
+  return targets, inputs
 
 
 def _kind(node: _Node, vocab: int) -> str:
