@@ -246,10 +246,11 @@ class LatentAttention(nnx.Module):
     self.scale = (head_dim + rotary_dim) ** -0.5 if scale is None else scale
     make = lambda inputs, outputs: linear(inputs, outputs, rngs=rngs)
     per_head = lambda size: {'heads': heads, 'head_dim': size}
-    source = {'rank': query_rank} if query_rank else {'embed': embed}
-    self.query_down = make({'embed': embed}, source) if query_rank else None
+    query = per_head(head_dim + rotary_dim)
+    self.query = None if query_rank else make({'embed': embed}, query)
+    self.query_down = make({'embed': embed}, {'rank': query_rank}) if query_rank else None
     self.query_norm = norm(query_rank, rngs=rngs) if query_rank else None
-    self.query = make(source, per_head(head_dim + rotary_dim))
+    self.query_up = make({'rank': query_rank}, query) if query_rank else None
     self.key_down = make({'embed': embed}, {'rank': key_rank})
     self.key_norm = norm(key_rank, rngs=rngs)
     self.key = make({'rank': key_rank}, per_head(head_dim))
@@ -258,8 +259,12 @@ class LatentAttention(nnx.Module):
     self.output = make(per_head(value_dim), {'embed': embed})
 
   def __call__(self, x: jax.Array, context: Context):
-    q = x if self.query_down is None else self.query_norm(self.query_down(x))
-    q, q_rotary = jnp.split(self.query(q), [self.head_dim], axis=-1)
+    q = (
+      self.query(x)
+      if self.query_down is None
+      else self.query_up(self.query_norm(self.query_down(x)))
+    )
+    q, q_rotary = jnp.split(q, [self.head_dim], axis=-1)
     q = jnp.concatenate([q, self.rotary(q_rotary, context.positions)], axis=-1)
     latent = self.key_norm(self.key_down(x))
     k, v = self.key(latent), self.value(latent)
