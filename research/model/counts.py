@@ -81,7 +81,7 @@ class Counts:
   flops_attention_causal: float
   flops_attention_full: float
   flops_chinchilla: float
-  kv_cache_bytes_per_token: int  # in the model's dtype, per token of a decoded sequence
+  kv_cache_bytes_per_token: int  # in the model's dtype, while the sequence is shorter than any window
   cross_cache_bytes_per_token: int  # per token of the encoder's input; kept beside the former
 
 
