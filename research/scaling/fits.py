@@ -173,7 +173,7 @@ def make_data(law: Law, inputs: Mapping, loss) -> tuple[dict, np.ndarray]:
       raise LawError(f'{law.name}: {name} is {values[row]} in row {row}; it must be positive.')
   logs = {f'ln_{name}': np.log(v) for name, v in x.items() if name not in law.plain}
   center = {name: float(logs[f'ln_{name}'].mean()) for name in law.inputs if name not in law.plain}
-  center['loss'] = float(np.log(y).mean())
+  center['output'] = float(np.log(y).mean())
   return {'x': {**x, **logs}, 'center': center, 'ones': np.ones((len(y), 1))}, y
 
 

@@ -2,19 +2,70 @@
 
 from research.errors import did_you_mean
 from research.scaling.laws.base import Law, LawError, Parameter, coefficient, exponent
+from research.scaling.laws.downstream import AccuracyOfLoss, ErrorOfLoss, LossOfCompute
+from research.scaling.laws.hyper import (
+  BatchOfCompute,
+  CriticalBatch,
+  LearningRateOfCompute,
+  StepLawBatch,
+  StepLawLearningRate,
+  StepsToLoss,
+)
+from research.scaling.laws.kaplan import (
+  Kaplan,
+  KaplanCompute,
+  KaplanCriticalBatch,
+  KaplanParams,
+  KaplanTokens,
+)
 from research.scaling.laws.loss import Chinchilla, GammaChinchilla, TiedChinchilla, hoffmann_starts
+from research.scaling.laws.published import PUBLISHED, published
+from research.scaling.laws.regimes import (
+  BrokenPower,
+  ComputeOptimal,
+  DataConstrained,
+  OverTraining,
+  PostTrainingQuantization,
+  Precision,
+  Routed,
+)
+from research.scaling.laws.schedule import MultiPower
 
 __all__ = [
+  'PUBLISHED',
+  'AccuracyOfLoss',
+  'BatchOfCompute',
+  'BrokenPower',
   'Chinchilla',
+  'ComputeOptimal',
+  'CriticalBatch',
+  'DataConstrained',
+  'ErrorOfLoss',
   'GammaChinchilla',
+  'Kaplan',
+  'KaplanCompute',
+  'KaplanCriticalBatch',
+  'KaplanParams',
+  'KaplanTokens',
   'Law',
   'LawError',
+  'LearningRateOfCompute',
+  'LossOfCompute',
+  'MultiPower',
+  'OverTraining',
   'Parameter',
+  'PostTrainingQuantization',
+  'Precision',
+  'Routed',
+  'StepLawBatch',
+  'StepLawLearningRate',
+  'StepsToLoss',
   'TiedChinchilla',
   'by_name',
   'coefficient',
   'exponent',
   'hoffmann_starts',
+  'published',
   'standard',
 ]
 
@@ -22,7 +73,7 @@ __all__ = [
 def standard() -> list[Law]:
   """An instance of every law here that needs no arguments."""
   kinds = (value for value in globals().values() if isinstance(value, type))
-  return [kind() for kind in kinds if issubclass(kind, Law) and kind is not Law]
+  return [kind() for kind in kinds if issubclass(kind, Law) and kind not in (Law, MultiPower)]
 
 
 def by_name(name: str) -> Law:

@@ -1,6 +1,6 @@
 """What a law is: a formula, parameters that carry their units, and where a fit should start.
 
-A parameter's units are powers of the inputs and of the fitted quantity ('loss' below, whatever it is).
+A parameter's units are powers of the inputs and of the fitted quantity (called 'output').
 The fit divides them out, so that it sees numbers near one whoever counted tokens in billions:
 a change of units changes the fitted parameters exactly as dimensional analysis says.
 """
@@ -26,8 +26,9 @@ class LawError(UserError, ValueError):
 class Parameter:
   """One fitted number.
 
-  `units`: powers of the inputs, and of the output under the name 'loss'; a power is a number or the
-  name of another parameter (A in A / N^alpha has the units loss * N^alpha: {'loss': 1, 'params': 'alpha'}).
+  `units`: powers of the inputs, and of the output under the name 'output'; a power is a number or the
+  name of another parameter, with a minus sign or without. A in A / N^alpha has the units output * N^alpha:
+  {'output': 1, 'params': 'alpha'}.
   `start`: values to start from, in those units at the data's geometric mean, so that they need no scale.
   `positive`: fitted through its logarithm. `low`, `high`: bounds; of the logarithm where positive.
   `linear`: the law is linear in it (at fixed other parameters), which variable projection uses.
@@ -44,10 +45,11 @@ class Parameter:
 
 def coefficient(meaning, start=(0.03, 0.3, 1.0), **units) -> Parameter:
   """A positive factor in which the law is linear, in units of the loss times `units`."""
-  return Parameter(meaning, {'loss': 1, **units}, start, linear=True)
+  return Parameter(meaning, {'output': 1, **units}, start, linear=True)
 
 
 def exponent(meaning, start=(0.15, 0.35, 0.7), low=0.0, high=4.0) -> Parameter:
+  """A power; its bounds keep a fit from wandering along a direction in which nothing changes."""
   return Parameter(meaning, start=start, positive=False, low=low, high=high)
 
 
@@ -131,7 +133,8 @@ class Law:
     return z
 
   def _in_order(self, tied):
-    """Exponents first, since the units of coefficients refer to them; what is tied after what it is tied to."""
+    """Exponents first, since the units of coefficients refer to them; what is tied after what it is "
+    "tied to."""
     named = lambda p: any(isinstance(power, str) for power in p.units.values())
     return sorted(self.parameters.items(), key=lambda item: (named(item[1]), item[0] in tied))
 
@@ -139,7 +142,9 @@ class Law:
   def _shift(parameter: Parameter, values: Mapping, center: Mapping[str, float]):
     shift = 0.0
     for unit, power in parameter.units.items():
-      shift = shift + center[unit] * (values[power] if isinstance(power, str) else power)
+      if isinstance(power, str):
+        power = -values[power[1:]] if power.startswith('-') else values[power]
+      shift = shift + center[unit] * power
     return shift
 
   def starts(self) -> dict[str, np.ndarray]:
