@@ -126,8 +126,28 @@ class Config:
       raise UserError(f'{source}{"" if command_line else f":{line}"}: {why}{hint}.') from None
     except (tokenize.TokenError, IndentationError) as error:
       raise UserError(f'{source}: not gin syntax ({error.args[0]}).') from None
-    self.lines += text_lines[kept:]
+    self.lines += [self._self_contained(text, source)] if command_line else text_lines[kept:]
     self.symbols.update(symbols)
+
+  def _self_contained(self, text: str, where: str) -> str:
+    """A command-line binding as a gin file would say it: bare names with their module, and its import."""
+    modules = {}
+
+    def full(selector):
+      target = self._find(selector, self.symbols, where)
+      modules[target.__module__] = None
+      return f'{target.__module__}.{target.__qualname__}'
+
+    name, _, value = text.partition('=')
+    scope, _, selector = name.strip().rpartition('/')
+    if '.' in selector:
+      selector, _, argument = selector.rpartition('.')
+      name = f'{scope}/{full(selector)}.{argument}'.lstrip('/')
+    reference = r'@((?:\w+/)*)(\w+(?:\.\w+)*)'
+    value = re.sub(reference, lambda match: f'@{match[1]}{full(match[2])}', value)
+    return (
+      ''.join(f'import {module}\n' for module in modules) + f'{name.strip()} = {value.strip()}\n'
+    )
 
   def _import(self, statement, symbols, where):
     if statement.module.startswith('__gin__'):
@@ -324,7 +344,6 @@ def load(files: str | list[str], bindings=(), root: str = 'RUN') -> Config:
     config.read_file(file)
   for binding in bindings:
     config.read_binding(binding)
-    config.lines.append('' if config.lines[-1].endswith('\n') else '\n')
   return config
 
 

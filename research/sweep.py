@@ -366,17 +366,9 @@ def register_forecast(sweep: Sweep, analysis, rungs, length: int, folder: Folder
   forecast = {
     'registered': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
     'run': planned.name,
-    'budget': budget,
-    'times_largest_fitted_budget': sweep.forecast,
     'optimal_params': best.params,
     'optimal_tokens': best.tokens,
-    'params': planned.size.params,
-    'tokens': planned.tokens,
-    'loss': expected.loss,
-    'loss_low': expected.loss_low,
-    'loss_high': expected.loss_high,
-    'level': expected.level,
-    'method': expected.method,
+    'forecast': dataclasses.asdict(expected),
   }
   folder.register([planned])
   metrics.write_atomic(path, json.dumps(forecast, indent=1) + '\n')
@@ -399,20 +391,26 @@ def fit(folder: Folder, sweep: Sweep, runs: list[designs.Planned]):
 def report(
   folder: Folder, sweep: Sweep, rows: list[dict], analysis, forecast: dict | None, runs
 ) -> pathlib.Path:
-  from research.scaling import report
+  from research.scaling import Forecast, plots, report
 
-  curves = {
-    run.name: [(r['tokens'], r['loss']) for r in folder.curve(run) if 'loss' in r] for run in runs
-  }
-  outcome = next(
-    (row for row in rows if row['role'] == 'forecast' and row['status'] == 'finished'), None
-  )
-  seconds = sum(row.get('seconds', 0.0) for row in rows)
+  curve = lambda run: [(r['tokens'], r['loss']) for r in folder.curve(run) if 'loss' in r]
+  curves = {run.name: points for run in runs if (points := curve(run))}
+  figures = {name: getattr(plots, name)(analysis) for name in ('isoflop', 'surface', 'allocation')}
+  expected = outcome = None
   meta = {
+    'sweep': 'sweep.gin beside this page; python -m research.sweep --gin_file=sweep.gin does it again',
     'runs': len(rows),
-    'process-seconds of training': round(seconds),
+    'process-seconds of training': round(sum(row.get('seconds', 0.0) for row in rows)),
     'FLOP convention': sweep.design.flops,
   }
+  if forecast:
+    expected = Forecast(**forecast['forecast'])
+    row = next(row for row in rows if row['run'] == forecast['run'])
+    outcome = row['loss'] if row['status'] == 'finished' else None
+    figures['forecast'] = plots.forecast(analysis, expected, outcome)
+    meta['forecast registered'] = forecast['registered']
+  for name, figure in figures.items():
+    figure.savefig(folder.path / f'{name}.png', dpi=150)
   path = folder.path / 'report.html'
   report.write(
     path,
@@ -420,7 +418,7 @@ def report(
     title=sweep.question,
     runs=rows,
     curves=curves,
-    forecast=forecast,
+    forecast=expected,
     outcome=outcome,
     meta=meta,
   )
@@ -469,14 +467,15 @@ def main(flags) -> int:
 
 
 def show_forecast(forecast: dict, row: dict) -> None:
+  expected = forecast['forecast']
   print(
     f'forecast, registered {forecast["registered"]}: {forecast["run"]} will have a loss of '
-    f'{forecast["loss"]:.4f} [{forecast["loss_low"]:.4f}, {forecast["loss_high"]:.4f}] ({forecast["method"]})'
+    f'{expected["loss"]:.4f} [{expected["loss_low"]:.4f}, {expected["loss_high"]:.4f}] ({expected["method"]})'
   )
   if row['status'] != 'finished':
     print(f'outcome: none, the run ended as {row["status"]}')
     return
-  error = forecast['loss'] / row['loss'] - 1
+  error = expected['loss'] / row['loss'] - 1
   print(f'outcome: {row["loss"]:.4f}; the forecast is off by {error:+.2%}')
 
 

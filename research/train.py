@@ -82,7 +82,9 @@ class Program:
       (_, sums), grads = gradient(state['params'], batch)
     else:
       n = self.run.microbatches
-      parts = {k: jnp.moveaxis(x.reshape(-1, n, *x.shape[1:]), 1, 0) for k, x in batch.items()}
+      # Every microbatch takes every n-th row, so that each has its rows on all the devices.
+      cut = lambda x: x.reshape(-1, n, x.shape[1], out_sharding=sharding.spec('batch', None, None))
+      parts = {k: jnp.moveaxis(cut(x), 1, 0) for k, x in batch.items()}
       add = lambda total, part: (
         jax.tree.map(jnp.add, total, gradient(state['params'], part)),
         None,

@@ -188,3 +188,14 @@ def test_a_bare_reference_on_the_command_line_is_looked_up_too(write):
   file = write(BASE + 'layers.RMSNorm.epsilon = 1e-5\n')
   tree = configs.load(file, ['Mlp.activations=(@RMSNorm,)'], root='ROOT').tree()
   assert tree.keywords['activations'][0].func is layers.RMSNorm
+
+
+def test_the_saved_text_needs_no_command_line(write, tmp_path):
+  file = write(BASE + 'layers.RMSNorm.epsilon = 1e-5\n')
+  config = configs.load(
+    file, ['Mlp.activations=(@a/RMSNorm,)', 'a/RMSNorm.epsilon=1e-3'], root='ROOT'
+  )
+  (tmp_path / 'saved.gin').write_text(config.text)
+  again = configs.load(str(tmp_path / 'saved.gin'), root='ROOT')
+  assert configs.describe(again.tree()) == configs.describe(config.tree())
+  assert again.tree().keywords['activations'][0].keywords == {'epsilon': 1e-3}

@@ -101,13 +101,16 @@ def test_the_law_is_found_and_its_forecast_comes_before_the_run(make, trained, t
   sweep.work(the_sweep, folder.plan(), folder)
   assert trained[-1] == forecast['run']
   outcome = next(row for row in folder.rows(folder.plan()) if row['role'] == 'forecast')
-  assert abs(forecast['loss'] / outcome['loss'] - 1) < 0.002
+  assert abs(forecast['forecast']['loss'] / outcome['loss'] - 1) < 0.002
   # A forecast is never made twice, and its run never takes part in the fit.
   before = (tmp_path / 'forecast.json').read_bytes()
   assert sweep.register_forecast(the_sweep, None, rungs, base.target_length, folder) == forecast
   assert (tmp_path / 'forecast.json').read_bytes() == before
   again, analysis2 = sweep.fit(folder, the_sweep, folder.plan())
   assert len(again) == len(rows) + 1
+  page = sweep.report(folder, the_sweep, again, analysis2, forecast, folder.plan()).read_text()
+  assert f'{outcome["loss"]:.4f}' in page
+  assert forecast['registered'] in page
   assert analysis2.forecast(1e12).loss == analysis.forecast(1e12).loss
 
 

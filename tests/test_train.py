@@ -36,6 +36,13 @@ def run(model, text_file, workdir, **more) -> dict:
     return train.train(config.build(), workdir, config.text, stream=silence)
 
 
+@pytest.fixture
+def one_device(monkeypatch):
+  """Most of what is tested here does not depend on the mesh, and one device compiles much faster."""
+  monkeypatch.setattr(jax, 'devices', lambda: jax.local_devices()[:1])
+  monkeypatch.setattr(jax, 'device_count', lambda: 1)
+
+
 def final_state(config, workdir):
   """The last checkpoint as host arrays."""
   the_run = config.build()
@@ -53,7 +60,7 @@ def loss_rows(workdir):
 
 
 @pytest.mark.parametrize('model', MODELS)
-def test_a_run_learns_and_ends_as_one_row(model, text_file, tmp_path):
+def test_a_run_learns_and_ends_as_one_row(model, text_file, one_device, tmp_path):
   row = run(model, text_file, tmp_path, **{'Run.eval_every': 20})
   assert row['status'] == 'finished'
   losses = [r['loss'] for r in loss_rows(tmp_path)]
@@ -70,7 +77,7 @@ def test_a_run_learns_and_ends_as_one_row(model, text_file, tmp_path):
   assert again.build().identity() == (tmp_path / 'config.txt').read_text()
 
 
-def test_stopped_by_sigterm_and_resumed_is_bit_identical(text_file, tmp_path):
+def test_stopped_by_sigterm_and_resumed_is_bit_identical(text_file, one_device, tmp_path):
   config = load('decoder', text_file)
   whole, parts = tmp_path / 'whole', tmp_path / 'parts'
   run('decoder', text_file, whole)
@@ -95,22 +102,21 @@ def test_stopped_by_sigterm_and_resumed_is_bit_identical(text_file, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('model', MODELS)
-def test_killed_and_restarted_is_bit_identical(model, text_file, tmp_path):
-  workdir, steps = tmp_path / 'killed', 400
+def test_killed_and_restarted_is_bit_identical(model, text_file, one_device, tmp_path):
+  workdir, whole, steps = tmp_path / 'killed', tmp_path / 'whole', 400
   more = {'Run.steps': steps, 'Run.checkpoint_every': 25}
-  run(model, text_file, tmp_path / 'whole', **more)
-  command = [
-    sys.executable,
-    '-m',
-    'research.train',
-    f'--gin_file=tests/gin/{model}.gin',
-    f'--workdir={workdir}',
-  ]
+  command = [sys.executable, '-m', 'research.train', f'--gin_file=tests/gin/{model}.gin']
   command += [f'--gin.{b}' for b in bindings(text_file, **more)]
+  # A process as a user starts it: one device, as many threads as there are cores.
+  env = {k: v for k, v in os.environ.items() if k not in ('XLA_FLAGS', 'PJRT_NPROC')}
+  subprocess.run(
+    [*command, f'--workdir={whole}'], cwd=ROOT, env=env, check=True, capture_output=True
+  )
+  command.append(f'--workdir={workdir}')
   kill_at, killed = random.Random(model).sample(range(30, steps - 60), 2), 0
   for at in sorted(kill_at):
     process = subprocess.Popen(
-      command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+      command, cwd=ROOT, env=env, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
     )
     while process.poll() is None:
       rows = loss_rows(workdir)
@@ -121,7 +127,7 @@ def test_killed_and_restarted_is_bit_identical(model, text_file, tmp_path):
       time.sleep(0.005)
     process.wait()
   assert killed == 2
-  subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+  subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True)
   config = load(model, text_file, **more)
   (step, state), (step2, state2) = (
     final_state(config, tmp_path / 'whole'),
@@ -131,10 +137,12 @@ def test_killed_and_restarted_is_bit_identical(model, text_file, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, state, state2)
   wanted = [*range(3, steps, 3), steps]
   assert [r['step'] for r in loss_rows(workdir)] == wanted
-  assert [r['step'] for r in loss_rows(tmp_path / 'whole')] == wanted
+  assert [r['step'] for r in loss_rows(whole)] == wanted
 
 
-def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(text_file, tmp_path, capfd):
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(
+  text_file, one_device, tmp_path
+):
   run('decoder', text_file, tmp_path / 'run')
   steps = sorted(
     int(p.name) for p in (tmp_path / 'run' / 'checkpoints').iterdir() if p.name.isdigit()
@@ -163,7 +171,7 @@ def flip_bytes(folder):
   path.write_bytes(bytes(data))
 
 
-def test_a_checkpoint_of_another_model_names_what_differs(text_file, tmp_path):
+def test_a_checkpoint_of_another_model_names_what_differs(text_file, one_device, tmp_path):
   run('decoder', text_file, tmp_path, **{'Run.steps': 2})
   (tmp_path / 'config.txt').unlink()
   with pytest.raises(
@@ -172,7 +180,7 @@ def test_a_checkpoint_of_another_model_names_what_differs(text_file, tmp_path):
     run('decoder', text_file, tmp_path, EMBED=48)
 
 
-def test_a_run_that_diverges_stops_with_its_last_good_checkpoint(text_file, tmp_path):
+def test_a_run_that_diverges_stops_with_its_last_good_checkpoint(text_file, one_device, tmp_path):
   row = run('decoder', text_file, tmp_path, LEARNING_RATE=1e30, **{'Run.clip': None})
   assert row['status'] == 'nan'
   assert row['loss'] is None
@@ -234,7 +242,7 @@ def test_a_mistake_is_told_before_anything_is_compiled(
   assert '\n' not in str(error.value)
 
 
-def test_a_workdir_of_another_run_is_not_touched(text_file, tmp_path):
+def test_a_workdir_of_another_run_is_not_touched(text_file, one_device, tmp_path):
   run('decoder', text_file, tmp_path, **{'Run.steps': 2})
   before = {p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()}
   with pytest.raises(

@@ -55,7 +55,8 @@ class Checkpoints:
     options = ocp.CheckpointManagerOptions(
       max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
     )
-    self.manager = ocp.CheckpointManager(self.folder, options=options)
+    handlers = {'state': ocp.StandardCheckpointHandler(), 'meta': ocp.JsonCheckpointHandler()}
+    self.manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
   def save(self, step: int, state, meta: dict[str, Any]) -> None:
     """Starts to save `state` (arrays may be donated after this) with `meta` (JSON) beside it."""
