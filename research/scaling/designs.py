@@ -88,12 +88,14 @@ class Ladder:
     widths: (first, last, step) of the widths of the residual stream; multiples of head_dim.
     head_dim: so many per head.
     aspect: width per layer.
+    min_layers: at least so many layers, however narrow.
     mlp_ratio: width of the MLP over the model's, rounded to a multiple of head_dim.
   """
 
   widths: tuple[int, int, int]
   head_dim: int = 16
   aspect: float = 32.0
+  min_layers: int = 1
   mlp_ratio: float = 8 / 3
 
   def __post_init__(self):
@@ -112,7 +114,7 @@ class Ladder:
     return [
       {
         'EMBED': width,
-        'LAYERS': max(1, round(width / self.aspect)),
+        'LAYERS': max(self.min_layers, round(width / self.aspect)),
         'HEADS': width // self.head_dim,
         'HEAD_DIM': self.head_dim,
         'MLP': self.head_dim * max(1, round(width * self.mlp_ratio / self.head_dim)),
