@@ -1,11 +1,11 @@
-"""Frozen streams read: memory-mapped rows -> batches, each a pure function of (seed, step).
+"""Frozen streams opened, and their examples in batches, each a pure function of (seed, step).
 
 No TensorFlow here: a stream that is not on disk yet is frozen by `python -m research.freeze`, started in
 a process of its own.
 """
 
 import collections
-import hashlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -16,11 +16,10 @@ import threading
 
 import numpy as np
 
-from research.errors import UserError
+from research.errors import Invalid, UserError
+from research.frozen import Batch, Frozen, FrozenMixture
 from research.shards import facts_of
-from research.streams import Stream, digest
-
-Batch = dict[str, np.ndarray]
+from research.streams import Mixture, Stream
 
 
 def default_cache() -> pathlib.Path:
@@ -28,13 +27,13 @@ def default_cache() -> pathlib.Path:
   return pathlib.Path(os.environ.get('ISOFLOP_CACHE') or '~/.cache/isoflop').expanduser()
 
 
-def open_stream(stream: Stream, cache_dir=None, log=print) -> 'Frozen':
-  """The frozen form of `stream`, made first where it is missing."""
+def open_stream(stream: Stream | Mixture, cache_dir=None, log=print) -> Frozen | FrozenMixture:
+  """The frozen form of a stream or a mixture, made first where it is missing."""
   return open_streams([stream], cache_dir, log)[0]
 
 
-def open_streams(streams: list[Stream], cache_dir=None, log=print) -> 'list[Frozen]':
-  """Frozen forms of several streams; what is missing is frozen in one process.
+def open_streams(streams: list, cache_dir=None, log=print) -> list[Frozen | FrozenMixture]:
+  """Frozen forms of several streams or mixtures; all that is missing is frozen in one process.
 
   Args:
     streams: what to open.
@@ -45,10 +44,25 @@ def open_streams(streams: list[Stream], cache_dir=None, log=print) -> 'list[Froz
     UserError: the stream cannot be made, or its files were altered; says which.
   """
   cache = pathlib.Path(cache_dir or default_cache()).expanduser()
-  missing = [s for s in streams if not _present(cache / 'streams' / s.key(), s)]
+  folders = {}
+
+  def folder(stream):
+    key = json.dumps(stream.spec())
+    if key not in folders:
+      folders[key] = cache / 'streams' / stream.key()
+    return folders[key]
+
+  flat = [p for s in streams for p in (s.streams.values() if isinstance(s, Mixture) else [s])]
+  missing = [s for s in flat if not _present(folder(s), s)]
   if missing:
     _freeze(missing, cache, log)
-  return [Frozen(cache / 'streams' / s.key(), s) for s in streams]
+  load = lambda s: Frozen(folder(s), s)
+  return [
+    FrozenMixture(s, {name: load(part) for name, part in s.streams.items()})
+    if isinstance(s, Mixture)
+    else load(s)
+    for s in streams
+  ]
 
 
 def _present(folder: pathlib.Path, stream: Stream) -> bool:
@@ -91,140 +105,73 @@ def _freeze(streams, cache: pathlib.Path, log):
     raise RuntimeError(f'research.freeze ended with {child.returncode}:\n{"".join(errors)}')
 
 
-class Frozen:
-  """A frozen stream: rows of fixed shape in memory-mapped shards.
+@dataclasses.dataclass(frozen=True)
+class Curriculum:
+  """Batches that grow, and rows that are cut short at first; examples are seen in the same order.
 
   Attributes:
-    manifest: what the stream is (spec, corpus, vocabulary), and its shards' counts and hashes.
-    features: {key: (shape, dtype)} of one example as batches give it.
-    vocab_size: ids in the vocabulary; every token is below it.
-    bytes_per_token: true bytes of text per target token (a token with loss weight).
-    fingerprint: differs when any example does.
-    passes: how many corruptions of the corpus are frozen.
+    stages: (first step, batch size, cut) each; the first starts at 0. Every row of length L counts
+      as `cut` rows of L / cut in its stage, so a stage's batch is `batch size x cut` shorter rows.
   """
 
-  def __init__(self, folder: pathlib.Path, stream: Stream):
-    self.folder, self.stream = folder, stream
-    header = json.loads((folder / 'header.json').read_text())
-    shards = [facts_of(folder, p, stream.examples) for p in range(stream.passes)]
-    if None in shards:
-      raise UserError(f'{folder} is not complete: delete it and run again.')
-    self.manifest = header | {'shards': shards, 'examples': stream.examples}
-    self.vocab_size, self.passes = header['vocab_size'], stream.passes
-    facts = [s for some in shards for s in some]
-    rows = next((f['features'] for f in facts if f['examples']), [])
-    if not rows:
-      raise UserError(f'{folder} holds no example: the {stream.split} split is too small.')
-    self._dtype = np.dtype([(k, d, (n,)) for k, d, n in rows])
-    self.features = {k: ((n,), np.dtype(np.int32)) for k, _, n in rows}
-    self.bytes_per_token = _ratio(facts, 'target_bytes', 'target_tokens')
-    self.fill = _ratio(facts, 'target_tokens', 'positions')
-    self._check(facts)
-    self._maps = [[self._map(s) for s in some] for some in shards]
-    self._starts = [np.cumsum([0, *map(len, maps)]) for maps in self._maps]
-    # Every pass has as many examples as the shortest: an epoch is the same length each time.
-    self._examples = min(int(starts[-1]) for starts in self._starts)
-    if stream.examples is not None:
-      self._examples = min(self._examples, stream.examples)
-    self.fingerprint = digest([[f['sha256'] for f in facts], self._examples])
+  stages: tuple[tuple[int, int, int], ...]
 
-  def _map(self, facts):
-    if not facts['examples']:
-      return np.empty(0, self._dtype)
-    return np.memmap(self.folder / facts['file'], self._dtype, 'r')
+  def __post_init__(self):
+    object.__setattr__(self, 'stages', tuple(map(tuple, self.stages)))
+    starts = [s[0] for s in self.stages]
+    if not starts or starts[0] != 0 or sorted(set(starts)) != starts:
+      why = f'the first steps are {starts}, and must start at 0 and go up.'
+      raise Invalid(Curriculum, 'stages', why)
+    if any(len(s) != 3 or min(s[1:]) < 1 for s in self.stages):
+      raise Invalid(
+        Curriculum, 'stages', 'each is (first step, batch size, cut), the last two >= 1.'
+      )
 
-  def _check(self, facts):
-    """Sizes always, hashes once for every state of the files."""
-    stamp = self.folder / 'verified.json'
-    known = json.loads(stamp.read_text()) if stamp.exists() else {}
-    fresh = {}
-    for shard in facts:
-      path = self.folder / shard['file']
-      remedy = f'delete {self.folder} and run again.'
-      if not path.exists():
-        raise UserError(f'shard {path} has vanished: {remedy}')
-      stat = path.stat()
-      if stat.st_size != shard['examples'] * self._dtype.itemsize:
-        raise UserError(f'shard {path} has {stat.st_size} bytes, not what was written: {remedy}')
-      state = [stat.st_size, stat.st_mtime_ns, shard['sha256']]
-      if known.get(shard['file']) != state:
-        with open(path, 'rb') as f:
-          if hashlib.file_digest(f, 'sha256').hexdigest() != shard['sha256']:
-            raise UserError(f'shard {path} was altered since it was written: {remedy}')
-        fresh[shard['file']] = state
-    if fresh:
-      partial = stamp.with_name(f'{stamp.name}.{os.getpid()}')
-      try:
-        partial.write_text(json.dumps(known | fresh))
-        os.replace(partial, stamp)
-      except OSError:
-        pass  # a cache that only others may write is read all the same
-
-  def __len__(self) -> int:
-    """Examples per epoch."""
-    return self._examples
-
-  def examples(self, indices, number: int = 0) -> Batch:
-    """Examples of pass `number`, stacked in the order of `indices`: {key: (n, length) int32}."""
-    indices = np.asarray(indices)
-    starts = self._starts[number]
-    shard = np.searchsorted(starts, indices, side='right') - 1
-    rows = np.empty(len(indices), self._dtype)
-    for s in np.unique(shard):
-      here = shard == s
-      rows[here] = self._maps[number][s][indices[here] - starts[s]]
-    return {k: rows[k].astype(np.int32) for k in self._dtype.names}
+  def at(self, step: int) -> tuple[int, int, int]:
+    """(first example, batch size, cut) of a step."""
+    first = 0
+    for (start, size, cut), end in zip(
+      self.stages, [*(s[0] for s in self.stages[1:]), None], strict=True
+    ):
+      if end is None or step < end:
+        return first + (step - start) * size, size, cut
+      first += (end - start) * size
 
 
-def _ratio(facts, above, below):
-  return sum(f[above] for f in facts) / max(1, sum(f[below] for f in facts))
+def shortened(batch: Batch, cut: int) -> Batch:
+  """Every row as `cut` shorter rows. A document that a cut goes through starts again at position 0."""
+  if cut == 1:
+    return batch
+  sides = {k.split('_')[0] for k in batch}
+  length = batch[next(iter(batch))].shape[1]
+  if len(sides) > 1 or length % cut:
+    raise UserError(f'rows of {length} cannot be cut into {cut}: only one stack, in equal parts.')
+  out = {k: v.reshape(-1, length // cut) for k, v in batch.items()}
+  side = sides.pop()
+  ids, positions = (out.get(f'{side}_{k}') for k in ('segment_ids', 'positions'))
+  if positions is not None:
+    same = ids == ids[:, :1]
+    out[f'{side}_positions'] = np.where(same & (ids > 0), positions - positions[:, :1], positions)
+  return out
 
 
-def permuted(indices: np.ndarray, n: int, key: int) -> np.ndarray:
-  """Where a random permutation of range(n), named by `key`, sends `indices`; no table is kept.
-
-  A four-round Feistel network on the smallest even number of bits that holds n, walked until it comes
-  back below n (Black & Rogaway 2002, "Ciphers with arbitrary finite domains").
-  """
-  half = max(1, ((n - 1).bit_length() + 1) // 2)
-  mask = np.uint64((1 << half) - 1)
-  rounds = np.random.default_rng(key).integers(0, 1 << 63, 4, np.uint64) | np.uint64(1)
-
-  def once(x):
-    left, right = x >> np.uint64(half), x & mask
-    for r in rounds:
-      # splitmix64's finaliser as the round function
-      z = (right + r) * np.uint64(0x9E3779B97F4A7C15)
-      z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-      z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-      left, right = right, left ^ ((z ^ (z >> np.uint64(31))) & mask)
-    return (left << np.uint64(half)) | right
-
-  out = once(np.asarray(indices).astype(np.uint64))
-  while (outside := out >= n).any():
-    out[outside] = once(out[outside])
-  return out.astype(np.int64)
-
-
-def batch_at(frozen: Frozen, batch_size: int, seed: int, index: int, rows=slice(None)) -> Batch:
-  """Batch `index` of the endless, per-epoch shuffled stream; `rows` picks a share of it."""
-  n = len(frozen)
-  at = np.arange(index * batch_size, (index + 1) * batch_size)[rows]
-  epochs, offsets = at // n, at % n
-  parts = []
-  for epoch in np.unique(epochs):
-    chosen = permuted(offsets[epochs == epoch], n, key=_epoch_key(seed, int(epoch)))
-    parts.append(frozen.examples(chosen, int(epoch) % frozen.passes))
-  return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
-
-
-def _epoch_key(seed: int, epoch: int) -> int:
-  return int(digest([seed, epoch]), 16)
+def batch_at(
+  frozen, batch_size: int | Curriculum, seed: int, index: int, share: int = 0, shares: int = 1
+) -> Batch:
+  """Batch `index` of the endless, shuffled stream; of it the share `share` of `shares` equal ones."""
+  if isinstance(batch_size, Curriculum):
+    first, size, cut = batch_size.at(index)
+  else:
+    first, size, cut = index * batch_size, batch_size, 1
+  if size % shares:
+    raise UserError(f'a batch of {size} cannot be shared by {shares} processes equally.')
+  part = size // shares
+  return shortened(frozen.at(seed, first + share * part + np.arange(part)), cut)
 
 
 def batches(
-  frozen: Frozen,
-  batch_size: int,
+  frozen: Frozen | FrozenMixture,
+  batch_size: int | Curriculum,
   seed: int,
   start: int = 0,
   process_index: int = 0,
@@ -238,7 +185,7 @@ def batches(
 
   Args:
     frozen: the stream.
-    batch_size: examples in the whole job's batch.
+    batch_size: examples in the whole job's batch, or how that number grows.
     seed: of the order of examples; every epoch has another order.
     start: index of the first batch.
     process_index: which share to give.
@@ -248,23 +195,20 @@ def batches(
   Yields:
     {key: (batch_size / process_count, length) int32}.
   """
-  if batch_size % process_count:
-    raise UserError(
-      f'a batch of {batch_size} cannot be shared by {process_count} processes equally.'
-    )
-  share = batch_size // process_count
-  rows = slice(process_index * share, (process_index + 1) * share)
+  batch_at(frozen, batch_size, seed, start, process_index, process_count)  # an error is met here
 
   def made():
     i = start
     while True:
-      yield batch_at(frozen, batch_size, seed, i, rows)
+      yield batch_at(frozen, batch_size, seed, i, process_index, process_count)
       i += 1
 
   return prefetched(made(), prefetch) if prefetch else made()
 
 
-def eval_batches(frozen: Frozen, batch_size: int, process_index: int = 0, process_count: int = 1):
+def eval_batches(
+  frozen: Frozen | FrozenMixture, batch_size: int, process_index: int = 0, process_count: int = 1
+):
   """All examples once, in order; the last batch is filled up with rows of zero loss weight."""
   if batch_size % process_count:
     raise UserError(

@@ -21,7 +21,7 @@ import time
 
 from research import cli, shards
 from research.errors import Invalid, UserError, did_you_mean
-from research.streams import Stream, from_spec
+from research.streams import Mixture, Stream, from_spec
 
 # Examples per shard of a registered task, which has no pieces of text.
 REGISTERED_SHARD = 16384
@@ -71,6 +71,8 @@ def streams_in(tree):
   """The streams in a tree of partials, containers and dataclasses."""
   if isinstance(tree, Stream):
     yield tree
+  elif isinstance(tree, Mixture):
+    yield from tree.streams.values()
   elif isinstance(tree, functools.partial):
     yield from streams_in([*tree.args, *tree.keywords.values()])
   elif isinstance(tree, dict):

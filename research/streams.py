@@ -146,6 +146,61 @@ class Stream:
     return f'{self.name}-{self.split}-{digest([FORMAT, spec])}'.replace('/', '_').replace(':', '_')
 
 
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+  """Several streams of one shape as one stream of training, each with its share of the examples.
+
+  Attributes:
+    streams: {name: Stream}, all with the same lengths, architecture and vocabulary.
+    rates: {name: weight}; None takes each stream's number of examples.
+    temperature: the weights are raised to 1/temperature (Raffel et al. 2020, section 3.5.2): 1 is
+      proportional, large is equal.
+    maximum: a weight counts as at most this before that (their artificial limit K); None for none.
+  """
+
+  streams: dict[str, Stream]
+  rates: dict[str, float] | None = None
+  temperature: float = 1.0
+  maximum: float | None = None
+
+  def __post_init__(self):
+    if not self.streams or not all(isinstance(s, Stream) for s in self.streams.values()):
+      raise Invalid(Mixture, 'streams', 'must be {name: @streams.Stream(), ...}.')
+    if self.rates is not None:
+      for name in self.rates:
+        if name not in self.streams:
+          hint = did_you_mean(name, self.streams)
+          raise Invalid(Mixture, 'rates', f'{name!r} is no stream here.{hint}')
+      bad = [n for n in self.streams if not self.rates.get(n, 0) > 0]
+      if bad:
+        raise Invalid(Mixture, 'rates', f'{bad[0]!r} needs a rate above 0.')
+    if not self.temperature > 0:
+      raise Invalid(Mixture, 'temperature', f'{self.temperature} must be positive.')
+    first, *others = self.streams
+    for other in others:
+      for field in ('lengths', 'architecture'):
+        got, want = (getattr(self.streams[n], field) for n in (other, first))
+        if got != want:
+          why = f'{other!r} has {field} {got}, and {first!r} has {want}.'
+          raise Invalid(Mixture, 'streams', why)
+
+  @property
+  def name(self) -> str:
+    return '+'.join(self.streams)
+
+  @property
+  def lengths(self) -> dict[str, int]:
+    return next(iter(self.streams.values())).lengths
+
+  def shares(self, examples: dict[str, int]) -> dict[str, float]:
+    """{name: share} that sum to 1, given how many examples each stream has."""
+    weights = {n: float((self.rates or examples)[n]) for n in self.streams}
+    if self.maximum is not None:
+      weights = {n: min(w, self.maximum) for n, w in weights.items()}
+    weights = {n: w ** (1 / self.temperature) for n, w in weights.items()}
+    return {n: w / sum(weights.values()) for n, w in weights.items()}
+
+
 def digest(value) -> str:
   """16 hexadecimal digits that differ when the JSON-able `value` does."""
   return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -9,20 +9,21 @@ import pytest
 
 from research import data, shards
 from research.errors import Invalid, UserError
-from research.streams import Stream, from_spec
+from research.frozen import permuted
+from research.streams import Mixture, Stream, from_spec
 
 
-def frozen(tmp_path, sizes=(37, 20, 5), length=8, passes=1, examples=None, seed=0):
+def frozen(tmp_path, sizes=(37, 20, 5), length=8, passes=1, examples=None, offset=0):
   """A stream whose example i holds i in its first token, written by the writer itself."""
   stream = Stream(lengths={'targets': length}, passes=1, examples=examples)
   object.__setattr__(stream, 'passes', passes)
   folder = tmp_path / 'stream'
   folder.mkdir()
-  shards.write_json(folder / 'header.json', {'vocab_size': 1000})
+  shards.write_json(folder / 'header.json', {'vocab_size': 1000, 'vocabulary': 'numbers'})
   for number in range(passes):
     first = 0
     for piece, n in enumerate(sizes):
-      tokens = np.tile(np.arange(first, first + n)[:, None], (1, length)) + 500 * number
+      tokens = np.tile(np.arange(first, first + n)[:, None], (1, length)) + 500 * number + offset
       ones = np.ones_like(tokens)
       last = piece == len(sizes) - 1
       with shards.Shard(folder, number, piece, np.ones(1000, np.int64), last) as shard:
@@ -37,17 +38,94 @@ def ids(batch):
 
 @pytest.mark.parametrize('n', [1, 2, 3, 17, 64, 1000])
 def test_permuted_is_a_permutation_that_its_key_names(n):
-  a = data.permuted(np.arange(n), n, key=5)
+  a = permuted(np.arange(n), n, key=5)
   assert sorted(a.tolist()) == list(range(n))
-  np.testing.assert_array_equal(a, data.permuted(np.arange(n), n, key=5))
+  np.testing.assert_array_equal(a, permuted(np.arange(n), n, key=5))
   if n > 10:
-    assert (a != data.permuted(np.arange(n), n, key=6)).any()
+    assert (a != permuted(np.arange(n), n, key=6)).any()
 
 
 def test_permutations_are_uniform_enough():
   # Chi-square of where index 0 of 16 goes, over 4000 keys: mean 15, standard deviation 5.5.
-  at = np.bincount([data.permuted(np.array([0]), 16, key=k)[0] for k in range(4000)], minlength=16)
+  at = np.bincount([permuted(np.array([0]), 16, key=k)[0] for k in range(4000)], minlength=16)
   assert ((at - 250) ** 2 / 250).sum() < 45
+
+
+def mixture_of(tmp_path, rates=None, sizes=(40, 100), **fields):
+  parts = {}
+  for i, n in enumerate(sizes):
+    (tmp_path / str(i)).mkdir()
+    parts[f's{i}'] = frozen(tmp_path / str(i), sizes=(n,), offset=200 * i)
+  made = Mixture({name: p.stream for name, p in parts.items()}, rates=rates, **fields)
+  return data.FrozenMixture(made, parts)
+
+
+def test_a_mixture_draws_exact_shares_and_counts_epochs(tmp_path):
+  mixed = mixture_of(tmp_path, rates={'s0': 3, 's1': 1})
+  assert mixed.rates == {'s0': 0.75, 's1': 0.25}
+  seen = np.array([i for k in range(64) for i in ids(data.batch_at(mixed, 64, 2, k))])
+  assert (seen < 200).sum() == 3072
+  assert mixed.epochs(4096) == {'s0': 3072 / 40, 's1': 1024 / 100}
+  # Every example of a part comes equally often, to one.
+  counts = np.bincount(seen[seen < 200], minlength=40)
+  assert counts.max() - counts.min() <= 1
+  # Short runs have about the shares as well.
+  assert 0.6 < (seen[:256] < 200).mean() < 0.9
+
+
+def test_a_mixture_resumes_and_is_shared_by_hosts(tmp_path):
+  mixed = mixture_of(tmp_path)
+  assert mixed.rates == {'s0': round(4096 * 40 / 140) / 4096, 's1': round(4096 * 100 / 140) / 4096}
+  whole = [ids(data.batch_at(mixed, 12, 4, i)) for i in range(400)]
+  resumed = data.batches(mixed, 12, seed=4, start=390)
+  assert [ids(next(resumed)) for _ in range(10)] == whole[390:]
+  shares = [ids(data.batch_at(mixed, 12, 4, 399, p, 3)) for p in range(3)]
+  assert [i for share in shares for i in share] == whole[399]
+  held = np.concatenate([ids(b) for b in data.eval_batches(mixed, 7)])
+  assert held[:140].tolist() == [*range(40), *range(200, 300)]
+
+
+def test_temperature_and_limit_shape_a_mixtures_shares():
+  stream = Stream()
+  examples = {'a': 100, 'b': 900}
+  shares = lambda **fields: Mixture({'a': stream, 'b': stream}, **fields).shares(examples)
+  assert shares() == {'a': 0.1, 'b': 0.9}
+  assert shares(temperature=2) == {'a': 0.25, 'b': 0.75}
+  assert shares(maximum=300) == {'a': 0.25, 'b': 0.75}
+  with pytest.raises(Invalid, match='Did you mean a'):
+    shares(rates={'aa': 1, 'b': 2})
+  with pytest.raises(Invalid, match='has lengths'):
+    Mixture({'a': stream, 'b': Stream(lengths={'targets': 64})})
+
+
+def test_a_curriculum_grows_batches_over_the_same_order(tmp_path):
+  stream = frozen(tmp_path)
+  plan = data.Curriculum(((0, 2, 4), (5, 8, 2), (9, 16, 1)))
+  straight = [i for k in range(8) for i in ids(data.batch_at(stream, 16, 3, k))]
+  grown, shapes = [], []
+  for step in range(12):
+    batch = data.batch_at(stream, plan, 3, step)
+    shapes.append(batch['decoder_target_tokens'].shape)
+    cut = 8 // shapes[-1][1]
+    grown += ids(batch)[::cut]
+  assert shapes == [(8, 2)] * 5 + [(16, 4)] * 4 + [(16, 8)] * 3
+  assert grown == straight[: len(grown)]
+  resumed = data.batches(stream, plan, 3, start=7)
+  assert ids(next(resumed)) == ids(data.batch_at(stream, plan, 3, 7))
+  with pytest.raises(Invalid, match='must start at 0'):
+    data.Curriculum(((1, 2, 1),))
+
+
+def test_a_cut_document_starts_again_at_position_zero():
+  batch = {
+    'decoder_target_tokens': np.array([[5, 6, 7, 8, 9, 0]]),
+    'decoder_segment_ids': np.array([[1, 1, 1, 1, 2, 0]]),
+    'decoder_positions': np.array([[0, 1, 2, 3, 0, 0]]),
+  }
+  short = data.shortened(batch, 2)
+  assert short['decoder_positions'].tolist() == [[0, 1, 2], [0, 0, 0]]
+  with pytest.raises(UserError, match='cannot be cut into 4'):
+    data.shortened(batch, 4)
 
 
 def test_every_epoch_shows_every_example_once_in_another_order(tmp_path):

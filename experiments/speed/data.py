@@ -2,11 +2,11 @@
 
     python experiments/speed/data.py [--bytes 4000000] [--cache DIR]
 
-Freezing: text of the embedded corpus -> packed rows in a shard, through `research.freeze`'s own writer, for every
-objective; tokens that enter (text tokens) per second of CPU time, which is what one core does, and per second of the
-clock. Fill is the share of target positions that carry loss. Reading: shuffled batches of a frozen stream, in this
-process, without TensorFlow. Targets: 500k text tokens/s a core for a causal LM on bytes, 300k for span corruption
-with SentencePiece; 10M tokens/s read.
+Freezing: text of the embedded corpus -> packed rows in a shard, through `research.freeze`'s own
+writer, for every objective; text tokens that enter per second of CPU time, which is what one core
+does, and per second of the clock. Fill is the share of target positions that carry loss. Reading:
+shuffled batches of a frozen stream, in this process, without TensorFlow. Targets: 500k text tokens/s
+a core for a causal LM on bytes, 300k for span corruption with SentencePiece; 10M tokens/s read.
 """
 
 import argparse
