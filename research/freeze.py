@@ -21,7 +21,7 @@ import time
 
 from research import cli, shards
 from research.errors import Invalid, UserError, did_you_mean
-from research.streams import Mixture, Stream, from_spec
+from research.streams import Mixture, Stream, digest, from_spec
 
 # Examples per shard of a registered task, which has no pieces of text.
 REGISTERED_SHARD = 16384
@@ -261,11 +261,11 @@ class Ours(_Writer):
     """Writes the shard of pass `number` over `piece`."""
     from tasks import objectives, vocabularies
 
-    documents = vocabularies.encode(
-      self.vocabulary,
-      self.store.documents(self.stream.split, piece),
-      self.stream.task.pairs,
-    )
+    pairs = self.stream.task.pairs
+    # One tokenisation serves every objective and length.
+    tokens = self.cache / 'tokens' / digest([str(self.vocabulary), self.store.folder.name])
+    split = self.stream.split
+    documents = vocabularies.encoded(self.vocabulary, self.store, split, piece, tokens, pairs)
     name = f'piece {piece + 1} of {self.pieces}'
     if self.stream.passes > 1:
       name += f', pass {number + 1} of {self.stream.passes}'

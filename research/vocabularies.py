@@ -86,10 +86,37 @@ class SentencePiece(Vocabulary):
     return file_signature(self.file) if self.file else []
 
 
+@dataclasses.dataclass(frozen=True)
+class HuggingFaceTokenizer(Vocabulary):
+  """Any fast tokenizer's `tokenizer.json`.
+
+  Id 0 is padding here. Where a tokenizer gives 0 to text (GPT-2 to "!"), every id is moved up by one,
+  and so is its model's embedding; `Frozen.manifest['vocabulary']` says by how much.
+
+  Attributes:
+    file: path of the tokenizer.json.
+    eos: the token that ends a document; None looks for the usual names.
+    extra_ids: sentinels after the tokenizer's own ids.
+  """
+
+  file: str = ''
+  eos: str | None = None
+  extra_ids: int = 0
+  name: ClassVar[str] = 'huggingface'
+
+  def __post_init__(self):
+    _check_extra_ids(self)
+    if not pathlib.Path(self.file).is_file():
+      raise Invalid(HuggingFaceTokenizer, 'file', f'there is no file {self.file!r}.')
+
+  def signature(self) -> list:
+    return file_signature(self.file)
+
+
 def file_signature(path: str) -> list:
   """Size and time of a file: cheap, and different once the file was written to."""
   stat = pathlib.Path(path).stat()
   return [str(path), stat.st_size, stat.st_mtime_ns]
 
 
-VOCABULARIES = (Bytes, SentencePiece)
+VOCABULARIES = (Bytes, SentencePiece, HuggingFaceTokenizer)

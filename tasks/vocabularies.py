@@ -1,6 +1,7 @@
 """seqio vocabularies for `research.vocabularies`, and the bytes of text that each token stands for."""
 
 import io
+import os
 import pathlib
 
 import numpy as np
@@ -9,12 +10,15 @@ import seqio
 from research import vocabularies
 from research.errors import Invalid
 from research.streams import digest, to_spec
+from tasks.tokenizers import TokenizerVocabulary
 
 
 def build(vocabulary, cache: pathlib.Path, store, log=print) -> seqio.Vocabulary:
   """The seqio vocabulary; a SentencePiece model is trained on `store`'s text when it must be."""
   if isinstance(vocabulary, vocabularies.Bytes):
     return seqio.ByteVocabulary(vocabulary.extra_ids)
+  if isinstance(vocabulary, vocabularies.HuggingFaceTokenizer):
+    return TokenizerVocabulary(vocabulary.file, vocabulary.eos, vocabulary.extra_ids)
   path = vocabulary.file or _trained(vocabulary, cache, store, log)
   return seqio.SentencePieceVocabulary(str(path), extra_ids=vocabulary.extra_ids)
 
@@ -83,6 +87,30 @@ def encode(vocabulary: seqio.Vocabulary, documents: list[bytes], pairs=False) ->
     sides = [_encode(vocabulary, [p[i] for p in parts]) for i in (0, 1)]
     return [{'inputs': a, 'targets': b} for a, b in zip(*sides, strict=True)]
   return [{'targets': ids} for ids in _encode(vocabulary, documents)]
+
+
+def encoded(vocabulary, store, split: str, piece: int, folder: pathlib.Path, pairs=False) -> list:
+  """`encode` of a store's piece; what takes a tokenizer long is kept under `folder`."""
+  if isinstance(vocabulary, seqio.ByteVocabulary) or pairs:
+    return encode(vocabulary, store.documents(split, piece), pairs)
+  path = folder / f'{split}-{piece:05d}.npz'
+  if path.exists():
+    with np.load(path) as kept:
+      parts = np.split(kept['tokens'].astype(np.int32), kept['ends'][:-1])
+      return [{'targets': p} for p in parts] if len(kept['ends']) else []
+  documents = encode(vocabulary, store.documents(split, piece))
+  small = np.uint16 if vocabulary.vocab_size <= 1 << 16 else np.uint32
+  folder.mkdir(parents=True, exist_ok=True)
+  partial = path.with_suffix(f'.{os.getpid()}.npz')
+  np.savez(
+    partial,
+    tokens=np.concatenate([*(d['targets'] for d in documents), np.zeros(0, np.int32)]).astype(
+      small
+    ),
+    ends=np.cumsum([len(d['targets']) for d in documents]),
+  )
+  os.replace(partial, path)
+  return documents
 
 
 def _encode(vocabulary, texts: list[bytes]) -> list[np.ndarray]:

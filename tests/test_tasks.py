@@ -356,3 +356,58 @@ def test_a_trained_sentencepiece_model_is_lossless_and_its_bytes_are_true(seqio,
   assert [int(sizes[i].sum()) for i in ids] == [len(t.encode()) for t in texts]
   assert sizes[:3].tolist() == [0, 0, 0]
   assert not sizes[320:].any()
+
+
+@pytest.fixture(scope='module')
+def tokenizer_files(tmp_path_factory):
+  """A byte-level BPE whose id 0 is text, and one with padding at 0, both trained here."""
+  tokenizers = pytest.importorskip('tokenizers')
+  folder = tmp_path_factory.mktemp('tokenizers')
+  lines = ['def f(x):\n    return  x + 1\n', 'naïve 北京 café'] * 50
+  for name, special in (('gpt2', ['<|endoftext|>']), ('padded', ['<pad>', '</s>'])):
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+      vocab_size=300,
+      initial_alphabet=alphabet,
+      special_tokens=special if name == 'padded' else [],
+      show_progress=False,
+    )
+    made.train_from_iterator(lines, trainer)
+    made.add_special_tokens(special)
+    made.save(str(folder / f'{name}.json'))
+  return folder
+
+
+@pytest.mark.parametrize(('name', 'offset'), [('gpt2', 1), ('padded', 0)])
+def test_a_tokenizer_json_keeps_zero_for_padding_and_counts_true_bytes(
+  seqio, tokenizer_files, name, offset
+):
+  import tensorflow as tf
+
+  from research.vocabularies import HuggingFaceTokenizer
+  from tasks import vocabularies
+
+  wanted = HuggingFaceTokenizer(file=str(tokenizer_files / f'{name}.json'), extra_ids=20)
+  vocabulary = vocabularies.build(wanted, None, None)
+  assert vocabulary.offset == offset
+  texts = ['def g(y):\n\treturn "北京"  # ünïcode', '!', '']
+  ids = [d['targets'] for d in vocabularies.encode(vocabulary, [t.encode() for t in texts])]
+  assert all((i > 0).all() for i in ids)
+  assert [vocabulary.decode(i.tolist()) for i in ids] == texts
+  assert vocabulary.encode_tf(tf.constant(texts[0])).numpy().tolist() == ids[0].tolist()
+  sizes = vocabularies.token_bytes(vocabulary)
+  assert [int(sizes[i].sum()) for i in ids] == [len(t.encode()) for t in texts]
+  assert sizes[vocabulary.eos_id] == 0
+  assert vocabulary.eos_id not in np.concatenate(ids)
+  assert not sizes[-20:].any()
+
+
+def test_a_tokenizer_without_the_named_eos_says_what_it_has(seqio, tokenizer_files):
+  from research.errors import Invalid
+  from tasks.tokenizers import TokenizerVocabulary
+
+  with pytest.raises(Invalid, match=r"'</ss>' is not in .*Did you mean </s>"):
+    TokenizerVocabulary(str(tokenizer_files / 'padded.json'), eos='</ss>')
