@@ -481,3 +481,8 @@ def test_table_shows_every_count():
   text = table(counted('llama/7b'))
   assert '6,738,415,616    6.738B' in text
   assert len(text.splitlines()) == len(Counts.__dataclass_fields__)
+
+
+def test_counts_are_the_same_within_a_mesh():
+  with Mesh(data=2, fsdp=2, tensor=2).use():
+    assert count(load('gpt2/124m'), LENGTHS) == counted('gpt2/124m')
