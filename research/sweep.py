@@ -28,7 +28,10 @@ if __name__ == '__main__':
   _parser.add_argument(
     '--worker', action='store_true', help='do runs that nobody else does, then stop'
   )
+  _parser.add_argument('--cores', default=None, metavar='I,J', help='processor cores of a worker')
   FLAGS = cli.parse(_parser)
+  if FLAGS.cores:  # before jax, which starts as many threads as it may use cores
+    os.sched_setaffinity(0, [int(core) for core in FLAGS.cores.split(',')])
   cli.use_huge_pages()
 
 from research import configs

@@ -195,7 +195,9 @@ def test_microbatches_are_one_batch(text_file, tmp_path):
   batch = None
   results = []
   for microbatches in (1, 4):
-    the_run = load('encoder_decoder', text_file, **{'Run.microbatches': microbatches}).build()
+    the_run = load(
+      'encoder_decoder', text_file, **{'Run.microbatches': microbatches, 'Run.batch_size': 32}
+    ).build()
     with the_run.mesh.use():
       from research import data, sharding
 

@@ -108,12 +108,16 @@ class Checkpoints:
       return  # unreadable: the restore will say so
     saved = {k: tuple(v.shape) for k, v in saved.items()}
     wanted = {k: tuple(v.shape) for k, v in names(target).items()}
-    problems = [f'{k} is missing' for k in sorted(wanted.keys() - saved.keys())]
-    problems += [f'{k} is not in this model' for k in sorted(saved.keys() - wanted.keys())]
+    # Parameters before the optimizer's copies of them.
+    saved, wanted = (
+      {k: d[k] for k in sorted(d, key=lambda k: (k[:6] != 'params', k))} for d in (saved, wanted)
+    )
+    problems = [f'{k} is missing' for k in wanted if k not in saved]
+    problems += [f'{k} is not in this model' for k in saved if k not in wanted]
     problems += [
       f'{k} is {saved[k]} and this model has {wanted[k]}'
-      for k in sorted(wanted.keys() & saved.keys())
-      if saved[k] != wanted[k]
+      for k in wanted
+      if k in saved and saved[k] != wanted[k]
     ]
     if problems:
       more = f' (and {len(problems) - 3} more)' if len(problems) > 3 else ''
