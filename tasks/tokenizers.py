@@ -75,11 +75,11 @@ class TokenizerVocabulary(seqio.Vocabulary):
     return self.tokenizer.decode(own, skip_special_tokens=True)
 
   def _encode_tf(self, s):
-    encode = lambda b: np.array(self._encode(b.decode()), np.int32)
+    encode = lambda b: np.array(self._encode(np.asarray(b).item().decode()), np.int32)
     return tf.ensure_shape(tf.numpy_function(encode, [s], tf.int32), [None])
 
   def _decode_tf(self, ids):
-    decode = lambda row: self._decode(row.tolist()).encode()
+    decode = lambda row: self._decode(np.asarray(row).tolist()).encode()
     if ids.shape.rank == 1:
       return tf.numpy_function(decode, [ids], tf.string)
     return tf.map_fn(self._decode_tf, ids, fn_output_signature=tf.string)

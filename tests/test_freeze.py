@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from research import data, freeze
 from research.corpora import HuggingFace, JsonLines, Parquet, TextFiles, TFRecords
 from research.errors import Invalid, UserError
 from research.streams import Stream
+from research.vocabularies import SentencePiece
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # TensorFlow's own, at import
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -201,6 +203,28 @@ def test_a_larger_cap_extends_the_same_files(tmp_path):
   assert len(small.manifest['shards'][0]) < len(large.manifest['shards'][0])
   for key, value in small.examples(range(20)).items():
     np.testing.assert_array_equal(value, large.examples(range(20))[key])
+
+
+def test_one_tokenisation_serves_two_objectives(tmp_path):
+  jsonl(tmp_path / 'x.jsonl', [{'text': t} for t in texts(50)])
+  corpus = JsonLines(files=str(tmp_path / 'x.jsonl'), piece_bytes=5000)
+  vocabulary = SentencePiece(size=440, extra_ids=100)
+  causal = stream_of(corpus, vocabulary=vocabulary, lengths={'targets': 64})
+  first = opened(causal, tmp_path / 'cache')
+  kept = sorted((tmp_path / 'cache' / 'tokens').rglob('*.npz'))
+  assert len(kept) == len(first.manifest['shards'][0]) > 1
+  times = [p.stat().st_mtime_ns for p in kept]
+  other = stream_of(corpus, vocabulary=vocabulary, task='fim', lengths={'targets': 128})
+  opened(other, tmp_path / 'cache')
+  assert [p.stat().st_mtime_ns for p in kept] == times
+  # From the kept tokens come the same rows as from the text.
+  for path in first.folder.iterdir():
+    path.unlink()
+  assert opened(causal, tmp_path / 'cache').fingerprint == first.fingerprint
+  shutil.rmtree(tmp_path / 'cache' / 'tokens')
+  for path in first.folder.iterdir():
+    path.unlink()
+  assert opened(causal, tmp_path / 'cache').fingerprint == first.fingerprint
 
 
 def test_passes_are_fresh_corruptions_of_the_same_text(tmp_path):
