@@ -225,6 +225,7 @@ def fit_results(
   replicates: int = 1000,
   level: float = 0.9,
   seed: int = 0,
+  conventions: bool = True,
 ) -> Analysis:
   """Approaches 1 (given `curves`), 2 and 3 with bootstrap intervals.
 
@@ -237,8 +238,13 @@ def fit_results(
     drop_highest: leave out this many of the highest losses (Besiroglu et al. 2024 drop 5).
     robust, delta, residuals, fixed, tied: see fits.fit.
     resample: 'residual', 'pairs', 'cluster by run' or 'cluster by budget'.
+    conventions: also fit every count of N and C that the rows hold, for the table of conventions.
   """
-  seen = _observe(rows, columns, role)
+  if isinstance(rows, (str, pathlib.Path)):
+    rows = table.read_table(rows)
+  compare = list(rows) if conventions and not isinstance(rows, table.Observations) else None
+  rows = rows if compare is None else compare
+  seen = rows if isinstance(rows, table.Observations) else table.observe(rows, columns, role)
   seen = _without_highest(seen, drop_highest)
   cost = planning.fit_cost(seen.params, seen.tokens, seen.flops)
   refusals: dict[str, str] = {}
@@ -260,15 +266,13 @@ def fit_results(
   result = Analysis(seen, cost, one, two, three, spread, refusals, level=level)
   from research.scaling import diagnostics
 
-  return dataclasses.replace(result, notes=tuple(diagnostics.notes(result)))
+  more = () if compare is None else diagnostics.conventions(compare, columns, _quick)
+  return dataclasses.replace(result, notes=tuple(diagnostics.notes(result)), conventions=more)
 
 
-def _observe(rows, columns, role) -> table.Observations:
-  if isinstance(rows, table.Observations):
-    return rows
-  if isinstance(rows, (str, pathlib.Path)):
-    rows = table.read_table(rows)
-  return table.observe(rows, columns, role)
+def _quick(rows, columns) -> Analysis:
+  """A fit for the table of conventions: its exponents without tight intervals."""
+  return fit_results(rows, columns=columns, replicates=50, conventions=False)
 
 
 def _without_highest(seen: table.Observations, count: int) -> table.Observations:

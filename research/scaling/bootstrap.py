@@ -49,6 +49,7 @@ def bootstrap(
   replicates: int = 1000,
   seed: int = 0,
   minima: int = 2,
+  draws: np.ndarray | None = None,
 ) -> Bootstrap:
   """Refits `fit` to resampled rows.
 
@@ -56,6 +57,7 @@ def bootstrap(
     kind: 'pairs' draws rows; 'cluster' draws whole `groups` (runs or budgets); 'residual' keeps the design and
       draws residuals, widened by sqrt(n / (n - p)), which a sweep of few, chosen points wants.
     minima: how many of the fit's distinct minima each replicate starts from; the lowest end is kept.
+    draws: for 'pairs', the rows of each replicate [replicates, rows], where they are to be somebody's own.
   """
   if kind not in KINDS:
     raise LawError(f'bootstrap kind {kind!r} is not one of {", ".join(KINDS)}.')
@@ -68,6 +70,9 @@ def bootstrap(
   if kind == 'residual':
     drawn = spread - np.average(spread) if fit.problem.loss == 'l2' else spread
     y = target - (-fit.residuals) + drawn[rng.integers(n, size=(replicates, n))]
+  elif draws is not None:
+    replicates = len(draws)
+    w = fit.weights * np.stack([np.bincount(rows, minlength=n) for rows in draws])
   else:
     w = fit.weights * _counts(kind, groups, n, replicates, rng)
   starts = [m for m in fit.minima[:minima] if m.kind != 'unconverged'] or [fit.minima[0]]

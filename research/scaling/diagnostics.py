@@ -1,12 +1,17 @@
 """What to look at before believing a fit."""
 
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
 import numpy as np
 
-from research.scaling import approaches, planning
-from research.scaling.analysis import Analysis
+from research.scaling import analysis, approaches, bootstrap, fits, planning
+from research.scaling import rows as table
+from research.scaling.laws.base import Law
 
 
-def parabola_bias(a: Analysis, replicates: int = 1) -> float | None:
+def parabola_bias(a: 'analysis.Analysis') -> float | None:
   """How far approach 2's exponent of N* lies from the fitted law's own, on the very grid that was run.
 
   The law's noiseless losses at the runs' N and D go through the same profile; a parabola is exact only when
@@ -14,8 +19,6 @@ def parabola_bias(a: Analysis, replicates: int = 1) -> float | None:
   """
   if a.approach2 is None or a.approach3 is None:
     return None
-  import dataclasses
-
   clean = dataclasses.replace(a.rows, loss=a.predict(a.rows.params, a.rows.tokens))
   try:
     two = approaches.isoflop(clean, a.cost, method=a.approach2.method, replicates=1)
@@ -23,10 +26,12 @@ def parabola_bias(a: Analysis, replicates: int = 1) -> float | None:
     return None
   c = np.array([p.flops for p in two.used])
   true, _, _ = planning.optimum(a.approach3.law, a.approach3.parameters, c, a.cost)
+  if not np.isfinite(true).all():
+    return None
   return two.params.exponent - approaches.power_law(c, true).exponent
 
 
-def notes(a: Analysis) -> list[str]:
+def notes(a: 'analysis.Analysis') -> list[str]:
   """Sentences for a reader, worst first."""
   out = []
   found = a.exponents()
@@ -47,10 +52,189 @@ def notes(a: Analysis) -> list[str]:
       f'the optimum moves by {a.approach2.drift:+.2f} e-folds of N against the centre of the grid: '
       'centre every budget on its optimum.'
     )
-  if a.approach3 is not None and len(a.approach3.minima) > 1:
-    near = [m for m in a.approach3.minima[1:] if m.objective < 1.05 * a.approach3.objective]
-    if near:
+  if a.approach2 is not None and len(a.approach2.used) == 2:
+    out.append('approach 2 is a line through two minima: it has no residual to judge it by.')
+  near = (
+    [m for m in a.approach3.minima[1:] if m.objective < 1.05 * a.approach3.objective]
+    if a.approach3
+    else []
+  )
+  if near:
+    out.append(
+      f'{len(near)} other minima lie within 5% of the best objective: see the list of minima.'
+    )
+  return out
+
+
+def delta_sweep(fit: fits.Fit, deltas: Iterable[float] = (1e-4, 1e-3, 1e-2, 1e-1)) -> list[dict]:
+  """The same fit under other Huber deltas: what depends on how outliers are treated."""
+  return [{'delta': d, **_summary(refit(fit, delta=d))} for d in deltas]
+
+
+def outliers(fit: fits.Fit, counts: Sequence[int] = (0, 1, 3, 5)) -> list[dict]:
+  """The fit without the k highest losses, and without the k largest residuals: both answers, side "
+  "by side."""
+  out = []
+  for rule, order in (
+    ('highest losses', np.argsort(-fit.observed, kind='stable')),
+    ('largest residuals', np.argsort(-np.abs(fit.residuals), kind='stable')),
+  ):
+    for k in counts:
+      keep = np.setdiff1d(np.arange(len(order)), order[:k])
+      out.append({'rule': rule, 'dropped': k, **_summary(refit(fit, keep))})
+  return out
+
+
+def refit(fit: fits.Fit, keep=slice(None), **changes) -> fits.Fit:
+  """`fit` again on some of its rows or with other options, without the check of identifiability."""
+  options = {
+    'robust': fit.problem.loss,
+    'residuals': fit.problem.residuals,
+    'fixed': dict(fit.problem.fixed),
+    'tied': dict(fit.problem.tied),
+    'delta': fit.delta,
+    'tau': fit.tau,
+    **changes,
+  }
+  x = {name: fit.data['x'][name][keep] for name in fit.law.inputs}
+  return fits.fit(fit.law, x, fit.observed[keep], weights=fit.weights[keep], check=False, **options)
+
+
+def _summary(fit: fits.Fit) -> dict:
+  p = fit.parameters
+  exponent = {'a': p['beta'] / (p['alpha'] + p['beta'])} if {'alpha', 'beta'} <= set(p) else {}
+  return {**exponent, **p, 'objective': fit.objective}
+
+
+def leave_one_budget_out(a: 'analysis.Analysis') -> list[dict]:
+  """Approach 3 without each budget in turn, and how well it then predicts that budget's runs."""
+  out = []
+  for c, members in table.budget_groups(a.rows):
+    rest = np.setdiff1d(np.arange(len(a.rows)), members)
+    if len(rest) <= len(a.approach3.problem.free):
+      continue
+    other = refit(a.approach3, rest)
+    out.append(
+      {'budget': c, 'runs': len(members), **_errors(other, a.rows, members), **_summary(other)}
+    )
+  return out
+
+
+def roll_out(a: 'analysis.Analysis', least: int = 2) -> list[dict]:
+  """Fits the smallest k budgets and forecasts each larger one: the error against the distance of "
+  "extrapolation."""
+  groups = table.budget_groups(a.rows)
+  out = []
+  for k in range(least, len(groups)):
+    below = np.concatenate([g for _, g in groups[:k]])
+    if len(below) <= len(a.approach3.problem.free):
+      continue
+    fit = refit(a.approach3, below)
+    for c, members in groups[k:]:
+      distance = c / groups[k - 1][0]
       out.append(
-        f'{len(near)} other minima lie within 5% of the best objective: see the list of minima.'
+        {'fitted budgets': k, 'budget': c, 'distance': distance, **_errors(fit, a.rows, members)}
       )
   return out
+
+
+def _errors(fit, rows, members) -> dict:
+  """Relative errors of predicted losses, percent."""
+  x = {name: values[members] for name, values in rows.inputs.items() if name in fit.law.inputs}
+  error = 100 * (fit.predict(**x) / rows.loss[members] - 1)
+  return {'mean error %': float(error.mean()), 'rms error %': float(np.sqrt((error**2).mean()))}
+
+
+def compare(laws: Iterable[Law], inputs: Mapping[str, np.ndarray], loss: np.ndarray) -> list[dict]:
+  """AICc weights between laws, fitted by least squares of log residuals (normal errors in ln L).
+
+  AICc = n ln(RSS / n) + 2 k + 2 k (k + 1) / (n - k - 1), k counting the error's variance too
+  (Hurvich & Tsai 1989). Only laws of the same output on the same rows compare.
+  """
+  found = []
+  for law in laws:
+    fit = fits.fit(law, inputs, loss, robust='l2', check=False)
+    n, k = len(fit.observed), len(fit.problem.free) + 1
+    rss = float((fit.residuals**2).sum())
+    aicc = n * np.log(max(rss, 1e-300) / n) + 2 * k + 2 * k * (k + 1) / max(n - k - 1, 1e-9)
+    found.append({'law': law.name, 'parameters': k - 1, 'rss': rss, 'aicc': float(aicc)})
+  best = min(f['aicc'] for f in found)
+  relative = [np.exp((best - f['aicc']) / 2) for f in found]
+  for f, r in zip(found, relative, strict=True):
+    f['weight'] = float(r / sum(relative))
+  return found
+
+
+def conventions(rows: Sequence[Mapping], columns: table.Columns, fit: Callable) -> tuple[dict, ...]:
+  """The same fit under every count of N and of C that the rows hold; empty where they hold one of each.
+
+  `fit(rows, columns)` returns an Analysis. A convention that cannot be fitted says why in its row.
+  """
+  have = lambda names: [n for n in names if any(str(r.get(n, '') or '').strip() for r in rows)]
+  params, flops = have(table.PARAMS), have(table.FLOPS)
+  if len(params) * len(flops) < 2:
+    return ()
+  out = []
+  for n, c in itertools.product(params, flops):
+    line = {'N': n, 'C': c}
+    try:
+      a = fit(rows, dataclasses.replace(columns, params=n, flops=c))
+      line |= {k: round(v[0], 4) for k, v in a.exponents().items() if k.startswith('a,')}
+      if a.approach3 is not None:
+        line |= {'law': a.approach3.law.name}
+        line |= {k: a.approach3.parameters.get(k, '') for k in ('alpha', 'beta', 'E')}
+    except (table.RowError, analysis.NoForecast, fits.NotIdentifiable) as e:
+      line |= {'law': str(e)}
+    out.append(line)
+  return tuple(out)
+
+
+def exponent_by_count(law: Law, values, sizes, counted, flops, tokens) -> float:
+  """The exponent a of N* ~ C^a that a study sees that counts other parameters than the law's.
+
+  Every size N of `sizes` (counted the study's way) is trained once and evaluated at `tokens`; its loss is
+  law(`counted`(N), D). At each C of `flops` that size wins whose evaluation nearest to D = C / (6 N) is lowest;
+  the slope of ln N on ln C is what approach 1 reports. With N non-embedding and counted(N) =
+  N + 47491 N^(1/3) total parameters, this is how Pearce & Song 2024 (arXiv:2406.12907) reconcile Kaplan's
+  exponent with Chinchilla's.
+  """
+  sizes, flops, tokens = (np.asarray(v, np.float64) for v in (sizes, flops, tokens))
+  loss = law(values, params=np.asarray(counted(sizes))[:, None], tokens=tokens)
+  nearest = np.abs(6 * sizes[:, None, None] * tokens - flops[:, None]).argmin(-1)
+  best = np.take_along_axis(loss, nearest, axis=1).argmin(0)
+  return float(np.polyfit(np.log(flops), np.log(sizes[best]), 1)[0])
+
+
+def coverage(
+  law: Law,
+  values: Mapping[str, float],
+  inputs: Mapping[str, np.ndarray],
+  *,
+  noise: float,
+  replications: int = 200,
+  replicates: int = 200,
+  level: float = 0.9,
+  kind: str = 'residual',
+  seed: int = 0,
+  **options,
+) -> dict[str, float]:
+  """How often the bootstrap intervals of made-up sweeps hold the parameters that made them.
+
+  Each replication draws log-normal noise of standard deviation `noise` on the law's own values (normal, where
+  residuals='linear'), fits from the true values, and bootstraps. Returns parameter -> share that hold it.
+  """
+  rng = np.random.default_rng(seed)
+  clean = law(values, **inputs)
+  linear = options.get('residuals') == 'linear'
+  held = dict.fromkeys(values, 0)
+  start = {k: np.array([v]) for k, v in values.items()}
+  for i in range(replications):
+    drawn = noise * rng.normal(size=clean.shape)
+    loss = clean + drawn if linear else clean * np.exp(drawn)
+    fit = fits.fit(law, inputs, loss, starts=start, check=False, **options)
+    spread = bootstrap.bootstrap(fit, kind, replicates=replicates, seed=i, minima=1).intervals(
+      level
+    )
+    for name, (low, high) in spread.items():
+      held[name] += low <= values[name] <= high
+  return {name: count / replications for name, count in held.items()}

@@ -8,7 +8,7 @@ import numpy as np
 
 from research.errors import UserError, did_you_mean
 from research.scaling import solver
-from research.scaling.laws.base import Law, LawError
+from research.scaling.laws.base import Law, LawError, precise
 
 # Above this many rows the starts are run on a random subset, and only distinct minima on all rows.
 SUBSET = 4096
@@ -247,7 +247,7 @@ def _distinct(problem, data, solution: solver.Solution, counts, most: int = 24):
   order = order[np.isfinite(solution.objective[order])]
   if len(order) == 0:
     raise LawError(f'{problem.law.name}: no start could be evaluated; check the inputs.')
-  with jax.enable_x64(True):
+  with precise():
     predicted = np.asarray(jax.vmap(lambda z: problem.predict(z, data))(solution.z[order]))
   predicted = np.log(np.maximum(predicted, 1e-300))
   left, groups = np.ones(len(order), bool), []
@@ -275,7 +275,7 @@ def _kind(problem, solution: solver.Solution, k: int, max_steps: int = 300) -> s
 
 def _covariance(problem, data, z, target, w, delta, tau) -> dict:
   """Sandwich covariance, condition number and correlations of the free coordinates."""
-  with jax.enable_x64(True):
+  with precise():
     predict = lambda z: problem.predict(z, data)
     m, jacobian = np.asarray(predict(z)), np.asarray(jax.jacfwd(predict)(np.asarray(z)))
   if problem.residuals == 'log':

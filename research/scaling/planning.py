@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from research.scaling.laws.base import Law, LawError
+from research.scaling.laws.base import Law, LawError, precise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ def optimum(law: Law, parameters: Mapping, flops, cost: Cost = SIX_ND):
   law.check_names(parameters)
   parameters = {k: np.asarray(v, np.float64) for k, v in parameters.items()}
   flops = np.asarray(flops, np.float64)
-  with jax.enable_x64(True):
+  with precise():
     ln_n = np.asarray(_bisect(law, parameters, np.log(flops), float(np.log(cost.k)), cost.p))
   params = np.exp(ln_n)
   tokens = cost.tokens(params, flops)
@@ -96,3 +96,129 @@ def _bisect(law, parameters, ln_c, ln_k, p):
 
   low, high = jax.lax.fori_loop(0, 60, halve, (low, high))
   return jnp.where(inside, (low + high) / 2, jnp.nan).reshape(shape)
+
+
+def isoloss(law: Law, parameters: Mapping, loss: float, params) -> np.ndarray:
+  """Tokens D at which models of `params` parameters reach `loss`; inf where no D does."""
+  params = np.atleast_1d(np.asarray(params, np.float64))
+  low, high = np.zeros_like(params), np.full_like(params, np.log(1e30))
+  value = lambda ln_d: law(parameters, params=params, tokens=np.exp(ln_d))
+  reachable = value(high) <= loss
+  for _ in range(100):
+    middle = (low + high) / 2
+    above = value(middle) > loss
+    low, high = np.where(above, middle, low), np.where(above, high, middle)
+  return np.where(reachable, np.exp(high), np.inf)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """A model to train and what it costs; FLOPs, `training` and `inference` apart."""
+
+  params: float
+  tokens: float
+  loss: float
+  training: float
+  inference: float
+
+  @property
+  def tokens_per_param(self) -> float:
+    return self.tokens / self.params
+
+
+def inference_aware(
+  law: Law, parameters: Mapping, loss: float, inference_tokens: float, cost: Cost = SIX_ND
+) -> Plan:
+  """The cheapest model of a given loss over its life (Sardana et al. 2024, arXiv:2401.00448, equation 3).
+
+  Minimises C(N, D) + 2 N D_inference subject to L(N, D) = `loss`: with much inference, smaller models trained
+  for longer. Raises LawError where the law cannot reach the loss.
+  """
+  total = lambda n, d: cost.flops(n, d) + 2 * n * inference_tokens
+  grid = np.geomspace(1e3, 1e16, 4001)
+  for _ in range(4):  # the minimum is unique: zoom in on the grid's best
+    tokens = isoloss(law, parameters, loss, grid)
+    k = int(np.argmin(np.where(np.isfinite(tokens), total(grid, tokens), np.inf)))
+    if not np.isfinite(tokens[k]):
+      raise LawError(f'{law.name} with these parameters never reaches a loss of {loss:g}.')
+    grid = np.geomspace(grid[max(k - 1, 0)], grid[min(k + 1, len(grid) - 1)], 401)
+  n, d = grid[np.argmin(total(grid, isoloss(law, parameters, loss, grid)))], None
+  d = float(isoloss(law, parameters, loss, n)[0])
+  return Plan(float(n), d, float(loss), float(cost.flops(n, d)), float(2 * n * inference_tokens))
+
+
+def waste(law: Law, parameters: Mapping, params, tokens, cost: Cost = SIX_ND) -> np.ndarray:
+  """Share of a run's training compute that an optimal run of the same loss would have saved.
+
+  0 at the optimum; .3 means that 70% of the compute would have done.
+  """
+  reached = law(parameters, params=params, tokens=tokens)
+  spent = np.asarray(cost.flops(params, tokens), np.float64)
+  low, high = np.log(spent) - 60, np.log(spent)
+  for _ in range(80):
+    middle = (low + high) / 2
+    worse = optimum(law, parameters, np.exp(middle), cost)[2] > reached
+    low, high = np.where(worse, middle, low), np.where(worse, high, middle)
+  return np.maximum(1 - np.exp(high) / spent, 0.0)
+
+
+def next_runs(
+  analysis,
+  budget: float,
+  *,
+  target: float | None = None,
+  count: int = 3,
+  candidates: int = 200,
+  seed: int = 0,
+) -> list[dict]:
+  """The runs, for at most `budget` FLOPs in all, that would narrow the forecast at `target` FLOPs the most.
+
+  Greedy D-optimal-style design for one number: each candidate run's worth is the fall in the variance of
+  ln L*(target) that one more observation at its (N, D) brings, by the bootstrap's joint spread of the two
+  (a linear-Gaussian update), per run that fits the remaining budget. `target` defaults to 10 times the
+  largest fitted budget.
+  """
+  if analysis.approach3 is None:
+    raise LawError('next_runs needs a fitted law (approach 3).')
+  target = 10 * float(analysis.rows.flops.max()) if target is None else float(target)
+  rng = np.random.default_rng(seed)
+  low = np.log(analysis.rows.flops.min())
+  high = np.log(min(budget, target))
+  if high <= low:
+    raise LawError(f'A budget of {budget:.3g} FLOPs is below the smallest run of the sweep.')
+  c = np.exp(rng.uniform(low, high, candidates))
+  best, _, _ = analysis.optimum(c)
+  n = best * np.exp(rng.uniform(np.log(0.2), np.log(5.0), candidates))
+  d = analysis.cost.tokens(n, c)
+  values = {k: v[:, None] for k, v in analysis.bootstrap.parameters.items()}
+  at = np.log(analysis.approach3.law(values, params=n, tokens=d))
+  goal = np.log(analysis.optimum_samples(target).loss[:, 0])
+  noise = float(np.var(analysis.bootstrap.spread)) + 1e-12
+  at, goal = at - at.mean(0), goal - goal.mean()
+  before, left, picked = float(goal.var()), float(budget), []
+  for _ in range(count):
+    covariance = at.T @ goal / len(goal)
+    gain = covariance**2 / (at.var(0) + noise)
+    gain = np.where(c <= left, gain, -np.inf)
+    k = int(np.argmax(gain))
+    if not np.isfinite(gain[k]):
+      break
+    # What one noisy look at candidate k leaves of everything else.
+    slope = at[:, k] / (at[:, k].var() + noise)
+    shrink = 1 - np.sqrt(noise / (at[:, k].var() + noise))
+    weight = shrink / max(1 - noise / (at[:, k].var() + noise), 1e-12)
+    goal = goal - weight * slope * covariance[k]
+    at = at - weight * np.outer(slope, at[:, k] @ at / len(goal))
+    left -= c[k]
+    after = float(goal.var())
+    picked.append({'flops': c[k], 'params': n[k], 'tokens': d[k], 'variance left': after / before})
+  return [{k: float(v) for k, v in run.items()} for run in picked]
+
+
+def chip_hours(flops: float, *, step_flops: float, step_seconds: float, chips: int = 1) -> float:
+  """Chip-hours of a run of `flops` from one measured (or compiled) step on `chips` chips."""
+  if step_flops <= 0 or step_seconds <= 0 or chips < 1:
+    raise LawError(
+      'chip_hours needs a positive step_flops and step_seconds, and at least one chip.'
+    )
+  return flops / step_flops * step_seconds * chips / 3600

@@ -5,6 +5,7 @@ The fit divides them out, so that it sees numbers near one whoever counted token
 a change of units changes the fitted parameters exactly as dimensional analysis says.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -16,6 +17,17 @@ import jax
 import numpy as np
 
 from research.errors import UserError, did_you_mean
+
+
+@contextlib.contextmanager
+def precise():
+  """float64 on the host's CPU, and nothing of it left behind: accelerators are poor at float64."""
+  try:
+    device = jax.local_devices(backend='cpu')[0]
+  except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
+    device = None
+  with jax.enable_x64(True), jax.numpy_rank_promotion('allow'), jax.default_device(device):
+    yield
 
 
 class LawError(UserError, ValueError):
@@ -86,7 +98,7 @@ class Law:
     """The law in float64; `parameters` and `inputs` broadcast against each other."""
     self.check_names(parameters)
     p = types.SimpleNamespace(**{k: np.asarray(v, np.float64) for k, v in parameters.items()})
-    with jax.enable_x64(True), jax.numpy_rank_promotion('allow'):
+    with precise():
       return np.asarray(self.predict(p, self.namespace(inputs)))
 
   def namespace(self, inputs: Mapping) -> types.SimpleNamespace:

@@ -14,8 +14,8 @@ class MultiPower(Law):
   """L(t) = E + A (S(t) + S_warm)^-alpha - LD(t), S the sum of learning rates (Luo et al. 2025, equation 1).
 
   LD(t) = B sum_k (lr_{k-1} - lr_k) G(lr_k^-gamma S_k(t)), G(x) = 1 - (C x + 1)^-beta, over the steps k <= t
-  at which the rate fell; S_k(t) sums the rates from k to t. `schedules`: the peak-to-end learning rates of each run's
-  main part, an array [steps] each; `warm`: the sum of the rates of the warm-up before it (one number for all).
+  at which the rate fell; S_k(t) sums the rates from k to t. `schedules`: the learning rates of each run's
+  main part, after warm-up, an array [steps] each; `warm`: the sum of the warm-up's rates, one for all.
   Drops are gathered into at most `knots` per schedule. Make rows with `points`.
   """
 
