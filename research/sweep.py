@@ -22,7 +22,7 @@ from research.errors import Invalid, UserError
 if __name__ == '__main__':
   _parser = cli.parser('sweep', __doc__)
   _parser.add_argument(
-    '--workdir', default=None, metavar='DIR', help='default: runs/<name of the gin file>'
+    '--workdir', default=None, metavar='DIR', help='default: runs/<name of the first gin file>'
   )
   _parser.add_argument('--plan', action='store_true', help='print the runs and stop')
   _parser.add_argument(
@@ -431,7 +431,7 @@ def report(
 def main(flags) -> int:
   config = configs.load(flags.gin_file, flags.gin, root='SWEEP')
   sweep = config.build()
-  name = pathlib.Path(flags.gin_file[-1]).stem
+  name = pathlib.Path(flags.gin_file[0]).stem
   folder = Folder(pathlib.Path(flags.workdir) if flags.workdir else pathlib.Path('runs') / name)
   if flags.worker:
     work(sweep, folder.plan(), folder)

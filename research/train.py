@@ -19,7 +19,7 @@ from research.errors import Invalid, UserError
 if __name__ == '__main__':
   _parser = cli.parser('train', __doc__)
   _parser.add_argument(
-    '--workdir', default=None, metavar='DIR', help='default: runs/<name of the gin file>'
+    '--workdir', default=None, metavar='DIR', help='default: runs/<name of the first gin file>'
   )
   FLAGS = cli.parse(_parser)  # before jax: --help and a wrong flag answer at once
   cli.use_huge_pages()
@@ -399,7 +399,7 @@ class _Loop:
 
 
 def default_workdir(gin_files: list[str]) -> pathlib.Path:
-  return pathlib.Path('runs') / pathlib.Path(gin_files[-1]).stem
+  return pathlib.Path('runs') / pathlib.Path(gin_files[0]).stem
 
 
 def main(flags) -> int:
