@@ -24,13 +24,13 @@ count as far as they are active:
   matrices of the layers (no norms, no biases), full attention with 3 FLOPs a pair and head for the softmax,
   and the logits. (The ratios to 6ND in their table A4 come out when embeddings and logits are left away.)
 
-A token is a position of the target sequence that is not padding, whether it carries a loss or (masked and prefix
-language modelling) not: it is computed all the same. An encoder-decoder has two lengths, and its D counts the
-target tokens too, so that nats per token and C = D x FLOPs per token mean what they do in a language model: the
-encoder, and the keys and values of cross attention, cost their FLOPs per input token times inputs / targets, and
-the rest of the decoder what it costs. (At equal lengths a token of either side then meets half of the parameters:
-so Raffel et al. 2020, arXiv:1910.10683, section 3.2.2, compare architectures, and Brown et al. 2020, table D.1,
-count T5.)
+A token is a position of the target sequence that is not padding, whether it carries a loss or (masked and
+prefix language modelling) not: it is computed all the same. An encoder-decoder has two lengths, and its D
+counts the target tokens too, so that nats per token and C = D x FLOPs per token mean what they do in a
+language model: the encoder, and the keys and values of cross attention, cost their FLOPs per input token times
+inputs / targets, and the rest of the decoder what it costs. (At equal lengths a token of either side then
+meets half of the parameters: so Raffel et al. 2020, arXiv:1910.10683, section 3.2.2, compare architectures,
+and Brown et al. 2020, table D.1, count T5.)
 """
 
 import argparse
