@@ -63,6 +63,17 @@ def _delay(x: jax.Array, steps: int) -> jax.Array:
   return jax.lax.slice_in_dim(pad, 0, x.shape[1], axis=1)
 
 
+def _sums(x: jax.Array, segments: jax.Array) -> jax.Array:
+  """Cumulative sums [batch, length, heads] that begin anew in every document, so that none rounds another."""
+  first = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))[..., None]
+  first = jnp.broadcast_to(first, x.shape, out_sharding=jax.typeof(x).sharding.spec)
+
+  def join(left, right):
+    return left[0] | right[0], right[1] + jnp.where(right[0], 0.0, left[1])
+
+  return jax.lax.associative_scan(join, (first, x), axis=1)[1]
+
+
 def _chunks(x: jax.Array, chunk: int) -> jax.Array:
   """[batch, length, ...] to [chunks, batch, chunk, ...], with zeros behind."""
   n = -(-x.shape[1] // chunk)
@@ -227,7 +238,9 @@ class Mamba2(nnx.Module):
     def chunk(carry, inputs):
       h, before = carry
       x, step, b, c, segments = inputs
-      total = jnp.cumsum(step * a, axis=1)  # the log of the decay since the chunk began
+      total = _sums(
+        step * a, segments
+      )  # the log of the decay since the chunk, or the document, began
       last, end = segments[:, -1], total[:, -1]
       drive = x.astype(jnp.float32) * step[..., None]
       b, c = b.astype(jnp.float32), c.astype(jnp.float32)
