@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 import glob
 import importlib.metadata
 import pathlib
@@ -101,6 +102,7 @@ class PythonSources(Corpus):
     return [platform.python_version() if self.stdlib else '', *map(version, names)]
 
 
+@functools.cache
 def version(package: str) -> str:
   """'package-version' of an installed distribution; 'package-absent' where it is missing."""
   try:

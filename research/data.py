@@ -16,15 +16,25 @@ import threading
 
 import numpy as np
 
+from research import remote
 from research.errors import Invalid, UserError
 from research.frozen import Batch, Frozen, FrozenMixture
 from research.shards import facts_of
-from research.streams import Mixture, Stream
+from research.streams import Mixture, Stream, digest
+
+HOME = '~/.cache/isoflop'
 
 
 def default_cache() -> pathlib.Path:
-  """$ISOFLOP_CACHE, or ~/.cache/isoflop."""
-  return pathlib.Path(os.environ.get('ISOFLOP_CACHE') or '~/.cache/isoflop').expanduser()
+  """$ISOFLOP_CACHE, or ~/.cache/isoflop; of a URL the folder that it is copied to."""
+  return local_cache(os.environ.get('ISOFLOP_CACHE') or HOME)
+
+
+def local_cache(place) -> pathlib.Path:
+  """The folder here for a cache that is a folder or a URL."""
+  if remote.is_remote(place):
+    return pathlib.Path(HOME).expanduser() / 'remote' / digest(str(place).rstrip('/'))
+  return pathlib.Path(place).expanduser()
 
 
 def open_stream(stream: Stream | Mixture, cache_dir=None, log=print) -> Frozen | FrozenMixture:
@@ -37,13 +47,15 @@ def open_streams(streams: list, cache_dir=None, log=print) -> list[Frozen | Froz
 
   Args:
     streams: what to open.
-    cache_dir: where frozen streams lie; None is `default_cache()`.
+    cache_dir: where frozen streams lie; None is `default_cache()`. From a URL such as gs://bucket/data
+      they are fetched to a folder here; what is made here is sent there.
     log: called with lines of progress.
 
   Raises:
     UserError: the stream cannot be made, or its files were altered; says which.
   """
-  cache = pathlib.Path(cache_dir or default_cache()).expanduser()
+  place = cache_dir or os.environ.get('ISOFLOP_CACHE') or HOME
+  cache = local_cache(place)
   folders = {}
 
   def folder(stream):
@@ -54,8 +66,15 @@ def open_streams(streams: list, cache_dir=None, log=print) -> list[Frozen | Froz
 
   flat = [p for s in streams for p in (s.streams.values() if isinstance(s, Mixture) else [s])]
   missing = [s for s in flat if not _present(folder(s), s)]
+  if missing and remote.is_remote(place):
+    for s in missing:
+      remote.fetch(place, folder(s).name, folder(s), log)
+    missing = [s for s in missing if not _present(folder(s), s)]
   if missing:
     _freeze(missing, cache, log)
+  if missing and remote.is_remote(place):
+    for s in missing:
+      remote.send(place, folder(s).name, folder(s), log)
   load = lambda s: Frozen(folder(s), s)
   return [
     FrozenMixture(s, {name: load(part) for name, part in s.streams.items()})

@@ -13,6 +13,7 @@ import concurrent.futures
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import multiprocessing
 import pathlib
@@ -45,8 +46,11 @@ def main(argv=None) -> int:
     raise UserError('name a run with --gin_file=FILE.')
   from research import data
 
-  cache = pathlib.Path(flags.cache or data.default_cache()).expanduser()
-  freeze(streams, cache, workers=flags.workers)
+  cache = data.local_cache(flags.cache) if flags.cache else data.default_cache()
+  try:
+    freeze(streams, cache, workers=flags.workers)
+  except OSError as e:
+    raise UserError(f'cannot write {e.filename or cache}: {e.strerror or e}') from e
   if not flags.spec:
     for stream in streams:
       report(data.Frozen(cache / 'streams' / stream.key(), stream), cache, flags.show)
@@ -164,8 +168,9 @@ def _write(stream, folder, cache, log, workers):
     return _write_with(workers, stream, started, cache, log)
   for number in range(stream.passes):
     while shards.facts_of(folder, number, stream.examples) is None:
-      piece = sum(1 for _ in folder.glob(f'pass{number}-*.json'))
-      started.shard(number, piece)
+      there = lambda p, n=number: (folder / shards.shard_name(n, p)).with_suffix('.json').exists()
+      # The first that is missing: workers that were killed may have left a gap.
+      started.shard(number, next(p for p in itertools.count() if not there(p)))
 
 
 def _write_with(workers: int, stream, started, cache, log):

@@ -14,8 +14,8 @@ import pathlib
 from research import cleaning, corpora, objectives, vocabularies
 from research.errors import Invalid, did_you_mean
 
-# Part of every key: raise it when the bytes that a given Stream freezes to change.
-FORMAT = 1
+# Part of every key: raise it when what a given corpus or Stream becomes on disk changes.
+FORMAT = 2
 
 ARCHITECTURES = ('decoder', 'encoder_decoder', 'encoder')
 

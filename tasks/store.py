@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from research.corpora import SPLITS
-from research.streams import digest, to_spec
+from research.streams import FORMAT, digest, to_spec
 from tasks import cleaning, readers
 
 # Bytes of text that are sorted in memory; more goes through files.
@@ -51,7 +51,7 @@ class Store:
 
 def open_store(corpus, cache: pathlib.Path, log=print) -> Store:
   """The store of `corpus` under `cache`, built when it is not there. Call it under the cache's lock."""
-  key = digest([to_spec(corpus), corpus.signature()])
+  key = digest([FORMAT, to_spec(corpus), corpus.signature()])
   folder = cache / 'corpora' / f'{corpus.name}-{key}'
   if not (folder / 'manifest.json').exists():
     partial = folder.with_name(folder.name + '.partial')

@@ -15,7 +15,15 @@ import numpy as np
 import pytest
 
 from research import data, freeze
-from research.corpora import HuggingFace, JsonLines, Parquet, TextFiles, TFRecords
+from research.corpora import (
+  ArrayRecords,
+  HuggingFace,
+  JsonLines,
+  Parquet,
+  TextFiles,
+  Tfds,
+  TFRecords,
+)
 from research.errors import Invalid, UserError
 from research.streams import Stream
 from research.vocabularies import SentencePiece
@@ -103,9 +111,30 @@ def write_tfrecord(folder):
   return TFRecords(files=str(folder / 'a.tfrecord'))
 
 
-@pytest.mark.parametrize(
-  'write', [write_text, write_jsonl, write_parquet, write_huggingface, write_tfrecord]
-)
+def write_array_record(folder):
+  module = pytest.importorskip('array_record.python.array_record_module')
+  import tensorflow as tf
+
+  out = module.ArrayRecordWriter(str(folder / 'a.array_record'), 'group_size:1')
+  for t in texts():
+    feature = tf.train.Feature(bytes_list=tf.train.BytesList(value=[t.encode()]))
+    example = tf.train.Example(features=tf.train.Features(feature={'text': feature}))
+    out.write(example.SerializeToString())
+  out.close()
+  return ArrayRecords(files=str(folder / 'a.array_record'))
+
+
+WRITERS = [
+  write_text,
+  write_jsonl,
+  write_parquet,
+  write_huggingface,
+  write_tfrecord,
+  write_array_record,
+]
+
+
+@pytest.mark.parametrize('write', WRITERS)
 def test_every_kind_of_file_gives_its_documents(tmp_path, write):
   corpus = write(tmp_path)
   fields = {'validation_fraction': 0.2}
@@ -118,6 +147,54 @@ def test_every_kind_of_file_gives_its_documents(tmp_path, write):
   assert 3 < len(found[1]) < 25
   total = sum(s['target_bytes'] for f in splits for s in f.manifest['shards'][0])
   assert total == sum(len(t.encode()) for t in texts())
+
+
+def test_a_prepared_tfds_data_set(tmp_path):
+  import tensorflow as tf
+  import tensorflow_datasets as tfds
+
+  folder = tmp_path / 'tfds' / 'mine' / '1.0.0'
+  folder.mkdir(parents=True)
+  features = tfds.features.FeaturesDict({'text': tfds.features.Text()})
+  features.save_config(str(folder))
+  splits = []
+  for name, seed in (('train', 1), ('validation', 2)):
+    with tf.io.TFRecordWriter(str(folder / f'mine-{name}.tfrecord-00000-of-00001')) as out:
+      for t in texts(20, seed):
+        out.write(features.serialize_example({'text': t}))
+    template = '{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}'
+    splits.append({'name': name, 'shardLengths': ['20'], 'filepathTemplate': template})
+  facts = {'name': 'mine', 'version': '1.0.0', 'fileFormat': 'tfrecord', 'splits': splits}
+  (folder / 'dataset_info.json').write_text(json.dumps(facts))
+  corpus = Tfds(tfds_name='mine:1.0.0', data_dir=str(tmp_path / 'tfds'))
+  frozen = opened(stream_of(corpus), tmp_path / 'cache')
+  assert sorted(d[:-1] for d in text_of(frozen).values()) == sorted(
+    t.encode() for t in texts(20, 1)
+  )
+  with pytest.raises(UserError, match=r"Tfds.tfds_name: 'mien:1.0.0 train' cannot be opened"):
+    opened(
+      stream_of(Tfds(tfds_name='mien:1.0.0', data_dir=str(tmp_path / 'tfds'))), tmp_path / 'cache'
+    )
+
+
+def test_a_bucket_serves_a_machine_that_has_nothing(tmp_path, monkeypatch):
+  monkeypatch.setattr(data, 'HOME', str(tmp_path / 'a'))
+  monkeypatch.setattr(
+    data, '_freeze', lambda missing, cache, log: freeze.freeze(missing, cache, silent)
+  )
+  jsonl(tmp_path / 'x.jsonl', [{'text': t} for t in texts(50)])
+  stream = stream_of(JsonLines(files=str(tmp_path / 'x.jsonl'), piece_bytes=4000))
+  bucket = f'file://{tmp_path}/bucket'
+  (tmp_path / 'bucket').mkdir()
+  made = data.open_stream(stream, bucket, silent)
+  monkeypatch.setattr(data, 'HOME', str(tmp_path / 'b'))
+  monkeypatch.setattr(data, '_freeze', lambda *_: pytest.fail('it is in the bucket'))
+  lines = []
+  fetched = data.open_stream(stream, bucket, lines.append)
+  assert fetched.folder != made.folder
+  assert fetched.fingerprint == made.fingerprint
+  assert all(line.startswith('fetching file://') for line in lines)
+  assert data.open_stream(stream, bucket, pytest.fail).fingerprint == made.fingerprint
 
 
 def test_the_split_and_the_examples_do_not_depend_on_the_files_order(tmp_path):
@@ -198,7 +275,11 @@ def test_a_larger_cap_extends_the_same_files(tmp_path):
   corpus = JsonLines(files=str(tmp_path / 'x.jsonl'), piece_bytes=9000)
   lengths = {'targets': 256}
   small = opened(stream_of(corpus, lengths=lengths, examples=20), tmp_path / 'cache')
+  # A gap, as killed workers leave it, is filled.
+  for end in ('bin', 'json'):
+    (small.folder / f'pass0-00000.{end}').rename(tmp_path / f'gone.{end}')
   large = opened(stream_of(corpus, lengths=lengths, examples=120), tmp_path / 'cache')
+  assert (small.folder / 'pass0-00000.bin').read_bytes() == (tmp_path / 'gone.bin').read_bytes()
   assert small.folder == large.folder
   assert len(small.manifest['shards'][0]) < len(large.manifest['shards'][0])
   for key, value in small.examples(range(20)).items():
