@@ -200,12 +200,19 @@ def counted(preset: str) -> Counts:
   return count(load(preset), LENGTHS)
 
 
-@pytest.mark.parametrize('preset', EXACT)
+def one_of_each_family(presets) -> list:
+  """The first size of every family now, the others with the slow tests."""
+  presets = list(presets)
+  first = {preset.split('/')[0]: preset for preset in reversed(presets)}.values()
+  return [pytest.param(p, marks=[] if p in first else [pytest.mark.slow]) for p in presets]
+
+
+@pytest.mark.parametrize('preset', one_of_each_family(EXACT))
 def test_published_total(preset):
   assert counted(preset).params_total == EXACT[preset]
 
 
-@pytest.mark.parametrize('preset', ROUNDED)
+@pytest.mark.parametrize('preset', one_of_each_family(ROUNDED))
 def test_published_total_within_its_rounding(preset):
   printed, half_unit, name = ROUNDED[preset]
   assert getattr(counted(preset), name) == pytest.approx(printed, abs=half_unit)
@@ -221,7 +228,7 @@ def test_every_preset_has_a_row():
   assert presets() == sorted([*EXACT, *ROUNDED])
 
 
-@pytest.mark.parametrize('preset', [*EXACT, *ROUNDED])
+@pytest.mark.parametrize('preset', one_of_each_family([*EXACT, *ROUNDED]))
 def test_the_first_line_of_a_preset_gives_its_total(preset):
   first = (MODELS / f'{preset}.gin').read_text().splitlines()[0]
   assert f': {counted(preset).params_total:,} parameters' in first
@@ -247,16 +254,7 @@ def test_active_parameters(preset, active, half_unit, token_vectors):
 
 @pytest.mark.parametrize(
   ('preset', 'non_embedding'),
-  [
-    ('pythia/70m', 18_915_328),
-    ('pythia/160m', 85_056_000),
-    ('pythia/410m', 302_311_424),
-    ('pythia/1b', 805_736_448),
-    ('pythia/1_4b', 1_208_602_624),
-    ('pythia/2_8b', 2_517_652_480),
-    ('pythia/6_9b', 6_444_163_072),
-    ('pythia/12b', 11_327_027_200),
-  ],
+  [('pythia/70m', 18_915_328), ('pythia/410m', 302_311_424), ('pythia/12b', 11_327_027_200)],
 )
 def test_published_non_embedding(preset, non_embedding):
   """The table of Pythia's README counts as Kaplan et al. do."""
@@ -458,7 +456,7 @@ def run(*flags: str, python: tuple[str, ...] = ()) -> subprocess.CompletedProces
 
 
 def test_command_prints_a_line_for_every_preset():
-  lines = run('--presets=gin/models/gpt2/*.gin').stdout.splitlines()
+  lines = run('--presets=gin/models/gpt2/[0-9]*.gin').stdout.splitlines()
   sizes = ('124m', '1_5b', '355m', '774m')
   want = [[f'gin/models/gpt2/{size}.gin', f'{EXACT[f"gpt2/{size}"]:,}'] for size in sizes]
   assert [line.split()[:2] for line in lines[1:]] == want
