@@ -66,12 +66,12 @@ def our_step(workload: str, bindings: list[str], packed: bool, mesh: contextlib.
   program = train.make_program(run)
   state = jax.jit(program.init)(jax.random.key(0))
   step = jax.jit(program.step, donate_argnums=0)
-  batch = sharding.place(batch)
+  batch, rate = sharding.place(batch), np.float32(1e-5)
   size = sum(p.size for p in jax.tree.leaves(state['params']))
 
   def advance():
     nonlocal state
-    state, scalars = step(state, batch)
+    state, scalars = step(state, batch, rate)
     return jax.block_until_ready(scalars)['loss']
 
   flops = counts.count(run.model, run.train.lengths).flops_attention_full

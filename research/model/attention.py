@@ -1,4 +1,4 @@
-"""Attention: who may see whom, the product itself, and the part around it."""
+"""Attention: who may see whom, and the part around the product."""
 
 from collections.abc import Callable
 
@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 
 from research.errors import Invalid
+from research.model.kernels import dot_product_attention
 from research.model.layers import Context, Linear, Part, check_sizes
 from research.sharding import shard, spec
 
@@ -43,52 +44,9 @@ def visible(
   return None if see is None else see[:, None]
 
 
-def dot_product_attention(
-  query: jax.Array,
-  key: jax.Array,
-  value: jax.Array,
-  *,
-  mask: jax.Array | None = None,
-  bias: jax.Array | None = None,
-  scale: float,
-  soft_cap: float | None = None,
-) -> jax.Array:
-  """softmax(scale query key^T + bias, where mask) value, the softmax in float32.
-
-  Args:
-    query: [batch, query, heads, head_dim].
-    key, value: [batch, key, kv_heads, head_dim]; heads is a multiple of kv_heads, and query head h reads
-      key head h // (heads // kv_heads).
-    mask: bool, [batch or 1, 1, query, key].
-    bias: [batch or 1, heads, query, key].
-    soft_cap: c in c tanh(logits / c) (Gemma 2).
-
-  Returns:
-    [batch, query, heads, head_dim]. A query that sees nothing (padding) gets the mean of all values.
-  """
-  batch, length, heads, head_dim = query.shape
-  kv_heads = key.shape[2]
-  group = heads // kv_heads
-  grouped = (batch, length, kv_heads, group, head_dim)
-  # Both 'kv_heads' and 'heads' live on one mesh axis; when it does not divide kv_heads, the keys stay whole.
-  q = (query * scale).reshape(
-    grouped, out_sharding=spec('batch', 'length', 'kv_heads', None, None, shape=grouped)
-  )
-  logits = jnp.einsum('bqkgd,bskd->bkgqs', q, key, preferred_element_type=jnp.float32)
-  if soft_cap is not None:
-    logits = soft_cap * jnp.tanh(logits / soft_cap)
-  if bias is not None:
-    grouped_bias = (bias.shape[0], kv_heads, group, *bias.shape[2:])
-    batch_axis = None if bias.shape[0] == 1 else 'batch'
-    where = spec(batch_axis, 'kv_heads', None, None, None, shape=grouped_bias)
-    logits = logits + bias.reshape(grouped_bias, out_sharding=where)
-  if mask is not None:
-    # Finite, so that a row which sees nothing has a gradient of zero and not NaN.
-    logits = jnp.where(mask[:, :, None], logits, -1e30)
-  weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-  y = jnp.einsum('bkgqs,bskd->bqkgd', weights, value)
-  shape = (batch, length, heads, value.shape[-1])
-  return y.reshape(shape, out_sharding=spec('batch', 'length', 'heads', None, shape=shape))
+def is_causal(context: Context) -> bool:
+  """Whether every later key is hidden, whatever the batch holds."""
+  return context.causal and context.prefix is None
 
 
 class Attention(nnx.Module):
@@ -172,8 +130,9 @@ class Attention(nnx.Module):
       q, k = self.rotary(q, context.positions), self.rotary(k, context.positions)
     k, v = (shard(y, 'batch', None, 'kv_heads', None) for y in (k, v))
     y = dot_product_attention(
-      q, k, v, mask=mask, bias=bias, scale=self.scale, soft_cap=self.soft_cap
-    )
+      q, k, v, mask=mask, bias=bias, scale=self.scale, soft_cap=self.soft_cap,
+      causal=not self.cross and is_causal(context),
+    )  # fmt: skip
     return self.output(y)
 
   def norm(self, norm, x, axis):
@@ -275,7 +234,8 @@ class LatentAttention(nnx.Module):
     k, v = (shard(y, 'batch', None, 'heads', None) for y in (k, v))
     segments, lengths = context.segments, (x.shape[1], x.shape[1])
     mask = visible(segments, segments, lengths, causal=context.causal, prefix=context.prefix)
-    return self.output(dot_product_attention(q, k, v, mask=mask, scale=self.scale)), {}
+    y = dot_product_attention(q, k, v, mask=mask, scale=self.scale, causal=is_causal(context))
+    return self.output(y), {}
 
   def mixing_flops(self, length: int, encoder_length: int) -> int:
     """Forward FLOPs of query key^T and weights value, every key seen by every query."""
