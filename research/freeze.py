@@ -211,11 +211,12 @@ class _Writer:
     from tasks import vocabularies
 
     self.token_bytes = vocabularies.token_bytes(self.vocabulary)
+    self.identity = vocabularies.identity(self.vocabulary)
 
   def header(self) -> dict:
     return {
       'stream': self.stream.spec() | {'examples': None},
-      'vocabulary': str(self.vocabulary),
+      'vocabulary': self.identity,
       'vocab_size': int(self.vocabulary.vocab_size),
       'corpus': None,
     }
@@ -268,7 +269,7 @@ class Ours(_Writer):
 
     pairs = self.stream.task.pairs
     # One tokenisation serves every objective and length.
-    tokens = self.cache / 'tokens' / digest([str(self.vocabulary), self.store.folder.name])
+    tokens = self.cache / 'tokens' / digest([self.identity, self.store.folder.name])
     split = self.stream.split
     documents = vocabularies.encoded(self.vocabulary, self.store, split, piece, tokens, pairs)
     name = f'piece {piece + 1} of {self.pieces}'

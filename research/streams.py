@@ -15,7 +15,7 @@ from research import cleaning, corpora, objectives, vocabularies
 from research.errors import Invalid, did_you_mean
 
 # Part of every key: raise it when what a given corpus or Stream becomes on disk changes.
-FORMAT = 2
+FORMAT = 3
 
 ARCHITECTURES = ('decoder', 'encoder_decoder', 'encoder')
 

@@ -37,7 +37,7 @@ def _used(row, side) -> int:
 def _side(row, side, ids, segment, vocabulary, stream):
   here = ids == segment if ids is not None else np.ones(len(row[f'{side}_input_tokens']), bool)
   targets = row.get(f'{side}_target_tokens')
-  if targets is None or side == 'encoder':
+  if targets is None or side == 'encoder' or stream.name == 'masked_lm':
     yield f'  {side} input   {text(row[f"{side}_input_tokens"][here], vocabulary, stream)}'
   if targets is None:
     return

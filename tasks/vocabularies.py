@@ -1,5 +1,6 @@
 """seqio vocabularies for `research.vocabularies`, and the bytes of text that each token stands for."""
 
+import hashlib
 import io
 import os
 import pathlib
@@ -75,6 +76,19 @@ def train(vocabulary, lines) -> bytes:
     why = f'{vocabulary.size} ids cannot be learned from this corpus: {e}'
     raise Invalid(vocabularies.SentencePiece, 'size', ' '.join(why.split())) from e
   return model.getvalue()
+
+
+def identity(vocabulary: seqio.Vocabulary) -> str:
+  """Equal for two vocabularies that give equal tokens, wherever their files lie."""
+  content = ''
+  if isinstance(vocabulary, seqio.SentencePieceVocabulary):
+    content = hashlib.sha256(vocabulary.sp_model).hexdigest()[:16]
+  elif isinstance(vocabulary, TokenizerVocabulary):
+    file = hashlib.sha256(pathlib.Path(vocabulary.file).read_bytes()).hexdigest()[:16]
+    content = f'{file}, offset={vocabulary.offset}'
+  parts = [content] if content else []
+  parts += [f'{vocabulary.vocab_size} ids', f'{vocabulary.extra_ids} extra']
+  return f'{type(vocabulary).__name__}({", ".join(parts)}, eos={vocabulary.eos_id})'
 
 
 def encode(vocabulary: seqio.Vocabulary, documents: list[bytes], pairs=False) -> list[dict]:

@@ -25,8 +25,8 @@ from research.corpora import (
   TFRecords,
 )
 from research.errors import Invalid, UserError
-from research.streams import Stream
-from research.vocabularies import SentencePiece
+from research.streams import Mixture, Stream
+from research.vocabularies import Bytes, SentencePiece
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # TensorFlow's own, at import
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -306,6 +306,28 @@ def test_one_tokenisation_serves_two_objectives(tmp_path):
   for path in first.folder.iterdir():
     path.unlink()
   assert opened(causal, tmp_path / 'cache').fingerprint == first.fingerprint
+
+
+def test_two_corpora_mix_when_their_tokens_mean_the_same(tmp_path):
+  def part(name, vocabulary):
+    jsonl(tmp_path / f'{name}.jsonl', [{'text': t} for t in texts(30, len(name))])
+    corpus = JsonLines(files=str(tmp_path / f'{name}.jsonl'))
+    stream = stream_of(corpus, vocabulary=vocabulary, lengths={'targets': 64})
+    return opened(stream, tmp_path / 'cache')
+
+  def mixed(vocabulary):
+    parts = {name: part(name, v) for name, v in (('a', Bytes()), ('bb', vocabulary))}
+    return data.FrozenMixture(Mixture({n: p.stream for n, p in parts.items()}), parts)
+
+  both = mixed(Bytes())
+  total = {
+    key: sum(r * both.parts[n].per_example(key) for n, r in both.rates.items())
+    for key in ('target_bytes', 'target_tokens')
+  }
+  assert both.bytes_per_token == total['target_bytes'] / total['target_tokens']
+  assert next(data.batches(both, 8, 0))['decoder_target_tokens'].shape == (8, 64)
+  with pytest.raises(Invalid, match="'bb' has another vocabulary than 'a'"):
+    mixed(Bytes(extra_ids=0))
 
 
 def test_passes_are_fresh_corruptions_of_the_same_text(tmp_path):
