@@ -205,7 +205,9 @@ def doubts(result: Fit) -> list[str]:
   if reasons:
     return reasons
   if not np.isfinite(result.condition) or result.condition > 1e9:
-    reasons.append(f'the curvature is singular (condition number {result.condition:.1e})')
+    few = [k for k in result.law.inputs if len(np.unique(result.data['x'][k])) <= 2]
+    because = f'; {" and ".join(few)} take only 2 values' if few else ''
+    reasons.append(f'the curvature is singular (condition number {result.condition:.1e}{because})')
     return reasons
   errors = result.standard_errors
   for name in result.problem.free:

@@ -99,7 +99,7 @@ class Law:
     self.check_names(parameters)
     p = types.SimpleNamespace(**{k: np.asarray(v, np.float64) for k, v in parameters.items()})
     with precise():
-      return np.asarray(self.predict(p, self.namespace(inputs)))
+      return np.array(self.predict(p, self.namespace(inputs)))
 
   def namespace(self, inputs: Mapping) -> types.SimpleNamespace:
     missing = [name for name in self.inputs if name not in inputs]
