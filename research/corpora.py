@@ -178,6 +178,11 @@ class TextFiles(Files):
   separator: str | None = None
   name: ClassVar[str] = 'text'
 
+  def __post_init__(self):
+    super().__post_init__()
+    if self.separator == '':
+      raise Invalid(TextFiles, 'separator', "'' stands nowhere: None makes a file one document.")
+
 
 @dataclasses.dataclass(frozen=True)
 class _Records(Files):

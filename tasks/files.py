@@ -36,12 +36,11 @@ def remote(pattern: str) -> list[str]:
 
 def binary(path: str):
   """A binary file object; .gz is decompressed."""
-  if '://' in path:
-    import tensorflow as tf
+  if '://' not in path:
+    return gzip.open(path) if path.endswith('.gz') else open(path, 'rb')
+  import tensorflow as tf
 
-    raw = tf.io.gfile.GFile(path, 'rb')
-  else:
-    raw = open(path, 'rb')  # noqa: SIM115 (the caller closes it)
+  raw = tf.io.gfile.GFile(path, 'rb')
   return gzip.GzipFile(fileobj=raw) if path.endswith('.gz') else raw
 
 
@@ -58,12 +57,17 @@ def blocks_of(path: str) -> Iterator[bytes]:
 
 def lines_of(path: str) -> Iterator[bytes]:
   """The lines of a file, without their ends."""
-  held = b''
+  held = []
   for block in blocks_of(path):
-    *whole, held = (held + block).split(b'\n')
-    yield from whole
-  if held:
-    yield held
+    first, *rest = block.split(b'\n')
+    held.append(first)
+    if rest:
+      yield b''.join(held)
+      *whole, last = rest
+      yield from whole
+      held = [last]
+  if any(held):
+    yield b''.join(held)
 
 
 def cut(document: bytes, longest: int) -> list[bytes]:

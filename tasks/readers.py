@@ -106,14 +106,12 @@ def read_text(corpus: corpora.TextFiles, dropped):
     broken = Broken(corpus, dropped, path)
     with broken.reading():
       for block in blocks_of(path):
-        held += block
+        whole, held = [], held + block
         if separator is not None:
           *whole, held = held.split(separator)
-        elif len(held) > corpus.longest:
-          held, whole = b'', cut(held, corpus.longest)
-          whole, held = whole[:-1], whole[-1]
-        else:
-          whole = []
+        if len(held) > corpus.longest:
+          *parts, held = cut(held, corpus.longest)
+          whole += parts
         for document in whole:
           if broken.is_text(document, line_number):
             yield from ((split, part) for part in cut(document, corpus.longest))

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from research import data, shards
+from research import configs, data, freeze, objectives, shards
 from research.errors import Invalid, UserError
 from research.frozen import permuted
 from research.streams import Mixture, Stream, from_spec
@@ -235,6 +235,35 @@ def test_an_error_of_the_prefetching_thread_reaches_the_reader():
 def test_a_bad_stream_is_refused_in_a_sentence(fields, message):
   with pytest.raises(Invalid, match=message):
     Stream(**fields)
+
+
+@pytest.mark.parametrize('name', sorted(objectives.OBJECTIVES))
+def test_every_objective_has_a_gin_file_that_makes_its_stream(tmp_path, name):
+  file = tmp_path / 'stream.gin'
+  file.write_text(
+    'from __gin__ import dynamic_registration\nfrom research import streams\n'
+    f"include 'gin/objectives/{name}.gin'\nRUN = @streams.Stream\n"
+  )
+  files = [f'FILES={str(file)!r}'] if name == 'instructions' else []
+  stream = configs.load(str(file), files).build()
+  assert stream.name == name
+  assert stream.task == objectives.OBJECTIVES[name]()
+  assert from_spec(json.loads(json.dumps(stream.spec()))) == stream
+
+
+def test_freeze_finds_the_streams_of_a_run_and_names_what_is_wrong(tmp_path):
+  found = freeze.configured(['gin/runs/tiny.gin'], ['streams.Stream.seed=3'])
+  assert [(s.split, s.seed) for s in found] == [('train', 3), ('validation', 3)]
+  with pytest.raises(UserError, match=r'Did you mean gin/runs/tiny.gin'):
+    freeze.main(['--gin_file=gin/runs/tinny.gin'])
+  with pytest.raises(UserError, match=r'casual_lm.*Did you mean causal_lm'):
+    freeze.configured(['gin/runs/tiny.gin'], ["streams.Stream.task='casual_lm'"])
+  with pytest.raises(UserError, match='name a run'):
+    freeze.main([])
+  blocked = tmp_path / 'file'
+  blocked.write_text('')
+  with pytest.raises(UserError, match='set ISOFLOP_CACHE'):
+    data.open_stream(Stream(), blocked / 'cache')
 
 
 def test_a_stream_survives_its_spec():

@@ -252,6 +252,22 @@ def test_a_million_character_line_is_cut_and_none_of_it_lost(tmp_path):
   assert (rows == 1).sum() == -(-len(long.encode()) // 300_000)
 
 
+def test_lines_and_documents_come_whole_however_the_blocks_fall(tmp_path, monkeypatch):
+  from tasks import files
+
+  lines = [b'', b'a', b'bb' * 9, b'', b'c' * 31, b'd']
+  (tmp_path / 'x').write_bytes(b'\n'.join(lines) + b'\n')
+  for block in (1, 2, 3, 7, 1000):
+    monkeypatch.setattr(files, 'BLOCK', block)
+    assert list(files.lines_of(str(tmp_path / 'x'))) == lines
+  document = 'ä\nöö\n'.encode() * 50
+  for longest in (3, 4, 5, 10, 99):
+    parts = files.cut(document, longest)
+    assert b''.join(parts) == document
+    assert max(map(len, parts)) <= longest
+    assert all(p.decode() for p in parts)
+
+
 def test_a_missing_file_and_a_misspelt_one(tmp_path):
   (tmp_path / 'corpus.txt').write_text('x')
   with pytest.raises(Invalid, match=r'Did you mean corpus.txt\?'):
