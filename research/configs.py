@@ -347,6 +347,10 @@ def load(files: str | list[str], bindings=(), root: str = 'RUN') -> Config:
   return config
 
 
+def _has_parts(value) -> bool:
+  return any(map(_has_parts, value)) if isinstance(value, list | tuple) else callable(value)
+
+
 def describe(value, indent: int = 0) -> str:
   """The resolved tree as text, defaults included."""
   pad = '  ' * indent
@@ -360,9 +364,7 @@ def describe(value, indent: int = 0) -> str:
     defaults = {n: p.default for n, p in _parameters(target).items() if p.default is not p.empty}
     name = f'{target.__module__}.{target.__qualname__}'
     fields = {**defaults, **given} if given or inspect.isclass(value) else {}
-  elif isinstance(value, list | tuple):
-    if not any(isinstance(v, functools.partial) or callable(v) for v in value):
-      return repr(value)
+  elif isinstance(value, list | tuple) and any(map(_has_parts, value)):
     return '[\n' + ''.join(f'{pad}  {describe(v, indent + 1)}\n' for v in value) + f'{pad}]'
   else:
     return repr(value)

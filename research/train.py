@@ -71,9 +71,10 @@ class Program:
       model.logits, x, targets, weights, z_loss=self.run.z_loss, chunks=self.chunks
     )
     tokens = jnp.sum(weights)
+    seen = jnp.sum(batch.get('decoder_segment_ids', targets) > 0, dtype=jnp.float32)
     # Penalties are means over tokens: weighted by tokens, microbatches add up to the batch.
     sums = {'nll': nll, 'z_loss': z_loss, **{k: v * tokens for k, v in penalties.items()}}
-    return sum(sums.values()), {**sums, 'tokens': tokens}
+    return sum(sums.values()), {**sums, 'tokens': tokens, 'seen': seen}
 
   def step(self, state: dict, batch: dict, rate: jax.Array) -> tuple[dict, dict]:
     """One update at learning rate `rate`, by the mean loss of the batch's target tokens, however it is cut."""
@@ -98,11 +99,11 @@ class Program:
     grads = jax.tree.map(lambda g: g / tokens, grads)
     updates, opt = self.optimizer(rate).update(grads, state['opt'], state['params'])
     params = optax.apply_updates(state['params'], updates)
-    scalars = {k: v / tokens for k, v in sums.items() if k != 'tokens'}
+    scalars = {k: v / tokens for k, v in sums.items() if k not in ('tokens', 'seen')}
     scalars = {
       'loss': scalars.pop('nll'),
       **scalars,
-      'tokens': sums['tokens'],
+      'tokens': sums['seen'],  # D: read, whether or not they carry a loss
       'grad_norm': optax.tree.norm(grads),
     }
     return {'step': state['step'] + 1, 'params': params, 'opt': opt}, scalars

@@ -176,6 +176,9 @@ def test_describe_prints_defaults_and_no_addresses():
   assert ' at 0x' not in configs.describe(
     configs.load('gin/models/llama/7b.gin', root='MODEL').tree()
   )
+  nested = ((attention.Attention, functools.partial(layers.Mlp, mlp=4)),)
+  assert ' at 0x' not in configs.describe(nested)
+  assert 'mlp = 4' in configs.describe(nested)
   assert configs.describe(stack.Stack) != configs.describe(stack.PreNorm)
 
 

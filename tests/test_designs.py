@@ -62,7 +62,9 @@ def test_shapes_of_the_ladder():
   for macros in ladder(aspect=64, head_dim=16).macros():
     assert macros['EMBED'] == macros['HEADS'] * macros['HEAD_DIM']
     assert macros['LAYERS'] == max(1, round(macros['EMBED'] / 64))
-    assert macros['MLP'] % 16 == 0
+    assert macros['MLP'] % 8 == 0
+  for macros in ladder(heads=2, widths=(8, 64, 4)).macros():
+    assert (macros['HEADS'], macros['HEAD_DIM']) == (2, macros['EMBED'] // 2)
 
 
 def test_nearest_is_by_ratio():
@@ -79,7 +81,7 @@ def test_nearest_is_by_ratio():
     (lambda: design(sizes=2), r'IsoFlop\.sizes: 2 sizes do not show a minimum'),
     (lambda: design(spread=1.0), r'IsoFlop\.spread'),
     (lambda: design(flops='flops'), r'IsoFlop\.flops: .*flops_6n_with_head'),
-    (lambda: ladder(widths=(10, 20, 5)), r'Ladder\.widths: .*multiples of head_dim'),
+    (lambda: ladder(widths=(10, 20, 5)), r'Ladder\.widths: .*multiples of 16'),
     (lambda: ladder(widths=(16, 32)), r'Ladder\.widths: .*first, last, step'),
     (lambda: designs.Rule(value=1, by='width'), r"Rule\.by: 'width'"),
     (

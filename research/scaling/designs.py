@@ -82,18 +82,20 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ladder:
-  """Sizes of one shape: widths in multiples of a head, depth in proportion to width.
+  """Sizes of one shape: widths in even steps, depth in proportion to width.
 
   Attributes:
-    widths: (first, last, step) of the widths of the residual stream; multiples of head_dim.
-    head_dim: so many per head.
+    widths: (first, last, step) of the widths of the residual stream.
+    head_dim: the width of a head; widths are multiples of it.
+    heads: so many heads at every width instead; widths are multiples of twice that.
     aspect: width per layer.
     min_layers: at least so many layers, however narrow.
-    mlp_ratio: width of the MLP over the model's, rounded to a multiple of head_dim.
+    mlp_ratio: width of the MLP over the model's, rounded to a multiple of 8.
   """
 
   widths: tuple[int, int, int]
   head_dim: int = 16
+  heads: int | None = None
   aspect: float = 32.0
   min_layers: int = 1
   mlp_ratio: float = 8 / 3
@@ -104,10 +106,9 @@ class Ladder:
         Ladder, 'widths', f'{self.widths!r} is not (first, last, step), three positive integers.'
       )
     first, last, step = self.widths
-    if first % self.head_dim or step % self.head_dim or last < first:
-      raise Invalid(
-        Ladder, 'widths', f'{self.widths!r} must rise in multiples of head_dim, {self.head_dim}.'
-      )
+    unit = 2 * self.heads if self.heads else self.head_dim
+    if first % unit or step % unit or last < first:
+      raise Invalid(Ladder, 'widths', f'{self.widths!r} must rise in multiples of {unit}.')
 
   def macros(self) -> list[dict[str, int]]:
     first, last, step = self.widths
@@ -115,9 +116,9 @@ class Ladder:
       {
         'EMBED': width,
         'LAYERS': max(self.min_layers, round(width / self.aspect)),
-        'HEADS': width // self.head_dim,
-        'HEAD_DIM': self.head_dim,
-        'MLP': self.head_dim * max(1, round(width * self.mlp_ratio / self.head_dim)),
+        'HEADS': self.heads or width // self.head_dim,
+        'HEAD_DIM': width // self.heads if self.heads else self.head_dim,
+        'MLP': 8 * max(1, round(width * self.mlp_ratio / 8)),
       }
       for width in range(first, last + 1, step)
     ]
