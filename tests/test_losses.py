@@ -1,5 +1,7 @@
 """Cross-entropy in chunks is cross-entropy, and both are its definition."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,8 @@ from research.model.models import Embedder, TiedHead, UntiedHead
 from research.sharding import Mesh, shard
 from research.training.losses import cross_entropy, default_chunks
 
+# Quick to compile.
+jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 BATCH, LENGTH, EMBED, VOCAB = 8, 12, 16, 40
 
 
@@ -22,10 +26,14 @@ def arrays():
 
 def loss_and_gradients(tied: bool, z_loss: float, chunks: int):
   """((nll, z), gradients of their sum / 3 by x and by the parameters), on the mesh in use."""
-  rngs = nnx.Rngs(params=jax.random.key(0))
-  embedder = Embedder(EMBED, VOCAB, init=nnx.initializers.normal(0.5), rngs=rngs)
-  head = (TiedHead if tied else UntiedHead)(EMBED, VOCAB, rngs=rngs)
-  graphdef, params = nnx.split((embedder, head))
+
+  def make(key):
+    rngs = nnx.Rngs(params=key)
+    embedder = Embedder(EMBED, VOCAB, init=nnx.initializers.normal(0.5), rngs=rngs)
+    return embedder, (TiedHead if tied else UntiedHead)(EMBED, VOCAB, rngs=rngs)
+
+  graphdef = nnx.graphdef(jax.eval_shape(make, jax.random.key(0)))
+  params = jit(lambda key: nnx.to_pure_dict(nnx.state(make(key))))(jax.random.key(0))
   x, targets, weights = arrays()
   x = shard(x, 'batch', None, None)
   targets, weights = shard(targets, 'batch', None), shard(weights, 'batch', None)
@@ -37,11 +45,9 @@ def loss_and_gradients(tied: bool, z_loss: float, chunks: int):
     )
     return sum(sums) / 3, sums  # scaled: a cotangent that is not 1
 
-  (_, sums), grads = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))(params, x)
-  matrix = embedder.tokens[...].T if tied else head.kernel[...]
-  where = 0 if tied else 1
-  d_params = nnx.to_pure_dict(grads[0])[where]['tokens' if tied else 'kernel']
-  return jax.device_get((matrix, sums, grads[1], d_params.T if tied else d_params))
+  (_, sums), grads = jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))(params, x)
+  matrix = lambda params: params[0]['tokens'].T if tied else params[1]['kernel']
+  return jax.device_get((matrix(params), sums, grads[1], matrix(grads[0])))
 
 
 def reference(matrix, z_loss):
