@@ -173,7 +173,7 @@ def test_plots_draw_and_the_report_holds_everything(analysis, rows, tmp_path):
     tmp_path / 'report.html',
     analysis,
     title='A <small> sweep',
-    runs=rows,
+    runs=[*rows, {**rows[0], 'run': 'blew up', 'status': 'nan', 'loss': ''}],
     curves=curves,
     forecast=f,
     outcome=f.loss * 1.01,

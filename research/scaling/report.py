@@ -281,13 +281,9 @@ def _cell(value) -> str:
     number = float(value)
   except (TypeError, ValueError):
     return str(value)
-  return (
-    str(value)
-    if number == int(number) and abs(number) < 1e6
-    else f'{number:.5g}'
-    if np.isfinite(number)
-    else str(value)
-  )
+  if not np.isfinite(number) or (number.is_integer() and abs(number) < 1e6):
+    return str(value)
+  return f'{number:.5g}'
 
 
 def _values(parameters) -> str:
