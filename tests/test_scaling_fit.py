@@ -83,6 +83,7 @@ def test_more_tokens_per_unit_map_as_dimensional_analysis_says():
   assert other.objective == pytest.approx(one.objective, rel=1e-10)
 
 
+@pytest.mark.slow
 def test_ties_and_fixed_values_hold():
   n, d, loss = grid(0.003)
   x = {'params': n, 'tokens': d}

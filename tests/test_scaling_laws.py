@@ -111,7 +111,7 @@ def test_every_law_has_a_case():
   assert {law.name for law in laws.standard()} == set(CASES)
 
 
-@pytest.mark.parametrize('name', ['Kaplan', 'OverTraining', 'CriticalBatch', 'AccuracyOfLoss'])
+@pytest.mark.parametrize('name', ['Kaplan', 'CriticalBatch'])
 def test_a_law_gives_its_parameters_back(name):
   check_recovery(name)
 
@@ -139,7 +139,9 @@ def test_intervals_cover_the_truth(name):
   true, inputs, options = CASES[name]
   options = {'robust': 'l2', **options}
   noise = 0.002 if name in ('AccuracyOfLoss', 'ErrorOfLoss') else 0.003
-  shares = diagnostics.coverage(laws.by_name(name), true, inputs, noise=noise, **options)
+  shares = diagnostics.coverage(
+    laws.by_name(name), true, inputs, noise=noise, replicates=80, **options
+  )
   assert 0.85 <= np.mean(list(shares.values())) <= 0.95, shares
 
 
@@ -205,6 +207,7 @@ def test_the_replications_bootstrap_errors(shared_data):
   assert a.std() == pytest.approx(0.0200, abs=6e-5)
 
 
+@pytest.mark.slow
 def test_delta_and_outliers_move_the_exponent_as_known(shared_data):
   table = rows.observe(rows.read_table(shared_data / 'chinchilla_fig4.csv'))
   fit = fits.fit(laws.Chinchilla(), table.inputs, table.loss)
@@ -300,6 +303,7 @@ def test_pearce_and_song_reconcile_kaplan_with_chinchilla():
   )
 
 
+@pytest.mark.slow
 def test_multi_power_law_over_schedules():
   """A cosine and a constant-then-decay run made with known parameters give them back."""
   t = np.arange(1, 2001)
@@ -319,6 +323,7 @@ def test_multi_power_law_over_schedules():
   np.testing.assert_allclose(found.predict(**inputs), loss, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_step_never_raises_the_objective_and_reports_the_right_one():
   """The solver's objective against a plain numpy sum, for every loss, with weights and asymmetry."""
   true = CASES['Chinchilla'][0]

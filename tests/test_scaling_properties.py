@@ -47,6 +47,7 @@ def fitted(n, d, loss, **options):
   return fits.fit(laws.Chinchilla(), {'params': n, 'tokens': d}, loss, check=False, **options)
 
 
+@pytest.mark.slow
 @FEW
 @given(TRUTHS, st.integers(0, 1000), st.randoms(use_true_random=False))
 def test_the_order_of_rows_does_not_matter(true, seed, random):
@@ -76,6 +77,7 @@ def test_units_map_as_dimensional_analysis_says(true, seed, p, q, r):
     assert other[name] == pytest.approx(value, rel=1e-4)
 
 
+@pytest.mark.slow
 @FEW
 @given(TRUTHS, st.integers(0, 1000))
 def test_every_row_twice_changes_nothing_but_the_objective(true, seed):

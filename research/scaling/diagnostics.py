@@ -1,15 +1,15 @@
 """What to look at before believing a fit."""
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
-from research.scaling import analysis, approaches, bootstrap, fits, planning
+from research.scaling import analysis, approaches, fits, planning, solver
 from research.scaling import rows as table
-from research.scaling.laws.base import Law
+from research.scaling.laws.base import Law, precise
 
 
 class Bias(NamedTuple):
@@ -53,7 +53,8 @@ def notes(a: 'analysis.Analysis') -> list[str]:
   bias = parabola_bias(a)
   if bias is not None and (abs(bias.exponent) > 0.005 or abs(np.log(bias.factor)) > 0.1):
     out.append(
-      f'the {a.approach2.method} itself shifts approach 2: on the fitted surface this very grid changes a by '
+      f'the {a.approach2.method} itself shifts approach 2: on the fitted surface this very grid '
+      f'changes a by '
       f'{bias.exponent:+.3f} and N* at the largest budget by {bias.factor - 1:+.0%}.'
     )
   if a.approach2 is not None and abs(a.approach2.drift) > 0.5:
@@ -175,7 +176,7 @@ def compare(laws: Iterable[Law], inputs: Mapping[str, np.ndarray], loss: np.ndar
 
 
 def conventions(rows: Sequence[Mapping], columns: table.Columns, fit: Callable) -> tuple[dict, ...]:
-  """The same fit under every count of N and of C that the rows hold; empty where they hold one of each.
+  """The same fit under the other counts of N and of C that the rows hold; empty where they hold one of each.
 
   `fit(rows, columns)` returns an Analysis. A convention that cannot be fitted says why in its row.
   """
@@ -183,8 +184,12 @@ def conventions(rows: Sequence[Mapping], columns: table.Columns, fit: Callable) 
   params, flops = have(table.PARAMS), have(table.FLOPS)
   if len(params) * len(flops) < 2:
     return ()
+  # Each N under the default C, each C under the default N, and Kaplan's pair.
+  pairs = [*((n, flops[0]) for n in params), *((params[0], c) for c in flops[1:])]
+  if 'params_non_embedding' in params and 'flops_6n_non_embedding' in flops:
+    pairs.append(('params_non_embedding', 'flops_6n_non_embedding'))
   out = []
-  for n, c in itertools.product(params, flops):
+  for n, c in dict.fromkeys(pairs):
     line = {'N': n, 'C': c}
     try:
       a = fit(rows, dataclasses.replace(columns, params=n, flops=c))
@@ -223,27 +228,50 @@ def coverage(
   replications: int = 200,
   replicates: int = 200,
   level: float = 0.9,
-  kind: str = 'residual',
+  robust: str = 'huber',
+  delta: float = 1e-3,
+  residuals: str = 'log',
   seed: int = 0,
-  **options,
 ) -> dict[str, float]:
-  """How often the bootstrap intervals of made-up sweeps hold the parameters that made them.
+  """How often residual-bootstrap intervals of made-up sweeps hold the parameters that made them.
 
-  Each replication draws log-normal noise of standard deviation `noise` on the law's own values (normal, where
-  residuals='linear'), fits from the true values, and bootstraps. Returns parameter -> share that hold it.
+  Each replication draws noise of standard deviation `noise` on the law's own values (log-normal, or normal
+  where residuals='linear'), fits from the true values and bootstraps as `bootstrap.bootstrap` does; all of it
+  is two queues of the solver. Returns parameter -> share of the `replications` intervals that hold it.
   """
   rng = np.random.default_rng(seed)
-  clean = law(values, **inputs)
-  linear = options.get('residuals') == 'linear'
-  held = dict.fromkeys(values, 0)
-  start = {k: np.array([v]) for k, v in values.items()}
-  for i in range(replications):
-    drawn = noise * rng.normal(size=clean.shape)
-    loss = clean + drawn if linear else clean * np.exp(drawn)
-    fit = fits.fit(law, inputs, loss, starts=start, check=False, **options)
-    spread = bootstrap.bootstrap(fit, kind, replicates=replicates, seed=i, minima=1).intervals(
-      level
+  problem = solver.Problem(law, robust, residuals)
+  data, clean = fits.make_data(law, inputs, law(values, **inputs))
+  target = np.log(clean) if residuals == 'log' else clean
+  n, p = len(clean), len(problem.free)
+  y = target + noise * rng.normal(size=(replications, n))
+  start = law.coordinates({k: np.float64(v) for k, v in values.items()}, data['center'])
+  start = np.tile([start[name] for name in problem.free], (replications, 1))
+  ones, pair = np.ones((1, n)), lambda count: np.stack([np.arange(count), np.zeros(count, int)], 1)
+  found = fits.minimise(problem, data, start, y, ones, pair(replications), delta, 0.5)
+  with precise():
+    fitted = np.array(jax.vmap(lambda z: problem.predict(z, data))(found.z))
+  fitted = np.log(fitted) if residuals == 'log' else fitted
+  spread = (y - fitted) * np.sqrt(n / (n - p))
+  drawn = rng.integers(n, size=(replications, replicates, n))
+  again = fitted[:, None] + np.take_along_axis(spread[:, None], drawn, axis=2)
+  many = replications * replicates
+  ends = fits.minimise(
+    problem,
+    data,
+    np.repeat(found.z, replicates, axis=0),
+    again.reshape(many, n),
+    ones,
+    pair(many),
+    delta,
+    0.5,
+  )
+  sampled = problem.values(ends.z.T, data['center'], np.exp)
+  tail = 50 * (1 - level)
+  held = {}
+  for name, truth in values.items():
+    low, high = np.percentile(
+      sampled[name].reshape(replications, replicates), [tail, 100 - tail], axis=1
     )
-    for name, (low, high) in spread.items():
-      held[name] += low <= values[name] <= high
-  return {name: count / replications for name, count in held.items()}
+    held[name] = float(((low <= truth) & (truth <= high)).mean())
+  return held

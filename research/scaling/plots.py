@@ -239,7 +239,8 @@ def bootstrap(a: Analysis, most: int = 1000):
     best = a.approach3.parameters
     ax.plot(best[x], best[y], '*', color=ACCENT, markersize=12, markeredgecolor='white')
     if x in 'AB' and values[x].min() > 0:
-      _log(ax, 'x')
+      _log(ax, 'x', plain=True)
+      ax.xaxis.set_major_locator(MaxNLocator(5))
     ax.set(xlabel=x, ylabel=y)
   figure.suptitle(f'{a.bootstrap.replicates} bootstrap fits ({a.bootstrap.kind})', fontsize=10)
   return figure

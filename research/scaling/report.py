@@ -74,7 +74,7 @@ def _headline(a: Analysis, forecast, outcome) -> str:
   (na, la, ha), (nb, lb, hb) = found[f'a, {which}'], found[f'b, {which}']
   ratio = a.optimum(a.rows.flops.max())
   text = (
-    f'{len(a.rows)} training runs between {_sci(a.rows.flops.min())} and {_sci(a.rows.flops.max())} '
+    f'{len(a.rows)} training runs between {a.rows.flops.min():.3g} and {a.rows.flops.max():.3g} '
     f'FLOPs say that the '
     f'compute-optimal model size grows as <b>N* ∝ C<sup>{na:.3f}</sup></b> {_range(la, ha)} and the '
     f'optimal number of '
@@ -120,7 +120,7 @@ def _isoflop(a: Analysis) -> str:
   )
   rows = [
     (
-      _sci(p.flops),
+      f'{p.flops:.3g}',
       len(p.params),
       _sci(p.params_opt),
       _sci(p.tokens_opt),
@@ -168,7 +168,7 @@ def _forecast(a: Analysis, forecast, outcome) -> str:
   if forecast is None:
     return ''
   rows = [
-    ('FLOPs', _sci(forecast.flops), ''),
+    ('FLOPs', f'{forecast.flops:.3g}', ''),
     (
       'parameters N',
       _sci(forecast.params),
