@@ -437,7 +437,7 @@ def digests(folder):
 
 @pytest.mark.slow
 def test_a_killed_freeze_resumes_and_two_writers_end_with_the_same_hashes(tmp_path):
-  jsonl(tmp_path / 'x.jsonl', [{'text': t} for t in texts(900)])
+  jsonl(tmp_path / 'x.jsonl', [{'text': t} for t in texts(600)])
   corpus = JsonLines(files=str(tmp_path / 'x.jsonl'), piece_bytes=60_000)
   stream = stream_of(corpus, task='span_corruption', lengths={'inputs': 128}, passes=2)
   want = opened(stream, tmp_path / 'whole')
