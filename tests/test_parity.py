@@ -172,18 +172,11 @@ CASES = {
 }
 # Another member of a kind that is checked in full above: the slow suite has them.
 SLOW = (
-  'llama-linear',
-  'gptj',
-  'glm4',
-  'qwen3_moe',
-  'deepseek_v2',
-  'deepseek_v2-groups',
-  'mt5',
-  'gemma',
-  'mpt',
-)
+  'llama-linear', 'gptj', 'glm4', 'qwen3_moe', 'deepseek_v2', 'deepseek_v2-groups', 'mt5', 'gemma', 'mpt',
+  'jamba', 't5-1.0', 'qwen3', 'mistral', 'phi', 'gpt_neox', 'qwen2_moe',
+)  # fmt: skip
 ENCODER_DECODERS = ('t5-1.0', 't5-1.1', 'mt5', 'switch')
-# One of each kind of part; MoE has no parameter that is a function of the choice.
+# One of each kind of part.
 GRADIENTS = (
   'llama',
   'mixtral',
