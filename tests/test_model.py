@@ -16,7 +16,7 @@ from tests.families import PRESETS, tiny
 
 LENGTH = 12
 # A family of each kind; the slow suite has them all.
-FAST = ('llama', 'gemma2', 'bert', 't5', 'mixtral', 'mamba2')
+FAST = ('llama', 'bert', 't5', 'mixtral', 'mamba2')
 FASTEST = ('mixtral',)
 # Tokens there compete for places.
 CAPACITY = ('switch',)
@@ -167,7 +167,7 @@ def test_the_mesh_does_not_change_the_loss_or_its_gradient_and_a_step_lowers_it(
 ROUTED = ('mixtral', 'qwen3_moe', 'deepseek_v2', 'deepseek_v3', 'jamba', 'switch')
 
 
-@pytest.mark.parametrize('family', families(('llama', 'mamba2'), without=ROUTED))
+@pytest.mark.parametrize('family', families(('llama',), without=ROUTED))
 def test_bfloat16_is_close_to_float32(family):
   model = tiny(family)
   owner = model.func.__name__

@@ -38,7 +38,9 @@ GATED = {'inputs.0': 'gate_proj', 'inputs.1': 'up_proj', 'output': 'down_proj'}
 
 def under(prefix: str, table: dict, ours: str = '') -> dict:
   """The same names below a prefix (and our members below another)."""
-  below = lambda v: dataclasses.replace(v, name=prefix + v.name) if isinstance(v, Fused) else prefix + v
+  below = lambda v: (
+    dataclasses.replace(v, name=prefix + v.name) if isinstance(v, Fused) else prefix + v
+  )
   return {ours + k: below(v) for k, v in table.items()}
 
 
@@ -96,7 +98,9 @@ def transformer(norms, layer, attention, mlp) -> tuple[Tree, ...]:
 
 
 def _llama(model_type, architecture, gin, fields=(), trees=None, top=TOP, tie=False, when=None):
-  when = {'hidden_act': 'silu', 'attention_bias': False, 'mlp_bias': False} if when is None else when
+  when = (
+    {'hidden_act': 'silu', 'attention_bias': False, 'mlp_bias': False} if when is None else when
+  )
   fields = (*LLAMA, tied(tie), *fields)
   return Family(
     model_type, architecture, f'gin/models/{gin}.gin', fields, trees or tree(), top, when
