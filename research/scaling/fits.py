@@ -266,7 +266,7 @@ def _distinct(problem, data, solution: solver.Solution, counts, most: int = 24):
 def _kind(problem, solution: solver.Solution, k: int, max_steps: int = 300) -> str:
   low, high = problem.bounds()
   z, hessian = solution.z[k], solution.hessian[k]
-  if solution.steps[k] >= max_steps:
+  if solution.steps[k] >= max_steps or not np.isfinite(hessian).all():
     return 'unconverged'
   if ((z - low < 1e-6) | (high - z < 1e-6)).any():
     return 'bound'

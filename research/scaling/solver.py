@@ -98,7 +98,9 @@ def _expand(problem: Problem, z, y, w, data, delta, tau) -> _Point:
   pull = jax.lax.stop_gradient(pull)
   bend = jax.jacfwd(jax.grad(lambda z: pull @ predict(z)))(z)
   square = lambda c: jnp.einsum('ni,nj->ij', jacobian * c[:, None], jacobian)
-  return _Point(w @ value, force @ jacobian, square(curve) + bend, square(w * weight))
+  # A law that goes negative has no log residual there: such a step is refused, such a start dropped.
+  total = jnp.where(log & (m <= 0).any(), jnp.inf, w @ value)
+  return _Point(total, force @ jacobian, square(curve) + bend, square(w * weight))
 
 
 def _solve_positive(matrix, vector):
