@@ -6,7 +6,7 @@ from collections.abc import Callable
 from research.configs import describe
 from research.errors import Invalid
 from research.sharding import Mesh
-from research.streams import Stream
+from research.streams import Mixture, Stream
 
 # Two runs that differ only in these are one run: it may resume on another mesh or log more often.
 _INCIDENTAL = ('mesh', 'log_every', 'checkpoint_every', 'keep_checkpoints')
@@ -33,8 +33,8 @@ class Run:
   """
 
   model: Callable
-  train: Stream
-  validation: Stream
+  train: Stream | Mixture
+  validation: Stream | Mixture
   steps: int
   batch_size: int
   optimizer: Callable
@@ -64,7 +64,7 @@ class Run:
         Run, 'microbatches', f'{self.microbatches} does not divide the batch of {self.batch_size}.'
       )
     for field in ('train', 'validation'):
-      if not isinstance(getattr(self, field), Stream):
+      if not isinstance(getattr(self, field), Stream | Mixture):
         raise Invalid(Run, field, 'must be a stream: @streams.Stream() with its parentheses.')
     if self.clip is not None and not self.clip > 0:
       raise Invalid(Run, 'clip', f'{self.clip!r} must be positive, or None.')

@@ -360,12 +360,22 @@ class _Loop:
     self.clock += time.monotonic() - began  # speed is of training alone
 
   def evaluate(self) -> dict[str, float]:
-    """Mean over all target tokens of the validation stream, in nats per token and bits per byte."""
-    batches = data.eval_batches(self.validation, self.run.batch_size)
+    """Mean over all target tokens of the validation stream, in nats per token and bits per byte; for a mixture
+    also the loss on each of its parts."""
+    mixture = isinstance(self.validation, data.FrozenMixture)
+    parts = self.validation.parts if mixture else {'': self.validation}
+    sums = {name: self.sum_losses(part) for name, part in parts.items()}
+    nll, tokens = (sum(s) for s in zip(*sums.values(), strict=True))
+    size = sum(sums[name][1] * part.bytes_per_token for name, part in parts.items())
+    losses = {f'{name}/loss': n / t for name, (n, t) in sums.items()} if mixture else {}
+    return {'loss': nll / tokens, 'bits_per_byte': nll / math.log(2) / size, **losses}
+
+  def sum_losses(self, frozen) -> tuple[float, float]:
+    """Nats and target tokens of a whole stream."""
+    batches = data.eval_batches(frozen, self.run.batch_size)
     sums = [self.evaluate_fn(self.state['params'], sharding.place(batch)) for batch in batches]
-    nll, tokens = (sum(map(float, s)) for s in zip(*jax.device_get(sums), strict=True))
-    loss = nll / tokens
-    return {'loss': loss, 'bits_per_byte': loss / math.log(2) / self.validation.bytes_per_token}
+    nll, tokens = zip(*jax.device_get(sums), strict=True)
+    return float(np.sum(nll, dtype=np.float64)), float(np.sum(tokens, dtype=np.float64))
 
   def row(self, step: int, status: str) -> dict:
     """The run as one row: N, D and C by every convention, the loss, the hyper-parameters."""
@@ -380,6 +390,7 @@ class _Loop:
       'status': status,
       **{k: v for k, v in vars(self.count).items() if k.startswith('params_')},
       'tokens': self.tokens,
+      'epochs': max(self.frozen.epochs(step * run.batch_size).values()),
       **{k: v * self.tokens for k, v in vars(self.count).items() if k.startswith('flops_')},
       'loss': evaluation.get('loss'),
       'bits_per_byte': evaluation.get('bits_per_byte'),

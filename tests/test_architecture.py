@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Each room may import the rooms before it, and its neighbours in the same room; commands stand on top.
 DATA = [
   {'errors'},
-  {'cleaning', 'vocabularies', 'objectives', 'shards'},
+  {'cleaning', 'vocabularies', 'objectives', 'shards', 'remote'},
   {'corpora'},
   {'streams'},
   {'frozen'},

@@ -1,5 +1,6 @@
 """A run: it resumes exactly, keeps its rows whole, says what is wrong before it starts."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -13,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from research import configs, train
+from research import configs, streams, train
 from research.errors import UserError
 from research.training import metrics
 from research.training.checkpoints import Checkpoints
@@ -258,3 +259,16 @@ def test_a_workdir_that_cannot_be_made(text_file, tmp_path):
   (tmp_path / 'file').write_text('')
   with pytest.raises(UserError, match=r'--workdir=.* cannot be written'):
     run('decoder', text_file, tmp_path / 'file' / 'run')
+
+
+def test_a_mixture_is_evaluated_part_by_part(text_file, one_device, tmp_path):
+  the_run = load('decoder', text_file, **{'Run.steps': 5, 'Run.eval_every': 5}).build()
+  parts = {'seen': the_run.train, 'held_out': the_run.validation}
+  the_run = dataclasses.replace(the_run, validation=streams.Mixture(streams=parts))
+  with open(os.devnull, 'w') as silence:
+    row = train.train(the_run, tmp_path, stream=silence)
+  last = metrics.read_rows(tmp_path / 'metrics.jsonl')[-1]
+  losses = [last[f'validation/{name}/loss'] for name in parts]
+  assert min(losses) < last['validation/loss'] < max(losses)
+  assert row['loss'] == last['validation/loss']
+  assert 0 < row['epochs'] < 1
