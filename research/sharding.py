@@ -71,11 +71,9 @@ class Mesh:
     if math.prod(sizes.values()) != devices:
       asked = ' x '.join(f'{axis} {getattr(self, axis)}' for axis in MESH_AXES)
       largest = max(MESH_AXES, key=lambda axis: getattr(self, axis))
-      raise Invalid(
-        Mesh, largest,
-        f'a mesh of {asked} needs {"a multiple of " if -1 in (self.data, self.fsdp, self.tensor) else ""}{known} '
-        f'devices and this machine has {devices}; change Mesh.{largest} or set one axis to -1.',
-      )  # fmt: skip
+      needs = f'a multiple of {known}' if -1 in vars(self).values() else f'{known}'
+      why = f'a mesh of {asked} needs {needs} devices and this machine has {devices}; '
+      raise Invalid(Mesh, largest, why + f'change Mesh.{largest} or set one axis to -1.')
     return sizes
 
   def batch_shards(self, devices: int) -> int:

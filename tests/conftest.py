@@ -29,7 +29,20 @@ def text_file(tmp_path_factory) -> pathlib.Path:
   """A small text: lines that a small model learns something of. The session's data cache is its own."""
   folder = tmp_path_factory.mktemp('text')
   os.environ['ISOFLOP_CACHE'] = str(folder / 'cache')
-  words = ('the', 'law', 'of', 'this', 'run', 'is', 'loss', 'falls', 'with', 'compute', 'and', 'data')
+  words = (
+    'the',
+    'law',
+    'of',
+    'this',
+    'run',
+    'is',
+    'loss',
+    'falls',
+    'with',
+    'compute',
+    'and',
+    'data',
+  )
   choose = random.Random(0).choice
   for i in range(40):
     text = '\n'.join(' '.join(choose(words) for _ in range(12)) for _ in range(20))
