@@ -48,3 +48,18 @@ def text_file(tmp_path_factory) -> pathlib.Path:
     text = '\n'.join(' '.join(choose(words) for _ in range(12)) for _ in range(20))
     (folder / f'{i:02}.txt').write_text(text)
   return folder / '*.txt'
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+  """Most of what is tested here does not depend on the mesh, and one device compiles much faster."""
+  import jax
+
+  monkeypatch.setattr(jax, 'devices', lambda: jax.local_devices()[:1])
+  monkeypatch.setattr(jax, 'device_count', lambda: 1)
+
+
+@pytest.fixture(scope='session')
+def user_environment() -> dict[str, str]:
+  """The environment of a process as a user starts it: one device, as many threads as there are cores."""
+  return {k: v for k, v in os.environ.items() if k not in ('XLA_FLAGS', 'PJRT_NPROC')}

@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 @pytest.mark.slow
 @pytest.mark.parametrize('notebook', sorted(p.name for p in (ROOT / 'colab').glob('*.ipynb')))
-def test_a_notebook_runs(notebook, tmp_path, monkeypatch, text_file):
+def test_a_notebook_runs(notebook, tmp_path, monkeypatch, text_file, one_device):
   matplotlib.use('agg')
   cells = json.loads((ROOT / 'colab' / notebook).read_text())['cells']
   code = '\n\n'.join(''.join(cell['source']) for cell in cells if cell['cell_type'] == 'code')

@@ -40,7 +40,7 @@ def test_every_file_it_names_is_there():
 
 @pytest.mark.slow
 @pytest.mark.parametrize('command', [c for c in COMMANDS if c not in IN_CI])
-def test_a_command_of_the_readme_runs(command, tmp_path, text_file):
+def test_a_command_of_the_readme_runs(command, tmp_path, text_file, user_environment):
   words = shlex.split(command)
   assert words[:4] == ['uv', 'run', 'python', '-m'], command
   module, args = words[4], words[5:]
@@ -59,7 +59,6 @@ corpora.TextFiles.validation_fraction = 0.2
     )
     args[0] = f'--gin_file={tmp_path / "small.gin"}'
   args += SMALL.get(module, [])
-  done = subprocess.run(
-    [sys.executable, '-m', module, *args], cwd=ROOT, capture_output=True, text=True
-  )
+  command = [sys.executable, '-m', module, *args]
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=user_environment)
   assert done.returncode == 0, done.stderr

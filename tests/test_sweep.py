@@ -178,37 +178,6 @@ def test_a_sweep_that_would_repeat_its_data_is_refused():
     )
 
 
-@pytest.mark.slow
-def test_from_the_command_line_to_a_report(make, tmp_path):
-  file = make(budgets=(2e9, 4e9, 8e9), widths=(8, 64, 8), sizes=4)
-  command = [
-    sys.executable,
-    '-m',
-    'research.sweep',
-    f'--gin_file={file}',
-    f'--workdir={tmp_path / "out"}',
-  ]
-  command.append('--gin.Sweep.forecast=2.0')
-  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-  assert done.returncode == 0, done.stderr
-  assert 'report: ' in done.stdout
-  assert 'outcome: ' in done.stdout
-  out = tmp_path / 'out'
-  forecast = json.loads((out / 'forecast.json').read_text())
-  run = out / 'runs' / forecast['run'] / 'run.json'
-  assert (out / 'forecast.json').stat().st_mtime <= run.stat().st_mtime
-  for name in ('results.csv', 'fit.json', 'report.html', 'plan.json', 'sweep.gin'):
-    assert (out / name).stat().st_size > 100, name
-  assert 'http' not in re.sub(
-    r'https?://(www\.w3\.org|arxiv\.org|doi\.org)', '', (out / 'report.html').read_text()
-  )
-  # Started again there is nothing to train, and the results are the same.
-  before = (out / 'results.csv').read_bytes()
-  again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-  assert again.returncode == 0, again.stderr
-  assert (out / 'results.csv').read_bytes() == before
-
-
 def test_what_is_wrong_with_a_sweep_is_told_by_the_command(make):
   command = [sys.executable, '-m', 'research.sweep', f'--gin_file={make()}', '--plan']
   done = subprocess.run(

@@ -37,13 +37,6 @@ def run(model, text_file, workdir, **more) -> dict:
     return train.train(config.build(), workdir, config.text, stream=silence)
 
 
-@pytest.fixture
-def one_device(monkeypatch):
-  """Most of what is tested here does not depend on the mesh, and one device compiles much faster."""
-  monkeypatch.setattr(jax, 'devices', lambda: jax.local_devices()[:1])
-  monkeypatch.setattr(jax, 'device_count', lambda: 1)
-
-
 def final_state(config, workdir):
   """The last checkpoint as host arrays."""
   the_run = config.build()
