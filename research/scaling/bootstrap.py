@@ -86,7 +86,8 @@ def _refit(fit: fits.Fit, y, w, starts, replicates):
   """The lowest end of each replicate over `starts` -> z [replicates, free], objective [replicates]."""
   if len(fit.observed) > ONE_STEP:
     raise LawError(
-      f'{len(fit.observed)} rows are too many to refit {replicates} times; set replicates=0, or fit a sample of the rows.'
+      f'{len(fit.observed)} rows are too many to refit {replicates} times; '
+      'set replicates=0, or fit a sample of the rows.'
     )
   center = fit.data['center']
   ends = []
