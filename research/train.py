@@ -114,14 +114,10 @@ class Program:
     return sums['nll'], sums['tokens']
 
 
-def make_program(run: Run, batch_rows: int | None = None) -> Program:
-  """Builds a run's functions under the mesh in use. Nothing is computed or compiled.
-
-  Args:
-    batch_rows: rows of a batch on one device, for the choice of logits chunks.
-  """
+def make_program(run: Run) -> Program:
+  """Builds a run's functions under the mesh in use. Nothing is computed or compiled."""
   abstract = jax.eval_shape(lambda key: run.model(rngs=nnx.Rngs(params=key)), jax.random.key(0))
-  rows = batch_rows or run.batch_size // run.microbatches
+  rows = run.batch_size // run.microbatches
   chunks = run.logits_chunks or losses.default_chunks(rows, run.target_length, abstract.vocab)
   return Program(run, nnx.graphdef(abstract), chunks)
 
@@ -221,7 +217,6 @@ def train(run: Run, workdir: str | pathlib.Path, config_text: str = '', stream=s
   with run.mesh.use():
     open_workdir(workdir, run, config_text)
     say = lambda text: print(text, file=stream, flush=True)
-    lead = jax.process_index() == 0
     devices = jax.devices()
     say(
       f'{len(devices)} {devices[0].device_kind} device(s), mesh {dict(jax.sharding.get_mesh().shape)}'
@@ -241,7 +236,7 @@ def train(run: Run, workdir: str | pathlib.Path, config_text: str = '', stream=s
       row = loop.train()
     finally:
       loop.close()
-    if lead:
+    if jax.process_index() == 0:
       metrics.write_atomic(workdir / 'run.json', json.dumps(row, indent=1) + '\n')
     return row
 
