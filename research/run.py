@@ -27,6 +27,7 @@ class Run:
     z_loss: weight of log(Z)^2 in the loss (PaLM uses 1e-4).
     microbatches: the batch is gone through in so many parts, to save memory; the update is the same.
     logits_chunks: the length is cut into so many parts for the logits; None chooses.
+    mesh: None chooses: data parallel, or FSDP where the state is large.
     seed: of the initialisation and of the order of the examples.
     eval_every: steps between evaluations; None for one at the end.
     checkpoint_every: steps between checkpoints; None for one at the end.
@@ -44,7 +45,7 @@ class Run:
   microbatches: int = 1
   logits_chunks: int | None = None
   seed: int = 0
-  mesh: Mesh = dataclasses.field(default_factory=Mesh)
+  mesh: Mesh | None = None
   log_every: int = 10
   eval_every: int | None = None
   checkpoint_every: int | None = None

@@ -9,6 +9,7 @@ import contextlib
 import contextvars
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -16,21 +17,27 @@ from jax import P
 
 from research.errors import Invalid, did_you_mean
 
-MESH_AXES = ('data', 'fsdp', 'tensor')
+# Outermost first: neighbours in the last axes are neighbours in the slice, where links are short.
+MESH_AXES = ('data', 'stage', 'fsdp', 'expert', 'context', 'tensor')
 ARRAY_AXES = (
   'batch', 'length', 'embed', 'heads', 'kv_heads', 'head_dim', 'mlp', 'vocab', 'expert', 'layers', 'state',
 )  # fmt: skip
-# Batches are split over data and fsdp together; parameters over fsdp by 'embed' (ZeRO-3) and over tensor by
-# the axis that is not contracted with the residual stream (Megatron).
+# Batches are split over every axis that has its own examples, and sequences over context. A parameter is split
+# by 'embed' over the axes that would else hold copies of it (ZeRO-3; data does hold copies), and over tensor by
+# the axis that is not contracted with the residual stream (Megatron); experts live on an axis of their own.
 RULES = {
-  'batch': ('data', 'fsdp'),
-  'embed': 'fsdp',
+  'batch': ('data', 'fsdp', 'expert'),
+  'length': 'context',
+  'embed': ('fsdp', 'expert', 'context'),
   'heads': 'tensor',
   'kv_heads': 'tensor',
   'mlp': 'tensor',
   'vocab': 'tensor',
-  'expert': 'tensor',
+  'expert': 'expert',
+  'layers': 'stage',
 }
+# Grouped queries leave few keys: where they are fewer than the devices, each device holds all of them.
+_MAY_STAY_WHOLE = ('kv_heads',)
 
 _rules = contextvars.ContextVar('rules', default=None)
 
@@ -39,18 +46,35 @@ _rules = contextvars.ContextVar('rules', default=None)
 class Mesh:
   """How many devices along each mesh axis, and which array axis is split over which of them.
 
-  One size may be -1: as many as there are devices left. `rules` replace entries of `RULES`; None unsplits.
+  One size may be -1: as many as there are devices left. Sizes are of one slice; several slices, joined by a
+  slower network (DCN), multiply `data` by `dcn_data` and `stage` by `dcn_stage`.
+
+  Attributes:
+    data: copies of the parameters, each with its own examples.
+    fsdp: own examples; parameters and optimizer state are split (ZeRO-3) and gathered layer by layer.
+    tensor: heads, MLP and vocabulary are split (Megatron).
+    context: sequences are split.
+    expert: experts are split, and so are the examples.
+    stage: layers are split (a pipeline).
+    dcn_data, dcn_stage: how many slices; dcn_data -1 is all that there are.
+    rules: replace entries of `RULES`; None keeps an axis whole. Of a tuple of mesh axes an array takes those
+      that its other axes leave free; a single one must be free.
   """
 
   data: int = -1
   fsdp: int = 1
   tensor: int = 1
+  context: int = 1
+  expert: int = 1
+  stage: int = 1
+  dcn_data: int = -1
+  dcn_stage: int = 1
   rules: dict = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
-    for axis in MESH_AXES:
+    for axis in (*MESH_AXES, 'dcn_data', 'dcn_stage'):
       size = getattr(self, axis)
-      if not isinstance(size, int) or (size < 1 and size != -1):
+      if not isinstance(size, int) or (size < 1 and (size != -1 or axis == 'dcn_stage')):
         raise Invalid(
           Mesh, axis, f'{size!r} is not a number of devices (a positive integer, or -1).'
         )
@@ -63,31 +87,63 @@ class Mesh:
         if axis not in MESH_AXES:
           raise Invalid(Mesh, 'rules', f'no mesh axis {axis!r}.{did_you_mean(axis, MESH_AXES)}')
 
-  def shape(self, devices: int) -> dict[str, int]:
-    """The size of every mesh axis on this many devices."""
+  @property
+  def table(self) -> dict:
+    """Which mesh axes every array axis is split over: name -> None, one, or several."""
+    return {**RULES, **self.rules}
+
+  def shape(self, devices: int, slices: int = 1) -> dict[str, int]:
+    """The size of every mesh axis on this many devices, in all slices together."""
+    within, across = self._within(devices // slices), self._across(slices)
+    return {axis: size * across.get(axis, 1) for axis, size in within.items()}
+
+  def _within(self, devices: int) -> dict[str, int]:
     sizes = {axis: getattr(self, axis) for axis in MESH_AXES}
     known = math.prod(size for size in sizes.values() if size != -1)
-    sizes = {axis: devices // known if size == -1 else size for axis, size in sizes.items()}
-    if math.prod(sizes.values()) != devices:
-      asked = ' x '.join(f'{axis} {getattr(self, axis)}' for axis in MESH_AXES)
-      largest = max(MESH_AXES, key=lambda axis: getattr(self, axis))
-      needs = f'a multiple of {known}' if -1 in vars(self).values() else f'{known}'
-      why = f'a mesh of {asked} needs {needs} devices and this machine has {devices}; '
+    filled = {axis: devices // known if size == -1 else size for axis, size in sizes.items()}
+    if math.prod(filled.values()) != devices:
+      asked = ' x '.join(f'{axis} {size}' for axis, size in sizes.items() if size != 1)
+      largest = max(sizes, key=sizes.get)
+      needs = f'a multiple of {known}' if -1 in sizes.values() else f'{known}'
+      why = f'a mesh of {asked} needs {needs} devices and there are {devices} here; '
       raise Invalid(Mesh, largest, why + f'change Mesh.{largest} or set one axis to -1.')
-    return sizes
+    return filled
 
-  def batch_shards(self, devices: int) -> int:
+  def _across(self, slices: int) -> dict[str, int]:
+    data = slices // self.dcn_stage if self.dcn_data == -1 else self.dcn_data
+    if data * self.dcn_stage != slices:
+      field = 'dcn_stage' if self.dcn_data == -1 else 'dcn_data'
+      why = f'data {data} x stage {self.dcn_stage} over DCN are not the {slices} slices here; '
+      raise Invalid(Mesh, field, why + 'their product must be, and dcn_data may be -1.')
+    return {'data': data, 'stage': self.dcn_stage}
+
+  def batch_shards(self, devices: int, slices: int = 1) -> int:
     """Over how many devices a batch is split: the batch size must be a multiple of it."""
-    sizes = self.shape(devices)
-    return math.prod(sizes[axis] for axis in _as_tuple({**RULES, **self.rules}['batch']))
+    sizes = self.shape(devices, slices)
+    return math.prod(sizes[axis] for axis in _as_tuple(self.table['batch']))
+
+  def arrange(self, devices) -> jax.sharding.Mesh:
+    """The devices in this shape, neighbours in the network as neighbours in the mesh."""
+    slices = count_slices(devices)
+    sizes = self.shape(len(devices), slices)
+    if slices == 1:
+      return jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=devices)
+    from jax.experimental import mesh_utils
+
+    across = self._across(slices)
+    grid = mesh_utils.create_hybrid_device_mesh(
+      tuple(size // across.get(axis, 1) for axis, size in sizes.items()),
+      tuple(across.get(axis, 1) for axis in sizes),
+      devices,
+    )
+    explicit = (jax.sharding.AxisType.Explicit,) * grid.ndim
+    return jax.sharding.Mesh(grid, tuple(sizes), axis_types=explicit)
 
   @contextlib.contextmanager
   def use(self, devices=None):
     """Within this, `spec` and `shard` mean this mesh, over `devices` (all of them by default)."""
-    devices = jax.devices() if devices is None else devices
-    sizes = self.shape(len(devices))
-    mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=devices)
-    token = _rules.set({**RULES, **self.rules})
+    mesh = self.arrange(jax.devices() if devices is None else devices)
+    token = _rules.set(self.table)
     try:
       with jax.set_mesh(mesh):
         yield mesh
@@ -95,15 +151,45 @@ class Mesh:
       _rules.reset(token)
 
 
+def count_slices(devices) -> int:
+  """How many slices (of TPUs, joined by DCN) these devices are; 1 where there is no such thing."""
+  return len({getattr(device, 'slice_index', None) for device in devices})
+
+
+def describe(mesh: jax.sharding.Mesh) -> str:
+  """'data 2 x fsdp 4': the axes that split anything."""
+  return ' x '.join(f'{axis} {n}' for axis, n in mesh.shape.items() if n > 1) or 'of one device'
+
+
+def default_mesh(state_bytes: int, device_bytes: int | None) -> Mesh:
+  """The mesh of a run that names none: data parallel where the state is small, FSDP where it is not.
+
+  Copies of the state cost one all-reduce a step and FSDP three collectives a layer; so parameters and optimizer
+  are copied while they take at most a quarter of a device's memory.
+
+  Args:
+    state_bytes: of parameters and optimizer state.
+    device_bytes: memory of a device; None where it is the machine's own (CPU), which copies would only fill.
+  """
+  small = device_bytes is None or state_bytes <= device_bytes / 4
+  return Mesh() if small else Mesh(data=1, fsdp=-1)
+
+
 def _as_tuple(axes) -> tuple:
   return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def axis_size(name: str) -> int:
+  """Over how many devices the mesh in use splits the array axis `name`."""
+  rules, sizes = _rules.get() or {}, jax.sharding.get_abstract_mesh().shape
+  return math.prod(sizes.get(axis, 1) for axis in _as_tuple(rules.get(name)))
 
 
 def spec(*names: str | None, shape: tuple[int, ...] | None = None) -> P:
   """`spec('batch', 'length', None)`: the PartitionSpec of an array with these axes under the mesh in use.
 
-  With `shape` (for parameters), an axis whose size the mesh does not divide stays whole, and of two names
-  that claim one mesh axis the first has it. Outside any mesh everything is whole.
+  With `shape`, an axis whose size the mesh does not divide stays whole; of two names that claim one mesh axis
+  the first has it. For parameters `check` makes errors of both. Outside any mesh everything is whole.
   """
   rules = _rules.get() or {}
   sizes = dict(jax.sharding.get_abstract_mesh().shape)
@@ -119,6 +205,45 @@ def spec(*names: str | None, shape: tuple[int, ...] | None = None) -> P:
   return P(*parts)
 
 
+def check(parameters: Mapping[str, tuple[tuple[str | None, ...], tuple[int, ...]]]) -> None:
+  """Raises Invalid where a parameter does not go onto the mesh in use as the rules say.
+
+  Args:
+    parameters: path -> (names of the axes, shape).
+
+  Raises:
+    Invalid: of `Mesh`: two axes of one parameter claim one mesh axis, or a size is not a multiple of the
+      devices it is split over.
+  """
+  rules, sizes = _rules.get() or {}, dict(jax.sharding.get_abstract_mesh().shape)
+  for path, (names, shape) in parameters.items():
+    taken = {}
+    shown = 'x'.join(
+      f'{n} {name}' if name else str(n) for n, name in zip(shape, names, strict=True)
+    )
+    for name, size in zip(names, shape, strict=True):
+      rule = rules.get(name)
+      axes = [axis for axis in _as_tuple(rule) if sizes.get(axis, 1) > 1]
+      clash = [axis for axis in axes if axis in taken]
+      if clash and isinstance(rule, str):
+        why = (
+          f'{taken[rule]!r} and {name!r} of {path} [{shown}] both claim the mesh axis {rule!r}; '
+        )
+        raise Invalid(
+          Mesh, 'rules', why + f'keep one whole, as in Mesh.rules = {{{name!r}: None}}.'
+        )
+      axes = [axis for axis in axes if axis not in taken]
+      n = math.prod(sizes[axis] for axis in axes)
+      if size % n and name not in _MAY_STAY_WHOLE:
+        on = ' x '.join(f'{axis} {sizes[axis]}' for axis in axes)
+        why = (
+          f'{on} does not divide the {size} {name!r} of {path} [{shown}]; change Mesh.{axes[-1]} '
+        )
+        why += f'or that size, or keep it whole with Mesh.rules = {{{name!r}: None}}.'
+        raise Invalid(Mesh, axes[-1], why)
+      taken.update(dict.fromkeys(axes, name) if not size % n else {})
+
+
 def shard(x: jax.Array, *names: str | None) -> jax.Array:
   """`x` moved to where the names of its axes say; its values are unchanged."""
   if _rules.get() is None:
@@ -131,7 +256,7 @@ def place(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
   mesh = jax.sharding.get_mesh()
   return {
     key: jax.make_array_from_process_local_data(
-      jax.sharding.NamedSharding(mesh, spec('batch', *[None] * (x.ndim - 1))), x
+      jax.sharding.NamedSharding(mesh, spec('batch', 'length')), x
     )
     for key, x in batch.items()
   }

@@ -5,6 +5,7 @@ checkpoints/ and at last run.json, the one row of the run. Started again with th
 """
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -31,7 +32,7 @@ import optax
 from flax import nnx
 
 from research import configs, data, sharding
-from research.model import counts
+from research.model import counts, layers
 from research.run import Run
 from research.training import losses, metrics
 from research.training.checkpoints import Checkpoints
@@ -60,6 +61,11 @@ class Program:
       'params': params,
       'opt': self.optimizer(0.0).init(params),
     }
+
+  @functools.cached_property
+  def abstract(self) -> dict:
+    """The shapes of the state, and where its arrays live."""
+    return jax.eval_shape(self.init, jax.random.key(0))
 
   def loss(self, params: dict, batch: dict) -> tuple[jax.Array, dict]:
     """Sum of the loss over a batch's target tokens, and what it is made of."""
@@ -115,11 +121,32 @@ class Program:
 
 
 def make_program(run: Run) -> Program:
-  """Builds a run's functions under the mesh in use. Nothing is computed or compiled."""
+  """Builds a run's functions under the mesh in use. Nothing is computed or compiled.
+
+  Raises:
+    Invalid: the mesh does not suit a parameter.
+  """
   abstract = jax.eval_shape(lambda key: run.model(rngs=nnx.Rngs(params=key)), jax.random.key(0))
+  sharding.check(layers.named_axes(abstract))
   rows = run.batch_size // run.microbatches
   chunks = run.logits_chunks or losses.default_chunks(rows, run.target_length, abstract.vocab)
   return Program(run, nnx.graphdef(abstract), chunks)
+
+
+def mesh_of(run: Run, devices, device_bytes: int | None = None) -> sharding.Mesh:
+  """The run's mesh, or the one that suits its state where it names none.
+
+  Args:
+    devices: to be used.
+    device_bytes: memory of one; asked of it when None.
+  """
+  if run.mesh is not None or len(devices) == 1:
+    return run.mesh or sharding.Mesh()
+  with sharding.Mesh().use(devices[:1]):
+    state = jax.eval_shape(make_program(run).init, jax.random.key(0))
+  size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
+  device_bytes = device_bytes or (devices[0].memory_stats() or {}).get('bytes_limit')
+  return sharding.default_mesh(size, device_bytes)
 
 
 def open_workdir(workdir: pathlib.Path, run: Run, config_text: str) -> None:
@@ -166,12 +193,28 @@ def check_fits(run: Run, vocab: int, inputs: tuple[str, ...], train: data.Frozen
       'train',
       f'the model reads {missing[0]} tokens and {run.train.name} for this architecture has none.',
     )
-  devices = run.mesh.batch_shards(jax.device_count()) * run.microbatches
+  check_divides(run)
+
+
+def check_divides(run: Run) -> None:
+  """Raises Invalid where the mesh in use does not divide the run's batches."""
+  devices = sharding.axis_size('batch') * run.microbatches
   if run.batch_size % devices:
     raise Invalid(
       Run, 'batch_size', f'{run.batch_size} is not a multiple of {devices}, the devices a batch is split over '
       'times the microbatches.',
     )  # fmt: skip
+  parts = sharding.axis_size('length')
+  for name, length in run.train.lengths.items():
+    if length % parts:
+      why = f'{parts} does not divide the length {length} of the {name}; change Mesh.context or that length.'
+      raise Invalid(sharding.Mesh, 'context', why)
+
+
+def keep_compiled() -> None:
+  """Compiled programs are kept: the runs of a sweep that share a shape, and a restart, need not compile again."""
+  jax.config.update('jax_compilation_cache_dir', str(data.default_cache() / 'xla'))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
 
 
 class Interrupted(Exception):
@@ -211,16 +254,12 @@ def train(run: Run, workdir: str | pathlib.Path, config_text: str = '', stream=s
     Interrupted: SIGTERM came; a checkpoint was saved.
   """
   workdir = pathlib.Path(workdir)
-  # Compiled programs are kept: the runs of a sweep that share a shape, and a restart, need not compile again.
-  jax.config.update('jax_compilation_cache_dir', str(data.default_cache() / 'xla'))
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
-  with run.mesh.use():
+  keep_compiled()
+  with mesh_of(run, jax.devices()).use() as mesh:
     open_workdir(workdir, run, config_text)
     say = lambda text: print(text, file=stream, flush=True)
     devices = jax.devices()
-    say(
-      f'{len(devices)} {devices[0].device_kind} device(s), mesh {dict(jax.sharding.get_mesh().shape)}'
-    )
+    say(f'{len(devices)} {devices[0].device_kind} device(s), mesh {sharding.describe(mesh)}')
     frozen, validation = data.open_streams([run.train, run.validation], log=say)
     program = make_program(run)
     model = jax.eval_shape(lambda key: run.model(rngs=nnx.Rngs(params=key)), jax.random.key(0))
@@ -252,16 +291,13 @@ class _Loop:
     self.step_fn = jax.jit(program.step, donate_argnums=0)
     self.evaluate_fn = jax.jit(program.evaluate)
     self.rates = np.asarray(jax.vmap(run.schedule(run.steps))(jnp.arange(run.steps)), np.float32)
-    init = jax.jit(program.init)
-    restored = self.checkpoints.restore(
-      jax.eval_shape(init, jax.random.key(run.seed)), log=self._say(stream)
-    )
+    restored = self.checkpoints.restore(program.abstract, log=self._say(stream))
     if restored:
       self.start, self.state, meta = restored
       self.tokens, self.seconds = meta['tokens'], meta['seconds']
       print(f'resumed from step {self.start:,}', file=stream, flush=True)
     else:
-      self.start, self.state, self.tokens, self.seconds = 0, init(jax.random.key(run.seed)), 0, 0.0
+      self.start, self.state, self.tokens, self.seconds = 0, self.initial(), 0, 0.0
     self.rows = metrics.Rows(workdir, self.start)
     flops = count.flops_6n_with_head
     self.progress = metrics.Progress(run.steps, self.start, flops, stream)
@@ -269,12 +305,15 @@ class _Loop:
     self.clock = time.monotonic()
     self.began = self.clock - self.seconds
 
+  def initial(self) -> dict:
+    return jax.jit(self.program.init)(jax.random.key(self.run.seed))
+
   @staticmethod
   def _say(stream):
     return lambda text: print(text, file=stream, flush=True)
 
   def train(self) -> dict:
-    run, pending, status = self.run, None, 'finished'
+    run, pending, status, step = self.run, None, 'finished', self.start
     batches = data.batches(
       self.frozen, run.batch_size, run.seed, start=self.start,
       process_index=jax.process_index(), process_count=jax.process_count(),

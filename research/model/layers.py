@@ -53,8 +53,18 @@ def normal(key, shape, dtype=jnp.float32, out_sharding=None, *, stddev: float = 
 
 
 def param(rngs: nnx.Rngs, shape, axes, init: Initializer) -> nnx.Param:
-  """A float32 parameter, made where the names of its axes say."""
-  return nnx.Param(init(rngs.params(), shape, jnp.float32, out_sharding=spec(*axes, shape=shape)))
+  """A float32 parameter, made where the names of its axes say; it keeps them as `axes`."""
+  value = init(rngs.params(), shape, jnp.float32, out_sharding=spec(*axes, shape=shape))
+  return nnx.Param(value, axes=tuple(axes))
+
+
+def named_axes(module: nnx.Module) -> dict[str, tuple[tuple[str | None, ...], tuple[int, ...]]]:
+  """Path of every parameter -> (names of its axes, shape); a stack's first axis is 'layers'."""
+  found = {}
+  for path, value in nnx.to_flat_state(nnx.state(module, nnx.Param)):
+    stacked = len(value.shape) - len(value.axes)
+    found['.'.join(map(str, path))] = ('layers',) * stacked + value.axes, value.shape
+  return found
 
 
 def check_sizes(owner: type, **sizes: int | None) -> None:
