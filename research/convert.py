@@ -198,14 +198,32 @@ TRAINING_ONLY = (
 )
 
 
+# Sizes that a part may compute: the shapes of the parameters are compared instead.
+FROM_SHAPES = ('inner', 'rank', 'heads')
+
+
 def _check_same(model_type: str, ours, theirs) -> None:
+  from flax import nnx
+
   from research import configs
+  from research.model import counts
+
+  shapes = [
+    {path: x.shape for path, x in nnx.to_flat_state(nnx.state(counts.abstract(tree)))}
+    for tree in (ours, theirs)
+  ]
+  for path, shape in shapes[0].items():
+    if shapes[1].get(path) != shape:
+      name = '.'.join(map(str, path))
+      raise UserError(
+        f'config.json of {model_type} cannot say that {name} is {shape}, only {shapes[1].get(path)}.'
+      )
 
   lines = [
     [
       line.strip()
       for line in configs.describe(tree).splitlines()
-      if line.split()[0] not in TRAINING_ONLY
+      if line.split()[0] not in (*TRAINING_ONLY, *FROM_SHAPES)
     ]
     for tree in (ours, theirs)
   ]

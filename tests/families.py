@@ -19,8 +19,8 @@ PRESETS = {
 MACROS = {
   'VOCAB': 64, 'EMBED': 16, 'LAYERS': 2, 'ENCODER_LAYERS': 2, 'DECODER_LAYERS': 2, 'PERIODS': 1, 'REST': 1,
   'DENSE_LAYERS': 1, 'MOE_LAYERS': 1, 'HEADS': 4, 'HEAD_DIM': 8, 'MLP': 32, 'EXPERT_MLP': 16, 'SHARED_MLP': 16,
-  'EXPERTS': 4, 'ACTIVE': 2, 'INNER': 32, 'RANK': 4, 'WINDOW': 4, 'POSITIONS': 64, 'EMBEDDING_SCALE': 4.0,
-  'HEAD_SCALE': 0.25, 'LOGIT_SCALE': 0.25, 'KV_HEADS': 2,
+  'EXPERTS': 4, 'ACTIVE': 2, 'WINDOW': 4, 'POSITIONS': 64,
+  'LOGIT_SCALE': 0.25, 'KV_HEADS': 2,
 }  # fmt: skip
 # Sizes that a preset binds without a macro.
 ARGUMENTS = {

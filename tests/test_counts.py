@@ -6,19 +6,24 @@ otherwise. `ROUNDED` are figures of papers, with the digits they print.
 """
 
 import functools
+import itertools
 import math
 import pathlib
+import re
 import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 from research import configs
 from research.errors import UserError
+from research.model import ssm
 from research.model.counts import Counts, abstract, count, table
 from research.sharding import Mesh
+from tests.families import PRESETS, tiny
 
 MODELS = pathlib.Path(__file__).resolve().parent.parent / 'gin' / 'models'
 
@@ -338,7 +343,7 @@ def test_flops_of_latent_attention_are_those_of_the_traced_program():
 
 
 def test_flops_of_state_space_duality_are_those_of_the_traced_program():
-  sizes = 'VOCAB=96 EMBED=32 LAYERS=2 HEADS=4 HEAD_DIM=16 Mamba2.state=8 Mamba2.chunk=4'
+  sizes = 'VOCAB=96 EMBED=32 LAYERS=2 HEAD_DIM=16 Mamba2.state=8 Mamba2.chunk=4'
   counts, traced = traced_flops('mamba2/130m', sizes.split(), 8, 8)
   convolutions = (
     2 * 4 * (64 + 2 * 8) * 2
@@ -346,6 +351,72 @@ def test_flops_of_state_space_duality_are_those_of_the_traced_program():
   one_hot = 2 * 96 * 32
   assert traced == pytest.approx(counts.flops_chinchilla / 3 - convolutions - one_hot, rel=1e-12)
   assert counts.flops_attention_causal == counts.flops_attention_full
+
+
+# What a family computes from its width: (member of the model, its value at a width).
+FROM_WIDTH = {
+  'gemma': {'embedder.scale': math.sqrt},
+  'gemma2': {'embedder.scale': math.sqrt},
+  'gemma3': {'embedder.scale': math.sqrt},
+  't5_1_0': {'head.scale': lambda embed: embed**-0.5},
+  'switch': {'head.scale': lambda embed: embed**-0.5},
+  'palm': {'head.scale': lambda embed: embed**-0.5},
+  'lamda': {'head.scale': lambda embed: embed**-0.5},
+  'mamba': {'inner': lambda embed: 2 * embed, 'rank': lambda embed: math.ceil(embed / 16)},
+  'jamba': {'inner': lambda embed: 2 * embed, 'rank': lambda embed: math.ceil(embed / 16)},
+  'mamba2': {'inner': lambda embed: 2 * embed},
+}
+
+
+def widths_of(module) -> dict[str, float]:
+  """The scales of a model, and the widths inside its state-space parts."""
+  found = {'embedder.scale': module.embedder.scale, 'head.scale': getattr(module.head, 'scale', 1)}
+  stacks = [getattr(module, name, None) for name in ('stack', 'encoder')]
+  for sublayer in next(s for s in stacks if s is not None).__dict__.get('sublayers', ()):
+    for part in sublayer.parts:
+      if isinstance(part, ssm.Mamba):
+        found |= {'inner': part.output.kernel.shape[-2], 'rank': part.step.kernel.shape[-2]}
+      if isinstance(part, ssm.Mamba2):
+        found |= {'inner': part.heads * part.head_dim}
+  return found
+
+
+@pytest.mark.parametrize(
+  'family',
+  [f if f in ('t5_1_0', 'mamba', 'gemma') else pytest.param(f, marks=pytest.mark.slow)
+   for f in PRESETS],
+)  # fmt: skip
+def test_a_ladder_changes_only_the_width(family):
+  """At any EMBED the scales and inner sizes are the family's own, and N is a polynomial of its degree."""
+  sizes = []
+  for embed in (16, 32, 48, 64):
+    module = abstract(tiny(family, [f'EMBED={embed}']))
+    rules = FROM_WIDTH.get(family, {})
+    want = {'embedder.scale': lambda _: 1.0, 'head.scale': lambda _: 1.0} | rules
+    found = widths_of(module)
+    assert found == {name: pytest.approx(rule(embed)) for name, rule in want.items()}
+    sizes.append(sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(module))))
+  steps = [b - a for a, b in itertools.pairwise(sizes)]
+  second = [b - a for a, b in itertools.pairwise(steps)]
+  # Matrices of the embedding by something else grow with it; state spaces and BERT's head by its square.
+  if family in ('mamba', 'mamba2', 'jamba', 'bert'):
+    assert second[0] == second[1] > 0
+  else:
+    assert steps[0] > 0
+    assert second == [0, 0]
+
+
+@pytest.mark.parametrize('preset', sorted(PRESETS.values()))
+def test_no_preset_writes_its_width_twice(preset):
+  """A number that is a power of EMBED would be wrong at another width: parts take it as a function."""
+  gin = configs.load(str(MODELS / f'{preset}.gin'), root='MODEL')
+  text = configs.describe(gin.tree())
+  embed = gin.macros['EMBED'].value
+  for line in text.splitlines():
+    _, _, value = line.strip().partition(' = ')
+    if re.fullmatch(r'[0-9.e-]+', value) and '.' in value:
+      for power in (0.5, -0.5, -1.0):
+        assert float(value) != pytest.approx(embed**power, rel=1e-9), line
 
 
 @pytest.mark.parametrize('window', [None, 1, 3, 8, 100])

@@ -20,8 +20,7 @@ FILES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / 'gin').rglob('*.g
 TINY = {
   'VOCAB': 96, 'EMBED': 32, 'LAYERS': 2, 'ENCODER_LAYERS': 2, 'DECODER_LAYERS': 1, 'PERIODS': 2, 'REST': 1,
   'DENSE_LAYERS': 1, 'MOE_LAYERS': 2, 'HEADS': 8, 'KV_HEADS': 2, 'HEAD_DIM': 8, 'MLP': 48, 'EXPERT_MLP': 16,
-  'SHARED_MLP': 32, 'EXPERTS': 4, 'ACTIVE': 2, 'INNER': 64, 'RANK': 2, 'HEAD_SCALE': 32**-0.5,
-  'EMBEDDING_SCALE': 32**0.5, 'LOGIT_SCALE': 0.1,
+  'SHARED_MLP': 32, 'EXPERTS': 4, 'ACTIVE': 2, 'LOGIT_SCALE': 0.1,
 }  # fmt: skip
 
 

@@ -46,6 +46,26 @@ class Derived:
   write: Callable[[Get], dict[str, Any]] = lambda get: {}
 
 
+@dataclasses.dataclass(frozen=True)
+class Implied:
+  """A size that a part computes from the width: bound only where config.json says another.
+
+  `of` is the part's rule, of the width.
+  """
+
+  hf: str
+  gin: str
+  of: Callable[[int], int]
+
+  def read(self, config: dict) -> dict[str, Any]:
+    value = config.get(self.hf)
+    implied = value in (None, 'auto', self.of(config['hidden_size']))
+    return {} if implied else {self.gin: value}
+
+  def write(self, get: Get) -> dict[str, Any]:
+    return {self.hf: get(self.gin) or self.of(get('EMBED'))}
+
+
 def always(bindings: dict[str, Any]) -> Derived:
   return Derived(lambda config: bindings)
 
@@ -162,7 +182,7 @@ class Family:
   model_type: str
   architecture: str
   gin: str
-  fields: tuple[Field | Derived, ...]
+  fields: tuple[Field | Implied | Derived, ...]
   trees: tuple[Tree, ...]
   top: dict[str, str]
   when: dict[str, Any] = dataclasses.field(default_factory=dict)

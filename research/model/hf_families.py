@@ -19,6 +19,7 @@ from research.model.hf_config import (
   Derived,
   Family,
   Field,
+  Implied,
   Raw,
   always,
   head_dim,
@@ -116,7 +117,6 @@ SCALE = Field(
   'query_pre_attn_scalar', 'attention.Attention.scale',
   to_gin=lambda n: n**-0.5, to_hf=lambda scale: round(scale**-2, 6),
 )  # fmt: skip
-GEMMA = Derived(lambda c: {'EMBEDDING_SCALE': c['hidden_size'] ** 0.5})
 GEMMA_NORMS = (
   ('input_layernorm', 'post_attention_layernorm'),
   ('pre_feedforward_layernorm', 'post_feedforward_layernorm'),
@@ -191,14 +191,14 @@ LLAMA_LIKE = (
                        lambda get: {'moe_intermediate_size': get('MLP')})),
     when={'hidden_act': 'silu', 'attention_bias': False, 'decoder_sparse_step': 1, 'mlp_only_layers': []},
   ),
-  _llama('gemma', 'GemmaForCausalLM', 'gemma/family', (GEMMA,), tie=True, when={'attention_bias': False}),
+  _llama('gemma', 'GemmaForCausalLM', 'gemma/family', tie=True, when={'attention_bias': False}),
   Family(
     'gemma2', 'Gemma2ForCausalLM', 'gin/models/gemma2/family.gin',
-    (*GEMMA_FIELDS, ROPE, GEMMA, *GEMMA2), tree(GEMMA_NORMS), TOP, GELU_TANH,
+    (*GEMMA_FIELDS, ROPE, *GEMMA2), tree(GEMMA_NORMS), TOP, GELU_TANH,
   ),
   Family(
     'gemma3_text', 'Gemma3ForCausalLM', 'gin/models/gemma3/family.gin',
-    (*GEMMA_FIELDS, GEMMA, *GEMMA2[1:], Derived(_read_gemma3, _write_gemma3)),
+    (*GEMMA_FIELDS, *GEMMA2[1:], Derived(_read_gemma3, _write_gemma3)),
     tree(GEMMA_NORMS), {**TOP, 'stack.norm': 'model.norm'}, GELU_TANH,
   ),
   _llama('glm', 'GlmForCausalLM', 'glm/family', trees=tree(**GLM_PARTS),
@@ -427,7 +427,7 @@ def _t5_head(config):
   scaled = config.get('tie_word_embeddings', True) and config.get('scale_decoder_outputs', True)
   return {
     'models.EncoderDecoder.head': Raw('@models.UntiedHead' if untied else '@models.TiedHead'),
-    'models.TiedHead.scale': config['d_model'] ** -0.5 if scaled else 1.0,
+    'models.TiedHead.scale': Raw('@models.inverse_sqrt') if scaled else 1.0,
   }
 
 
@@ -439,7 +439,9 @@ T5_HEAD = Derived(
   },
 )
 MT5_HEAD = Derived(lambda c: {**_t5_head(c), 'models.TiedHead.scale': 1.0})
-SWITCH_HEAD = Derived(lambda c: {**_t5_head(c), 'HEAD_SCALE': c['d_model'] ** -0.5})
+SWITCH_HEAD = Derived(
+  lambda c: {**_t5_head(c), 'models.TiedHead.scale': Raw('@models.inverse_sqrt')}
+)
 # Theirs is a number of tokens, ours a factor of the fair share; the two meet at T5's 512 tokens.
 SWITCH_CAPACITY = Derived(
   write=lambda get: {'expert_capacity': math.ceil(get('moe.MoE.capacity') * 512 / get('EXPERTS'))}
@@ -490,6 +492,35 @@ def _mamba(model_type, architecture, fields, parts, tie):
   return Family(
     model_type, architecture, f'gin/models/{model_type}/family.gin', sizes, trees, top, when
   )
+
+
+def _inner(hf: str) -> Derived:
+  """Their factor of the width and our number of channels."""
+
+  def read(c):
+    factor = c.get(hf, 2)
+    return {} if factor == 2 else {'ssm.Mamba.inner': int(factor * c['hidden_size'])}
+
+  def write(get):
+    inner = get('ssm.Mamba.inner') or 2 * get('EMBED')
+    factor = inner / get('EMBED')
+    return {hf: int(factor) if factor == int(factor) else factor}
+
+  return Derived(read, write)
+
+
+def _read_mamba2(c):
+  implied = c['num_heads'] * c['head_dim'] == 2 * c['hidden_size']
+  return {
+    'HEAD_DIM': c['head_dim'], 'ssm.Mamba2.norm_epsilon': c.get('layer_norm_epsilon', 1e-5),
+    **({} if implied else {'ssm.Mamba2.heads': c['num_heads']}),
+  }  # fmt: skip
+
+
+def _write_mamba2(get):
+  head_dim = get('HEAD_DIM')
+  heads = get('ssm.Mamba2.heads') or 2 * get('EMBED') // head_dim
+  return {'num_heads': heads, 'head_dim': head_dim, 'expand': heads * head_dim // get('EMBED')}
 
 
 LATENT_FIELDS = (
@@ -566,28 +597,23 @@ def _deepseek(version: str, gin: str, fields, when) -> Family:
 OTHERS = (
   _mamba(
     'mamba', 'MambaForCausalLM',
-    (Field('intermediate_size', 'INNER', lambda c: c.get('expand', 2) * c['hidden_size']),
-     Field('time_step_rank', 'RANK', lambda c: -(-c['hidden_size'] // 16)),
+    (_inner('expand'), Implied('time_step_rank', 'ssm.Mamba.rank', lambda embed: -(-embed // 16)),
      Field('state_size', 'ssm.Mamba.state', 16), Field('conv_kernel', 'ssm.Mamba.width', 4)),
     {'Mamba': under('mixer.', MAMBA)}, True,
   ),
   _mamba(
     'mamba2', 'Mamba2ForCausalLM',
-    (Field('num_heads', 'HEADS'), Field('head_dim', 'HEAD_DIM'), Field('state_size', 'ssm.Mamba2.state', 128),
-     Field('n_groups', 'ssm.Mamba2.groups', 8), Field('conv_kernel', 'ssm.Mamba2.width', 4),
-     Derived(lambda c: {'ssm.Mamba2.norm_epsilon': c.get('layer_norm_epsilon', 1e-5)},
-             lambda get: {'expand': get('HEADS') * get('HEAD_DIM') // get('EMBED')})),
+    (Field('state_size', 'ssm.Mamba2.state', 128), Field('n_groups', 'ssm.Mamba2.groups', 8),
+     Field('conv_kernel', 'ssm.Mamba2.width', 4), Derived(_read_mamba2, _write_mamba2)),
     {'Mamba2': MAMBA2}, False,
   ),
   Family(
     'jamba', 'JambaForCausalLM', 'gin/models/jamba/52b.gin',
     (*SIZES[:2], SIZES[3], KV_HEADS, HEAD_DIM_ONLY_OURS, MLP, RMS, tied(False), *EXPERTS[:2],
-     Derived(lambda c: {'PERIODS': c['num_hidden_layers'] // 8,
-                        'INNER': c['mamba_expand'] * c['hidden_size']},
-             lambda get: {'num_hidden_layers': 8 * get('PERIODS'),
-                          'mamba_expand': get('INNER') // get('EMBED')}),
-     Field('mamba_d_state', 'ssm.Mamba.state', 16), Field('mamba_d_conv', 'ssm.Mamba.width', 4),
-     Field('mamba_dt_rank', 'RANK')),
+     Derived(lambda c: {'PERIODS': c['num_hidden_layers'] // 8},
+             lambda get: {'num_hidden_layers': 8 * get('PERIODS')}),
+     _inner('mamba_expand'), Implied('mamba_dt_rank', 'ssm.Mamba.rank', lambda embed: -(-embed // 16)),
+     Field('mamba_d_state', 'ssm.Mamba.state', 16), Field('mamba_d_conv', 'ssm.Mamba.width', 4)),
     tree(('input_layernorm', 'pre_ff_layernorm'), Mlp=under('feed_forward.', GATED),
          Mamba=under('mamba.', MAMBA), MoE=experts('feed_forward.', router='router')),
     {**TOP, 'stack.norm': 'model.final_layernorm'},

@@ -15,6 +15,14 @@ from flax import nnx
 from research.model.layers import Context, Initializer, Linear, Part, check_sizes, normal, param
 from research.sharding import shard, spec
 
+# A number, or how it follows from `embed`: then it is right at every width of a ladder.
+Scale = float | Callable[[int], float]
+
+
+def inverse_sqrt(embed: int) -> float:
+  """embed^-1/2: a `Scale` (T5 1.0, PaLM)."""
+  return embed**-0.5
+
 
 class Embedder(nnx.Module):
   """Tokens (and, where learned, positions and a type) to vectors.
@@ -24,7 +32,7 @@ class Embedder(nnx.Module):
     position_offset: the row of position 0 (OPT has 2 rows before it, so its table has 2 more).
     fixed_positions: added too, `positions.sinusoidal`.
     types: how many token types (BERT); tokens are of type 0.
-    scale: of the token vectors (Gemma: embed^1/2).
+    scale: of the token vectors, a number or a function of embed (Gemma: `math.sqrt`).
     norm: after the sum (BERT, BLOOM).
   """
 
@@ -37,13 +45,14 @@ class Embedder(nnx.Module):
     position_offset: int = 0,
     fixed_positions: Callable[..., jax.Array] | None = None,
     types: int | None = None,
-    scale: float = 1.0,
+    scale: Scale = 1.0,
     norm: Part | None = None,
     init: Initializer = normal,
     rngs: nnx.Rngs,
   ):
     check_sizes(Embedder, positions=positions, types=types)
-    self.scale, self.position_offset, self.fixed_positions = scale, position_offset, fixed_positions
+    self.scale = scale(embed) if callable(scale) else scale
+    self.position_offset, self.fixed_positions = position_offset, fixed_positions
     table = lambda n, axis: param(rngs, (n, embed), (axis, 'embed'), init) if n else None
     self.tokens, self.positions, self.types = (
       table(vocab, 'vocab'),
@@ -94,7 +103,7 @@ class TiedHead(nnx.Module):
   """Logits against the token vectors (Press & Wolf 2017, arXiv:1608.05859).
 
   Knobs:
-    scale: of x (T5 1.0: embed^-1/2).
+    scale: of x, a number or a function of embed (T5 1.0: `inverse_sqrt`).
     soft_cap: c in c tanh(logits / c) (Gemma 2).
   """
 
@@ -103,11 +112,12 @@ class TiedHead(nnx.Module):
     embed: int,
     vocab: int,
     *,
-    scale: float = 1.0,
+    scale: Scale = 1.0,
     soft_cap: float | None = None,
     rngs: nnx.Rngs,
   ):
-    self.scale, self.soft_cap = scale, soft_cap
+    self.scale = scale(embed) if callable(scale) else scale
+    self.soft_cap = soft_cap
 
   def __call__(self, x: jax.Array, embedder: Embedder) -> jax.Array:
     return _soft_cap(embedder.attend(x * self.scale), self.soft_cap)

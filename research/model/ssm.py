@@ -94,7 +94,8 @@ class Mamba(nnx.Module):
   h[t] = exp(dt A) h[t-1] + dt B x[t];  y[t] = C h[t] + D x[t];  output(y silu(z)), with dt, B, C from x[t].
 
   Knobs:
-    inner: channels, usually 2 embed; state: of each channel; rank: of dt's projection, usually embed / 16.
+    inner: channels, 2 embed by default; state: of each channel.
+    rank: of dt's projection, embed / 16 by default, rounded up.
     width: of the convolution; bias: of the projections in and out.
     norm: of dt (before its second projection), B and C (Jamba, arXiv:2403.19887).
     chunk: tokens whose states are held at once.
@@ -104,8 +105,8 @@ class Mamba(nnx.Module):
     self,
     embed: int,
     *,
-    inner: int,
-    rank: int,
+    inner: int | None = None,
+    rank: int | None = None,
     state: int = 16,
     width: int = 4,
     bias: bool = False,
@@ -116,6 +117,7 @@ class Mamba(nnx.Module):
     rngs: nnx.Rngs,
   ):
     check_sizes(Mamba, inner=inner, rank=rank, state=state, width=width, chunk=chunk)
+    inner, rank = inner or 2 * embed, rank or -(-embed // 16)
     self.inner, self.state, self.width, self.chunk = inner, state, width, chunk
     make = lambda inputs, outputs, bias=False, **knobs: linear(
       inputs, outputs, bias=bias, rngs=rngs, **knobs
@@ -177,7 +179,7 @@ class Mamba2(nnx.Module):
   [heads, head_dim, state] is carried.
 
   Knobs:
-    heads, head_dim: heads x head_dim is the inner width, usually 2 embed.
+    heads, head_dim: heads x head_dim is the inner width, 2 embed by default.
     state: of each channel; groups: heads of one group share B and C.
     norm_epsilon: of the gated RMSNorm before the output, which is over each group's channels.
   """
@@ -186,8 +188,8 @@ class Mamba2(nnx.Module):
     self,
     embed: int,
     *,
-    heads: int,
     head_dim: int,
+    heads: int | None = None,
     state: int = 128,
     groups: int = 1,
     width: int = 4,
@@ -199,6 +201,12 @@ class Mamba2(nnx.Module):
     rngs: nnx.Rngs,
   ):
     check_sizes(Mamba2, heads=heads, head_dim=head_dim, state=state, groups=groups, chunk=chunk)
+    if heads is None:
+      if 2 * embed % head_dim:
+        raise Invalid(
+          Mamba2, 'head_dim', f'{head_dim} does not divide {2 * embed}, twice the width.'
+        )
+      heads = 2 * embed // head_dim
     if heads % groups:
       raise Invalid(Mamba2, 'groups', f'{groups} does not divide the {heads} heads.')
     self.heads, self.head_dim, self.state, self.groups = heads, head_dim, state, groups
