@@ -40,7 +40,7 @@ def run(model, text_file, workdir, **more) -> dict:
 def final_state(config, workdir):
   """The last checkpoint as host arrays."""
   the_run = config.build()
-  with the_run.mesh.use():
+  with train.mesh_of(the_run, jax.devices()).use():
     program = train.make_program(the_run)
     abstract = jax.eval_shape(jax.jit(program.init), jax.random.key(0))
     checkpoints = Checkpoints(workdir / 'checkpoints')
@@ -145,7 +145,7 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(
   flip_bytes(tmp_path / 'run' / 'checkpoints' / '40' / 'state')
   lines = []
   the_run = load('decoder', text_file).build()
-  with the_run.mesh.use():
+  with train.mesh_of(the_run, jax.devices()).use():
     program = train.make_program(the_run)
     abstract = jax.eval_shape(jax.jit(program.init), jax.random.key(0))
     checkpoints = Checkpoints(tmp_path / 'run' / 'checkpoints')
@@ -192,7 +192,7 @@ def test_microbatches_are_one_batch(text_file, tmp_path):
     the_run = load(
       'encoder_decoder', text_file, **{'Run.microbatches': microbatches, 'Run.batch_size': 32}
     ).build()
-    with the_run.mesh.use():
+    with train.mesh_of(the_run, jax.devices()).use():
       from research import data, sharding
 
       if batch is None:

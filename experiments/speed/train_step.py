@@ -62,7 +62,7 @@ def our_step(workload: str, bindings: list[str], packed: bool, mesh: contextlib.
     places = np.broadcast_to(np.arange(targets.shape[1], dtype=np.int32), targets.shape)
     batch['decoder_segment_ids'] = places // half + 1
     batch['decoder_positions'] = places % half
-  mesh.enter_context(run.mesh.use())
+  mesh.enter_context(train.mesh_of(run, jax.devices()).use())
   program = train.make_program(run)
   state = jax.jit(program.init)(jax.random.key(0))
   step = jax.jit(program.step, donate_argnums=0)
