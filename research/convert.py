@@ -4,86 +4,30 @@
     python -m research.convert --to_hf=FOLDER --checkpoint=FOLDER --gin_file=FOLDER/model.gin
 
 The first reads config.json and *.safetensors, and writes a checkpoint with model.gin beside it. The second
-writes config.json and *.safetensors. Tensors are read and written one at a time; names that are unknown or
-missing are an error that lists them. Nothing is downloaded.
+writes config.json and *.safetensors. Tensors are read and written one at a time, so that memory never holds
+a model; names that are unknown or missing are an error that lists them. Nothing is downloaded.
 """
 
 import importlib.util
 import inspect
 import json
+import math
 import pathlib
 import re
-import tempfile
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from research import cli
 from research.errors import UserError, did_you_mean
+from research.model.hf_files import DTYPES, FILE_BYTES, Tensors, write_tensors
 
 if TYPE_CHECKING:
-  import numpy as np
-
   from research.model.hf_config import Family
   from research.model.hf_names import Tensor
 
 # The heavy imports stand inside functions: `--help` must not cost seconds.
-
-DTYPES = {'F64': 'float64', 'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}
-
-
-# The safetensors format: eight bytes of length, a JSON header, the tensors.
-
-
-def read_tensors(folder: pathlib.Path) -> dict[str, 'np.ndarray']:
-  """Every tensor of the folder's safetensors files by name, mapped from the file and not read yet."""
-  import ml_dtypes  # noqa: F401  gives numpy its bfloat16
-  import numpy as np
-
-  files = sorted(folder.glob('*.safetensors'))
-  if not files:
-    raise UserError(f'{folder}: no *.safetensors here (a folder of a downloaded model is wanted).')
-  tensors = {}
-  for file in files:
-    with file.open('rb') as f:
-      length = int.from_bytes(f.read(8), 'little')
-      header = json.loads(f.read(length))
-    header.pop('__metadata__', None)
-    for name, entry in header.items():
-      if entry['dtype'] not in DTYPES:
-        raise UserError(
-          f'{file}: {name} is {entry["dtype"]}; only floating point can be converted.'
-        )
-      start, _ = entry['data_offsets']
-      tensors[name] = np.memmap(
-        file, DTYPES[entry['dtype']], 'r', 8 + length + start, tuple(entry['shape'])
-      )
-  return tensors
-
-
-def write_tensors(
-  folder: pathlib.Path,
-  tensors: Iterator[tuple[str, 'np.ndarray']],
-  sizes: dict[str, tuple],
-  dtype: str,
-) -> None:
-  """Writes one safetensors file of tensors that come in the order of `sizes` (name to shape)."""
-  import ml_dtypes  # noqa: F401
-  import numpy as np
-
-  dtype = np.dtype(dtype)
-  label = {v: k for k, v in DTYPES.items()}[dtype.name]
-  header, offset = {'__metadata__': {'format': 'pt'}}, 0
-  for name, shape in sizes.items():
-    end = offset + int(np.prod(shape)) * dtype.itemsize
-    header[name] = {'dtype': label, 'shape': list(shape), 'data_offsets': [offset, end]}
-    offset = end
-  text = json.dumps(header).encode()
-  text += b' ' * (-len(text) % 8)
-  with (folder / 'model.safetensors').open('wb') as f:
-    f.write(len(text).to_bytes(8, 'little') + text)
-    for _, x in tensors:
-      f.write(np.ascontiguousarray(x.astype(dtype)).tobytes())
-
 
 # config.json and gin.
 
@@ -247,8 +191,6 @@ def table(model, family: 'Family') -> list['Tensor']:
   Raises:
     UserError: the table leaves a parameter out, by name.
   """
-  import math
-
   from flax import nnx
 
   from research.model import counts, hf_names
@@ -268,51 +210,72 @@ def table(model, family: 'Family') -> list['Tensor']:
   return tensors
 
 
-def load(folder: str | pathlib.Path, buffers: str | pathlib.Path | None = None) -> tuple[str, dict]:
-  """The gin text and parameters of a Hugging Face checkpoint.
-
-  Args:
-    folder: with config.json and *.safetensors.
-    buffers: a folder to map the parameters to files in, so that memory holds one tensor at a time.
-
-  Raises:
-    UserError: an unknown family or option; tensors that are unknown, missing or misshapen, listed.
-  """
-  import numpy as np
-
+def _open(folder: pathlib.Path) -> tuple[str, list['Tensor'], Tensors]:
+  """A Hugging Face checkpoint's gin text, the tensors that its model wants, and those there."""
   from research import configs
 
-  folder = pathlib.Path(folder)
   if not (folder / 'config.json').is_file():
     raise UserError(f'{folder}: no config.json here (a folder of a downloaded model is wanted).')
   config = json.loads((folder / 'config.json').read_text())
-  given = read_tensors(folder)
+  given = Tensors(folder)
   family = family_of(config)
   text = gin_text(family, {**config, 'tensors': tuple(given)})
   gin = configs.Config('MODEL')
   gin._read(text, 'model.gin')
   wanted = table(gin.tree(), family)
   _check_names(folder, wanted, given, family.ignore)
-  arrays: dict[tuple, np.ndarray] = {}
+  return text, wanted, given
+
+
+def _pieces(wanted, given) -> Iterator[tuple[tuple, tuple[int, ...], np.ndarray]]:
   for tensor in wanted:
     for piece, value in zip(tensor.pieces, tensor.split(given[tensor.name]), strict=True):
-      if piece.path not in arrays:
-        arrays[piece.path] = _buffer(wanted, piece, buffers)
-      arrays[piece.path][piece.index] = value
-  return text, _nested(arrays)
+      yield piece.path, piece.index, value
 
 
-def _buffer(wanted, piece, folder):
-  import numpy as np
+def _shapes(wanted) -> dict[tuple, tuple[int, ...]]:
+  """The shape of every parameter, whose pieces have one index on each of the leading axes."""
+  indices: dict[tuple, list] = {}
+  for piece in (piece for tensor in wanted for piece in tensor.pieces):
+    indices.setdefault(piece.path, []).append((piece.index, piece.shape))
+  return {
+    path: (*(max(i) + 1 for i in zip(*(index for index, _ in found), strict=True)), *found[0][1])
+    for path, found in indices.items()
+  }
 
-  indices = [p.index for tensor in wanted for p in tensor.pieces if p.path == piece.path]
-  lead = tuple(max(i) + 1 for i in zip(*indices, strict=True))
-  shape = (*lead, *piece.shape)
-  if folder is None:
-    return np.empty(shape, np.float32)
-  return np.memmap(
-    pathlib.Path(folder) / '.'.join(map(str, piece.path)), np.float32, 'w+', shape=shape
-  )
+
+def load(folder: str | pathlib.Path) -> tuple[str, dict]:
+  """The gin text and the parameters (nested dicts, in memory) of a Hugging Face checkpoint.
+
+  Args:
+    folder: with config.json and *.safetensors.
+
+  Raises:
+    UserError: an unknown family or option; tensors that are unknown, missing or misshapen, listed.
+  """
+  from research.training import streamed
+
+  text, wanted, given = _open(pathlib.Path(folder))
+  arrays = {path: np.empty(shape, np.float32) for path, shape in _shapes(wanted).items()}
+  for path, index, value in _pieces(wanted, given):
+    arrays[path][index] = value
+  return text, streamed.nested(arrays)
+
+
+def from_hf(folder: str | pathlib.Path, out: str | pathlib.Path) -> None:
+  """Writes the checkpoint and the model.gin of a Hugging Face checkpoint, a tensor at a time.
+
+  Raises:
+    UserError: as `load`.
+  """
+  from research.training import streamed
+
+  out = pathlib.Path(out)
+  text, wanted, given = _open(pathlib.Path(folder))
+  out.mkdir(parents=True, exist_ok=True)
+  leading = {piece.path: len(piece.index) for tensor in wanted for piece in tensor.pieces}
+  streamed.write_params(out, _shapes(wanted), leading, lambda: _pieces(wanted, given))
+  (out / 'model.gin').write_text(text)
 
 
 def _check_names(folder, wanted, given, ignore):
@@ -323,116 +286,93 @@ def _check_names(folder, wanted, given, ignore):
   problems = [f'{name} is missing' for name in sorted(names - given.keys())]
   problems += [f'{name} is unknown' for name in sorted(unknown)]
   problems += [
-    f'{t.name} is {given[t.name].shape} and should be {t.shape}'
+    f'{t.name} is {given.shapes[t.name]} and should be {t.shape}'
     for t in wanted
-    if t.name in given and given[t.name].shape != t.shape
+    if given.shapes.get(t.name, t.shape) != t.shape
   ]
   if problems:
     raise UserError(f'{folder}: the tensors do not fit config.json: {"; ".join(problems)}.')
 
 
-def _nested(arrays: dict[tuple, Any]) -> dict:
-  tree: dict = {}
-  for path, value in arrays.items():
-    node = tree
-    for key in path[:-1]:
-      node = node.setdefault(key, {})
-    node[path[-1]] = value
-  return tree
-
-
 def save(
-  folder: str | pathlib.Path, gin, params: dict, model_type: str, dtype: str = 'float32'
+  folder: str | pathlib.Path,
+  gin,
+  params,
+  model_type: str,
+  dtype: str = 'float32',
+  file_bytes: float = FILE_BYTES,
 ) -> None:
-  """Writes config.json and model.safetensors of a model.
+  """Writes config.json and *.safetensors of a model.
 
   Args:
     gin: the `configs.Config` whose MODEL it is.
-    params: its parameters, nested dicts.
+    params: its parameters, nested dicts or a `streamed.Params`.
     model_type: the Hugging Face family to write.
+    file_bytes: as in `write_tensors`.
 
   Raises:
     UserError: the family is unknown, or the model is something that its config.json cannot say.
   """
-  import numpy as np
-
   wanted, config = _family_to_write(gin, model_type)
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
+  sizes = {t.name: t.shape for t in wanted}
+  write_tensors(folder, _joined(wanted, params), sizes, dtype, file_bytes)
+  text = json.dumps({**config, 'dtype': dtype}, indent=2) + '\n'
+  (folder / 'config.json').write_text(text)
+
+
+def _joined(wanted: list['Tensor'], params) -> Iterator[tuple[str, np.ndarray]]:
+  """Every tensor; those that are made of the same parameters after another, so that few need be held."""
+  from research.training import streamed
 
   def value(piece):
+    if isinstance(params, streamed.Params):
+      return params.piece(piece.path, piece.index)
     node = params
     for key in piece.path:
       node = node[key] if key in node else node[str(key)]
     return np.asarray(node[piece.index])
 
-  tensors = ((t.name, t.join([value(p) for p in t.pieces])) for t in wanted)
-  write_tensors(folder, tensors, {t.name: t.shape for t in wanted}, dtype)
-  text = json.dumps({**config, 'dtype': dtype}, indent=2) + '\n'
-  (folder / 'config.json').write_text(text)
-
-
-def read_params(folder: str | pathlib.Path) -> dict:
-  """The parameters in the newest checkpoint of a folder, on the host, without its optimizer state."""
-  import jax
-  import numpy as np
-  import orbax.checkpoint as ocp
-
-  folder = pathlib.Path(folder).absolute()
-  # A run's checkpoints stand in its folder 'checkpoints'.
-  folder = next((f for f in (folder / 'checkpoints', folder) if f.is_dir()), folder)
-  with ocp.CheckpointManager(
-    folder, options=ocp.CheckpointManagerOptions(read_only=True)
-  ) as manager:
-    step = manager.latest_step()
-    if step is None:
-      raise UserError(f'--checkpoint: no checkpoint in {folder}.')
-  with ocp.PyTreeCheckpointer() as checkpointer:
-    saved = checkpointer.metadata(folder / str(step) / 'state').item_metadata.tree
-    wanted = {
-      'params': jax.tree.map(lambda x: ocp.RestoreArgs(restore_type=np.ndarray), saved['params'])
-    }
-    args = ocp.args.PyTreeRestore(
-      item={'params': jax.tree.map(lambda x: 0, saved['params'])},
-      restore_args=wanted,
-      partial_restore=True,
-    )
-    return checkpointer.restore(folder / str(step) / 'state', args=args)['params']
+  paths = lambda tensor: [piece.path for piece in tensor.pieces]
+  groups: dict[str, list] = {}
+  for tensor in wanted:
+    groups.setdefault(str(paths(tensor)), []).append(tensor)
+  for group in groups.values():
+    for tensor in group:
+      yield tensor.name, tensor.join([value(piece) for piece in tensor.pieces])
+    if isinstance(params, streamed.Params):
+      params.forget()
 
 
 def main(flags) -> None:
   """Converts in the direction that the flags say."""
-  out = pathlib.Path(flags.out or flags.to_hf)
   if flags.from_hf:
-    from research.sharding import Mesh
-    from research.training import checkpoints
-
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out) as buffers, Mesh().use():
-      text, params = load(flags.from_hf, buffers)
-      checkpoints.save_params(out, params)
-    (out / 'model.gin').write_text(text)
+    from_hf(flags.from_hf, flags.out)
   else:
     from research import configs
+    from research.training import streamed
 
     gin = configs.load(flags.gin_file, flags.gin, root='MODEL')
-    save(out, gin, read_params(flags.checkpoint), flags.model_type, flags.dtype)
-  print(f'wrote {out}')
+    params = streamed.Params(flags.checkpoint)
+    save(flags.to_hf, gin, params, flags.model_type, flags.dtype, flags.file_bytes)
+  print(f'wrote {flags.out or flags.to_hf}')
 
 
 def _flags():
   parser = cli.parser('convert', __doc__, gin=False)
   parser.add_argument('--from_hf', metavar='FOLDER', help='config.json and *.safetensors to read')
   parser.add_argument('--out', metavar='FOLDER', help='our checkpoint to write, with --from_hf')
-  parser.add_argument(
-    '--to_hf', metavar='FOLDER', help='config.json and model.safetensors to write'
-  )
+  parser.add_argument('--to_hf', metavar='FOLDER', help='config.json and *.safetensors to write')
   parser.add_argument('--checkpoint', metavar='FOLDER', help='our checkpoint to read, with --to_hf')
   parser.add_argument('--gin_file', action='append', metavar='FILE', help='its MODEL, with --to_hf')
   parser.add_argument(
     '--model_type', help='the Hugging Face family to write, as llama, with --to_hf'
   )
   parser.add_argument('--dtype', default='float32', choices=list(DTYPES.values()), help='to write')
+  parser.add_argument(
+    '--file_bytes', type=float, default=FILE_BYTES, help='a file, with --to_hf (default 5e9)'
+  )
   flags = cli.parse(parser)
   if bool(flags.from_hf) == bool(flags.to_hf):
     parser.error('give one of --from_hf and --to_hf.')

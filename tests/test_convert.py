@@ -12,8 +12,9 @@ from flax import nnx
 
 from research import configs, convert
 from research.errors import UserError
-from research.model import counts, hf_families
+from research.model import counts, hf_families, hf_files
 from research.sharding import Mesh
+from research.training import checkpoints, streamed
 from tests.families import tiny
 
 CONFIG = {
@@ -45,7 +46,7 @@ def folder(tmp_path):
 def write(folder, values, dtype='float32'):
   names = sorted(values)
   for i, part in enumerate((names[:5], names[5:])):
-    convert.write_tensors(
+    hf_files.write_tensors(
       folder, ((n, values[n]) for n in part), {n: values[n].shape for n in part}, dtype
     )
     (folder / 'model.safetensors').rename(folder / f'model-0000{i + 1}-of-00002.safetensors')
@@ -80,13 +81,129 @@ def test_shards_are_read_into_the_stacked_layers(folder):
   )
 
 
-def test_parameters_can_be_buffered_in_files(folder, tmp_path):
+def restored(folder, log=print):
+  """The parameters of a converted checkpoint, as training would restore them; None where they are damaged."""
+  checkpoint = checkpoints.Checkpoints(folder)
+  with Mesh(data=-1).use():
+    wanted = counts.abstract(gin_of((folder / 'model.gin').read_text()).tree())
+    params = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.typeof(x).sharding),
+      nnx.to_pure_dict(nnx.state(wanted)),
+    )
+    found = checkpoint.restore({'params': params}, log)
+  checkpoint.close()
+  return found and found[1]['params']
+
+
+def test_a_converted_checkpoint_is_restored_and_verified_as_any_other(folder, tmp_path):
   path, _ = folder
-  (tmp_path / 'buffers').mkdir()
-  _, params = convert.load(path, tmp_path / 'buffers')
-  _, again = convert.load(path)
-  assert all(isinstance(x, np.memmap) for x in jax.tree.leaves(params))
-  assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), params, again))
+  convert.from_hf(path, tmp_path / 'ours')
+  _, params = convert.load(path)
+  again = restored(tmp_path / 'ours')
+  assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), params, again))
+
+
+def test_pieces_go_there_and_back_in_several_files(folder, tmp_path):
+  path, values = folder
+  convert.from_hf(path, tmp_path / 'ours')
+  params = streamed.Params(tmp_path / 'ours')
+  gin = gin_of((tmp_path / 'ours' / 'model.gin').read_text())
+  convert.save(tmp_path / 'back', gin, params, 'llama', file_bytes=8000)
+  files = sorted((tmp_path / 'back').glob('*.safetensors'))
+  index = json.loads((tmp_path / 'back' / 'model.safetensors.index.json').read_text())
+  assert len(files) == 3
+  assert all(file.stat().st_size < 8000 + 2000 for file in files)  # a header of names
+  assert index['metadata']['total_size'] == sum(v.nbytes for v in values.values())
+  assert index['weight_map'].keys() == values.keys()
+  back = hf_files.Tensors(tmp_path / 'back')
+  assert all(back.places[k][0].name == index['weight_map'][k] for k in values)
+  assert all((back[k] == values[k]).all() for k in values)
+  assert not params.held  # every piece was read by itself
+
+
+def test_a_conversion_cut_short_is_found_to_be_damaged(folder, tmp_path, monkeypatch):
+  path, _ = folder
+  pieces, passes = convert._pieces, []
+
+  def cut(wanted, given):
+    passes.append(len(wanted))
+    for i, piece in enumerate(pieces(wanted, given)):
+      if len(passes) == 2 and i == 5:
+        raise KeyboardInterrupt
+      yield piece
+
+  monkeypatch.setattr(convert, '_pieces', cut)
+  with pytest.raises(KeyboardInterrupt):
+    convert.from_hf(path, tmp_path / 'ours')
+  (tmp_path / 'ours' / 'model.gin').write_text(convert.load(path)[0])
+  said = []
+  assert restored(tmp_path / 'ours', said.append) is None
+  assert 'damaged' in said[0]
+
+
+def test_a_checkpoint_of_training_is_read_a_parameter_at_a_time(tmp_path):
+  kernel = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+  saved = checkpoints.Checkpoints(tmp_path / 'checkpoints')
+  saved.save(3, {'params': {'a': {0: jax.numpy.asarray(kernel)}}, 'step': 3}, {})
+  saved.close()
+  params = streamed.Params(tmp_path)
+  assert (params.piece(('a', 0), (1,)) == kernel[1]).all()
+  assert params.held.keys() == {('a', 0)}
+  params.forget()
+  assert not params.held
+  with pytest.raises(UserError, match='has no parameter b/c'):
+    params.piece(('b', 'c'), ())
+
+
+@pytest.mark.parametrize('cut', [1, 7, 60])
+def test_checksums_of_pieces_add_up(cut):
+  x = np.random.default_rng(0).normal(size=60).astype(np.float32)
+  whole = checkpoints.checksums({'x': jax.numpy.asarray(x.reshape(3, 4, 5))})['x']
+  parts = checkpoints.partial_checksum(x[:cut], 0) + checkpoints.partial_checksum(x[cut:], cut)
+  assert parts % 2**32 == whole
+
+
+MEMORY = """
+import resource, sys
+from research import configs, convert
+from research.training import streamed
+folder = sys.argv[1]
+if sys.argv[2] == 'from':
+  convert.from_hf(folder, folder + '/ours')
+else:
+  gin = configs.Config('MODEL')
+  gin._read(open(folder + '/ours/model.gin').read(), 'model.gin')
+  convert.save(folder + '/back', gin, streamed.Params(folder + '/ours'), 'llama', file_bytes=3e7)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.slow
+def test_memory_is_near_that_of_one_file_in_both_directions(tmp_path, user_environment):
+  """A model of eight files of 26 MB costs no more than one file above what a model of one file costs."""
+  wide = {'hidden_size': 512, 'intermediate_size': 1408, 'vocab_size': 512, 'num_attention_heads': 8,
+          'num_key_value_heads': 8}  # fmt: skip
+  peaks, sizes = {'from': [], 'to': []}, []
+  for layers in (2, 16):
+    path = tmp_path / str(layers)
+    path.mkdir()
+    config = {**CONFIG, **wide, 'num_hidden_layers': layers}
+    (path / 'config.json').write_text(json.dumps(config))
+    family = convert.family_of(config)
+    wanted = convert.table(gin_of(convert.gin_text(family, config)).tree(), family)
+    rng, shapes = np.random.default_rng(0), {t.name: t.shape for t in wanted}
+    values = ((name, rng.random(shape, np.float32)) for name, shape in shapes.items())
+    hf_files.write_tensors(path, values, shapes, 'float32', file_bytes=2.6e7)
+    sizes.append(sum(f.stat().st_size for f in path.glob('*.safetensors')))
+    for way, peak in peaks.items():
+      run = [sys.executable, '-c', MEMORY, str(path), way]
+      done = subprocess.run(run, check=True, capture_output=True, text=True, env=user_environment)
+      peak.append(int(done.stdout.split()[-1]))
+    back, theirs = hf_files.Tensors(path / 'back'), hf_files.Tensors(path)
+    assert all((back[name] == theirs[name]).all() for name in shapes)
+  assert sizes[1] - sizes[0] > 7 * 2.5e7
+  for small, large in peaks.values():
+    assert large - small < 2.6e7
 
 
 def test_bfloat16_is_exact_there_and_back(folder, tmp_path):
@@ -95,7 +212,7 @@ def test_bfloat16_is_exact_there_and_back(folder, tmp_path):
   write(path, rounded, 'bfloat16')
   text, params = convert.load(path)
   convert.save(tmp_path / 'back', gin_of(text), params, 'llama', 'bfloat16')
-  back = convert.read_tensors(tmp_path / 'back')
+  back = hf_files.Tensors(tmp_path / 'back')
   assert all(back[k].tobytes() == rounded[k].tobytes() for k in values)
 
 
@@ -183,6 +300,6 @@ def test_the_command_there_and_back(folder, tmp_path):
     f'--to_hf={back}', f'--checkpoint={ours}', f'--gin_file={ours}/model.gin', '--model_type=llama'
   )
   assert done.returncode == 0, done.stderr
-  tensors = convert.read_tensors(back)
+  tensors = hf_files.Tensors(back)
   assert all((tensors[k] == values[k]).all() for k in values)
   assert command('--from_hf=a', '--to_hf=b').returncode == 2

@@ -444,7 +444,8 @@ SWITCH_HEAD = Derived(
 )
 # Theirs is a number of tokens, ours a factor of the fair share; the two meet at T5's 512 tokens.
 SWITCH_CAPACITY = Derived(
-  write=lambda get: {'expert_capacity': math.ceil(get('moe.MoE.capacity') * 512 / get('EXPERTS'))}
+  lambda c: {'moe.MoE.capacity': c.get('expert_capacity', 64) * c.get('num_experts', 8) / 512},
+  lambda get: {'expert_capacity': math.ceil(get('moe.MoE.capacity') * 512 / get('EXPERTS') - 1e-9)},
 )
 T5_IGNORE = (
   r'(en|de)coder\.embed_tokens\.weight',

@@ -44,6 +44,19 @@ def checksums(tree) -> dict[str, int]:
   return {name: int(value) for name, value in names(_checksums(tree)).items()}
 
 
+def partial_checksum(x: np.ndarray, start: int) -> int:
+  """What contiguous float32 values on the host add to the checksum of the array they begin at place `start` of.
+
+  The checksum of an array is the sum of those of its pieces, modulo 2^32.
+  """
+  bits, total, step = x.reshape(-1).view(np.uint32), 0, 1 << 20
+  for i in range(0, bits.size, step):
+    part = bits[i : i + step]
+    place = np.arange(start + i, start + i + part.size, dtype=np.uint64).astype(np.uint32)
+    total += int(np.sum(part * (2 * place + np.uint32(1)), dtype=np.uint32))
+  return total % 2**32
+
+
 class Checkpoints:
   """The checkpoints of one run, in `folder`/<step>; the newest `keep` of them.
 
@@ -137,10 +150,3 @@ class Checkpoints:
 
   def close(self) -> None:
     self.manager.close()
-
-
-def save_params(folder: pathlib.Path, params) -> None:
-  """Writes parameters alone (a converted model) as a checkpoint of step 0."""
-  checkpoints = Checkpoints(folder, keep=1)
-  checkpoints.save(0, {'params': params}, {})
-  checkpoints.close()
