@@ -1,0 +1,299 @@
+"""Runs of one shape trained in one compiled step, along an axis of members.
+
+Members differ in numbers alone: seed (initialisation and order of the data), schedule and so learning rate
+and warm-up, weight decay and its like, z-loss. Each leaves in its workdir what `research.train` leaves of a
+run, may be resumed by it, and may have been begun by it.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from research import data, train
+from research.errors import UserError
+from research.model import counts
+from research.run import Run
+from research.training import metrics
+
+OPTIMIZER_INPUTS = ('weight_decay', 'weight_decay_rate', 'b1', 'b2', 'eps')
+"""Numbers of optimizers that members may differ in; optax computes with them and never asks what they are."""
+
+
+def _any_schedule(steps: int):
+  """Stands for a schedule in the comparison of runs: rates are inputs of the step."""
+
+
+def _inputs(run: Run) -> dict[str, float]:
+  """The numbers of a run, beside its rates and its seed, that its compiled step takes as inputs."""
+  bound = run.optimizer.keywords if isinstance(run.optimizer, functools.partial) else {}
+  return {'z_loss': run.z_loss, **{k: bound[k] for k in OPTIMIZER_INPUTS if k in bound}}
+
+
+def _with_inputs(run: Run, values: dict) -> Run:
+  bound = {k: v for k, v in values.items() if k != 'z_loss'}
+  optimizer = functools.partial(run.optimizer, **bound) if bound else run.optimizer
+  return dataclasses.replace(run, z_loss=values['z_loss'], optimizer=optimizer)
+
+
+def shape(run: Run) -> str:
+  """A text that is equal for runs that may be members of one population."""
+  run = _with_inputs(run, dict.fromkeys(_inputs(run), 0.0))
+  run = dataclasses.replace(run, seed=0, schedule=_any_schedule)
+  reports = ('log_every', 'checkpoint_every', 'keep_checkpoints')
+  return run.identity() + ''.join(f'{name} = {getattr(run, name)}\n' for name in reports)
+
+
+class _Member(train._Loop):
+  """The record of a member: its rows, its checkpoints and its fate. Its state is the population's."""
+
+  def __init__(self, *args, size: int, sums):
+    self.size, self.sums, self.status = size, sums, None
+    super().__init__(*args)
+    self.at = self.start
+
+  def initial(self):
+    return None  # made for all members at once
+
+  def sum_losses(self, frozen) -> tuple[float, float]:
+    return self.sums(frozen)
+
+  def row(self, step: int, status: str) -> dict:
+    row = super().row(step, status)
+    devices = len(jax.sharding.get_mesh().devices.ravel())
+    # A member's share of the time, so that the rows of a sweep add up.
+    return {
+      **row,
+      'seconds': row['seconds'] / self.size,
+      'devices': devices,
+      'population': self.size,
+    }
+
+  def end(self, status: str) -> None:
+    self.status = status
+    row = self.row(self.at, status)
+    metrics.write_atomic(self.workdir / 'run.json', json.dumps(row, indent=1) + '\n')
+    self.final = row
+
+
+def train_population(
+  runs: Sequence[Run],
+  workdirs: Sequence[str | pathlib.Path],
+  texts: Sequence[str] | None = None,
+  streams: Sequence | None = None,
+) -> list[dict]:
+  """Trains runs of one `shape` together, each to its end or from where its checkpoint left it.
+
+  A member whose loss is no number ends as 'nan'; the others go on. Equal to the runs trained one by one up to
+  the rounding of another compiled program.
+
+  Args:
+    runs: of one shape; their learning rates, seeds, weight decays, z-losses may differ.
+    workdirs: of each run.
+    texts: the gin text of each run, for its config.gin.
+    streams: where each run's progress is written.
+
+  Returns:
+    The row of each run, as `research.train.train` returns it, with the members' number as 'population'.
+
+  Raises:
+    UserError: the runs differ in more than that, or something does not fit.
+    train.Interrupted: SIGTERM came; every member's checkpoint was saved.
+  """
+  shapes = [shape(run) for run in runs]
+  if len(set(shapes)) > 1:
+    there = next(text for text in shapes if text != shapes[0])
+    lines = zip(shapes[0].splitlines(), there.splitlines(), strict=False)
+    first, other = next(pair for pair in lines if pair[0] != pair[1])
+    raise UserError(
+      f'runs of a population have one shape, and these differ ("{first.strip()}", "{other.strip()}").'
+    )
+  workdirs = [pathlib.Path(workdir) for workdir in workdirs]
+  texts = texts or [''] * len(runs)
+  streams = streams or [sys.stderr] * len(runs)
+  train.keep_compiled()
+  n = max(n for n in range(1, jax.device_count() + 1) if len(runs) % n == 0)
+  mesh = jax.make_mesh((n,), ('member',), devices=jax.devices()[:n])
+  with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
+    for run, workdir, text in zip(runs, workdirs, texts, strict=True):
+      train.open_workdir(workdir, run, text)
+    population = Population(runs, workdirs, streams, stack)
+    return population.train()
+
+
+class Population:
+  """Members, their states as arrays [members, ...], and the step that advances them all."""
+
+  def __init__(self, runs, workdirs, streams, stack: contextlib.ExitStack):
+    run, self.size = runs[0], len(runs)
+    say = lambda text: print(text, file=streams[0], flush=True)
+    frozen, validation = data.open_streams([run.train, run.validation], log=say)
+    self.program = train.make_program(run)
+    module = counts.abstract(run.model)
+    train.check_fits(run, module.vocab, module.inputs, frozen)
+    count = counts.count(run.model, run.train.lengths)
+    self.frozen, self.batch_size = frozen, run.batch_size
+    self.members = []
+    for i, (own, workdir, stream) in enumerate(zip(runs, workdirs, streams, strict=True)):
+      sums = functools.partial(self.sums, i)
+      member = _Member(
+        own, self.program, workdir, frozen, validation, count, stream, size=self.size, sums=sums
+      )
+      stack.callback(member.close)  # the last first: each restores the signal's handler before it
+      self.members.append(member)
+    self.inputs = {k: [_inputs(r)[k] for r in runs] for k in _inputs(run)}
+    # What is equal stays a constant of the program, as it is in a run's own.
+    self.inputs = {k: np.asarray(v, np.float32) for k, v in self.inputs.items() if len(set(v)) > 1}
+    self.state = self.first_state()
+    step = self.over_members(self.step)
+    self.step_fn = jax.jit(
+      lambda state, own, shared: step({'state': state, **own}, shared), donate_argnums=0
+    )
+    self.evaluate_fn = jax.jit(self.over_members(self.evaluate))
+    whole = lambda x: jax.sharding.reshard(x, jax.P())
+    self.take_fn = jax.jit(lambda state, i: jax.tree.map(lambda x: whole(x)[i], state))
+    self.evaluated: dict = {}
+
+  # What is compiled.
+
+  def over_members(self, f):
+    """f(member's arguments, shared arguments) for all of them: each device has its share of the members.
+
+    On an accelerator a device does its share at once, which fills it. A CPU is filled by one, and goes through
+    them one by one: products of a batch of small matrices are slow there, and a member fits into its cache.
+    """
+    one_by_one = jax.devices()[0].platform == 'cpu'
+
+    def share(own, shared):
+      if one_by_one:
+        return jax.lax.map(lambda own: f(own, shared), own)
+      return jax.vmap(f, in_axes=(0, None))(own, shared)
+
+    specs = (jax.P('member'), jax.P())
+    return jax.shard_map(share, in_specs=specs, out_specs=jax.P('member'), check_vma=False)
+
+  def first_state(self) -> dict:
+    """[members, ...]: restored or made."""
+    members = self.members
+    if any(m.state is None for m in members):
+      keys = jnp.stack([jax.random.key(m.run.seed) for m in members])
+      made = jax.jit(self.over_members(lambda key, _: self.program.init(key)))(self.place(keys), ())
+    if all(m.state is None for m in members):
+      return made
+    host = lambda i, m: jax.device_get(
+      m.state if m.state is not None else jax.tree.map(lambda x: x[i], made)
+    )
+    states = [host(i, m) for i, m in enumerate(members)]
+    for m in members:
+      m.state = None
+    return jax.tree.map(lambda *x: self.place(np.stack(x)), *states)
+
+  def step(self, own: dict, shared: dict) -> tuple[dict, dict]:
+    """One member's update, if it is still in training."""
+    program = self.program
+    if own['inputs']:
+      values = {**_inputs(program.run), **own['inputs']}
+      program = dataclasses.replace(program, run=_with_inputs(program.run, values))
+    batch = own['batch'] or shared['batch']
+    go = lambda state: program.step(state, batch, own['rate'])
+    nothing = jax.tree.map(
+      lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(go, own['state'])[1]
+    )
+    return jax.lax.cond(own['active'], go, lambda state: (state, nothing), own['state'])
+
+  def evaluate(self, own: dict, shared: dict) -> tuple[jax.Array, jax.Array]:
+    go = lambda params: self.program.evaluate(params, shared['batch'])
+    nothing = lambda _: (jnp.zeros(()), jnp.zeros(()))
+    return jax.lax.cond(own['active'], go, nothing, own['params'])
+
+  def place(self, x, axis: str | None = 'member'):
+    return jax.device_put(x, jax.NamedSharding(jax.sharding.get_mesh(), jax.P(axis)))
+
+  # The loop.
+
+  def train(self) -> list[dict]:
+    members = self.members
+    batches = {
+      (m.run.seed, m.start): data.batches(self.frozen, self.batch_size, m.run.seed, start=m.start)
+      for m in members
+    }
+    self.pause([m for m in members if m.at == m.run.steps])
+    pending = []
+    while live := self.living():
+      scalars = self.advance(batches)
+      for m in live:
+        m.at += 1
+      self.look(pending)
+      pending = [(m, m.at, scalars) for m in self.living()]
+      stop = members[-1].signal.check(live[0].at)
+      if stop or any(m.at == m.run.steps or m.due(m.at) for m in live):
+        self.look(pending)
+        pending = []
+        self.pause([m for m in self.living() if stop or m.due(m.at) or m.at == m.run.steps], stop)
+      if stop and self.living():
+        for m in members:
+          m.checkpoints.wait()
+        raise train.Interrupted('stopped, with a checkpoint of every member; start again to go on')
+    return [m.final for m in members]
+
+  def living(self) -> list[_Member]:
+    return [m for m in self.members if m.status is None]
+
+  def advance(self, batches: dict) -> dict:
+    """Dispatches the next step of every member that is in training; the metrics [members] of it."""
+    members, own, self.evaluated = self.members, {}, {}
+    new = {order: next(stream) for order, stream in batches.items()}
+    if len(new) == 1:
+      (shared,) = new.values()
+    else:
+      rows, shared = [new[m.run.seed, m.start] for m in members], {}
+      own = {k: self.place(np.stack([row[k] for row in rows])) for k in rows[0]}
+    rates = [m.rates[min(m.at, m.run.steps - 1)] for m in members]
+    arguments = {
+      'batch': own,
+      'rate': self.place(np.asarray(rates, np.float32)),
+      'active': self.place(np.asarray([m.status is None for m in members])),
+      'inputs': {k: self.place(v) for k, v in self.inputs.items()},
+    }
+    batch = {k: self.place(v, None) for k, v in shared.items()}
+    self.state, scalars = self.step_fn(self.state, arguments, {'batch': batch})
+    return scalars
+
+  def look(self, pending: list) -> None:
+    """The members' metrics of a step; who has no number for a loss is out."""
+    if pending:
+      scalars = jax.device_get(pending[0][2])
+    for m, step, _ in pending:
+      i = self.members.index(m)
+      if not m.look(step, {k: v[i] for k, v in scalars.items()}):
+        m.end('nan')
+
+  def pause(self, due: list[_Member], stop: bool = False) -> None:
+    """Between steps: those who are due are evaluated, saved, and ended after their last step."""
+    for m in due:
+      i, last = self.members.index(m), m.at == m.run.steps
+      m.state = self.take_fn(self.state, i)
+      m.pause(m.at, last=last, save=last or stop or m.due_checkpoint(m.at))
+      if last:
+        m.end('finished')
+      m.state = None
+
+  def sums(self, i: int, frozen) -> tuple[float, float]:
+    """Nats and target tokens of a whole stream, of member i; of all those in training at once."""
+    if id(frozen) not in self.evaluated:
+      active = self.place(np.asarray([m.status is None for m in self.members]))
+      own, results = {'params': self.state['params'], 'active': active}, []
+      for batch in data.eval_batches(frozen, self.batch_size):
+        batch = {k: self.place(v, None) for k, v in batch.items()}
+        results.append(self.evaluate_fn(own, {'batch': batch}))
+      nll, tokens = np.asarray(jax.device_get(results), np.float64).sum(0)
+      self.evaluated[id(frozen)] = nll, tokens
+    nll, tokens = self.evaluated[id(frozen)]
+    return float(nll[i]), float(tokens[i])
