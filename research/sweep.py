@@ -4,15 +4,15 @@ Writes into --workdir: runs/<run>/ (as research.train does), results.csv, fit.js
 forecast run starts), the plots and report.html. Started again it does only what is missing.
 """
 
-import collections
+import contextlib
 import csv
 import dataclasses
 import datetime
-import fcntl
 import json
+import math
 import os
 import pathlib
-import subprocess
+import shutil
 import sys
 import time
 
@@ -25,16 +25,27 @@ if __name__ == '__main__':
     '--workdir', default=None, metavar='DIR', help='default: runs/<name of the first gin file>'
   )
   _parser.add_argument('--plan', action='store_true', help='print the runs and stop')
+  _parser.add_argument('--status', action='store_true', help='print how far the runs are and stop')
   _parser.add_argument(
-    '--worker', action='store_true', help='do runs that nobody else does, then stop'
+    '--worker', action='store_true', help='do runs that nobody else does, until every run is over'
   )
   _parser.add_argument('--cores', default=None, metavar='I,J', help='processor cores of a worker')
+  _parser.add_argument(
+    '--peers', type=int, default=1, metavar='N', help='workers that share the runs, this one too'
+  )
+  _parser.add_argument(
+    '--launcher',
+    default=None,
+    metavar='NAME',
+    help='what starts the workers: local (as it is by default) or slurm; or gcloud, xpk, skypilot: '
+    'print what to run',
+  )
   FLAGS = cli.parse(_parser)
   if FLAGS.cores:  # before jax, which starts as many threads as it may use cores
     os.sched_setaffinity(0, [int(core) for core in FLAGS.cores.split(',')])
   cli.use_huge_pages()
 
-from research import configs
+from research import configs, launchers, status
 from research.scaling import designs
 from research.training import metrics
 
@@ -48,15 +59,23 @@ class Sweep:
       LAYERS, HEADS, HEAD_DIM, MLP and LEARNING_RATE.
     design: which runs.
     forecast: the budget of the run that tests the law, as a multiple of the design's largest; None for none.
-    workers: runs at a time on this machine, the cores divided between them; None for one a core.
+    population: so many runs of one shape are trained at once (research/population.py); 1 for each alone.
+    retries: a run that failed is tried so many times more; then it is reported as failed, with its reason.
+    lease: seconds after which a worker that is not heard of has lost its run.
+    patience: seconds without any progress (compiling is none) after which a worker counts as hung.
+    launcher: what starts the workers.
     bindings: more gin bindings for every run, as on a command line.
     question: what the sweep asks, for its report.
   """
 
   run: str
-  design: designs.IsoFlop
+  design: designs.Design
   forecast: float | None = 3.0
-  workers: int | None = None
+  population: int = 8
+  retries: int = 2
+  lease: float = 60.0
+  patience: float = 1800.0
+  launcher: launchers.Launcher = dataclasses.field(default_factory=launchers.Local)
   bindings: tuple[str, ...] = ()
   question: str = 'What is the compute-optimal size of this model?'
 
@@ -65,12 +84,17 @@ class Sweep:
       raise Invalid(
         Sweep, 'forecast', f'{self.forecast!r} must be above 1: a multiple of the largest budget.'
       )
-    if self.workers is not None and self.workers < 1:
-      raise Invalid(Sweep, 'workers', f'{self.workers!r} must be positive.')
+    if self.forecast is not None and not isinstance(self.design, designs.IsoFlop):
+      name = type(self.design).__name__
+      raise Invalid(
+        Sweep, 'forecast', f'only an IsoFlop design has a forecast run; set it to None for {name}.'
+      )
+    for field, least in (('population', 1), ('retries', 0), ('lease', 1), ('patience', 1)):
+      if not getattr(self, field) >= least:
+        raise Invalid(Sweep, field, f'{getattr(self, field)!r} must be at least {least}.')
 
   def config(self, planned: designs.Planned) -> configs.Config:
-    bindings = [f'{k}={v!r}' for k, v in planned.bindings().items()]
-    return configs.load(self.run, [*self.bindings, *bindings])
+    return configs.load(self.run, [*self.bindings, *planned.bindings()])
 
 
 class Folder:
@@ -78,17 +102,35 @@ class Folder:
 
   def __init__(self, path: pathlib.Path):
     self.path = path
+    self._rows: dict[str, dict] = {}  # of runs that are over: rows do not change
 
   def run(self, planned: designs.Planned) -> pathlib.Path:
     return self.path / 'runs' / planned.name
 
   def row(self, planned: designs.Planned) -> dict | None:
     """The finished (or failed) run's row with what the sweep knows of it; None while there is none."""
-    path = self.run(planned) / 'run.json'
-    if not path.exists():
-      return None
-    row = json.loads(path.read_text())
-    return {'run': planned.name, 'role': planned.role, 'budget': planned.budget, **row}
+    if planned.name not in self._rows:
+      try:
+        row = json.loads((self.run(planned) / 'run.json').read_text())
+      except FileNotFoundError:
+        return None
+      facts = {'run': planned.name, 'role': planned.role, 'budget': planned.budget}
+      self._rows[planned.name] = {**facts, **row}
+    return self._rows[planned.name]
+
+  def fail(self, planned: designs.Planned, reason: str) -> None:
+    """The run is over, with no result."""
+    self.run(planned).mkdir(parents=True, exist_ok=True)
+    row = json.dumps({'status': 'failed', 'reason': reason})
+    metrics.write_atomic(self.run(planned) / 'run.json', row)
+
+  def step(self, planned: designs.Planned) -> int:
+    """How far a run is by its checkpoints."""
+    try:
+      names = os.listdir(self.run(planned) / 'checkpoints')
+    except FileNotFoundError:
+      return 0
+    return max([int(name) for name in names if name.isdigit()], default=0)
 
   def plan(self) -> list[designs.Planned]:
     """The runs that this sweep was started with, the forecast's among them once it is registered."""
@@ -96,7 +138,11 @@ class Folder:
     if not path.exists():
       return []
     runs = json.loads(path.read_text())
-    return [designs.Planned(**run | {'size': designs.Size(**run['size'])}) for run in runs]
+    parse = lambda run: {
+      'size': designs.Size(**run['size']),
+      'settings': tuple(run.get('settings', ())),
+    }
+    return [designs.Planned(**run | parse(run)) for run in runs]
 
   def register(self, runs: list[designs.Planned]) -> None:
     """Adds runs to the plan.
@@ -120,174 +166,166 @@ class Folder:
     return metrics.read_rows(self.run(planned) / 'metrics.jsonl')
 
 
-# One run, by a worker.
+# Runs, by a worker.
 
 
-def do_run(sweep: Sweep, planned: designs.Planned, folder: Folder) -> bool:
-  """Does a run unless it is done or another process is at it; True when it did something.
+class Worker:
+  """Takes leases of runs, does them, and leaves their rows; one of any number that share the folder."""
 
-  The lock is the kernel's: it is gone with the process that held it, however that died.
-  """
-  workdir = folder.run(planned)
-  workdir.mkdir(parents=True, exist_ok=True)
-  with (workdir / 'lock').open('w') as lock:
+  def __init__(self, sweep: Sweep, folder: Folder, peers: int = 1):
+    from research import leases  # tensorstore: only in a process that works
+
+    self.sweep, self.folder, self.peers = sweep, folder, peers
+    self.leases = leases.Leases(folder.path / 'runs', sweep.lease)
+    self.alike: dict[tuple, list[designs.Planned]] = {}
+
+  def work(self, runs: list[designs.Planned], poll: float = 1.0) -> None:
+    """Until every run is over: those that nobody has, the most expensive first, so that the last are short.
+
+    What others hold is waited for: they may yet lose it.
+    """
+    for run in runs:
+      self.alike.setdefault(self.kind(run), []).append(run)
+    runs = sorted(runs, key=lambda run: -run.cost)
+    while runs := [run for run in runs if self.folder.row(run) is None]:
+      if not sum(self.do(planned) for planned in runs):
+        time.sleep(poll)
+
+  @staticmethod
+  def kind(run: designs.Planned) -> tuple:
+    """Runs of one shape agree in this, and seldom do others."""
+    return run.size.name, run.steps, run.batch_size, run.parent
+
+  def do(self, planned: designs.Planned) -> bool:
+    """Does a run, and some that are like it, unless it is over or not to be had; True when it did something."""
+    if self.folder.row(planned) or not self.ready(planned):
+      return False
+    held = self.take(planned)
+    if held is None:
+      return False
+    members = [(planned, held), *self.companions(planned, held)]
     try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      return False
-    if (workdir / 'run.json').exists():
-      return False
-    lock.write(str(os.getpid()))
-    lock.flush()
-    from research import train  # jax: only in the process that trains
-
-    with (workdir / 'log.txt').open('a') as log:
-      config = sweep.config(planned)
-      try:
-        with config.explains():
-          train.train(config.build(), workdir, config.text, stream=log)
-      except train.Interrupted:
-        raise
-      except Exception as error:
-        log.write(f'{type(error).__name__}: {error}\n')
-        failed = {
-          'status': 'failed',
-          'reason': f'{type(error).__name__}: {str(error).splitlines()[0]}',
-        }
-        metrics.write_atomic(workdir / 'run.json', json.dumps(failed))
+      self.attempt(members)
+    finally:
+      for _, lease in members:
+        with contextlib.suppress(Exception):  # lost, or the disk is full: it will run out
+          if not lease.over:
+            lease.release()
     return True
 
+  def ready(self, planned: designs.Planned) -> bool:
+    """Whether the checkpoint that it starts from is there, if it starts from one."""
+    if planned.parent is None or self.folder.step(planned):
+      return True
+    trunk = dataclasses.replace(planned, name=planned.parent)
+    if (self.folder.run(trunk) / 'checkpoints' / str(planned.fork)).is_dir():
+      return True
+    if row := self.folder.row(trunk):
+      why = row.get('reason') or 'it has no such checkpoint'
+      self.folder.fail(
+        planned, f'{planned.parent}, whose step {planned.fork} it starts from: {why}'
+      )
+    return False
 
-def work(sweep: Sweep, runs: list[designs.Planned], folder: Folder) -> None:
-  """A worker: the runs that nobody has, the most expensive first, so that the last ones are short."""
-  import jax
+  def take(self, planned: designs.Planned):
+    """The run's lease; None where it is not to be had, or where the run has failed too often."""
+    held = self.leases.take(planned.name, self.folder.step(planned))
+    if held is None:
+      return None
+    if self.folder.row(planned):
+      held.release()
+      return None
+    if held.failures > self.sweep.retries:
+      self.folder.fail(planned, f'{held.reason} ({held.failures} attempts)')
+      held.release()
+      return None
+    return held
 
-  for planned in sorted(runs, key=lambda run: -run.flops):
-    if do_run(sweep, planned, folder):
-      jax.clear_caches()
+  def companions(self, planned: designs.Planned, held) -> list[tuple]:
+    """Runs to train with this one at once, with their leases: of its shape, and this worker's share of them."""
+    alike = [run for run in self.alike.get(self.kind(planned), []) if run is not planned]
+    # What has failed before is tried alone, so that it spoils no other.
+    if self.sweep.population == 1 or held.failures or planned.parent or not alike:
+      return []
+    alike = [run for run in alike if self.folder.row(run) is None]
+    most = min(self.sweep.population, math.ceil((len(alike) + 1) / self.peers)) - 1
+    from research import population
 
+    shape, found = population.shape(self.sweep.config(planned).build()), []
+    for run in alike:
+      if len(found) >= most:
+        break
+      if population.shape(self.sweep.config(run).build()) != shape:
+        continue
+      if lease := self.take(run):
+        if lease.failures:
+          lease.release()
+        else:
+          found.append((run, lease))
+    return found
 
-# Many runs, by local workers.
+  def attempt(self, members: list[tuple]) -> None:
+    """Trains what is held; a failure is remembered, and after too many the run is over."""
+    from research import leases, train
 
-
-def start_worker(flags, workdir: pathlib.Path, cores: list[int]) -> subprocess.Popen:
-  command = [sys.executable, '-m', 'research.sweep', '--worker', f'--workdir={workdir}']
-  command += [f'--gin_file={file}' for file in flags.gin_file] + [f'--gin.{b}' for b in flags.gin]
-  root = str(configs.ROOT)
-  env = (
-    os.environ
-    | cli.CPU_ENVIRONMENT
-    | {'PYTHONPATH': os.pathsep.join([root, os.environ.get('PYTHONPATH', '')])}
-  )
-  if hasattr(os, 'sched_setaffinity'):  # so that workers do not disturb each other
-    command.append(f'--cores={",".join(map(str, cores))}')
-  with (workdir / 'workers.log').open('a') as log:
-    return subprocess.Popen(command, env=env, stdout=log, stderr=log)
-
-
-def launch(flags, sweep: Sweep, runs: list[designs.Planned], folder: Folder, table) -> None:
-  """Local workers until every run has a row. A worker that dies is started again, a few times."""
-  cores = sorted(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else [0]
-  todo = [run for run in runs if folder.row(run) is None]
-  n = min(sweep.workers or len(cores), len(todo))
-  shares = [cores[i::n] or cores for i in range(n)]
-  workers = {i: start_worker(flags, folder.path, share) for i, share in enumerate(shares)}
-  deaths = collections.Counter()
-  try:
-    while workers:
-      time.sleep(0.5)
-      table(runs)
-      for i, worker in list(workers.items()):
-        if worker.poll() is None:
-          continue
-        del workers[i]
-        if worker.returncode != 0:
-          deaths[i] += 1
-          if deaths[i] > 3:
-            raise UserError(f'worker {i} died {deaths[i]} times; see {folder.path}/workers.log')
-          workers[i] = start_worker(flags, folder.path, shares[i])
-  finally:
-    for worker in workers.values():
-      worker.terminate()
-    for worker in workers.values():
-      worker.wait()
-  table(runs, last=True)
-
-
-class Table:
-  """The live table of runs on a terminal; elsewhere a line whenever a run ends."""
-
-  def __init__(self, folder: Folder, stream=sys.stderr):
-    self.folder, self.stream = folder, stream
-    self.said: set[str] = set()
-    self.live = None
-    if stream.isatty():
-      from rich.console import Console
-      from rich.live import Live
-
-      self.live = Live(console=Console(file=stream), refresh_per_second=2)
-      self.live.start()
-
-  def state(self, run: designs.Planned) -> tuple[str, str, str]:
-    """(what it is doing, loss, how far)"""
-    row = self.folder.row(run)
-    if row:
-      loss = f'{row["loss"]:.4f}' if row.get('loss') is not None else ''
-      return row['status'], loss, row.get('reason') or metrics.clock(row['seconds'])
-    curve = [r for r in _tail(self.folder.run(run) / 'metrics.jsonl') if 'loss' in r]
-    if not curve:
-      return ('starting' if self.folder.run(run).exists() else 'waiting'), '', ''
-    last = curve[-1]
-    left = (run.steps - last['step']) * run.batch_size * run.tokens / (run.steps * run.batch_size)
-    eta = left / max(last.get('tokens_per_second', 0.0), 1.0)
-    return (
-      'running',
-      f'{last["loss"]:.4f}',
-      f'{last["step"] / run.steps:4.0%}, {metrics.clock(eta)} left',
-    )
-
-  def __call__(self, runs: list[designs.Planned], last: bool = False) -> None:
-    states = {run.name: self.state(run) for run in runs}
-    if self.live is not None:
-      from rich.table import Table as RichTable
-
-      table = RichTable('run', 'C', 'N', 'D', 'steps', 'status', 'loss', 'time')
-      for run in runs:
-        status, loss, when = states[run.name]
-        numbers = map(metrics.si, (run.budget, run.size.params, run.tokens))
-        table.add_row(run.name, *numbers, f'{run.steps:,}', status, loss, when)
-      self.live.update(table)
-    else:
-      for run in runs:
-        status, loss, when = states[run.name]
-        if status not in ('waiting', 'starting', 'running') and run.name not in self.said:
-          self.said.add(run.name)
-          done = sum(s[0] not in ('waiting', 'starting', 'running') for s in states.values())
-          self.stream.write(
-            f'[{done}/{len(runs)}] {run.name}: {status}, loss {loss or "none"} ({when})\n'
-          )
-          self.stream.flush()
-
-  def close(self) -> None:
-    if self.live is not None:
-      self.live.stop()
-      self.live = None
-
-
-def _tail(path: pathlib.Path, size: int = 4096) -> list[dict]:
-  """The last rows of a metrics file, without reading all of it."""
-  if not path.exists():
-    return []
-  with path.open('rb') as file:
-    file.seek(max(0, path.stat().st_size - size))
-    lines = file.read().decode(errors='replace').split('\n')
-  rows = []
-  for line in lines:
+    folders = [self.folder.run(run) for run, _ in members]
+    size = lambda path: path.stat().st_size if path.exists() else -1
+    progress = lambda: [size(f / name) for f in folders for name in ('metrics.jsonl', 'log.txt')]
+    held = [lease for _, lease in members]
     try:
-      rows.append(json.loads(line))
-    except json.JSONDecodeError:
-      continue
-  return [row for row in rows if isinstance(row, dict) and 'step' in row]
+      with leases.Heartbeat(held, progress, self.sweep.patience, lost=_give_up):
+        self.train(members)
+    except train.Interrupted:
+      raise
+    except UserError as error:  # the same again every time
+      for run, _ in members:
+        self.folder.fail(run, str(error))
+    except Exception as error:
+      reason = f'{type(error).__name__}: {(str(error).splitlines() or [""])[0]}'
+      for run, lease in members:
+        if self.folder.row(run):
+          continue
+        with contextlib.suppress(OSError), (self.folder.run(run) / 'log.txt').open('a') as log:
+          log.write(reason + '\n')
+        lease.fail(reason)
+        if lease.failures > self.sweep.retries:
+          self.folder.fail(run, f'{reason} ({lease.failures} attempts)')
+
+  def train(self, members: list[tuple]) -> None:
+    from research import population, train  # jax: only in the process that trains
+
+    with contextlib.ExitStack() as stack:
+      made, logs = [], []
+      for run, _ in members:
+        workdir = self.folder.run(run)
+        workdir.mkdir(parents=True, exist_ok=True)
+        if run.parent and not self.folder.step(run):
+          self.branch(run)
+        logs.append(stack.enter_context((workdir / 'log.txt').open('a')))
+        made.append(self.sweep.config(run))
+      workdirs = [self.folder.run(run) for run, _ in members]
+      with made[0].explains():
+        if len(members) == 1:
+          train.train(made[0].build(), workdirs[0], made[0].text, stream=logs[0])
+        else:
+          runs, texts = [config.build() for config in made], [config.text for config in made]
+          population.train_population(runs, workdirs, texts, logs)
+
+  def branch(self, run: designs.Planned) -> None:
+    """Gives a run the checkpoint that it starts from: from there on it is a run that was stopped."""
+    trunk = self.folder.run(dataclasses.replace(run, name=run.parent))
+    target = self.folder.run(run) / 'checkpoints' / str(run.fork)
+    partial = target.with_name(f'partial.{os.getpid()}')
+    shutil.copytree(trunk / 'checkpoints' / str(run.fork), partial)
+    curve = [row for row in metrics.read_rows(trunk / 'metrics.jsonl') if row['step'] <= run.fork]
+    lines = ''.join(json.dumps(row) + '\n' for row in curve if 'loss' in row)
+    metrics.write_atomic(self.folder.run(run) / 'metrics.jsonl', lines)
+    partial.rename(target)
+
+
+def _give_up() -> None:
+  """Another worker has this one's run: not a byte more into its folder."""
+  os._exit(75)
 
 
 # From runs to a law, and from the law to the run that tests it.
@@ -307,26 +345,10 @@ def make_plan(sweep: Sweep) -> tuple[list[designs.Size], list[designs.Planned], 
 
   rungs = sweep.design.rungs(count)
   runs = sweep.design.plan(rungs, run.target_length)
-  for planned in runs:
+  # Runs that differ in their numbers alone are right or wrong together.
+  for planned in {(r.size.name, r.batch_size, r.steps, r.settings): r for r in runs}.values():
     sweep.config(planned).build()
   return rungs, runs, run
-
-
-def show_plan(sweep: Sweep, runs: list[designs.Planned]) -> None:
-  print(f'{"run":32} {"C":>8} {"N":>8} {"D":>8} {"D/N":>7} {"steps":>7} {"batch":>6} {"rate":>8}')
-  for run in runs:
-    c, n, d = map(metrics.si, (run.flops, run.size.params, run.tokens))
-    ratio = run.tokens / run.size.params
-    print(
-      f'{run.name:32} {c:>8} {n:>8} {d:>8} {ratio:7.1f} {run.steps:7,} {run.batch_size:6} '
-      f'{run.learning_rate:8.2g}'
-    )
-  total = sum(run.flops for run in runs)
-  print(f'{len(runs)} runs, {metrics.si(total)} FLOPs by {sweep.design.flops}', end='')
-  if sweep.forecast:
-    largest = max(sweep.design.budgets) * sweep.forecast
-    print(f', then a forecast at {metrics.si(largest)} FLOPs and the run that tests it', end='')
-  print()
 
 
 def write_results(path: pathlib.Path, rows: list[dict]) -> None:
@@ -428,36 +450,66 @@ def report(
   return path
 
 
+def get_done(flags, sweep: Sweep, runs: list[designs.Planned], folder: Folder, table) -> bool:
+  """Every run over, by whatever starts the workers; False where that is left to the user."""
+  launcher = launchers.named(flags.launcher) if flags.launcher else sweep.launcher
+  todo = lambda: sum(folder.row(run) is None for run in runs)
+  arguments = [f'--gin_file={file}' for file in flags.gin_file] + [f'--gin.{b}' for b in flags.gin]
+  job = launchers.Job(
+    arguments=(*arguments, f'--workdir={folder.path}', '--worker'),
+    workdir=folder.path,
+    todo=todo,
+    watch=lambda: table(runs),
+    hung=lambda: hung(sweep, runs, folder),
+  )
+  if todo() and not launcher.run(job):
+    return False
+  table(runs, last=True)
+  return True
+
+
+def hung(sweep: Sweep, runs: list[designs.Planned], folder: Folder) -> set[int]:
+  """Processes of this machine whose lease has run out while they have it."""
+  from research import leases
+
+  store = leases.Leases(folder.path / 'runs', sweep.lease)
+  waiting = [run for run in runs if folder.row(run) is None and folder.run(run).exists()]
+  found = [entry for run in waiting if (entry := store.read(run.name))]
+  return {e.pid for e in found if e.owner and e.expired and e.host == store.host}
+
+
 def main(flags) -> int:
   config = configs.load(flags.gin_file, flags.gin, root='SWEEP')
   sweep = config.build()
   name = pathlib.Path(flags.gin_file[0]).stem
   folder = Folder(pathlib.Path(flags.workdir) if flags.workdir else pathlib.Path('runs') / name)
   if flags.worker:
-    work(sweep, folder.plan(), folder)
-    return 0
+    return work(sweep, folder, flags.peers)
+  if flags.status:
+    return show_status(sweep, folder)
   rungs, runs, base = make_plan(sweep)
   show_plan(sweep, runs)
   if flags.plan:
     return 0
   make_folder(folder, config.text)
   folder.register(runs)
-  from research import data
-
-  say = lambda text: print(text, file=sys.stderr, flush=True)
-  frozen, _ = data.open_streams([base.train, base.validation], log=say)
-  check_data(base, frozen, max(run.tokens for run in runs), 'the longest run of this sweep')
-  table = Table(folder)
+  frozen = open_data(sweep, runs, base)
+  if not sweep.design.repeats:
+    check_data(base, frozen, max(run.tokens for run in runs), 'the longest run of this sweep')
+  table = status.Table(folder)
+  forecast = None
   try:
-    launch(flags, sweep, runs, folder, table)
+    if not get_done(flags, sweep, runs, folder, table):
+      return 0
+    if not sweep.design.law:
+      return finish(sweep, folder, runs)
     rows, analysis = fit(folder, sweep, runs)
-    forecast = None
     if sweep.forecast:
       forecast = register_forecast(sweep, analysis, rungs, base.target_length, folder)
       runs = folder.plan()
       planned = next(run for run in runs if run.name == forecast['run'])
       check_data(base, frozen, planned.tokens, 'the forecast run')
-      launch(flags, sweep, runs, folder, table)
+      get_done(flags, sweep, runs, folder, table)
       rows, analysis = fit(folder, sweep, runs)
   finally:
     table.close()
@@ -466,6 +518,59 @@ def main(flags) -> int:
   if forecast:
     show_forecast(forecast, folder.row(planned))
   print(f'report: {path}')
+  return 0
+
+
+def work(sweep: Sweep, folder: Folder, peers: int) -> int:
+  """A worker's process."""
+  from research import train
+
+  worker = Worker(sweep, folder, peers)
+  (folder.path / 'workers').mkdir(exist_ok=True)
+  (folder.path / 'workers' / str(os.getpid())).touch()  # it got this far
+  try:
+    worker.work(folder.plan())
+  except train.Interrupted as stop:
+    print(stop, file=sys.stderr)
+    return 143
+  return 0
+
+
+def open_data(sweep: Sweep, runs: list[designs.Planned], base):
+  """The base run's training stream; every stream of the sweep is frozen here, once, and not by its workers."""
+  from research import data
+
+  say = lambda text: print(text, file=sys.stderr, flush=True)
+  streams = {'train': base.train, 'validation': base.validation}
+  for settings in dict.fromkeys(run.settings for run in runs):
+    run = configs.load(sweep.run, [*sweep.bindings, *settings]).build()
+    streams |= {repr(stream): stream for stream in (run.train, run.validation)}
+  return data.open_streams(list(streams.values()), log=say)[0]
+
+
+def finish(sweep: Sweep, folder: Folder, runs: list[designs.Planned]) -> int:
+  """The end of a sweep that asks for no law of N and D: its rows, and what its design makes of them."""
+  rows = folder.rows(runs)
+  write_results(folder.path / 'results.csv', rows)
+  summary = sweep.design.summary(runs, rows)
+  metrics.write_atomic(folder.path / 'summary.txt', summary + '\n')
+  print(summary)
+  print(f'rows: {folder.path / "results.csv"}')
+  return 0
+
+
+def show_plan(sweep: Sweep, runs: list[designs.Planned]) -> None:
+  status.show_plan(runs, sweep.design.flops)
+  if sweep.forecast:
+    largest = max(sweep.design.budgets) * sweep.forecast
+    print(f'then a forecast at {metrics.si(largest)} FLOPs and the run that tests it')
+
+
+def show_status(sweep: Sweep, folder: Folder) -> int:
+  runs = folder.plan()
+  if not runs:
+    raise UserError(f'{folder.path} holds no sweep: no plan.json; start it, or give its --workdir.')
+  status.show_status(folder, runs)
   return 0
 
 

@@ -6,6 +6,7 @@ A design yields `Planned` runs; it knows sizes and counts, and nothing of gin, t
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from typing import ClassVar, Protocol
 
 from research.errors import Invalid
 
@@ -34,28 +35,43 @@ class Size:
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-  """A run to do. Macros and values are what its gin file is given; the rest is what to expect of it."""
+  """A run to do. Macros, values and settings are what its gin file is given; the rest is what to expect of it.
+
+  `settings` are more gin bindings, as on a command line. A run with a `parent` starts from that one's
+  checkpoint at step `fork`, and `steps` and `tokens` count from the parent's start.
+  """
 
   name: str
-  role: str  # 'fit' or 'forecast'
+  role: str  # 'fit', 'forecast', or 'trunk' of what branches from it
   budget: float  # FLOPs
   size: Size
   tokens: int
   steps: int
   batch_size: int
   learning_rate: float
+  settings: tuple[str, ...] = ()
+  parent: str | None = None
+  fork: int = 0
 
   @property
   def flops(self) -> float:
+    """Of the run as its row counts it, its parent's part included."""
     return self.size.flops_per_token * self.tokens
 
-  def bindings(self) -> dict[str, object]:
-    return {
+  @property
+  def cost(self) -> float:
+    """FLOPs that are left to spend on it when its parent is done."""
+    return self.flops * (1 - self.fork / self.steps)
+
+  def bindings(self) -> list[str]:
+    """What its gin file is given, as on a command line."""
+    values = {
       **self.size.macros,
       'LEARNING_RATE': self.learning_rate,
       'Run.steps': self.steps,
       'Run.batch_size': self.batch_size,
     }
+    return [*(f'{k}={v!r}' for k, v in values.items()), *self.settings]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,8 +140,89 @@ class Ladder:
     ]
 
 
+class Design(Protocol):
+  """Yields the runs of a sweep. `law`: whether they ask for a law of N and D; else `summary` answers."""
+
+  flops: str
+  law: bool
+  repeats: bool
+
+  def rungs(self, count: Callable[[dict], object]) -> list[Size]: ...
+
+  def plan(self, rungs: list[Size], length: int) -> list[Planned]: ...
+
+  def summary(self, runs: list[Planned], rows: list[dict]) -> str: ...
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class IsoFlop:
+class Sized:
+  """What designs share: sizes by a ladder, hyper-parameters by rules.
+
+  Attributes:
+    ladder: where the sizes come from.
+    learning_rate, batch_size: rules; batch_size in examples.
+    flops: a FLOP convention of results rows; it says which parameters N counts.
+    min_steps: a run with fewer updates is left out: it says more about warm-up than about size.
+  """
+
+  ladder: Ladder
+  learning_rate: Rule
+  batch_size: Rule
+  flops: str = 'flops_6n_with_head'
+  min_steps: int = 50
+  law: ClassVar[bool] = True
+  repeats: ClassVar[bool] = False  # whether the data are gone through more than once
+
+  def __post_init__(self):
+    if self.flops not in CONVENTIONS:
+      raise Invalid(type(self), 'flops', f'{self.flops!r} is not one of {", ".join(CONVENTIONS)}.')
+
+  def rungs(self, count: Callable[[dict], object]) -> list[Size]:
+    """The ladder counted. `count(macros)` gives `counts.Counts` of that size."""
+    sizes = []
+    for macros in self.macros():
+      c = count(macros)
+      sizes.append(Size(macros, getattr(c, CONVENTIONS[self.flops]), getattr(c, self.flops)))
+    return sizes
+
+  def macros(self) -> list[dict[str, int]]:
+    return self.ladder.macros()
+
+  def train_for(
+    self, tokens: float, size: Size, length: int, name: str, role: str = 'fit', **knobs
+  ) -> Planned:
+    """One run of `size` on `tokens`, to the nearest step; `knobs` replace fields of `Planned`."""
+    facts = {'params': size.params, 'tokens': tokens, 'flops': tokens * size.flops_per_token}
+    batch = knobs.pop('batch_size', max(1, round(self.batch_size(**facts))))
+    steps = knobs.pop('steps', max(1, round(tokens / (batch * length))))
+    rate = float(f'{knobs.pop("learning_rate", self.learning_rate(**facts)):.4g}')
+    tokens = steps * batch * length
+    budget = knobs.pop('budget', tokens * size.flops_per_token)
+    return Planned(name.replace('+', ''), role, budget, size, tokens, steps, batch, rate, **knobs)
+
+  def long_enough(self, runs: list[Planned], field: str) -> list[Planned]:
+    """The runs of `min_steps` or more."""
+    kept = [run for run in runs if run.steps >= self.min_steps]
+    if not kept:
+      why = f'no run has {self.min_steps} steps or more; raise it, or lower batch_size.'
+      raise Invalid(type(self), field, why)
+    return kept
+
+  def summary(self, runs: list[Planned], rows: list[dict]) -> str:
+    """What the rows say, for a design whose answer is not Chinchilla's law."""
+    raise NotImplementedError
+
+
+def positive(design, **fields) -> None:
+  """Raises Invalid for a tuple of numbers that is empty or not of positive ones."""
+  for field, values in fields.items():
+    if not isinstance(values, tuple) or not values or not all(v > 0 for v in values):
+      why = f'{values!r} must be one or more positive numbers, in parentheses.'
+      raise Invalid(type(design), field, why)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IsoFlop(Sized):
   """Budgets x sizes: for every budget, sizes around the expected optimum, each trained for what is left.
 
   The expected optimum has `ratio` tokens per parameter (Hoffmann 2022: about 20); the sizes are the rungs
@@ -135,23 +232,15 @@ class IsoFlop:
   Attributes:
     budgets: C in FLOPs, by the convention `flops`.
     sizes: runs per budget.
-    ladder: where the sizes come from.
-    learning_rate, batch_size: rules; batch_size in examples.
-    flops: a FLOP convention of results rows.
-    min_steps: a run with fewer updates is left out: it says more about warm-up than about size.
   """
 
   budgets: tuple[float, ...]
-  ladder: Ladder
-  learning_rate: Rule
-  batch_size: Rule
   sizes: int = 5
   spread: float = 4.0
   ratio: float = 20.0
-  flops: str = 'flops_6n_with_head'
-  min_steps: int = 50
 
   def __post_init__(self):
+    super().__post_init__()
     if not self.budgets or not all(b > 0 for b in self.budgets):
       raise Invalid(
         IsoFlop, 'budgets', f'{self.budgets!r} must be one or more positive numbers of FLOPs.'
@@ -160,16 +249,6 @@ class IsoFlop:
       raise Invalid(IsoFlop, 'sizes', f'{self.sizes} sizes do not show a minimum; take at least 3.')
     if not self.spread > 1:
       raise Invalid(IsoFlop, 'spread', f'{self.spread!r} must be above 1.')
-    if self.flops not in CONVENTIONS:
-      raise Invalid(IsoFlop, 'flops', f'{self.flops!r} is not one of {", ".join(CONVENTIONS)}.')
-
-  def rungs(self, count: Callable[[dict], object]) -> list[Size]:
-    """The ladder counted. `count(macros)` gives `counts.Counts` of that size."""
-    sizes = []
-    for macros in self.ladder.macros():
-      c = count(macros)
-      sizes.append(Size(macros, getattr(c, CONVENTIONS[self.flops]), getattr(c, self.flops)))
-    return sizes
 
   def plan(self, rungs: list[Size], length: int) -> list[Planned]:
     """The runs of the fit, cheapest budget first. `length` is target tokens per example."""
@@ -193,13 +272,8 @@ class IsoFlop:
 
   def run(self, budget: float, size: Size, length: int, role: str) -> Planned:
     """One run that spends `budget` on `size`."""
-    tokens = budget / size.flops_per_token
-    facts = {'params': size.params, 'tokens': tokens, 'flops': budget}
-    batch = max(1, round(self.batch_size(**facts)))
-    steps = max(1, round(tokens / (batch * length)))
-    name = f'{role}-{budget:.2e}-{size.name}'.replace('+', '')
-    rate = float(f'{self.learning_rate(**facts):.4g}')
-    return Planned(name, role, budget, size, steps * batch * length, steps, batch, rate)
+    name = f'{role}-{budget:.2e}-{size.name}'
+    return self.train_for(budget / size.flops_per_token, size, length, name, role, budget=budget)
 
 
 def nearest(rungs: list[Size], params: float) -> Size:

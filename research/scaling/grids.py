@@ -1,0 +1,349 @@
+"""Designs beside isoFLOP: what to train when the question is another one."""
+
+import collections
+import dataclasses
+import itertools
+import math
+import string
+from typing import ClassVar
+
+import numpy as np
+
+from research.errors import Invalid
+from research.scaling.designs import Planned, Size, Sized, nearest, positive
+
+
+def _sizes(rungs: list[Size], params) -> list[Size]:
+  """The rungs nearest to these parameters, each once."""
+  return list({(size := nearest(rungs, n)).name: size for n in params}.values())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KaplanGrid(Sized):
+  """N x D: every size on every number of tokens, each with a schedule of its own (Kaplan 2020, section 4).
+
+  Attributes:
+    params: N; the nearest rungs of the ladder are taken.
+    tokens: D.
+  """
+
+  params: tuple[float, ...]
+  tokens: tuple[float, ...]
+
+  def __post_init__(self):
+    super().__post_init__()
+    positive(self, params=self.params, tokens=self.tokens)
+
+  def plan(self, rungs: list[Size], length: int) -> list[Planned]:
+    runs = [
+      self.train_for(tokens, size, length, f'fit-{size.name}-{tokens:.2e}')
+      for size in _sizes(rungs, self.params)
+      for tokens in self.tokens
+    ]
+    return self.long_enough(runs, 'tokens')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Horizons(Sized):
+  """Sizes x horizons in tokens per parameter, each a run of its own: Hoffmann 2022, approach 1.
+
+  Attributes:
+    params: N; the nearest rungs of the ladder are taken.
+    horizons: D / N of the runs of each size.
+  """
+
+  params: tuple[float, ...]
+  horizons: tuple[float, ...]
+
+  def __post_init__(self):
+    super().__post_init__()
+    positive(self, params=self.params, horizons=self.horizons)
+
+  def plan(self, rungs: list[Size], length: int) -> list[Planned]:
+    runs = [
+      self.train_for(ratio * size.params, size, length, f'fit-{size.name}-{ratio:g}')
+      for size in _sizes(rungs, self.params)
+      for ratio in self.horizons
+    ]
+    return self.long_enough(runs, 'horizons')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Branches(Sized):
+  """Many horizons of one run: a trunk at a constant rate, and from its checkpoints a decay for each horizon.
+
+  k horizons cost the longest's stable phase and k decays (Hu et al. 2024, arXiv:2404.06395; Hägele et al. 2024,
+  arXiv:2405.18392). A branch is to the bit the run trained alone on the same schedule, which must be
+  `schedules.warmup_stable_decay`.
+
+  Attributes:
+    params: N; the nearest rungs of the ladder are taken.
+    shortest: tokens per parameter of the first horizon.
+    horizons: the stable phases as whole multiples of the first.
+    decay: share of a horizon that is the decay.
+    warmup: share of the first horizon that is the warm-up.
+  """
+
+  params: tuple[float, ...]
+  shortest: float
+  horizons: tuple[int, ...] = (1, 2, 4, 8)
+  decay: float = 0.2
+  warmup: float = 0.1
+
+  def __post_init__(self):
+    super().__post_init__()
+    positive(self, params=self.params, horizons=self.horizons)
+    if any(not isinstance(h, int) for h in self.horizons):
+      raise Invalid(Branches, 'horizons', f'{self.horizons!r} must be whole numbers.')
+    if not 0 < self.decay < 1 or not 0 <= self.warmup < 1 - self.decay:
+      raise Invalid(Branches, 'decay', f'{self.decay!r} and warmup must leave a stable phase.')
+
+  def plan(self, rungs: list[Size], length: int) -> list[Planned]:
+    runs = []
+    for size in _sizes(rungs, self.params):
+      first = self.train_for(self.shortest * size.params, size, length, 'first')
+      if first.steps < self.min_steps:
+        raise Invalid(Branches, 'shortest', f'{size.name} gets {first.steps} steps; raise it.')
+      unit = max(1, round(first.steps * (1 - self.decay)))
+      warmup = max(1, round(self.warmup * first.steps))
+      schedule = lambda decay, warmup=warmup: (
+        f'warmup_stable_decay.warmup={warmup}',
+        f'warmup_stable_decay.decay={decay}',
+      )
+      # The same rate and batch for all: they are one run as long as they are together.
+      same = {'learning_rate': first.learning_rate, 'batch_size': first.batch_size}
+      at = lambda steps, size=size, first=first: {
+        'tokens': steps * first.batch_size * length, 'size': size, 'length': length, 'steps': steps
+      }  # fmt: skip
+      saved = (f'Run.checkpoint_every={unit}', f'Run.keep_checkpoints={max(self.horizons)}')
+      trunk = f'trunk-{size.name}'
+      stable = unit * max(self.horizons)
+      settings = (*schedule(0.0), *saved)
+      runs.append(self.train_for(**at(stable), name=trunk, role='trunk', settings=settings, **same))
+      for horizon in self.horizons:
+        fork = unit * horizon
+        steps = max(fork + 1, round(fork / (1 - self.decay)))
+        decay = (steps - fork) / steps
+        runs.append(
+          self.train_for(
+            **at(steps), name=f'fit-{size.name}-{horizon}', settings=schedule(decay), parent=trunk,
+            fork=fork, **same,
+          )
+        )  # fmt: skip
+    return runs
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LearningRateBatch(Sized):
+  """Learning rates x batch sizes at every size, and the law of the best: a `Rule` for the next sweep.
+
+  Attributes:
+    params: N; the nearest rungs of the ladder are taken.
+    ratio: tokens per parameter.
+    rates: multiples of the rule's learning rate.
+    batches: multiples of the rule's batch size.
+  """
+
+  params: tuple[float, ...]
+  ratio: float = 20.0
+  rates: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0)
+  batches: tuple[float, ...] = (1.0,)
+  law: ClassVar[bool] = False
+
+  def __post_init__(self):
+    super().__post_init__()
+    positive(self, params=self.params, rates=self.rates, batches=self.batches)
+
+  def plan(self, rungs: list[Size], length: int) -> list[Planned]:
+    runs = []
+    for size in _sizes(rungs, self.params):
+      tokens = self.ratio * size.params
+      usual = self.train_for(tokens, size, length, 'usual')
+      for batch, rate in itertools.product(self.batches, self.rates):
+        examples = max(1, round(batch * usual.batch_size))
+        name = f'fit-{size.name}-b{examples}-r{rate:g}'
+        knobs = {'batch_size': examples, 'learning_rate': rate * usual.learning_rate}
+        runs.append(self.train_for(tokens, size, length, name, **knobs))
+    return self.long_enough(runs, 'ratio')
+
+  def summary(self, runs: list[Planned], rows: list[dict]) -> str:
+    lines, best = [], []
+    found = {row['run']: row.get('loss') for row in rows}
+    groups = collections.defaultdict(list)
+    for run in runs:
+      if found.get(run.name) is not None:
+        groups[run.size.name].append((run, found[run.name]))
+    for name, members in groups.items():
+      rate, batch, loss, note = best_rate(members)
+      params = members[0][0].size.params
+      lines.append(f'{name}: N = {params:,}, rate {rate:.3g}, batch {batch}: {loss:.4f}{note}')
+      if not note:
+        best.append((params, rate))
+    if len(best) >= 2:
+      n, rate = np.log(np.array(best, np.float64)).T
+      slope, at = np.polyfit(n, rate, 1)
+      centre = float(np.exp(n.mean()))
+      value = float(np.exp(at + slope * n.mean()))
+      lines.append(
+        f'learning rate = {value:.3g} (N / {centre:.3g})^{slope:.3f}, from {len(best)} sizes:\n'
+        f'learning_rate/designs.Rule:\n  value = {value:.4g}\n  at = {centre:.4g}\n  exponent = {slope:.4f}'
+      )
+    else:
+      lines.append(
+        f'no law: {len(best)} sizes have a best rate inside their grid, and two are needed.'
+      )
+    return '\n'.join(lines)
+
+
+def best_rate(members: list[tuple[Planned, float]]) -> tuple[float, int, float, str]:
+  """(rate, batch, loss, '' or why the rate is not to be trusted) of one size's runs and their losses.
+
+  At the batch with the lowest loss: the vertex of a parabola in ln rate through the best and its neighbours.
+  """
+  run, loss = min(members, key=lambda member: member[1])
+  row = sorted((r.learning_rate, l) for r, l in members if r.batch_size == run.batch_size)
+  i = next(i for i, (rate, _) in enumerate(row) if rate == run.learning_rate)
+  if i in (0, len(row) - 1):
+    return run.learning_rate, run.batch_size, loss, ' (the best rate is at the end of the grid)'
+  x, y = np.array(row[i - 1 : i + 2]).T
+  a, b, c = np.polyfit(np.log(x), y, 2)
+  return float(np.exp(-b / (2 * a))), run.batch_size, float(c - b * b / (4 * a)), ''
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Repeats(Sized):
+  """Unique tokens x epochs at every size, for the worth of repeated data (Muennighoff 2023, arXiv:2305.16264).
+
+  Attributes:
+    params: N; the nearest rungs of the ladder are taken.
+    unique: tokens of the training stream.
+    epochs: how often they are gone through.
+  """
+
+  params: tuple[float, ...]
+  unique: tuple[float, ...]
+  epochs: tuple[float, ...] = (1, 2, 4, 8)
+  repeats: ClassVar[bool] = True
+
+  def __post_init__(self):
+    super().__post_init__()
+    positive(self, params=self.params, unique=self.unique, epochs=self.epochs)
+
+  def plan(self, rungs: list[Size], length: int) -> list[Planned]:
+    runs = []
+    for size, unique, epochs in itertools.product(
+      _sizes(rungs, self.params), self.unique, self.epochs
+    ):
+      examples = max(1, round(unique / length))
+      name = f'fit-{size.name}-{unique:.2e}-x{epochs:g}'
+      settings = (f'train/Stream.examples={examples}',)
+      tokens = examples * length * epochs
+      runs.append(self.train_for(tokens, size, length, name, settings=settings))
+    return self.long_enough(runs, 'unique')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WidthDepth(Sized):
+  """Widths x depths, each trained on one budget: what shape is best (Kaplan 2020, section 3.1).
+
+  Attributes:
+    budget: C in FLOPs of every run.
+    depths: numbers of layers; the widths are the ladder's.
+  """
+
+  budget: float
+  depths: tuple[int, ...]
+  law: ClassVar[bool] = False
+
+  def __post_init__(self):
+    super().__post_init__()
+    positive(self, depths=self.depths, budget=(self.budget,))
+
+  def macros(self) -> list[dict[str, int]]:
+    widths = self.ladder.macros()
+    return [{**macros, 'LAYERS': depth} for macros in widths for depth in self.depths]
+
+  def plan(self, rungs: list[Size], length: int) -> list[Planned]:
+    runs = [
+      self.train_for(self.budget / size.flops_per_token, size, length, f'fit-{size.name}')
+      for size in rungs
+    ]
+    return self.long_enough(runs, 'budget')
+
+  def summary(self, runs: list[Planned], rows: list[dict]) -> str:
+    found = {row['run']: row.get('loss') for row in rows}
+    cell = {
+      (run.size.macros['EMBED'], run.size.macros['LAYERS']): found.get(run.name) for run in runs
+    }
+    widths, depths = (sorted({key[i] for key in cell}) for i in (0, 1))
+    show = lambda loss: f'{loss:8.4f}' if loss is not None else f'{"-":>8}'
+    lines = ['width    ' + ''.join(f'{d:6} L ' for d in depths)]
+    lines += [f'{w:8}' + ' '.join(show(cell.get((w, d))) for d in depths) for w in widths]
+    losses = {key: loss for key, loss in cell.items() if loss is not None}
+    if losses:
+      (width, depth), loss = min(losses.items(), key=lambda item: item[1])
+      lines.append(
+        f'best: {width} wide, {depth} layers ({width / depth:.3g} wide a layer): {loss:.4f}'
+      )
+    return '\n'.join(lines)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ablation(Sized):
+  """A product of gin bindings at every size: what each choice is worth.
+
+  Attributes:
+    params: N of the base model; the nearest rungs of the ladder are taken.
+    axes: of each choice its alternatives, each a binding as on a command line, or '' for none; the first is the
+      base.
+    ratio: tokens per parameter.
+    seeds: runs of each, with Run.seed 0, 1, ...
+  """
+
+  params: tuple[float, ...]
+  axes: tuple[tuple[str, ...], ...]
+  ratio: float = 20.0
+  seeds: int = 1
+  law: ClassVar[bool] = False
+
+  def __post_init__(self):
+    super().__post_init__()
+    positive(self, params=self.params, seeds=(self.seeds,))
+    if not self.axes or any(isinstance(axis, str) or len(axis) < 2 for axis in self.axes):
+      why = "each choice is a tuple of two bindings or more, such as ('', 'Mlp.bias=True')."
+      raise Invalid(Ablation, 'axes', why)
+
+  def plan(self, rungs: list[Size], length: int) -> list[Planned]:
+    runs = []
+    choices = itertools.product(*(range(len(axis)) for axis in self.axes))
+    for size, which, seed in itertools.product(
+      _sizes(rungs, self.params), list(choices), range(self.seeds)
+    ):
+      name = f'fit-{size.name}-{self.variant(which)}-s{seed}'
+      bindings = [self.axes[i][k] for i, k in enumerate(which)]
+      settings = (*filter(None, bindings), f'Run.seed={seed}')
+      tokens = self.ratio * size.params
+      runs.append(self.train_for(tokens, size, length, name, settings=settings))
+    return self.long_enough(runs, 'ratio')
+
+  @staticmethod
+  def variant(which: tuple[int, ...]) -> str:
+    """'a0b1': the first alternative of the first choice, the second of the second."""
+    return ''.join(f'{string.ascii_lowercase[i]}{k}' for i, k in enumerate(which))
+
+  def summary(self, runs: list[Planned], rows: list[dict]) -> str:
+    found = {row['run']: row.get('loss') for row in rows}
+    losses = collections.defaultdict(list)
+    for run in runs:
+      if found.get(run.name) is not None:
+        losses[run.size.name, run.settings[:-1]].append(found[run.name])
+    lines = []
+    for size in dict.fromkeys(size for size, _ in losses):
+      of = {settings: values for (name, settings), values in losses.items() if name == size}
+      base = float(np.mean(next(iter(of.values()))))
+      for settings, values in of.items():
+        mean, n = float(np.mean(values)), len(values)
+        error = f' +- {np.std(values, ddof=1) / math.sqrt(n):.4f}' if n > 1 else ''
+        what = ' '.join(settings) or 'base'
+        lines.append(f'{size} {what}: {mean:.4f}{error} ({mean - base:+.4f})')
+    return '\n'.join(lines)
