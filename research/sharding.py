@@ -251,6 +251,12 @@ def shard(x: jax.Array, *names: str | None) -> jax.Array:
   return jax.sharding.reshard(x, spec(*names, shape=x.shape))
 
 
+def spec_of(x: jax.Array) -> P | None:
+  """Where `x` lives, as an `out_sharding`; None outside any mesh."""
+  sharding = jax.typeof(x).sharding
+  return None if sharding.mesh.empty else sharding.spec
+
+
 def place(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
   """This process's share of a batch of host arrays [batch, length], as global arrays on the mesh."""
   mesh = jax.sharding.get_mesh()

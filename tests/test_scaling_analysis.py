@@ -68,6 +68,34 @@ def test_a_small_sweep_forecasts_a_larger_budget(analysis):
   assert f.params * f.tokens * 6 == pytest.approx(1e15, rel=1e-9)
 
 
+def test_forecasts_are_weighed_by_how_well_the_sweep_forecast_itself(analysis):
+  """The asymptote is there, so the law forecasts the larger budgets better than a line through the minima."""
+  tried = {(t.approach, t.fitted_budgets, round(t.distance, 1)) for t in analysis.trials}
+  assert tried == {
+    (f'approach {k}', *trial) for k in (2, 3) for trial in ((2, 3.3), (2, 10.0), (3, 3.0))
+  }
+  shares = analysis.shares
+  assert sum(shares.values()) == pytest.approx(1)
+  assert shares['approach 3'] > 0.9
+  f = analysis.forecast(1e15)
+  assert f.loss == pytest.approx(sum(shares[k] * f.parts[k] for k in shares))
+  assert 'its share in a forecast' in str(analysis)
+
+
+def test_a_sweep_without_an_asymptote_trusts_its_power_law():
+  rows = sweep()
+  lowest = {}
+  for (
+    row
+  ) in rows:  # parabolas about minima on a power law: no L(N, D) of the Chinchilla form has them
+    lowest.setdefault(row['budget'], row['params_with_head'] / 0.3)
+    off = math.log(row['params_with_head'] / lowest[row['budget']])
+    row['loss'] = 3 * (row['budget'] / 1e13) ** -0.08 * math.exp(0.02 * off**2)
+  found = fit_results(rows, conventions=False, replicates=50)
+  assert found.shares.get('approach 2', 1.0) > 0.9
+  assert found.forecast(1e15).loss == pytest.approx(3 * 100**-0.08, rel=0.003)
+
+
 def test_both_approaches_find_the_exponent(analysis):
   """How often the intervals hold the truth is another test's business; here: close, and of a sane width."""
   for name in ('a, approach 2', 'a, approach 3'):

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from research.sharding import spec
+from research.sharding import spec, spec_of
 
 # Logits of a key that a query may not see, and the least maximum of a row: a row that sees nothing then has
 # exp(HIDDEN - FLOOR) = 0 everywhere, and is zero with a gradient of zero rather than NaN.
@@ -121,7 +121,7 @@ def _backward(scale, soft_cap, residuals, dy):
   if soft_cap is not None:
     ds = ds * (1 - jnp.square(capped / soft_cap))
   weights, ds = weights.astype(dy.dtype), ds.astype(query.dtype)
-  dot = lambda letters, a, b, like: jnp.einsum(letters, a, b, out_sharding=_where(like))
+  dot = lambda letters, a, b, like: jnp.einsum(letters, a, b, out_sharding=spec_of(like))
   d_query = dot('bkqgs,bskd->bqkgd', ds, key, query) * scale
   d_key = dot('bkqgs,bqkgd->bskd', ds, query * scale, key)
   d_value = dot('bkqgs,bqkgd->bskd', weights, dy, value)
@@ -129,9 +129,3 @@ def _backward(scale, soft_cap, residuals, dy):
 
 
 _product.defvjp(_forward, _backward)
-
-
-def _where(x):
-  """Where `x` lives, as an `out_sharding`; None outside any mesh."""
-  sharding = jax.typeof(x).sharding
-  return None if sharding.mesh.empty else sharding

@@ -13,10 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from research.errors import Invalid
-from research.sharding import shard, spec
+from research.sharding import shard, spec, spec_of
 
 Part = Callable[..., nnx.Module]
 Initializer = Callable[..., jax.Array]
@@ -74,6 +75,77 @@ def check_sizes(owner: type, **sizes: int | None) -> None:
       raise Invalid(owner, field, f'{size!r} is not a size; it must be a positive integer.')
 
 
+def project(
+  x: jax.Array,
+  kernel: jax.Array,
+  axes: Sequence[str | None],
+  to: Sequence[str | None],
+  contract: int = 1,
+  *,
+  transposed: bool = False,
+  dtype=None,
+) -> jax.Array:
+  """x times a kernel over the last `contract` axes of x, which are the first of the kernel ([inputs, outputs]).
+
+  FSDP: the kernel is gathered over 'embed' for its use, forward and backward; what 'tensor' splits stays split.
+
+  Args:
+    x: [..., inputs].
+    kernel: a parameter; it is cast to the dtype of x.
+    axes: the names of the kernel's axes.
+    to: the names of the result's axes.
+    transposed: the kernel is [outputs, inputs], as a table of token vectors is for its logits.
+    dtype: of the result; that of x by default.
+  """
+  n = kernel.ndim - contract if transposed else contract
+  order = tuple(range(n)), tuple(range(n, kernel.ndim))
+  ins, outs = order[::-1] if transposed else order
+  return _project(ins, outs, _whole(axes), spec(*to), dtype or x.dtype, x, kernel)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
+def _project(ins, outs, whole, to, dtype, x, kernel):
+  lead = x.ndim - len(ins)
+  kernel = shard(kernel.astype(x.dtype), *whole)
+  contract = (tuple(range(lead, x.ndim)), ins)
+  return _dot(x, kernel, contract, to, dtype)
+
+
+def _project_forward(ins, outs, whole, to, dtype, x, kernel):
+  return _project(ins, outs, whole, to, dtype, x, kernel), (x, kernel)
+
+
+def _project_backward(ins, outs, whole, to, dtype, residuals, dy):
+  x, kernel = residuals
+  lead, dy = x.ndim - len(ins), dy.astype(x.dtype)
+  gathered = shard(kernel.astype(x.dtype), *whole)
+  dx = _dot(dy, gathered, (tuple(range(lead, dy.ndim)), outs), spec_of(x), x.dtype)
+  # A CPU writes the operand that comes first anew, in transposed order: let that be the smaller one. Its small
+  # result is turned afterwards, behind a barrier: XLA would turn the large operands instead.
+  size = lambda axes: math.prod(kernel.shape[i] for i in axes)
+  pair, order = ((x, dy), ins + outs) if size(ins) <= size(outs) else ((dy, x), outs + ins)
+  where = spec_of(kernel)
+  where = None if where is None else jax.P(*(where[i] for i in order))
+  dkernel = _dot(*pair, (tuple(range(lead)),) * 2, where, x.dtype)
+  if order != tuple(sorted(order)):
+    dkernel = jax.lax.optimization_barrier(dkernel)
+    dkernel = jnp.transpose(dkernel, np.argsort(order))
+  return dx, dkernel.astype(kernel.dtype)
+
+
+_project.defvjp(_project_forward, _project_backward)
+
+
+def _whole(axes: Sequence[str | None]) -> tuple[str | None, ...]:
+  return tuple(None if axis == 'embed' else axis for axis in axes)
+
+
+def _dot(a, b, contract, to, dtype):
+  return jax.lax.dot_general(
+    a, b, (contract, ((), ())), preferred_element_type=dtype, out_sharding=to
+  )
+
+
 class Linear(nnx.Module):
   """y[..., outputs] = sum over inputs of x[..., inputs] kernel[inputs, outputs] (+ bias[outputs]).
 
@@ -100,17 +172,12 @@ class Linear(nnx.Module):
     self.bias = param(rngs, tuple(outputs.values()), self.outputs, zeros) if bias else None
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    # FSDP: the kernel is gathered over 'embed' for its use; what 'tensor' splits stays split.
-    whole = lambda axes: tuple(None if axis == 'embed' else axis for axis in axes)
-    kernel = shard(self.kernel[...].astype(x.dtype), *whole(self.inputs), *whole(self.outputs))
-    n = len(self.inputs)
-    contract = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
-    lead = ('batch', 'length', *[None] * 8)[: x.ndim - n]
-    y_spec = spec(*lead, *whole(self.outputs))
-    y = jax.lax.dot_general(x, kernel, (contract, ((), ())), out_sharding=y_spec)
+    n, kernel = len(self.inputs), self.kernel[...]
+    to = (*('batch', 'length', *[None] * 8)[: x.ndim - n], *_whole(self.outputs))
+    y = project(x, kernel, (*self.inputs, *self.outputs), to, contract=n)
     if self.bias is None:
       return y
-    return y + shard(self.bias[...].astype(x.dtype), *whole(self.outputs))
+    return y + shard(self.bias[...].astype(x.dtype), *_whole(self.outputs))
 
 
 class RMSNorm(nnx.Module):

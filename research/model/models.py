@@ -12,7 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from research.model.layers import Context, Initializer, Linear, Part, check_sizes, normal, param
+from research.model.layers import (
+  Context,
+  Initializer,
+  Linear,
+  Part,
+  check_sizes,
+  normal,
+  param,
+  project,
+)
 from research.sharding import shard, spec
 
 # A number, or how it follows from `embed`: then it is right at every width of a ladder.
@@ -77,26 +86,16 @@ class Embedder(nnx.Module):
 
   def attend(self, x: jax.Array) -> jax.Array:
     """Float32 logits of `x` against the token vectors."""
-    table = shard(self.tokens[...].astype(x.dtype), 'vocab', None)
-    return jnp.einsum(
-      'ble,ve->blv',
-      x,
-      table,
-      preferred_element_type=jnp.float32,
-      out_sharding=spec('batch', 'length', 'vocab'),
-    )
+    return _logits(x, self.tokens[...], ('vocab', 'embed'), transposed=True)
 
 
 def _soft_cap(logits: jax.Array, cap: float | None) -> jax.Array:
   return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
-def _project(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """Float32 logits of x [batch, length, embed] by a kernel [embed, vocab]."""
-  where = spec('batch', 'length', 'vocab')
-  return jnp.einsum(
-    'ble,ev->blv', x, kernel, preferred_element_type=jnp.float32, out_sharding=where
-  )
+def _logits(x: jax.Array, kernel: jax.Array, axes: tuple, **options) -> jax.Array:
+  """Float32 logits [batch, length, vocab] of x [batch, length, embed]."""
+  return project(x, kernel, axes, ('batch', 'length', 'vocab'), dtype=jnp.float32, **options)
 
 
 class TiedHead(nnx.Module):
@@ -142,7 +141,7 @@ class UntiedHead(nnx.Module):
     self.soft_cap = soft_cap
 
   def __call__(self, x: jax.Array, embedder: Embedder) -> jax.Array:
-    logits = _project(x, shard(self.kernel[...].astype(x.dtype), None, 'vocab'))
+    logits = _logits(x, self.kernel[...], ('embed', 'vocab'))
     if self.bias is not None:
       logits = logits + self.bias[...]
     return _soft_cap(logits, self.soft_cap)
@@ -158,7 +157,7 @@ class NormalisedHead(nnx.Module):
   def __call__(self, x: jax.Array, embedder: Embedder) -> jax.Array:
     kernel = shard(self.kernel[...], None, 'vocab')
     length = jnp.sqrt(jnp.sum(kernel * kernel, axis=0) + 1e-24)
-    return _project(x, (kernel / length).astype(x.dtype))
+    return _logits(x, kernel / length, (None, 'vocab'))
 
 
 class MaskedHead(nnx.Module):

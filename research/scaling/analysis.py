@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from research.errors import UserError
-from research.scaling import approaches, bootstrap, fits, laws, planning
+from research.scaling import approaches, bootstrap, fits, laws, planning, rollout
 from research.scaling import rows as table
 from research.scaling.laws.base import Law, LawError
 
@@ -30,7 +30,8 @@ class Optimum(NamedTuple):
 class Forecast:
   """What a run at `flops` should reach; intervals at `level`, that of the loss for one new run with its noise.
 
-  `extrapolation` is flops over the largest budget that was fitted.
+  `extrapolation` is flops over the largest budget that was fitted. Where both approaches 2 and 3 were found the
+  loss is their mean weighed by how well each forecast the sweep's own larger budgets; `parts` has each one's.
   """
 
   flops: float
@@ -46,6 +47,7 @@ class Forecast:
   level: float
   method: str
   extrapolation: float
+  parts: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
   def error(self, outcome: float) -> float:
     """(forecast - outcome) / outcome."""
@@ -65,7 +67,8 @@ class Analysis:
   """Everything a set of rows says about N*(C), D*(C) and the loss.
 
   `approach1`, `approach2`, `approach3` are None where refused; `refusals` says why, by name.
-  `cost` is the rows' FLOP convention, `level` that of every interval.
+  `cost` is the rows' FLOP convention, `level` that of every interval. `trials` are forecasts of the larger
+  budgets from the smaller ones, which weigh the approaches in `forecast`.
   """
 
   rows: table.Observations
@@ -78,12 +81,23 @@ class Analysis:
   notes: tuple[str, ...] = ()
   conventions: tuple[dict, ...] = ()
   level: float = 0.9
+  trials: tuple[rollout.RollOut, ...] = ()
+
+  @property
+  def shares(self) -> dict[str, float]:
+    """What share each approach has in a forecast; they sum to one."""
+    shares = rollout.weights(self.trials)
+    if len(shares) == 2:
+      return shares
+    return {'approach 3' if self.approach3 is not None else 'approach 2': 1.0}
 
   @property
   def method(self) -> str:
+    names = {'approach 2': 'power law through the isoFLOP minima'}
     if self.approach3 is not None:
-      return f'approach 3, {self.approach3.law.name}'
-    return 'approach 2, power laws through the isoFLOP minima'
+      names['approach 3'] = self.approach3.law.name
+    share = lambda w: f' ({w:.0%})' if len(self.shares) > 1 else ''
+    return ' and '.join(f'{k}, {names[k]}{share(w)}' for k, w in self.shares.items())
 
   def predict(self, params, tokens) -> np.ndarray:
     """The fitted loss in nats per token; raises NoForecast without a law of N and D."""
@@ -135,28 +149,43 @@ class Analysis:
       raise NoForecast('forecast needs flops, or params and tokens.')
     if given:
       flops = float(self.cost.flops(params, tokens)) if flops is None else float(flops)
+    best, many = self.optimum(flops), self.optimum_samples(flops)
+    excess = excesses = 0.0  # over the optimum's loss; approach 2 knows only the optimum
     if given and self.approach3 is not None:
-      best = Optimum(params, tokens, self.predict(params, tokens))
       values = {k: v[:, None] for k, v in self.bootstrap.parameters.items()}
-      losses = self.approach3.law(values, params=params, tokens=tokens)
-      many = Optimum(np.full_like(losses, params), np.full_like(losses, tokens), losses)
-    else:
-      best, many = self.optimum(flops), self.optimum_samples(flops)
-      if given:  # approach 2 knows only the optimum
-        best = best._replace(params=params, tokens=tokens)
-    bounds = [self._interval(v) for v in (self._with_noise(many.loss), many.params, many.tokens)]
+      excess = self.predict(params, tokens) - best.loss
+      excesses = self.approach3.law(values, params=params, tokens=tokens) - many.loss
+    if given:
+      best = best._replace(params=params, tokens=tokens)
+      many = many._replace(params=np.array([params]), tokens=np.array([tokens]))
+    parts, drawn = {}, []
+    for approach in self.shares:
+      loss, losses = self._lowest(approach, flops)
+      parts[approach] = float(loss + excess)
+      more = excesses if np.shape(excesses) == losses.shape else excess
+      drawn.append(self._with_noise(losses + more))
+    loss = sum(share * parts[k] for k, share in self.shares.items())
+    intervals = [
+      self._interval(v) for v in (_mixture(drawn, self.shares), many.params, many.tokens)
+    ]
     return Forecast(
       float(flops),
       float(best.params),
       float(best.tokens),
-      float(best.loss),
-      *bounds[0],
-      *bounds[1],
-      *bounds[2],
+      float(loss),
+      *intervals[0],
+      *intervals[1],
+      *intervals[2],
       self.level,
       self.method,
       float(flops / self.rows.flops.max()),
+      parts,
     )
+
+  def _lowest(self, approach: str, flops: float) -> tuple[float, np.ndarray]:
+    """The loss of the optimum by one approach, and under each of its bootstrap replicates."""
+    only = self if approach == 'approach 3' else dataclasses.replace(self, approach3=None)
+    return float(only.optimum(flops).loss), only.optimum_samples(flops).loss.ravel()
 
   def _with_noise(self, losses: np.ndarray) -> np.ndarray:
     """Adds a run's own scatter to bootstrapped losses."""
@@ -204,6 +233,16 @@ class Analysis:
   @classmethod
   def load(cls, path, extra_laws: Iterable[Law] = ()) -> 'Analysis':
     return cls.from_json(pathlib.Path(path).read_text(), extra_laws)
+
+
+def _mixture(drawn: list[np.ndarray], shares: Mapping[str, float], size: int = 4000) -> np.ndarray:
+  """Draws from several samples in proportion to their shares."""
+  if len(drawn) == 1:
+    return drawn[0]
+  rng = np.random.default_rng(0)
+  return np.concatenate(
+    [rng.choice(x, round(size * w)) for x, w in zip(drawn, shares.values(), strict=True)]
+  )
 
 
 def fit_results(
@@ -263,7 +302,8 @@ def fit_results(
   if three is not None:
     kind, groups = _resampling(resample, seen)
     spread = bootstrap.bootstrap(three, kind, groups=groups, replicates=replicates, seed=seed)
-  result = Analysis(seen, cost, one, two, three, spread, refusals, level=level)
+  trials = () if two is None or three is None else rollout.roll_out(seen, cost, two, three)
+  result = Analysis(seen, cost, one, two, three, spread, refusals, level=level, trials=trials)
   from research.scaling import diagnostics
 
   more = () if compare is None else diagnostics.conventions(compare, columns, _quick)

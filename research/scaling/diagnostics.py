@@ -130,24 +130,6 @@ def leave_one_budget_out(a: 'analysis.Analysis') -> list[dict]:
   return out
 
 
-def roll_out(a: 'analysis.Analysis', least: int = 2) -> list[dict]:
-  """Fits the smallest k budgets and forecasts each larger one: the error against the distance of "
-  "extrapolation."""
-  groups = table.budget_groups(a.rows)
-  out = []
-  for k in range(least, len(groups)):
-    below = np.concatenate([g for _, g in groups[:k]])
-    if len(below) <= len(a.approach3.problem.free):
-      continue
-    fit = refit(a.approach3, below)
-    for c, members in groups[k:]:
-      distance = c / groups[k - 1][0]
-      out.append(
-        {'fitted budgets': k, 'budget': c, 'distance': distance, **_errors(fit, a.rows, members)}
-      )
-  return out
-
-
 def _errors(fit, rows, members) -> dict:
   """Relative errors of predicted losses, percent."""
   x = {name: values[members] for name, values in rows.inputs.items() if name in fit.law.inputs}

@@ -168,10 +168,14 @@ def forecast(a: Analysis, forecast: Forecast, outcome: float | None = None):
   if np.isfinite(samples).any():
     low, high = np.nanpercentile(samples, [tail, 100 - tail], axis=0)
     ax.fill_between(c, low, high, color=ACCENT, alpha=0.15, linewidth=0)
-  ax.plot(c, a.optimum(c).loss, color=ACCENT, label='fitted L*(C)')
+  law = 'law' if a.approach3 is not None else 'power law'
+  ax.plot(c, a.optimum(c).loss, color=ACCENT, label=f'L*(C) of the fitted {law}')
   ax.plot(a.rows.flops, a.rows.loss, '.', color='#999999', markersize=4, label='runs of the fit')
   if a.approach2 is not None:
     used = a.approach2.used
+    if a.approach3 is not None:
+      straight = 'power law through the minima'
+      ax.plot(c, a.approach2.loss(c), '--', color=SECOND, linewidth=1, label=straight)
     ax.plot(
       [p.flops for p in used], [p.loss_opt for p in used], 'o', color=SECOND, label='isoFLOP minima'
     )

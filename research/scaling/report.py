@@ -181,6 +181,8 @@ def _forecast(a: Analysis, forecast, outcome) -> str:
     ),
     ('loss', f'{forecast.loss:.4f}', _range(forecast.loss_low, forecast.loss_high, 4, bare=True)),
   ]
+  if len(forecast.parts) > 1:
+    rows += [(f'loss by {approach}', f'{x:.4f}', '') for approach, x in forecast.parts.items()]
   if outcome is not None:
     rows.append(('outcome', f'{outcome:.4f}', f'error {forecast.error(outcome):+.2%}'))
   return (

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from research.scaling import approaches, bootstrap, fits, laws, planning, rows, solver
+from research.scaling import approaches, bootstrap, fits, laws, planning, rollout, rows, solver
 from research.scaling.analysis import Analysis
 from research.scaling.laws.base import Law, LawError
 
@@ -58,6 +58,7 @@ def analysis_from_dict(d: dict, extra_laws: Iterable[Law] = ()) -> Analysis:
     notes=tuple(d['notes']),
     conventions=tuple(d['conventions']),
     level=d['level'],
+    trials=tuple(rollout.RollOut(*t) for t in d.get('trials', ())),
   )
 
 

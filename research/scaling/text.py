@@ -1,5 +1,7 @@
 """An analysis as plain text."""
 
+import numpy as np
+
 from research.scaling.analysis import Analysis
 
 
@@ -35,5 +37,14 @@ def summary(a: Analysis) -> str:
   lines.append(f'Exponents, with {a.level:.0%} intervals (N* ~ C^a, D* ~ C^b):')
   for name, (value, low, high) in a.exponents().items():
     lines.append(f'  {name:14s} {value:.4f} [{low:.4f}, {high:.4f}]')
+  if a.trials:
+    lines.append(
+      'Forecasts of the larger budgets from the smaller ones (loss, forecast over found):'
+    )
+    for name, share in a.shares.items():
+      errors = (
+        f'{np.expm1(t.error):+.1%} at {t.distance:.3g}x' for t in a.trials if t.approach == name
+      )
+      lines.append(f'  {name}: {", ".join(errors)}; its share in a forecast {share:.0%}')
   lines += [f'Note: {note}' for note in a.notes]
   return '\n'.join(lines)

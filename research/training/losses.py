@@ -49,12 +49,13 @@ def cross_entropy(
     nll, z = jnp.sum(nll * weights), jnp.sum(z * weights)
     return nll + z, (nll, z)
 
-  head_fn, consts = jax.closure_convert(head, x)
-  if chunks == 1:
-    return sums(consts, x, targets, weights)[1]
   if x.shape[1] % chunks:
     raise ValueError(f'{chunks} chunks do not divide the length {x.shape[1]}')
   split = lambda a: jnp.moveaxis(a.reshape(a.shape[0], chunks, -1, *a.shape[2:]), 1, 0)
+  # Traced at a chunk's shape: gradients that the head defines itself keep the shape they were traced at.
+  head_fn, consts = jax.closure_convert(head, x if chunks == 1 else split(x)[0])
+  if chunks == 1:
+    return sums(consts, x, targets, weights)[1]
   join = lambda a, like: jnp.moveaxis(a, 0, 1).reshape(like.shape)
 
   @jax.custom_vjp

@@ -1,0 +1,81 @@
+"""How well each approach forecasts, tried on the sweep itself: fit the smaller budgets, forecast the larger."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from research.scaling import approaches, fits, planning
+from research.scaling import rows as table
+
+
+class RollOut(NamedTuple):
+  """One trial: `error` is ln(forecast / found) of the lowest loss at `flops`, `distance` x the last budget."""
+
+  approach: str
+  fitted_budgets: int
+  flops: float
+  distance: float
+  error: float
+
+
+def roll_out(
+  seen: table.Observations,
+  cost: planning.Cost,
+  two: approaches.Allocation,
+  three: fits.Fit | None,
+  least: int = 2,
+) -> tuple[RollOut, ...]:
+  """Every forecast of a larger budget's isoFLOP minimum from the `least` or more budgets below it.
+
+  Approach 2 forecasts with the power law through the minima so far, approach 3 with the law fitted to the runs
+  so far, at its own optimum. What is found is the minimum of the larger budget's profile; budgets without one
+  are not asked for.
+  """
+  found = two.used
+  trials = []
+  for k in range(least, len(found)):
+    top, larger = found[k - 1].flops, found[k:]
+    ratio = [p.flops / top for p in larger]
+    flops = np.array([p.flops for p in larger])
+    told = {'approach 2': approaches.power_law(*_lowest(found[:k]))(flops)}
+    below = seen.flops <= 1.05 * top
+    if three is not None and below.sum() > len(three.problem.free):
+      law = _refit(three, three.weights * below)
+      told['approach 3'] = planning.optimum(law.law, law.parameters, flops, cost)[2]
+    for approach, losses in told.items():
+      for p, distance, loss in zip(larger, ratio, losses, strict=True):
+        if np.isfinite(loss):
+          error = float(np.log(loss / p.loss_opt))
+          trials.append(RollOut(approach, k, float(p.flops), float(distance), error))
+  return tuple(trials)
+
+
+def weights(trials: tuple[RollOut, ...]) -> dict[str, float]:
+  """What share each approach has in a forecast: by its inverse mean squared error (Bates & Granger 1969)."""
+  squares = {}
+  for trial in trials:
+    squares.setdefault(trial.approach, []).append(trial.error**2)
+  accuracy = {name: 1 / (np.mean(e) + 1e-12) for name, e in sorted(squares.items())}
+  return {name: float(a / sum(accuracy.values())) for name, a in accuracy.items()}
+
+
+def _lowest(profiles):
+  return np.array([p.flops for p in profiles]), np.array([p.loss_opt for p in profiles])
+
+
+def _refit(fit: fits.Fit, weights: np.ndarray) -> fits.Fit:
+  """The same fit with other weights: rows of weight 0 keep the shapes, so nothing is compiled again."""
+  problem = fit.problem
+  return fits.fit(
+    fit.law,
+    fit.data['x'],
+    fit.observed,
+    weights=weights,
+    robust=problem.loss,
+    residuals=problem.residuals,
+    fixed=dict(problem.fixed),
+    tied=dict(problem.tied),
+    delta=fit.delta,
+    tau=fit.tau,
+    check=False,
+  )
