@@ -336,6 +336,17 @@ def test_a_sweep_that_would_repeat_its_data_is_refused():
     )
 
 
+@pytest.mark.parametrize('file', sorted(path.name for path in (ROOT / 'gin/sweeps').glob('*.gin')))
+def test_every_sweep_of_the_project_can_be_planned(file, capsys):
+  the_sweep = build(f'gin/sweeps/{file}')
+  _, runs, _ = sweep.make_plan(the_sweep)
+  sweep.show_plan(the_sweep, runs)
+  said = capsys.readouterr().out
+  assert all(run.name in said for run in runs)
+  assert f'{len(runs)} runs, ' in said
+  assert sum(run.cost for run in runs) < 1e13  # minutes on a laptop
+
+
 def test_what_is_wrong_with_a_sweep_is_told_by_the_command(make):
   command = [sys.executable, '-m', 'research.sweep', f'--gin_file={make()}', '--plan']
   done = subprocess.run(
