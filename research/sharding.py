@@ -21,6 +21,7 @@ from research.errors import Invalid, did_you_mean
 MESH_AXES = ('data', 'stage', 'fsdp', 'expert', 'context', 'tensor')
 ARRAY_AXES = (
   'batch', 'length', 'embed', 'heads', 'kv_heads', 'head_dim', 'mlp', 'vocab', 'expert', 'layers', 'state',
+  'channels', 'sequence',
 )  # fmt: skip
 # Batches are split over every axis that has its own examples, and sequences over context. A parameter is split
 # by 'embed' over the axes that would else hold copies of it (ZeRO-3; data does hold copies), and over tensor by
@@ -35,11 +36,17 @@ RULES = {
   'vocab': 'tensor',
   'expert': 'expert',
   'layers': 'stage',
+  # Of what carries a state along the sequence, which is whole there.
+  'channels': ('tensor', 'context'),
+  # The length of the residual stream, between parts. ('context', 'tensor') is Megatron's sequence parallelism
+  # (arXiv:2205.05198): tensor devices then keep a part of each activation, not a copy.
+  'sequence': 'context',
 }
 # Grouped queries leave few keys: where they are fewer than the devices, each device holds all of them.
 _MAY_STAY_WHOLE = ('kv_heads',)
 
 _rules = contextvars.ContextVar('rules', default=None)
+_pipeline = contextvars.ContextVar('pipeline', default=(1, None))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +62,9 @@ class Mesh:
     tensor: heads, MLP and vocabulary are split (Megatron).
     context: sequences are split.
     expert: experts are split, and so are the examples.
-    stage: layers are split (a pipeline).
+    stage: layers are split (a pipeline: `model/pipeline.py`).
+    stage_rounds: how often a microbatch passes all the stages.
+    stage_microbatches: of a batch in the pipeline, at least as many as stages, which is the default.
     dcn_data, dcn_stage: how many slices; dcn_data -1 is all that there are.
     rules: replace entries of `RULES`; None keeps an axis whole. Of a tuple of mesh axes an array takes those
       that its other axes leave free; a single one must be free.
@@ -67,6 +76,8 @@ class Mesh:
   context: int = 1
   expert: int = 1
   stage: int = 1
+  stage_rounds: int = 1
+  stage_microbatches: int | None = None
   dcn_data: int = -1
   dcn_stage: int = 1
   rules: dict = dataclasses.field(default_factory=dict)
@@ -78,6 +89,8 @@ class Mesh:
         raise Invalid(
           Mesh, axis, f'{size!r} is not a number of devices (a positive integer, or -1).'
         )
+    if self.stage_rounds < 1:
+      raise Invalid(Mesh, 'stage_rounds', f'{self.stage_rounds} must be 1 or more.')
     if [getattr(self, axis) for axis in MESH_AXES].count(-1) > 1:
       raise Invalid(Mesh, 'data', 'only one mesh axis may be -1 (all the devices that are left).')
     for name, axes in self.rules.items():
@@ -144,11 +157,13 @@ class Mesh:
     """Within this, `spec` and `shard` mean this mesh, over `devices` (all of them by default)."""
     mesh = self.arrange(jax.devices() if devices is None else devices)
     token = _rules.set(self.table)
+    pipeline = _pipeline.set((self.stage_rounds, self.stage_microbatches))
     try:
       with jax.set_mesh(mesh):
         yield mesh
     finally:
       _rules.reset(token)
+      _pipeline.reset(pipeline)
 
 
 def count_slices(devices) -> int:
@@ -177,6 +192,11 @@ def default_mesh(state_bytes: int, device_bytes: int | None) -> Mesh:
 
 def _as_tuple(axes) -> tuple:
   return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def pipeline_shape() -> tuple[int, int | None]:
+  """How many rounds and microbatches the mesh in use asks of a pipeline."""
+  return _pipeline.get()
 
 
 def axis_size(name: str) -> int:
@@ -251,6 +271,67 @@ def shard(x: jax.Array, *names: str | None) -> jax.Array:
   return jax.sharding.reshard(x, spec(*names, shape=x.shape))
 
 
+def gather(x: jax.Array, *names: str | None) -> jax.Array:
+  """A parameter whole on every device, but for the axes that `names` say: what FSDP does before its use.
+
+  Its gradient is a reduce-scatter to where `x` lives: every device adds up its own examples' part, without a
+  collective (its type says `unreduced`), and the sum is taken here, once for as many uses as there were. Where
+  `x` is gathered already it comes back as it is.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if _rules.get() is None or jax.typeof(x).sharding.spec.reduced:
+    return x
+  here, to = _parts(jax.typeof(x).sharding.spec, x.ndim), _parts(spec(*names, shape=x.shape), x.ndim)
+  gathered = {i: here[i] for i in range(x.ndim) if here[i] != to[i]}
+  if any(to[i] for i in gathered):
+    return shard(x, *names)
+  split = {axis for name in ('batch', 'length') for axis in _as_tuple(_rules.get().get(name))}
+  split = {axis for axis in split if mesh.shape[axis] > 1 and axis not in mesh.manual_axes}
+  over = {axis for axes in gathered.values() for axis in axes}
+  copies = tuple(split - over - {axis for axes in to for axis in axes})
+  if not over and not copies:
+    return x
+
+  def collect(x):
+    x = jax.lax.pcast(x, copies, to='reduced') if copies else x
+    for i, axes in gathered.items():
+      x = jax.lax.all_gather(x, axes, axis=i, tiled=True, to='reduced')
+    return x
+
+  out = P(*(axes or None for axes in to), reduced=over | set(copies))
+  return jax.shard_map(collect, in_specs=P(*(axes or None for axes in here)), out_specs=out)(x)
+
+
+def _parts(spec: P, ndim: int) -> list[tuple[str, ...]]:
+  return [_as_tuple(axes) for axes in (*spec, *[None] * ndim)[:ndim]]
+
+
+def per_device(f, *, in_specs, out_specs):
+  """`f` as every device runs it on its own parts, with collectives of its own; `jax.shard_map` over all axes.
+
+  Inside another such function (a pipeline's stage) it is over the axes that are left.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  left = set(mesh.axis_names) - set(mesh.manual_axes)
+  # Trip counts and branches may differ between devices, which the check for varying values does not know.
+  return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, axis_names=left, check_vma=False)
+
+
+def share() -> tuple[int, int]:
+  """(k, n): this process needs the k-th of n equal parts of every batch's rows, which lie on its devices.
+
+  Where its devices have rows from here and there, or all of them (a mesh axis that is not of the batch goes
+  over the processes), that is the whole.
+  """
+  n = axis_size('batch')
+  where = jax.sharding.NamedSharding(jax.sharding.get_mesh(), spec('batch'))
+  indices = where.addressable_devices_indices_map((n,)).values()
+  first, count = min(i[0].start or 0 for i in indices), len({i[0].start for i in indices})
+  last = max(i[0].start or 0 for i in indices)
+  one_piece = last - first + 1 == count and first % count == 0 and n % count == 0
+  return (first // count, n // count) if one_piece else (0, 1)
+
+
 def spec_of(x: jax.Array) -> P | None:
   """Where `x` lives, as an `out_sharding`; None outside any mesh."""
   sharding = jax.typeof(x).sharding
@@ -258,11 +339,17 @@ def spec_of(x: jax.Array) -> P | None:
 
 
 def place(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-  """This process's share of a batch of host arrays [batch, length], as global arrays on the mesh."""
-  mesh = jax.sharding.get_mesh()
-  return {
-    key: jax.make_array_from_process_local_data(
-      jax.sharding.NamedSharding(mesh, spec('batch', 'length')), x
-    )
-    for key, x in batch.items()
-  }
+  """This process's `share` of a batch of host arrays [batch, length], as global arrays on the mesh."""
+  where = jax.sharding.NamedSharding(jax.sharding.get_mesh(), spec('batch', 'length'))
+  part, parts = share()
+
+  def one(x):
+    first, shape = part * len(x), (parts * len(x), *x.shape[1:])
+
+    def rows(index):
+      start, stop, _ = index[0].indices(shape[0])
+      return x[(slice(start - first, stop - first), *index[1:])]
+
+    return jax.make_array_from_callback(shape, where, rows)
+
+  return {key: one(x) for key, x in batch.items()}

@@ -2,6 +2,8 @@
 
 Writes into --workdir: config.gin (re-runnable), config.txt (resolved), metrics.jsonl, tensorboard/,
 checkpoints/ and at last run.json, the one row of the run. Started again with the same workdir it resumes.
+One process a host is started with the same command on all hosts; they find each other by the three flags, or by
+what Slurm, a TPU slice, Ray Train or torchrun tell them. The workdir is one that all of them see.
 """
 
 import dataclasses
@@ -22,6 +24,9 @@ if __name__ == '__main__':
   _parser.add_argument(
     '--workdir', default=None, metavar='DIR', help='default: runs/<name of the first gin file>'
   )
+  _parser.add_argument('--coordinator', metavar='HOST:PORT', help='of process 0')
+  _parser.add_argument('--num_processes', type=int, metavar='N', help='of the job; 1: only this')
+  _parser.add_argument('--process_id', type=int, metavar='I', help='which of them this is, from 0')
   FLAGS = cli.parse(_parser)  # before jax: --help and a wrong flag answer at once
   cli.use_huge_pages()
 
@@ -31,7 +36,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from research import configs, data, sharding
+from research import configs, data, distributed, sharding
 from research.model import counts, layers
 from research.run import Run
 from research.training import losses, metrics
@@ -126,10 +131,13 @@ def make_program(run: Run) -> Program:
   Raises:
     Invalid: the mesh does not suit a parameter.
   """
-  abstract = jax.eval_shape(lambda key: run.model(rngs=nnx.Rngs(params=key)), jax.random.key(0))
+  abstract = jax.eval_shape(lambda: run.model(rngs=nnx.Rngs(params=jax.random.key(0))))
   sharding.check(layers.named_axes(abstract))
   rows = run.batch_size // run.microbatches
-  chunks = run.logits_chunks or losses.default_chunks(rows, run.target_length, abstract.vocab)
+  parts = sharding.axis_size('sequence')  # of a sequence, one on each device
+  chunks = run.logits_chunks or losses.default_chunks(
+    rows * parts, run.target_length // parts, abstract.vocab
+  )
   return Program(run, nnx.graphdef(abstract), chunks)
 
 
@@ -143,7 +151,8 @@ def mesh_of(run: Run, devices, device_bytes: int | None = None) -> sharding.Mesh
   if run.mesh is not None or len(devices) == 1:
     return run.mesh or sharding.Mesh()
   with sharding.Mesh().use(devices[:1]):
-    state = jax.eval_shape(make_program(run).init, jax.random.key(0))
+    init = make_program(run).init
+    state = jax.eval_shape(lambda: init(jax.random.key(0)))
   size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
   device_bytes = device_bytes or (devices[0].memory_stats() or {}).get('bytes_limit')
   return sharding.default_mesh(size, device_bytes)
@@ -173,8 +182,9 @@ def open_workdir(workdir: pathlib.Path, run: Run, config_text: str) -> None:
       f'--workdir={workdir} holds a different run ("{old.strip()}" there, "{new.strip()}" here); '
       'choose another workdir, or delete that one.'
     )
-  metrics.write_atomic(path, identity)
-  metrics.write_atomic(workdir / 'config.gin', config_text)
+  if jax.process_index() == 0:
+    metrics.write_atomic(path, identity)
+    metrics.write_atomic(workdir / 'config.gin', config_text)
 
 
 def check_fits(run: Run, vocab: int, inputs: tuple[str, ...], train: data.Frozen) -> None:
@@ -204,7 +214,7 @@ def check_divides(run: Run) -> None:
       Run, 'batch_size', f'{run.batch_size} is not a multiple of {devices}, the devices a batch is split over '
       'times the microbatches.',
     )  # fmt: skip
-  parts = sharding.axis_size('length')
+  parts = sharding.axis_size('sequence')
   for name, length in run.train.lengths.items():
     if length % parts:
       why = f'{parts} does not divide the length {length} of the {name}; change Mesh.context or that length.'
@@ -212,7 +222,7 @@ def check_divides(run: Run) -> None:
 
 
 def keep_compiled() -> None:
-  """Compiled programs are kept: the runs of a sweep that share a shape, and a restart, need not compile again."""
+  """Compiled programs are kept: a restart, and a sweep's runs of one shape, need not compile again."""
   jax.config.update('jax_compilation_cache_dir', str(data.default_cache() / 'xla'))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
 
@@ -225,7 +235,9 @@ class _Signal:
   """True once SIGTERM came, on any host."""
 
   def __init__(self):
-    self.came = False
+    self.came, self.previous = False, None
+    if jax.process_count() > 1:  # jax listens, and makes all the processes stop at one step
+      return
     try:
       self.previous = signal.signal(signal.SIGTERM, self._come)
     except ValueError:  # not the main thread: whoever started it handles signals
@@ -255,12 +267,13 @@ def train(run: Run, workdir: str | pathlib.Path, config_text: str = '', stream=s
   """
   workdir = pathlib.Path(workdir)
   keep_compiled()
-  with mesh_of(run, jax.devices()).use() as mesh:
+  with mesh_of(run, jax.devices()).use() as mesh, open(os.devnull, 'w') as silence:
+    stream = stream if jax.process_index() == 0 else silence
     open_workdir(workdir, run, config_text)
     say = lambda text: print(text, file=stream, flush=True)
     devices = jax.devices()
     say(f'{len(devices)} {devices[0].device_kind} device(s), mesh {sharding.describe(mesh)}')
-    frozen, validation = data.open_streams([run.train, run.validation], log=say)
+    frozen, validation = open_data(run, say)
     program = make_program(run)
     model = jax.eval_shape(lambda key: run.model(rngs=nnx.Rngs(params=key)), jax.random.key(0))
     check_fits(run, model.vocab, model.inputs, frozen)
@@ -278,6 +291,14 @@ def train(run: Run, workdir: str | pathlib.Path, config_text: str = '', stream=s
     if jax.process_index() == 0:
       metrics.write_atomic(workdir / 'run.json', json.dumps(row, indent=1) + '\n')
     return row
+
+
+def open_data(run: Run, log) -> list:
+  """The run's frozen streams, made by the first process where the others see its cache."""
+  first, streams = jax.process_index() == 0, [run.train, run.validation]
+  opened = data.open_streams(streams, log=log) if first else None
+  distributed.exchange('data', '', timeout=24 * 3600.0)  # to freeze a large corpus takes hours
+  return opened or data.open_streams(streams, log=log)
 
 
 class _Loop:
@@ -298,7 +319,8 @@ class _Loop:
       print(f'resumed from step {self.start:,}', file=stream, flush=True)
     else:
       self.start, self.state, self.tokens, self.seconds = 0, self.initial(), 0, 0.0
-    self.rows = metrics.Rows(workdir, self.start)
+    writes = jax.process_index() == 0
+    self.rows = metrics.Rows(workdir, self.start) if writes else metrics.NoRows()
     flops = count.flops_6n_with_head
     self.progress = metrics.Progress(run.steps, self.start, flops, stream)
     self.window: list[dict] = []
@@ -314,10 +336,15 @@ class _Loop:
 
   def train(self) -> dict:
     run, pending, status, step = self.run, None, 'finished', self.start
+    part, parts = sharding.share()
     batches = data.batches(
-      self.frozen, run.batch_size, run.seed, start=self.start,
-      process_index=jax.process_index(), process_count=jax.process_count(),
-    )  # fmt: skip
+      self.frozen,
+      run.batch_size,
+      run.seed,
+      start=self.start,
+      process_index=part,
+      process_count=parts,
+    )
     for step in range(self.start + 1, run.steps + 1):
       self.state, scalars = self.step_fn(
         self.state, sharding.place(next(batches)), self.rates[step - 1]
@@ -406,7 +433,7 @@ class _Loop:
 
   def sum_losses(self, frozen) -> tuple[float, float]:
     """Nats and target tokens of a whole stream."""
-    batches = data.eval_batches(frozen, self.run.batch_size)
+    batches = data.eval_batches(frozen, self.run.batch_size, *sharding.share())
     sums = [self.evaluate_fn(self.state['params'], sharding.place(batch)) for batch in batches]
     nll, tokens = zip(*jax.device_get(sums), strict=True)
     return float(np.sum(nll, dtype=np.float64)), float(np.sum(tokens, dtype=np.float64))
@@ -449,6 +476,8 @@ def default_workdir(gin_files: list[str]) -> pathlib.Path:
 
 
 def main(flags) -> int:
+  cluster = distributed.find(flags.coordinator, flags.num_processes, flags.process_id)
+  distributed.initialize(cluster, log=lambda text: print(text, file=sys.stderr, flush=True))
   config = configs.load(flags.gin_file, flags.gin)
   run = config.build()
   workdir = pathlib.Path(flags.workdir) if flags.workdir else default_workdir(flags.gin_file)

@@ -10,6 +10,8 @@ from flax import nnx
 from research.errors import Invalid
 from research.model.kernels import dot_product_attention
 from research.model.layers import Context, Linear, Part, check_sizes
+from research.model.positions import by_place
+from research.model.ring import is_split, ring_attention
 from research.sharding import shard, spec
 
 
@@ -32,21 +34,57 @@ def visible(
   if causal:
     see = jnp.asarray(distance >= 0)[None]
     if prefix is not None:
-      see = see | (prefix[:, :, None] & prefix[:, None, :])
+      see = see | (prefix[:, :, None] & _whole(prefix)[:, None, :])
   if window is not None:
     near = jnp.asarray(np.abs(distance) < window)[None]
     see = near if see is None else see & near
   if key_segments is not None:
     if query_segments is None:  # unpacked: one document a row, padding behind it
       query_segments = jnp.ones((1, length[0]), key_segments.dtype)
-    same = query_segments[:, :, None] == key_segments[:, None, :]
+    same = query_segments[:, :, None] == _whole(key_segments)[:, None, :]
     see = same if see is None else see & same
   return None if see is None else see[:, None]
 
 
-def is_causal(context: Context) -> bool:
-  """Whether every later key is hidden, whatever the batch holds."""
-  return context.causal and context.prefix is None
+def _whole(x):
+  """[batch, length] of keys: all of the length, of which a device may have only its part of the queries."""
+  return shard(x, 'batch', None)
+
+
+def self_attention(
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  context: Context,
+  *,
+  scale: float,
+  soft_cap: float | None = None,
+  window: int | None = None,
+) -> jax.Array:
+  """The product of a sequence with itself, in a ring of devices where they split its length.
+
+  Args:
+    query: [batch, length, heads, head_dim]; key, value: [batch, length, kv_heads, head_dim].
+    context: who sees whom, and the bias.
+    window: as in `visible`.
+
+  Returns:
+    [batch, length, heads, head_dim of value].
+  """
+  segments, prefix, length = context.segments, context.prefix, query.shape[1]
+  knobs = {'scale': scale, 'soft_cap': soft_cap}
+  if is_split(length):
+    return ring_attention(
+      query, key, value, segments=segments, prefix=prefix, bias=context.bias, causal=context.causal,
+      window=window, **knobs,
+    )  # fmt: skip
+  mask = visible(
+    segments, segments, (length, length), causal=context.causal, prefix=prefix, window=window
+  )
+  causal = context.causal and prefix is None  # every later key is hidden, whatever the batch holds
+  key, value = (shard(y, 'batch', None, 'kv_heads', None) for y in (key, value))
+  bias = None if context.bias is None else by_place(context.bias, length)[None]
+  return dot_product_attention(query, key, value, mask=mask, bias=bias, causal=causal, **knobs)
 
 
 class Attention(nnx.Module):
@@ -109,31 +147,20 @@ class Attention(nnx.Module):
     self.qk_norm_heads = qk_norm_heads
 
   def __call__(self, x: jax.Array, context: Context):
-    return self.attend(x, x, context, context.bias, self.mask(x, context)), {}
-
-  def mask(self, x, context):
-    segments, length = context.segments, x.shape[1]
-    return visible(
-      segments,
-      segments,
-      (length, length),
-      causal=context.causal,
-      prefix=context.prefix,
-      window=self.window,
+    q, k, v = self.project(x, x, context)
+    y = self_attention(
+      q, k, v, context, scale=self.scale, soft_cap=self.soft_cap, window=self.window
     )
+    return self.output(y), {}
 
-  def attend(self, x, source, context, bias, mask):
+  def project(self, x, source, context):
+    """Queries of x, keys and values of the source: normalised and rotated."""
     q, k, v = self.query(x), self.key(source), self.value(source)
     if self.query_norm is not None:
       q, k = self.norm(self.query_norm, q, 'heads'), self.norm(self.key_norm, k, 'kv_heads')
     if self.rotary is not None:
       q, k = self.rotary(q, context.positions), self.rotary(k, context.positions)
-    k, v = (shard(y, 'batch', None, 'kv_heads', None) for y in (k, v))
-    y = dot_product_attention(
-      q, k, v, mask=mask, bias=bias, scale=self.scale, soft_cap=self.soft_cap,
-      causal=not self.cross and is_causal(context),
-    )  # fmt: skip
-    return self.output(y)
+    return q, k, v
 
   def norm(self, norm, x, axis):
     if not self.qk_norm_heads:
@@ -155,7 +182,11 @@ class CrossAttention(Attention):
   def __call__(self, x: jax.Array, context: Context):
     lengths = (x.shape[1], context.encoded.shape[1])
     mask = visible(context.segments, context.encoded_segments, lengths, causal=False)
-    return self.attend(x, context.encoded, context, None, mask), {}
+    q, k, v = self.project(x, context.encoded, context)
+    # Where lengths are split, every device takes its queries to all of the keys.
+    k, v = (shard(y, 'batch', None, 'kv_heads', None) for y in (k, v))
+    y = dot_product_attention(q, k, v, mask=mask, scale=self.scale, soft_cap=self.soft_cap)
+    return self.output(y), {}
 
 
 class LatentAttention(nnx.Module):
@@ -231,10 +262,7 @@ class LatentAttention(nnx.Module):
     shared = (*k.shape[:3], self.rotary_dim)
     where = spec('batch', 'length', 'heads', None, shape=shared)
     k = jnp.concatenate([k, jnp.broadcast_to(k_rotary, shared, out_sharding=where)], axis=-1)
-    k, v = (shard(y, 'batch', None, 'heads', None) for y in (k, v))
-    segments, lengths = context.segments, (x.shape[1], x.shape[1])
-    mask = visible(segments, segments, lengths, causal=context.causal, prefix=context.prefix)
-    y = dot_product_attention(q, k, v, mask=mask, scale=self.scale, causal=is_causal(context))
+    y = self_attention(q, k, v, context, scale=self.scale)
     return self.output(y), {}
 
   def mixing_flops(self, length: int, encoder_length: int) -> int:

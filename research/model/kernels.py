@@ -77,7 +77,7 @@ def _query_blocks(length: int, causal: bool) -> list[tuple[int, int]]:
   return [(0, half), (half, length)] if causal and half >= 32 else [(0, length)]
 
 
-def _logits(scale, soft_cap, query, key, mask, bias):
+def logits(scale, soft_cap, query, key, mask, bias):
   """[batch, kv_heads, query, group, key] float32: the order in which the product of q and k comes out."""
   s = jnp.einsum('bqkgd,bskd->bkqgs', query * scale, key, preferred_element_type=jnp.float32)
   if soft_cap is not None:
@@ -90,12 +90,12 @@ def _logits(scale, soft_cap, query, key, mask, bias):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _product(scale, soft_cap, query, key, value, mask, bias):
-  """[batch, query, kv_heads, group, head_dim]; mask and bias broadcast against `_logits`."""
+  """[batch, query, kv_heads, group, head_dim]; mask and bias broadcast against `logits`."""
   return _forward(scale, soft_cap, query, key, value, mask, bias)[0]
 
 
 def _forward(scale, soft_cap, query, key, value, mask, bias):
-  s, _ = _logits(scale, soft_cap, query, key, mask, bias)
+  s, _ = logits(scale, soft_cap, query, key, mask, bias)
   top = jnp.maximum(jnp.max(s, axis=-1, keepdims=True), FLOOR)
   weights = jnp.exp(s - top)
   total = jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1e-30)
@@ -108,7 +108,7 @@ def _forward(scale, soft_cap, query, key, value, mask, bias):
 
 def _backward(scale, soft_cap, residuals, dy):
   query, key, value, mask, bias, y, log_total = residuals
-  s, capped = _logits(scale, soft_cap, query, key, mask, bias)
+  s, capped = logits(scale, soft_cap, query, key, mask, bias)
   weights = jnp.exp(s - log_total)
   # d logits = weights (d weights - sum of weights d weights), and that sum is dy . y.
   mean = jnp.sum(dy.astype(jnp.float32) * y, axis=-1, keepdims=True)

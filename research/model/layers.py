@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from research.errors import Invalid
-from research.sharding import shard, spec, spec_of
+from research.sharding import gather, shard, spec, spec_of
 
 Part = Callable[..., nnx.Module]
 Initializer = Callable[..., jax.Array]
@@ -31,7 +31,7 @@ class Context:
   segments: jax.Array | None = None  # [batch, length], the packed document each token belongs to
   prefix: jax.Array | None = None  # [batch, length] bool, tokens that see each other both ways
   causal: bool = True
-  bias: jax.Array | None = None  # [1, heads, length, length], added to the attention logits
+  bias: jax.Array | None = None  # [heads, 2 length - 1], by the distance key - query
   encoded: jax.Array | None = None  # [batch, encoder length, embed]
   encoded_segments: jax.Array | None = None  # [batch, encoder length]
 
@@ -106,7 +106,7 @@ def project(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
 def _project(ins, outs, whole, to, dtype, x, kernel):
   lead = x.ndim - len(ins)
-  kernel = shard(kernel.astype(x.dtype), *whole)
+  kernel = gather(kernel.astype(x.dtype), *whole)
   contract = (tuple(range(lead, x.ndim)), ins)
   return _dot(x, kernel, contract, to, dtype)
 
@@ -118,19 +118,20 @@ def _project_forward(ins, outs, whole, to, dtype, x, kernel):
 def _project_backward(ins, outs, whole, to, dtype, residuals, dy):
   x, kernel = residuals
   lead, dy = x.ndim - len(ins), dy.astype(x.dtype)
-  gathered = shard(kernel.astype(x.dtype), *whole)
+  gathered, back = jax.vjp(lambda kernel: gather(kernel.astype(x.dtype), *whole), kernel)
   dx = _dot(dy, gathered, (tuple(range(lead, dy.ndim)), outs), spec_of(x), x.dtype)
   # A CPU writes the operand that comes first anew, in transposed order: let that be the smaller one. Its small
   # result is turned afterwards, behind a barrier: XLA would turn the large operands instead.
   size = lambda axes: math.prod(kernel.shape[i] for i in axes)
   pair, order = ((x, dy), ins + outs) if size(ins) <= size(outs) else ((dy, x), outs + ins)
-  where = spec_of(kernel)
-  where = None if where is None else jax.P(*(where[i] for i in order))
+  where = spec_of(gathered)
+  if where is not None:  # FSDP: every device has the part of its own examples, and `back` adds them up
+    where = jax.P(*(where[i] for i in order), unreduced=where.reduced)
   dkernel = _dot(*pair, (tuple(range(lead)),) * 2, where, x.dtype)
   if order != tuple(sorted(order)):
     dkernel = jax.lax.optimization_barrier(dkernel)
     dkernel = jnp.transpose(dkernel, np.argsort(order))
-  return dx, dkernel.astype(kernel.dtype)
+  return dx, back(dkernel)[0]
 
 
 _project.defvjp(_project_forward, _project_backward)
@@ -173,7 +174,8 @@ class Linear(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     n, kernel = len(self.inputs), self.kernel[...]
-    to = (*('batch', 'length', *[None] * 8)[: x.ndim - n], *_whole(self.outputs))
+    length = 'sequence' if self.outputs == ('embed',) else 'length'
+    to = (*('batch', length, *[None] * 8)[: x.ndim - n], *_whole(self.outputs))
     y = project(x, kernel, (*self.inputs, *self.outputs), to, contract=n)
     if self.bias is None:
       return y

@@ -71,7 +71,7 @@ class Embedder(nnx.Module):
     self.norm = norm(embed, rngs=rngs) if norm else None
 
   def __call__(self, tokens: jax.Array, positions: jax.Array, dtype) -> jax.Array:
-    here = spec('batch', 'length', None)
+    here = spec('batch', 'sequence', None)
     look_up = lambda table, index: (
       shard(table[...].astype(dtype), *[None] * 2).at[index].get(out_sharding=here, mode='clip')
     )
@@ -79,7 +79,8 @@ class Embedder(nnx.Module):
     if self.positions is not None:
       x = x + look_up(self.positions, positions + self.position_offset)
     if self.fixed_positions is not None:
-      x = x + self.fixed_positions(positions, x.shape[-1]).astype(dtype)
+      fixed = self.fixed_positions(positions, x.shape[-1]).astype(dtype)
+      x = x + shard(fixed, 'batch', 'sequence', None)
     if self.types is not None:
       x = x + self.types[...][0].astype(dtype)
     return self.norm(x) if self.norm is not None else x

@@ -3,7 +3,8 @@
 A token's `active` choices are rows of one buffer ordered by expert. Dropless, an expert's rows are as many as
 chose it, rounded up to a block (Gale et al. 2022, arXiv:2211.15841); with a capacity they are a fixed number
 per sequence, and a choice that finds its expert full is dropped (Lepikhin et al. 2020, arXiv:2006.16668).
-Tokens are moved by gathers in both directions, so neither pass scatters.
+Tokens are moved by gathers in both directions, so neither pass scatters. Where experts lie on other devices
+than the tokens, all_to_all takes the rows there and back.
 """
 
 import functools
@@ -17,7 +18,7 @@ from flax import nnx
 from research.errors import Invalid, did_you_mean
 from research.model.grouped import grouped_matmul
 from research.model.layers import Context, Part, check_sizes, normal, param
-from research.sharding import shard, spec
+from research.sharding import per_device, shard, spec
 
 SCORES = {'softmax': jax.nn.softmax, 'sigmoid': jax.nn.sigmoid}
 
@@ -166,47 +167,121 @@ class Experts(nnx.Module):
     inputs = [shard(w[...].astype(x.dtype), *axes) for w in self.inputs]
     output = shard(self.output[...].astype(x.dtype), 'expert', 'mlp', None)
     if jax.sharding.get_abstract_mesh().empty:
-      return self.local(x, weights, index, inputs, output, None)
-    # Every device takes its own tokens to its own experts (or its own columns of every expert).
-    here = spec('batch', None, None, shape=x.shape)
-    there = spec(*axes, shape=inputs[0].shape)
+      return self.compute(x, weights, index, inputs, output, self.capacity)
+    # With a capacity, a token's place depends on the sequence before it, so that sequences stay whole.
+    tokens = ('batch', 'length' if self.capacity is None else None, None)
+    here, there = spec(*tokens, shape=x.shape), spec(*axes, shape=inputs[0].shape)
     back = jax.P(there[0], there[2], None)
-    split = [name for axis in (there[0], there[2]) if axis for name in _as_tuple(axis)]
+    used = {name for axis in here for name in _as_tuple(axis)}
+    # Of the devices that experts are split over, some have tokens of their own: to those tokens are sent. The
+    # others have the same tokens, and each takes those to its own experts (or its own columns of every expert).
+    peers = tuple(name for name in _as_tuple(there[0]) if name in used)
+    own = tuple(name for name in _as_tuple(there[0]) if name not in used)
+    split = (*own, *_as_tuple(there[2]))
 
     def local(x, weights, index, inputs, output):
-      y = self.local(x, weights, index, inputs, output, there[0])
+      index = _among(index, output.shape[0], peers, own)
+      send = self.in_rounds if peers and self.capacity is None else self.compute
+      y = send(x, weights, index, inputs, output, self.capacity, peers)
       return jax.lax.psum(y, split) if split else y
 
-    x, weights, index = (shard(y, 'batch', None, None) for y in (x, weights, index))
+    x, weights, index = (shard(y, *tokens) for y in (x, weights, index))
     in_specs = (here, here, here, [there] * len(inputs), back)
-    # The loops inside have trip counts that differ between devices, and no collectives.
-    mapped = jax.shard_map(local, in_specs=in_specs, out_specs=here, check_vma=False)
-    return mapped(x, weights, index, inputs, output)
+    mapped = per_device(local, in_specs=in_specs, out_specs=here)
+    return shard(mapped(x, weights, index, inputs, output), 'batch', 'sequence', None)
 
-  def local(self, x, weights, index, inputs, output, axis):
-    experts = output.shape[0]
-    if axis is not None:
-      index = index - jax.lax.axis_index(axis) * experts
-    index = jnp.where((index >= 0) & (index < experts), index, experts)
-    if self.capacity is None:
+  def compute(self, x, weights, index, inputs, output, capacity, peers=()):
+    """The sum over the choices of experts here, or, with a capacity, of all the peers'."""
+    experts, n = output.shape[0], _size(peers)
+    if capacity is None:
       row, rows, matmul = _dropless(index, experts)
     else:
-      row, rows, matmul = _with_capacity(index, experts, self.experts, self.capacity)
-    n, active = row.size, row.shape[-1]
-    row = row.reshape(n)
-    source = jnp.full(rows, n).at[row].set(jnp.arange(n), mode='drop')
-    tokens = jnp.repeat(x.reshape(n // active, -1), active, axis=0)
-    tokens = _permute(tokens, source, row)
+      row, rows, matmul = _with_capacity(index, experts * n, self.experts, capacity)
+    count, active = row.size, row.shape[-1]
+    row = row.reshape(count)
+    source = jnp.full(rows, count).at[row].set(jnp.arange(count), mode='drop')
+    tokens = jnp.repeat(x.reshape(count // active, -1), active, axis=0)
+    tokens = _exchange(_permute(tokens, source, row), experts, peers)
     hidden = (f(matmul(tokens, w)) for f, w in zip(self.activations, inputs, strict=True))
     y = matmul(functools.reduce(jnp.multiply, hidden), output)
-    y = _permute(y, row, source).reshape(n // active, active, -1)
-    return jnp.einsum('nke,nk->ne', y, weights.reshape(y.shape[:2]).astype(y.dtype)).reshape(
-      x.shape
-    )
+    y = _permute(_exchange(y, experts, peers, back=True), row, source)
+    return _weigh(y, weights).reshape(x.shape)
+
+  def in_rounds(self, x, weights, index, inputs, output, capacity, peers):
+    """Every choice is sent to the peer that has its expert, and what the expert makes of it is sent back.
+
+    Arrays have one size on all devices, so a device sends `room` rows to each peer, 1.25 times what is fair,
+    and as often as the fullest of all needs: once when experts are balanced. No choice is ever dropped.
+    """
+    experts, n = output.shape[0], _size(peers)
+    flat, active = index.reshape(-1), index.shape[-1]
+    tokens, count = flat.size // active, flat.size
+    peer = flat // experts  # n where the choice is of none
+    rank, sizes = _rank(peer, n)
+    room = min(8 * math.ceil(1.25 * count / n / 8), tokens * min(active, experts))
+    most = jax.lax.pmax(jnp.max(sizes), tuple(jax.sharding.get_abstract_mesh().manual_axes))
+    choices = jnp.repeat(x.reshape(tokens, -1), active, axis=0)
+    one = jnp.ones((1, n * room, 1), weights.dtype)
+
+    def send(first):
+      place = rank - first
+      row = jnp.where((peer < n) & (place >= 0) & (place < room), peer * room + place, n * room)
+      source = jnp.full(n * room, count).at[row].set(jnp.arange(count), mode='drop')
+      expert = (flat % experts).at[source].get(mode='fill', fill_value=experts)
+      swap = lambda y: jax.lax.all_to_all(y, peers, 0, 0, tiled=True)
+      rows, expert = swap(_permute(choices, source, row)), swap(expert)
+      y = self.compute(rows[None], one, expert[None, :, None], inputs, output, None)
+      return _weigh(_permute(swap(y[0]), row, source), weights)
+
+    def round(y, first):
+      # All devices go on or none: a collective waits for everybody.
+      more = jax.lax.cond(first < most, send, lambda _: jnp.zeros_like(y), first)
+      return y + more, None
+
+    y = jnp.zeros((tokens, x.shape[-1]), x.dtype)
+    starts = jnp.arange(0, tokens * min(active, experts), room)
+    y, _ = jax.lax.scan(jax.checkpoint(round), y, starts)
+    return y.reshape(x.shape)
+
+
+def _among(index, experts: int, peers, own):
+  """Choices of all experts as choices among the peers' that this device is to send to, and none for the rest.
+
+  Experts lie in order over the devices of `peers` x `own`, `experts` on each.
+  """
+  n, columns = _size(peers), _size(own)
+  if columns > 1:
+    mine = (index // experts) % columns == jax.lax.axis_index(own)
+    index = jnp.where(mine, index // (experts * columns) * experts + index % experts, n * experts)
+  return jnp.minimum(index, n * experts)
+
+
+def _size(axes: tuple) -> int:
+  """How many devices there are along these mesh axes."""
+  return jax.lax.axis_size(axes) if axes else 1
+
+
+def _exchange(x, experts: int, peers, back: bool = False):
+  """Rows ordered by all the peers' experts, to rows of the experts here in the order of the peers; or back."""
+  if not peers:
+    return x
+  n = _size(peers)
+  first, then = (experts, n) if back else (n, experts)
+  swap = lambda x: x.reshape(first, then, -1, x.shape[-1]).swapaxes(0, 1).reshape(x.shape)
+  x = swap(x) if back else x
+  x = jax.lax.all_to_all(x, peers, 0, 0, tiled=True)
+  return x if back else swap(x)
+
+
+def _weigh(y: jax.Array, weights: jax.Array) -> jax.Array:
+  """[tokens, embed]: the sum over a token's choices, of rows [tokens x choices, embed]."""
+  weights = weights.reshape(-1, weights.shape[-1])
+  y = y.reshape(*weights.shape, -1)
+  return jnp.einsum('nke,nk->ne', y, weights.astype(y.dtype))
 
 
 def _as_tuple(axis) -> tuple:
-  return axis if isinstance(axis, tuple) else (axis,)
+  return () if axis is None else axis if isinstance(axis, tuple) else (axis,)
 
 
 @jax.custom_vjp
@@ -253,7 +328,7 @@ def _with_capacity(index: jax.Array, experts: int, all_experts: int, factor: flo
   row = jnp.where((group < experts * batch) & (rank < capacity), group * capacity + rank, rows)
 
   def matmul(x, w):
-    y = jnp.einsum('xre,xem->xrm', x.reshape(experts, batch * capacity, -1), w)
+    y = jnp.einsum('xre,xem->xrm', x.reshape(w.shape[0], -1, x.shape[-1]), w)
     return y.reshape(rows, -1)
 
   return row, rows, matmul

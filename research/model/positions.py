@@ -119,12 +119,21 @@ def sinusoidal(positions: jax.Array, embed: int, *, base: float = 10_000.0) -> j
   return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
 
 
+def by_place(bias: jax.Array, length: int) -> jax.Array:
+  """[..., query, key] of `length` each from [..., 2 length - 1] by the distance key - query."""
+  # Rows of one more than there are distances, read as rows of as many: each is a step further than the last.
+  bias = jnp.pad(bias, [(0, 0)] * (bias.ndim - 1) + [(0, 1)])
+  rows = jnp.broadcast_to(bias[..., None, :], (*bias.shape[:-1], length, 2 * length))
+  flat = rows.reshape(*bias.shape[:-1], -1)[..., : length * (2 * length - 1)]
+  return flat.reshape(*bias.shape[:-1], length, -1)[..., length - 1 :]
+
+
 class RelativePositionBias(nnx.Module):
   """T5's learned bias per head and bucket of distance (Raffel et al. 2020, arXiv:1910.10683, section 2.1).
 
   Half of the buckets are exact distances, the rest grow logarithmically up to `max_distance`. Called with a
-  length it gives [1, heads, length, length]: packed documents are contiguous, so the distance between two
-  tokens of one document is the distance between their places in the row.
+  length it gives [heads, 2 length - 1], for every distance key - query from 1 - length on (`by_place`): packed
+  documents are contiguous, so the distance of two tokens of one is that of their places in the row.
   """
 
   def __init__(
@@ -141,7 +150,7 @@ class RelativePositionBias(nnx.Module):
     self.table = param(rngs, (buckets, heads), (None, 'heads'), normal)
 
   def __call__(self, length: int) -> jax.Array:
-    distance = np.arange(length)[None, :] - np.arange(length)[:, None]  # key - query
+    distance = np.arange(1 - length, length)  # key - query
     buckets, first = self.buckets, np.zeros_like(distance)
     if self.bidirectional:
       buckets //= 2
@@ -155,8 +164,8 @@ class RelativePositionBias(nnx.Module):
     ratio = np.maximum(distance, 1).astype(np.float32) / np.float32(exact)
     far = exact + (np.log(ratio) * np.float32(scale)).astype(np.int32)
     index = first + np.where(distance < exact, distance, np.minimum(far, buckets - 1))
-    bias = self.table[...].at[index].get(out_sharding=jax.P(None, None, *_heads_spec(self.table)))
-    return jnp.moveaxis(bias, -1, 0)[None]
+    bias = self.table[...].at[index].get(out_sharding=jax.P(None, *_heads_spec(self.table)))
+    return bias.T
 
 
 def _heads_spec(table):
@@ -175,9 +184,8 @@ class ALiBi(nnx.Module):
     self.heads = heads
 
   def __call__(self, length: int) -> jax.Array:
-    distance = np.arange(length)[None, :] - np.arange(length)[:, None]
-    bias = np.asarray(alibi_slopes(self.heads), np.float32)[:, None, None] * distance
-    return jnp.asarray(bias[None], jnp.float32)
+    distance = np.arange(1 - length, length)  # key - query: what comes later is hidden
+    return jnp.asarray(np.asarray(alibi_slopes(self.heads))[:, None] * distance, jnp.float32)
 
 
 def alibi_slopes(heads: int) -> list[float]:

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from research.model.attention import Attention, dot_product_attention
-from research.model.layers import Linear, Part, normal, param
+from research.model.attention import Attention, visible
+from research.model.kernels import dot_product_attention
+from research.model.layers import Context, Linear, Part, normal, param
+from research.model.positions import by_place
 from research.sharding import shard, spec
 
 
@@ -40,24 +42,25 @@ class RelativeAttention(Attention):
     self.content_bias = param(rngs, shape, ('heads', 'head_dim'), zeros)
     self.position_bias = param(rngs, shape, ('heads', 'head_dim'), zeros)
 
-  def attend(self, x, source, context, bias, mask):
-    q, k, v = self.query(x), self.key(source), self.value(source)
+  def __call__(self, x: jax.Array, context: Context):
+    q, k, v = self.project(x, x, context)
+    # Where lengths are split, every device takes its queries to all of the keys.
     k, v = (shard(y, 'batch', None, 'kv_heads', None) for y in (k, v))
     here = lambda y: shard(y[...].astype(x.dtype), 'heads', None)
-    distances = self.by_distance(q + here(self.position_bias))
-    y = dot_product_attention(
-      q + here(self.content_bias),
-      k,
-      v,
-      mask=mask,
-      bias=distances if bias is None else distances + bias,
-      scale=self.scale,
+    bias = self.by_distance(q + here(self.position_bias))
+    if context.bias is not None:
+      bias = bias + by_place(context.bias, x.shape[1])[None]
+    segments, lengths = context.segments, (x.shape[1], x.shape[1])
+    mask = visible(
+      segments, segments, lengths, causal=context.causal, prefix=context.prefix, window=self.window
     )
-    return self.output(y)
+    q = q + here(self.content_bias)
+    return self.output(dot_product_attention(q, k, v, mask=mask, bias=bias, scale=self.scale)), {}
 
   def by_distance(self, q: jax.Array) -> jax.Array:
     """scale q_i W r_{i-j}: [batch, heads, query, key] from [batch, length, heads, head_dim]."""
     batch, length, heads, _ = q.shape
+    q = shard(q, 'batch', None, 'heads', None)  # rows of different lengths are read below
     kernel = shard(self.position[...].astype(q.dtype), None, 'heads', None)
     r = sinusoids(np.arange(length - 1, -length, -1), kernel.shape[0]).astype(q.dtype)
     r = jnp.einsum('ne,ehd->nhd', r, kernel)
@@ -69,7 +72,8 @@ class RelativeAttention(Attention):
     shape = (batch, heads, 2 * length, length)
     logits = logits.reshape(shape, **where(shape))[:, :, 1:]
     shape = (batch, heads, length, 2 * length - 1)
-    return logits.reshape(shape, **where(shape))[..., :length]
+    logits = logits.reshape(shape, **where(shape))[..., :length]
+    return shard(logits, 'batch', 'heads', 'length', None)
 
   def mixing_flops(self, length: int, encoder_length: int) -> int:
     """`Attention`'s, and half as much again for the products with distances."""

@@ -9,6 +9,7 @@ from flax import nnx
 
 from research.errors import Invalid, did_you_mean
 from research.model.layers import Context, Part, check_sizes
+from research.model.pipeline import over_stages, pipelined, schedule_of
 
 # What the backward pass keeps of a layer's forward pass; the rest it computes again.
 REMAT = {
@@ -121,18 +122,29 @@ class Stack(nnx.Module):
       parts = part if isinstance(part, tuple | list) else (part,)
       return residual(embed, tuple(parts), rngs=nnx.Rngs(params=key))
 
-    self.sublayers = nnx.List(
-      [
-        jax.vmap(functools.partial(build, part=part))(jax.random.split(rngs.params(), repeats))
-        for part in parts
-      ]
-    )
+    def repeated(part):
+      layers = jax.vmap(functools.partial(build, part=part))(
+        jax.random.split(rngs.params(), repeats)
+      )
+      return jax.tree.map(over_stages, layers)
+
+    self.sublayers = nnx.List([repeated(part) for part in parts])
     self.norm = norm(embed, rngs=rngs) if norm else None
     self.bias = bias(rngs=rngs) if bias else None
 
   def __call__(self, x: jax.Array, context: Context):
     if self.bias is not None:
       context = dataclasses.replace(context, bias=self.bias(x.shape[1]))
+
+    schedule = schedule_of(self.repeats)
+    if schedule is None:
+      x, penalties = self.run(x, self.sublayers, context)
+    else:
+      x, penalties = pipelined(schedule, self.run, self.sublayers, x, context)
+    return (self.norm(x) if self.norm is not None else x), penalties
+
+  def run(self, x: jax.Array, stacked, context: Context):
+    """x after these layers, all or some of the stack's, and their penalties."""
 
     def layer(x, sublayers):
       penalties = []
@@ -144,14 +156,13 @@ class Stack(nnx.Module):
     if self.remat != 'none':
       layer = jax.checkpoint(layer, policy=REMAT[self.remat], prevent_cse=not self.scan)
     if self.scan:
-      x, penalties = jax.lax.scan(layer, x, self.sublayers)
-      penalties = jax.tree.map(jnp.sum, penalties)
-    else:
-      penalties = {}
-      for sublayers in _unstack(self.sublayers, self.repeats):
-        x, penalty = layer(x, sublayers)
-        penalties = _add(penalties, penalty)
-    return (self.norm(x) if self.norm is not None else x), penalties
+      x, penalties = jax.lax.scan(layer, x, stacked)
+      return x, jax.tree.map(jnp.sum, penalties)
+    penalties = {}
+    for sublayers in _unstack(stacked):
+      x, penalty = layer(x, sublayers)
+      penalties = _add(penalties, penalty)
+    return x, penalties
 
 
 class Stacks(nnx.Module):
@@ -174,8 +185,9 @@ class Stacks(nnx.Module):
     return (self.norm(x) if self.norm is not None else x), _add(*penalties)
 
 
-def _unstack(tree, n: int) -> list:
-  """The n slices of every array's first axis. One `split` each: its gradient is one concatenation."""
+def _unstack(tree) -> list:
+  """The slices of every array's first axis. One `split` each: its gradient is one concatenation."""
   leaves, treedef = jax.tree.flatten(tree)
+  n = leaves[0].shape[0]
   slices = [[s[0] for s in jax.lax.split(leaf, (1,) * n)] for leaf in leaves]
   return [jax.tree.unflatten(treedef, one) for one in zip(*slices, strict=True)]

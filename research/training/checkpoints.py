@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from research.errors import UserError
 
@@ -108,9 +109,10 @@ class Checkpoints:
         bad = [name for name, value in expected.items() if found.get(name) != value]
       except (ValueError, OSError, KeyError) as error:
         bad = [f'{type(error).__name__}: {str(error).splitlines()[0][:200]}']
-      if not bad:
+      if not self._anywhere(bool(bad)):
         return step, restored.state, restored.meta
-      log(f'checkpoint at step {step} is damaged ({bad[0]}); falling back to the one before it')
+      why = bad[0] if bad else 'on another host'
+      log(f'checkpoint at step {step} is damaged ({why}); falling back to the one before it')
       self._set_aside(step)
     return None
 
@@ -139,10 +141,19 @@ class Checkpoints:
         'give this run a workdir of its own.'
       )
 
+  @staticmethod
+  def _anywhere(flag: bool) -> bool:
+    """Whether it is so on any host."""
+    return (
+      bool(np.any(multihost_utils.process_allgather(flag))) if jax.process_count() > 1 else flag
+    )
+
   def _set_aside(self, step: int) -> None:
-    damaged = self.folder.parent / f'{self.folder.name}_damaged'
-    damaged.mkdir(exist_ok=True)
-    shutil.move(self.folder / str(step), damaged / f'{step}')
+    if jax.process_index() == 0:
+      damaged = self.folder.parent / f'{self.folder.name}_damaged'
+      damaged.mkdir(exist_ok=True)
+      shutil.move(self.folder / str(step), damaged / f'{step}')
+    self._anywhere(False)  # nobody looks before it is moved
     self.manager.reload()
 
   def wait(self) -> None:

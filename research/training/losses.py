@@ -33,15 +33,16 @@ def cross_entropy(
 ) -> tuple[jax.Array, jax.Array]:
   """Weighted sums over all tokens of the negative log-likelihood and of the z-loss.
 
-  The length is cut into `chunks`; logits exist for one chunk at a time, and its gradient is taken on the way,
-  so that the backward pass has no logits to compute again.
+  The length is cut into `chunks`, each of every so many-th token so that all devices have part in all of them;
+  logits exist for one chunk at a time, and its gradient is taken on the way, so that the backward pass has no
+  logits to compute again.
 
   Args:
     head: features [batch, length, embed] to logits [batch, length, vocab]; may close over parameters.
     x: [batch, length, embed].
     targets: [batch, length] integers.
     weights: [batch, length].
-    chunks: divides length.
+    chunks: divides length, or what a device has of it.
   """
 
   def sums(head_consts, x, targets, weights):
@@ -51,12 +52,14 @@ def cross_entropy(
 
   if x.shape[1] % chunks:
     raise ValueError(f'{chunks} chunks do not divide the length {x.shape[1]}')
-  split = lambda a: jnp.moveaxis(a.reshape(a.shape[0], chunks, -1, *a.shape[2:]), 1, 0)
+  split = lambda a: jnp.moveaxis(
+    a.reshape(a.shape[0], -1, chunks, *a.shape[2:], out_sharding=_where(a, chunked=True)), 2, 0
+  )
   # Traced at a chunk's shape: gradients that the head defines itself keep the shape they were traced at.
   head_fn, consts = jax.closure_convert(head, x if chunks == 1 else split(x)[0])
   if chunks == 1:
     return sums(consts, x, targets, weights)[1]
-  join = lambda a, like: jnp.moveaxis(a, 0, 1).reshape(like.shape)
+  join = lambda a, like: jnp.moveaxis(a, 0, 2).reshape(like.shape, out_sharding=_where(like))
 
   @jax.custom_vjp
   def total(consts, x):
@@ -85,6 +88,15 @@ def cross_entropy(
 
   total.defvjp(forward, backward)
   return total(consts, x)
+
+
+def _where(x: jax.Array, chunked: bool = False):
+  """Where [batch, length, ...] lives, or [batch, length / chunks, chunks, ...]; None outside any mesh."""
+  sharding = jax.typeof(x).sharding
+  if sharding.mesh.empty:
+    return None
+  spec = (*sharding.spec, *[None] * x.ndim)[: x.ndim]
+  return jax.P(*spec[:2], None, *spec[2:]) if chunked else jax.P(*spec)
 
 
 def default_chunks(batch: int, length: int, vocab: int, limit: int = 2**24) -> int:

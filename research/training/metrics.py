@@ -61,6 +61,14 @@ class Rows:
       self.writer.close()
 
 
+class NoRows:
+  """In place of `Rows` where another process writes them."""
+
+  def write(self, row: dict) -> None: ...
+
+  def close(self) -> None: ...
+
+
 def si(x: float) -> str:
   """1234567 -> '1.23M'."""
   for unit in ('', 'k', 'M', 'G', 'T', 'P', 'E'):
