@@ -100,9 +100,10 @@ class Local:
           del workers[i]
           if not job.todo():
             continue
-          if not (job.workdir / 'workers' / str(worker.pid)).exists():
-            short[i] += 1
-          if short[i] > 3:
+          began = (job.workdir / 'workers' / str(worker.pid)).exists()
+          short[i] = 0 if began else short[i] + 1
+          # An error comes again; a signal (preemption, no memory) may have been another's affair.
+          if short[i] > (3 if worker.returncode > 0 else 20):
             log = job.workdir / 'workers.log'
             raise UserError(f'worker {i} died {short[i]} times before it took a run; see {log}')
           workers[i] = self.start(job, shares[i], n)

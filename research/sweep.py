@@ -25,6 +25,15 @@ if __name__ == '__main__':
     '--workdir', default=None, metavar='DIR', help='default: runs/<name of the first gin file>'
   )
   _parser.add_argument('--plan', action='store_true', help='print the runs and stop')
+  _parser.add_argument(
+    '--measure', action='store_true', help='with --plan: time steps here, and say how long it takes'
+  )
+  _parser.add_argument(
+    '--compiled',
+    default=None,
+    metavar='FILE',
+    help='with --plan: how long it takes by the JSON of research.compile, on the hardware it names',
+  )
   _parser.add_argument('--status', action='store_true', help='print how far the runs are and stop')
   _parser.add_argument(
     '--worker', action='store_true', help='do runs that nobody else does, until every run is over'
@@ -64,6 +73,8 @@ class Sweep:
     lease: seconds after which a worker that is not heard of has lost its run.
     patience: seconds without any progress (compiling is none) after which a worker counts as hung.
     launcher: what starts the workers.
+    prior, noise: a law and the scatter of ln loss between seeds, on which --plan tries what the design would
+      find; None for Chinchilla's, with its optimum at the middle of the design.
     bindings: more gin bindings for every run, as on a command line.
     question: what the sweep asks, for its report.
   """
@@ -76,6 +87,8 @@ class Sweep:
   lease: float = 60.0
   patience: float = 1800.0
   launcher: launchers.Launcher = dataclasses.field(default_factory=launchers.Local)
+  prior: dict | None = None
+  noise: float = 0.01
   bindings: tuple[str, ...] = ()
   question: str = 'What is the compute-optimal size of this model?'
 
@@ -490,6 +503,7 @@ def main(flags) -> int:
   rungs, runs, base = make_plan(sweep)
   show_plan(sweep, runs)
   if flags.plan:
+    foresee(flags, sweep, runs)
     return 0
   make_folder(folder, config.text)
   folder.register(runs)
@@ -541,7 +555,7 @@ def open_data(sweep: Sweep, runs: list[designs.Planned], base):
   from research import data
 
   say = lambda text: print(text, file=sys.stderr, flush=True)
-  streams = {'train': base.train, 'validation': base.validation}
+  streams = {repr(stream): stream for stream in (base.train, base.validation)}
   for settings in dict.fromkeys(run.settings for run in runs):
     run = configs.load(sweep.run, [*sweep.bindings, *settings]).build()
     streams |= {repr(stream): stream for stream in (run.train, run.validation)}
@@ -564,6 +578,23 @@ def show_plan(sweep: Sweep, runs: list[designs.Planned]) -> None:
   if sweep.forecast:
     largest = max(sweep.design.budgets) * sweep.forecast
     print(f'then a forecast at {metrics.si(largest)} FLOPs and the run that tests it')
+
+
+def foresee(flags, sweep: Sweep, runs: list[designs.Planned]) -> None:
+  """What --plan says beside the runs: how long they take, what they would tell."""
+  from research import estimate
+
+  speed = None
+  if flags.measure:
+    speed = estimate.measured(sweep, runs)
+  elif flags.compiled:
+    speed = estimate.compiled(flags.compiled)
+  if speed:
+    seconds = sum(map(speed.seconds, runs))
+    hours = seconds * speed.chips / 3600
+    print(f'at {speed}: {metrics.clock(seconds)} of training one by one, {hours:.3g} chip-hours')
+  if sweep.design.law:
+    print(estimate.informative(runs, sweep.design.flops, sweep.prior, sweep.noise))
 
 
 def show_status(sweep: Sweep, folder: Folder) -> int:
