@@ -100,7 +100,9 @@ def project(
   n = kernel.ndim - contract if transposed else contract
   order = tuple(range(n)), tuple(range(n, kernel.ndim))
   ins, outs = order[::-1] if transposed else order
-  return _project(ins, outs, _whole(axes), spec(*to), dtype or x.dtype, x, kernel)
+  # One key head (multi-query) stays whole where 'tensor' would split it.
+  shape = (*x.shape[: x.ndim - contract], *(kernel.shape[i] for i in outs))
+  return _project(ins, outs, _whole(axes), spec(*to, shape=shape), dtype or x.dtype, x, kernel)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))

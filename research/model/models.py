@@ -82,7 +82,7 @@ class Embedder(nnx.Module):
       fixed = self.fixed_positions(positions, x.shape[-1]).astype(dtype)
       x = x + shard(fixed, 'batch', 'sequence', None)
     if self.types is not None:
-      x = x + self.types[...][0].astype(dtype)
+      x = x + shard(self.types[...], None, None)[0].astype(dtype)
     return self.norm(x) if self.norm is not None else x
 
   def attend(self, x: jax.Array) -> jax.Array:
