@@ -130,7 +130,9 @@ class _SlurmWorker:
     self.command, self.process = command, None
 
   def __call__(self) -> int:
-    self.process = subprocess.Popen(self.command, env=environment())
+    # submitit's signal comes to all processes of the job: this one answers it, and tells the worker.
+    ignore = lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    self.process = subprocess.Popen(self.command, env=environment(), preexec_fn=ignore)
     return self.process.wait()
 
   def checkpoint(self):
@@ -174,12 +176,18 @@ class Slurm:
       job.watch()
       if time.monotonic() - looked > 30:
         looked = time.monotonic()
-        if all(j.watcher.is_done(j.job_id, mode='force') for j in jobs) and job.todo():
+        if not self.queued(jobs) and job.todo():
           resubmitted += 1
           if resubmitted > 3:
             raise UserError(f'the Slurm jobs ended before the runs; see {job.workdir}/slurm')
           jobs = self.submit(job)
     return True
+
+  @staticmethod
+  def queued(jobs: list) -> bool:
+    """Whether any of the jobs runs or waits."""
+    found = subprocess.run(['squeue', '-h', '-o', '%i'], capture_output=True, text=True)
+    return found.returncode != 0 or bool({j.job_id for j in jobs} & set(found.stdout.split()))
 
   def submit(self, job: Job) -> list:
     try:
@@ -191,6 +199,7 @@ class Slurm:
     executor.update_parameters(timeout_min=self.minutes, name='isoflop', **self.parameters)
     peers = min(self.workers, job.todo())
     command = [sys.executable, '-m', 'research.sweep', *job.arguments, f'--peers={peers}']
+    os.environ.update(environment())  # what a job is given
     try:
       return [executor.submit(_SlurmWorker(command)) for _ in range(peers)]
     except (RuntimeError, OSError, submitit.core.utils.FailedJobError) as error:
