@@ -162,11 +162,41 @@ def mamba_written_out(params, x):
   return (y * silu(gate)) @ p['output']['kernel']
 
 
-def test_mamba_is_its_recurrence():
+# What a CPU runs, and what accelerators would.
+PATHS = {
+  'cpu': jax.lax.platform_dependent,
+  'accelerator': lambda *args, cpu, default: default(*args),
+}
+
+
+@pytest.mark.parametrize('path', PATHS)
+def test_mamba_is_its_recurrence(path, monkeypatch):
+  monkeypatch.setattr(jax.lax, 'platform_dependent', PATHS[path])
   graphdef, params = build(ssm.Mamba, inner=8, rank=2, state=4, chunk=5)
   x = inputs()
-  y = jit(lambda params, x: nnx.merge(graphdef, params)(x, context(x))[0])(params, x)
+  run = lambda params, x: nnx.merge(graphdef, params)(x, context(x))[0]
+  text = str(jax.make_jaxpr(run)(params, x))
+  assert ('platform_index' in text) == (path == 'cpu')
+  y = jit(run)(params, x)
   np.testing.assert_allclose(y, mamba_written_out(params, x), atol=1e-5)
+
+
+def test_both_ways_through_a_chunk_of_mamba_are_one():
+  """Values and gradients, where a document begins inside the chunk."""
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+  a, h, x, b, c = -np.exp(draw(3, 4)), draw(2, 3, 4), draw(2, 7, 3), draw(2, 7, 4), draw(2, 7, 4)
+  step, first = np.exp(draw(2, 7, 3) - 1), np.zeros((2, 7), bool)
+  first[:, 3], first[1, 0] = True, True
+
+  def result(way, *args):
+    y, back = jax.vjp(lambda *args: way(*args, first), *args)
+    return y, back(jax.tree.map(jnp.cos, y))
+
+  ways = (ssm._token_by_token, ssm._all_tokens_at_once)
+  both = jit(lambda *args: [result(way, *args) for way in ways])(a, h, x, step, b, c)
+  for u, v in zip(*map(jax.tree.leaves, both), strict=True):
+    np.testing.assert_allclose(u, v, atol=1e-5)
 
 
 @pytest.mark.parametrize('groups', [1, 2])
