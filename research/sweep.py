@@ -68,6 +68,8 @@ class Sweep:
       LAYERS, HEADS, HEAD_DIM, MLP and LEARNING_RATE.
     design: which runs.
     forecast: the budget of the run that tests the law, as a multiple of the design's largest; None for none.
+    forecast_seeds: that run is done from so many seeds, and their mean is the outcome: with as many workers it
+      takes no longer.
     population: so many runs of one shape are trained at once (research/population.py); 1 for each alone.
     retries: a run that failed is tried so many times more; then it is reported as failed, with its reason.
     lease: seconds after which a worker that is not heard of has lost its run.
@@ -82,6 +84,7 @@ class Sweep:
   run: str
   design: designs.Design
   forecast: float | None = 3.0
+  forecast_seeds: int = 1
   population: int = 8
   retries: int = 2
   lease: float = 60.0
@@ -102,7 +105,13 @@ class Sweep:
       raise Invalid(
         Sweep, 'forecast', f'only an IsoFlop design has a forecast run; set it to None for {name}.'
       )
-    for field, least in (('population', 1), ('retries', 0), ('lease', 1), ('patience', 1)):
+    for field, least in (
+      ('forecast_seeds', 1),
+      ('population', 1),
+      ('retries', 0),
+      ('lease', 1),
+      ('patience', 1),
+    ):
       if not getattr(self, field) >= least:
         raise Invalid(Sweep, field, f'{getattr(self, field)!r} must be at least {least}.')
 
@@ -394,7 +403,10 @@ def register_forecast(sweep: Sweep, analysis, rungs, length: int, folder: Folder
     return json.loads(path.read_text())
   budget = max(sweep.design.budgets) * sweep.forecast
   best = analysis.forecast(budget)
-  planned = sweep.design.run(budget, designs.nearest(rungs, best.params), length, 'forecast')
+  size = designs.nearest(rungs, best.params)
+  seeds = range(sweep.forecast_seeds)
+  tests = [sweep.design.run(budget, size, length, 'forecast', seed) for seed in seeds]
+  planned = tests[0]
   if planned.size in (rungs[0], rungs[-1]):
     raise UserError(
       f'the law puts the optimum of {budget:.3g} FLOPs at {metrics.si(best.params)} parameters, the end of the '
@@ -403,12 +415,12 @@ def register_forecast(sweep: Sweep, analysis, rungs, length: int, folder: Folder
   expected = analysis.forecast(planned.flops, params=planned.size.params, tokens=planned.tokens)
   forecast = {
     'registered': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
-    'run': planned.name,
+    'runs': [run.name for run in tests],
     'optimal_params': best.params,
     'optimal_tokens': best.tokens,
     'forecast': dataclasses.asdict(expected),
   }
-  folder.register([planned])
+  folder.register(tests)
   metrics.write_atomic(path, json.dumps(forecast, indent=1) + '\n')
   return forecast
 
@@ -443,8 +455,7 @@ def report(
   }
   if forecast:
     expected = Forecast(**forecast['forecast'])
-    row = next(row for row in rows if row['run'] == forecast['run'])
-    outcome = row['loss'] if row['status'] == 'finished' else None
+    outcome = outcome_of(folder, forecast)
     figures['forecast'] = plots.forecast(analysis, expected, outcome)
     meta['forecast registered'] = forecast['registered']
   for name, figure in figures.items():
@@ -521,7 +532,7 @@ def main(flags) -> int:
     if sweep.forecast:
       forecast = register_forecast(sweep, analysis, rungs, base.target_length, folder)
       runs = folder.plan()
-      planned = next(run for run in runs if run.name == forecast['run'])
+      planned = next(run for run in runs if run.name == forecast['runs'][0])
       check_data(base, frozen, planned.tokens, 'the forecast run')
       get_done(flags, sweep, runs, folder, table)
       rows, analysis = fit(folder, sweep, runs)
@@ -530,7 +541,7 @@ def main(flags) -> int:
   path = report(folder, sweep, rows, analysis, forecast, runs)
   print(analysis)
   if forecast:
-    show_forecast(forecast, folder.row(planned))
+    show_forecast(folder, forecast)
   print(f'report: {path}')
   return 0
 
@@ -605,17 +616,32 @@ def show_status(sweep: Sweep, folder: Folder) -> int:
   return 0
 
 
-def show_forecast(forecast: dict, row: dict) -> None:
-  expected = forecast['forecast']
+def outcomes(folder: Folder, forecast: dict) -> list[float]:
+  """The losses of the runs that test the forecast, as far as they finished."""
+  rows = [
+    json.loads((folder.path / 'runs' / name / 'run.json').read_text()) for name in forecast['runs']
+  ]
+  return [row['loss'] for row in rows if row['status'] == 'finished']
+
+
+def outcome_of(folder: Folder, forecast: dict) -> float | None:
+  losses = outcomes(folder, forecast)
+  return sum(losses) / len(losses) if losses else None
+
+
+def show_forecast(folder: Folder, forecast: dict) -> None:
+  expected, name = forecast['forecast'], forecast['runs'][0]
   print(
-    f'forecast, registered {forecast["registered"]}: {forecast["run"]} will have a loss of '
+    f'forecast, registered {forecast["registered"]}: {name} will have a loss of '
     f'{expected["loss"]:.4f} [{expected["loss_low"]:.4f}, {expected["loss_high"]:.4f}] ({expected["method"]})'
   )
-  if row['status'] != 'finished':
-    print(f'outcome: none, the run ended as {row["status"]}')
+  if not (losses := outcomes(folder, forecast)):
+    print(f'outcome: none, {name} did not finish; its reason stands in the table of runs')
     return
-  error = expected['loss'] / row['loss'] - 1
-  print(f'outcome: {row["loss"]:.4f}; the forecast is off by {error:+.2%}')
+  outcome = sum(losses) / len(losses)
+  seeds = f', the mean of {len(losses)} seeds: {", ".join(f"{x:.4f}" for x in losses)}'
+  error = f'{expected["loss"] / outcome - 1:+.2%}'
+  print(f'outcome: {outcome:.4f}{seeds if len(losses) > 1 else ""}; the forecast is off by {error}')
 
 
 def make_folder(folder: Folder, text: str) -> None:

@@ -213,3 +213,16 @@ def test_an_ablation_is_a_product_over_seeds():
 def test_what_cannot_be_planned_is_refused(make, says):
   with pytest.raises(Invalid, match=says):
     make()
+
+
+def test_a_budget_has_as_many_seeds_as_it_is_given():
+  once = design().plan(rungs(), LENGTH)
+  runs = design(seeds=(1, 3)).plan(rungs(), LENGTH)
+  count = lambda budget: len([run for run in runs if run.budget == budget])
+  alone = lambda budget: len([run for run in once if run.budget == budget])
+  assert (count(1e12), count(4e12)) == (alone(1e12), 3 * alone(4e12))
+  assert len({run.name for run in runs}) == len(runs)
+  assert [run for run in runs if not run.settings] == once
+  assert {run.settings for run in runs} == {(), ('Run.seed=1',), ('Run.seed=2',)}
+  with pytest.raises(Invalid, match='one for each of the 2 budgets'):
+    design(seeds=(1, 2, 3))

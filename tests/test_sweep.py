@@ -107,9 +107,9 @@ def test_the_law_is_found_and_its_forecast_comes_before_the_run(make, trained, t
   rows, analysis = sweep.fit(folder, the_sweep, runs)
   forecast = sweep.register_forecast(the_sweep, analysis, rungs, base.target_length, folder)
   assert (tmp_path / 'forecast.json').exists()
-  assert forecast['run'] not in trained
+  assert forecast['runs'][0] not in trained
   work(the_sweep, folder)
-  assert trained[-1] == forecast['run']
+  assert [trained[-1]] == forecast['runs']
   outcome = next(row for row in folder.rows(folder.plan()) if row['role'] == 'forecast')
   assert abs(forecast['forecast']['loss'] / outcome['loss'] - 1) < 0.002
   # A forecast is never made twice, and its run never takes part in the fit.
