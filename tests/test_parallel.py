@@ -1,30 +1,47 @@
 """Every kind of parallelism, and products of two, give the losses and gradients of one device.
 
 In float32; the loss to 1e-5 of itself, every gradient to 1e-5 of its largest entry. Models are a decoder with
-grouped queries on packed rows, an encoder-decoder with relative positions, a mixture of experts, and Mamba.
+grouped queries, an encoder-decoder with relative positions, a mixture of experts, and Mamba, on packed rows.
 """
 
 import functools
+import itertools
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from families import tiny
 from flax import nnx
 
 from research import sharding, train
+from research.errors import Invalid
+from research.model import kernels, moe, pipeline, positions, ring
+from research.model.attention import visible
 
 ROWS, LENGTH, TOLERANCE = 8, 16, 1e-5
 MODELS = {'decoder': 'llama2', 'encoder_decoder': 't5', 'moe': 'mixtral', 'mamba': 'mamba'}
+OTHERS = {
+  'moe_capacity': ('mixtral', 'MoE.capacity=1.0'),
+  'mamba2': ('mamba2',),
+  'latent': ('deepseek_v3',),
+  'relative': ('gopher',),
+  'window': ('llama2', 'Attention.window=5'),
+  'alibi': ('bloom',),
+  'prefix': ('glm',),
+}
+SEQUENCE_PARALLEL = {'sequence': ('context', 'tensor')}
 
 
 @functools.cache
 def model_of(name):
-  depth = ('ENCODER_LAYERS', 'DECODER_LAYERS') if name == 'encoder_decoder' else ('LAYERS',)
-  # Of a microbatch the load balance is another than of a batch; test_pipeline has that.
-  moe = ('Router.balance=0.0',) if name == 'moe' else ()
-  return tiny(MODELS[name], ('Stack.scan=True', *(f'{layers}=4' for layers in depth), *moe))
+  family, *bindings = OTHERS.get(name) or (MODELS[name],)
+  # The load balance of a microbatch is another than that of a batch: without it they are equal.
+  moe = ['Router.balance=0.0'] if name.startswith('moe') else []
+  deep = {'t5': ('ENCODER_LAYERS', 'DECODER_LAYERS'), 'deepseek_v3': ()}.get(family, ('LAYERS',))
+  return tiny(family, ('Stack.scan=True', *(f'{layers}=4' for layers in deep), *moe, *bindings))
 
 
 def packed(rng, length, documents=3):
@@ -52,28 +69,38 @@ def batch_of(name):
   )
   if name == 'encoder_decoder':
     batch |= {f'encoder_{k}': v for k, v in packed(rng, 2 * LENGTH).items()}
+  if name == 'prefix':
+    batch['decoder_causal_attention'] = batch['decoder_positions'] < 3
   return {k: v.astype(np.int32) for k, v in batch.items()}
+
+
+def compiled(f):
+  """jit without most optimisations: what is compared is small, and compiling is nearly all of the time."""
+  options = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
+  return jax.jit(f, compiler_options=options)
+
+
+def program_of(run, params=None):
+  """A run's program under the mesh in use, and the parameters there (only shapes where none are given)."""
+  abstract = jax.eval_shape(lambda: run.model(rngs=nnx.Rngs(params=jax.random.key(0))))
+  shapes = nnx.to_pure_dict(nnx.state(abstract))
+  place = lambda x: jax.sharding.NamedSharding(jax.sharding.get_mesh(), x.sharding.spec)
+  params = shapes if params is None else jax.device_put(params, jax.tree.map(place, shapes))
+  return train.Program(run, nnx.graphdef(abstract), 2), params
 
 
 def results(name, mesh, devices=None, params=None):
   """(loss, what it is made of, gradients) as host arrays, and the parameters, which one device makes."""
+  model = model_of(name)
+  run = types.SimpleNamespace(model=model, z_loss=1e-4, microbatches=1)
   with mesh.use(devices):
-    model = model_of(name)
-    make = lambda key: model(rngs=nnx.Rngs(params=key))
-    abstract = jax.eval_shape(make, jax.random.key(0))
-    run = types.SimpleNamespace(model=model, z_loss=1e-4, microbatches=1)
-    program = train.Program(run, nnx.graphdef(abstract), 2)
     if params is None:
-      params = jax.jit(lambda key: nnx.to_pure_dict(nnx.state(make(key))))(jax.random.key(0))
-    else:
-      places = jax.tree.map(
-        lambda x: jax.sharding.NamedSharding(jax.sharding.get_mesh(), x.sharding.spec),
-        nnx.to_pure_dict(nnx.state(abstract)),
-      )
-      params = jax.device_put(params, places)
-    gradient = jax.jit(jax.value_and_grad(program.loss, has_aux=True))
-    (loss, sums), grads = gradient(params, sharding.place(batch_of(name)))
-    return jax.tree.map(np.asarray, (loss, sums, grads)), jax.tree.map(np.asarray, params)
+      make = lambda key: nnx.to_pure_dict(nnx.state(model(rngs=nnx.Rngs(params=key))))
+      params = jax.tree.map(np.asarray, compiled(make)(jax.random.key(0)))
+    program, placed = program_of(run, params)
+    gradient = compiled(jax.value_and_grad(program.loss, has_aux=True))
+    (loss, sums), grads = gradient(placed, sharding.place(batch_of(name)))
+    return jax.tree.map(np.asarray, (loss, sums, grads)), params
 
 
 @functools.cache
@@ -93,17 +120,170 @@ def check(name, **sizes):
     np.testing.assert_allclose(g2, g, rtol=0, atol=TOLERANCE * np.abs(g).max(), err_msg=where)
 
 
-KINDS = {
-  'data': {},
-  'fsdp': {'data': 1, 'fsdp': -1},
-  'tensor': {'tensor': 2},
-  'context': {'context': 4},
-  'expert': {'expert': 4},
-}
+# How many devices each kind gets; data fills what is left of the eight.
+KINDS = {'fsdp': 2, 'tensor': 2, 'context': 4, 'stage': 2, 'expert': 2}
+PRODUCTS = [
+  (name, kinds)
+  for name in MODELS
+  for kinds in [(), *((kind,) for kind in KINDS), *itertools.combinations(KINDS, 2)]
+  if name == 'moe' or 'expert' not in kinds
+]
+
+
+@pytest.mark.parametrize(
+  ('name', 'sizes'),
+  [
+    ('decoder', {'fsdp': 2, 'tensor': 2, 'context': 2}),
+    ('moe', {'data': 2, 'expert': 2, 'stage': 2}),
+  ],
+)
+def test_products_of_three_change_nothing(name, sizes):
+  check(name, **sizes)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('kind', KINDS)
-@pytest.mark.parametrize('name', MODELS)
-def test_a_mesh_changes_nothing(name, kind):
-  check(name, **KINDS[kind])
+@pytest.mark.parametrize(('name', 'kinds'), PRODUCTS)
+def test_products_of_two_change_nothing(name, kinds):
+  check(name, **{kind: KINDS[kind] for kind in kinds})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('name', 'sizes'),
+  [
+    ('decoder', {'tensor': 2, 'context': 2, 'rules': SEQUENCE_PARALLEL}),
+    ('encoder_decoder', {'tensor': 2, 'rules': SEQUENCE_PARALLEL}),
+    ('moe', {'tensor': 2, 'expert': 2, 'rules': SEQUENCE_PARALLEL}),
+    ('mamba', {'tensor': 2, 'stage': 2, 'rules': SEQUENCE_PARALLEL}),
+    ('moe', {'tensor': 2, 'expert': 2, 'rules': {'expert': ('expert', 'tensor'), 'mlp': None}}),
+    ('moe_capacity', {'expert': 2, 'context': 2}),
+    ('moe_capacity', {'expert': 2, 'tensor': 2, 'rules': {'expert': ('expert', 'tensor')}}),
+    ('mamba2', {'context': 2, 'tensor': 2}),
+    ('latent', {'context': 2, 'tensor': 2}),
+    ('relative', {'context': 2, 'tensor': 2}),
+    ('window', {'context': 4}),
+    ('alibi', {'context': 4, 'tensor': 2}),
+    ('prefix', {'context': 4}),
+    ('decoder', {'stage': 2, 'stage_rounds': 2}),
+    ('decoder', {'stage': 4, 'stage_microbatches': 8, 'data': 1, 'fsdp': 1, 'tensor': 2}),
+  ],
+  ids=lambda x: x if isinstance(x, str) else '-'.join(x),
+)
+def test_other_parts_and_rules_change_nothing(name, sizes):
+  check(name, **sizes)
+
+
+def test_ring_attention_is_attention():
+  """Causal and balanced, with segments, grouped queries, a bias by distance and capped logits, on 4 devices."""
+  rng = np.random.default_rng(0)
+  shapes = (2, 32, 4, 8), (2, 32, 2, 8), (2, 32, 2, 6), (4, 63), (2, 32, 4, 6)
+  *inputs, weight = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
+  segments = np.sort(rng.integers(0, 3, (2, 32)), axis=1)
+
+  def loss(attend):
+    return compiled(
+      jax.value_and_grad(
+        lambda q, k, v, bias: jnp.sum(attend(q, k, v, bias) * weight), (0, 1, 2, 3)
+      )
+    )(*inputs)
+
+  knobs = {'scale': 0.3, 'soft_cap': 5.0}
+  with sharding.Mesh().use(jax.devices()[:1]):
+    see = visible(segments, segments, (32, 32), causal=True)
+    plain = lambda q, k, v, bias: kernels.dot_product_attention(
+      q, k, v, mask=see, bias=positions.by_place(bias, 32)[None], **knobs
+    )
+    expected = loss(plain)
+  with sharding.Mesh(context=4, data=2).use():
+    where = sharding.spec('batch', 'length')
+    split = lambda x: jax.sharding.reshard(x, where)
+    around = lambda q, k, v, bias: jax.sharding.reshard(
+      ring.ring_attention(
+        *map(split, (q, k, v)), segments=split(segments), bias=bias, causal=True, **knobs
+      ),
+      jax.P(),
+    )
+    found = loss(around)
+  for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+    np.testing.assert_allclose(b, a, rtol=0, atol=TOLERANCE * np.abs(a).max())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('sizes', [{}, {'fsdp': 2, 'tensor': 2}, {'context': 2, 'stage': 2}])
+def test_microbatches_are_one_batch_on_any_mesh(sizes):
+  """Although their numbers of target tokens differ: the mean is over the tokens of the batch."""
+  weights = batch_of('decoder')['decoder_loss_weights'].sum(axis=1)
+  assert weights[::2].sum() != weights[1::2].sum()
+  (_, sums, grads), params = one_device('decoder')
+  run = types.SimpleNamespace(
+    model=model_of('decoder'), z_loss=1e-4, microbatches=2, clip=None, optimizer=optax.sgd
+  )
+  with sharding.Mesh(**{'data': -1, **sizes}).use():
+    program, placed = program_of(run, params)
+    state = {
+      'step': jnp.zeros((), jnp.int32),
+      'params': placed,
+      'opt': program.optimizer(0.0).init(placed),
+    }
+    state, scalars = compiled(program.step)(state, sharding.place(batch_of('decoder')), 1.0)
+    np.testing.assert_allclose(scalars['loss'], sums['nll'] / sums['tokens'], rtol=TOLERANCE)
+    tree = zip(*map(jax.tree.leaves, (params, state['params'], grads)), strict=True)
+    for before, after, gradient in tree:
+      step, expected = before - np.asarray(after), gradient / sums['tokens']
+      # The difference of two parameters has their rounding.
+      np.testing.assert_allclose(
+        step,
+        expected,
+        rtol=0,
+        atol=TOLERANCE * np.abs(expected).max() + 2e-7 * np.abs(before).max(),
+      )
+
+
+def test_every_choice_comes_to_its_expert_however_full():
+  """All tokens choose the experts of one device: several rounds of all_to_all, and nothing is dropped."""
+  make = functools.partial(
+    moe.Experts, 8, 8, active=2, mlp=8, activations=(jax.nn.relu,), capacity=None
+  )
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(8, 16, 8)).astype(np.float32)
+  weights = rng.random((8, 16, 2)).astype(np.float32)
+  index = np.broadcast_to(np.array([6, 7]), (8, 16, 2))
+
+  def run(mesh, devices=None):
+    with mesh.use(devices):
+
+      def loss(x, weights):
+        experts = make(rngs=nnx.Rngs(params=jax.random.key(0)))
+        place = lambda y: sharding.shard(y, 'batch', None, None)
+        return jnp.sum(experts(place(x), place(weights), place(jnp.asarray(index))) ** 2)
+
+      return jax.tree.map(np.asarray, compiled(jax.value_and_grad(loss, (0, 1)))(x, weights))
+
+  expected = run(sharding.Mesh(), jax.devices()[:1])
+  found = run(sharding.Mesh(data=2, expert=4))
+  for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+    np.testing.assert_allclose(b, a, rtol=0, atol=TOLERANCE * np.abs(a).max())
+
+
+def test_a_pipeline_waits_as_long_as_it_says():
+  schedule = pipeline.Schedule('stage', stages=4, rounds=2, microbatches=8)
+  assert schedule.ticks == 2 * 8 + 3
+  assert schedule.bubble == 3 / 19
+  assert pipeline.Schedule('stage', 4, 1, 8).bubble == 3 / 11
+
+
+@pytest.mark.parametrize(
+  ('sizes', 'says'),
+  [
+    ({'stage': 4, 'stage_rounds': 2}, r'Mesh\.stage: a stack of 4 layers does not go into 4 stages x 2 rounds'),
+    ({'stage': 4, 'stage_microbatches': 2}, r'Mesh\.stage_microbatches: 2 .* less than the 4 stages'),
+    ({'stage': 2, 'stage_microbatches': 4}, r'stage_microbatches: 4 microbatches of a batch split over 4'),
+  ],
+)  # fmt: skip
+def test_an_impossible_pipeline_is_one_sentence(sizes, says):
+  with sharding.Mesh(**sizes).use():
+    run = types.SimpleNamespace(model=model_of('decoder'), z_loss=0.0, microbatches=1)
+    program, params = program_of(run)
+    batch = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch_of('decoder').items()}
+    with pytest.raises(Invalid, match=says):
+      jax.eval_shape(program.loss, params, batch)

@@ -50,7 +50,7 @@ def dot_product_attention(
   if bias is not None:
     bias_shape = (bias.shape[0], kv_heads, grouped[3], *bias.shape[2:])
     batch_axis = None if bias.shape[0] == 1 else 'batch'
-    to = spec(batch_axis, 'kv_heads', None, None, None, shape=bias_shape)
+    to = spec(batch_axis, 'kv_heads', None, 'length', None, shape=bias_shape)
     bias = jnp.swapaxes(bias.reshape(bias_shape, out_sharding=to), 2, 3)
   rows = lambda x, start, stop: x if x is None or x.shape[2] == 1 else x[:, :, start:stop]
   product = functools.partial(_product, scale, soft_cap)
