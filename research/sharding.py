@@ -46,6 +46,7 @@ RULES = {
 _MAY_STAY_WHOLE = ('kv_heads',)
 
 _rules = contextvars.ContextVar('rules', default=None)
+_platform = contextvars.ContextVar('platform', default=None)
 _pipeline = contextvars.ContextVar('pipeline', default=(1, None))
 
 
@@ -96,7 +97,7 @@ class Mesh:
     for name, axes in self.rules.items():
       if name not in ARRAY_AXES:
         raise Invalid(Mesh, 'rules', f'no array axis {name!r}.{did_you_mean(name, ARRAY_AXES)}')
-      for axis in _as_tuple(axes):
+      for axis in as_tuple(axes):
         if axis not in MESH_AXES:
           raise Invalid(Mesh, 'rules', f'no mesh axis {axis!r}.{did_you_mean(axis, MESH_AXES)}')
 
@@ -133,7 +134,7 @@ class Mesh:
   def batch_shards(self, devices: int, slices: int = 1) -> int:
     """Over how many devices a batch is split: the batch size must be a multiple of it."""
     sizes = self.shape(devices, slices)
-    return math.prod(sizes[axis] for axis in _as_tuple(self.table['batch']))
+    return math.prod(sizes[axis] for axis in as_tuple(self.table['batch']))
 
   def arrange(self, devices) -> jax.sharding.Mesh:
     """The devices in this shape, neighbours in the network as neighbours in the mesh."""
@@ -155,15 +156,22 @@ class Mesh:
   @contextlib.contextmanager
   def use(self, devices=None):
     """Within this, `spec` and `shard` mean this mesh, over `devices` (all of them by default)."""
-    mesh = self.arrange(jax.devices() if devices is None else devices)
-    token = _rules.set(self.table)
+    devices = jax.devices() if devices is None else devices
+    mesh = self.arrange(devices)
+    token, platform = _rules.set(self.table), _platform.set(devices[0].platform)
     pipeline = _pipeline.set((self.stage_rounds, self.stage_microbatches))
     try:
       with jax.set_mesh(mesh):
         yield mesh
     finally:
       _rules.reset(token)
+      _platform.reset(platform)
       _pipeline.reset(pipeline)
+
+
+def platform() -> str:
+  """'cpu', 'gpu' or 'tpu': what the devices in use are."""
+  return _platform.get() or jax.default_backend()
 
 
 def count_slices(devices) -> int:
@@ -190,7 +198,7 @@ def default_mesh(state_bytes: int, device_bytes: int | None) -> Mesh:
   return Mesh() if small else Mesh(data=1, fsdp=-1)
 
 
-def _as_tuple(axes) -> tuple:
+def as_tuple(axes) -> tuple:
   return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
 
 
@@ -202,7 +210,12 @@ def pipeline_shape() -> tuple[int, int | None]:
 def axis_size(name: str) -> int:
   """Over how many devices the mesh in use splits the array axis `name`."""
   rules, sizes = _rules.get() or {}, jax.sharding.get_abstract_mesh().shape
-  return math.prod(sizes.get(axis, 1) for axis in _as_tuple(rules.get(name)))
+  return math.prod(sizes.get(axis, 1) for axis in as_tuple(rules.get(name)))
+
+
+def on_each(size: int, name: str) -> int:
+  """How much of so large an array axis `name` one device has, at least 1."""
+  return max(1, size // axis_size(name))
 
 
 def spec(*names: str | None, shape: tuple[int, ...] | None = None) -> P:
@@ -216,7 +229,7 @@ def spec(*names: str | None, shape: tuple[int, ...] | None = None) -> P:
   taken, parts = set(), []
   for i, name in enumerate(names):
     axes = tuple(
-      axis for axis in _as_tuple(rules.get(name)) if sizes.get(axis, 1) > 1 and axis not in taken
+      axis for axis in as_tuple(rules.get(name)) if sizes.get(axis, 1) > 1 and axis not in taken
     )
     if shape is not None and shape[i] % math.prod(sizes[axis] for axis in axes):
       axes = ()
@@ -243,7 +256,7 @@ def check(parameters: Mapping[str, tuple[tuple[str | None, ...], tuple[int, ...]
     )
     for name, size in zip(names, shape, strict=True):
       rule = rules.get(name)
-      axes = [axis for axis in _as_tuple(rule) if sizes.get(axis, 1) > 1]
+      axes = [axis for axis in as_tuple(rule) if sizes.get(axis, 1) > 1]
       clash = [axis for axis in axes if axis in taken]
       if clash and isinstance(rule, str):
         why = (
@@ -281,11 +294,16 @@ def gather(x: jax.Array, *names: str | None) -> jax.Array:
   mesh = jax.sharding.get_abstract_mesh()
   if _rules.get() is None or jax.typeof(x).sharding.spec.reduced:
     return x
-  here, to = _parts(jax.typeof(x).sharding.spec, x.ndim), _parts(spec(*names, shape=x.shape), x.ndim)
+  if mesh.manual_axes:  # in a pipeline's stage, where jax knows no partial sums yet
+    return shard(x, *names)
+  here, to = (
+    _parts(jax.typeof(x).sharding.spec, x.ndim),
+    _parts(spec(*names, shape=x.shape), x.ndim),
+  )
   gathered = {i: here[i] for i in range(x.ndim) if here[i] != to[i]}
   if any(to[i] for i in gathered):
     return shard(x, *names)
-  split = {axis for name in ('batch', 'length') for axis in _as_tuple(_rules.get().get(name))}
+  split = {axis for name in ('batch', 'length') for axis in as_tuple(_rules.get().get(name))}
   split = {axis for axis in split if mesh.shape[axis] > 1 and axis not in mesh.manual_axes}
   over = {axis for axes in gathered.values() for axis in axes}
   copies = tuple(split - over - {axis for axes in to for axis in axes})
@@ -303,7 +321,7 @@ def gather(x: jax.Array, *names: str | None) -> jax.Array:
 
 
 def _parts(spec: P, ndim: int) -> list[tuple[str, ...]]:
-  return [_as_tuple(axes) for axes in (*spec, *[None] * ndim)[:ndim]]
+  return [as_tuple(axes) for axes in (*spec.partitions, *[None] * ndim)[:ndim]]
 
 
 def per_device(f, *, in_specs, out_specs):
@@ -317,7 +335,7 @@ def per_device(f, *, in_specs, out_specs):
   return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, axis_names=left, check_vma=False)
 
 
-def share() -> tuple[int, int]:
+def host_share() -> tuple[int, int]:
   """(k, n): this process needs the k-th of n equal parts of every batch's rows, which lie on its devices.
 
   Where its devices have rows from here and there, or all of them (a mesh axis that is not of the batch goes
@@ -339,9 +357,9 @@ def spec_of(x: jax.Array) -> P | None:
 
 
 def place(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-  """This process's `share` of a batch of host arrays [batch, length], as global arrays on the mesh."""
+  """This process's `host_share` of a batch of host arrays [batch, length], as global arrays on the mesh."""
   where = jax.sharding.NamedSharding(jax.sharding.get_mesh(), spec('batch', 'length'))
-  part, parts = share()
+  part, parts = host_share()
 
   def one(x):
     first, shape = part * len(x), (parts * len(x), *x.shape[1:])

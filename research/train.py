@@ -79,7 +79,7 @@ class Program:
     weights = batch['decoder_loss_weights'].astype(jnp.float32)
     targets = batch['decoder_target_tokens']
     nll, z_loss = losses.cross_entropy(
-      model.logits, x, targets, weights, z_loss=self.run.z_loss, chunks=self.chunks
+      model.readout(), x, targets, weights, z_loss=self.run.z_loss, chunks=self.chunks
     )
     tokens = jnp.sum(weights)
     seen = jnp.sum(batch.get('decoder_segment_ids', targets) > 0, dtype=jnp.float32)
@@ -133,11 +133,13 @@ def make_program(run: Run) -> Program:
   """
   abstract = jax.eval_shape(lambda: run.model(rngs=nnx.Rngs(params=jax.random.key(0))))
   sharding.check(layers.named_axes(abstract))
-  rows = run.batch_size // run.microbatches
-  parts = sharding.axis_size('sequence')  # of a sequence, one on each device
+  # Of one device's logits: a chunk has a part of every device's part of the sequence.
+  rows = sharding.on_each(run.batch_size // run.microbatches, 'batch')
+  parts = sharding.axis_size('sequence')
   chunks = run.logits_chunks or losses.default_chunks(
-    rows * parts, run.target_length // parts, abstract.vocab
-  )
+    rows * parts // sharding.axis_size('length'), run.target_length // parts,
+    sharding.on_each(abstract.vocab, 'vocab'),
+  )  # fmt: skip
   return Program(run, nnx.graphdef(abstract), chunks)
 
 
@@ -336,7 +338,7 @@ class _Loop:
 
   def train(self) -> dict:
     run, pending, status, step = self.run, None, 'finished', self.start
-    part, parts = sharding.share()
+    part, parts = sharding.host_share()
     batches = data.batches(
       self.frozen,
       run.batch_size,
@@ -433,7 +435,7 @@ class _Loop:
 
   def sum_losses(self, frozen) -> tuple[float, float]:
     """Nats and target tokens of a whole stream."""
-    batches = data.eval_batches(frozen, self.run.batch_size, *sharding.share())
+    batches = data.eval_batches(frozen, self.run.batch_size, *sharding.host_share())
     sums = [self.evaluate_fn(self.state['params'], sharding.place(batch)) for batch in batches]
     nll, tokens = zip(*jax.device_get(sums), strict=True)
     return float(np.sum(nll, dtype=np.float64)), float(np.sum(tokens, dtype=np.float64))

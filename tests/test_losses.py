@@ -40,8 +40,9 @@ def loss_and_gradients(tied: bool, z_loss: float, chunks: int):
 
   def total(params, x):
     embedder, head = nnx.merge(graphdef, params)
+    matrix = head.weights(embedder, x.dtype)
     sums = cross_entropy(
-      lambda x: head(x, embedder), x, targets, weights, z_loss=z_loss, chunks=chunks
+      lambda x: head(x, matrix), x, targets, weights, z_loss=z_loss, chunks=chunks
     )
     return sum(sums) / 3, sums  # scaled: a cotangent that is not 1
 

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from research.errors import Invalid
-from research.sharding import gather, shard, spec, spec_of
+from research.sharding import as_tuple, gather, shard, spec, spec_of
 
 Part = Callable[..., nnx.Module]
 Initializer = Callable[..., jax.Array]
@@ -100,6 +100,8 @@ def project(
   n = kernel.ndim - contract if transposed else contract
   order = tuple(range(n)), tuple(range(n, kernel.ndim))
   ins, outs = order[::-1] if transposed else order
+  # What lay between parts comes as this product wants it: with 'length', and not 'sequence', of its own.
+  x = shard(x, *to[: x.ndim - contract], *(_whole(axes)[i] for i in ins))
   # One key head (multi-query) stays whole where 'tensor' would split it.
   shape = (*x.shape[: x.ndim - contract], *(kernel.shape[i] for i in outs))
   return _project(ins, outs, _whole(axes), spec(*to, shape=shape), dtype or x.dtype, x, kernel)
@@ -127,8 +129,10 @@ def _project_backward(ins, outs, whole, to, dtype, residuals, dy):
   size = lambda axes: math.prod(kernel.shape[i] for i in axes)
   pair, order = ((x, dy), ins + outs) if size(ins) <= size(outs) else ((dy, x), outs + ins)
   where = spec_of(gathered)
-  if where is not None:  # FSDP: every device has the part of its own examples, and `back` adds them up
-    where = jax.P(*(where[i] for i in order), unreduced=where.reduced)
+  if (
+    where is not None
+  ):  # FSDP: every device has the part of its own examples, and `back` adds them up
+    where = jax.P(*(where.partitions[i] for i in order), unreduced=where.reduced)
   dkernel = _dot(*pair, (tuple(range(lead)),) * 2, where, x.dtype)
   if order != tuple(sorted(order)):
     dkernel = jax.lax.optimization_barrier(dkernel)
@@ -137,6 +141,33 @@ def _project_backward(ins, outs, whole, to, dtype, residuals, dy):
 
 
 _project.defvjp(_project_forward, _project_backward)
+
+
+def look_up(table: jax.Array, rows: str | None, index: jax.Array) -> jax.Array:
+  """Rows [batch, length, embed] of a table [rows, embed], made where 'batch' and 'sequence' live.
+
+  Every device gathers 'embed' for its own tokens; where the mesh splits the rows (a vocabulary over 'tensor'),
+  it looks up those it has, and the sum over the devices has them all. An index past the end is the last row.
+  """
+  home, where = spec(rows, 'embed', shape=table.shape), spec('batch', 'length')
+  if not any((*home, *where)):
+    return table.at[index].get(mode='clip')
+  split, over, use = as_tuple(home[0]), as_tuple(home[1]), as_tuple(where[0]) + as_tuple(where[1])
+
+  def local(table, index):
+    table = jax.lax.pcast(table, tuple(set(use) - {*over, *split}), to='varying')
+    if over:
+      table = jax.lax.all_gather(table, over, axis=1, tiled=True)
+    if not split:
+      return table.at[index].get(mode='clip')
+    index = index - jax.lax.axis_index(split) * table.shape[0]
+    found = table.at[jnp.where(index < 0, table.shape[0], index)].get(mode='fill', fill_value=0)
+    return jax.lax.psum(found, split)
+
+  index = shard(jnp.minimum(index, table.shape[0] - 1), 'batch', 'length')
+  here = jax.P(*where, None)
+  x = jax.shard_map(local, in_specs=(home, where), out_specs=here)(table, index)
+  return shard(x, 'batch', 'sequence', None)
 
 
 def _whole(axes: Sequence[str | None]) -> tuple[str | None, ...]:
@@ -176,9 +207,10 @@ class Linear(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     n, kernel = len(self.inputs), self.kernel[...]
-    length = 'sequence' if self.outputs == ('embed',) else 'length'
-    to = (*('batch', length, *[None] * 8)[: x.ndim - n], *_whole(self.outputs))
+    to = (*('batch', 'length', *[None] * 8)[: x.ndim - n], *_whole(self.outputs))
     y = project(x, kernel, (*self.inputs, *self.outputs), to, contract=n)
+    if self.outputs == ('embed',):
+      y = shard(y, 'batch', 'sequence', None)
     if self.bias is None:
       return y
     return y + shard(self.bias[...].astype(x.dtype), *_whole(self.outputs))

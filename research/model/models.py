@@ -1,7 +1,8 @@
 """Whole models: a batch in, logits out.
 
 A model has `features(batch) -> (x [batch, length, embed], penalties)` and `logits(x)`; the two are apart so
-that a loss need never hold the logits of a whole batch. The keys of a batch are seqio's.
+that a loss need never hold the logits of a whole batch. A head has `weights(embedder, dtype)`, its matrix as it
+is multiplied with, and `(x, weights) -> logits`. The keys of a batch are seqio's.
 """
 
 import functools
@@ -18,11 +19,12 @@ from research.model.layers import (
   Linear,
   Part,
   check_sizes,
+  look_up,
   normal,
   param,
   project,
 )
-from research.sharding import shard, spec
+from research.sharding import gather, shard, spec
 
 # A number, or how it follows from `embed`: then it is right at every width of a ladder.
 Scale = float | Callable[[int], float]
@@ -71,13 +73,9 @@ class Embedder(nnx.Module):
     self.norm = norm(embed, rngs=rngs) if norm else None
 
   def __call__(self, tokens: jax.Array, positions: jax.Array, dtype) -> jax.Array:
-    here = spec('batch', 'sequence', None)
-    look_up = lambda table, index: (
-      shard(table[...].astype(dtype), *[None] * 2).at[index].get(out_sharding=here, mode='clip')
-    )
-    x = look_up(self.tokens, tokens) * self.scale
+    x = look_up(self.tokens[...].astype(dtype), 'vocab', tokens) * self.scale
     if self.positions is not None:
-      x = x + look_up(self.positions, positions + self.position_offset)
+      x = x + look_up(self.positions[...].astype(dtype), None, positions + self.position_offset)
     if self.fixed_positions is not None:
       fixed = self.fixed_positions(positions, x.shape[-1]).astype(dtype)
       x = x + shard(fixed, 'batch', 'sequence', None)
@@ -85,9 +83,9 @@ class Embedder(nnx.Module):
       x = x + shard(self.types[...], None, None)[0].astype(dtype)
     return self.norm(x) if self.norm is not None else x
 
-  def attend(self, x: jax.Array) -> jax.Array:
-    """Float32 logits of `x` against the token vectors."""
-    return _logits(x, self.tokens[...], ('vocab', 'embed'), transposed=True)
+  def weights(self, dtype) -> jax.Array:
+    """The token vectors [vocab, embed], gathered to multiply with."""
+    return gather(self.tokens[...].astype(dtype), 'vocab', None)
 
 
 def _soft_cap(logits: jax.Array, cap: float | None) -> jax.Array:
@@ -97,6 +95,11 @@ def _soft_cap(logits: jax.Array, cap: float | None) -> jax.Array:
 def _logits(x: jax.Array, kernel: jax.Array, axes: tuple, **options) -> jax.Array:
   """Float32 logits [batch, length, vocab] of x [batch, length, embed]."""
   return project(x, kernel, axes, ('batch', 'length', 'vocab'), dtype=jnp.float32, **options)
+
+
+def _against(x: jax.Array, table: jax.Array) -> jax.Array:
+  """Float32 logits of x against vectors [vocab, embed]."""
+  return _logits(x, table, ('vocab', None), transposed=True)
 
 
 class TiedHead(nnx.Module):
@@ -119,8 +122,11 @@ class TiedHead(nnx.Module):
     self.scale = scale(embed) if callable(scale) else scale
     self.soft_cap = soft_cap
 
-  def __call__(self, x: jax.Array, embedder: Embedder) -> jax.Array:
-    return _soft_cap(embedder.attend(x * self.scale), self.soft_cap)
+  def weights(self, embedder: Embedder, dtype) -> jax.Array:
+    return embedder.weights(dtype)
+
+  def __call__(self, x: jax.Array, weights: jax.Array) -> jax.Array:
+    return _soft_cap(_against(x * self.scale, weights), self.soft_cap)
 
 
 class UntiedHead(nnx.Module):
@@ -141,8 +147,11 @@ class UntiedHead(nnx.Module):
     self.bias = param(rngs, (vocab,), ('vocab',), nnx.initializers.zeros) if bias else None
     self.soft_cap = soft_cap
 
-  def __call__(self, x: jax.Array, embedder: Embedder) -> jax.Array:
-    logits = _logits(x, self.kernel[...], ('embed', 'vocab'))
+  def weights(self, embedder: Embedder, dtype) -> jax.Array:
+    return gather(self.kernel[...].astype(dtype), None, 'vocab')
+
+  def __call__(self, x: jax.Array, weights: jax.Array) -> jax.Array:
+    logits = _logits(x, weights, (None, 'vocab'))
     if self.bias is not None:
       logits = logits + self.bias[...]
     return _soft_cap(logits, self.soft_cap)
@@ -155,10 +164,13 @@ class NormalisedHead(nnx.Module):
     init = init or functools.partial(normal, stddev=embed**-0.5)
     self.kernel = param(rngs, (embed, vocab), ('embed', 'vocab'), init)
 
-  def __call__(self, x: jax.Array, embedder: Embedder) -> jax.Array:
-    kernel = shard(self.kernel[...], None, 'vocab')
+  def weights(self, embedder: Embedder, dtype) -> jax.Array:
+    kernel = self.kernel[...]
     length = jnp.sqrt(jnp.sum(kernel * kernel, axis=0) + 1e-24)
-    return _logits(x, kernel / length, (None, 'vocab'))
+    return gather((kernel / length).astype(dtype), None, 'vocab')
+
+  def __call__(self, x: jax.Array, weights: jax.Array) -> jax.Array:
+    return _logits(x, weights, (None, 'vocab'))
 
 
 class MaskedHead(nnx.Module):
@@ -182,8 +194,11 @@ class MaskedHead(nnx.Module):
     self.norm = norm(embed, rngs=rngs)
     self.bias = param(rngs, (vocab,), ('vocab',), nnx.initializers.zeros)
 
-  def __call__(self, x: jax.Array, embedder: Embedder) -> jax.Array:
-    return embedder.attend(self.norm(self.activation(self.dense(x)))) + self.bias[...]
+  def weights(self, embedder: Embedder, dtype) -> jax.Array:
+    return embedder.weights(dtype)
+
+  def __call__(self, x: jax.Array, weights: jax.Array) -> jax.Array:
+    return _against(self.norm(self.activation(self.dense(x))), weights) + self.bias[...]
 
 
 def _positions(batch: dict, name: str) -> jax.Array:
@@ -233,8 +248,13 @@ class LanguageModel(nnx.Module):
     )
     return self.stack(self.embedder(batch['decoder_input_tokens'], positions, self.dtype), context)
 
+  def readout(self) -> Callable[[jax.Array], jax.Array]:
+    """Features to logits; the head's matrix is gathered here, once for all the calls."""
+    weights = self.head.weights(self.embedder, self.dtype)
+    return lambda x: self.head(x, weights)
+
   def logits(self, x: jax.Array) -> jax.Array:
-    return self.head(x, self.embedder)
+    return self.readout()(x)
 
   def __call__(self, batch: dict[str, jax.Array]):
     x, penalties = self.features(batch)
@@ -285,8 +305,13 @@ class EncoderDecoder(nnx.Module):
     x, more = self.decoder(self.embedder(target, positions, self.dtype), context)
     return x, {k: penalties.get(k, 0.0) + more.get(k, 0.0) for k in {**penalties, **more}}
 
+  def readout(self) -> Callable[[jax.Array], jax.Array]:
+    """Features to logits; the head's matrix is gathered here, once for all the calls."""
+    weights = self.head.weights(self.embedder, self.dtype)
+    return lambda x: self.head(x, weights)
+
   def logits(self, x: jax.Array) -> jax.Array:
-    return self.head(x, self.embedder)
+    return self.readout()(x)
 
   def __call__(self, batch: dict[str, jax.Array]):
     x, penalties = self.features(batch)

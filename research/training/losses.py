@@ -61,6 +61,8 @@ def cross_entropy(
     return sums(consts, x, targets, weights)[1]
   join = lambda a, like: jnp.moveaxis(a, 0, 2).reshape(like.shape, out_sharding=_where(like))
 
+  dtypes = [c.dtype for c in consts], x.dtype
+
   @jax.custom_vjp
   def total(consts, x):
     def body(carry, chunk):
@@ -77,14 +79,14 @@ def cross_entropy(
       (_, new), (dc, dx) = gradient(consts, *chunk)
       return jax.tree.map(jnp.add, (parts, d_consts), (new, dc)), dx
 
-    zero = ((jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, consts))
+    zero = ((jnp.zeros(()), jnp.zeros(())), jax.tree.map(_no_gradient, consts))
     (parts, d_consts), dx = jax.lax.scan(body, zero, (split(x), split(targets), split(weights)))
     return parts, (d_consts, join(dx, x))
 
   def backward(residuals, cotangents):
     # Both sums are differentiated as one: training always adds them with equal weight.
     g = cotangents[0]
-    return jax.tree.map(lambda d: (g * d).astype(d.dtype), residuals)
+    return jax.tree.map(lambda d, dtype: _scaled(d, g, dtype), residuals, dtypes)
 
   total.defvjp(forward, backward)
   return total(consts, x)
@@ -97,6 +99,22 @@ def _where(x: jax.Array, chunked: bool = False):
     return None
   spec = (*sharding.spec, *[None] * x.ndim)[: x.ndim]
   return jax.P(*spec[:2], None, *spec[2:]) if chunked else jax.P(*spec)
+
+
+def _no_gradient(x: jax.Array) -> jax.Array:
+  """Zeros where the gradient of `x` lives: not summed over the devices, where `x` is gathered to them.
+
+  In float32, whatever `x` is: the gradients of many chunks are added up.
+  """
+  where = jax.typeof(x).to_ct_aval().sharding
+  dtype = jnp.promote_types(x.dtype, jnp.float32)
+  return jnp.zeros(x.shape, dtype, out_sharding=None if where.mesh.empty else where)
+
+
+def _scaled(gradient: jax.Array, factor: jax.Array, dtype) -> jax.Array:
+  axes = jax.typeof(gradient).sharding.spec.unreduced
+  factor = jax.sharding.reshard(factor, jax.P(reduced=axes)) if axes else factor
+  return (factor * gradient).astype(dtype)
 
 
 def default_chunks(batch: int, length: int, vocab: int, limit: int = 2**24) -> int:
