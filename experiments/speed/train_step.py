@@ -128,6 +128,9 @@ def in_process(variant: str, workload: str, flags: argparse.Namespace) -> dict:
 
 def table(workload: str, results: dict[str, list[dict]]) -> str:
   """Medians over the repeats; a ratio is of our speed to theirs, so above 1 is faster than PyTorch."""
+  sizes = {variant: rows[0]['params'] for variant, rows in results.items()}
+  if len(set(sizes.values())) > 1:
+    sys.exit(f'{workload}: these are not the same model, they have {sizes} parameters')
   batch, _, length, _ = WORKLOADS[workload]
   tokens = batch * length
   median = lambda variant, key: statistics.median(r[key] for r in results[variant])
