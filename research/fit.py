@@ -1,7 +1,11 @@
 """Fits scaling laws to a table of results: `python -m research.fit --results=FILE.csv`."""
 
 import argparse
+import dataclasses
 import sys
+
+from research import cli
+from research.errors import UserError
 
 EXAMPLES = """
 A row needs N (parameters), D (tokens) or C (training FLOPs), and the loss in nats per token.
@@ -23,6 +27,10 @@ def parser() -> argparse.ArgumentParser:
   )
   add = p.add_argument
   add('--results', required=True, metavar='FILE', help='.csv, .jsonl, .json or .parquet')
+  add(
+    '--gin_file', action='append', default=[], metavar='FILE',
+    help='FIT = @analysis.fit_results and its bindings, as in gin/fits/; flags and --gin.X=Y override them',
+  )  # fmt: skip
   for name in ('params', 'tokens', 'flops', 'loss', 'budget', 'run', 'status', 'role'):
     add(f'--{name}', metavar='COLUMN', help=f'the column of the {name}')
   for name in ('params', 'tokens', 'flops'):
@@ -63,6 +71,14 @@ def parser() -> argparse.ArgumentParser:
   )
   add('--robust', default='huber', choices=('huber', 'l1', 'l2'), help='loss on the residuals')
   add('--delta', type=float, default=1e-3, help="Huber's delta (default 1e-3)")
+  add(
+    '--tau', type=float, default=0.5, metavar='T',
+    help='asymmetric loss: predictions below the data weigh T, above 1 - T (default 0.5)',
+  )  # fmt: skip
+  add(
+    '--starts', default='grid', choices=('grid', 'projected'),
+    help="where the law's parameters begin: its whole grid, or linear ones solved for",
+  )  # fmt: skip
   add('--residuals', default='log', choices=('log', 'linear'), help='of ln L (default) or of L')
   add('--drop_highest', type=int, default=0, metavar='K', help='leave out the K highest losses')
   add('--bootstrap', type=int, default=1000, metavar='R', help='replicates (default 1000)')
@@ -88,15 +104,47 @@ def parser() -> argparse.ArgumentParser:
   return p
 
 
-def main(argv=None) -> int:
-  flags = parser().parse_args(argv)
-  from research.errors import UserError
+# Flags that are arguments of `fit_results` under another name or none; the others have its names.
+COLUMNS = ('params', 'tokens', 'flops', 'loss', 'budget', 'run', 'status', 'role')
+COLUMNS += ('params_unit', 'tokens_unit', 'flops_unit', 'loss_unit')
+OPTIONS = {
+  'profile': 'profile', 'noise': 'noise', 'robust': 'robust', 'delta': 'delta', 'tau': 'tau',
+  'starts': 'starts', 'residuals': 'residuals', 'drop_highest': 'drop_highest',
+  'bootstrap': 'replicates', 'resample': 'resample', 'level': 'level', 'seed': 'seed',
+}  # fmt: skip
 
+
+def main(argv=None) -> int:
+  flags = cli.parse(parser(), argv)
   try:
     return _fit(flags)
   except UserError as e:
     print(f'error: {e}', file=sys.stderr)
     return 2
+
+
+def _options(flags) -> dict:
+  """The arguments of `fit_results`: those of the gin files, and over them the flags that were given."""
+  from research import configs, scaling
+  from research.scaling import laws
+
+  options = {}
+  if flags.gin_file or flags.gin:
+    fit = configs.load(flags.gin_file, flags.gin, root='FIT').tree()
+    if getattr(fit, 'func', fit) is not scaling.fit_results:
+      raise UserError(f'{flags.gin_file[-1]}: FIT must be @analysis.fit_results.')
+    options = dict(getattr(fit, 'keywords', {}))
+  default = parser().get_default
+  given = lambda names: {n: getattr(flags, n) for n in names if getattr(flags, n) != default(n)}
+  options |= {OPTIONS[name]: value for name, value in given(OPTIONS).items()}
+  if columns := given(COLUMNS):
+    options['columns'] = dataclasses.replace(options.get('columns', scaling.Columns()), **columns)
+  if given(['law']):
+    options['law'] = laws.by_name(flags.law)
+  for flag, name, kind in (('fix', 'fixed', float), ('tie', 'tied', str)):
+    if items := getattr(flags, flag):
+      options[name] = {**(options.get(name) or {}), **_pairs(f'--{flag}', items, kind)}
+  return options | ({'role': None} if flags.all_rows else {})
 
 
 def _fit(flags) -> int:
@@ -107,27 +155,9 @@ def _fit(flags) -> int:
     for law in laws.standard():
       print(f'{law.name:24s} {law.output} = {law.form}   [{", ".join(law.inputs)}]')
     return 0
-  names = ('params', 'tokens', 'flops', 'loss', 'budget', 'run', 'status', 'role')
-  units = ('params_unit', 'tokens_unit', 'flops_unit', 'loss_unit')
+  options = _options(flags)
   rows = scaling.read_table(flags.results)
-  analysis = scaling.fit_results(
-    rows,
-    columns=scaling.Columns(**{name: getattr(flags, name) for name in names + units}),
-    law=laws.by_name(flags.law),
-    fixed=_pairs('--fix', flags.fix, float),
-    tied=_pairs('--tie', flags.tie, str),
-    profile=flags.profile,
-    noise=flags.noise,
-    robust=flags.robust,
-    delta=flags.delta,
-    residuals=flags.residuals,
-    drop_highest=flags.drop_highest,
-    replicates=flags.bootstrap,
-    resample=flags.resample,
-    level=flags.level,
-    seed=flags.seed,
-    role=None if flags.all_rows else 'fit',
-  )
+  analysis = scaling.fit_results(rows, **options)
   print(analysis)
   forecasts = [analysis.forecast(c) for c in flags.forecast]
   for forecast in forecasts:
@@ -145,8 +175,6 @@ def _fit(flags) -> int:
 
 
 def _pairs(flag, items, kind) -> dict:
-  from research.errors import UserError
-
   out = {}
   for item in items:
     name, equals, value = item.partition('=')

@@ -1,12 +1,16 @@
 """Approach 3: the published optimum on public data, recovery, every minimum, refusals."""
 
 import csv
+import dataclasses
 
 import jax
 import numpy as np
 import pytest
 
-from research.scaling import fits, laws
+from research import cli
+from research import fit as command
+from research.errors import UserError
+from research.scaling import fits, laws, projection, rows, solver
 
 TRUE = {'E': 1.69, 'A': 406.4, 'B': 410.7, 'alpha': 0.34, 'beta': 0.28}
 
@@ -65,6 +69,41 @@ def test_linear_least_squares_on_the_217(points):
   assert (found.residuals**2).sum() == pytest.approx(0.062414, abs=6e-7)
 
 
+@pytest.mark.parametrize(
+  ('robust', 'residuals'), [('huber', 'log'), pytest.param('l2', 'linear', marks=pytest.mark.slow)]
+)
+def test_projected_starts_are_fewer_and_end_as_low(robust, residuals):
+  """Nine starts over the exponents, with coefficients solved for, in place of 243."""
+  n, d, loss = grid(0.003)
+  x, options = {'params': n, 'tokens': d}, {'robust': robust, 'residuals': residuals}
+  many = fits.fit(laws.Chinchilla(), x, loss, **options)
+  few = fits.fit(laws.Chinchilla(), x, loss, starts='projected', **options)
+  assert (many.starts, few.starts) == (243, 9)
+  assert few.objective == pytest.approx(many.objective, rel=1e-9)
+  for name, value in many.parameters.items():
+    assert few.parameters[name] == pytest.approx(value, rel=1e-5)
+
+
+def test_projected_coefficients_are_those_of_least_squares():
+  """At the true exponents the start is the truth, and no step is needed."""
+  n, d, loss = grid()
+  law = laws.Chinchilla()
+  problem = solver.Problem(law, 'l2', 'linear')
+  data, y = fits.make_data(law, {'params': n, 'tokens': d}, loss)
+  some = dataclasses.replace(problem, fixed=(('alpha', TRUE['alpha']), ('beta', TRUE['beta'])))
+  (z,) = projection.starts(some, data, y, np.ones_like(y))
+  for name, value in some.values(z, data['center'], np.exp).items():
+    assert value == pytest.approx(TRUE[name], rel=1e-6)
+
+
+def test_a_law_without_linear_parameters_has_nothing_to_project():
+  n, d, loss = grid()
+  with pytest.raises(laws.LawError, match='no linear parameter to project on'):
+    fits.fit(laws.Kaplan(), {'params': n, 'tokens': d}, loss, starts='projected')
+  with pytest.raises(laws.LawError, match="starts='projekted' is not one of grid, projected"):
+    fits.fit(laws.Kaplan(), {'params': n, 'tokens': d}, loss, starts='projekted')
+
+
 def test_noiseless_rows_give_the_truth_back():
   n, d, loss = grid()
   found = fits.fit(laws.Chinchilla(), {'params': n, 'tokens': d}, loss)
@@ -121,3 +160,30 @@ def test_fitting_leaves_the_process_in_single_precision():
   fits.fit(laws.TiedChinchilla(), {'params': n, 'tokens': d}, loss)
   assert not jax.config.jax_enable_x64
   assert jax.numpy.ones(1).dtype == np.float32
+
+
+def test_the_command_takes_columns_and_options_from_gin_and_flags_override():
+  def options(*argv):
+    argv = ['--results=x.csv', '--gin_file=gin/fits/chinchilla_fig4.gin', *argv]
+    return command._options(cli.parse(command.parser(), argv))
+
+  found = options()
+  assert found['columns'] == rows.Columns(params='Model Size', flops='Training FLOP', loss='loss')
+  assert (found['drop_highest'], found['resample'], found['law'].name) == (5, 'pairs', 'Chinchilla')
+  found = options(
+    '--tau=0.7', '--law=Kaplan', '--tokens=D', '--fix=alpha_N=0.3', '--gin.fit_results.delta=0.1'
+  )
+  assert (found['tau'], found['delta'], found['fixed']) == (0.7, 0.1, {'alpha_N': 0.3})
+  assert found['law'] == laws.Kaplan()
+  assert found['columns'].tokens == 'D'
+  assert found['columns'].params == 'Model Size'
+  with pytest.raises(UserError, match=r"has no argument 'detla'\. Did you mean delta"):
+    options('--gin.fit_results.detla=0.1')
+  with pytest.raises(UserError, match=r'FIT must be @analysis\.fit_results'):
+    options('--gin.FIT=@rows.Columns')
+
+
+def test_the_command_without_gin_has_only_the_flags_that_were_given():
+  argv = ['--results=x.csv', '--params=N', '--bootstrap=7']
+  found = command._options(cli.parse(command.parser(), argv))
+  assert found == {'columns': rows.Columns(params='N'), 'replicates': 7}

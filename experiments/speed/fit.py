@@ -106,7 +106,7 @@ def main():
   random = np.random.RandomState(42)
   draws = np.array([random.choice(len(n), len(n)) for _ in range(flags.bootstraps)])
   grid = laws.hoffmann_starts()
-  ours = grid if flags.hoffmann else None
+  ours = grid if flags.hoffmann else 'grid'
   found, spread = batched_fits(n, d, loss, ours, draws)
   cold = time.process_time() - START
   took = []

@@ -257,6 +257,8 @@ def fit_results(
   drop_highest: int = 0,
   robust: str = 'huber',
   delta: float = 1e-3,
+  tau: float = 0.5,
+  starts='grid',
   residuals: str = 'log',
   fixed: Mapping[str, float] | None = None,
   tied: Mapping[str, str] | None = None,
@@ -275,7 +277,7 @@ def fit_results(
     profile, noise: approach 2's interpolation and seed noise; see approaches.isoflop.
     curves: run -> [(tokens, loss), ...] for approach 1.
     drop_highest: leave out this many of the highest losses (Besiroglu et al. 2024 drop 5).
-    robust, delta, residuals, fixed, tied: see fits.fit.
+    robust, delta, tau, starts, residuals, fixed, tied: see fits.fit.
     resample: 'residual', 'pairs', 'cluster by run' or 'cluster by budget'.
     conventions: also fit every count of N and C that the rows hold, for the table of conventions.
   """
@@ -294,7 +296,10 @@ def fit_results(
     )
   except approaches.NoAllocation as e:
     two, refusals['approach 2'] = None, str(e)
-  options = {'robust': robust, 'delta': delta, 'residuals': residuals, 'fixed': fixed, 'tied': tied}
+  options = {
+    'robust': robust, 'delta': delta, 'tau': tau, 'starts': starts, 'residuals': residuals,
+    'fixed': fixed, 'tied': tied,
+  }  # fmt: skip
   three = _approach3(law, seen, options, refusals)
   if three is None and two is None:
     raise NoForecast(' '.join(dict.fromkeys(refusals.values())))
@@ -338,7 +343,10 @@ def _approach1(curves, seen, cost, refusals):
 def _approach3(law, seen, options, refusals) -> fits.Fit | None:
   for candidate in dict.fromkeys((law, laws.TiedChinchilla())):
     try:
-      own = options if candidate is law else {**options, 'fixed': None, 'tied': None}
+      own = options
+      if candidate is not law:  # names and starts are of the other law
+        grid = options['starts'] if isinstance(options['starts'], str) else 'grid'
+        own = {**options, 'fixed': None, 'tied': None, 'starts': grid}
       return fits.fit(candidate, seen.inputs, seen.loss, **own)
     except fits.NotIdentifiable as e:
       refusals['approach 3' if candidate is law else 'approach 3, tied'] = str(e)

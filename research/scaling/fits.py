@@ -7,13 +7,14 @@ import jax
 import numpy as np
 
 from research.errors import UserError, did_you_mean
-from research.scaling import solver
+from research.scaling import projection, solver
 from research.scaling.laws.base import Law, LawError, precise
 
 # Above this many rows the starts are run on a random subset, and only distinct minima on all rows.
 SUBSET = 4096
 LOSS_NAMES = ('huber', 'l1', 'l2')
 RESIDUALS = ('log', 'linear')
+STARTS = ('grid', 'projected')
 
 
 class NotIdentifiable(UserError, ValueError):
@@ -108,7 +109,7 @@ def fit(
   residuals: str = 'log',
   fixed: Mapping[str, float] | None = None,
   tied: Mapping[str, str] | None = None,
-  starts: Mapping[str, np.ndarray] | None = None,
+  starts: Mapping[str, np.ndarray] | str = 'grid',
   check: bool = True,
 ) -> Fit:
   """Minimises sum_i weights_i rho(residual_i) from every start.
@@ -118,7 +119,8 @@ def fit(
     robust: 'huber' (quadratic within `delta`), 'l1' or 'l2'; `tau` other than 1/2 makes it asymmetric.
     residuals: 'log' (of predicted over observed) or 'linear' (predicted minus observed).
     fixed: parameters held at a natural value; tied: parameters that take another's value.
-    starts: natural values, an array [starts] for every parameter (default: the law's own grid).
+    starts: 'grid' (the law's own), 'projected' (of the parameters that are not linear; the others are solved
+      for: fewer starts, `projection.py`), or natural values, an array [starts] for every parameter.
     check: raise NotIdentifiable where the rows cannot tell the parameters (see `doubts`).
   """
   problem = solver.Problem(
@@ -132,7 +134,7 @@ def fit(
     few = f'{len(y)} rows for {len(problem.free)} parameters'
     raise NotIdentifiable(law, [few], 'Add runs, or fix or tie parameters.')
   target = np.log(y) if residuals == 'log' else y
-  z0 = _starts(problem, starts, data['center'])
+  z0 = _starts(problem, starts, data, target, w)
   minima = _multistart(problem, data, z0, target, w, delta, tau)
   best = minima[0]
   curvature = _covariance(problem, data, best[0], target, w, delta, tau)
@@ -226,20 +228,24 @@ def cure(result: Fit) -> str:
 
 def _multistart(problem, data, z0, target, w, delta, tau):
   """[(z, objective, starts that reached it, kind)], best first."""
-  n = len(target)
-  if n > SUBSET:
-    some = np.random.default_rng(0).choice(n, SUBSET, replace=False)
-    part = {
-      'x': {k: v[some] for k, v in data['x'].items()},
-      'center': data['center'],
-      'ones': data['ones'][some],
-    }
-    rough = minimise(problem, part, z0, target[some], w[some], None, delta, tau)
+  if len(target) > SUBSET:
+    part, *few = _subset(data, target, w)
+    rough = minimise(problem, part, z0, *few, None, delta, tau)
     groups = _distinct(problem, part, rough, len(z0))[:8]
     z0, counts = np.stack([g[0] for g in groups]), np.array([g[2] for g in groups])
   else:
     counts = np.ones(len(z0), int)
   return _distinct(problem, data, minimise(problem, data, z0, target, w, None, delta, tau), counts)
+
+
+def _subset(data, target, w):
+  """At most SUBSET rows of all three, drawn at random."""
+  n = len(target)
+  if n <= SUBSET:
+    return data, target, w
+  some = np.random.default_rng(0).choice(n, SUBSET, replace=False)
+  x = {k: v[some] for k, v in data['x'].items()}
+  return {**data, 'x': x, 'ones': data['ones'][some]}, target[some], w[some]
 
 
 def _distinct(problem, data, solution: solver.Solution, counts, most: int = 24):
@@ -309,16 +315,21 @@ def _covariance(problem, data, z, target, w, delta, tau) -> dict:
   }
 
 
-def _starts(problem, starts, center) -> np.ndarray:
+def _starts(problem, starts, data, target, w) -> np.ndarray:
   """[starts, free] coordinates."""
   law = problem.law
-  if starts is None:
+  if isinstance(starts, str):
+    _check_choice('starts', starts, STARTS)
+  if isinstance(starts, str) and starts == 'projected':
+    return projection.starts(problem, *_subset(data, target, w))
+  if isinstance(starts, str):
     z = law.starts()
   else:
     law.check_names(starts)
     if missing := [name for name in law.parameters if name not in starts]:
       raise LawError(f'starts of {law.name} lack {", ".join(missing)}.')
-    z = law.coordinates({k: np.asarray(v, np.float64) for k, v in starts.items()}, center)
+    values = {k: np.asarray(v, np.float64) for k, v in starts.items()}
+    z = law.coordinates(values, data['center'])
   grid = np.stack([np.atleast_1d(z[name]) for name in problem.free], axis=1)
   return np.unique(np.round(grid, 12), axis=0)
 

@@ -1,0 +1,56 @@
+"""Variable projection: parameters in which a law is linear are solved for, not searched.
+
+At given exponents Chinchilla's E, A and B are a linear least-squares problem (Golub & Pereyra 1973, SIAM J.
+Numer. Anal. 10(2)): a grid of starts need only run over the exponents, and each begins at its best ones.
+"""
+
+import itertools
+import math
+
+import jax
+import numpy as np
+from scipy import optimize
+
+from research.scaling.laws.base import LawError, precise
+
+
+def starts(problem, data, target, weights) -> np.ndarray:
+  """The grid over the parameters that are not linear, each point with its best coefficients: [starts, free].
+
+  The coefficients are those of weighted least squares on the residuals of `problem` (where these are
+  logarithms, on relative residuals, which are the same to first order), and not negative.
+
+  Raises:
+    LawError: no free parameter of the law is linear.
+  """
+  law, free = problem.law, problem.free
+  linear = [name for name in free if law.parameters[name].linear]
+  tied = {name for pair in problem.tied for name in pair}
+  if not linear or tied & {name for name in law.parameters if law.parameters[name].linear}:
+    raise LawError(f"{law.name} has no linear parameter to project on here; use starts='grid'.")
+  log = problem.residuals == 'log'
+  observed = np.exp(target) if log else target
+  scale = np.sqrt(weights) / (observed if log else 1.0)
+  begin = {name: _coordinates(law.parameters[name]) for name in free}
+  others = [name for name in free if name not in linear]
+  points = np.array(list(itertools.product(*(begin[name] for name in others))))
+  # A column per coefficient: the law where that is one, in its own units, and the others are nothing.
+  grid = np.full((len(points), len(linear) + 1, len(free)), -np.inf)
+  for i, name in enumerate(others):
+    grid[:, :, free.index(name)] = points[:, None, i]
+  for k, name in enumerate(linear):
+    grid[:, k, free.index(name)] = 0.0
+  with precise():
+    columns = np.array(jax.jit(jax.vmap(jax.vmap(lambda z: problem.predict(z, data))))(grid))
+  z = grid[:, -1].copy()
+  for at, table in zip(z, columns, strict=True):
+    constant, matrix = table[-1], (table[:-1] - table[-1]).T
+    solved, _ = optimize.nnls(scale[:, None] * matrix, scale * (observed - constant))
+    for name, value in zip(linear, solved, strict=True):
+      low, high = law.parameters[name].low, law.parameters[name].high
+      at[free.index(name)] = np.clip(math.log(max(value, 1e-300)), low, high)
+  return z
+
+
+def _coordinates(parameter) -> list[float]:
+  return [math.log(v) if parameter.positive else v for v in parameter.start]
