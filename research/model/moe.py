@@ -219,29 +219,51 @@ class Experts(nnx.Module):
     peer = flat // experts  # n where the choice is of none
     rank, sizes = _rank(peer, n)
     room = min(8 * math.ceil(1.25 * count / n / 8), tokens * min(active, experts))
-    most = jax.lax.pmax(jnp.max(sizes), tuple(jax.sharding.get_abstract_mesh().manual_axes))
-    choices = jnp.repeat(x.reshape(tokens, -1), active, axis=0)
-    one = jnp.ones((1, n * room, 1), weights.dtype)
 
-    def send(first):
+    def send(first, choices, operands):
+      (flat, peer, rank), (x, weights, inputs, output) = choices, operands
       place = rank - first
       row = jnp.where((peer < n) & (place >= 0) & (place < room), peer * room + place, n * room)
       source = jnp.full(n * room, count).at[row].set(jnp.arange(count), mode='drop')
       expert = (flat % experts).at[source].get(mode='fill', fill_value=experts)
       swap = lambda y: jax.lax.all_to_all(y, peers, 0, 0, tiled=True)
-      rows, expert = swap(_permute(choices, source, row)), swap(expert)
+      rows = jnp.repeat(x.reshape(tokens, -1), active, axis=0)
+      rows, expert = swap(_permute(rows, source, row)), swap(expert)
+      one = jnp.ones((1, n * room, 1), weights.dtype)
       y = self.compute(rows[None], one, expert[None, :, None], inputs, output, None)
       return _weigh(_permute(swap(y[0]), row, source), weights)
 
-    def round(y, first):
-      # All devices go on or none: a collective waits for everybody.
-      more = jax.lax.cond(first < most, send, lambda _: jnp.zeros_like(y), first)
-      return y + more, None
-
-    y = jnp.zeros((tokens, x.shape[-1]), x.dtype)
-    starts = jnp.arange(0, tokens * min(active, experts), room)
-    y, _ = jax.lax.scan(jax.checkpoint(round), y, starts)
+    # All devices go on or none: a collective waits for everybody.
+    most = jax.lax.pmax(jnp.max(sizes), tuple(jax.sharding.get_abstract_mesh().manual_axes))
+    y = _sum_of_rounds(send, room, most, (flat, peer, rank), (x, weights, inputs, output))
     return y.reshape(x.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _sum_of_rounds(f, step: int, end: jax.Array, integers, operands):
+  """Sum of f(i, integers, operands) over i = 0, step, ... below `end`; the gradient computes every f again."""
+  zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(f, 0, integers, operands))
+  add = lambda state: (state[0] + step, state[1] + f(state[0], integers, operands))
+  return jax.lax.while_loop(lambda state: state[0] < end, add, (0, zero))[1]
+
+
+def _sum_forward(f, step, end, integers, operands):
+  return _sum_of_rounds(f, step, end, integers, operands), (end, integers, operands)
+
+
+def _sum_backward(f, step, residuals, dy):
+  end, integers, operands = residuals
+
+  def add(state):
+    i, total = state
+    back = jax.vjp(functools.partial(f, i, integers), operands)[1]
+    return i + step, jax.tree.map(jnp.add, total, back(dy)[0])
+
+  zero = jax.tree.map(jnp.zeros_like, operands)
+  return None, None, jax.lax.while_loop(lambda state: state[0] < end, add, (0, zero))[1]
+
+
+_sum_of_rounds.defvjp(_sum_forward, _sum_backward)
 
 
 def _among(index, experts: int, peers, own):
