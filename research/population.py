@@ -51,6 +51,11 @@ def shape(run: Run) -> str:
   return run.identity() + ''.join(f'{name} = {getattr(run, name)}\n' for name in reports)
 
 
+def possible(run: Run) -> bool:
+  """Whether a run may be a member at all: it lives on one device, and one process."""
+  return run.mesh is None and jax.process_count() == 1
+
+
 class _Member(train._Loop):
   """The record of a member: its rows, its checkpoints and its fate. Its state is the population's."""
 
@@ -114,6 +119,10 @@ def train_population(
     first, other = next(pair for pair in lines if pair[0] != pair[1])
     raise UserError(
       f'runs of a population have one shape, and these differ ("{first.strip()}", "{other.strip()}").'
+    )
+  if not possible(runs[0]):
+    raise UserError(
+      'members of a population live on one device each, of one process: unset Run.mesh.'
     )
   workdirs = [pathlib.Path(workdir) for workdir in workdirs]
   texts = texts or [''] * len(runs)

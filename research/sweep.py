@@ -273,7 +273,10 @@ class Worker:
     most = min(self.sweep.population, math.ceil((len(alike) + 1) / self.peers)) - 1
     from research import population
 
-    shape, found = population.shape(self.sweep.config(planned).build()), []
+    run, found = self.sweep.config(planned).build(), []
+    if not population.possible(run):
+      return []
+    shape = population.shape(run)
     for run in alike:
       if len(found) >= most:
         break
@@ -299,10 +302,9 @@ class Worker:
         self.train(members)
     except train.Interrupted:
       raise
-    except UserError as error:  # the same again every time
-      for run, _ in members:
-        self.folder.fail(run, str(error))
     except Exception as error:
+      if isinstance(error, UserError) and len(members) == 1:  # the same again every time
+        return self.folder.fail(members[0][0], str(error))
       reason = f'{type(error).__name__}: {(str(error).splitlines() or [""])[0]}'
       for run, lease in members:
         if self.folder.row(run):
@@ -613,7 +615,28 @@ def show_status(sweep: Sweep, folder: Folder) -> int:
   if not runs:
     raise UserError(f'{folder.path} holds no sweep: no plan.json; start it, or give its --workdir.')
   status.show_status(folder, runs)
+  if sweep.design.law:
+    print(provisional_law(sweep, folder.rows(runs)))
   return 0
+
+
+def provisional_law(sweep: Sweep, rows: list[dict]) -> str:
+  """What a fit says of the rows so far, or why it says nothing yet."""
+  from research.scaling import Columns, fit_results
+
+  flops = sweep.design.flops
+  columns = Columns(params=designs.CONVENTIONS[flops], tokens='tokens', flops=flops, loss='loss')
+  done = sum(row['status'] == 'finished' and row['role'] == 'fit' for row in rows)
+  try:
+    analysis = fit_results(rows, columns=columns, replicates=200, conventions=False)
+  except UserError as error:
+    return f'no law of {done} runs yet: {error}'
+  exponents = [
+    f'{name}: {value:.3f} [{low:.3f}, {high:.3f}]'
+    for name, (value, low, high) in analysis.exponents().items()
+    if name.startswith('a,')
+  ]
+  return f'so far, of {done} runs: N* ~ C^a with {"; ".join(exponents)}'
 
 
 def outcomes(folder: Folder, forecast: dict) -> list[float]:

@@ -1,5 +1,6 @@
 """A population is its members' runs, trained together."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -8,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from research import configs, population, train
+from research import configs, population, sharding, train
 from research.errors import UserError
 from research.training import metrics
 from research.training.checkpoints import Checkpoints
@@ -149,6 +150,9 @@ def test_runs_of_different_shapes_are_no_population(text_file, tmp_path):
   assert population.shape(made[0].build()) != population.shape(made[1].build())
   with pytest.raises(UserError, match=r'"batch_size = 8", "batch_size = 16"'):
     train_many(made, tmp_path)
+  split = dataclasses.replace(made[0].build(), mesh=sharding.Mesh())
+  with pytest.raises(UserError, match=r'one device each.*unset Run\.mesh'):
+    population.train_population([split] * 2, [tmp_path / 'a', tmp_path / 'b'])
   assert not list(tmp_path.iterdir())
 
 

@@ -105,6 +105,8 @@ def test_the_law_is_found_and_its_forecast_comes_before_the_run(make, trained, t
   work(the_sweep, folder)
   assert sorted(trained) == sorted(run.name for run in runs)
   rows, analysis = sweep.fit(folder, the_sweep, runs)
+  law = sweep.provisional_law(the_sweep, rows)
+  assert re.match(rf'so far, of {len(rows)} runs: N\* ~ C\^a with .*approach 3: 0\.\d+ \[', law)
   forecast = sweep.register_forecast(the_sweep, analysis, rungs, base.target_length, folder)
   assert (tmp_path / 'forecast.json').exists()
   assert forecast['runs'][0] not in trained
@@ -202,6 +204,29 @@ def test_a_mistake_in_a_run_is_not_tried_again(make, trained, tmp_path, monkeypa
   work(the_sweep, folder, runs[:1])
   assert folder.row(runs[0])['reason'] == 'the vocabulary is too small.'
   assert tried == [runs[0].name]
+
+
+def test_a_mistake_in_one_member_is_not_the_others(make, trained, tmp_path, monkeypatch):
+  from research import population, train
+
+  fake = train.train
+
+  def wrong(run, workdir, text, stream):
+    if workdir.name == 'rate-1':
+      raise UserError('rate-1 is wrong.')
+    return fake(run, workdir, text, stream)
+
+  def together(runs, workdirs, texts, streams):
+    raise UserError('rate-1 is wrong.')
+
+  monkeypatch.setattr(population, 'train_population', together)
+  monkeypatch.setattr(train, 'train', wrong)
+  the_sweep = build(make())
+  _, runs, _ = sweep.make_plan(the_sweep)
+  rates = [dataclasses.replace(runs[0], name=f'rate-{i}', learning_rate=0.01 * i) for i in (1, 2)]
+  folder = sweep.Folder(tmp_path)
+  work(the_sweep, folder, rates)
+  assert [folder.row(run)['status'] for run in rates] == ['failed', 'finished']
 
 
 def test_runs_of_one_shape_are_trained_together(make, trained, tmp_path, monkeypatch):
@@ -309,6 +334,7 @@ def test_status_says_how_far_the_runs_are(make, trained, tmp_path, capsys):
   assert re.search(rf'{runs[2].name} +failed +out of cheese', said)
   assert re.search(rf'{runs[3].name} +running +5.2500 +50%, 0:50 left', said)
   assert f'2 finished, 1 failed, 1 running, {len(runs) - 4} waiting' in said
+  assert re.search(r'no law of 2 runs yet: \w+', said)
 
 
 def test_a_plan_is_the_same_when_read_back(make, tmp_path):
