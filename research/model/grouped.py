@@ -22,8 +22,16 @@ def grouped_matmul(x: jax.Array, w: jax.Array, sizes: jax.Array, block: int) -> 
   return jax.lax.platform_dependent(
     x, w, sizes,
     cpu=functools.partial(_blocks, block=block, transpose=False),
-    default=lambda x, w, sizes: jax.lax.ragged_dot(x, w, sizes),
+    default=_ragged,
   )  # fmt: skip
+
+
+def _ragged(x, w, sizes):
+  if w.shape[0] > 1:
+    return jax.lax.ragged_dot(x, w, sizes)
+  # XLA's TPU backend fails to lower a ragged_dot of a single group, which one expert a device is.
+  mine = jnp.arange(x.shape[0])[:, None] < sizes[0]
+  return jnp.where(mine, x, 0) @ w[0]
 
 
 def _forward(x, w, sizes, block):
@@ -35,7 +43,7 @@ def _backward(block, residuals, dy):
     return _blocks(dy, w, sizes, block=block, transpose=True), _outer(x, dy, sizes, block)
 
   def default(x, w, sizes, dy):
-    return jax.vjp(lambda x, w: jax.lax.ragged_dot(x, w, sizes), x, w)[1](dy)
+    return jax.vjp(lambda x, w: _ragged(x, w, sizes), x, w)[1](dy)
 
   dx, dw = jax.lax.platform_dependent(*residuals, dy, cpu=cpu, default=default)
   return dx, dw, None
