@@ -155,6 +155,12 @@ def _fit(flags) -> int:
     for law in laws.standard():
       print(f'{law.name:24s} {law.output} = {law.form}   [{", ".join(law.inputs)}]')
     return 0
+  import jax
+
+  from research import data
+
+  # Compiling is most of a fit's time, and the next fit of the same law has nothing to compile.
+  jax.config.update('jax_compilation_cache_dir', str(data.default_cache() / 'xla'))
   options = _options(flags)
   rows = scaling.read_table(flags.results)
   analysis = scaling.fit_results(rows, **options)
