@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 
 from research.errors import Invalid
+from research.model import flash
 from research.model.kernels import dot_product_attention
 from research.model.layers import Context, Linear, Part, check_sizes
 from research.model.positions import by_place
@@ -78,6 +79,11 @@ def self_attention(
       query, key, value, segments=segments, prefix=prefix, bias=context.bias, causal=context.causal,
       window=window, **knobs,
     )  # fmt: skip
+  plain = prefix is None and context.bias is None
+  if flash.suits(query, value, causal=context.causal, window=window, plain=plain):
+    return flash.flash_attention(
+      query, key, value, segments=segments, causal=context.causal, window=window, **knobs
+    )
   mask = visible(
     segments, segments, (length, length), causal=context.causal, prefix=prefix, window=window
   )

@@ -1,0 +1,338 @@
+"""Compile a run's train step for a slice that need not be there: what it holds, moves and costs.
+
+The very step of `research.train`, compiled with shapes in place of arrays; nothing is allocated or run. Slices
+of TPUs need libtpu (any Linux machine will do), `cpu:8` and `here` need nothing. Memory is what XLA says; times
+are a roofline: the largest of the times for arithmetic, memory and network, each at the chip's peak.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import sys
+import time
+
+from research import chips, cli
+from research.errors import UserError
+
+if __name__ == '__main__':
+  _parser = cli.parser('compile', __doc__)
+  _parser.add_argument('--topology', default='here', help='v5e:16x16, v5p:4x4x4, cpu:8, here, ...')
+  _parser.add_argument('--slices', type=int, default=1, help='so many of them, joined by DCN')
+  _parser.add_argument('--json', metavar='FILE', help='write the report there')
+  _parser.add_argument('--hlo', metavar='FILE', help='write the compiled program there')
+  _parser.add_argument(
+    '--search',
+    action='store_true',
+    help='try meshes, batches and rematerialisation; rank what fits',
+  )
+  FLAGS = cli.parse(_parser)
+  try:
+    chips.prepare(FLAGS.topology)
+  except UserError as error:
+    sys.exit(f'error: {error}')
+
+import jax
+import jax.numpy as jnp
+
+from research import configs, hlo, sharding, train
+from research.model import counts
+from research.run import Run
+
+GIB = chips.GIB
+REMAT = ('none', 'dots', 'full')
+
+
+class DoesNotFit(UserError):
+  """The step needs more memory than a device has."""
+
+
+def batch_features(run: Run) -> dict[str, int]:
+  """{key: length} of the run's batches, as the frozen stream will have them."""
+  stream = getattr(run.train, 'streams', None)
+  stream = next(iter(stream.values())) if isinstance(stream, dict) else run.train
+  lengths, both = (
+    run.train.lengths,
+    'inputs' in run.train.lengths and 'targets' in run.train.lengths,
+  )
+  keys = ['target_tokens', 'input_tokens', 'loss_weights', 'segment_ids', 'positions']
+  features = {f'decoder_{key}': run.target_length for key in keys}
+  if both:
+    keys = ('input_tokens', 'segment_ids', 'positions')
+    features |= {f'encoder_{key}': lengths['inputs'] for key in keys}
+  elif getattr(stream, 'name', '') in ('prefix_lm', 'span_corruption', 'ul2'):
+    features['decoder_causal_attention'] = run.target_length
+  return features
+
+
+def lower(run: Run, mesh: jax.sharding.Mesh):
+  """(lowered step, abstract state, abstract batch) under the mesh in use."""
+  program = train.make_program(run)
+  train.check_divides(run)
+
+  def at(shape, dtype, spec):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
+
+  where = lambda x: x.sharding.spec if x.sharding is not None else jax.P()
+  state = jax.eval_shape(lambda: program.init(jax.random.key(0)))
+  state = jax.tree.map(lambda x: at(x.shape, x.dtype, where(x)), state)
+  batch = {
+    key: at((run.batch_size, length), jnp.int32, sharding.spec('batch', 'length'))
+    for key, length in batch_features(run).items()
+  }
+  step = jax.jit(program.step, donate_argnums=0)
+  return step.lower(state, batch, at((), jnp.float32, jax.P())), state, batch
+
+
+def device_bytes(tree) -> int:
+  """Of an abstract tree's share on one device."""
+  share = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+  return sum(map(share, jax.tree.leaves(tree)))
+
+
+def remat_of(tree) -> str:
+  """The rematerialisation policy of a model's first stack, as configured."""
+  found = []
+
+  def walk(value):
+    if hasattr(value, 'keywords'):
+      if getattr(value.func, '__name__', '') == 'Stack':
+        found.append(value.keywords.get('remat', 'full'))
+      for v in value.keywords.values():
+        walk(v)
+    elif isinstance(value, list | tuple):
+      for v in value:
+        walk(v)
+
+  walk(tree)
+  return found[0] if found else 'full'
+
+
+def flops(run: Run) -> dict[str, float]:
+  """Of a step over all devices: the model's own (visible pairs only), and with what is computed twice."""
+  count = counts.count(run.model, run.train.lengths)
+  tokens, head = (
+    run.batch_size * run.target_length,
+    6 * (count.params_with_head - count.params_non_embedding),
+  )
+  mixing = count.flops_attention_causal - count.flops_6n_with_head
+  again = {
+    'none': 0.0,
+    'dots': mixing / 3,  # products without a batch axis are kept
+  }.get(remat_of(run.model), (count.flops_attention_causal - head) / 3)
+  return {
+    'model_flops': tokens * count.flops_attention_causal,
+    'hardware_flops': tokens * (count.flops_attention_causal + again),
+  }
+
+
+def network(found: list[hlo.Collective], mesh, chip: chips.Chip) -> list[dict]:
+  """Every collective with the mesh axes it runs over and its time at the network's peak."""
+  devices, sizes, rows = mesh.devices.ravel(), dict(mesh.shape), []
+  for c in sorted(found, key=lambda c: -c.wire_bytes):
+    row = {'kind': c.kind, 'count': c.count, 'bytes': c.bytes}
+    row['axes'] = '+'.join(hlo.axes_of(c.group, sizes)) or '-'
+    if chip is not None and len(c.group) > 1:
+      members = [devices[i] for i in c.group]
+      across = sharding.count_slices(members) > 1
+      rate = chip.dcn_rate if across else _ici_rate(members, chip)
+      row |= {'network': 'DCN' if across else 'ICI', 'seconds': c.wire_bytes / rate}
+    rows.append(row)
+  return rows
+
+
+def _ici_rate(members, chip: chips.Chip) -> float:
+  """Bytes a second that a device can send on the sides of the slice along which these devices lie."""
+  extents = [len(set(side)) for side in zip(*(d.coords for d in members), strict=True)]
+  links = sum(2 if n >= chip.torus else 1 for n in extents if n > 1)
+  return max(links, 1) * chip.ici_rate
+
+
+def compile_run(run: Run, topology: str, slices: int = 1, keep_hlo: str | None = None) -> dict:
+  """The report of a run's step on this topology: see the keys it is made of below.
+
+  Raises:
+    Invalid: mesh, batch and devices do not go together.
+    DoesNotFit: XLA finds no room for it.
+  """
+  devices, chip = chips.devices_of(topology, slices)
+  with train.mesh_of(run, devices, chip and chip.hbm_bytes).use(devices) as mesh:
+    began = time.monotonic()
+    lowered, state, batch = lower(run, mesh)
+    try:
+      compiled = lowered.compile()
+    except Exception as error:  # an XLA runtime error
+      if 'hbm' not in str(error).lower() and 'RESOURCE_EXHAUSTED' not in str(error):
+        raise
+      raise DoesNotFit(_advice(run, str(error), device_bytes(state), chip)) from None
+    seconds = time.monotonic() - began
+    text = compiled.as_text()
+    if keep_hlo:
+      with open(keep_hlo, 'w') as file:
+        file.write(text)
+    report = {
+      'topology': topology, 'slices': slices, 'devices': len(devices), 'mesh': dict(mesh.shape),
+      'batch_size': run.batch_size, 'microbatches': run.microbatches, 'lengths': run.train.lengths,
+      'remat': remat_of(run.model), 'compile_s': seconds,
+      'memory': memory(compiled, state, batch, chip),
+      **flops(run), 'moved_bytes_per_device': hlo.moved_bytes(text),
+      'collectives': network(hlo.collectives(text), mesh, chip),
+    }  # fmt: skip
+  if chip is not None:
+    report |= roofline(report, chip)
+    used = report['memory']['total']
+    if used > chip.hbm_bytes:
+      raise DoesNotFit(_advice(run, f'used {used / GIB:.2f} GiB', device_bytes(state), chip))
+  return report
+
+
+def memory(compiled, state, batch, chip) -> dict[str, float]:
+  """Bytes per device. The step's new state takes the place of the old one."""
+  stats = compiled.memory_analysis()
+  fresh = stats.output_size_in_bytes - stats.alias_size_in_bytes
+  total = stats.argument_size_in_bytes + stats.temp_size_in_bytes + max(fresh, 0)
+  return {
+    'parameters': device_bytes(state['params']), 'optimizer': device_bytes(state['opt']),
+    'batch': device_bytes(batch), 'arguments': stats.argument_size_in_bytes,
+    'temporaries': stats.temp_size_in_bytes, 'host': stats.host_temp_size_in_bytes,
+    'total': total, 'limit': chip and chip.hbm_bytes,
+  }  # fmt: skip
+
+
+def roofline(report: dict, chip: chips.Chip) -> dict:
+  """Seconds of each resource at its peak; a step takes at least the largest, at most their sum."""
+  by = lambda kind: sum(
+    c.get('seconds', 0) for c in report['collectives'] if c.get('network') == kind
+  )
+  terms = {
+    'compute_s': report['hardware_flops'] / report['devices'] / chip.flops,
+    'hbm_s': report['moved_bytes_per_device'] / chip.hbm_rate,
+    'ici_s': by('ICI'),
+    'dcn_s': by('DCN'),
+  }
+  best = max(terms.values())
+  peak = report['devices'] * chip.flops
+  return {
+    **terms, 'predicted_step_s': best, 'no_overlap_step_s': sum(terms.values()),
+    'mfu': report['model_flops'] / best / peak,
+    'no_overlap_mfu': report['model_flops'] / sum(terms.values()) / peak,
+  }  # fmt: skip
+
+
+def _advice(run: Run, error: str, state: int, chip) -> str:
+  """What to change, in the order of what it costs."""
+  used = next((line.strip() for line in error.splitlines() if 'sed' in line), '').rstrip('.')
+  limit = chip.hbm_bytes if chip else math.inf
+  if state > 0.8 * limit:
+    remedy = (
+      'parameters and optimizer fill it: split them further (Mesh.fsdp = -1) or take a larger slice'
+    )
+  elif remat_of(run.model) != 'full':
+    remedy = "recompute more: Stack.remat = 'full'"
+  else:
+    remedy = (
+      'halve what is in memory at once: double Run.microbatches, or Mesh.tensor or Mesh.context'
+    )
+  return f'the step does not fit a device ({used}; state {state / GIB:.2f} GiB): {remedy}.'
+
+
+def show(report: dict) -> str:
+  """The report as a table."""
+  mesh = ' x '.join(f'{k} {v}' for k, v in report['mesh'].items() if v > 1) or 'one device'
+  m, gib = report['memory'], lambda n: f'{n / GIB:8.3f} GiB'
+  lines = [
+    f'{report["topology"]} x {report["slices"]}: {report["devices"]} devices, mesh {mesh}, batch '
+    f'{report["batch_size"]:,}, remat {report["remat"]}; compiled in {report["compile_s"]:.0f} s',
+    'memory per device:',
+    *(
+      f'  {key:12}{gib(m[key])}'
+      for key in ('parameters', 'optimizer', 'batch', 'temporaries', 'total')
+    ),
+  ]
+  if m['limit']:
+    lines.append(f'  {"of":12}{gib(m["limit"])}  ({m["total"] / m["limit"]:.0%})')
+  lines += [
+    f'FLOPs of a step: {report["model_flops"]:.3e}; {report["hardware_flops"]:.3e} with what is computed again',
+    'collectives of a step, per device:',
+    f'  {"kind":20}{"axes":16}{"count":>7}{"MiB each":>10}  seconds at peak',
+  ]
+  for c in report['collectives']:
+    timed = f'{c["seconds"]:.4f} {c["network"]}' if 'seconds' in c else ''
+    lines.append(
+      f'  {c["kind"]:20}{c["axes"]:16}{c["count"]:>7,}{c["bytes"] / 2**20:>10.2f}  {timed}'
+    )
+  if 'mfu' in report:
+    terms = ', '.join(f'{k} {report[f"{k}_s"]:.3f} s' for k in ('compute', 'hbm', 'ici', 'dcn'))
+    lines += [
+      f'roofline: {terms}',
+      f'a step takes {report["predicted_step_s"]:.3f} s and has an MFU of {report["mfu"]:.0%} if all of these '
+      f'overlap at their peaks; {report["no_overlap_step_s"]:.3f} s, {report["no_overlap_mfu"]:.0%} if none do',
+    ]
+  return '\n'.join(lines)
+
+
+def candidates(run: Run, devices: int) -> list[tuple[sharding.Mesh, int, str]]:
+  """Meshes, batches a device and policies worth trying; the batch of the run stays what it is."""
+  meshes = [sharding.Mesh(), sharding.Mesh(data=1, fsdp=-1)]
+  meshes += [sharding.Mesh(data=1, fsdp=-1, tensor=n) for n in (2, 4, 8) if devices % n == 0]
+  parts = [n for n in (1, 2, 4) if run.batch_size % n == 0]
+  return list(itertools.product(meshes, parts, REMAT))
+
+
+def search(config, run: Run, flags) -> list[dict]:
+  """A report, or an error, of every candidate; those that fit first, the fastest first."""
+  devices, _ = chips.devices_of(flags.topology, flags.slices)
+  rows = []
+  for mesh, parts, remat in candidates(run, len(devices)):
+    binding = f"Stack.remat='{remat}'"
+    row = {'mesh': _short(mesh), 'microbatches': parts, 'remat': remat}
+    try:
+      one = configs.load(flags.gin_file, [*flags.gin, binding]).build()
+      one = dataclasses.replace(one, mesh=mesh, microbatches=parts)
+      row |= compile_run(one, flags.topology, flags.slices)
+      row['mesh'] = _short(mesh)
+    except (UserError, ValueError) as error:
+      row['error'] = str(error)
+    print(_row(row), file=sys.stderr, flush=True)
+    rows.append(row)
+  return sorted(rows, key=lambda row: row.get('predicted_step_s', math.inf))
+
+
+def _short(mesh: sharding.Mesh) -> str:
+  sizes = {axis: getattr(mesh, axis) for axis in sharding.MESH_AXES}
+  return ' x '.join(f'{k} {"*" if v == -1 else v}' for k, v in sizes.items() if v != 1) or 'one'
+
+
+def _row(row: dict) -> str:
+  head = f'{row["mesh"]:22}{row["microbatches"]:>6}  {row["remat"]:8}'
+  if 'error' in row:
+    return f'{head}{row["error"]}'
+  step = (
+    f'{row["predicted_step_s"]:>9.4f}{row["no_overlap_step_s"]:>12.4f}{row["mfu"]:>7.0%}'
+    if 'mfu' in row
+    else ''
+  )
+  return f'{head}{row["memory"]["total"] / GIB:>8.2f}{step}'
+
+
+def main(flags) -> int:
+  config = configs.load(flags.gin_file, flags.gin)
+  with config.explains():
+    run = config.build()
+    if flags.search:
+      report = search(config, run, flags)
+      print(
+        f'{"mesh":22}{"parts":>6}  {"remat":8}{"GiB":>8}{"step s":>9}{"no overlap":>12}{"MFU":>7}'
+      )
+      print('\n'.join(map(_row, report)))
+    else:
+      report = compile_run(run, flags.topology, flags.slices, flags.hlo)
+      print(show(report))
+  if flags.json:
+    with open(flags.json, 'w') as file:
+      file.write(json.dumps(report, indent=1) + '\n')
+  return 0
+
+
+if __name__ == '__main__':
+  cli.run(main, FLAGS)

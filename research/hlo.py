@@ -1,0 +1,186 @@
+"""What a compiled program does on one device, read from its text: collectives, and bytes moved."""
+
+import dataclasses
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+
+KINDS = (
+  'all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'ragged-all-to-all', 'collective-permute',
+)  # fmt: skip
+_SHAPE = re.compile(r'\b(pred|bf16|[suf]\d+|f8\w+)\[([\d,]*)\]')
+_KIND = re.compile(rf' ({"|".join(KINDS)})(-start)?\(')
+_CALL = re.compile(
+  r'(?:calls|body|condition|to_apply|branch_computations)=(?:\{([^}]*)\}|(%?[\w.\-]+))'
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  """One collective of a device: `count` a step, `bytes` of its result each time (operand of a reduce-scatter).
+
+  `group` are the places in the mesh, flattened, of the devices that one of them joins.
+  """
+
+  kind: str
+  count: int
+  bytes: int
+  group: tuple[int, ...]
+
+  @property
+  def wire_bytes(self) -> float:
+    """What a device sends in a step, by the best algorithms: rings."""
+    n = max(len(self.group), 1)
+    share = {'all-reduce': 2 * (n - 1) / n, 'collective-permute': 1.0}
+    return self.count * self.bytes * share.get(self.kind, (n - 1) / n)
+
+
+def shapes(text: str) -> list[tuple[str, tuple[int, ...]]]:
+  """Every array type in a piece of HLO: ('bf16', (8, 128))."""
+  return [(t, tuple(int(n) for n in dims.split(',') if n)) for t, dims in _SHAPE.findall(text)]
+
+
+def size(kind: str, dims: tuple[int, ...]) -> int:
+  digits = re.search(r'\d+', kind)  # bf16, s32; pred has none
+  return math.prod(dims) * (int(digits[0]) // 8 if digits else 1)
+
+
+def computations(text: str) -> tuple[dict[str, list[str]], str]:
+  """{name: its instructions}, and the entry's name."""
+  found, entry, name = {}, '', None
+  for line in text.splitlines():
+    head = re.match(r'(ENTRY )?(%?[\w.\-]+) .*\{$', line)
+    if head and not line.startswith(' ') and '=' not in line.split('(')[0]:
+      name = head[2].lstrip('%')
+      found[name], entry = [], name if head[1] else entry
+    elif line.rstrip() == '}':
+      name = None
+    elif name:
+      found[name].append(line)
+  return found, entry
+
+
+def trip_counts(text: str) -> dict[str, int]:
+  """How often a step runs every computation: the product of the loops around it."""
+  found, entry = computations(text)
+  times = Counter()
+  stack = [(entry, 1)]
+  while stack:
+    name, n = stack.pop()
+    times[name] += n
+    for line in found.get(name, ()):
+      loop = ' while(' in line
+      trips = _trips(line, found) if loop else 1
+      names = (name for pair in _CALL.findall(line) for name in (pair[0] or pair[1]).split(','))
+      for called in {name.strip().lstrip('%') for name in names}:
+        if called in found:
+          stack.append((called, n * trips))
+  return dict(times)
+
+
+def _trips(line: str, found: dict[str, list[str]]) -> int:
+  """Of a while loop: as the compiler says, or the constant that its condition compares with."""
+  known = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', line)
+  if known:
+    return int(known[1])
+  condition = re.search(r'condition=%?([\w.\-]+)', line)
+  bounds = (
+    re.findall(r'constant\((\d+)\)', '\n'.join(found.get(condition[1], ()))) if condition else []
+  )
+  return max(map(int, bounds), default=1)
+
+
+def collectives(text: str) -> list[Collective]:
+  """All the collectives of a step; equal ones as one with their count."""
+  found, _ = computations(text)
+  times, total, seen = trip_counts(text), Counter(), set()
+  for name, line in ((name, line) for name, lines in found.items() for line in lines):
+    match = _KIND.search(line)
+    if not match or not times.get(name):
+      continue
+    kind = match[1]
+    # TPU: one collective that overlaps several products stands in every one of their fusions.
+    channel = re.search(r'channel_id=(\d+)', line)
+    if channel and 'fus' in name:
+      if (kind, channel[1]) in seen:
+        continue
+      seen.add((kind, channel[1]))
+    if (
+      'reduce-scatter' in name
+    ):  # TPU: a reduce-scatter is a fusion of this name around an all-reduce
+      kind = 'reduce-scatter'
+    result = line[: match.start()].split(' = ', 1)[1]
+    arrays = [size(*shape) for shape in shapes(result)]
+    n = sum(arrays) if not match[2] else max(arrays)
+    group = tuple(replica_group(line))
+    if kind == 'reduce-scatter' and match[1] == kind:
+      n *= max(len(group), 1)
+    total[kind, n, group] += times[name]
+  return [Collective(kind, count, n, group) for (kind, n, group), count in total.items()]
+
+
+def replica_group(line: str) -> list[int]:
+  """The first group of devices of a collective, in any of the ways in which HLO writes groups."""
+  if pairs := re.search(r'source_target_pairs=\{\{(\d+),(\d+)\}', line):
+    return [int(pairs[1]), int(pairs[2])]
+  if mesh := re.search(r'replica_groups=mesh\[([^\]]*)\](?: device_ids=\S+)? ?\{([^}]*)\}', line):
+    axes = [(name, int(n)) for name, n in re.findall(r"'(\w+)'=(\d+)", mesh[1])]
+    over = re.findall(r"'(\w+)'", mesh[2])
+    grid = np.arange(math.prod(n for _, n in axes)).reshape([n for _, n in axes])
+    return [int(i) for i in grid[tuple(slice(None) if a in over else 0 for a, _ in axes)].ravel()]
+  if iota := re.search(r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', line):
+    groups, dims = ([int(n) for n in iota[i].split(',')] for i in (1, 2))
+    ids = np.arange(math.prod(dims)).reshape(dims)
+    ids = ids.transpose([int(n) for n in iota[3].split(',')]) if iota[3] else ids
+    return [int(i) for i in ids.reshape(groups)[0].ravel()]
+  listed = re.search(r'replica_groups=\{\{([\d,]+)\}', line)
+  return [int(n) for n in listed[1].split(',')] if listed else []
+
+
+def axes_of(group: tuple[int, ...], mesh_shape: dict[str, int]) -> tuple[str, ...]:
+  """The mesh axes along which the devices of a group differ."""
+  places = np.array(np.unravel_index(np.array(group, int), tuple(mesh_shape.values())))
+  return tuple(
+    axis for axis, row in zip(mesh_shape, places, strict=True) if len(set(row.tolist())) > 1
+  )
+
+
+def arrays(text: str) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+  """(computation, type, shape) of every result that a program writes to memory; what fusions hold is none."""
+  found, _ = computations(text)
+  for name, lines in found.items():
+    if 'fus' in name:
+      continue
+    for line in lines:
+      if ' = ' in line:
+        result = re.split(r' [\w\-]+\(', line.split(' = ', 1)[1], maxsplit=1)[0]
+        yield from ((name, *shape) for shape in shapes(result))
+
+
+_FREE = (
+  'parameter', 'tuple', 'get-tuple-element', 'bitcast', 'constant', 'while', 'conditional', 'iota',
+  'opt-barrier', 'after-all',
+)  # fmt: skip
+
+
+def moved_bytes(text: str) -> int:
+  """Bytes to and from a device's memory in a step, if every result is written once and read once.
+
+  A slice that is written into a stacked array counts as the slice; what fusions hold inside is free.
+  """
+  found, _ = computations(text)
+  times, total = trip_counts(text), 0
+  for name, lines in found.items():
+    if 'fus' in name or not times.get(name):
+      continue
+    for line in lines:
+      match = re.match(r'\s*(?:ROOT )?(%?[\w.\-]+) = (.*?) ([\w\-]+)\(', line)
+      if not match or match[3] in _FREE or match[3].endswith('-done'):
+        continue
+      stacked = 'dynamic-update-slice' in match[1] or 'dynamic_update_slice' in match[1]
+      for kind, dims in shapes(match[2]):
+        total += 2 * times[name] * size(kind, dims[1:] if stacked and len(dims) > 1 else dims)
+  return total
