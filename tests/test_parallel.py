@@ -80,22 +80,33 @@ def compiled(f):
   return jax.jit(f, compiler_options=options)
 
 
+def run_of(name, **more):
+  """What a program asks of a run."""
+  facts = {
+    'z_loss': 1e-4,
+    'microbatches': 1,
+    'logits_chunks': 2,
+    'batch_size': ROWS,
+    'target_length': LENGTH,
+  }
+  return types.SimpleNamespace(model=model_of(name), **(facts | more))
+
+
 def program_of(run, params=None):
   """A run's program under the mesh in use, and the parameters there (only shapes where none are given)."""
   abstract = jax.eval_shape(lambda: run.model(rngs=nnx.Rngs(params=jax.random.key(0))))
   shapes = nnx.to_pure_dict(nnx.state(abstract))
   place = lambda x: jax.sharding.NamedSharding(jax.sharding.get_mesh(), x.sharding.spec)
   params = shapes if params is None else jax.device_put(params, jax.tree.map(place, shapes))
-  return train.Program(run, nnx.graphdef(abstract), 2), params
+  return train.make_program(run), params
 
 
 def results(name, mesh, devices=None, params=None):
   """(loss, what it is made of, gradients) as host arrays, and the parameters, which one device makes."""
-  model = model_of(name)
-  run = types.SimpleNamespace(model=model, z_loss=1e-4, microbatches=1)
+  run = run_of(name)
   with mesh.use(devices):
     if params is None:
-      make = lambda key: nnx.to_pure_dict(nnx.state(model(rngs=nnx.Rngs(params=key))))
+      make = lambda key: nnx.to_pure_dict(nnx.state(run.model(rngs=nnx.Rngs(params=key))))
       params = jax.tree.map(np.asarray, compiled(make)(jax.random.key(0)))
     program, placed = program_of(run, params)
     gradient = compiled(jax.value_and_grad(program.loss, has_aux=True))
@@ -215,9 +226,7 @@ def test_microbatches_are_one_batch_on_any_mesh(sizes):
   weights = batch_of('decoder')['decoder_loss_weights'].sum(axis=1)
   assert weights[::2].sum() != weights[1::2].sum()
   (_, sums, grads), params = one_device('decoder')
-  run = types.SimpleNamespace(
-    model=model_of('decoder'), z_loss=1e-4, microbatches=2, clip=None, optimizer=optax.sgd
-  )
+  run = run_of('decoder', microbatches=2, clip=None, optimizer=optax.sgd)
   with sharding.Mesh(**{'data': -1, **sizes}).use():
     program, placed = program_of(run, params)
     state = {
@@ -282,7 +291,7 @@ def test_a_pipeline_waits_as_long_as_it_says():
 )  # fmt: skip
 def test_an_impossible_pipeline_is_one_sentence(sizes, says):
   with sharding.Mesh(**sizes).use():
-    run = types.SimpleNamespace(model=model_of('decoder'), z_loss=0.0, microbatches=1)
+    run = run_of('decoder')
     program, params = program_of(run)
     batch = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch_of('decoder').items()}
     with pytest.raises(Invalid, match=says):
