@@ -303,6 +303,12 @@ def open_data(run: Run, log) -> list:
   return opened or data.open_streams(streams, log=log)
 
 
+def rates(run: Run) -> np.ndarray:
+  """The learning rate of every step, float32 [steps]."""
+  schedule = jax.jit(jax.vmap(run.schedule(run.steps)))  # as one program: op by op takes a second to compile
+  return np.asarray(schedule(jnp.arange(run.steps)), np.float32)
+
+
 class _Loop:
   """The loop around the step: dispatches it, and looks at each step's metrics one step later."""
 
@@ -313,7 +319,7 @@ class _Loop:
     self.checkpoints = Checkpoints(workdir / 'checkpoints', keep=run.keep_checkpoints)
     self.step_fn = jax.jit(program.step, donate_argnums=0)
     self.evaluate_fn = jax.jit(program.evaluate)
-    self.rates = np.asarray(jax.vmap(run.schedule(run.steps))(jnp.arange(run.steps)), np.float32)
+    self.rates = rates(run)
     restored = self.checkpoints.restore(program.abstract, log=self._say(stream))
     if restored:
       self.start, self.state, meta = restored

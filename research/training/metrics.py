@@ -39,18 +39,17 @@ class Rows:
     kept = [row for row in read_rows(path) if row['step'] <= step]
     write_atomic(path, ''.join(json.dumps(row) + '\n' for row in kept))
     self.file = path.open('a')
-    self.writer = None
-    if tensorboard:
-      from tensorboardX import SummaryWriter
-
-      self.writer = SummaryWriter(
-        str(workdir / 'tensorboard'), purge_step=step + 1 if step else None
-      )
+    self.tensorboard, self.writer = str(workdir / 'tensorboard') if tensorboard else None, None
+    self.purge = step + 1 if step else None
 
   def write(self, row: dict) -> None:
     self.file.write(json.dumps(row) + '\n')
     self.file.flush()
-    if self.writer is not None:
+    if self.tensorboard is not None:
+      if self.writer is None:  # not before the first row: it imports torch where it finds it, in two seconds
+        from tensorboardX import SummaryWriter
+
+        self.writer = SummaryWriter(self.tensorboard, purge_step=self.purge)
       for key, value in row.items():
         if key != 'step' and isinstance(value, int | float):
           self.writer.add_scalar(key, value, row['step'])
