@@ -1,0 +1,86 @@
+"""The coordinate check of muP: how far a few steps move the logits, by width.
+
+    python experiments/mup/coordinate_check.py --figure=experiments/mup/coordinate_check.png
+
+Under the standard parametrisation at one learning rate the wider model's logits move the further; under muP
+they move alike at every width (Yang et al. 2022, arXiv:2203.03466, appendix D.1).
+"""
+
+import argparse
+import pathlib
+import sys
+
+import numpy as np
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+PARAMETRISATIONS = {'standard': 'gin/optimizers/adamw.gin', 'muP': 'gin/optimizers/mup_adamw.gin'}
+
+
+def movement(optimizer: str, width: int, steps: int = 4, rate: float = 0.01) -> float:
+  """Root mean square of the change of a tiny LLaMA's logits after `steps` steps on one batch."""
+  import jax
+  import jax.numpy as jnp
+  from flax import nnx
+
+  from research import configs, sharding
+
+  bindings = [f'EMBED={width}', f'MLP={2 * width}', f'HEADS={width // 16}', 'LAYERS=1']
+  bindings += ['MUP_BASE=32'] if 'mup' in optimizer else []
+  run = configs.load(['gin/runs/tiny.gin', optimizer], bindings).build()
+  random = np.random.default_rng(0).integers(2, 384, (8, 33), np.int32)
+  batch = {'decoder_input_tokens': random[:, :-1]}
+  with sharding.Mesh().use(jax.devices()[:1]):
+    module = run.model(rngs=nnx.Rngs(params=jax.random.key(0)))
+    graphdef, params = nnx.graphdef(module), nnx.to_pure_dict(nnx.state(module))
+    tx = run.optimizer(learning_rate=rate)
+    logits = jax.jit(lambda params: nnx.merge(graphdef, params)(batch)[0])
+
+    def loss(params):
+      log_p = jax.nn.log_softmax(nnx.merge(graphdef, params)(batch)[0])
+      hit = jax.nn.one_hot(random[:, 1:], log_p.shape[-1])
+      return -jnp.mean(jnp.sum(log_p * hit, axis=-1))
+
+    @jax.jit
+    def step(params, opt):
+      updates, opt = tx.update(jax.grad(loss)(params), opt, params)
+      return jax.tree.map(jnp.add, params, updates), opt
+
+    first, opt = logits(params), tx.init(params)
+    for _ in range(steps):
+      params, opt = step(params, opt)
+    return float(jnp.sqrt(jnp.mean((logits(params) - first) ** 2)))
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+  parser.add_argument('--widths', default='32,64,128,256')
+  parser.add_argument('--figure', help='where to save the plot')
+  flags = parser.parse_args()
+  widths = [int(width) for width in flags.widths.split(',')]
+  moved = {
+    name: [movement(file, width) for width in widths] for name, file in PARAMETRISATIONS.items()
+  }
+  for name, values in moved.items():
+    slope = np.polyfit(np.log(widths), np.log(values), 1)[0]
+    shown = ', '.join(f'{width}: {value:.3f}' for width, value in zip(widths, values, strict=True))
+    print(f'{name}: {shown}; grows as width^{slope:.2f}')
+  if flags.figure:
+    import matplotlib
+
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(5, 3.5))
+    for name, values in moved.items():
+      axes.loglog(widths, values, 'o-', label=name)
+    axes.set(xlabel='width', ylabel='RMS change of the logits in 4 steps', xticks=widths)
+    axes.set_xticklabels(widths)
+    axes.minorticks_off()
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(flags.figure, dpi=120)
+
+
+if __name__ == '__main__':
+  main()
