@@ -254,15 +254,13 @@ def _save_with_head(folder, head):
 
 
 @functools.cache
-def _converted(folder: pathlib.Path):
+def _converted(folder: pathlib.Path, short: bool = True):
+  """`short`: sequences are as short as the tests', and an expert's capacity is a share of their tokens."""
   text, params = convert.load(folder)
   gin = configs.Config('MODEL')
   gin._read(text, 'model.gin')
-  bindings = (
-    [] if 'switch' not in text else ['MoE.capacity=1.3']
-  )  # 4 places of 12 tokens, 4 experts
-  for binding in bindings:
-    gin.read_binding(binding)
+  if short and 'switch' in text:
+    gin.read_binding('MoE.capacity=1.3')  # 4 places of 12 tokens, 4 experts
   return gin, params, nnx.graphdef(counts.abstract(gin.tree()))
 
 
@@ -310,7 +308,7 @@ def test_logits_are_those_of_transformers(name, exported):
 
 @pytest.mark.parametrize('name', EVERY)
 def test_round_trip_is_bit_identical(name, exported, tmp_path):
-  gin, params, _ = _converted(exported(name))
+  gin, params, _ = _converted(exported(name), short=False)
   before = hf_files.Tensors(exported(name))
   config = json.loads((exported(name) / 'config.json').read_text())
   convert.save(tmp_path, gin, params, config['model_type'])
@@ -321,7 +319,8 @@ def test_round_trip_is_bit_identical(name, exported, tmp_path):
     assert x.tobytes() == after[key].tobytes(), key
   again = json.loads((tmp_path / 'config.json').read_text())
   new = {k: v for k, v in again.items() if k in config and config[k] is not None and config[k] != v}
-  assert not {k: v for k, v in new.items() if not _close(v, config[k])}
+  unread = {'intermediate_size'} if name == 'qwen3_moe' else set()  # of dense layers; it has none
+  assert not {k: v for k, v in new.items() if k not in unread and not _close(v, config[k])}
 
 
 def _close(a, b):
