@@ -5,7 +5,6 @@ a process of its own.
 """
 
 import collections
-import dataclasses
 import json
 import os
 import pathlib
@@ -17,10 +16,10 @@ import threading
 import numpy as np
 
 from research import remote
-from research.errors import Invalid, UserError
+from research.errors import UserError
 from research.frozen import Batch, Frozen, FrozenMixture
 from research.shards import facts_of
-from research.streams import Mixture, Stream, digest
+from research.streams import Curriculum, Mixture, Stream, digest
 
 HOME = '~/.cache/isoflop'
 
@@ -124,39 +123,6 @@ def _freeze(streams, cache: pathlib.Path, log):
     raise RuntimeError(f'research.freeze ended with {child.returncode}:\n{"".join(errors)}')
 
 
-@dataclasses.dataclass(frozen=True)
-class Curriculum:
-  """Batches that grow, and rows that are cut short at first; examples are seen in the same order.
-
-  Attributes:
-    stages: (first step, batch size, cut) each; the first starts at 0. Every row of length L counts
-      as `cut` rows of L / cut in its stage, so a stage's batch is `batch size x cut` shorter rows.
-  """
-
-  stages: tuple[tuple[int, int, int], ...]
-
-  def __post_init__(self):
-    object.__setattr__(self, 'stages', tuple(map(tuple, self.stages)))
-    starts = [s[0] for s in self.stages]
-    if not starts or starts[0] != 0 or sorted(set(starts)) != starts:
-      why = f'the first steps are {starts}, and must start at 0 and go up.'
-      raise Invalid(Curriculum, 'stages', why)
-    if any(len(s) != 3 or min(s[1:]) < 1 for s in self.stages):
-      raise Invalid(
-        Curriculum, 'stages', 'each is (first step, batch size, cut), the last two >= 1.'
-      )
-
-  def at(self, step: int) -> tuple[int, int, int]:
-    """(first example, batch size, cut) of a step."""
-    first = 0
-    for (start, size, cut), end in zip(
-      self.stages, [*(s[0] for s in self.stages[1:]), None], strict=True
-    ):
-      if end is None or step < end:
-        return first + (step - start) * size, size, cut
-      first += (end - start) * size
-
-
 def shortened(batch: Batch, cut: int) -> Batch:
   """Every row as `cut` shorter rows. A document that a cut goes through starts again at position 0."""
   if cut == 1:
@@ -178,10 +144,9 @@ def batch_at(
   frozen, batch_size: int | Curriculum, seed: int, index: int, share: int = 0, shares: int = 1
 ) -> Batch:
   """Batch `index` of the endless, shuffled stream; of it the share `share` of `shares` equal ones."""
-  if isinstance(batch_size, Curriculum):
-    first, size, cut = batch_size.at(index)
-  else:
-    first, size, cut = index * batch_size, batch_size, 1
+  if not isinstance(batch_size, Curriculum):
+    batch_size = Curriculum(batch_size)
+  first, size, cut = batch_size.at(index)
   if size % shares:
     raise UserError(f'a batch of {size} cannot be shared by {shares} processes equally.')
   part = size // shares

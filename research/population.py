@@ -147,7 +147,7 @@ class Population:
     self.program = train.make_program(run)
     module = counts.abstract(run.model)
     train.check_fits(run, module.vocab, module.inputs, frozen)
-    count = counts.count(run.model, run.train.lengths)
+    count = train.count_of(run)
     self.frozen, self.batch_size = frozen, run.batch_size
     self.members = []
     for i, (own, workdir, stream) in enumerate(zip(runs, workdirs, streams, strict=True)):
@@ -230,7 +230,7 @@ class Population:
   def train(self) -> list[dict]:
     members = self.members
     batches = {
-      (m.run.seed, m.start): data.batches(self.frozen, self.batch_size, m.run.seed, start=m.start)
+      (m.run.seed, m.start): data.batches(self.frozen, m.run.batches, m.run.seed, start=m.start)
       for m in members
     }
     self.pause([m for m in members if m.at == m.run.steps])

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from research.configs import describe
 from research.errors import Invalid
 from research.sharding import Mesh
-from research.streams import Mixture, Stream
+from research.streams import Curriculum, Mixture, Stream
 
 # Two runs that differ only in these are one run: it may resume on another mesh or log more often.
 _INCIDENTAL = ('mesh', 'log_every', 'checkpoint_every', 'keep_checkpoints')
@@ -21,6 +21,8 @@ class Run:
     train, validation: streams of examples; the loss of a run is its loss on all of `validation`.
     steps: updates.
     batch_size: examples per update, over all devices.
+    curriculum: (steps, batch size, cut) of stages before that: smaller batches, or every row of length L as
+      `cut` rows of L / cut. The step is compiled once for each.
     optimizer: `optimizer(learning_rate=schedule)` makes an optax transformation.
     schedule: `schedule(steps)` makes a `step -> learning rate`.
     clip: gradients are scaled down to this global norm; None for no clipping.
@@ -38,6 +40,7 @@ class Run:
   validation: Stream | Mixture
   steps: int
   batch_size: int
+  curriculum: tuple[tuple[int, int, int], ...] = ()
   optimizer: Callable
   schedule: Callable
   clip: float | None = 1.0
@@ -60,23 +63,44 @@ class Run:
         continue
       if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise Invalid(Run, field, f'{value!r} must be a positive whole number.')
-    if self.batch_size % self.microbatches:
-      raise Invalid(
-        Run, 'microbatches', f'{self.microbatches} does not divide the batch of {self.batch_size}.'
-      )
     for field in ('train', 'validation'):
       if not isinstance(getattr(self, field), Stream | Mixture):
         raise Invalid(Run, field, 'must be a stream: @streams.Stream() with its parentheses.')
     if self.clip is not None and not self.clip > 0:
       raise Invalid(Run, 'clip', f'{self.clip!r} must be positive, or None.')
-    lengths = self.train.lengths
-    if self.logits_chunks and lengths[_target(lengths)] % self.logits_chunks:
-      raise Invalid(
-        Run,
-        'logits_chunks',
-        f'{self.logits_chunks} does not divide the length {lengths[_target(lengths)]}.',
-      )
+    object.__setattr__(self, 'curriculum', tuple(map(tuple, self.curriculum)))
+    self._check_curriculum()
+    for size, cut in self.batches.sizes():
+      if size * cut % self.microbatches:
+        why = f'{self.microbatches} does not divide the batch of {size * cut}.'
+        raise Invalid(Run, 'microbatches', why)
+      length = self.target_length // cut
+      if self.logits_chunks and length % self.logits_chunks:
+        why = f'{self.logits_chunks} does not divide the length {length}.'
+        raise Invalid(Run, 'logits_chunks', why)
     self.schedule(self.steps)  # a warm-up longer than the run is an error now
+
+  def _check_curriculum(self):
+    for stage in self.curriculum:
+      if len(stage) != 3 or not all(isinstance(n, int) and n > 0 for n in stage):
+        why = f'{stage} is not (steps, batch size, cut), whole numbers above 0.'
+        raise Invalid(Run, 'curriculum', why)
+    steps, cuts = sum(s[0] for s in self.curriculum), [s[2] for s in self.curriculum if s[2] > 1]
+    if steps > self.steps:
+      raise Invalid(
+        Run, 'curriculum', f'its {steps} steps are more than the {self.steps} of the run.'
+      )
+    if cuts and len(self.train.lengths) > 1:
+      raise Invalid(Run, 'curriculum', 'rows of an encoder-decoder cannot be cut; let cut be 1.')
+    for cut in cuts:
+      if self.target_length % cut or self.target_length // cut < 2:
+        why = f'the length {self.target_length} cannot be cut into {cut} parts of 2 tokens or more.'
+        raise Invalid(Run, 'curriculum', why)
+
+  @property
+  def batches(self) -> Curriculum:
+    """Which examples each step takes."""
+    return Curriculum(self.batch_size, self.curriculum)
 
   @property
   def target_length(self) -> int:

@@ -147,6 +147,37 @@ class Stream:
 
 
 @dataclasses.dataclass(frozen=True)
+class Curriculum:
+  """Batches that grow, of rows that are short at first, over one order of examples.
+
+  Attributes:
+    batch_size: examples per step, once all stages are over.
+    stages: (steps, batch size, cut) of each stage before that. Every example of length L counts as
+      `cut` rows of L / cut, so a stage's batch is `batch size x cut` shorter rows.
+  """
+
+  batch_size: int
+  stages: tuple[tuple[int, int, int], ...] = ()
+
+  def at(self, step: int) -> tuple[int, int, int]:
+    """(first example, batch size, cut) of a step, the first of which is 0."""
+    first = 0
+    for steps, size, cut in self.stages:
+      if step < steps:
+        return first + step * size, size, cut
+      first, step = first + steps * size, step - steps
+    return first + step * self.batch_size, self.batch_size, 1
+
+  def examples(self, steps: int) -> int:
+    """How many examples so many steps take."""
+    return self.at(steps)[0]
+
+  def sizes(self) -> list[tuple[int, int]]:
+    """(batch size, cut) of every stage, and of the steps after them."""
+    return [*((size, cut) for _, size, cut in self.stages), (self.batch_size, 1)]
+
+
+@dataclasses.dataclass(frozen=True)
 class Mixture:
   """Several streams of one shape as one stream of training, each with its share of the examples.
 

@@ -49,7 +49,6 @@ class Program:
 
   run: Run
   graphdef: nnx.GraphDef
-  chunks: int
 
   def optimizer(self, rate) -> optax.GradientTransformation:
     """The optimizer whose learning rate now is `rate`, an input: runs that differ only in it and in their
@@ -79,8 +78,9 @@ class Program:
     weights = batch['decoder_loss_weights'].astype(jnp.float32)
     targets = batch['decoder_target_tokens']
     nll, z_loss = losses.cross_entropy(
-      model.readout(), x, targets, weights, z_loss=self.run.z_loss, chunks=self.chunks
-    )
+      model.readout(), x, targets, weights, z_loss=self.run.z_loss,
+      chunks=self.run.logits_chunks or _chunks(*targets.shape, model.vocab),
+    )  # fmt: skip
     tokens = jnp.sum(weights)
     seen = jnp.sum(batch.get('decoder_segment_ids', targets) > 0, dtype=jnp.float32)
     # Penalties are means over tokens: weighted by tokens, microbatches add up to the batch.
@@ -133,14 +133,16 @@ def make_program(run: Run) -> Program:
   """
   abstract = jax.eval_shape(lambda: run.model(rngs=nnx.Rngs(params=jax.random.key(0))))
   sharding.check(layers.named_axes(abstract))
+  return Program(run, nnx.graphdef(abstract))
+
+
+def _chunks(rows: int, length: int, vocab: int) -> int:
+  """How many parts the length is cut into for the logits where the run does not say."""
   # Of one device's logits: a chunk has a part of every device's part of the sequence.
-  rows = sharding.on_each(run.batch_size // run.microbatches, 'batch')
-  parts = sharding.axis_size('sequence')
-  chunks = run.logits_chunks or losses.default_chunks(
-    rows * parts // sharding.axis_size('length'), run.target_length // parts,
-    sharding.on_each(abstract.vocab, 'vocab'),
-  )  # fmt: skip
-  return Program(run, nnx.graphdef(abstract), chunks)
+  rows, parts = sharding.on_each(rows, 'batch'), sharding.axis_size('sequence')
+  return losses.default_chunks(
+    rows * parts // sharding.axis_size('length'), length // parts, sharding.on_each(vocab, 'vocab')
+  )
 
 
 def mesh_of(run: Run, devices, device_bytes: int | None = None) -> sharding.Mesh:
@@ -210,17 +212,35 @@ def check_fits(run: Run, vocab: int, inputs: tuple[str, ...], train: data.Frozen
 
 def check_divides(run: Run) -> None:
   """Raises Invalid where the mesh in use does not divide the run's batches."""
-  devices = sharding.axis_size('batch') * run.microbatches
-  if run.batch_size % devices:
-    raise Invalid(
-      Run, 'batch_size', f'{run.batch_size} is not a multiple of {devices}, the devices a batch is split over '
-      'times the microbatches.',
-    )  # fmt: skip
+  devices, (_, hosts) = sharding.axis_size('batch') * run.microbatches, sharding.host_share()
   parts = sharding.axis_size('sequence')
-  for name, length in run.train.lengths.items():
-    if length % parts:
-      why = f'{parts} does not divide the length {length} of the {name}; change Mesh.context or that length.'
-      raise Invalid(sharding.Mesh, 'context', why)
+  field = 'batch_size'
+  for size, cut in reversed(run.batches.sizes()):
+    if size * cut % devices:
+      raise Invalid(
+        Run, field, f'{size * cut} is not a multiple of {devices}, the devices a batch is split over '
+        'times the microbatches.',
+      )  # fmt: skip
+    if size % hosts:
+      raise Invalid(Run, field, f'{size} examples cannot be shared by {hosts} hosts equally.')
+    for name, length in run.train.lengths.items():
+      if length // cut % parts:
+        why = f'{parts} does not divide the length {length // cut} of the {name}; '
+        why += 'change Mesh.context or that length.'
+        raise Invalid(sharding.Mesh, 'context', why)
+    field = 'curriculum'
+
+
+def count_of(run: Run) -> counts.Counts:
+  """What the run's model counts; FLOPs per token are the mean over the run, for shorter rows cost less."""
+  of = lambda cut: counts.count(run.model, {k: n // cut for k, n in run.train.lengths.items()})
+  whole, total = of(1), run.batches.examples(run.steps)
+  flops = {k: v for k, v in vars(whole).items() if k.startswith('flops_')}
+  for steps, size, cut in run.curriculum:
+    if cut > 1:
+      short, share = of(cut), steps * size / total
+      flops = {k: v + share * (getattr(short, k) - getattr(whole, k)) for k, v in flops.items()}
+  return dataclasses.replace(whole, **flops)
 
 
 def keep_compiled() -> None:
@@ -279,10 +299,10 @@ def train(run: Run, workdir: str | pathlib.Path, config_text: str = '', stream=s
     program = make_program(run)
     model = jax.eval_shape(lambda key: run.model(rngs=nnx.Rngs(params=key)), jax.random.key(0))
     check_fits(run, model.vocab, model.inputs, frozen)
-    count = counts.count(run.model, run.train.lengths)
+    count = count_of(run)
     say(
       f'{metrics.si(count.params_total)} parameters ({metrics.si(count.params_non_embedding)} non-embedding), '
-      f'{metrics.si(run.steps * run.batch_size * run.target_length)} tokens to train on; '
+      f'{metrics.si(run.batches.examples(run.steps) * run.target_length)} tokens to train on; '
       f'a uniform guess has a loss of ln {model.vocab} = {math.log(model.vocab):.3f} nats/token'
     )
     loop = _Loop(run, program, workdir, frozen, validation, count, stream)
@@ -305,7 +325,9 @@ def open_data(run: Run, log) -> list:
 
 def rates(run: Run) -> np.ndarray:
   """The learning rate of every step, float32 [steps]."""
-  schedule = jax.jit(jax.vmap(run.schedule(run.steps)))  # as one program: op by op takes a second to compile
+  schedule = jax.jit(
+    jax.vmap(run.schedule(run.steps))
+  )  # as one program: op by op takes a second to compile
   return np.asarray(schedule(jnp.arange(run.steps)), np.float32)
 
 
@@ -347,7 +369,7 @@ class _Loop:
     part, parts = sharding.host_share()
     batches = data.batches(
       self.frozen,
-      run.batch_size,
+      run.batches,
       run.seed,
       start=self.start,
       process_index=part,
@@ -459,7 +481,7 @@ class _Loop:
       'status': status,
       **{k: v for k, v in vars(self.count).items() if k.startswith('params_')},
       'tokens': self.tokens,
-      'epochs': max(self.frozen.epochs(step * run.batch_size).values()),
+      'epochs': max(self.frozen.epochs(run.batches.examples(step)).values()),
       **{k: v * self.tokens for k, v in vars(self.count).items() if k.startswith('flops_')},
       'loss': evaluation.get('loss'),
       'bits_per_byte': evaluation.get('bits_per_byte'),

@@ -16,6 +16,7 @@ import pytest
 
 from research import configs, streams, train
 from research.errors import UserError
+from research.model import counts
 from research.training import metrics
 from research.training.checkpoints import Checkpoints
 
@@ -72,9 +73,11 @@ def test_a_run_learns_and_ends_as_one_row(model, text_file, one_device, tmp_path
 
 
 def test_stopped_by_sigterm_and_resumed_is_bit_identical(text_file, one_device, tmp_path):
-  config = load('decoder', text_file)
+  # Batches grow and rows lengthen at step 20: it is stopped before that, and goes on across it.
+  more = {'Run.curriculum': ((20, 2, 4),)}
+  config = load('decoder', text_file, **more)
   whole, parts = tmp_path / 'whole', tmp_path / 'parts'
-  run('decoder', text_file, whole)
+  row = run('decoder', text_file, whole, **more)
   look = train._Loop.look
 
   def look_and_kill(loop, step, scalars):
@@ -85,13 +88,21 @@ def test_stopped_by_sigterm_and_resumed_is_bit_identical(text_file, one_device, 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(train._Loop, 'look', look_and_kill)
     with pytest.raises(train.Interrupted, match=r'stopped at step 1[67] with a checkpoint'):
-      run('decoder', text_file, parts)
-  run('decoder', text_file, parts)
+      run('decoder', text_file, parts, **more)
+  resumed = run('decoder', text_file, parts, **more)
   (step, state), (step2, state2) = final_state(config, whole), final_state(config, parts)
   assert step == step2 == 40
   jax.tree.map(np.testing.assert_array_equal, state, state2)
   assert [r['step'] for r in loss_rows(parts)] == [r['step'] for r in loss_rows(whole)]
   assert [r['loss'] for r in loss_rows(parts)][-1] == [r['loss'] for r in loss_rows(whole)][-1]
+  # D is what was read, in whichever shape: 200 examples of 32, nearly full. Short rows attend for less.
+  assert row['tokens'] == resumed['tokens'] == loss_rows(parts)[-1]['tokens']
+  assert 0.9 < row['tokens'] / ((20 * 2 + 20 * 8) * 32) <= 1
+  assert row['epochs'] == resumed['epochs']
+  model = config.build().model
+  per_token = lambda length: counts.count(model, {'targets': length}).flops_attention_full
+  mean = (per_token(8) * 40 + per_token(32) * 160) / 200
+  np.testing.assert_allclose(row['flops_attention_full'] / row['tokens'], mean, rtol=1e-12)
 
 
 @pytest.mark.slow
@@ -226,6 +237,9 @@ def test_microbatches_are_one_batch(text_file, tmp_path):
     ({'Stream.task': "'causal_ml'"}, r"--gin\.Stream\.task='causal_ml': .*Did you mean causal_lm"),
     ({'Attention.kv_heads': 3}, r'--gin\.Attention\.kv_heads=3: Attention\.kv_heads: 3 does not divide'),
     ({'Run.microbatches': 3}, r'--gin\.Run\.microbatches=3: .*3 does not divide the batch of 8'),
+    ({'Run.curriculum': ((9, 2, 2),)}, r'Run\.curriculum: 4 is not a multiple of 8'),
+    ({'Run.curriculum': ((99, 8, 1),)}, r'Run\.curriculum: its 99 steps are more than the 40 of the run'),
+    ({'Run.curriculum': ((9, 8, 3),)}, r'Run\.curriculum: the length 32 cannot be cut into 3'),
     ({'warmup_cosine.warmup': 99}, r'--gin\.warmup_cosine\.warmup=99: .*run of 40 steps'),
   ],
 )  # fmt: skip
