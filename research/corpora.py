@@ -120,7 +120,7 @@ class Files(Corpus):
     validation_files: the validation split; without it the split is by a hash of each document.
     validation_fraction: the share of documents that the hash sends there.
     broken: 'refuse' stops at the first broken file or line and names it; 'skip' counts them.
-    longest: a longer document, in characters, is cut at line ends.
+    longest: a longer document, in bytes, is cut at line ends.
   """
 
   files: str | tuple[str, ...] = ()
@@ -135,9 +135,7 @@ class Files(Corpus):
       object.__setattr__(self, field, (value,) if isinstance(value, str) else tuple(value))
     if not self.files:
       raise Invalid(type(self), 'files', 'set the files to read, such as "/data/*.jsonl.gz".')
-    if self.broken not in BROKEN:
-      hint = did_you_mean(self.broken, BROKEN)
-      raise Invalid(type(self), 'broken', f'{self.broken!r} is not known.{hint}')
+    _check_broken(self)
     if not 0 < self.validation_fraction < 1 and not self.validation_files:
       why = f'{self.validation_fraction} must lie between 0 and 1.'
       raise Invalid(type(self), 'validation_fraction', why)
@@ -149,6 +147,12 @@ class Files(Corpus):
   def signature(self) -> list:
     patterns = (*self.files, *self.validation_files)
     return [file_signature(f) for p in patterns if '://' not in p for f in found(p)]
+
+
+def _check_broken(corpus):
+  if corpus.broken not in BROKEN:
+    hint = did_you_mean(corpus.broken, BROKEN)
+    raise Invalid(type(corpus), 'broken', f'{corpus.broken!r} is not known.{hint}')
 
 
 def found(pattern: str) -> list[str]:
@@ -185,8 +189,8 @@ class TextFiles(Files):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Records(Files):
-  """Base of the files of records.
+class _Records:
+  """What corpora of records have besides: which field is the text.
 
   Attributes:
     field: the field with the text (with `prompt`: with the completion).
@@ -202,55 +206,53 @@ class _Records(Files):
 
 
 @dataclasses.dataclass(frozen=True)
-class JsonLines(_Records):
+class JsonLines(_Records, Files):
   """A JSON object on every line."""
 
   name: ClassVar[str] = 'jsonl'
 
 
 @dataclasses.dataclass(frozen=True)
-class Parquet(_Records):
+class Parquet(_Records, Files):
   """Parquet files, read by row group."""
 
   name: ClassVar[str] = 'parquet'
 
 
 @dataclasses.dataclass(frozen=True)
-class HuggingFace(_Records):
+class HuggingFace(_Records, Files):
   """What `datasets` wrote with `save_to_disk`: `files` are the .arrow files in its folders."""
 
   name: ClassVar[str] = 'huggingface'
 
 
 @dataclasses.dataclass(frozen=True)
-class TFRecords(_Records):
+class TFRecords(_Records, Files):
   """TFRecord files of tf.train.Example, the text in a bytes feature."""
 
   name: ClassVar[str] = 'tfrecord'
 
 
 @dataclasses.dataclass(frozen=True)
-class ArrayRecords(_Records):
+class ArrayRecords(_Records, Files):
   """ArrayRecord files of tf.train.Example, the text in a bytes feature."""
 
   name: ClassVar[str] = 'array_record'
 
 
 @dataclasses.dataclass(frozen=True)
-class Tfds(Corpus):
+class Tfds(_Records, Corpus):
   """A TensorFlow Datasets data set, already prepared under `data_dir` (nothing is downloaded).
 
   Attributes:
     tfds_name: such as 'lm1b:1.1.0'; the version is part of the name.
     data_dir: TFDS's folder; None is its default.
-    field, prompt, broken, longest: as for files of records.
+    broken, longest: as for files.
     train, validation: TFDS splits, such as 'train[:99%]'.
   """
 
   tfds_name: str = ''
   data_dir: str | None = None
-  field: str = 'text'
-  prompt: str | None = None
   train: str = 'train'
   validation: str = 'validation'
   broken: str = 'refuse'
@@ -260,10 +262,7 @@ class Tfds(Corpus):
   def __post_init__(self):
     if not self.tfds_name:
       raise Invalid(Tfds, 'tfds_name', "set the data set's name, such as 'lm1b:1.1.0'.")
-
-  @property
-  def pairs(self) -> bool:
-    return self.prompt is not None
+    _check_broken(self)
 
 
 CORPORA = (

@@ -45,13 +45,15 @@ def binary(path: str):
 
 
 def blocks_of(path: str) -> Iterator[bytes]:
-  """The bytes of a file, a megabyte at a time."""
+  """The bytes of a file, at most a megabyte at a time."""
   with binary(path) as f:
-    first = f.read(BLOCK)
+    # Of a gzip file that ends in the middle, one read at a time gives all that is there.
+    read = getattr(f, 'read1', f.read)
+    first = read(BLOCK)
     if not first:
       raise EOFError('it is empty')
     yield first
-    while block := f.read(BLOCK):
+    while block := read(BLOCK):
       yield block
 
 
@@ -89,6 +91,7 @@ class Broken:
 
   def __init__(self, corpus, dropped: collections.Counter, path: str):
     self.corpus, self.dropped, self.path = corpus, dropped, path
+    self.line = 0  # the last that was read
 
   def __call__(self, what: str, kind: str):
     """`what` is wrong; `kind` is the name that it is counted under."""
@@ -117,6 +120,8 @@ class Broken:
       why = ' '.join(str(e).split())[:200] or type(e).__name__
       if isinstance(e, EOFError) and 'empty' not in why:
         why = 'it ends in the middle: a truncated gzip file'
+      if self.line:
+        why = f'after line {self.line} {why}'
       self(why, 'unreadable files')
 
 

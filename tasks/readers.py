@@ -116,6 +116,7 @@ def read_text(corpus: corpora.TextFiles, dropped):
           if broken.is_text(document, line_number):
             yield from ((split, part) for part in cut(document, corpus.longest))
           line_number += document.count(b'\n') + (separator or b'').count(b'\n')
+          broken.line = line_number - 1
       if held.strip() and broken.is_text(held, line_number):
         yield from ((split, part) for part in cut(held, corpus.longest))
 
@@ -125,6 +126,7 @@ def read_jsonl(corpus: corpora.JsonLines, dropped):
     broken = Broken(corpus, dropped, path)
     with broken.reading():
       for number, line in enumerate(lines_of(path), 1):
+        broken.line = number
         if not line.strip():
           continue
         if not broken.is_text(line, number):
