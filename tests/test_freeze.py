@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -209,8 +210,19 @@ def test_the_split_and_the_examples_do_not_depend_on_the_files_order(tmp_path):
   assert frozen[0].fingerprint == frozen[1].fingerprint
 
 
+def cut_gzip(good):
+  """All of the first forty lines and some of the next, in blocks of their own."""
+  lines, pack = good.splitlines(keepends=True), zlib.compressobj(wbits=31)
+  head = pack.compress(b''.join(lines[:40])) + pack.flush(zlib.Z_FULL_FLUSH)
+  return head + (pack.compress(b''.join(lines[40:])) + pack.flush())[:20]
+
+
 BROKEN = {
-  'truncated gzip': ('x.jsonl.gz', lambda good: gzip.compress(good)[:-20], 'truncated gzip'),
+  'truncated gzip': (
+    'x.jsonl.gz',
+    cut_gzip,
+    'after line 40 it ends in the middle: a truncated gzip',
+  ),
   'invalid UTF-8': ('x.jsonl', lambda good: good + b'{"text": "\xff"}\n', 'line 61 is not UTF-8'),
   'empty file': ('x.jsonl', lambda good: b'', 'it is empty'),
   'no field': ('x.jsonl', lambda good: b'{"txt": "a"}\n' + good, "line 1 has no text field 'text'"),
