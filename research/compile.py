@@ -41,6 +41,7 @@ from research.run import Run
 
 GIB = chips.GIB
 REMAT = ('none', 'dots', 'full')
+PREFIXED = ('prefix_lm', 'span_corruption', 'ul2')  # tasks whose rows on one decoder have a prefix
 
 
 class DoesNotFit(UserError):
@@ -60,7 +61,7 @@ def batch_features(run: Run) -> dict[str, int]:
   if both:
     keys = ('input_tokens', 'segment_ids', 'positions')
     features |= {f'encoder_{key}': lengths['inputs'] for key in keys}
-  elif getattr(stream, 'name', '') in ('prefix_lm', 'span_corruption', 'ul2'):
+  elif getattr(stream, 'name', '') in PREFIXED:
     features['decoder_causal_attention'] = run.target_length
   return features
 

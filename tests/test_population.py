@@ -135,6 +135,7 @@ def test_a_member_is_resumed_alone_and_a_run_in_a_population(both, text_file, on
   assert alone['loss'] == rows[2]['loss'] == pytest.approx(many[2]['loss'], rel=2e-5)
 
 
+@pytest.mark.slow
 def test_two_rates_at_once(text_file, one_device, tmp_path):
   made = [load(text_file, **{**more, 'Run.steps': 9, 'LAYERS': 1}) for more in MEMBERS[::3]]
   rows = train_many(made, tmp_path)
