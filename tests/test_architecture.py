@@ -80,7 +80,9 @@ def test_imports_point_down(chain):
 
 
 def test_every_module_has_its_room():
-  placed = set().union(*DATA, *MODEL, COMMANDS, ABOVE, {'chips', 'cli', 'distributed', 'hlo', 'run'})
+  placed = set().union(
+    *DATA, *MODEL, COMMANDS, ABOVE, {'chips', 'cli', 'distributed', 'hlo', 'run'}
+  )
   rooms = ('training.', 'scaling.')
   assert {name for name in ALL if name not in placed and not name.startswith(rooms)} == set()
 

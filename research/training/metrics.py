@@ -46,7 +46,8 @@ class Rows:
     self.file.write(json.dumps(row) + '\n')
     self.file.flush()
     if self.tensorboard is not None:
-      if self.writer is None:  # not before the first row: it imports torch where it finds it, in two seconds
+      # Not before the first row: it imports torch where it finds it, in two seconds.
+      if self.writer is None:
         from tensorboardX import SummaryWriter
 
         self.writer = SummaryWriter(self.tensorboard, purge_step=self.purge)
