@@ -126,9 +126,11 @@ def check(name, **sizes):
   np.testing.assert_allclose(loss2, loss, rtol=TOLERANCE)
   for key, value in sums.items():
     np.testing.assert_allclose(sums2[key], value, rtol=TOLERANCE, atol=1e-7, err_msg=key)
+  # Without rotation a key's bias has no gradient but rounding: it is measured against the others'.
+  least = 1e-3 * max(np.abs(g).max() for g in jax.tree.leaves(grads))
   for (path, g), g2 in zip(jax.tree.leaves_with_path(grads), jax.tree.leaves(grads2), strict=True):
-    where = jax.tree_util.keystr(path)
-    np.testing.assert_allclose(g2, g, rtol=0, atol=TOLERANCE * np.abs(g).max(), err_msg=where)
+    atol = TOLERANCE * max(np.abs(g).max(), least)
+    np.testing.assert_allclose(g2, g, rtol=0, atol=atol, err_msg=jax.tree_util.keystr(path))
 
 
 # How many devices each kind gets; data fills what is left of the eight.
@@ -168,7 +170,10 @@ def test_products_of_two_change_nothing(name, kinds):
     ('mamba', {'tensor': 2, 'stage': 2, 'rules': SEQUENCE_PARALLEL}),
     ('moe', {'tensor': 2, 'expert': 2, 'rules': {'expert': ('expert', 'tensor'), 'mlp': None}}),
     ('moe_capacity', {'expert': 2, 'context': 2}),
-    ('moe_capacity', {'expert': 2, 'tensor': 2, 'rules': {'expert': ('expert', 'tensor')}}),
+    (
+      'moe_capacity',
+      {'expert': 2, 'tensor': 2, 'rules': {'expert': ('expert', 'tensor'), 'mlp': None}},
+    ),
     ('mamba2', {'context': 2, 'tensor': 2}),
     ('latent', {'context': 2, 'tensor': 2}),
     ('relative', {'context': 2, 'tensor': 2}),
@@ -220,7 +225,9 @@ def test_ring_attention_is_attention():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('sizes', [{}, {'fsdp': 2, 'tensor': 2}, {'context': 2, 'stage': 2}])
+@pytest.mark.parametrize(
+  'sizes', [{'tensor': 2}, {'fsdp': 2, 'tensor': 2}, {'context': 2, 'stage': 2}]
+)
 def test_microbatches_are_one_batch_on_any_mesh(sizes):
   """Although their numbers of target tokens differ: the mean is over the tokens of the batch."""
   weights = batch_of('decoder')['decoder_loss_weights'].sum(axis=1)
