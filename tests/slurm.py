@@ -114,4 +114,8 @@ def started(folder: pathlib.Path):
     for process in running[::-1]:
       process.terminate()
     for process in running:
-      process.wait(timeout=30)
+      try:
+        process.wait(timeout=30)
+      except subprocess.TimeoutExpired:  # it waits for a job's epilogue
+        process.kill()
+        process.wait()
