@@ -94,7 +94,8 @@ def spoil_newest_checkpoint(sweeping: Sweeping, chance: random.Random) -> bool:
   """Flips a byte of the newest checkpoint of a run that is not over and has two."""
   for run in chance.sample(sweeping.runs, len(sweeping.runs)):
     saved = sorted(
-      (sweeping.folder.run(run) / 'checkpoints').glob('[0-9]*'), key=lambda p: int(p.name)
+      (p for p in (sweeping.folder.run(run) / 'checkpoints').glob('*') if p.name.isdigit()),
+      key=lambda p: int(p.name),
     )
     if sweeping.folder.row(run) is None and len(saved) > 1:
       files = [p for p in (saved[-1] / 'state').rglob('*') if p.is_file()]
