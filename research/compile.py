@@ -201,7 +201,11 @@ def compile_run(run: Run, topology: str, slices: int = 1, keep_hlo: str | None =
 
 
 def memory(compiled, state, batch, chip) -> dict[str, float]:
-  """Bytes per device. The step's new state takes the place of the old one."""
+  """Bytes per device. The step's new state takes the place of the old one.
+
+  `total` is the cautious one: XLA for TPUs counts into `temporaries` what its allocator loses to gaps, and more
+  than is lost (docs/tpu.md). `peak` is the most that is alive at once.
+  """
   stats = compiled.memory_analysis()
   fresh = stats.output_size_in_bytes - stats.alias_size_in_bytes
   total = stats.argument_size_in_bytes + stats.temp_size_in_bytes + max(fresh, 0)
@@ -209,7 +213,7 @@ def memory(compiled, state, batch, chip) -> dict[str, float]:
     'parameters': device_bytes(state['params']), 'optimizer': device_bytes(state['opt']),
     'batch': device_bytes(batch), 'arguments': stats.argument_size_in_bytes,
     'temporaries': stats.temp_size_in_bytes, 'host': stats.host_temp_size_in_bytes,
-    'total': total, 'limit': chip and chip.hbm_bytes,
+    'total': total, 'peak': stats.peak_memory_in_bytes, 'limit': chip and chip.hbm_bytes,
   }  # fmt: skip
 
 
@@ -260,7 +264,7 @@ def show(report: dict) -> str:
     'memory per device:',
     *(
       f'  {key:12}{gib(m[key])}'
-      for key in ('parameters', 'optimizer', 'batch', 'temporaries', 'total')
+      for key in ('parameters', 'optimizer', 'batch', 'temporaries', 'total', 'peak', 'host')
     ),
   ]
   if m['limit']:

@@ -99,10 +99,13 @@ class Program:
       # Every microbatch takes every n-th row, so that each has its rows on all the devices.
       cut = lambda x: x.reshape(-1, n, x.shape[1], out_sharding=sharding.spec('batch', None, None))
       parts = {k: jnp.moveaxis(cut(x), 1, 0) for k, x in batch.items()}
-      add = lambda total, part: (
-        jax.tree.map(jnp.add, total, gradient(state['params'], part)),
-        None,
-      )
+
+      def add(total, part):
+        # The barrier keeps XLA for TPUs from moving the sum over devices out of the loop, where a device would
+        # hold the whole gradient of every microbatch; libtpu 0.0.42 even fails when it tries.
+        found = jax.lax.optimization_barrier(gradient(state['params'], part))
+        return jax.tree.map(jnp.add, total, found), None
+
       zero = jax.tree.map(
         jnp.zeros_like,
         jax.eval_shape(gradient, state['params'], jax.tree.map(lambda x: x[0], parts)),

@@ -228,6 +228,27 @@ def test_on_slices_of_tpus(split):
 
 @needs_libtpu
 @pytest.mark.slow
+def test_microbatches_and_offloading_on_slices_of_tpus():
+  """XLA for TPUs takes both, and what is offloaded is the input of every layer, in the host's memory."""
+  chips.prepare('v5e:2x4')
+  files = ['gin/runs/tiny.gin', 'gin/meshes/fsdp.gin']
+  report = lambda *more: compile.compile_run(
+    configs.load(files, [*SMALL, 'LAYERS=4', *more]).build(), 'v5e:2x4'
+  )
+  whole, parts = report(), report('Run.microbatches=2')
+  gathers = lambda r: sum(
+    c['count'] * c['bytes'] for c in r['collectives'] if c['kind'] == 'all-gather'
+  )
+  assert gathers(parts) == 2 * gathers(whole)
+  away = report("Stack.remat='offload'")
+  assert whole['memory']['host'] == 0
+  assert (
+    away['memory']['host'] == 4 * 2 * 512 * 256 * 2
+  )  # layers, sequences a device, tokens, width, bytes
+
+
+@needs_libtpu
+@pytest.mark.slow
 def test_what_does_not_fit_says_what_to_change():
   """16 GiB of a v5e: without recomputation, with it, and with a state that is too large by itself."""
   wide = ['EMBED=4096', 'HEADS=32', 'MLP=8192', 'LAYERS=2', 'Run.batch_size=512']

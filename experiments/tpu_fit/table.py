@@ -17,6 +17,7 @@ ROWS = {
   'gpt2_124m': ('gpt2_124m', 'v5e:4x4', 2, ()),
   'llama2_7b': ('llama2_7b', 'v5e:16x16', 1, ()),
   'llama2_7b_microbatches': ('llama2_7b', 'v5e:16x16', 1, ('Run.microbatches=4',)),
+  'llama2_7b_offload': ('llama2_7b', 'v5e:16x16', 1, ("stack.Stack.remat='offload'",)),
   'llama2_7b_v5p': ('llama2_7b_v5p', 'v5p:2x4x4', 1, ()),
   'llama2_7b_32k': ('llama2_7b_32k', 'v5e:16x16', 1, ()),
   'mixtral_8x7b': ('mixtral_8x7b', 'v5p:4x4x4', 1, ()),
