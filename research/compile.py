@@ -194,7 +194,7 @@ def compile_run(run: Run, topology: str, slices: int = 1, keep_hlo: str | None =
     }  # fmt: skip
   if chip is not None:
     report |= roofline(report, chip)
-    used = report['memory']['total']
+    used = report['memory']['peak']
     if used > chip.hbm_bytes:
       raise DoesNotFit(_advice(run, f'used {used / GIB:.2f} GiB', device_bytes(state), chip))
   return report
@@ -203,8 +203,8 @@ def compile_run(run: Run, topology: str, slices: int = 1, keep_hlo: str | None =
 def memory(compiled, state, batch, chip) -> dict[str, float]:
   """Bytes per device. The step's new state takes the place of the old one.
 
-  `total` is the cautious one: XLA for TPUs counts into `temporaries` what its allocator loses to gaps, and more
-  than is lost (docs/tpu.md). `peak` is the most that is alive at once.
+  `peak` is the most that is alive at once, which XLA holds against the device's memory. `total` is jax's sum of
+  arguments and temporaries, too high by up to a third for a TPU (experiments/tpu_fit/heap.py).
   """
   stats = compiled.memory_analysis()
   fresh = stats.output_size_in_bytes - stats.alias_size_in_bytes
@@ -268,7 +268,7 @@ def show(report: dict) -> str:
     ),
   ]
   if m['limit']:
-    lines.append(f'  {"of":12}{gib(m["limit"])}  ({m["total"] / m["limit"]:.0%})')
+    lines.append(f'  {"of":12}{gib(m["limit"])}  ({m["peak"] / m["limit"]:.0%})')
   lines += [
     f'FLOPs of a step: {report["model_flops"]:.3e}; {report["hardware_flops"]:.3e} with what is computed again',
     'collectives of a step, per device:',
@@ -330,7 +330,7 @@ def _row(row: dict) -> str:
     if 'mfu' in row
     else ''
   )
-  return f'{head}{row["memory"]["total"] / GIB:>8.2f}{step}'
+  return f'{head}{row["memory"]["peak"] / GIB:>8.2f}{step}'
 
 
 def main(flags) -> int:

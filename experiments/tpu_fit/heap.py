@@ -1,0 +1,66 @@
+"""What do `temp_size_in_bytes` and `peak_memory_in_bytes` of a program for a TPU count? A chain of products, checkpointed.
+
+    uv run --extra tpu python experiments/tpu_fit/heap.py [--layers 8 57 58 60]
+
+On a v5e the input of every layer is 256 MiB. Beside what jax reports stands what XLA's own buffer assignment
+allots, read from its dump; a device has 15.75 GiB for both arguments and temporaries.
+"""
+
+import argparse
+import os
+import pathlib
+import re
+import tempfile
+
+GIB = 2**30
+DUMP = tempfile.TemporaryDirectory()
+os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_dump_to={DUMP.name}'
+
+from research import chips
+
+chips.prepare('v5e:2x2')
+import jax
+import jax.numpy as jnp
+
+
+def loss(weights, x):
+  layer = lambda x, w: (jnp.tanh(x @ w) + x, None)
+  y, _ = jax.lax.scan(jax.checkpoint(layer), x, weights)
+  return jnp.mean(y.astype(jnp.float32) ** 2)
+
+
+def update(weights, x):
+  return jax.tree.map(jnp.subtract, weights, jax.grad(loss)(weights, x))
+
+
+def allotted() -> float:
+  """Bytes of arguments and temporaries in the newest buffer assignment of the dump."""
+  files = pathlib.Path(DUMP.name).glob('*jit_update*memory-usage-report.txt')
+  newest = max(files, key=lambda file: file.stat().st_mtime)
+  return float(re.search(r'color=0\)\nTotal bytes: (\d+)', newest.read_text())[1])
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+  parser.add_argument('--layers', type=int, nargs='+', default=[8, 57, 58, 60])
+  devices, _ = chips.devices_of('v5e:2x2')
+  mesh = jax.make_mesh((4,), ('data',), devices=devices)
+  array = lambda shape, spec: jax.ShapeDtypeStruct(
+    shape, jnp.bfloat16, sharding=jax.NamedSharding(mesh, spec)
+  )
+  print('GiB a device: layers, allotted, arguments + temp_size, peak')
+  for layers in parser.parse_args().layers:
+    arguments = array((layers, 1024, 1024), jax.P(None, 'data')), array((2**19, 1024), jax.P('data'))
+    try:
+      compiled = jax.jit(update, donate_argnums=0).lower(*arguments).compile()
+    except jax.errors.JaxRuntimeError as error:
+      print(f'{layers:4}  {str(error).splitlines()[0]}')
+      continue
+    stats = compiled.memory_analysis()
+    total = stats.argument_size_in_bytes + stats.temp_size_in_bytes
+    sizes = (allotted(), total, stats.peak_memory_in_bytes)
+    print(f'{layers:4}  ' + ''.join(f'{size / GIB:8.2f}' for size in sizes))
+
+
+if __name__ == '__main__':
+  main()
