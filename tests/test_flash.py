@@ -1,11 +1,17 @@
-"""Splash attention, run in Python, against the product in XLA: values and gradients, in float32."""
+"""Fused attention against the product in XLA, values and gradients in float32.
+
+Splash attention is run in Python; what cuDNN is asked for is done by jax's own product.
+"""
+
+import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research.model import flash
+from research.model import attention, flash, layers
 from research.model.attention import visible
 from research.model.kernels import dot_product_attention
 from research.sharding import Mesh
@@ -25,6 +31,36 @@ CASES = {
 @pytest.mark.slow
 @pytest.mark.parametrize('case', CASES)
 def test_splash_is_the_product(case):
+  compare(case, functools.partial(flash.flash_attention, interpret=True))
+
+
+@pytest.mark.parametrize('case', [case for case in CASES if case != 'soft cap'])
+def test_what_cudnn_is_asked_for_is_the_product(case):
+  def asked(q, k, v, *, segments, window=None, **knobs):
+    return flash._cudnn(q, k, v, segments, window=window, implementation='xla', **knobs)
+
+  compare(case, asked)
+
+
+@pytest.mark.parametrize('segments', [None, SEGMENTS])
+def test_a_gpu_is_given_cudnns_kernel(segments, monkeypatch):
+  """Lowered for a GPU that is not there: forward and backward are cuDNN's."""
+  monkeypatch.setattr('jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version', lambda: 91000)
+  monkeypatch.setattr(attention.flash, 'platform', lambda: 'gpu')
+  context = layers.Context(positions=jnp.arange(LENGTH)[None], segments=segments)
+  q = jax.ShapeDtypeStruct((1, LENGTH, 4, 64), jnp.bfloat16)
+  k = jax.ShapeDtypeStruct((1, LENGTH, 2, 64), jnp.bfloat16)
+  f = lambda q, k, v: (
+    attention.self_attention(q, k, v, context, scale=0.125).astype(jnp.float32).sum()
+  )
+  with Mesh(data=1).use(jax.devices()[:1]):
+    lowered = jax.jit(jax.grad(f, (0, 1, 2))).trace(q, k, k).lower(lowering_platforms=('cuda',))
+  bias = '' if segments is None else 'ScaleBias'  # which the segments' mask becomes
+  names = {f'__cudnn$fmha{bias}Softmax', f'__cudnn$fmha{bias}SoftmaxBackward'}
+  assert names == set(re.findall(r'__cudnn\$\w+', lowered.as_text()))
+
+
+def compare(case, fused):
   options = dict(CASES[case])
   kv_heads, segments = options.pop('kv_heads', HEADS), options.pop('segments', None)
   causal, window = options.pop('causal'), options.pop('window', None)
@@ -34,10 +70,8 @@ def test_splash_is_the_product(case):
   dy = draw(keys[3], HEADS)
   segments = None if segments is None else jnp.asarray(segments)
 
-  def splash(q, k, v):
-    return flash.flash_attention(
-      q, k, v, segments=segments, scale=0.1, causal=causal, window=window, interpret=True, **options
-    )
+  def kernel(q, k, v):
+    return fused(q, k, v, segments=segments, scale=0.1, causal=causal, window=window, **options)
 
   def plain(q, k, v):
     mask = visible(segments, segments, (LENGTH, LENGTH), causal=causal, window=window)
@@ -45,7 +79,7 @@ def test_splash_is_the_product(case):
 
   with Mesh(data=1).use(jax.devices()[:1]):
     got, want = (
-      jax.jit(lambda *xs, f=f: (f(*xs), jax.vjp(f, *xs)[1](dy)))(*arrays) for f in (splash, plain)
+      jax.jit(lambda *xs, f=f: (f(*xs), jax.vjp(f, *xs)[1](dy)))(*arrays) for f in (kernel, plain)
     )
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())

@@ -80,7 +80,9 @@ def self_attention(
       window=window, **knobs,
     )  # fmt: skip
   plain = prefix is None and context.bias is None
-  if flash.suits(query, value, causal=context.causal, window=window, plain=plain):
+  if flash.suits(
+    query, value, causal=context.causal, window=window, soft_cap=soft_cap, plain=plain
+  ):
     return flash.flash_attention(
       query, key, value, segments=segments, causal=context.causal, window=window, **knobs
     )
