@@ -1,9 +1,9 @@
-"""What do `temp_size_in_bytes` and `peak_memory_in_bytes` of a program for a TPU count? A chain of products, checkpointed.
+"""What jax reports of the memory of a TPU's program, beside what XLA allots, for a chain of checkpointed products.
 
     uv run --extra tpu python experiments/tpu_fit/heap.py [--layers 8 57 58 60]
 
-On a v5e the input of every layer is 256 MiB. Beside what jax reports stands what XLA's own buffer assignment
-allots, read from its dump; a device has 15.75 GiB for both arguments and temporaries.
+The input of every layer is 256 MiB. What is allotted is read from XLA's dump of its buffer assignment; a v5e
+has 15.75 GiB for arguments and temporaries.
 """
 
 import argparse
@@ -12,15 +12,15 @@ import pathlib
 import re
 import tempfile
 
+from research import chips
+
 GIB = 2**30
 DUMP = tempfile.TemporaryDirectory()
 os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_dump_to={DUMP.name}'
+chips.prepare('v5e:2x2')  # before jax is imported
 
-from research import chips
-
-chips.prepare('v5e:2x2')
-import jax
-import jax.numpy as jnp
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
 
 
 def loss(weights, x):
