@@ -1,4 +1,4 @@
-"""What jax reports of the memory of a TPU's program, beside what XLA allots, for a chain of checkpointed products.
+"""What jax reports of a TPU program's memory beside what XLA allots, for a chain of checkpointed products.
 
     uv run --extra tpu python experiments/tpu_fit/heap.py [--layers 8 57 58 60]
 
