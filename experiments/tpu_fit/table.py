@@ -12,6 +12,10 @@ import sys
 
 HERE = pathlib.Path(__file__).parent
 GIB = 2**30
+HEAD = (
+  'model', 'slice', 'mesh', 'batch', 'state, GiB', 'arguments + temporaries, GiB', 'alive at once, GiB',
+  'compute, s', 'memory, s', 'network, s', 'MFU, all overlapped / none', 'compiled in, s',
+)  # fmt: skip
 # Result: (gin file, topology, slices, bindings).
 ROWS = {
   'gpt2_124m': ('gpt2_124m', 'v5e:4x4', 2, ()),
@@ -48,11 +52,14 @@ def row(name: str) -> str:
   m, steps = r['memory'], r['microbatches']
   state = (m['parameters'] + m['optimizer']) / GIB
   network = f'{r["ici_s"]:.2f}' + (f' + {r["dcn_s"]:.2f} DCN' if r['dcn_s'] else '')
-  return (
-    f'| {name} | {slices}{r["topology"]} | {mesh} | {r["batch_size"]:,}{f" in {steps}" if steps > 1 else ""} '
-    f'| {state:.2f} | {m["total"] / GIB:.2f} of {m["limit"] / GIB:.0f} | {r["compute_s"]:.2f} '
-    f'| {r["hbm_s"]:.2f} | {network} | {r["mfu"]:.0%} / {r["no_overlap_mfu"]:.0%} | {r["compile_s"]:.0f} |'
-  )
+  batch = f'{r["batch_size"]:,}' + (f' in {steps}' if steps > 1 else '')
+  cells = (
+    name, slices + r['topology'], mesh, batch, f'{state:.2f}',
+    f'{m["total"] / GIB:.2f} of {m["limit"] / GIB:.0f}', f'{m["peak"] / GIB:.2f}',
+    f'{r["compute_s"]:.2f}', f'{r["hbm_s"]:.2f}', network,
+    f'{r["mfu"]:.0%} / {r["no_overlap_mfu"]:.0%}', f'{r["compile_s"]:.0f}',
+  )  # fmt: skip
+  return f'| {" | ".join(cells)} |'
 
 
 def main(names) -> None:
@@ -60,11 +67,7 @@ def main(names) -> None:
   for name in names or ROWS:
     if not (HERE / 'results' / f'{name}.json').exists():
       errors[name] = compile_row(name)
-  head = (
-    'model|slice|mesh|batch|state, GiB|arguments + temporaries, GiB|compute, s|memory, s|network, s'
-  )
-  print(f'| {head.replace("|", " | ")} | MFU, all overlapped / none | compiled in, s |')
-  print('|---' * 11 + '|')
+  print(f'| {" | ".join(HEAD)} |\n{"|---" * len(HEAD)}|')
   for name in ROWS:
     if (HERE / 'results' / f'{name}.json').exists():
       print(row(name))

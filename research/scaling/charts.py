@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from research.scaling.analysis import Analysis
-from research.scaling.plots import ACCENT, INK, MAP, SECOND, _figure, _log
+from research.scaling.plots import ACCENT, INK, MAP, SECOND, log_scale, new_figure
 from research.scaling.rows import Observations
 
 LOSS = 'loss (nats per token)'
@@ -21,7 +21,7 @@ def _colors(keys: Sequence) -> dict:
 
 def sizes(seen: Observations, a: Analysis | None = None):
   """Final losses of every size against D, with the fitted law if there is one, and against C."""
-  figure, (by_tokens, by_flops) = _figure(2)
+  figure, (by_tokens, by_flops) = new_figure(2)
   law = a is not None and a.approach3 is not None
   for n, color in _colors(np.unique(seen.params)).items():
     rows = seen.take(seen.params == n)
@@ -41,7 +41,7 @@ def sizes(seen: Observations, a: Analysis | None = None):
   by_flops.set(xlabel='training FLOPs C', title='The same by compute')
   by_flops.legend(title='N', fontsize=7, title_fontsize=8, frameon=False)
   for ax in (by_tokens, by_flops):
-    _log(ax, 'x'), _log(ax, 'y', plain=True)
+    log_scale(ax, 'x'), log_scale(ax, 'y', plain=True)
   return figure
 
 
@@ -52,7 +52,7 @@ def rates(found: Mapping[str, dict], line: tuple[float, float, float] | None):
     found: size -> its `answers.best_rate`.
     line: (value, at, exponent) of the fitted law of the best rate, if there is one.
   """
-  figure, (curves, law) = _figure(2)
+  figure, (curves, law) = new_figure(2)
   highest = 0.0
   for (name, size), color in zip(found.items(), _colors(found).values(), strict=True):
     for batch, points in size['points'].items():
@@ -84,15 +84,15 @@ def rates(found: Mapping[str, dict], line: tuple[float, float, float] | None):
   )
   law.set(xlabel='parameters N', ylabel='best learning rate', title='The best rate of every size')
   curves.legend(fontsize=7, frameon=False)
-  _log(curves, 'x')
+  log_scale(curves, 'x')
   if law.lines:
-    _log(law, 'x'), _log(law, 'y')
+    log_scale(law, 'x'), log_scale(law, 'y')
   return figure
 
 
 def shapes(losses: Mapping[tuple[int, int], float]):
   """Losses of (width, depth) as a map, the lowest marked."""
-  figure, (ax,) = _figure(size=(6.0, 4.2))
+  figure, (ax,) = new_figure(size=(6.0, 4.2))
   widths, depths = (sorted({key[i] for key in losses}) for i in (0, 1))
   cells = np.array([[losses.get((w, d), np.nan) for w in widths] for d in depths])
   picture = ax.imshow(cells, cmap=MAP, origin='lower', aspect='auto')
@@ -117,7 +117,7 @@ def shapes(losses: Mapping[tuple[int, int], float]):
 def differences(found: Mapping[str, Mapping[str, tuple[float, float]]]):
   """What each variant changes: size -> variant -> (loss over the base's, its standard error)."""
   most = max(map(len, found.values()))
-  figure, (ax,) = _figure(size=(7.0, 1.2 + 0.35 * most * len(found)))
+  figure, (ax,) = new_figure(size=(7.0, 1.2 + 0.35 * most * len(found)))
   ticks, labels = [], []
   for name, color in _colors(found).items():
     for variant, (change, error) in found[name].items():
@@ -140,7 +140,7 @@ def epochs(rows: Mapping[str, np.ndarray], predict=None):
   """
   n = np.unique(rows['params'])
   columns = min(len(n), 3)
-  figure, axes = _figure(columns, -(-len(n) // columns), size=(4.0, 3.3), sharey=True)
+  figure, axes = new_figure(columns, -(-len(n) // columns), size=(4.0, 3.3), sharey=True)
   unique = np.round(rows['unique_tokens'])
   colors = _colors(np.unique(unique))
   for ax, params in zip(axes, n, strict=False):
@@ -157,7 +157,7 @@ def epochs(rows: Mapping[str, np.ndarray], predict=None):
         ax.plot(grid, predict(params, grid * u, u), '-', color=color, linewidth=1.2)
         fresh = predict(params, grid * u, grid * u)
         ax.plot(grid, fresh, ':', color=color, linewidth=1)
-    _log(ax, 'x')
+    log_scale(ax, 'x')
     ax.xaxis.set_major_formatter(lambda v, _: f'{v:g}')
     ax.set(xlabel='epochs', title=f'N = {params:.3g}')
   for ax in axes[len(n) :]:

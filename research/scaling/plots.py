@@ -15,7 +15,7 @@ INK, GRID, ACCENT, SECOND = '#222222', '#dddddd', '#c0392b', '#1f6f8b'
 MAP = 'viridis'
 
 
-def _figure(columns=1, rows=1, size=(5.2, 3.9), **kwargs):
+def new_figure(columns=1, rows=1, size=(5.2, 3.9), **kwargs):
   figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout='constrained')
   FigureCanvasAgg(figure)
   axes = figure.subplots(rows, columns, squeeze=False, **kwargs).ravel()
@@ -31,7 +31,7 @@ def _style(ax):
     ax.spines[side].set_visible(False)
 
 
-def _log(ax, axis: str, plain: bool = False):
+def log_scale(ax, axis: str, plain: bool = False):
   """A logarithmic axis that labels its ticks even where it spans less than a decade; `plain` for losses."""
   getattr(ax, f'set_{axis}scale')('log')
   low, high = sorted(getattr(ax, f'get_{axis}lim')())
@@ -72,7 +72,7 @@ def isoflop(a: Analysis, ax=None):
     ax.plot(
       p.params_opt, p.loss_opt, '*', color=ACCENT, markersize=11, markeredgecolor='white', zorder=5
     )
-  _log(ax, 'x')
+  log_scale(ax, 'x')
   ax.set(
     xlabel='parameters N', ylabel='loss (nats per token)', title='IsoFLOP curves and their minima'
   )
@@ -109,7 +109,7 @@ def surface(a: Analysis, ax=None):
   best = a.optimum(c)
   inside = (best.params > n[0]) & (best.params < n[-1])
   ax.plot(c[inside], best.params[inside], color=ACCENT, linewidth=2, label='efficient frontier')
-  _log(ax, 'x'), _log(ax, 'y')
+  log_scale(ax, 'x'), log_scale(ax, 'y')
   ax.set(
     xlabel='training FLOPs C', ylabel='parameters N', title=f'Fitted loss, {a.approach3.law.name}'
   )
@@ -119,7 +119,7 @@ def surface(a: Analysis, ax=None):
 
 def allocation(a: Analysis, forecast: Forecast | None = None):
   """N* and D* against C by every approach, with bootstrap bands."""
-  figure, axes = _figure(2)
+  figure, axes = new_figure(2)
   ends = [a.rows.flops.min(), max(a.rows.flops.max() * 2, forecast.flops * 1.3 if forecast else 0)]
   c = np.geomspace(*ends, 60)
   many = a.optimum_samples(c)
@@ -147,7 +147,7 @@ def allocation(a: Analysis, forecast: Forecast | None = None):
         markersize=12,
         label='forecast run',
       )
-    _log(ax, 'x'), _log(ax, 'y')
+    log_scale(ax, 'x'), log_scale(ax, 'y')
     ax.set_xlabel('training FLOPs C')
     ax.legend(frameon=False, fontsize=8)
   axes[0].set(ylabel='N*, parameters', title='Compute-optimal parameters')
@@ -157,7 +157,7 @@ def allocation(a: Analysis, forecast: Forecast | None = None):
 
 def forecast(a: Analysis, forecast: Forecast, outcome: float | None = None):
   """The optimal loss against C with its band, the fitted minima, the forecast and what came of it."""
-  figure, (ax,) = _figure(size=(6.0, 4.2))
+  figure, (ax,) = new_figure(size=(6.0, 4.2))
   c = np.geomspace(a.rows.flops.min(), forecast.flops * 1.3, 60)
   band = a.interval(a.optimum_samples(c).loss)
   ax.fill_between(c, *band, color=ACCENT, alpha=0.15, linewidth=0)
@@ -181,7 +181,7 @@ def forecast(a: Analysis, forecast: Forecast, outcome: float | None = None):
     ax.plot(
       forecast.flops, outcome, '*', color='#27ae60', markersize=14, markeredgecolor=INK, label=miss
     )
-  _log(ax, 'x'), _log(ax, 'y', plain=True)
+  log_scale(ax, 'x'), log_scale(ax, 'y', plain=True)
   title = f'Forecast at {forecast.extrapolation:.2g}x the largest fitted budget'
   ax.set(xlabel='training FLOPs C', ylabel='loss (nats per token)', title=title)
   ax.legend(frameon=False, fontsize=8)
@@ -190,7 +190,7 @@ def forecast(a: Analysis, forecast: Forecast, outcome: float | None = None):
 
 def residuals(a: Analysis):
   """ln(fitted / observed) against N, D, C and D / N."""
-  figure, axes = _figure(2, 2, size=(4.6, 3.1), sharey=True)
+  figure, axes = new_figure(2, 2, size=(4.6, 3.1), sharey=True)
   if a.approach3 is None:
     return _says(figure, axes[0], a.refusals.get('approach 3', 'no law was fitted'))
   r, rows = a.approach3.residuals, a.rows
@@ -203,7 +203,7 @@ def residuals(a: Analysis):
   for ax, (name, x) in zip(axes, names.items(), strict=True):
     ax.axhline(0, color=INK, linewidth=0.8)
     ax.scatter(x, 100 * r, c=np.log(rows.flops), cmap=MAP, s=14, edgecolor='none')
-    _log(ax, 'x')
+    log_scale(ax, 'x')
     ax.set_xlabel(name)
     ax.yaxis.set_major_locator(MaxNLocator(5))
   unit = (
@@ -230,13 +230,13 @@ def bootstrap(a: Analysis, most: int = 1000):
   free = a.approach3.problem.free
   pairs = pairs or [(x, y) for i, x in enumerate(free) for y in free[i + 1 :]][:4]
   columns = min(len(pairs), 2)
-  figure, axes = _figure(columns, -(-len(pairs) // columns), size=(4.2, 3.2))
+  figure, axes = new_figure(columns, -(-len(pairs) // columns), size=(4.2, 3.2))
   for ax, (x, y) in zip(axes, pairs, strict=False):
     ax.plot(values[x][:most], values[y][:most], '.', color=SECOND, markersize=2.5, alpha=0.4)
     best = a.approach3.parameters
     ax.plot(best[x], best[y], '*', color=ACCENT, markersize=12, markeredgecolor='white')
     if x in 'AB' and values[x].min() > 0 and values[x].max() > 5 * values[x].min():
-      _log(ax, 'x')
+      log_scale(ax, 'x')
     else:
       ax.xaxis.set_major_locator(MaxNLocator(5))
     ax.set(xlabel=x, ylabel=y)
@@ -248,14 +248,14 @@ def curves(runs: Mapping[str, np.ndarray], params: Mapping[str, float] | None = 
   """Training curves: loss against tokens (or steps), coloured by N where it is known."""
   from matplotlib import colormaps
 
-  figure, (ax,) = _figure(size=(6.0, 4.0))
+  figure, (ax,) = new_figure(size=(6.0, 4.0))
   sizes = [params[r] for r in runs if params and r in params]
   norm = LogNorm(min(sizes), max(sizes)) if sizes and min(sizes) < max(sizes) else Normalize()
   for run, points in runs.items():
     points = np.asarray(points, np.float64)
     color = colormaps[MAP](norm(params[run])) if params and run in params else SECOND
     ax.plot(points[:, 0], points[:, 1], color=color, linewidth=0.9)
-  _log(ax, 'x')
+  log_scale(ax, 'x')
   ax.set(
     xlabel='tokens', ylabel='loss (nats per token)', title='Training curves, darker is smaller'
   )
@@ -264,7 +264,7 @@ def curves(runs: Mapping[str, np.ndarray], params: Mapping[str, float] | None = 
 
 def overview(a: Analysis):
   """IsoFLOP curves beside the loss surface: what a notebook shows."""
-  figure, axes = _figure(2)
+  figure, axes = new_figure(2)
   isoflop(a, axes[0])
   surface(a, axes[1])
   return figure
@@ -273,7 +273,7 @@ def overview(a: Analysis):
 def _own(ax):
   if ax is not None:
     return ax.figure, ax
-  figure, (ax,) = _figure(size=(6.0, 4.4))
+  figure, (ax,) = new_figure(size=(6.0, 4.4))
   return figure, ax
 
 
