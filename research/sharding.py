@@ -138,18 +138,22 @@ class Mesh:
 
   def arrange(self, devices) -> jax.sharding.Mesh:
     """The devices in this shape, neighbours in the network as neighbours in the mesh."""
-    slices = count_slices(devices)
-    sizes = self.shape(len(devices), slices)
-    if slices == 1:
-      return jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=devices)
     from jax.experimental import mesh_utils
 
-    across = self._across(slices)
-    grid = mesh_utils.create_hybrid_device_mesh(
-      tuple(size // across.get(axis, 1) for axis, size in sizes.items()),
-      tuple(across.get(axis, 1) for axis in sizes),
-      devices,
-    )
+    slices = count_slices(devices)
+    sizes = self.shape(len(devices), slices)
+    shape = tuple(sizes.values())
+    # An axis may take a part of a side of the slice: 8 of 4x4x4.
+    if slices == 1:
+      grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:
+      across = self._across(slices)
+      grid = mesh_utils.create_hybrid_device_mesh(
+        tuple(size // across.get(axis, 1) for axis, size in sizes.items()),
+        tuple(across.get(axis, 1) for axis in sizes),
+        devices,
+        allow_split_physical_axes=True,
+      )
     explicit = (jax.sharding.AxisType.Explicit,) * grid.ndim
     return jax.sharding.Mesh(grid, tuple(sizes), axis_types=explicit)
 

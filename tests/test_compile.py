@@ -228,6 +228,16 @@ def test_on_slices_of_tpus(split):
 
 @needs_libtpu
 @pytest.mark.slow
+def test_a_mesh_axis_may_take_a_part_of_a_side():
+  """8 of 4x4x4: two sides' worth are 16, one is 4."""
+  chips.prepare('v5p:4x4x4')
+  devices, _ = chips.devices_of('v5p:4x4x4')
+  mesh = sharding.Mesh(data=1, fsdp=-1, expert=8).arrange(devices)
+  assert (mesh.shape['fsdp'], mesh.shape['expert']) == (8, 8)
+
+
+@needs_libtpu
+@pytest.mark.slow
 def test_microbatches_and_offloading_on_slices_of_tpus():
   """XLA for TPUs takes both, and what is offloaded is the input of every layer, in the host's memory."""
   chips.prepare('v5e:2x4')

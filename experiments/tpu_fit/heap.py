@@ -50,7 +50,10 @@ def main() -> None:
   )
   print('GiB a device: layers, allotted, arguments + temp_size, peak')
   for layers in parser.parse_args().layers:
-    arguments = array((layers, 1024, 1024), jax.P(None, 'data')), array((2**19, 1024), jax.P('data'))
+    arguments = (
+      array((layers, 1024, 1024), jax.P(None, 'data')),
+      array((2**19, 1024), jax.P('data')),
+    )
     try:
       compiled = jax.jit(update, donate_argnums=0).lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
