@@ -48,7 +48,7 @@ def law(
     _law(a),
     _allocation(a, forecast),
     _forecast(a, forecast, outcome),
-    _doubts(a),
+    _doubts(a, forecast),
     _conventions(a),
   ]
 
@@ -207,9 +207,15 @@ def _forecast(a: Analysis, forecast, outcome) -> str:
   )
 
 
-def _doubts(a: Analysis) -> str:
+def _doubts(a: Analysis, forecast) -> str:
   out = '<h2>How far to believe it</h2>'
   items = [*a.notes, *(f'{name} refused: {why}' for name, why in a.refusals.items())]
+  if forecast is not None and (found := forecast.parts):
+    low, high = min(found.values()), max(found.values())
+    if high / low > 1.02:
+      items.append(
+        f'The approaches forecast losses from {low:.4f} to {high:.4f}: {high / low - 1:.0%} apart.'
+      )
   if items:
     out += '<ul>' + ''.join(f'<li class="warn">{page.text(item)}</li>' for item in items) + '</ul>'
   else:
