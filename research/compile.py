@@ -198,9 +198,9 @@ def compile_run(run: Run, topology: str, slices: int = 1, keep_hlo: str | None =
 def memory(compiled, state, batch, chip) -> dict[str, float]:
   """Bytes per device. The step's new state takes the place of the old one.
 
-  `peak` is the most that is alive at once, what is offloaded included; XLA holds what it allots for it against
-  the device's memory. `total` is jax's sum of arguments and temporaries, for a TPU up to a third more than is
-  allotted (experiments/tpu_fit/heap.py).
+  `peak` is the most that is alive at once; XLA holds what it allots for it against the device's memory. `total`
+  is jax's sum of arguments and temporaries, for a TPU up to a third more than is allotted
+  (experiments/tpu_fit/heap.py). With `host` memory in use, `peak` was seen above `total`: believe the latter.
   """
   stats = compiled.memory_analysis()
   fresh = stats.output_size_in_bytes - stats.alias_size_in_bytes
