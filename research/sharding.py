@@ -142,17 +142,18 @@ class Mesh:
 
     slices = count_slices(devices)
     sizes = self.shape(len(devices), slices)
-    shape = tuple(sizes.values())
-    # An axis may take a part of a side of the slice: 8 of 4x4x4.
+    split = {
+      'allow_split_physical_axes': True
+    }  # an axis may take a part of a slice's side: 8 of 4x4x4
     if slices == 1:
-      grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+      grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, **split)
     else:
       across = self._across(slices)
       grid = mesh_utils.create_hybrid_device_mesh(
         tuple(size // across.get(axis, 1) for axis, size in sizes.items()),
         tuple(across.get(axis, 1) for axis in sizes),
         devices,
-        allow_split_physical_axes=True,
+        **split,
       )
     explicit = (jax.sharding.AxisType.Explicit,) * grid.ndim
     return jax.sharding.Mesh(grid, tuple(sizes), axis_types=explicit)

@@ -252,9 +252,8 @@ def test_microbatches_and_offloading_on_slices_of_tpus():
   assert gathers(parts) == 2 * gathers(whole)
   away = report("Stack.remat='offload'")
   assert whole['memory']['host'] == 0
-  assert (
-    away['memory']['host'] == 4 * 2 * 512 * 256 * 2
-  )  # layers, sequences a device, tokens, width, bytes
+  layers, sequences, tokens, width, itemsize = 4, 2, 512, 256, 2  # of one device
+  assert away['memory']['host'] == layers * sequences * tokens * width * itemsize
 
 
 @needs_libtpu
