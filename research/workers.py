@@ -3,6 +3,7 @@
 State is the folder alone: a directory a run, with a lease while somebody does it and a row when it is over.
 """
 
+import collections
 import contextlib
 import dataclasses
 import json
@@ -105,7 +106,15 @@ class Worker:
       self.alike.setdefault(self.kind(run), []).append(run)
     runs = sorted(runs, key=lambda run: -run.cost)
     while runs := [run for run in runs if self.folder.row(run) is None]:
-      if not sum(self.do(planned) for planned in runs):
+      done, left, seen = 0, sum(run.cost for run in runs), collections.Counter()
+      for planned in runs:
+        kind, whole = self.kind(planned), self.whole(planned, left)
+        # Workers begin a population at the same run of its shape: who comes late takes another shape.
+        if not whole or seen[kind] % self.sweep.population == 0:
+          done += self.do(planned, whole)
+        seen[kind] += 1
+        left -= planned.cost
+      if not done:
         time.sleep(poll)
 
   @staticmethod
@@ -113,14 +122,24 @@ class Worker:
     """Runs of one shape agree in this, and seldom do others."""
     return run.size.name, run.steps, run.batch_size, run.parent
 
-  def do(self, planned: designs.Planned) -> bool:
+  def whole(self, planned: designs.Planned, left: float) -> bool:
+    """Whether one worker takes a whole population of this run's shape, so that nobody else compiles for it.
+
+    Else the workers divide it: of the FLOPs that are `left`, those without a share would have too few.
+    """
+    if planned.parent:
+      return False
+    members = min(self.sweep.population, len(self.alike[self.kind(planned)]))
+    return self.peers * members * planned.cost <= left
+
+  def do(self, planned: designs.Planned, whole: bool = False) -> bool:
     """Does a run, and some that are like it, unless it is over or not to be had; True when it did something."""
     if self.folder.row(planned) or not self.ready(planned):
       return False
     held = self.take(planned)
     if held is None:
       return False
-    members = [(planned, held), *self.companions(planned, held)]
+    members = [(planned, held), *self.companions(planned, held, whole)]
     try:
       self.attempt(members)
     finally:
@@ -158,14 +177,16 @@ class Worker:
       return None
     return held
 
-  def companions(self, planned: designs.Planned, held) -> list[tuple]:
-    """Runs to train with this one at once, with their leases: of its shape, and this worker's share of them."""
+  def companions(self, planned: designs.Planned, held, whole: bool) -> list[tuple]:
+    """Runs of its shape to train with this one at once, with their leases: all, or this worker's share."""
     alike = [run for run in self.alike.get(self.kind(planned), []) if run is not planned]
     # What has failed before is tried alone, so that it spoils no other.
     if self.sweep.population == 1 or held.failures or planned.parent or not alike:
       return []
     alike = [run for run in alike if self.folder.row(run) is None]
-    most = min(self.sweep.population, math.ceil((len(alike) + 1) / self.peers)) - 1
+    most = self.sweep.population
+    if not whole:
+      most = min(most, math.ceil((len(alike) + 1) / self.peers))
     from research import population
 
     run, found = self.sweep.config(planned).build(), []
@@ -173,7 +194,7 @@ class Worker:
       return []
     shape = population.shape(run)
     for run in alike:
-      if len(found) >= most:
+      if len(found) + 1 >= most:
         break
       if population.shape(self.sweep.config(run).build()) != shape:
         continue

@@ -260,6 +260,34 @@ def test_runs_of_one_shape_are_trained_together(make, trained, tmp_path, monkeyp
   assert [len(group) for group in groups] == [2, 2]
 
 
+def test_runs_of_one_shape_are_divided_only_where_others_would_wait(make, tmp_path, monkeypatch):
+  from research import population, train
+
+  sizes = []
+
+  def note(runs, workdirs, texts, streams):
+    sizes.append(len(runs))
+    for workdir in workdirs:
+      (workdir / 'run.json').write_text('{"status": "finished"}')
+
+  monkeypatch.setattr(population, 'train_population', note)
+  monkeypatch.setattr(
+    train, 'train', lambda run, workdir, text, stream: note([run], [workdir], 0, 0)
+  )
+  the_sweep = build(make())
+  _, runs, _ = sweep.make_plan(the_sweep)
+  alike = [
+    dataclasses.replace(
+      runs[0], name=f'{n}-{seed}', steps=n, tokens=n, settings=(f'Run.seed={seed}',)
+    )
+    for n in (12, 11, 10, 9)
+    for seed in range(4)
+  ]
+  # Two shapes whole; of the last ones a share, and then of what is left, which here nobody else takes.
+  work(the_sweep, workers.Folder(tmp_path), alike, peers=2)
+  assert sizes == [4, 4, 2, 1, 1, 2, 1, 1]
+
+
 def test_a_branch_starts_from_its_trunk(make, trained, tmp_path):
   the_sweep = build(make())
   _, runs, _ = sweep.make_plan(the_sweep)
