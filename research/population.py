@@ -164,8 +164,6 @@ class Population:
       lambda state, own, shared: step({'state': state, **own}, shared), donate_argnums=0
     )
     self.evaluate_fn = jax.jit(self.over_members(self.evaluate))
-    whole = lambda x: jax.sharding.reshard(x, jax.P())
-    self.take_fn = jax.jit(lambda state, i: jax.tree.map(lambda x: whole(x)[i], state))
     self.evaluated: dict = {}
 
   # What is compiled.
@@ -284,9 +282,10 @@ class Population:
 
   def pause(self, due: list[_Member], stop: bool = False) -> None:
     """Between steps: those who are due are evaluated, saved, and ended after their last step."""
+    host = jax.device_get(self.state) if due else None
     for m in due:
       i, last = self.members.index(m), m.at == m.run.steps
-      m.state = self.take_fn(self.state, i)
+      m.state = jax.tree.map(lambda x, i=i: np.array(x[i]), host)
       m.pause(m.at, last=last, save=last or stop or m.due_checkpoint(m.at))
       if last:
         m.end('finished')

@@ -163,6 +163,13 @@ def test_checksums_of_pieces_add_up(cut):
   assert parts % 2**32 == whole
 
 
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'int8', 'uint32'])
+def test_checksums_on_the_host_are_those_on_devices(dtype):
+  x = {'x': jax.numpy.asarray(np.random.default_rng(0).normal(size=(3, 4, 5)) * 50).astype(dtype)}
+  assert checkpoints.checksums(x) == checkpoints.checksums(jax.device_get(x))
+  assert checkpoints.checksums(x)['x'] == int(checkpoints._checksums(x)['x'])
+
+
 MEMORY = """
 import resource, sys
 from research import configs, convert
