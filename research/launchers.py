@@ -33,6 +33,7 @@ class Job:
     todo: () -> how many runs are not over yet.
     watch: called about twice a second while waiting.
     hung: () -> process ids of this machine that hold an expired lease.
+    at_once: () -> how many workers have something to do at the same time; None where each run is one's.
   """
 
   arguments: tuple[str, ...]
@@ -40,6 +41,7 @@ class Job:
   todo: Callable[[], int]
   watch: Callable[[], None] = lambda: None
   hung: Callable[[], set[int]] = set
+  at_once: Callable[[], int] | None = None
 
   @property
   def logs(self) -> pathlib.Path:
@@ -75,7 +77,7 @@ class Local:
   """Processes on this machine, its processor cores divided between them.
 
   Attributes:
-    workers: how many; None for one a core.
+    workers: how many at most; None for one a core. Where fewer have something to do, fewer share the cores.
   """
 
   workers: int | None = None
@@ -90,7 +92,7 @@ class Local:
       UserError: workers die before they take a run.
     """
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else [0]
-    n = min(self.workers or len(cores), job.todo())
+    n = min(self.workers or len(cores), (job.at_once or job.todo)())
     shares = [cores[i::n] or cores for i in range(n)]
     workers = {i: self.start(job, share, n) for i, share in enumerate(shares)}
     short, looked = collections.Counter(), time.monotonic()

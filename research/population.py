@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -53,6 +54,20 @@ def shape(run: Run) -> str:
 def possible(run: Run) -> bool:
   """Whether a run may be a member at all: it lives on one device, and one process."""
   return run.mesh is None and jax.process_count() == 1
+
+
+def share_cores(most: int) -> bool:
+  """Makes the cores that this process may use, `most` at most, devices of jax, which has not started yet.
+
+  A core to a member: by itself jax would divide every product over the cores, which small ones do not repay.
+  True where there are several; then a run that is alone has one core.
+  """
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+  devices = min(cores, most)
+  if devices > 1:
+    os.environ['PJRT_NPROC'] = '1'  # threads to divide a product over; a device has one of its own
+    jax.config.update('jax_num_cpu_devices', devices)
+  return devices > 1
 
 
 class _Member(train._Loop):
@@ -127,8 +142,8 @@ def train_population(
   texts = texts or [''] * len(runs)
   streams = streams or [sys.stderr] * len(runs)
   train.keep_compiled()
-  n = max(n for n in range(1, jax.device_count() + 1) if len(runs) % n == 0)
-  mesh = jax.make_mesh((n,), ('member',), devices=jax.devices()[:n])
+  devices = jax.devices()[: len(runs)]
+  mesh = jax.make_mesh((len(devices),), ('member',), devices=devices)
   with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
     for run, workdir, text in zip(runs, workdirs, texts, strict=True):
       train.open_workdir(workdir, run, text)
@@ -137,10 +152,14 @@ def train_population(
 
 
 class Population:
-  """Members, their states as arrays [members, ...], and the step that advances them all."""
+  """Members, their states as arrays [places, ...], and the step that advances them all.
+
+  Every device has as many places; where the members do not fill them the last ones are idle.
+  """
 
   def __init__(self, runs, workdirs, streams, stack: contextlib.ExitStack):
     run, self.size = runs[0], len(runs)
+    self.spare = -len(runs) % jax.sharding.get_mesh().size  # places that no member has
     say = lambda text: print(text, file=streams[0], flush=True)
     frozen, validation = data.open_streams([run.train, run.validation], log=say)
     self.program = train.make_program(run)
@@ -157,7 +176,9 @@ class Population:
       self.members.append(member)
     self.inputs = {k: [_inputs(r)[k] for r in runs] for k in _inputs(run)}
     # What is equal stays a constant of the program, as it is in a run's own.
-    self.inputs = {k: np.asarray(v, np.float32) for k, v in self.inputs.items() if len(set(v)) > 1}
+    self.inputs = {
+      k: self.spread(np.asarray(v, np.float32)) for k, v in self.inputs.items() if len(set(v)) > 1
+    }
     self.state = self.first_state()
     step = self.over_members(self.step)
     self.step_fn = jax.jit(
@@ -185,11 +206,12 @@ class Population:
     return jax.shard_map(share, in_specs=specs, out_specs=jax.P('member'), check_vma=False)
 
   def first_state(self) -> dict:
-    """[members, ...]: restored or made."""
+    """[places, ...]: restored or made."""
     members = self.members
     if any(m.state is None for m in members):
-      keys = jnp.stack([jax.random.key(m.run.seed) for m in members])
-      made = jax.jit(self.over_members(lambda key, _: self.program.init(key)))(self.place(keys), ())
+      keys = self.spread([jax.random.key_data(jax.random.key(m.run.seed)) for m in members])
+      start = self.over_members(lambda key, _: self.program.init(jax.random.wrap_key_data(key)))
+      made = jax.jit(start)(keys, ())
     if all(m.state is None for m in members):
       return made
     host = lambda i, m: jax.device_get(
@@ -198,7 +220,7 @@ class Population:
     states = [host(i, m) for i, m in enumerate(members)]
     for m in members:
       m.state = None
-    return jax.tree.map(lambda *x: self.place(np.stack(x)), *states)
+    return jax.tree.map(lambda *x: self.spread(x), *states)
 
   def step(self, own: dict, shared: dict) -> tuple[dict, dict]:
     """One member's update, if it is still in training."""
@@ -207,7 +229,7 @@ class Population:
       values = {**_inputs(program.run), **own['inputs']}
       program = dataclasses.replace(program, run=_with_inputs(program.run, values))
     batch = own['batch'] or shared['batch']
-    go = lambda state: program.step(state, batch, own['rate'])
+    go = jax.jit(lambda state: program.step(state, batch, own['rate']))  # is traced once
     nothing = jax.tree.map(
       lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(go, own['state'])[1]
     )
@@ -220,6 +242,14 @@ class Population:
 
   def place(self, x, axis: str | None = 'member'):
     return jax.device_put(x, jax.NamedSharding(jax.sharding.get_mesh(), jax.P(axis)))
+
+  def spread(self, values: Sequence, spare=None):
+    """[places, ...] of a value of each member; `spare`, or the first one's again, where there is no member."""
+    more = [values[0] if spare is None else spare] * self.spare
+    return self.place(np.stack([*values, *more]))
+
+  def active(self):
+    return self.spread([m.status is None for m in self.members], spare=False)
 
   # The loop.
 
@@ -259,13 +289,13 @@ class Population:
       (shared,) = new.values()
     else:
       rows, shared = [new[m.run.seed, m.start] for m in members], {}
-      own = {k: self.place(np.stack([row[k] for row in rows])) for k in rows[0]}
+      own = {k: self.spread([row[k] for row in rows]) for k in rows[0]}
     rates = [m.rates[min(m.at, m.run.steps - 1)] for m in members]
     arguments = {
       'batch': own,
-      'rate': self.place(np.asarray(rates, np.float32)),
-      'active': self.place(np.asarray([m.status is None for m in members])),
-      'inputs': {k: self.place(v) for k, v in self.inputs.items()},
+      'rate': self.spread(np.asarray(rates, np.float32)),
+      'active': self.active(),
+      'inputs': self.inputs,
     }
     batch = {k: self.place(v, None) for k, v in shared.items()}
     self.state, scalars = self.step_fn(self.state, arguments, {'batch': batch})
@@ -294,8 +324,7 @@ class Population:
   def sums(self, i: int, frozen) -> tuple[float, float]:
     """Nats and target tokens of a whole stream, of member i; of all those in training at once."""
     if id(frozen) not in self.evaluated:
-      active = self.place(np.asarray([m.status is None for m in self.members]))
-      own, results = {'params': self.state['params'], 'active': active}, []
+      own, results = {'params': self.state['params'], 'active': self.active()}, []
       for batch in data.eval_batches(frozen, self.batch_size):
         batch = {k: self.place(v, None) for k, v in batch.items()}
         results.append(self.evaluate_fn(own, {'batch': batch}))

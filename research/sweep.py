@@ -50,7 +50,7 @@ if __name__ == '__main__':
 from research import configs, findings, launchers, status, sweep_report
 from research.scaling import designs
 from research.training import metrics, places
-from research.workers import Folder, Worker
+from research.workers import Folder, Worker, populations
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -157,12 +157,14 @@ def check_data(run, frozen, tokens: int, what: str) -> None:
 def get_done(flags, sweep: Sweep, runs: list[designs.Planned], folder: Folder, table) -> bool:
   """Every run over, by whatever starts the workers; False where that is left to the user."""
   launcher = launchers.named(flags.launcher) if flags.launcher else sweep.launcher
-  todo = lambda: sum(folder.row(run) is None for run in runs)
+  waiting = lambda: [run for run in runs if folder.row(run) is None]
+  todo = lambda: len(waiting())
   arguments = [f'--gin_file={file}' for file in flags.gin_file] + [f'--gin.{b}' for b in flags.gin]
   job = launchers.Job(
     arguments=(*arguments, f'--workdir={folder.path}', '--worker'),
     workdir=folder.path,
     todo=todo,
+    at_once=lambda: len(populations(sweep, waiting())),
     watch=lambda: table(runs),
     hung=lambda: hung(sweep, runs, folder),
   )
@@ -228,11 +230,12 @@ def work(sweep: Sweep, folder: Folder, peers: int) -> int:
   """A worker's process."""
   from research import train
 
-  worker = Worker(sweep, folder, peers)
+  worker, runs = Worker(sweep, folder, peers), folder.plan()
+  worker.share_cores(runs)
   (folder.path / 'workers').mkdir(exist_ok=True)
   (folder.path / 'workers' / str(os.getpid())).touch()  # it got this far
   try:
-    worker.work(folder.plan())
+    worker.work(runs)
   except train.Interrupted as stop:
     print(stop, file=sys.stderr)
     return 143

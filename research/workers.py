@@ -87,6 +87,14 @@ class Folder:
     return metrics.read_rows(self.run(planned) / 'metrics.jsonl')
 
 
+def populations(sweep: 'Sweep', runs: list[designs.Planned]) -> list[int]:
+  """How many members they have, if each is trained whole: of 1 where runs are alone."""
+  alike = collections.Counter(run.name if run.parent else Worker.kind(run) for run in runs)
+  return [
+    min(sweep.population, n - i) for n in alike.values() for i in range(0, n, sweep.population)
+  ]
+
+
 class Worker:
   """Takes leases of runs, does them, and leaves their rows; one of any number that share the folder."""
 
@@ -96,6 +104,7 @@ class Worker:
     self.sweep, self.folder, self.peers = sweep, folder, peers
     self.leases = leases.Leases(folder.path / 'runs', sweep.lease)
     self.alike: dict[tuple, list[designs.Planned]] = {}
+    self.shares_cores = False
 
   def work(self, runs: list[designs.Planned], poll: float = 1.0) -> None:
     """Until every run is over: those that nobody has, the most expensive first, so that the last are short.
@@ -116,6 +125,15 @@ class Worker:
         left -= planned.cost
       if not done:
         time.sleep(poll)
+
+  def share_cores(self, runs: list[designs.Planned]) -> None:
+    """Where `runs` make populations, the cores of this process are shared by their members."""
+    waiting = [run for run in runs if self.folder.row(run) is None]
+    largest = max(populations(self.sweep, waiting), default=1)
+    if largest > 1:
+      from research import population
+
+      self.shares_cores = population.share_cores(largest)
 
   @staticmethod
   def kind(run: designs.Planned) -> tuple:
@@ -245,7 +263,8 @@ class Worker:
         made.append(self.sweep.config(run))
       workdirs = [self.folder.run(run) for run, _ in members]
       with made[0].explains():
-        if len(members) == 1:
+        # Where a core is a device (`share_cores`), a run that is alone has one of them.
+        if len(members) == 1 and not (self.shares_cores and population.possible(made[0].build())):
           train.train(made[0].build(), workdirs[0], made[0].text, stream=logs[0])
         else:
           runs, texts = [config.build() for config in made], [config.text for config in made]

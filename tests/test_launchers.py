@@ -112,6 +112,25 @@ def test_workers_that_cannot_start_are_not_started_for_ever(tmp_path):
   assert started.read_text() == 'xxxx'
 
 
+@pytest.mark.parametrize(
+  ('at_once', 'shares'), [(1, [[0, 1, 2]]), (2, [[0, 2], [1]]), (9, [[0], [1], [2]])]
+)
+def test_workers_share_the_cores(at_once, shares, tmp_path, monkeypatch):
+  started = []
+
+  class Noting(launchers.Local):
+    @staticmethod
+    def start(job, cores, peers):
+      started.append((cores, peers))
+      return subprocess.Popen([sys.executable, '-c', ''])
+
+  monkeypatch.setattr(os, 'sched_getaffinity', lambda _: {0, 1, 2})
+  todo = lambda: 0 if started else 9
+  job = dataclasses.replace(JOB, workdir=tmp_path, todo=todo, at_once=lambda: at_once)
+  assert Noting().run(job)
+  assert started == [(cores, len(shares)) for cores in shares]
+
+
 def test_a_hung_worker_is_killed(tmp_path):
   """It is stopped: it neither works nor dies of SIGTERM."""
   workers, over = [], []

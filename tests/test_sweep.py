@@ -260,6 +260,15 @@ def test_runs_of_one_shape_are_trained_together(make, trained, tmp_path, monkeyp
   assert [len(group) for group in groups] == [2, 2]
 
 
+def test_how_many_populations_runs_make(make):
+  the_sweep = dataclasses.replace(build(make()), population=3)
+  _, (first, *_), _ = sweep.make_plan(the_sweep)
+  seeds = [dataclasses.replace(first, name=f'seed-{i}') for i in range(7)]
+  longer = dataclasses.replace(first, name='longer', steps=2 * first.steps)
+  branches = [dataclasses.replace(first, name=f'b{i}', parent='longer') for i in range(2)]
+  assert workers.populations(the_sweep, [*seeds, longer, *branches]) == [3, 3, 1, 1, 1, 1]
+
+
 def test_runs_of_one_shape_are_divided_only_where_others_would_wait(make, tmp_path, monkeypatch):
   from research import population, train
 

@@ -1,6 +1,6 @@
-"""Eight learning rates of W2: as eight runs one by one, each on every core, and as populations, one a core.
+"""Eight learning rates of W2: as eight runs one by one, each on every core, and as one population on them.
 
-    python experiments/speed/population.py [--steps 100] [--repeats 3]
+    python experiments/speed/population.py [--steps 25] [--repeats 3]
 
 Everything counts: processes, imports, compilation, training, evaluation, checkpoints. Each variant starts with
 no compiled program on disk (the runs one by one find those of the runs before them) and has the same cores; the
@@ -22,9 +22,9 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 RATES = [1e-4 * 2**i for i in range(8)]
 TOGETHER = """
-import json, os, pathlib, sys
-os.sched_setaffinity(0, {int(sys.argv[5])})
+import json, pathlib, sys
 from research import configs, population
+population.share_cores(8)
 bindings, rates = map(json.loads, sys.argv[2:4])
 made = [configs.load(sys.argv[1], [*bindings, f'LEARNING_RATE={rate}']) for rate in rates]
 folders = [pathlib.Path(sys.argv[4]) / str(rate) for rate in rates]
@@ -32,16 +32,13 @@ population.train_population([c.build() for c in made], folders, [c.text for c in
 """
 
 
-def started(commands: list[list[str]], environment: dict) -> None:
-  """Processes at the same time; all must end well."""
-  pipes = {'stdout': subprocess.DEVNULL, 'stderr': subprocess.PIPE, 'text': True}
-  running = [
-    subprocess.Popen([sys.executable, *c], env=environment, cwd=ROOT, **pipes) for c in commands
-  ]
-  errors = [process.communicate()[1] for process in running]
-  for process, error in zip(running, errors, strict=True):
-    if process.returncode:
-      sys.exit(f'{process.args} failed:\n{error}')
+def started(command: list[str], environment: dict) -> None:
+  """A process, which must end well."""
+  done = subprocess.run(
+    [sys.executable, *command], env=environment, cwd=ROOT, capture_output=True, text=True
+  )
+  if done.returncode:
+    sys.exit(f'{command} failed:\n{done.stderr}')
 
 
 def alone(bindings: list[str], workdir: pathlib.Path, environment: dict) -> None:
@@ -49,17 +46,13 @@ def alone(bindings: list[str], workdir: pathlib.Path, environment: dict) -> None
     flags = [f'--gin.{b}' for b in [*bindings, f'LEARNING_RATE={rate}']]
     file = '--gin_file=experiments/speed/w2.gin'
     command = ['-m', 'research.train', file, f'--workdir={workdir / str(rate)}', *flags]
-    started([command], environment)
+    started(command, environment)
 
 
 def together(bindings: list[str], workdir: pathlib.Path, environment: dict) -> None:
-  cores = sorted(os.sched_getaffinity(0))[: len(RATES)]
-  commands = []
-  for i, core in enumerate(cores):  # as a sweep's workers share them
-    share = json.dumps(RATES[i :: len(cores)])
-    file = 'experiments/speed/w2.gin'
-    commands.append(['-c', TOGETHER, file, json.dumps(bindings), share, str(workdir), str(core)])
-  started(commands, environment)
+  file = 'experiments/speed/w2.gin'
+  arguments = [file, json.dumps(bindings), json.dumps(RATES), str(workdir)]
+  started(['-c', TOGETHER, *arguments], environment)
 
 
 def measure(variant, bindings: list[str], cache: pathlib.Path) -> dict:
@@ -82,7 +75,7 @@ def measure(variant, bindings: list[str], cache: pathlib.Path) -> dict:
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-  parser.add_argument('--steps', type=int, default=100)
+  parser.add_argument('--steps', type=int, default=25)
   parser.add_argument('--repeats', type=int, default=3)
   parser.add_argument('--cache', help='a data cache; by default one that is made and thrown away')
   flags = parser.parse_args()
@@ -93,7 +86,7 @@ def main() -> None:
     once = [*bindings, 'LEARNING_RATE=1e-4', 'Run.steps=1']
     freeze = ['-m', 'research.train', '--gin_file=experiments/speed/w2.gin']
     with tempfile.TemporaryDirectory() as workdir:  # freezes the text
-      started([[*freeze, f'--workdir={workdir}/0', *(f'--gin.{b}' for b in once)]], environment)
+      started([*freeze, f'--workdir={workdir}/0', *(f'--gin.{b}' for b in once)], environment)
     results = {'alone': [], 'together': []}
     for _ in range(flags.repeats):
       for name, variant in (('alone', alone), ('together', together)):
