@@ -86,7 +86,7 @@ def fit(sweep: 'Sweep', rows: list[dict], **options) -> 'Analysis':
       curves.setdefault(row[named.params], []).append(row)
   by_tokens = lambda members: sorted((row['tokens'], row['loss']) for row in members)
   curves = {m[0]['run']: by_tokens(m) for m in curves.values() if len(m) > 1}
-  return fit_results(rows, columns=named, curves=curves, **options)
+  return fit_results(rows, columns=named, curves=curves, fixed=sweep.fixed, **options)
 
 
 def provisional_law(sweep: 'Sweep', rows: list[dict]) -> str:

@@ -71,6 +71,8 @@ class Sweep:
     launcher: what starts the workers.
     prior, noise: a law and the scatter of ln loss between seeds, on which --plan tries what the design would
       find; None for Chinchilla's, with its optimum at the middle of the design.
+    fixed: parameters of the law that are known, such as {'E': 0.8} by earlier sweeps of the same data and
+      vocabulary: the irreducible loss is what a small sweep can tell least.
     bindings: more gin bindings for every run, as on a command line.
     question: what the sweep asks, for its report.
   """
@@ -86,6 +88,7 @@ class Sweep:
   launcher: launchers.Launcher = dataclasses.field(default_factory=launchers.Local)
   prior: dict | None = None
   noise: float = 0.01
+  fixed: dict | None = None
   bindings: tuple[str, ...] = ()
   question: str = 'What is the compute-optimal size of this model?'
 
@@ -98,6 +101,11 @@ class Sweep:
       name = type(self.design).__name__
       raise Invalid(
         Sweep, 'forecast', f'only an IsoFlop design has a forecast run; set it to None for {name}.'
+      )
+    unknown = set(self.fixed or ()) - {'E', 'A', 'B', 'alpha', 'beta'}
+    if unknown:
+      raise Invalid(
+        Sweep, 'fixed', f'Chinchilla has no {min(unknown)!r}; it has E, A, B, alpha and beta.'
       )
     for field, least in (
       ('forecast_seeds', 1),

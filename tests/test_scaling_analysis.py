@@ -105,6 +105,22 @@ def test_a_sweep_without_an_asymptote_trusts_its_power_law():
   assert found.forecast(1e15).loss == pytest.approx(3 * 100**-0.08, rel=0.003)
 
 
+def test_an_asymptote_that_is_known_is_that_of_both_approaches(rows, analysis):
+  known = fit_results(rows, fixed={'E': TRUE['E']}, conventions=False)
+  f, free = known.forecast(1e15), analysis.forecast(1e15)
+  truth = float(laws.Chinchilla()(TRUE, params=f.params, tokens=f.tokens))
+  assert abs(free.parts['approach 2'] / truth - 1) > 0.015
+  for told in f.parts.values():  # the noise of the rows is .2%
+    assert abs(told / truth - 1) < 0.003
+  assert f.loss_low < truth < f.loss_high
+  assert f.loss_high - f.loss_low < (free.loss_high - free.loss_low) / 2
+  assert Analysis.from_json(known.to_json()).forecast(1e15) == f
+  with pytest.raises(
+    NoForecast, match=r'The isoFLOP minimum 2\.\d+ is not above E, which is held at 9'
+  ):
+    fit_results(rows, law=laws.by_name('TiedChinchilla'), fixed={'E': 9.0}, conventions=False)
+
+
 def test_both_approaches_find_the_exponent(analysis):
   """How often the intervals hold the truth is another test's business; here: close, and of a sane width."""
   for name in ('a, approach 2', 'a, approach 3'):

@@ -15,7 +15,7 @@ import types
 import pytest
 
 from research import configs, estimate, findings, status, sweep, sweep_report, workers
-from research.errors import UserError
+from research.errors import Invalid, UserError
 from research.scaling import laws
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -129,6 +129,16 @@ def test_the_law_is_found_and_its_forecast_comes_before_the_run(make, trained, t
   assert f'{outcome["loss"]:.4f}' in page
   assert forecast['registered'] in page
   assert (tmp_path / 'results.csv').read_text().count('\n') == 1 + len(rows) + 1
+
+
+def test_what_is_known_of_the_law_is_held(make, trained, tmp_path):
+  the_sweep = dataclasses.replace(build(make()), fixed={'E': LAW['E']})
+  _, runs, _ = sweep.make_plan(the_sweep)
+  work(the_sweep, workers.Folder(tmp_path), runs)
+  found = findings.conclude(workers.Folder(tmp_path), the_sweep, runs)
+  assert found.approach3.parameters['E'] == found.approach2.loss.floor == LAW['E']
+  with pytest.raises(Invalid, match=r"Sweep\.fixed: Chinchilla has no 'e'; it has E, A, B"):
+    dataclasses.replace(the_sweep, fixed={'e': 1.0})
 
 
 def test_finished_runs_are_not_done_again_and_a_held_one_is_left_alone(make, trained, tmp_path):

@@ -130,7 +130,7 @@ class Analysis:
       return Optimum(*planning.optimum(self.approach3.law, values, flops, self.cost))
     s = self.approach2.samples
     line = lambda i: np.exp(s[:, i + 1 : i + 2] + s[:, i : i + 1] * np.log(flops))
-    return Optimum(line(0), line(2), line(4))
+    return Optimum(line(0), line(2), self.approach2.loss.floor + line(4))
 
   def exponents(self) -> dict[str, tuple[float, float, float]]:
     """{'a, approach 2': (value, low, high), ...}: N* ~ C^a and D* ~ C^b by each approach."""
@@ -279,7 +279,7 @@ def fit_results(
     profile, noise: approach 2's interpolation and seed noise; see approaches.isoflop.
     curves: run -> [(tokens, loss), ...] for approach 1.
     drop_highest: leave out this many of the highest losses (Besiroglu et al. 2024 drop 5).
-    robust, delta, tau, starts, residuals, fixed, tied: see fits.fit.
+    robust, delta, tau, starts, residuals, fixed, tied: see fits.fit. A fixed E is approach 2's asymptote too.
     resample: 'residual', 'pairs', 'cluster by run' or 'cluster by budget'.
     conventions: also fit every count of N and C that the rows hold, for the table of conventions.
   """
@@ -294,10 +294,11 @@ def fit_results(
     raise LawError(f'{replicates} bootstrap replicates tell no interval; ask for 1 or more.')
   cost = planning.fit_cost(seen.params, seen.tokens, seen.flops)
   refusals: dict[str, str] = {}
+  floor = float((fixed or {}).get('E', 0.0))
   one = _approach1(curves, seen, cost, refusals)
   try:
     two = approaches.isoflop(
-      seen, cost, method=profile, noise=noise, replicates=replicates, seed=seed
+      seen, cost, method=profile, noise=noise, floor=floor, replicates=replicates, seed=seed
     )
   except approaches.NoAllocation as e:
     two, refusals['approach 2'] = None, str(e)

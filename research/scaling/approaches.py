@@ -45,21 +45,22 @@ class Profile:
 
 @dataclasses.dataclass(frozen=True)
 class PowerLaw:
-  """y = exp(ln_k) C^exponent, fitted in logarithms; `error` is the exponent's standard error."""
+  """y = floor + exp(ln_k) C^exponent, fitted in logarithms; `error` is the exponent's standard error."""
 
   exponent: float
   ln_k: float
   error: float = np.nan
+  floor: float = 0.0
 
   def __call__(self, flops):
-    return np.exp(self.ln_k + self.exponent * np.log(flops))
+    return self.floor + np.exp(self.ln_k + self.exponent * np.log(flops))
 
 
 @dataclasses.dataclass(frozen=True)
 class Allocation:
   """N*(C), D*(C) and the lowest loss L*(C) as power laws through the optima of approach 1 or 2.
 
-  `samples` [replicates, 6]: exponent and ln k of N*, of D* and of L* under a bootstrap.
+  `samples` [replicates, 6]: exponent and ln k of N*, of D* and of L* (less its floor) under a bootstrap.
   """
 
   approach: int
@@ -166,9 +167,9 @@ def _minimum(ln_n, loss, method) -> tuple[float, float, str | None]:
   return float(at), float(curve(at)), None
 
 
-def power_law(flops, values, weights=None) -> PowerLaw:
-  """Weighted least squares of ln values on ln C."""
-  x, y = np.log(flops), np.log(values)
+def power_law(flops, values, weights=None, floor: float = 0.0) -> PowerLaw:
+  """Weighted least squares of ln (values - floor) on ln C."""
+  x, y = np.log(flops), np.log(values - floor)
   w = np.ones_like(x) if weights is None else np.asarray(weights, np.float64)
   mx, my = np.average(x, weights=w), np.average(y, weights=w)
   sxx = (w * (x - mx) ** 2).sum()
@@ -176,7 +177,7 @@ def power_law(flops, values, weights=None) -> PowerLaw:
   rest = y - my - slope * (x - mx)
   dof = len(x) - 2
   error = np.sqrt((w * rest**2).sum() / dof / sxx) if dof > 0 else np.nan
-  return PowerLaw(float(slope), float(my - slope * mx), float(error))
+  return PowerLaw(float(slope), float(my - slope * mx), float(error), floor)
 
 
 def isoflop(
@@ -186,17 +187,20 @@ def isoflop(
   method: str = 'parabola',
   window: float | None = None,
   noise: float | None = None,
+  floor: float = 0.0,
   replicates: int = 1000,
   seed: int = 0,
 ) -> Allocation:
-  """Approach 2: the minimum of each budget's profile, then N* = k C^a and D* = k C^b.
+  """Approach 2: the minimum of each budget's profile, then N* = k C^a and D* = k C^b, and L* = floor + k C^-c.
+
+  `floor`: the irreducible loss in nats, where it is known from elsewhere: a few budgets cannot tell it.
 
   `noise`: the loss's standard deviation from seed to seed, in nats, where it is known. Then each optimum is
   the median over noisy copies of its curve and counts by the inverse of its variance (no less than a third
   of the spacing of sizes), and a curve most of whose copies have no minimum inside is refused: the procedure
   of Porian et al. 2024 (arXiv:2406.19146, appendix). Otherwise optima count alike, and intervals come from the
   residuals about the profiles, pooled over budgets (with Akima, which leaves none, about parabolas).
-  Raises NoAllocation where fewer than two budgets have a minimum that counts.
+  Raises NoAllocation where fewer than two budgets have a minimum that counts, or one lies below the floor.
   """
   if method not in METHODS:
     raise NoAllocation(
@@ -231,16 +235,20 @@ def isoflop(
       f'{len(used)} of {len(profiles)} budgets have an isoFLOP minimum, and a power law needs 2'
       + (f' ({reasons}).' if reasons else '.')
     )
-  c = np.array([p.flops for p in used])
+  c, lowest = (np.array([getattr(p, k) for p in used]) for k in ('flops', 'loss_opt'))
+  if not floor < lowest.min():
+    raise NoAllocation(
+      f'The isoFLOP minimum {lowest.min():.4g} is not above E, which is held at {floor:g}; hold it lower.'
+    )
   n, d = (np.array([getattr(p, k) for p in used]) for k in ('params_opt', 'tokens_opt'))
   return Allocation(
     2,
     method,
     power_law(c, n, weights),
     power_law(c, d, weights),
-    power_law(c, np.array([p.loss_opt for p in used]), weights),
+    power_law(c, lowest, weights, floor),
     tuple(profiles),
-    _resample(used, cost, method, noise, weights, replicates, rng),
+    _resample(used, cost, method, noise, weights, floor, replicates, rng),
     _drift(used),
   )
 
@@ -266,8 +274,8 @@ def _steady(p: Profile, cost, noise, replicates, rng) -> tuple[Profile, float]:
   return dataclasses.replace(p, refused=None, **best), float(spread)
 
 
-def _resample(used, cost, method, noise, weights, replicates, rng) -> np.ndarray:
-  """[replicates, 6]: exponent and ln k of N*, D* and L* for redrawn losses."""
+def _resample(used, cost, method, noise, weights, floor, replicates, rng) -> np.ndarray:
+  """[replicates, 6]: exponent and ln k of N*, D* and L* - floor for redrawn losses."""
   smooth, residuals, freedom = [], [], 0
   for p in used:
     degree = _DEGREE.get(method, 2)
@@ -290,11 +298,11 @@ def _resample(used, cost, method, noise, weights, replicates, rng) -> np.ndarray
     minima[:, j], lowest[:, j] = _minima(np.log(p.params), center + drawn, method)
   samples = np.full((replicates, 6), np.nan)
   for r in range(replicates):
-    good = np.isfinite(minima[r])
+    good = np.isfinite(minima[r]) & (lowest[r] > floor)
     if good.sum() >= 2:
       c, n = np.exp(ln_c[good]), np.exp(minima[r, good])
       w = None if weights is None else weights[good]
-      laws = [power_law(c, v, w) for v in (n, cost.tokens(n, c), lowest[r, good])]
+      laws = [power_law(c, v, w) for v in (n, cost.tokens(n, c), lowest[r, good] - floor)]
       samples[r] = [value for law in laws for value in (law.exponent, law.ln_k)]
   return samples
 

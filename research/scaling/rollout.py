@@ -38,7 +38,7 @@ def roll_out(
     top, larger = found[k - 1].flops, found[k:]
     ratio = [p.flops / top for p in larger]
     flops = np.array([p.flops for p in larger])
-    told = {'approach 2': approaches.power_law(*_lowest(found[:k]))(flops)}
+    told = {'approach 2': approaches.power_law(*_lowest(found[:k]), floor=two.loss.floor)(flops)}
     below = seen.flops <= 1.05 * top
     if three is not None and below.sum() > len(three.problem.free):
       law = fits.refit(three, weights=three.weights * below)
