@@ -26,6 +26,13 @@ JOB = launchers.Job(
 )  # fmt: skip
 
 
+SLURM = """
+from research import launchers
+sweep.Sweep.launcher = @launchers.Slurm()
+launchers.Slurm.parameters = {'cpus_per_task': 1}
+"""
+
+
 def commands(text: str) -> list[list[str]]:
   return [shlex.split(line) for line in text.splitlines() if line and not line.startswith('#')]
 
@@ -175,9 +182,7 @@ def test_slurm_runs_a_sweep_and_a_preempted_run_is_finished_from_its_checkpoint(
     monkeypatch.delenv(name, raising=False)
   file = tmp_path / 'sweep.gin'
   text = SWEEP.format(files=text_file).replace('(2e5, 4e5, 6e5)', '(1e6, 1.2e6)')
-  file.write_text(text.replace('@launchers.Local()', '@launchers.Slurm()').replace(
-    'launchers.Local.workers = 2', "launchers.Slurm.parameters = {'cpus_per_task': 1}"
-  ))  # fmt: skip
+  file.write_text(text + SLURM)
   sweeping, jobs = Sweeping(file, tmp_path / 'sweep'), []
   submit = launchers.Slurm.submit
 
@@ -188,7 +193,7 @@ def test_slurm_runs_a_sweep_and_a_preempted_run_is_finished_from_its_checkpoint(
   monkeypatch.setattr(launchers.Slurm, 'submit', noted)
   sweeping.start()
   running, deadline = None, time.monotonic() + 240
-  while running is None and time.monotonic() < deadline:
+  while (running is None or not jobs) and time.monotonic() < deadline:
     time.sleep(0.2)
     running = next(
       (r for r in sweeping.runs if sweeping.folder.step(r) and not sweeping.folder.row(r)), None
