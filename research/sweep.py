@@ -102,11 +102,13 @@ class Sweep:
       raise Invalid(
         Sweep, 'forecast', f'only an IsoFlop design has a forecast run; set it to None for {name}.'
       )
-    unknown = set(self.fixed or ()) - {'E', 'A', 'B', 'alpha', 'beta'}
-    if unknown:
-      raise Invalid(
-        Sweep, 'fixed', f'Chinchilla has no {min(unknown)!r}; it has E, A, B, alpha and beta.'
-      )
+    if self.fixed:
+      from research.scaling import laws
+
+      names = list(laws.Chinchilla.parameters)
+      if unknown := sorted(set(self.fixed) - set(names)):
+        why = f'Chinchilla has no {unknown[0]!r}; it has {", ".join(names)}.'
+        raise Invalid(Sweep, 'fixed', why)
     for field, least in (
       ('forecast_seeds', 1),
       ('population', 1),

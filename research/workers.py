@@ -263,11 +263,11 @@ class Worker:
         made.append(self.sweep.config(run))
       workdirs = [self.folder.run(run) for run, _ in members]
       with made[0].explains():
+        runs, texts = [config.build() for config in made], [config.text for config in made]
         # Where a core is a device (`share_cores`), a run that is alone has one of them.
-        if len(members) == 1 and not (self.shares_cores and population.possible(made[0].build())):
-          train.train(made[0].build(), workdirs[0], made[0].text, stream=logs[0])
+        if len(runs) == 1 and not (self.shares_cores and population.possible(runs[0])):
+          train.train(runs[0], workdirs[0], texts[0], stream=logs[0])
         else:
-          runs, texts = [config.build() for config in made], [config.text for config in made]
           population.train_population(runs, workdirs, texts, logs)
 
   def branch(self, planned: designs.Planned) -> None:
