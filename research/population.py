@@ -21,7 +21,7 @@ import numpy as np
 from research import data, train
 from research.errors import UserError
 from research.run import Run
-from research.training import metrics, places
+from research.training import ahead, metrics, places
 
 OPTIMIZER_INPUTS = ('weight_decay', 'weight_decay_rate', 'b1', 'b2', 'eps')
 """Numbers of optimizers that members may differ in; optax computes with them and never asks what they are."""
@@ -78,8 +78,16 @@ class _Member(train._Loop):
     super().__init__(*args)
     self.at = self.start
 
+  @property
+  def order(self) -> tuple[int, int]:
+    """What the order of its batches follows from."""
+    return self.run.seed, self.start
+
+  def compile(self):
+    pass  # for all members at once, and so is the state made
+
   def initial(self):
-    return None  # made for all members at once
+    return None
 
   def sum_losses(self, frozen) -> tuple[float, float]:
     return self.sums(frozen)
@@ -165,7 +173,13 @@ class Population:
     self.program = train.make_program(run)
     train.check_fits(run, self.program.vocab, self.program.inputs, frozen)
     count = train.count_of(run)
-    self.frozen, self.batch_size = frozen, run.batch_size
+    self.runs, self.frozen, self.batch_size = runs, frozen, run.batch_size
+    self.inputs = {k: [_inputs(r)[k] for r in runs] for k in _inputs(run)}
+    # What is equal stays a constant of the program, as it is in a run's own.
+    self.inputs = {
+      k: self.spread(np.asarray(v, np.float32)) for k, v in self.inputs.items() if len(set(v)) > 1
+    }
+    self.compile(workdirs, validation)
     self.members = []
     for i, (own, workdir, stream) in enumerate(zip(runs, workdirs, streams, strict=True)):
       sums = functools.partial(self.sums, i)
@@ -174,17 +188,7 @@ class Population:
       )
       stack.callback(member.close)  # the last first: each restores the signal's handler before it
       self.members.append(member)
-    self.inputs = {k: [_inputs(r)[k] for r in runs] for k in _inputs(run)}
-    # What is equal stays a constant of the program, as it is in a run's own.
-    self.inputs = {
-      k: self.spread(np.asarray(v, np.float32)) for k, v in self.inputs.items() if len(set(v)) > 1
-    }
     self.state = self.first_state()
-    step = self.over_members(self.step)
-    self.step_fn = jax.jit(
-      lambda state, own, shared: step({'state': state, **own}, shared), donate_argnums=0
-    )
-    self.evaluate_fn = jax.jit(self.over_members(self.evaluate))
     self.evaluated: dict = {}
 
   # What is compiled.
@@ -205,13 +209,37 @@ class Population:
     specs = (jax.P('member'), jax.P())
     return jax.shard_map(share, in_specs=specs, out_specs=jax.P('member'), check_vma=False)
 
+  def compile(self, workdirs, validation) -> None:
+    """Begins to compile what makes, trains and evaluates the members, before they are opened."""
+    start = self.over_members(lambda key, _: self.program.init(jax.random.wrap_key_data(key)))
+    step, evaluate = self.over_members(self.step), self.over_members(self.evaluate)
+    self.init_fn = jax.jit(start)
+    state = ahead.on_mesh(jax.eval_shape(self.init_fn, self.keys(), ()))
+    saved = [places.saved_steps(workdir / 'checkpoints') for workdir in workdirs]
+    orders = [(r.seed, max(steps, default=0)) for r, steps in zip(self.runs, saved, strict=True)]
+    batches = {o: data.batch_at(self.frozen, self.program.run.batches, *o) for o in orders}
+    active = self.spread([True] * self.size, spare=False)
+    arguments = self.arguments(batches, orders, [0.0] * self.size, active)
+    self.step_fn = ahead.jit(
+      lambda state, own, shared: step({'state': state, **own}, shared),
+      state,
+      *arguments,
+      donate_argnums=0,
+    )
+    if not all(saved):
+      self.init_fn = ahead.jit(start, self.keys(), ())
+    batch = next(data.eval_batches(validation, self.batch_size))
+    own = {'params': state['params'], 'active': active}
+    self.evaluate_fn = ahead.jit(evaluate, own, self.shared(batch))
+
+  def keys(self):
+    return self.spread([jax.random.key_data(jax.random.key(run.seed)) for run in self.runs])
+
   def first_state(self) -> dict:
     """[places, ...]: restored or made."""
     members = self.members
     if any(m.state is None for m in members):
-      keys = self.spread([jax.random.key_data(jax.random.key(m.run.seed)) for m in members])
-      start = self.over_members(lambda key, _: self.program.init(jax.random.wrap_key_data(key)))
-      made = jax.jit(start)(keys, ())
+      made = self.init_fn(self.keys(), ())
     if all(m.state is None for m in members):
       return made
     host = lambda i, m: jax.device_get(
@@ -243,6 +271,9 @@ class Population:
   def place(self, x, axis: str | None = 'member'):
     return jax.device_put(x, jax.NamedSharding(jax.sharding.get_mesh(), jax.P(axis)))
 
+  def shared(self, batch: dict) -> dict:
+    return {'batch': {k: self.place(v, None) for k, v in batch.items()}}
+
   def spread(self, values: Sequence, spare=None):
     """[places, ...] of a value of each member; `spare`, or the first one's again, where there is no member."""
     more = [values[0] if spare is None else spare] * self.spare
@@ -255,10 +286,7 @@ class Population:
 
   def train(self) -> list[dict]:
     members = self.members
-    batches = {
-      (m.run.seed, m.start): data.batches(self.frozen, m.run.batches, m.run.seed, start=m.start)
-      for m in members
-    }
+    batches = {m.order: data.batches(self.frozen, m.run.batches, *m.order) for m in members}
     self.pause([m for m in members if m.at == m.run.steps])
     pending = []
     while live := self.living():
@@ -283,23 +311,36 @@ class Population:
 
   def advance(self, batches: dict) -> dict:
     """Dispatches the next step of every member that is in training; the metrics [members] of it."""
-    members, own, self.evaluated = self.members, {}, {}
+    members, self.evaluated = self.members, {}
     new = {order: next(stream) for order, stream in batches.items()}
-    if len(new) == 1:
-      (shared,) = new.values()
-    else:
-      rows, shared = [new[m.run.seed, m.start] for m in members], {}
-      own = {k: self.spread([row[k] for row in rows]) for k in rows[0]}
     rates = [m.rates[min(m.at, m.run.steps - 1)] for m in members]
-    arguments = {
-      'batch': own,
+    arguments = self.arguments(new, [m.order for m in members], rates, self.active())
+    self.state, scalars = self.step_fn(self.state, *arguments)
+    return scalars
+
+  def arguments(self, batches: dict, orders: list, rates: list, active) -> tuple[dict, dict]:
+    """What the step takes beside the state: each member's own, and what they share.
+
+    Args:
+      batches: host arrays by order of the data, one that all members share or several.
+      orders: of each member.
+      rates: of each member.
+      active: [places], who is in training.
+    """
+    own = {
+      'batch': {},
       'rate': self.spread(np.asarray(rates, np.float32)),
-      'active': self.active(),
+      'active': active,
       'inputs': self.inputs,
     }
-    batch = {k: self.place(v, None) for k, v in shared.items()}
-    self.state, scalars = self.step_fn(self.state, arguments, {'batch': batch})
-    return scalars
+    if len(batches) == 1:
+      (batch,) = batches.values()
+      return own, self.shared(batch)
+    rows = [batches[order] for order in orders]
+    return {
+      **own,
+      'batch': {k: self.spread([row[k] for row in rows]) for k in rows[0]},
+    }, self.shared({})
 
   def look(self, pending: list) -> None:
     """The members' metrics of a step; who has no number for a loss is out."""
@@ -326,8 +367,7 @@ class Population:
     if id(frozen) not in self.evaluated:
       own, results = {'params': self.state['params'], 'active': self.active()}, []
       for batch in data.eval_batches(frozen, self.batch_size):
-        batch = {k: self.place(v, None) for k, v in batch.items()}
-        results.append(self.evaluate_fn(own, {'batch': batch}))
+        results.append(self.evaluate_fn(own, self.shared(batch)))
       nll, tokens = np.asarray(jax.device_get(results), np.float64).sum(0)
       self.evaluated[id(frozen)] = nll, tokens
     nll, tokens = self.evaluated[id(frozen)]

@@ -39,7 +39,7 @@ from flax import nnx
 from research import configs, data, distributed, sharding
 from research.model import counts, layers
 from research.run import Run
-from research.training import losses, metrics, places
+from research.training import ahead, losses, metrics, places
 from research.training.checkpoints import Checkpoints
 
 
@@ -336,9 +336,8 @@ class _Loop:
     self.frozen, self.validation, self.count = frozen, validation, count
     self.signal = _Signal()
     self.checkpoints = Checkpoints(workdir / 'checkpoints', keep=run.keep_checkpoints)
-    self.step_fn = jax.jit(program.step, donate_argnums=0)
-    self.evaluate_fn = jax.jit(program.evaluate)
     self.rates = rates(run)
+    self.compile()
     restored = self.checkpoints.restore(program.abstract, log=self._say(stream))
     if restored:
       self.start, self.state, meta = restored
@@ -354,8 +353,23 @@ class _Loop:
     self.clock = time.monotonic()
     self.began = self.clock - self.seconds
 
+  def compile(self) -> None:
+    """Begins to compile what the run calls."""
+    program, run, share = self.program, self.run, sharding.host_share()
+    self.init_fn = jax.jit(program.init)
+    state = ahead.on_mesh(program.abstract)
+    batch = sharding.place(data.batch_at(self.frozen, run.batches, run.seed, 0, *share))
+    self.step_fn = ahead.jit(program.step, state, batch, self.rates[0], donate_argnums=0)
+    if not places.saved_steps(self.workdir / 'checkpoints'):
+      self.init_fn = ahead.jit(program.init, self.key())
+    batch = sharding.place(next(data.eval_batches(self.validation, run.batch_size, *share)))
+    self.evaluate_fn = ahead.jit(program.evaluate, state['params'], batch)
+
   def initial(self) -> dict:
-    return jax.jit(self.program.init)(jax.random.key(self.run.seed))
+    return self.init_fn(self.key())
+
+  def key(self) -> jax.Array:
+    return jax.random.key(self.run.seed)
 
   @staticmethod
   def _say(stream):

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from research import configs, data, streams, train
+from research import configs, data, sharding, streams, train
 from research.errors import UserError
 from research.model import counts
 from research.training import metrics
@@ -286,3 +286,22 @@ def test_a_mixture_is_evaluated_part_by_part(text_file, one_device, tmp_path):
   assert seen * sizes[0] == pytest.approx(3 * held_out * sizes[1])
   assert seen * sizes[0] + held_out * sizes[1] == pytest.approx(5 * the_run.batch_size)
   assert row['epochs'] == max(seen, held_out)
+
+
+@pytest.fixture
+def compile_logs():
+  jax.config.update('jax_log_compiles', True)  # in every thread, as the context manager does not
+  yield
+  jax.config.update('jax_log_compiles', False)
+
+
+@pytest.mark.parametrize('mesh', [None, sharding.Mesh(fsdp=4, tensor=2)])
+def test_what_is_compiled_ahead_is_what_is_called(mesh, text_file, tmp_path, caplog, compile_logs):
+  """Each of a run's programs is compiled once, and a second time for nobody's call."""
+  more = {'Run.steps': 4, 'Run.eval_every': 2}
+  the_run = dataclasses.replace(load('decoder', text_file, **more).build(), mesh=mesh)
+  with caplog.at_level('WARNING'), open(os.devnull, 'w') as silence:
+    train.train(the_run, tmp_path, stream=silence)
+  for program in ('init', 'step', 'evaluate'):
+    done = [m for m in caplog.messages if f'XLA compilation of jit({program})' in m]
+    assert len(done) == 1, program

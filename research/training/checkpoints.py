@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from research.errors import UserError
-from research.training import places
+from research.training import ahead, places
 
 
 def names(tree) -> dict[str, Any]:
@@ -102,14 +102,7 @@ class Checkpoints:
     Raises:
       UserError: the checkpoint holds another model: names what is missing, extra or misshapen.
     """
-    mesh = jax.sharding.get_mesh()
-    # eval_shape gives shardings on an abstract mesh, which Orbax refuses.
-    sharding = lambda x: jax.sharding.NamedSharding(
-      mesh, x.sharding.spec if x.sharding else jax.P()
-    )
-    target = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(x)), abstract_state
-    )
+    target = ahead.on_mesh(abstract_state)
     for step in sorted(self.manager.all_steps(), reverse=True):
       self._check_same_model(step, target)
       items = ocp.args.Composite(

@@ -1,0 +1,39 @@
+"""Programs that are compiled in the background: a run has three, and XLA compiles each on few cores."""
+
+import concurrent.futures
+import os
+
+import jax
+
+# Those that were asked for first are first: as many at once as there are cores to compile on.
+_compilers = concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 8), 'compiler')
+
+
+def on_mesh(abstract):
+  """Shapes as `jax.eval_shape` gives them, on the mesh in use: as Orbax restores and jax compiles."""
+  mesh = jax.sharding.get_mesh()  # eval_shape's is an abstract one, which they refuse
+  sharding = lambda x: jax.NamedSharding(mesh, x.sharding.spec if x.sharding else jax.P())
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(x)), abstract
+  )
+
+
+def jit(f, *arguments, **options):
+  """`jax.jit(f, **options)`, which is being compiled for `arguments` from now on, under the mesh in use.
+
+  Calls wait for that. Those with other shapes are compiled when they come, as ever.
+
+  Args:
+    f: a function. It is traced at once: Python does one thing at a time.
+    *arguments: as it will be called first: arrays, or shapes `on_mesh`.
+    **options: of `jax.jit`.
+  """
+  jitted = jax.jit(f, **options)
+  # jax keeps the lowered program, and with it what it is compiled to, for the call.
+  compiled = _compilers.submit(jitted.lower(*arguments).compile)
+
+  def call(*arguments):
+    compiled.result()
+    return jitted(*arguments)
+
+  return call
