@@ -148,40 +148,43 @@ class Analysis:
     return out
 
   def forecast(self, flops: float | None = None, *, params=None, tokens=None) -> Forecast:
-    """The loss at the optimum of `flops`, or of a run of given `params` and `tokens`."""
+    """The loss at the optimum of `flops`, or of a run of given `params` and `tokens`.
+
+    Where two approaches have a share, the loss is their mean, and N* and D* their geometric means.
+    """
     given = params is not None and tokens is not None
     if not given and flops is None:
       raise NoForecast('forecast needs flops, or params and tokens.')
     if given:
       flops = float(self.cost.flops(params, tokens)) if flops is None else float(flops)
-    best, many, shares = self.optimum(flops), self.optimum_samples(flops), self.shares
-    excess = 0.0  # over the optimum's loss; approach 2 knows only the optimum
+    shares, optima = self.shares, {}
+    for name in shares:
+      part = self if name == 'approach 3' else dataclasses.replace(self, approach3=None)
+      optima[name] = part.optimum(flops), part.optimum_samples(flops)
+    losses = {name: (best.loss, np.ravel(many.loss)) for name, (best, many) in optima.items()}
+    if given and self.approach3 is not None:
+      law = self.approach3.law(self.bootstrap.parameters, params=params, tokens=tokens)
+      loss = self.predict(params, tokens)
+      excess = loss - self.optimum(flops).loss  # approach 2 knows only the optimum
+      losses = {name: (own + excess, drawn + excess) for name, (own, drawn) in losses.items()}
+      losses |= {'approach 3': (loss, np.ravel(law))} if 'approach 3' in shares else {}
+    parts = {name: float(own) for name, (own, _) in losses.items()}
+    loss = sum(share * parts[name] for name, share in shares.items())
+    samples = [_mixture([self._with_noise(drawn) for _, drawn in losses.values()], shares)]
     if given:
-      if self.approach3 is not None:
-        values = self.bootstrap.parameters
-        loss, losses = (
-          self.predict(params, tokens),
-          self.approach3.law(values, params=params, tokens=tokens),
-        )
-        excess, best, many = loss - best.loss, best._replace(loss=loss), many._replace(loss=losses)
-      best = best._replace(params=params, tokens=tokens)
-      many = many._replace(params=np.array([params]), tokens=np.array([tokens]))
-    losses = {'approach 3': (best.loss, many.loss)}
-    if 'approach 2' in shares:
-      two = dataclasses.replace(self, approach3=None)
-      losses['approach 2'] = (
-        two.optimum(flops).loss + excess,
-        two.optimum_samples(flops).loss + excess,
-      )
-    parts = {approach: float(losses[approach][0]) for approach in shares}
-    drawn = [self._with_noise(np.ravel(losses[approach][1])) for approach in shares]
-    loss = sum(share * parts[k] for k, share in shares.items())
-    samples = (_mixture(drawn, shares), many.params, many.tokens)
-    intervals = [tuple(map(float, self.interval(np.ravel(v)))) for v in samples]
+      best = params, tokens
+      samples += [np.array([params]), np.array([tokens])]
+    else:
+      # An allocation is a place on a logarithmic axis: approach 3's own is no better than its loss.
+      logs = [np.log(optimum[:2]) * shares[name] for name, (optimum, _) in optima.items()]
+      best = np.exp(sum(logs))
+      for axis in range(2):
+        drawn = [np.ravel(many[axis]) for _, many in optima.values()]
+        samples.append(_mixture(drawn, shares))
+    intervals = [tuple(map(float, self.interval(v))) for v in samples]
     return Forecast(
       float(flops),
-      float(best.params),
-      float(best.tokens),
+      *map(float, best),
       float(loss),
       *intervals[0],
       *intervals[1],
