@@ -130,7 +130,7 @@ def isoflop_so_far(sweep: 'Sweep', rows: list[dict]) -> str:
 def register_forecast(sweep: 'Sweep', analysis, rungs, length: int, folder: Folder) -> dict:
   """The forecast, written once: a law may not be refitted to an outcome that is known.
 
-  The run is the rung nearest to the law's optimum; the forecast is of that very run.
+  The run is the rung nearest to the optimum that is forecast; the forecast is of that very run.
   """
   path = folder.path / 'forecast.json'
   if path.exists():
@@ -143,7 +143,7 @@ def register_forecast(sweep: 'Sweep', analysis, rungs, length: int, folder: Fold
   planned = tests[0]
   if planned.size in (rungs[0], rungs[-1]):
     raise UserError(
-      f'the law puts the optimum of {budget:.3g} FLOPs at {metrics.si(best.params)} parameters, the end of the '
+      f'the laws put the optimum of {budget:.3g} FLOPs at {metrics.si(best.params)} parameters, the end of the '
       f'ladder ({planned.size.name}): widen Ladder.widths and start again, nothing finished is lost.'
     )
   expected = analysis.forecast(planned.flops, params=planned.size.params, tokens=planned.tokens)

@@ -206,28 +206,27 @@ class Population:
         return jax.lax.map(lambda own: f(own, shared), own)
       return jax.vmap(f, in_axes=(0, None))(own, shared)
 
+    share.__name__ = f.__name__  # in logs and profiles
     specs = (jax.P('member'), jax.P())
     return jax.shard_map(share, in_specs=specs, out_specs=jax.P('member'), check_vma=False)
 
   def compile(self, workdirs, validation) -> None:
     """Begins to compile what makes, trains and evaluates the members, before they are opened."""
-    start = self.over_members(lambda key, _: self.program.init(jax.random.wrap_key_data(key)))
-    step, evaluate = self.over_members(self.step), self.over_members(self.evaluate)
-    self.init_fn = jax.jit(start)
+    init, one, evaluate = map(self.over_members, (self.init, self.step, self.evaluate))
+
+    def step(state, own, shared):
+      return one({'state': state, **own}, shared)
+
+    self.init_fn = jax.jit(init)
     state = ahead.on_mesh(jax.eval_shape(self.init_fn, self.keys(), ()))
     saved = [places.saved_steps(workdir / 'checkpoints') for workdir in workdirs]
     orders = [(r.seed, max(steps, default=0)) for r, steps in zip(self.runs, saved, strict=True)]
     batches = {o: data.batch_at(self.frozen, self.program.run.batches, *o) for o in orders}
     active = self.spread([True] * self.size, spare=False)
     arguments = self.arguments(batches, orders, [0.0] * self.size, active)
-    self.step_fn = ahead.jit(
-      lambda state, own, shared: step({'state': state, **own}, shared),
-      state,
-      *arguments,
-      donate_argnums=0,
-    )
+    self.step_fn = ahead.jit(step, state, *arguments, donate_argnums=0)
     if not all(saved):
-      self.init_fn = ahead.jit(start, self.keys(), ())
+      self.init_fn = ahead.jit(init, self.keys(), ())
     batch = next(data.eval_batches(validation, self.batch_size))
     own = {'params': state['params'], 'active': active}
     self.evaluate_fn = ahead.jit(evaluate, own, self.shared(batch))
@@ -249,6 +248,9 @@ class Population:
     for m in members:
       m.state = None
     return jax.tree.map(lambda *x: self.spread(x), *states)
+
+  def init(self, key, shared) -> dict:
+    return self.program.init(jax.random.wrap_key_data(key))
 
   def step(self, own: dict, shared: dict) -> tuple[dict, dict]:
     """One member's update, if it is still in training."""

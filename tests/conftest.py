@@ -63,3 +63,14 @@ def one_device(monkeypatch):
 def user_environment() -> dict[str, str]:
   """The environment of a process as a user starts it: one device, as many threads as there are cores."""
   return {k: v for k, v in os.environ.items() if k not in ('XLA_FLAGS', 'PJRT_NPROC')}
+
+
+@pytest.fixture
+def compiled(caplog):
+  """How often a function of some name was compiled in this test."""
+  import jax
+
+  jax.config.update('jax_log_compiles', True)  # in every thread, as its context manager does not
+  with caplog.at_level('WARNING'):
+    yield lambda name: sum(f'XLA compilation of jit({name})' in m for m in caplog.messages)
+  jax.config.update('jax_log_compiles', False)

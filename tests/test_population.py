@@ -149,6 +149,15 @@ def test_two_rates_at_once(text_file, one_device, tmp_path):
   assert rows[0]['population'] == 2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('seeds', [(0, 0), (0, 1)])
+def test_a_population_compiles_its_programs_once(seeds, text_file, one_device, tmp_path, compiled):
+  """Ahead of its steps: with batches that all members share, and with batches of their own."""
+  more = {'Run.steps': 4, 'Run.eval_every': 2}
+  train_many([load(text_file, **more, **{'Run.seed': seed}) for seed in seeds], tmp_path)
+  assert [compiled(program) for program in ('init', 'step', 'evaluate')] == [1, 1, 1]
+
+
 def test_runs_of_different_shapes_are_no_population(text_file, tmp_path):
   made = [load(text_file), load(text_file, **{'Run.batch_size': 16})]
   assert population.shape(made[0].build()) != population.shape(made[1].build())
