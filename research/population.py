@@ -70,6 +70,10 @@ def share_cores(most: int) -> bool:
   return devices > 1
 
 
+def _one_by_one() -> bool:
+  return jax.devices()[0].platform == 'cpu'
+
+
 class _Member(train._Loop):
   """The record of a member: its rows, its checkpoints and its fate. Its state is the population's."""
 
@@ -181,11 +185,10 @@ class Population:
     }
     self.compile(workdirs, validation)
     self.members = []
-    for i, (own, workdir, stream) in enumerate(zip(runs, workdirs, streams, strict=True)):
-      sums = functools.partial(self.sums, i)
-      member = _Member(
-        own, self.program, workdir, frozen, validation, count, stream, size=self.size, sums=sums
-      )
+    each = zip(runs, workdirs, streams, train.rates(runs), strict=True)
+    for i, (own, workdir, stream, rates) in enumerate(each):
+      record = own, self.program, workdir, frozen, validation, count, rates, stream
+      member = _Member(*record, size=self.size, sums=functools.partial(self.sums, i))
       stack.callback(member.close)  # the last first: each restores the signal's handler before it
       self.members.append(member)
     self.state = self.first_state()
@@ -194,17 +197,33 @@ class Population:
   # What is compiled.
 
   def over_members(self, f):
-    """f(member's arguments, shared arguments) for all of them: each device has its share of the members.
+    """(member's arguments, shared arguments) -> f of them, for all members that are `active`.
 
-    On an accelerator a device does its share at once, which fills it. A CPU is filled by one, and goes through
-    them one by one: products of a batch of small matrices are slow there, and a member fits into its cache.
+    What f makes of `state`, its first result where it has one, stays as it was for others; the rest is zero.
+    Each device has its share of the members. On an accelerator it does that at once, which fills it. A CPU is
+    filled by one, and goes through them one by one, each in its place: products of a batch of small matrices
+    are slow there, and a member fits into its cache.
     """
-    one_by_one = jax.devices()[0].platform == 'cpu'
+    f = jax.jit(f)  # is traced once
 
     def share(own, shared):
-      if one_by_one:
-        return jax.lax.map(lambda own: f(own, shared), own)
-      return jax.vmap(f, in_axes=(0, None))(own, shared)
+      active, at = own['active'], lambda i, tree: jax.tree.map(lambda x: x[i], tree)
+      zeros = lambda x: jnp.zeros((len(active), *x.shape), x.dtype)
+      made = jax.tree.map(zeros, jax.eval_shape(f, at(0, own), shared))
+      if 'state' in own:
+        made = own['state'], *made[1:]
+      if not _one_by_one():
+        other = lambda own, made: jax.lax.cond(own['active'], lambda: f(own, shared), lambda: made)
+        return jax.vmap(other)(own, made)
+      order = jnp.argsort(~active, stable=True)
+
+      def one(i, made):
+        mine = {**own, 'state': made[0]} if 'state' in own else own
+        new = f(at(order[i], mine), shared)
+        put = lambda all, x: jax.lax.dynamic_update_index_in_dim(all, x, order[i], 0)
+        return jax.tree.map(put, made, new)
+
+      return jax.lax.fori_loop(0, jnp.sum(active), one, made)
 
     share.__name__ = f.__name__  # in logs and profiles
     specs = (jax.P('member'), jax.P())
@@ -218,27 +237,29 @@ class Population:
       return one({'state': state, **own}, shared)
 
     self.init_fn = jax.jit(init)
-    state = ahead.on_mesh(jax.eval_shape(self.init_fn, self.keys(), ()))
+    state = ahead.on_mesh(jax.eval_shape(self.init_fn, self.seeds(), ()))
     saved = [places.saved_steps(workdir / 'checkpoints') for workdir in workdirs]
+    if not all(saved):
+      self.init_fn = ahead.jit(init, self.seeds(), ())
     orders = [(r.seed, max(steps, default=0)) for r, steps in zip(self.runs, saved, strict=True)]
     batches = {o: data.batch_at(self.frozen, self.program.run.batches, *o) for o in orders}
     active = self.spread([True] * self.size, spare=False)
     arguments = self.arguments(batches, orders, [0.0] * self.size, active)
     self.step_fn = ahead.jit(step, state, *arguments, donate_argnums=0)
-    if not all(saved):
-      self.init_fn = ahead.jit(init, self.keys(), ())
     batch = next(data.eval_batches(validation, self.batch_size))
     own = {'params': state['params'], 'active': active}
     self.evaluate_fn = ahead.jit(evaluate, own, self.shared(batch))
 
-  def keys(self):
-    return self.spread([jax.random.key_data(jax.random.key(run.seed)) for run in self.runs])
+  def seeds(self) -> dict:
+    """The arguments of `init`."""
+    keys = [jax.random.key_data(jax.random.key(run.seed)) for run in self.runs]
+    return {'key': self.spread(keys), 'active': self.spread([True] * self.size)}
 
   def first_state(self) -> dict:
     """[places, ...]: restored or made."""
     members = self.members
     if any(m.state is None for m in members):
-      made = self.init_fn(self.keys(), ())
+      made = self.init_fn(self.seeds(), ())
     if all(m.state is None for m in members):
       return made
     host = lambda i, m: jax.device_get(
@@ -249,26 +270,19 @@ class Population:
       m.state = None
     return jax.tree.map(lambda *x: self.spread(x), *states)
 
-  def init(self, key, shared) -> dict:
-    return self.program.init(jax.random.wrap_key_data(key))
+  def init(self, own: dict, shared) -> dict:
+    return self.program.init(jax.random.wrap_key_data(own['key']))
 
   def step(self, own: dict, shared: dict) -> tuple[dict, dict]:
-    """One member's update, if it is still in training."""
+    """One member's update."""
     program = self.program
     if own['inputs']:
       values = {**_inputs(program.run), **own['inputs']}
       program = dataclasses.replace(program, run=_with_inputs(program.run, values))
-    batch = own['batch'] or shared['batch']
-    go = jax.jit(lambda state: program.step(state, batch, own['rate']))  # is traced once
-    nothing = jax.tree.map(
-      lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(go, own['state'])[1]
-    )
-    return jax.lax.cond(own['active'], go, lambda state: (state, nothing), own['state'])
+    return program.step(own['state'], own['batch'] or shared['batch'], own['rate'])
 
   def evaluate(self, own: dict, shared: dict) -> tuple[jax.Array, jax.Array]:
-    go = lambda params: self.program.evaluate(params, shared['batch'])
-    nothing = lambda _: (jnp.zeros(()), jnp.zeros(()))
-    return jax.lax.cond(own['active'], go, nothing, own['params'])
+    return self.program.evaluate(own['params'], shared['batch'])
 
   def place(self, x, axis: str | None = 'member'):
     return jax.device_put(x, jax.NamedSharding(jax.sharding.get_mesh(), jax.P(axis)))

@@ -302,7 +302,7 @@ def train(run: Run, workdir: str | pathlib.Path, config_text: str = '', stream=s
       f'{metrics.si(run.batches.examples(run.steps) * run.target_length)} tokens to train on; '
       f'a uniform guess has a loss of ln {program.vocab} = {math.log(program.vocab):.3f} nats/token'
     )
-    loop = _Loop(run, program, workdir, frozen, validation, count, stream)
+    loop = _Loop(run, program, workdir, frozen, validation, count, rates([run])[0], stream)
     try:
       row = loop.train()
     finally:
@@ -320,23 +320,22 @@ def open_data(run: Run, log) -> list:
   return opened or data.open_streams(streams, log=log)
 
 
-def rates(run: Run) -> np.ndarray:
-  """The learning rate of every step, float32 [steps]."""
-  schedule = jax.jit(
-    jax.vmap(run.schedule(run.steps))
-  )  # as one program: op by op takes a second to compile
-  return np.asarray(schedule(jnp.arange(run.steps)), np.float32)
+def rates(runs: list[Run]) -> list[np.ndarray]:
+  """The learning rate of every step of each run, float32 [steps]."""
+  # As one program: op by op, or run by run, takes a second to compile.
+  schedules = [run.schedule(run.steps) for run in runs]
+  of = jax.jit(lambda *steps: [jax.vmap(f)(x) for f, x in zip(schedules, steps, strict=True)])
+  return [np.asarray(x, np.float32) for x in of(*(jnp.arange(run.steps) for run in runs))]
 
 
 class _Loop:
   """The loop around the step: dispatches it, and looks at each step's metrics one step later."""
 
-  def __init__(self, run, program, workdir, frozen, validation, count, stream):
-    self.run, self.program, self.workdir = run, program, workdir
+  def __init__(self, run, program, workdir, frozen, validation, count, rates, stream):
+    self.run, self.program, self.workdir, self.rates = run, program, workdir, rates
     self.frozen, self.validation, self.count = frozen, validation, count
     self.signal = _Signal()
     self.checkpoints = Checkpoints(workdir / 'checkpoints', keep=run.keep_checkpoints)
-    self.rates = rates(run)
     self.compile()
     restored = self.checkpoints.restore(program.abstract, log=self._say(stream))
     if restored:
@@ -359,9 +358,9 @@ class _Loop:
     self.init_fn = jax.jit(program.init)
     state = ahead.on_mesh(program.abstract)
     batch = sharding.place(data.batch_at(self.frozen, run.batches, run.seed, 0, *share))
-    self.step_fn = ahead.jit(program.step, state, batch, self.rates[0], donate_argnums=0)
     if not places.saved_steps(self.workdir / 'checkpoints'):
       self.init_fn = ahead.jit(program.init, self.key())
+    self.step_fn = ahead.jit(program.step, state, batch, self.rates[0], donate_argnums=0)
     batch = sharding.place(next(data.eval_batches(self.validation, run.batch_size, *share)))
     self.evaluate_fn = ahead.jit(program.evaluate, state['params'], batch)
 

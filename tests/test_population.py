@@ -87,6 +87,18 @@ def test_members_are_the_runs_one_by_one(both):
 
 
 @pytest.mark.slow
+def test_members_at_once_are_members_one_by_one(both, one_device, tmp_path, monkeypatch):
+  """As on an accelerator; one of them diverges on the way."""
+  made, _, (_, many) = both
+  monkeypatch.setattr(population, '_one_by_one', lambda: False)
+  rows = train_many(made, tmp_path)
+  for here, there in zip(rows, many, strict=True):
+    same = set(here) - {'seconds', 'devices', 'loss', 'bits_per_byte'}
+    assert {k: here[k] for k in same} == {k: there[k] for k in same}
+    assert here['loss'] == (there['loss'] and pytest.approx(there['loss'], rel=2e-5))
+
+
+@pytest.mark.slow
 def test_a_member_that_diverges_is_out_and_the_others_go_on(both):
   made, _, (together, many) = both
   assert [row['status'] for row in many] == ['finished'] * 3 + ['nan']

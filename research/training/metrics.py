@@ -1,9 +1,11 @@
 """Rows of metrics: JSON lines, TensorBoard events, and the line a person watches."""
 
+import importlib
 import json
 import os
 import pathlib
 import sys
+import threading
 import time
 
 from research.training import places
@@ -68,6 +70,9 @@ class Rows:
     tensorboard = tensorboard and not self.bucket
     self.tensorboard, self.writer = str(workdir / 'tensorboard') if tensorboard else None, None
     self.purge = step + 1 if step else None
+    if tensorboard:
+      # While the run waits for its programs: it imports torch where it finds it, in two seconds.
+      threading.Thread(target=importlib.import_module, args=('tensorboardX',)).start()
 
   def flush(self) -> None:
     """What was written can be read from now on, whatever dies."""
@@ -78,7 +83,6 @@ class Rows:
     self.file.write(json.dumps(row) + '\n')
     self.file.flush()
     if self.tensorboard is not None:
-      # Not before the first row: it imports torch where it finds it, in two seconds.
       if self.writer is None:
         from tensorboardX import SummaryWriter
 
