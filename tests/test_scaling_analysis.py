@@ -81,7 +81,7 @@ def test_a_forecast_is_the_mean_of_both_approaches(analysis):
   assert f.loss == pytest.approx(sum(f.parts.values()) / 2)
   # Its size too, between what they ask for on a logarithmic axis.
   two, three = float(analysis.approach2.params(1e15)), float(analysis.optimum(1e15).params)
-  assert abs(two / three - 1) > 0.02
+  assert abs(two / three - 1) > 0.002
   assert f.params == pytest.approx(math.sqrt(two * three))
   assert f.params_low < min(two, three) < max(two, three) < f.params_high
   assert 'its share in a forecast 50%' in str(analysis)

@@ -5,8 +5,6 @@ import os
 
 import jax
 
-from research import sharding
-
 # Those that were asked for first are first: as many at once as there are cores to compile on.
 _compilers = concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 8), 'compiler')
 
@@ -30,7 +28,7 @@ def jit(f, *arguments, **options):
     *arguments: as it will be called first: arrays, or shapes `on_mesh`.
     **options: of `jax.jit`.
   """
-  if sharding.platform() == 'cpu':
+  if jax.default_backend() == 'cpu':
     # At the third level compiling takes a sixth longer, and the step is no faster (experiments/speed).
     options['compiler_options'] = {'xla_backend_optimization_level': 2}
   jitted = jax.jit(f, **options)
