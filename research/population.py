@@ -176,7 +176,6 @@ class Population:
     frozen, validation = data.open_streams([run.train, run.validation], log=say)
     self.program = train.make_program(run)
     train.check_fits(run, self.program.vocab, self.program.inputs, frozen)
-    count = train.count_of(run)
     self.runs, self.frozen, self.batch_size = runs, frozen, run.batch_size
     self.inputs = {k: [_inputs(r)[k] for r in runs] for k in _inputs(run)}
     # What is equal stays a constant of the program, as it is in a run's own.
@@ -184,7 +183,7 @@ class Population:
       k: self.spread(np.asarray(v, np.float32)) for k, v in self.inputs.items() if len(set(v)) > 1
     }
     self.compile(workdirs, validation)
-    self.members = []
+    count, self.members = train.count_of(run), []
     each = zip(runs, workdirs, streams, train.rates(runs), strict=True)
     for i, (own, workdir, stream, rates) in enumerate(each):
       record = own, self.program, workdir, frozen, validation, count, rates, stream
