@@ -235,11 +235,9 @@ class Population:
     def step(state, own, shared):
       return one({'state': state, **own}, shared)
 
-    self.init_fn = jax.jit(init)
-    state = ahead.on_mesh(jax.eval_shape(self.init_fn, self.seeds(), ()))
+    state = ahead.on_mesh(jax.eval_shape(init, self.seeds(), ()))
     saved = [places.saved_steps(workdir / 'checkpoints') for workdir in workdirs]
-    if not all(saved):
-      self.init_fn = ahead.jit(init, self.seeds(), ())
+    self.init_fn = ahead.jit(init, *([] if all(saved) else [self.seeds(), ()]))
     orders = [(r.seed, max(steps, default=0)) for r, steps in zip(self.runs, saved, strict=True)]
     batches = {o: data.batch_at(self.frozen, self.program.run.batches, *o) for o in orders}
     active = self.spread([True] * self.size, spare=False)

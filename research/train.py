@@ -355,11 +355,10 @@ class _Loop:
   def compile(self) -> None:
     """Begins to compile what the run calls."""
     program, run, share = self.program, self.run, sharding.host_share()
-    self.init_fn = jax.jit(program.init)
     state = ahead.on_mesh(program.abstract)
     batch = sharding.place(data.batch_at(self.frozen, run.batches, run.seed, 0, *share))
-    if not places.saved_steps(self.workdir / 'checkpoints'):
-      self.init_fn = ahead.jit(program.init, self.key())
+    saved = places.saved_steps(self.workdir / 'checkpoints')
+    self.init_fn = ahead.jit(program.init, *([] if saved else [self.key()]))
     self.step_fn = ahead.jit(program.step, state, batch, self.rates[0], donate_argnums=0)
     batch = sharding.place(next(data.eval_batches(self.validation, run.batch_size, *share)))
     self.evaluate_fn = ahead.jit(program.evaluate, state['params'], batch)

@@ -25,13 +25,15 @@ def jit(f, *arguments, **options):
 
   Args:
     f: a function. It is traced at once: Python does one thing at a time.
-    *arguments: as it will be called first: arrays, or shapes `on_mesh`.
+    *arguments: as it will be called first: arrays, or shapes `on_mesh`. Without any it is compiled when called.
     **options: of `jax.jit`.
   """
   if jax.default_backend() == 'cpu':
     # At the third level compiling takes a sixth longer, and the step is no faster (experiments/speed).
     options['compiler_options'] = {'xla_backend_optimization_level': 2}
   jitted = jax.jit(f, **options)
+  if not arguments:
+    return jitted
   # jax keeps the lowered program, and with it what it is compiled to, for the call.
   compiled = _compilers.submit(jitted.lower(*arguments).compile)
 
