@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from research import data, train
+from research import data, sharding, train
 from research.errors import UserError
 from research.run import Run
 from research.training import ahead, metrics, places
@@ -62,8 +62,7 @@ def share_cores(most: int) -> bool:
   A core to a member: by itself jax would divide every product over the cores, which small ones do not repay.
   True where there are several; then a run that is alone has one core.
   """
-  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-  devices = min(cores, most)
+  devices = min(sharding.cores(), most)
   if devices > 1:
     os.environ['PJRT_NPROC'] = '1'  # threads to divide a product over; a device has one of its own
     jax.config.update('jax_num_cpu_devices', devices)

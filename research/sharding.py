@@ -9,6 +9,7 @@ import contextlib
 import contextvars
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
 
 import jax
@@ -179,6 +180,16 @@ def platform() -> str:
   return _platform.get() or jax.default_backend()
 
 
+def cores() -> int:
+  """Those of the CPU that this process may use."""
+  return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+
+
+def threads() -> int:
+  """How many of them jax divides a product over: all, unless it is told otherwise."""
+  return int(os.environ.get('PJRT_NPROC') or cores())
+
+
 def count_slices(devices) -> int:
   """How many slices (of TPUs, joined by DCN) these devices are; 1 where there is no such thing."""
   return len({getattr(device, 'slice_index', None) for device in devices})
@@ -216,6 +227,11 @@ def axis_size(name: str) -> int:
   """Over how many devices the mesh in use splits the array axis `name`."""
   rules, sizes = _rules.get() or {}, jax.sharding.get_abstract_mesh().shape
   return math.prod(sizes.get(axis, 1) for axis in as_tuple(rules.get(name)))
+
+
+def splits() -> bool:
+  """Whether the mesh in use splits anything."""
+  return any(axis_size(name) > 1 for name in _rules.get() or {})
 
 
 def on_each(size: int, name: str) -> int:

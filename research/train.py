@@ -42,6 +42,9 @@ from research.run import Run
 from research.training import ahead, losses, metrics, places
 from research.training.checkpoints import Checkpoints
 
+# A core of a CPU goes through so many at a time: its caches hold their activations (experiments/speed).
+CACHED_TOKENS = 1024
+
 
 @dataclasses.dataclass(frozen=True)
 class Program:
@@ -51,6 +54,7 @@ class Program:
   graphdef: nnx.GraphDef
   vocab: int
   inputs: tuple[str, ...]
+  routed: bool
 
   def optimizer(self, rate) -> optax.GradientTransformation:
     """The optimizer whose learning rate now is `rate`, an input: runs that differ only in it and in their
@@ -92,25 +96,7 @@ class Program:
   def step(self, state: dict, batch: dict, rate: jax.Array) -> tuple[dict, dict]:
     """One update at learning rate `rate`, by the mean loss of the batch's target tokens, however it is cut."""
     gradient = jax.value_and_grad(self.loss, has_aux=True)
-    if self.run.microbatches == 1:
-      (_, sums), grads = gradient(state['params'], batch)
-    else:
-      n = self.run.microbatches
-      # Every microbatch takes every n-th row, so that each has its rows on all the devices.
-      cut = lambda x: x.reshape(-1, n, x.shape[1], out_sharding=sharding.spec('batch', None, None))
-      parts = {k: jnp.moveaxis(cut(x), 1, 0) for k, x in batch.items()}
-
-      def add(total, part):
-        # The barrier keeps XLA for TPUs from moving the sum over devices out of the loop, where a device would
-        # hold the whole gradient of every microbatch; libtpu 0.0.42 even fails when it tries.
-        found = jax.lax.optimization_barrier(gradient(state['params'], part))
-        return jax.tree.map(jnp.add, total, found), None
-
-      zero = jax.tree.map(
-        jnp.zeros_like,
-        jax.eval_shape(gradient, state['params'], jax.tree.map(lambda x: x[0], parts)),
-      )
-      ((_, sums), grads), _ = jax.lax.scan(add, zero, parts)
+    (_, sums), grads = self.over_parts(functools.partial(gradient, state['params']), batch)
     tokens = jnp.maximum(sums['tokens'], 1.0)
     grads = jax.tree.map(lambda g: g / tokens, grads)
     updates, opt = self.optimizer(rate).update(grads, state['opt'], state['params'])
@@ -126,8 +112,37 @@ class Program:
 
   def evaluate(self, params: dict, batch: dict) -> tuple[jax.Array, jax.Array]:
     """Sum of the negative log-likelihood in nats, and the number of target tokens."""
-    _, sums = self.loss(params, batch)
+    _, sums = self.over_parts(functools.partial(self.loss, params), batch)
     return sums['nll'], sums['tokens']
+
+  def over_parts(self, f, batch: dict):
+    """The sum of f(part) over the parts of a batch, which are gone through one by one."""
+    n = self.parts(batch)
+    if n == 1:
+      return f(batch)
+    # Every part takes every n-th row, so that each has its rows on all the devices.
+    cut = lambda x: x.reshape(-1, n, x.shape[1], out_sharding=sharding.spec('batch', None, None))
+    parts = {k: jnp.moveaxis(cut(x), 1, 0) for k, x in batch.items()}
+    f = jax.jit(f)  # traced once, for its shapes and for the loop
+
+    def add(total, part):
+      # The barrier keeps XLA for TPUs from moving the sum over devices out of the loop, where a device would
+      # hold the whole gradient of every microbatch; libtpu 0.0.42 even fails when it tries.
+      return jax.tree.map(jnp.add, total, jax.lax.optimization_barrier(f(part))), None
+
+    shapes = jax.eval_shape(f, jax.tree.map(lambda x: x[0], parts))
+    return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, shapes), parts)[0]
+
+  def parts(self, batch: dict) -> int:
+    """The microbatches, which a single core cuts smaller: it is faster while activations fit its caches."""
+    n = self.run.microbatches
+    # What experts do with a token depends on those beside it.
+    if sharding.platform() != 'cpu' or sharding.threads() > 1 or sharding.splits() or self.routed:
+      return n
+    inputs = [x for name, x in batch.items() if name.endswith('_input_tokens')]
+    rows, length = len(inputs[0]) // n, sum(x.shape[1] for x in inputs)
+    fits = lambda k: rows % k == 0 and rows // k * length <= CACHED_TOKENS
+    return n * next((k for k in range(1, rows) if fits(k)), rows)
 
 
 def make_program(run: Run) -> Program:
@@ -137,8 +152,10 @@ def make_program(run: Run) -> Program:
     Invalid: the mesh does not suit a parameter.
   """
   abstract = jax.eval_shape(lambda: run.model(rngs=nnx.Rngs(params=jax.random.key(0))))
-  sharding.check(layers.named_axes(abstract))
-  return Program(run, nnx.graphdef(abstract), abstract.vocab, tuple(abstract.inputs))
+  parameters = layers.named_axes(abstract)
+  sharding.check(parameters)
+  routed = any('expert' in axes for axes, _ in parameters.values())
+  return Program(run, nnx.graphdef(abstract), abstract.vocab, tuple(abstract.inputs), routed)
 
 
 def _chunks(rows: int, length: int, vocab: int) -> int:

@@ -195,37 +195,44 @@ def test_a_run_that_diverges_stops_with_its_last_good_checkpoint(text_file, one_
     assert step < row['steps']
 
 
-def test_microbatches_are_one_batch(text_file, tmp_path):
-  config = load('encoder_decoder', text_file)
-  batch = None
+def test_microbatches_are_one_batch(text_file, one_device, monkeypatch):
+  """Those that are asked for, and those that a single core goes through; update and evaluation are the same."""
+  config = load('encoder_decoder', text_file, **{'Run.batch_size': 32})
+  frozen = data.open_stream(config.build().train, log=lambda _: None)
   results = []
-  for microbatches in (1, 4):
-    the_run = load(
-      'encoder_decoder', text_file, **{'Run.microbatches': microbatches, 'Run.batch_size': 32}
+  for microbatches, threads, parts in ((1, 2, 1), (4, 2, 4), (1, 1, 4)):
+    monkeypatch.setenv('PJRT_NPROC', str(threads))
+    the_run = dataclasses.replace(config.build(), microbatches=microbatches)
+    with train.mesh_of(the_run, jax.devices()).use():
+      batch = sharding.place(next(data.batches(frozen, the_run.batches, 0)))
+      program = train.make_program(the_run)
+      assert program.parts(batch) == parts
+      state = jax.jit(program.init)(jax.random.key(0))
+      nll, tokens = jax.jit(program.evaluate)(state['params'], batch)
+      state, scalars = jax.jit(program.step)(state, batch, 1e-3)
+    numbers = scalars['loss'], scalars['grad_norm'], nll, tokens
+    results.append((jax.tree.leaves(jax.device_get(state['params'])), [float(x) for x in numbers]))
+  whole, *others = results
+  for parameters, numbers in others:
+    np.testing.assert_allclose(numbers, whole[1], rtol=1e-5)
+    # Adam's first step is lr * sign(gradient): compare where the gradient is not all rounding.
+    pairs = zip(parameters, whole[0], strict=True)
+    close = [np.mean(np.isclose(x, y, rtol=1e-3, atol=1e-5)) for x, y in pairs]
+    assert min(close) > 0.99
+
+
+def test_a_core_cuts_no_batch_that_experts_see(text_file, one_device, monkeypatch):
+  """Their load balance is that of the tokens that they see together."""
+  monkeypatch.setenv('PJRT_NPROC', '1')
+  batch = {'decoder_input_tokens': np.zeros((64, 32), np.int32)}
+  parts = {}
+  for model in ('llama/tiny', 'mixtral/tiny'):
+    the_run = configs.load(
+      ['tests/gin/decoder.gin', f'gin/models/{model}.gin'], bindings(text_file, LEARNING_RATE=1e-3)
     ).build()
     with train.mesh_of(the_run, jax.devices()).use():
-      from research import data, sharding
-
-      if batch is None:
-        frozen = data.open_stream(config.build().train, log=lambda _: None)
-        batch = next(data.batches(frozen, the_run.batch_size, 0))
-      program = train.make_program(the_run)
-      state = jax.jit(program.init)(jax.random.key(0))
-      state, scalars = jax.jit(program.step)(state, sharding.place(batch), 1e-3)
-      results.append(
-        (
-          jax.tree.map(np.asarray, state['params']),
-          float(scalars['loss']),
-          float(scalars['grad_norm']),
-        )
-      )
-  np.testing.assert_allclose(results[0][1:], results[1][1:], rtol=1e-5)
-  # Adam's first step is lr * sign(gradient): compare where the gradient is not all rounding.
-  close = [
-    np.mean(np.isclose(a, b, rtol=1e-3, atol=1e-5))
-    for a, b in zip(*(jax.tree.leaves(r[0]) for r in results), strict=True)
-  ]
-  assert min(close) > 0.99
+      parts[model] = train.make_program(the_run).parts(batch)
+  assert parts == {'llama/tiny': 2, 'mixtral/tiny': 1}
 
 
 @pytest.mark.parametrize(
