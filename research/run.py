@@ -27,7 +27,8 @@ class Run:
     schedule: `schedule(steps)` makes a `step -> learning rate`.
     clip: gradients are scaled down to this global norm; None for no clipping.
     z_loss: weight of log(Z)^2 in the loss (PaLM uses 1e-4).
-    microbatches: the batch is gone through in so many parts, to save memory; the update is the same.
+    microbatches: the batch is gone through in so many parts, to save memory; the update is the same. A device
+      that is a single core of a CPU cuts them smaller by itself.
     logits_chunks: the length is cut into so many parts for the logits; None chooses.
     mesh: None chooses: data parallel, or FSDP where the state is large.
     seed: of the initialisation and of the order of the examples.
