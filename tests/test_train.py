@@ -195,15 +195,16 @@ def test_a_run_that_diverges_stops_with_its_last_good_checkpoint(text_file, one_
     assert step < row['steps']
 
 
-def test_microbatches_are_one_batch(text_file, one_device, monkeypatch):
-  """Those that are asked for, and those that a single core goes through; update and evaluation are the same."""
+def test_microbatches_are_one_batch(text_file, monkeypatch):
+  """Those asked for, on all devices, and those that a single core goes through: updates and evaluations."""
   config = load('encoder_decoder', text_file, **{'Run.batch_size': 32})
   frozen = data.open_stream(config.build().train, log=lambda _: None)
   results = []
-  for microbatches, threads, parts in ((1, 2, 1), (4, 2, 4), (1, 1, 4)):
-    monkeypatch.setenv('PJRT_NPROC', str(threads))
+  for microbatches, size, threads, parts in ((1, 8, 2, 1), (4, 8, 2, 4), (1, 1, 1, 4)):
+    monkeypatch.setattr(sharding, 'threads', lambda threads=threads: threads)
     the_run = dataclasses.replace(config.build(), microbatches=microbatches)
-    with train.mesh_of(the_run, jax.devices()).use():
+    devices = jax.devices()[:size]
+    with train.mesh_of(the_run, devices).use(devices):
       batch = sharding.place(next(data.batches(frozen, the_run.batches, 0)))
       program = train.make_program(the_run)
       assert program.parts(batch) == parts
@@ -223,7 +224,7 @@ def test_microbatches_are_one_batch(text_file, one_device, monkeypatch):
 
 def test_a_core_cuts_no_batch_that_experts_see(text_file, one_device, monkeypatch):
   """Their load balance is that of the tokens that they see together."""
-  monkeypatch.setenv('PJRT_NPROC', '1')
+  monkeypatch.setattr(sharding, 'threads', lambda: 1)
   batch = {'decoder_input_tokens': np.zeros((64, 32), np.int32)}
   parts = {}
   for model in ('llama/tiny', 'mixtral/tiny'):
