@@ -4,8 +4,8 @@ import argparse
 import dataclasses
 import sys
 
-from research import cli
-from research.errors import UserError, did_you_mean
+from research.core import cli
+from research.core.errors import UserError, did_you_mean
 
 EXAMPLES = """
 A row needs N (parameters), D (tokens) or C (training FLOPs), and the loss in nats per token.
@@ -130,7 +130,8 @@ def main(argv=None) -> int:
 
 def _options(flags) -> dict:
   """The arguments of `fit_results`: those of the gin files, and over them the flags that were given."""
-  from research import configs, scaling
+  from research import scaling
+  from research.core import configs
   from research.scaling import laws
 
   options = {}
@@ -163,10 +164,10 @@ def _fit(flags) -> int:
     return 0
   import jax
 
-  from research import data
+  from research.data import cache
 
   # Compiling is most of a fit's time, and the next fit of the same law has nothing to compile.
-  jax.config.update('jax_compilation_cache_dir', str(data.default_cache() / 'xla'))
+  jax.config.update('jax_compilation_cache_dir', str(cache.default_cache() / 'xla'))
   options = _options(flags)
   rows = _where(scaling.read_table(flags.results), _pairs('--where', flags.where, str))
   analysis = scaling.fit_results(rows, **options)
@@ -178,11 +179,13 @@ def _fit(flags) -> int:
     analysis.save(flags.save)
     print(f'Saved: {flags.save}')
   if flags.report:
-    from research.scaling import report
+    from research.scaling.report import sections
 
     first = forecasts[0] if forecasts else None
     title = f'Scaling-law fit of {flags.results}'
-    print(f'Report: {report.write(flags.report, analysis, title=title, runs=rows, forecast=first)}')
+    print(
+      f'Report: {sections.write(flags.report, analysis, title=title, runs=rows, forecast=first)}'
+    )
   return 0
 
 

@@ -1,4 +1,4 @@
-"""Cleaning rules and duplicates, for `research.cleaning`. A rule returns the text to keep, or why not."""
+"""Cleaning rules and duplicates, for `research.data.cleaning`. A rule returns the text to keep, or why not."""
 
 import collections
 import re
@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 
-from research import cleaning
+from research.data import cleaning
 
 _END = ('.', '!', '?', '"', '”')
 _STOP = {'the', 'be', 'to', 'of', 'and', 'that', 'have', 'with'}

@@ -9,8 +9,8 @@ import tempfile
 import zlib
 from collections.abc import Iterator
 
-from research import corpora
-from research.errors import UserError, did_you_mean
+from research.core.errors import UserError, did_you_mean
+from research.data import corpora
 
 BLOCK = 1 << 20
 

@@ -1,4 +1,4 @@
-"""seqio Tasks for `research.objectives`: t5's and seqio's own preprocessors over tokenised documents."""
+"""seqio Tasks for `research.data.objectives`: t5's and seqio's own preprocessors over tokenised documents."""
 
 import dataclasses
 import functools
@@ -9,8 +9,8 @@ import seqio
 import t5.data.preprocessors as t5
 import tensorflow as tf
 
-from research import objectives
-from research.streams import Stream
+from research.data import objectives
+from research.data.streams import Stream
 from tasks import packing, preprocessors
 
 # t5's preprocessors take a random chunk of this many tokens from a longer document and drop the rest;

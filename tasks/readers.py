@@ -10,9 +10,9 @@ import re
 import sysconfig
 from collections.abc import Iterator
 
-from research import corpora
-from research.corpora import PythonSources
-from research.errors import UserError
+from research.core.errors import UserError
+from research.data import corpora
+from research.data.corpora import PythonSources
 from tasks.files import (
   Broken,
   Dropped,

@@ -15,8 +15,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from research.corpora import SPLITS
-from research.streams import FORMAT, digest, to_spec
+from research.data.corpora import SPLITS
+from research.data.spec import digest, to_spec
+from research.data.streams import FORMAT
 from tasks import cleaning, readers
 from tasks.files import Dropped
 

@@ -9,8 +9,8 @@ import seqio
 import tensorflow as tf
 import tokenizers
 
-from research.errors import Invalid, did_you_mean
-from research.vocabularies import HuggingFaceTokenizer
+from research.core.errors import Invalid, did_you_mean
+from research.data.vocabularies import HuggingFaceTokenizer
 
 _EOS = ('</s>', '<|endoftext|>', '<eos>', '<|end_of_text|>', '<|im_end|>', '[SEP]')
 

@@ -1,4 +1,4 @@
-"""seqio vocabularies for `research.vocabularies`, and the bytes of text that each token stands for."""
+"""seqio vocabularies for `research.data.vocabularies`, and the bytes of text that each token stands for."""
 
 import hashlib
 import io
@@ -8,9 +8,9 @@ import pathlib
 import numpy as np
 import seqio
 
-from research import vocabularies
-from research.errors import Invalid
-from research.streams import digest, to_spec
+from research.core.errors import Invalid
+from research.data import vocabularies
+from research.data.spec import digest, to_spec
 from tasks.tokenizers import TokenizerVocabulary
 
 

@@ -1,6 +1,6 @@
 """Tiny versions of the presets: the same gin files with every size bound to a small one."""
 
-from research import configs
+from research.core import configs
 
 # One preset of every family.
 PRESETS = {

@@ -15,7 +15,8 @@ import math
 
 import numpy as np
 
-from research.scaling import approaches, fits, laws, planning, rollout
+from research.scaling import allocation, approaches, law_fit, laws, planning, rollout
+from research.scaling.cost import fit_cost
 
 SETTING = ('dataset', 'hparams', 'warmup', 'decay', 'count')
 WINDOW = 6
@@ -28,7 +29,7 @@ class Table:
   def __init__(self, rows: list[dict]):
     column = lambda name: np.array([float(row[name]) for row in rows])
     self.n, self.d, self.c, self.loss = map(column, ('n', 't', 'flops', 'loss'))
-    self.cost = planning.fit_cost(self.n, self.d, self.c)
+    self.cost = fit_cost(self.n, self.d, self.c)
     self.budgets = np.unique(self.c)
     at = lambda c: [v[self.c == c] for v in (self.n, self.d, self.loss)]
     profiles = {c: approaches.profile(c, *at(c), self.cost) for c in self.budgets}
@@ -37,7 +38,7 @@ class Table:
 
   def power_law(self, budgets, flops: float) -> tuple[float, float]:
     """(N*, the lowest loss)."""
-    through = lambda values: float(approaches.power_law(np.array(budgets), np.array(values))(flops))
+    through = lambda values: float(allocation.power_law(np.array(budgets), np.array(values))(flops))
     used = [self.found[c] for c in budgets]
     return through([p.params_opt for p in used]), through([p.loss_opt for p in used])
 
@@ -47,7 +48,9 @@ class Table:
       within = (self.c > 0.99 * first) & (self.c < 1.01 * last)
       x = {'params': pad(self.n, self.n[0]), 'tokens': pad(self.d, self.d[0])}
       loss, weights = pad(self.loss, self.loss[0]), pad(within.astype(float), 0.0)
-      self.fitted[first, last] = fits.fit(laws.Chinchilla(), x, loss, weights=weights, check=False)
+      self.fitted[first, last] = law_fit.fit(
+        laws.Chinchilla(), x, loss, weights=weights, check=False
+      )
     fit = self.fitted[first, last]
     n, _, loss = planning.optimum(fit.law, fit.parameters, np.array([flops]), self.cost)
     return float(n[0]), float(loss[0])

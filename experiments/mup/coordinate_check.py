@@ -24,7 +24,8 @@ def movement(optimizer: str, width: int, steps: int = 4, rate: float = 0.01) -> 
   import jax.numpy as jnp
   from flax import nnx
 
-  from research import configs, sharding
+  from research.core import configs
+  from research.parallel import mesh
 
   bindings = [f'EMBED={width}', f'MLP={2 * width}', f'HEADS={width // 16}', 'LAYERS=1']
   bindings += ['MUP_BASE=32'] if 'mup' in optimizer else []
@@ -33,7 +34,7 @@ def movement(optimizer: str, width: int, steps: int = 4, rate: float = 0.01) -> 
   # 256 tokens different, most logits would move by chance, as width^-1/2 or width^1/2, whatever the rates.
   random = np.random.default_rng(0).integers(2, 2 + KINDS, (8, 33), np.int32)
   batch = {'decoder_input_tokens': random[:, :-1]}
-  with sharding.Mesh().use(jax.devices()[:1]):
+  with mesh.Mesh().use(jax.devices()[:1]):
     module = run.model(rngs=nnx.Rngs(params=jax.random.key(0)))
     graphdef, params = nnx.graphdef(module), nnx.to_pure_dict(nnx.state(module))
     # A head that starts at nothing (as that paper advises): its random start, whose share in the movement falls

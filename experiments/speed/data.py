@@ -22,8 +22,12 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from research import corpora, data, vocabularies  # noqa: E402
-from research.streams import Stream  # noqa: E402
+from research.data import batches, corpora, vocabularies  # noqa: E402
+from research.data.cache import (  # noqa: E402
+  default_cache,
+  open_stream,
+)
+from research.data.streams import Stream  # noqa: E402
 
 
 def pairs(cache: pathlib.Path, size: int) -> corpora.JsonLines:
@@ -64,11 +68,12 @@ def streams(cache: pathlib.Path, size: int):
 
 def freeze_one(stream: Stream, size: int, cache: pathlib.Path, repeats: int = 3) -> dict:
   """Tokens, and the least seconds that they took: of CPU, by the clock, of CPU in the tokenizer."""
-  from research import freeze, shards
+  from research.data import shards
+  from tasks import freezing
   from tasks import objectives as built
   from tasks import vocabularies as tokenizers
 
-  writer = freeze.writer(stream, cache / 'unused', cache, lambda line: None)
+  writer = freezing.writer(stream, cache / 'unused', cache, lambda line: None)
   documents, held = [], 0
   for piece in range(writer.pieces):
     for document in writer.store.documents('train', piece):
@@ -106,9 +111,9 @@ def smallest_rate() -> float:
 def read(cache: pathlib.Path, length: int = 512):
   """Prints tokens/s read in shuffled batches, and the share of a core at a small model's rate."""
   stream = Stream(lengths={'targets': length}, examples=30_000)
-  frozen, rate = data.open_stream(stream, cache, lambda line: None), smallest_rate()
+  frozen, rate = open_stream(stream, cache, lambda line: None), smallest_rate()
   for prefetch in (0, 2):
-    made = data.batches(frozen, 64, seed=0, prefetch=prefetch)
+    made = batches.batches(frozen, 64, seed=0, prefetch=prefetch)
     for _ in range(20):
       next(made)
     clock, cpu, n = time.perf_counter(), time.process_time(), 0
@@ -126,7 +131,7 @@ def main():
   parser.add_argument('--bytes', type=int, default=4_000_000, help='text per objective')
   parser.add_argument('--cache', default=None, help='default: $ISOFLOP_CACHE or ~/.cache/isoflop')
   flags = parser.parse_args()
-  cache = pathlib.Path(flags.cache or data.default_cache()).expanduser()
+  cache = pathlib.Path(flags.cache or default_cache()).expanduser()
   os.environ |= {'TF_CPP_MIN_LOG_LEVEL': '3', 'CUDA_VISIBLE_DEVICES': ''}
   read(cache)
   print(f'{"objective":16}{"vocabulary":15}{"length":>7}{"text tokens/s a core":>22}'

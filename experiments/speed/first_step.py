@@ -50,7 +50,7 @@ def main() -> None:
   parser.add_argument('--repeats', type=int, default=3)
   flags = parser.parse_args()
   sys.path.insert(0, str(ROOT))
-  from research import data
+  from research.data.cache import default_cache
 
   with tempfile.TemporaryDirectory() as folder:
     cache = pathlib.Path(folder)
@@ -59,8 +59,8 @@ def main() -> None:
       'corpora',
       'vocabularies',
     ):  # what is frozen stays; what is compiled goes
-      (data.default_cache() / name).mkdir(parents=True, exist_ok=True)
-      (cache / name).symlink_to(data.default_cache() / name)
+      (default_cache() / name).mkdir(parents=True, exist_ok=True)
+      (cache / name).symlink_to(default_cache() / name)
     measure(flags.gin_file, cache)  # freezes the stream where it is not there
     cold, warm = [], []
     for _ in range(flags.repeats):

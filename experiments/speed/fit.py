@@ -79,9 +79,11 @@ def scipy_fits(n, d, loss, starts, draws, gradient):
 
 
 def batched_fits(n, d, loss, starts, draws):
-  from research.scaling import bootstrap, fits, laws
+  from research.scaling import bootstrap, law_fit, laws
 
-  found = fits.fit(laws.Chinchilla(), {'params': n, 'tokens': d}, loss, starts=starts, check=False)
+  found = law_fit.fit(
+    laws.Chinchilla(), {'params': n, 'tokens': d}, loss, starts=starts, check=False
+  )
   spread = bootstrap.bootstrap(found, 'pairs', draws=draws)
   return found, spread
 

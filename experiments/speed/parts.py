@@ -21,9 +21,9 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from flax import nnx  # noqa: E402
 
-from research import configs  # noqa: E402
+from research.core import configs  # noqa: E402
 from research.model import counts  # noqa: E402
-from research.sharding import Mesh  # noqa: E402
+from research.parallel.mesh import Mesh  # noqa: E402
 
 
 def step_of(preset: str, bindings: list[str], batch: int, length: int):

@@ -23,7 +23,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 RATES = [1e-4 * 2**i for i in range(8)]
 TOGETHER = """
 import json, pathlib, sys
-from research import configs, population
+from research.core import configs
+from research.training import population
 population.share_cores(8)
 bindings, rates = map(json.loads, sys.argv[2:4])
 made = [configs.load(sys.argv[1], [*bindings, f'LEARNING_RATE={rate}']) for rate in rates]

@@ -46,8 +46,10 @@ def our_step(workload: str, bindings: list[str], packed: bool, mesh: contextlib.
   import jax
   import numpy as np
 
-  from research import configs, sharding, train
+  from research.core import configs
   from research.model import counts
+  from research.parallel import hosts
+  from research.training.program import make_program, mesh_of
 
   run = configs.load(f'experiments/speed/{workload.lower()}.gin', bindings).build()
   inputs, targets = synthetic(workload)
@@ -62,11 +64,11 @@ def our_step(workload: str, bindings: list[str], packed: bool, mesh: contextlib.
     places = np.broadcast_to(np.arange(targets.shape[1], dtype=np.int32), targets.shape)
     batch['decoder_segment_ids'] = places // half + 1
     batch['decoder_positions'] = places % half
-  mesh.enter_context(train.mesh_of(run, jax.devices()).use())
-  program = train.make_program(run)
+  mesh.enter_context(mesh_of(run, jax.devices()).use())
+  program = make_program(run)
   state = jax.jit(program.init)(jax.random.key(0))
   step = jax.jit(program.step, donate_argnums=0)
-  batch, rate = sharding.place(batch), np.float32(1e-5)
+  batch, rate = hosts.place(batch), np.float32(1e-5)
   size = sum(p.size for p in jax.tree.leaves(state['params']))
 
   def advance():
@@ -113,7 +115,7 @@ def measure(variant: str, workload: str, steps: int, bindings: list[str], packed
 
 
 def in_process(variant: str, workload: str, flags: argparse.Namespace) -> dict:
-  """`measure` in a fresh process, with the huge pages that `research.cli` asks for, for PyTorch too."""
+  """`measure` in a fresh process, with the huge pages that `research.core.cli` asks for, for PyTorch too."""
   command = [sys.executable, __file__, '--workload', workload, '--steps', str(flags.steps)]
   command += ['--measure', variant, *(f'--gin.{b}' for b in flags.gin)]
   command += ['--packed'] if flags.packed else []

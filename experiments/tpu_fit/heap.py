@@ -12,7 +12,7 @@ import pathlib
 import re
 import tempfile
 
-from research import chips
+from research.compilation import chips
 
 GIB = 2**30
 DUMP = tempfile.TemporaryDirectory()

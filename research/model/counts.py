@@ -63,11 +63,11 @@ from collections.abc import Callable, Iterator, Mapping
 import jax
 from flax import nnx
 
-from research.errors import UserError
+from research.core.errors import UserError
 from research.model.attention import Attention
-from research.model.models import Embedder
+from research.model.embedder import Embedder
 from research.model.stack import Stack
-from research.sharding import Mesh
+from research.parallel.mesh import Mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,7 +272,7 @@ def row(name: str, counts: Counts) -> str:
 
 def main(arguments: argparse.Namespace, bindings: list[str]) -> None:
   """Prints the table of the MODEL that the gin files and bindings define, or a line for every preset."""
-  from research import configs  # it alone needs gin
+  from research.core import configs  # it alone needs gin
 
   load = lambda files: configs.load(files, bindings, root='MODEL').tree()
   lengths = {'targets': arguments.length, 'inputs': arguments.inputs or arguments.length}

@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from research.errors import Invalid
-from research.model.layers import Context
-from research.sharding import Mesh, as_tuple, axes_of, pipeline_shape, spec
+from research.core.errors import Invalid
+from research.model.part import Context
+from research.parallel.axes import axes_of, spec
+from research.parallel.mesh import Mesh, as_tuple, pipeline_shape
 
 _ROWS = ('positions', 'segments', 'prefix', 'encoded', 'encoded_segments')  # with a batch axis
 

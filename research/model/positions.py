@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from research.model.layers import check_sizes, normal, param
+from research.model.parameters import check_sizes, normal, param
 
 # What a scaling of rotary frequencies gives: the frequencies [rotated / 2] to use, and a factor of cos and sin.
 Scaled = tuple[np.ndarray, float]

@@ -8,10 +8,12 @@ import numpy as np
 from flax import nnx
 
 from research.model.attention import Attention, visible
-from research.model.kernels import dot_product_attention
-from research.model.layers import Context, Linear, Part, normal, param
+from research.model.kernels.dot_product import dot_product_attention
+from research.model.layers import Linear
+from research.model.parameters import normal, param
+from research.model.part import Context, Part
 from research.model.positions import by_place
-from research.sharding import shard, spec
+from research.parallel.axes import shard, spec
 
 
 class RelativeAttention(Attention):

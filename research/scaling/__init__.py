@@ -1,8 +1,10 @@
 """Scaling laws: fits, forecasts and plans from rows of results, this project's or anybody's."""
 
-from research.scaling.analysis import Analysis, Forecast, NoForecast, fit_results
-from research.scaling.fits import Fit, NotIdentifiable, fit
-from research.scaling.planning import Cost
+from research.scaling.analysis import Analysis, Forecast, NoForecast
+from research.scaling.cost import Cost
+from research.scaling.fitted import Fit, NotIdentifiable
+from research.scaling.fitting import fit_results
+from research.scaling.law_fit import fit
 from research.scaling.rows import Columns, Observations, RowError, observe, read_table
 
 __all__ = [

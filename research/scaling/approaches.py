@@ -5,85 +5,23 @@ Approach 3, the parametric fit, is `fits.fit` with a law of N and D.
 
 import collections
 import dataclasses
-from collections.abc import Mapping
 
 import numpy as np
 from scipy.interpolate import Akima1DInterpolator
 
-from research.errors import UserError, did_you_mean
-from research.scaling import bootstrap
-from research.scaling.planning import SIX_ND, Cost
+from research.core.errors import did_you_mean
+from research.scaling.allocation import (
+  _DEGREE,
+  Allocation,
+  NoAllocation,
+  Profile,
+  _interpolant,
+  power_law,
+)
+from research.scaling.cost import SIX_ND, Cost
 from research.scaling.rows import Observations, budget_groups
 
 METHODS = ('parabola', 'cubic', 'akima')
-_DEGREE = {'parabola': 2, 'cubic': 3}
-
-
-@dataclasses.dataclass(frozen=True)
-class Profile:
-  """One isoFLOP curve: loss against ln N at one budget, and its minimum.
-
-  `refused` says why the curve does not count (then the optimum is NaN); `warnings` what to look at.
-  """
-
-  flops: float
-  params: np.ndarray
-  tokens: np.ndarray
-  loss: np.ndarray
-  method: str
-  params_opt: float = np.nan
-  tokens_opt: float = np.nan
-  loss_opt: float = np.nan
-  refused: str | None = None
-  warnings: tuple[str, ...] = ()
-
-  def curve(self, points: int = 200) -> tuple[np.ndarray, np.ndarray]:
-    """(N, loss) along the fitted profile, within the sizes that were run."""
-    ln_n = np.linspace(np.log(self.params.min()), np.log(self.params.max()), points)
-    return np.exp(ln_n), _interpolant(np.log(self.params), self.loss, self.method)(ln_n)
-
-
-@dataclasses.dataclass(frozen=True)
-class PowerLaw:
-  """y = floor + exp(ln_k) C^exponent, fitted in logarithms; `error` is the exponent's standard error."""
-
-  exponent: float
-  ln_k: float
-  error: float = np.nan
-  floor: float = 0.0
-
-  def __call__(self, flops):
-    return self.floor + np.exp(self.ln_k + self.exponent * np.log(flops))
-
-
-@dataclasses.dataclass(frozen=True)
-class Allocation:
-  """N*(C), D*(C) and the lowest loss L*(C) as power laws through the optima of approach 1 or 2.
-
-  `samples` [replicates, 6]: exponent and ln k of N*, of D* and of L* (less its floor) under a bootstrap.
-  """
-
-  approach: int
-  method: str
-  params: PowerLaw
-  tokens: PowerLaw
-  loss: PowerLaw
-  profiles: tuple[Profile, ...]
-  samples: np.ndarray
-  drift: float = 0.0
-
-  @property
-  def used(self) -> list[Profile]:
-    return [p for p in self.profiles if p.refused is None]
-
-  def interval(self, which: str = 'a', level: float = 0.9) -> tuple[float, float]:
-    """Of a (N* ~ C^a) or b (D* ~ C^b); NaN where no bootstrap was possible."""
-    low, high = bootstrap.interval(self.samples[:, {'a': 0, 'b': 2}[which]], level)
-    return float(low), float(high)
-
-
-class NoAllocation(UserError, ValueError):
-  """No power law can be drawn through the optima: the message lists every curve's reason."""
 
 
 def profile(flops, params, tokens, loss, cost: Cost, method='parabola', window=None) -> Profile:
@@ -137,14 +75,6 @@ def _merge(params, tokens, loss):
   return sizes, mean(tokens), mean(loss)
 
 
-def _interpolant(ln_n, loss, method):
-  if method == 'akima':
-    return Akima1DInterpolator(ln_n, loss)
-  center = ln_n.mean()
-  coefficients = np.polyfit(ln_n - center, loss, _DEGREE[method])
-  return lambda x: np.polyval(coefficients, x - center)
-
-
 def _minimum(ln_n, loss, method) -> tuple[float, float, str | None]:
   """(ln N*, loss*, why not)."""
   curve = _interpolant(ln_n, loss, method)
@@ -165,19 +95,6 @@ def _minimum(ln_n, loss, method) -> tuple[float, float, str | None]:
   a, b, _ = np.polyfit(grid[k - 1 : k + 2] - grid[k], values[k - 1 : k + 2], 2)
   at = grid[k] - (b / (2 * a) if a > 0 else 0.0)
   return float(at), float(curve(at)), None
-
-
-def power_law(flops, values, weights=None, floor: float = 0.0) -> PowerLaw:
-  """Weighted least squares of ln (values - floor) on ln C."""
-  x, y = np.log(flops), np.log(values - floor)
-  w = np.ones_like(x) if weights is None else np.asarray(weights, np.float64)
-  mx, my = np.average(x, weights=w), np.average(y, weights=w)
-  sxx = (w * (x - mx) ** 2).sum()
-  slope = (w * (x - mx) * (y - my)).sum() / sxx
-  rest = y - my - slope * (x - mx)
-  dof = len(x) - 2
-  error = np.sqrt((w * rest**2).sum() / dof / sxx) if dof > 0 else np.nan
-  return PowerLaw(float(slope), float(my - slope * mx), float(error), floor)
 
 
 def isoflop(
@@ -341,59 +258,3 @@ def _drift(used) -> float:
   off = [np.log(p.params_opt) - np.log(p.params).mean() for p in used]
   slope = np.polyfit(np.log([p.flops for p in used]), off, 1)[0] if len(used) > 1 else 0.0
   return float(slope * np.ptp(np.log([p.flops for p in used])))
-
-
-def envelope(
-  curves: Mapping[str, np.ndarray],
-  params: Mapping[str, float],
-  cost: Cost = SIX_ND,
-  *,
-  budgets: int = 1500,
-  skip: float = 0.0,
-) -> Allocation:
-  """Approach 1: at each of `budgets` values of C, the run whose training curve is lowest there.
-
-  `curves`: run -> [points, 2] of (tokens, loss); `params`: run -> N. The first `skip` fraction of each curve
-  (warm-up) does not count. Only budgets that at least two runs reach are used, and only where the lowest
-  run is neither the smallest nor the largest there. Meaningful for runs whose learning rate does not
-  decay towards the end (constant or warm-up-stable): under a cosine, only a curve's last point is a fair one.
-  """
-  runs = sorted(curves, key=lambda run: params[run])
-  lines = []
-  for run in runs:
-    points = np.asarray(curves[run], np.float64)
-    points = points[np.isfinite(points).all(1) & (points[:, 0] > skip * points[:, 0].max())]
-    lines.append((np.log(cost.flops(params[run], points[:, 0])), points[:, 1]))
-  lines = [
-    line if len(line[0]) > 1 else (np.array([np.nan, np.nan]), np.full(2, np.nan)) for line in lines
-  ]
-  reach = [x[0] for x, _ in lines], [x[-1] for x, _ in lines]
-  grid = np.linspace(np.nanmin(reach[0]), np.nanmax(reach[1]), budgets)
-  table = np.stack([np.interp(grid, x, y, left=np.nan, right=np.nan) for x, y in lines])
-  alive = np.isfinite(table)
-  count = alive.sum(0)
-  table = np.where(alive, table, np.inf)
-  best = table.argmin(0)
-  sizes = np.array([params[run] for run in runs])
-  at = np.arange(budgets)
-  first = alive.argmax(0)
-  last = len(runs) - 1 - alive[::-1].argmax(0)
-  inside = (count >= 2) & (best != first) & (best != last)
-  if len(np.unique(sizes[best[inside]])) < 2:
-    raise NoAllocation(
-      'The envelope of the training curves passes through fewer than two sizes that are neither the '
-      'smallest '
-      'nor the largest at their budget: approach 1 needs more sizes.'
-    )
-  c, n = np.exp(grid[inside]), sizes[best[inside]]
-  d = cost.tokens(n, c)
-  lowest = Profile(np.nan, n, d, table[best, at][inside], 'envelope')
-  return Allocation(
-    1,
-    'envelope',
-    power_law(c, n),
-    power_law(c, d),
-    power_law(c, lowest.loss),
-    (lowest,),
-    np.full((1, 6), np.nan),
-  )

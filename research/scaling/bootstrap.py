@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 from scipy import stats
 
-from research.scaling import fits
+from research.scaling import fitted, law_fit
 from research.scaling.laws.base import LawError
 
 KINDS = ('residual', 'pairs', 'cluster')
@@ -59,7 +59,7 @@ class Bootstrap:
 
 
 def bootstrap(
-  fit: fits.Fit,
+  fit: fitted.Fit,
   kind: str = 'residual',
   *,
   groups: np.ndarray | None = None,
@@ -107,7 +107,7 @@ def bootstrap(
   return Bootstrap(kind, values, objective, spread, float(max(independent - p, 1)))
 
 
-def _refit(fit: fits.Fit, y, w, starts, replicates):
+def _refit(fit: fitted.Fit, y, w, starts, replicates):
   """The lowest end of each replicate over `starts` -> z [replicates, free], objective [replicates]."""
   center = fit.data['center']
   ends = []
@@ -116,13 +116,13 @@ def _refit(fit: fits.Fit, y, w, starts, replicates):
     z0 = np.tile([z0[name] for name in fit.problem.free], (replicates, 1))
     each = np.arange(replicates)
     rows = np.stack([each * (len(y) > 1), each * (len(w) > 1)], axis=1)
-    ends.append(fits.minimise(fit.problem, fit.data, z0, y, w, rows, fit.delta, fit.tau))
+    ends.append(law_fit.minimise(fit.problem, fit.data, z0, y, w, rows, fit.delta, fit.tau))
   best = np.argmin([e.objective for e in ends], axis=0)
   pick = lambda field: np.stack([getattr(e, field) for e in ends])[best, np.arange(replicates)]
   return pick('z'), pick('objective')
 
 
-def _normal(fit: fits.Fit, spread, replicates, rng) -> Bootstrap:
+def _normal(fit: fitted.Fit, spread, replicates, rng) -> Bootstrap:
   low, high = fit.problem.bounds()
   z = np.clip(rng.multivariate_normal(fit.z, fit.covariance, size=replicates), low, high)
   values = fit.problem.values(z.T, fit.data['center'], np.exp)

@@ -5,12 +5,12 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
-from research.scaling import analysis, approaches, bootstrap, fits, planning, solver
+from research.scaling import allocation, analysis, approaches, law_fit, planning
 from research.scaling import rows as table
-from research.scaling.laws.base import Law, precise
+from research.scaling.fitted import Fit, NotIdentifiable
+from research.scaling.laws.base import Law
 
 
 class Bias(NamedTuple):
@@ -31,13 +31,13 @@ def parabola_bias(a: 'analysis.Analysis') -> Bias | None:
   clean = dataclasses.replace(a.rows, loss=a.predict(a.rows.params, a.rows.tokens))
   try:
     two = approaches.isoflop(clean, a.cost, method=a.approach2.method, replicates=1)
-  except approaches.NoAllocation:
+  except allocation.NoAllocation:
     return None
   c = np.array([p.flops for p in two.used])
   true, _, _ = planning.optimum(a.approach3.law, a.approach3.parameters, c, a.cost)
   if not np.isfinite(true).all():
     return None
-  slope = two.params.exponent - approaches.power_law(c, true).exponent
+  slope = two.params.exponent - allocation.power_law(c, true).exponent
   return Bias(float(slope), float(two.params(c[-1]) / true[-1]))
 
 
@@ -89,7 +89,7 @@ def notes(a: 'analysis.Analysis') -> list[str]:
   return out
 
 
-def outlying(fit: fits.Fit, times: float = 10.0) -> np.ndarray:
+def outlying(fit: Fit, times: float = 10.0) -> np.ndarray:
   """Which rows [rows] lie `times` the spread of the others (1.4826 MAD) off the law, and by 2% at least."""
   r = np.abs(fit.residuals)
   least = 0.02 if fit.problem.residuals == 'log' else 0.02 * fit.observed
@@ -104,12 +104,12 @@ def repeated(rows: table.Observations) -> list[float]:
   return [max(v) / min(v) - 1 for v in losses.values() if len(v) > 1]
 
 
-def delta_sweep(fit: fits.Fit, deltas: Iterable[float] = (1e-4, 1e-3, 1e-2, 1e-1)) -> list[dict]:
+def delta_sweep(fit: Fit, deltas: Iterable[float] = (1e-4, 1e-3, 1e-2, 1e-1)) -> list[dict]:
   """The same fit under other Huber deltas: what depends on how outliers are treated."""
-  return [{'delta': d, **_summary(fits.refit(fit, delta=d))} for d in deltas]
+  return [{'delta': d, **_summary(law_fit.refit(fit, delta=d))} for d in deltas]
 
 
-def outliers(fit: fits.Fit, counts: Sequence[int] = (0, 1, 3, 5)) -> list[dict]:
+def outliers(fit: Fit, counts: Sequence[int] = (0, 1, 3, 5)) -> list[dict]:
   """The fit without the k highest losses, and without the k largest residuals: both answers, side "
   "by side."""
   out = []
@@ -119,11 +119,11 @@ def outliers(fit: fits.Fit, counts: Sequence[int] = (0, 1, 3, 5)) -> list[dict]:
   ):
     for k in counts:
       keep = np.setdiff1d(np.arange(len(order)), order[:k])
-      out.append({'rule': rule, 'dropped': k, **_summary(fits.refit(fit, keep))})
+      out.append({'rule': rule, 'dropped': k, **_summary(law_fit.refit(fit, keep))})
   return out
 
 
-def _summary(fit: fits.Fit) -> dict:
+def _summary(fit: Fit) -> dict:
   p = fit.parameters
   exponent = {'a': p['beta'] / (p['alpha'] + p['beta'])} if {'alpha', 'beta'} <= set(p) else {}
   return {**exponent, **p, 'objective': fit.objective}
@@ -136,7 +136,7 @@ def leave_one_budget_out(a: 'analysis.Analysis') -> list[dict]:
     rest = np.setdiff1d(np.arange(len(a.rows)), members)
     if len(rest) <= len(a.approach3.problem.free):
       continue
-    other = fits.refit(a.approach3, rest)
+    other = law_fit.refit(a.approach3, rest)
     out.append(
       {'budget': c, 'runs': len(members), **_errors(other, a.rows, members), **_summary(other)}
     )
@@ -158,7 +158,7 @@ def compare(laws: Iterable[Law], inputs: Mapping[str, np.ndarray], loss: np.ndar
   """
   found = []
   for law in laws:
-    fit = fits.fit(law, inputs, loss, robust='l2', check=False)
+    fit = law_fit.fit(law, inputs, loss, robust='l2', check=False)
     n, k = len(fit.observed), len(fit.problem.free) + 1
     rss = float((fit.residuals**2).sum())
     aicc = n * np.log(max(rss, 1e-300) / n) + 2 * k + 2 * k * (k + 1) / max(n - k - 1, 1e-9)
@@ -192,79 +192,7 @@ def conventions(rows: Sequence[Mapping], columns: table.Columns, fit: Callable) 
       if a.approach3 is not None:
         line |= {'law': a.approach3.law.name}
         line |= {k: a.approach3.parameters.get(k, '') for k in ('alpha', 'beta', 'E')}
-    except (table.RowError, analysis.NoForecast, fits.NotIdentifiable) as e:
+    except (table.RowError, analysis.NoForecast, NotIdentifiable) as e:
       line |= {'law': str(e)}
     out.append(line)
   return tuple(out)
-
-
-def exponent_by_count(law: Law, values, sizes, counted, flops, tokens) -> float:
-  """The exponent a of N* ~ C^a that a study sees that counts other parameters than the law's.
-
-  Every size N of `sizes` (counted the study's way) is trained once and evaluated at `tokens`; its loss is
-  law(`counted`(N), D). At each C of `flops` that size wins whose evaluation nearest to D = C / (6 N) is lowest;
-  the slope of ln N on ln C is what approach 1 reports. With N non-embedding and counted(N) =
-  N + 47491 N^(1/3) total parameters, this is how Pearce & Song 2024 (arXiv:2406.12907) reconcile Kaplan's
-  exponent with Chinchilla's.
-  """
-  sizes, flops, tokens = (np.asarray(v, np.float64) for v in (sizes, flops, tokens))
-  loss = law(values, params=np.asarray(counted(sizes))[:, None], tokens=tokens)
-  nearest = np.abs(6 * sizes[:, None, None] * tokens - flops[:, None]).argmin(-1)
-  best = np.take_along_axis(loss, nearest, axis=1).argmin(0)
-  return float(np.polyfit(np.log(flops), np.log(sizes[best]), 1)[0])
-
-
-def coverage(
-  law: Law,
-  values: Mapping[str, float],
-  inputs: Mapping[str, np.ndarray],
-  *,
-  noise: float,
-  replications: int = 200,
-  replicates: int = 200,
-  level: float = 0.9,
-  robust: str = 'huber',
-  delta: float = 1e-3,
-  residuals: str = 'log',
-  seed: int = 0,
-) -> dict[str, float]:
-  """How often residual-bootstrap intervals of made-up sweeps hold the parameters that made them.
-
-  Each replication draws noise of standard deviation `noise` on the law's own values (log-normal, or normal
-  where residuals='linear'), fits from the true values and bootstraps as `bootstrap.bootstrap` does; all of it
-  is two queues of the solver. Returns parameter -> share of the `replications` intervals that hold it.
-  """
-  rng = np.random.default_rng(seed)
-  problem = solver.Problem(law, robust, residuals)
-  data, clean = fits.make_data(law, inputs, law(values, **inputs))
-  target = np.log(clean) if residuals == 'log' else clean
-  n, p = len(clean), len(problem.free)
-  y = target + noise * rng.normal(size=(replications, n))
-  start = law.coordinates({k: np.float64(v) for k, v in values.items()}, data['center'])
-  start = np.tile([start[name] for name in problem.free], (replications, 1))
-  ones, pair = np.ones((1, n)), lambda count: np.stack([np.arange(count), np.zeros(count, int)], 1)
-  found = fits.minimise(problem, data, start, y, ones, pair(replications), delta, 0.5)
-  with precise():
-    fitted = np.array(jax.vmap(lambda z: problem.predict(z, data))(found.z))
-  fitted = np.log(fitted) if residuals == 'log' else fitted
-  spread = (y - fitted) * np.sqrt(n / (n - p))
-  drawn = rng.integers(n, size=(replications, replicates, n))
-  again = fitted[:, None] + np.take_along_axis(spread[:, None], drawn, axis=2)
-  many = replications * replicates
-  ends = fits.minimise(
-    problem,
-    data,
-    np.repeat(found.z, replicates, axis=0),
-    again.reshape(many, n),
-    ones,
-    pair(many),
-    delta,
-    0.5,
-  )
-  sampled = problem.values(ends.z.T, data['center'], np.exp)
-  held = {}
-  for name, truth in values.items():
-    samples = sampled[name].reshape(replications, replicates).T
-    low, high = bootstrap.interval(samples, level, n - p)
-    held[name] = float(((low <= truth) & (truth <= high)).mean())
-  return held

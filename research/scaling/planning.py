@@ -9,51 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from research.scaling.cost import SIX_ND, Cost
 from research.scaling.laws.base import Law, LawError, precise
-
-
-@dataclasses.dataclass(frozen=True)
-class Cost:
-  """Training FLOPs C(N, D) = k N^p D. The default is the usual 6 N D; other conventions are fitted "
-  "to rows."""
-
-  k: float = 6.0
-  p: float = 1.0
-  worst: float = 0.0  # largest relative deviation of the rows it was fitted to
-
-  def flops(self, params, tokens):
-    return self.k * np.asarray(params, np.float64) ** self.p * tokens
-
-  def tokens(self, params, flops):
-    return np.asarray(flops, np.float64) / (self.k * np.asarray(params, np.float64) ** self.p)
-
-  def params(self, tokens, flops):
-    return (np.asarray(flops, np.float64) / (self.k * tokens)) ** (1 / self.p)
-
-  def __str__(self) -> str:
-    if self.p == 1.0:
-      return f'C = {self.k:.4g} N D'
-    return f'C = {self.k:.4g} N^{self.p:.4f} D (rows deviate by up to {self.worst:.1%})'
-
-
-SIX_ND = Cost()
-
-
-def fit_cost(params, tokens, flops) -> Cost:
-  """The rows' own FLOP convention as k N^p D: exactly 6 N D where they say so."""
-  per_token = np.log(np.asarray(flops) / np.asarray(tokens))
-  n = np.log(np.asarray(params))
-  if np.allclose(per_token - n, np.log(6.0), atol=1e-6):
-    return Cost()
-  if np.ptp(n) < 1e-9:
-    return Cost(float(np.exp((per_token - n).mean())), 1.0)
-  if np.ptp(per_token - n) < 0.02:  # proportional to N D up to the rounding of figures
-    k = float(np.exp(np.median(per_token - n)))
-    k = 6.0 if abs(k / 6 - 1) < 0.01 else k
-    return Cost(k, 1.0, float(np.abs(np.expm1(per_token - n - np.log(k))).max()))
-  p, ln_k = np.polyfit(n, per_token, 1)
-  worst = float(np.abs(np.expm1(per_token - p * n - ln_k)).max())
-  return Cost(float(np.exp(ln_k)), float(p), worst)
 
 
 def optimum(law: Law, parameters: Mapping, flops, cost: Cost = SIX_ND):
@@ -160,65 +117,3 @@ def waste(law: Law, parameters: Mapping, params, tokens, cost: Cost = SIX_ND) ->
     worse = optimum(law, parameters, np.exp(middle), cost)[2] > reached
     low, high = np.where(worse, middle, low), np.where(worse, high, middle)
   return np.maximum(1 - np.exp(high) / spent, 0.0)
-
-
-def next_runs(
-  analysis,
-  budget: float,
-  *,
-  target: float | None = None,
-  count: int = 3,
-  candidates: int = 200,
-  seed: int = 0,
-) -> list[dict]:
-  """The runs, for at most `budget` FLOPs in all, that would narrow the forecast at `target` FLOPs the most.
-
-  Greedy D-optimal-style design for one number: each candidate run's worth is the fall in the variance of
-  ln L*(target) that one more observation at its (N, D) brings, by the bootstrap's joint spread of the two
-  (a linear-Gaussian update), per run that fits the remaining budget. `target` defaults to 10 times the
-  largest fitted budget.
-  """
-  if analysis.approach3 is None:
-    raise LawError('next_runs needs a fitted law (approach 3).')
-  target = 10 * float(analysis.rows.flops.max()) if target is None else float(target)
-  rng = np.random.default_rng(seed)
-  low = np.log(analysis.rows.flops.min())
-  high = np.log(min(budget, target))
-  if high <= low:
-    raise LawError(f'A budget of {budget:.3g} FLOPs is below the smallest run of the sweep.')
-  c = np.exp(rng.uniform(low, high, candidates))
-  best, _, _ = analysis.optimum(c)
-  n = best * np.exp(rng.uniform(np.log(0.2), np.log(5.0), candidates))
-  d = analysis.cost.tokens(n, c)
-  values = {k: v[:, None] for k, v in analysis.bootstrap.parameters.items()}
-  at = np.log(analysis.approach3.law(values, params=n, tokens=d))
-  goal = np.log(analysis.optimum_samples(target).loss[:, 0])
-  noise = float(np.var(analysis.bootstrap.spread)) + 1e-12
-  at, goal = at - at.mean(0), goal - goal.mean()
-  before, left, picked = float(goal.var()), float(budget), []
-  for _ in range(count):
-    covariance = at.T @ goal / len(goal)
-    gain = covariance**2 / (at.var(0) + noise)
-    gain = np.where(c <= left, gain, -np.inf)
-    k = int(np.argmax(gain))
-    if not np.isfinite(gain[k]):
-      break
-    # What one noisy look at candidate k leaves of everything else.
-    slope = at[:, k] / (at[:, k].var() + noise)
-    shrink = 1 - np.sqrt(noise / (at[:, k].var() + noise))
-    weight = shrink / max(1 - noise / (at[:, k].var() + noise), 1e-12)
-    goal = goal - weight * slope * covariance[k]
-    at = at - weight * np.outer(slope, at[:, k] @ at / len(goal))
-    left -= c[k]
-    after = float(goal.var())
-    picked.append({'flops': c[k], 'params': n[k], 'tokens': d[k], 'variance left': after / before})
-  return [{k: float(v) for k, v in run.items()} for run in picked]
-
-
-def chip_hours(flops: float, *, step_flops: float, step_seconds: float, chips: int = 1) -> float:
-  """Chip-hours of a run of `flops` from one measured (or compiled) step on `chips` chips."""
-  if step_flops <= 0 or step_seconds <= 0 or chips < 1:
-    raise LawError(
-      'chip_hours needs a positive step_flops and step_seconds, and at least one chip.'
-    )
-  return flops / step_flops * step_seconds * chips / 3600

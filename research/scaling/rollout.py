@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from research.scaling import approaches, fits, planning
+from research.scaling import allocation, fitted, law_fit, planning
 from research.scaling import rows as table
+from research.scaling.cost import Cost
 
 
 class RollOut(NamedTuple):
@@ -21,9 +22,9 @@ class RollOut(NamedTuple):
 
 def roll_out(
   seen: table.Observations,
-  cost: planning.Cost,
-  two: approaches.Allocation,
-  three: fits.Fit | None,
+  cost: Cost,
+  two: allocation.Allocation,
+  three: fitted.Fit | None,
   least: int = 2,
 ) -> tuple[RollOut, ...]:
   """Every forecast of a larger budget's isoFLOP minimum from the `least` or more budgets below it.
@@ -38,10 +39,10 @@ def roll_out(
     top, larger = found[k - 1].flops, found[k:]
     ratio = [p.flops / top for p in larger]
     flops = np.array([p.flops for p in larger])
-    told = {'approach 2': approaches.power_law(*_lowest(found[:k]), floor=two.loss.floor)(flops)}
+    told = {'approach 2': allocation.power_law(*_lowest(found[:k]), floor=two.loss.floor)(flops)}
     below = seen.flops <= 1.05 * top
     if three is not None and below.sum() > len(three.problem.free):
-      law = fits.refit(three, weights=three.weights * below)
+      law = law_fit.refit(three, weights=three.weights * below)
       told['approach 3'] = planning.optimum(law.law, law.parameters, flops, cost)[2]
     for approach, losses in told.items():
       for p, distance, loss in zip(larger, ratio, losses, strict=True):

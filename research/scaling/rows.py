@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from research.errors import UserError, did_you_mean
+from research.core.errors import UserError, did_you_mean
 
 # N, C as this project writes them, in the order in which a convention is chosen by default.
 PARAMS = ('params_with_head', 'params_total', 'params_non_embedding')
@@ -284,3 +284,12 @@ def budget_groups(rows: Observations, tolerance: float = 0.12) -> list[tuple[flo
     for g in groups
     if len(g) > 1 and close(g)
   ]
+
+
+CONVENTIONS = {
+  'flops_6n_non_embedding': 'params_non_embedding',
+  'flops_6n_with_head': 'params_with_head',
+  'flops_attention_causal': 'params_with_head',
+  'flops_attention_full': 'params_with_head',
+  'flops_chinchilla': 'params_total',
+}

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from research.scaling import approaches, bootstrap, fits, laws, planning, rollout, rows, solver
+from research.scaling import allocation, bootstrap, cost, fitted, laws, rollout, rows, solver
 from research.scaling.analysis import Analysis
 from research.scaling.laws.base import Law, LawError
 
@@ -49,7 +49,7 @@ def analysis_from_dict(d: dict, extra_laws: Iterable[Law] = ()) -> Analysis:
   known = {law.name: law for law in (*laws.standard(), *extra_laws)}
   analysis = Analysis(
     rows=_observations(d['rows']),
-    cost=planning.Cost(**d['cost']),
+    cost=cost.Cost(**d['cost']),
     approach1=_allocation(d['approach1']),
     approach2=_allocation(d['approach2']),
     approach3=_fit(d['approach3'], known),
@@ -70,22 +70,22 @@ def _observations(d) -> rows.Observations:
   return rows.Observations(np.array(d['run']), **arrays, excluded=excluded, columns=d['columns'])
 
 
-def _allocation(d) -> approaches.Allocation | None:
+def _allocation(d) -> allocation.Allocation | None:
   if d is None:
     return None
-  lines = {k: approaches.PowerLaw(*map(float, d[k].values())) for k in ('params', 'tokens', 'loss')}
+  lines = {k: allocation.PowerLaw(*map(float, d[k].values())) for k in ('params', 'tokens', 'loss')}
   profiles = []
   for p in d['profiles']:
     arrays = {k: array(p[k]) for k in ('params', 'tokens', 'loss')}
     numbers = {k: float(p[k]) for k in ('flops', 'params_opt', 'tokens_opt', 'loss_opt')}
     profiles.append(
-      approaches.Profile(**{**p, **arrays, **numbers, 'warnings': tuple(p['warnings'])})
+      allocation.Profile(**{**p, **arrays, **numbers, 'warnings': tuple(p['warnings'])})
     )
   rest = {'profiles': tuple(profiles), 'samples': array(d['samples'])}
-  return approaches.Allocation(**{**d, **lines, **rest})
+  return allocation.Allocation(**{**d, **lines, **rest})
 
 
-def _fit(d, known) -> fits.Fit | None:
+def _fit(d, known) -> fitted.Fit | None:
   if d is None:
     return None
   p = d['problem']
@@ -105,8 +105,8 @@ def _fit(d, known) -> fits.Fit | None:
   }
   names = ('z', 'covariance', 'correlations', 'observed', 'weights')
   arrays = {k: array(d[k]) for k in names}
-  minima = tuple(fits.Minimum(**m) for m in d['minima'])
-  return fits.Fit(**{**d, 'problem': problem, 'minima': minima, 'data': data, **arrays})
+  minima = tuple(fitted.Minimum(**m) for m in d['minima'])
+  return fitted.Fit(**{**d, 'problem': problem, 'minima': minima, 'data': data, **arrays})
 
 
 def _bootstrap(d) -> bootstrap.Bootstrap | None:

@@ -2,36 +2,14 @@
 
 import importlib
 import json
-import os
 import pathlib
 import sys
 import threading
 import time
 
-from research.training import places
-
-
-def write_atomic(path: pathlib.Path, text: str) -> None:
-  """The file is either the old one or the whole new one, whatever dies."""
-  if places.is_bucket(path):
-    path.write_text(text)
-    return
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-  temporary.write_text(text)
-  temporary.replace(path)
-
-
-def read_rows(path: pathlib.Path) -> list[dict]:
-  """The rows of a JSON-lines file; a last line cut by a kill is left out."""
-  if not path.exists():
-    return []
-  rows = []
-  for line in path.read_text().splitlines():
-    try:
-      rows.append(json.loads(line))
-    except json.JSONDecodeError:
-      break
-  return rows
+from research.core import storage
+from research.core.storage import read_rows, write_atomic
+from research.core.text import clock, si
 
 
 class _Object:
@@ -65,7 +43,7 @@ class Rows:
     path = workdir / 'metrics.jsonl'
     kept = ''.join(json.dumps(row) + '\n' for row in read_rows(path) if row['step'] <= step)
     write_atomic(path, kept)
-    self.bucket = places.is_bucket(path)
+    self.bucket = storage.is_bucket(path)
     self.file = _Object(path, kept) if self.bucket else path.open('a')
     tensorboard = tensorboard and not self.bucket
     self.tensorboard, self.writer = str(workdir / 'tensorboard') if tensorboard else None, None
@@ -107,22 +85,6 @@ class NoRows:
   def close(self) -> None: ...
 
 
-def si(x: float) -> str:
-  """1234567 -> '1.23M'."""
-  for unit in ('', 'k', 'M', 'G', 'T', 'P', 'E'):
-    if abs(x) < 999.5 or unit == 'E':
-      return f'{x:.3g}{unit}'
-    x /= 1000
-  raise AssertionError
-
-
-def clock(seconds: float) -> str:
-  """3723 -> '1:02:03'."""
-  minutes, seconds = divmod(round(seconds), 60)
-  hours, minutes = divmod(minutes, 60)
-  return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'
-
-
 class Progress:
   """One line that is rewritten on a terminal, and a new line now and then elsewhere."""
 
@@ -147,7 +109,7 @@ class Progress:
     speed = row['tokens_per_second']
     line = (
       f'step {row["step"]:,}/{self.steps:,}  loss {row["loss"]:.4f}  {si(speed)} tokens/s  '
-      f'{si(speed * self.flops_per_token)}FLOP/s  {clock(left)} left'
+      f'{si(speed * self.flops_per_token, "FLOP/s")}  {clock(left)} left'
     )
     terminal = self.stream.isatty()
     self.stream.write(f'\r\x1b[K{line}' if terminal else line + '\n')

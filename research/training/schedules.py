@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import optax
 
-from research.errors import Invalid
+from research.core.errors import Invalid
 
 Schedule = Callable[[int], float]
 

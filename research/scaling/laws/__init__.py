@@ -1,6 +1,6 @@
 """Every law, by name."""
 
-from research.errors import did_you_mean
+from research.core.errors import did_you_mean
 from research.scaling.laws.base import Law, LawError, Parameter, coefficient, exponent
 from research.scaling.laws.downstream import AccuracyOfLoss, ErrorOfLoss, LossOfCompute
 from research.scaling.laws.hyper import (

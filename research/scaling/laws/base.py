@@ -16,7 +16,7 @@ from typing import ClassVar
 import jax
 import numpy as np
 
-from research.errors import UserError, did_you_mean
+from research.core.errors import UserError, did_you_mean
 
 
 @contextlib.contextmanager

@@ -1,0 +1,138 @@
+"""Checkpoints of parameters alone, written and read a piece at a time.
+
+A piece is a parameter, or one layer's (or one expert's) slice of a stacked one. Neither direction holds more
+than the pieces in hand: Orbax makes the checkpoint of arrays that are still empty, in chunks of one piece,
+and the pieces are put in one by one; `Checkpoints` then restores it like any other, onto any mesh. Until the
+last piece is in, its checksums do not match, so a checkpoint cut short is found to be damaged.
+"""
+
+import math
+import pathlib
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+
+from research.checkpoints.manager import partial_checksum
+from research.core.errors import UserError
+
+Path = tuple  # of keys in nested dicts
+Pieces = Iterable[tuple[Path, tuple[int, ...], np.ndarray]]
+
+
+def write_params(
+  folder: pathlib.Path,
+  shapes: Mapping[Path, tuple[int, ...]],
+  leading: Mapping[Path, int],
+  pieces: Callable[[], Pieces],
+) -> None:
+  """Writes float32 parameters as the checkpoint of step 0.
+
+  Args:
+    folder: of checkpoints.
+    shapes: of every parameter.
+    leading: how many leading axes of a parameter a piece has one index of.
+    pieces: called twice, for the checksums and to write: (path, index on the leading axes, values).
+  """
+  sums = dict.fromkeys(shapes, 0)
+  for path, index, x in pieces():
+    start = sum(i * math.prod(shapes[path][k + 1 :]) for k, i in enumerate(index))
+    sums[path] = (sums[path] + partial_checksum(_float32(x), start)) % 2**32
+  state = _write_empty(folder, shapes, leading, sums)
+  arrays = {path: _open(state, path, write=True) for path in shapes}
+  for path, index, x in pieces():
+    arrays[path][index].write(_float32(x)).result()
+
+
+def _float32(x: np.ndarray) -> np.ndarray:
+  return np.ascontiguousarray(x, np.float32)
+
+
+def _write_empty(folder, shapes, leading, sums) -> pathlib.Path:
+  """The checkpoint without the values; the folder of its arrays."""
+  # One number seen as a whole array: Orbax must not copy it, and writes nothing of what is empty.
+  arrays = {path: np.broadcast_to(np.float32(0), shape) for path, shape in shapes.items()}
+  chunks = {path: ocp.SaveArgs(shard_axes=tuple(range(n))) for path, n in leading.items()}
+  as_they_are = ocp.type_handlers.create_type_handler_registry(
+    (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False))
+  )
+  handlers = {
+    'state': ocp.PyTreeCheckpointHandler(type_handler_registry=as_they_are),
+    'meta': ocp.JsonCheckpointHandler(),
+  }
+  meta = {'checksums': {'/'.join(map(str, ('params', *path))): n for path, n in sums.items()}}
+  items = ocp.args.Composite(
+    state=ocp.args.PyTreeSave({'params': nested(arrays)}, save_args={'params': nested(chunks)}),
+    meta=ocp.args.JsonSave(meta),
+  )
+  options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+  folder = pathlib.Path(folder).absolute()
+  with ocp.CheckpointManager(folder, options=options, item_handlers=handlers) as manager:
+    manager.save(0, args=items)
+  return folder / '0' / 'state'
+
+
+def _open(state: pathlib.Path, path: Path, **mode) -> tensorstore.TensorStore:
+  """An array of a checkpoint as Orbax lays it out."""
+  name = '.'.join(map(str, ('params', *path)))
+  kvstore = {'driver': 'ocdbt', 'base': f'file://{state}', 'path': f'{name}/'}
+  return tensorstore.open({'driver': 'zarr', 'kvstore': kvstore}, open=True, **mode).result()
+
+
+class Params:
+  """The parameters in the newest checkpoint of a folder (a run's, or a folder of checkpoints), read by need.
+
+  A piece is read by itself where the checkpoint is chunked so; else its whole parameter is read and held
+  until `forget`.
+
+  Raises:
+    UserError: there is no checkpoint.
+  """
+
+  def __init__(self, folder: str | pathlib.Path):
+    folder = pathlib.Path(folder).absolute()
+    # A run's checkpoints stand in its folder 'checkpoints'.
+    folder = next((f for f in (folder / 'checkpoints', folder) if f.is_dir()), folder)
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    with ocp.CheckpointManager(folder, options=options) as manager:
+      step = manager.latest_step()
+    if step is None:
+      raise UserError(f'--checkpoint: no checkpoint in {folder}.')
+    self.state = folder / str(step) / 'state'
+    self.held: dict[Path, np.ndarray] = {}
+    self.arrays: dict[Path, tensorstore.TensorStore] = {}
+
+  def piece(self, path: Path, index: tuple[int, ...]) -> np.ndarray:
+    """The values of a parameter at `index` of its leading axes.
+
+    Raises:
+      UserError: the checkpoint has no parameter of this name.
+    """
+    if path not in self.arrays:
+      try:
+        self.arrays[path] = _open(self.state, path)
+      except ValueError:
+        name = '/'.join(map(str, path))
+        raise UserError(f'{self.state.parent} has no parameter {name}.') from None
+    array = self.arrays[path]
+    if all(n == 1 for n in array.chunk_layout.read_chunk.shape[: len(index)]):
+      return array[index].read().result()
+    if path not in self.held:
+      self.held[path] = array.read().result()
+    return self.held[path][index]
+
+  def forget(self) -> None:
+    """Frees what is held."""
+    self.held.clear()
+
+
+def nested(flat: Mapping[Path, object]) -> dict:
+  """Nested dicts of values by path."""
+  tree: dict = {}
+  for path, value in flat.items():
+    node = tree
+    for key in path[:-1]:
+      node = node.setdefault(key, {})
+    node[path[-1]] = value
+  return tree

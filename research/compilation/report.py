@@ -1,0 +1,259 @@
+"""FIXME: say what this module is."""
+
+import math
+import time
+
+import jax
+import jax.numpy as jnp
+
+from research.compilation import chips, hlo
+from research.core.errors import UserError
+from research.model import counts
+from research.parallel import axes
+from research.training import checks
+from research.training.program import make_program, mesh_of
+from research.training.run import Run
+
+GIB = chips.GIB
+PREFIXED = ('prefix_lm', 'span_corruption', 'ul2')  # tasks whose rows on one decoder have a prefix
+
+
+class DoesNotFit(UserError):
+  """The step needs more memory than a device has."""
+
+
+def batch_features(run: Run) -> dict[str, int]:
+  """{key: length} of the run's batches, as the frozen stream will have them."""
+  stream = getattr(run.train, 'streams', None)
+  stream = next(iter(stream.values())) if isinstance(stream, dict) else run.train
+  lengths, both = (
+    run.train.lengths,
+    'inputs' in run.train.lengths and 'targets' in run.train.lengths,
+  )
+  keys = ['target_tokens', 'input_tokens', 'loss_weights', 'segment_ids', 'positions']
+  features = {f'decoder_{key}': run.target_length for key in keys}
+  if both:
+    keys = ('input_tokens', 'segment_ids', 'positions')
+    features |= {f'encoder_{key}': lengths['inputs'] for key in keys}
+  elif getattr(stream, 'name', '') in PREFIXED:
+    features['decoder_causal_attention'] = run.target_length
+  return features
+
+
+def lower(run: Run, mesh: jax.sharding.Mesh):
+  """(lowered step, abstract state, abstract batch) under the mesh in use."""
+  program = make_program(run)
+  checks.check_divides(run)
+
+  def at(shape, dtype, spec):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
+
+  where = lambda x: x.sharding.spec if x.sharding is not None else jax.P()
+  state = jax.eval_shape(lambda: program.init(jax.random.key(0)))
+  state = jax.tree.map(lambda x: at(x.shape, x.dtype, where(x)), state)
+  batch = {
+    key: at((run.batch_size, length), jnp.int32, axes.spec('batch', 'length'))
+    for key, length in batch_features(run).items()
+  }
+  step = jax.jit(program.step, donate_argnums=0)
+  return step.lower(state, batch, at((), jnp.float32, jax.P())), state, batch
+
+
+def device_bytes(tree) -> int:
+  """Of an abstract tree's share on one device."""
+  share = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+  return sum(map(share, jax.tree.leaves(tree)))
+
+
+def remat_of(tree) -> str:
+  """The rematerialisation policy of a model's first stack, as configured."""
+  found = []
+
+  def walk(value):
+    if hasattr(value, 'keywords'):
+      if getattr(value.func, '__name__', '') == 'Stack':
+        found.append(value.keywords.get('remat', 'full'))
+      for v in value.keywords.values():
+        walk(v)
+    elif isinstance(value, list | tuple):
+      for v in value:
+        walk(v)
+
+  walk(tree)
+  return found[0] if found else 'full'
+
+
+def flops(run: Run) -> dict[str, float]:
+  """Of a step over all devices: the model's own (visible pairs only), and with what is computed twice."""
+  count = counts.count(run.model, run.train.lengths)
+  tokens, head = (
+    run.batch_size * run.target_length,
+    6 * (count.params_with_head - count.params_non_embedding),
+  )
+  mixing = count.flops_attention_causal - count.flops_6n_with_head
+  again = {
+    'none': 0.0,
+    'dots': mixing / 3,  # products without a batch axis are kept
+  }.get(remat_of(run.model), (count.flops_attention_causal - head) / 3)
+  return {
+    'model_flops': tokens * count.flops_attention_causal,
+    'hardware_flops': tokens * (count.flops_attention_causal + again),
+  }
+
+
+def network(
+  found: list[hlo.Collective], mesh, chip: chips.Chip | None, topology: str
+) -> list[dict]:
+  """Every collective with the mesh axes it runs over and its time at the network's peak."""
+  devices, sizes, rows = mesh.devices.ravel(), dict(mesh.shape), []
+  for c in sorted(found, key=lambda c: -c.wire_bytes):
+    row = {'kind': c.kind, 'count': c.count, 'bytes': c.bytes}
+    group = _one_a_slice(devices, c.group) if c.dcn else c.group
+    row['axes'] = '+'.join(hlo.axes_of(group, sizes)) or '-'
+    if chip is not None and len(group) > 1:
+      rate = chip.dcn_rate
+      if not c.dcn:
+        rate = chip.ici_rate * _links([devices[i] for i in group], topology)
+      row |= {'network': 'DCN' if c.dcn else 'ICI', 'seconds': c.wire_bytes / rate}
+    rows.append(row)
+  return rows
+
+
+def _one_a_slice(devices, slices: tuple[int, ...]) -> tuple[int, ...]:
+  """The places in the mesh of the devices that have the first one's place in each of these slices."""
+  order, first = sorted({d.slice_index for d in devices}), devices[0].coords
+  place = {d.slice_index: i for i, d in enumerate(devices) if d.coords == first}
+  return tuple(place[order[i]] for i in slices)
+
+
+def _links(members, topology: str) -> int:
+  """Over how many links a device can send at once to these neighbours: two a side where it goes round."""
+  extents = [len(set(side)) for side in zip(*(d.coords for d in members), strict=True)]
+  sides = [int(n) for n in topology.partition(':')[2].split('x')]
+  round_ = [
+    n == side and wrap for n, side, wrap in zip(extents, sides, chips.wraps(topology), strict=False)
+  ]
+  return max(sum(1 + torus for n, torus in zip(extents, round_, strict=False) if n > 1), 1)
+
+
+def compile_run(run: Run, topology: str, slices: int = 1, keep_hlo: str | None = None) -> dict:
+  """The report of a run's step on this topology: see the keys it is made of below.
+
+  Raises:
+    Invalid: mesh, batch and devices do not go together.
+    DoesNotFit: XLA finds no room for it.
+  """
+  devices, chip = chips.devices_of(topology, slices)
+  with mesh_of(run, devices, chip and chip.hbm_bytes).use(devices) as mesh:
+    began = time.monotonic()
+    lowered, state, batch = lower(run, mesh)
+    try:
+      compiled = lowered.compile()
+    except Exception as error:  # an XLA runtime error
+      if 'hbm' not in str(error).lower() and 'RESOURCE_EXHAUSTED' not in str(error):
+        raise
+      raise DoesNotFit(_advice(run, str(error), device_bytes(state), chip)) from None
+    seconds = time.monotonic() - began
+    text = compiled.as_text()
+    if keep_hlo:
+      with open(keep_hlo, 'w') as file:
+        file.write(text)
+    report = {
+      'topology': topology, 'slices': slices, 'devices': len(devices), 'mesh': dict(mesh.shape),
+      'batch_size': run.batch_size, 'microbatches': run.microbatches, 'lengths': run.train.lengths,
+      'remat': remat_of(run.model), 'compile_s': seconds,
+      'memory': memory(compiled, state, batch, chip),
+      **flops(run), 'moved_bytes_per_device': hlo.moved_bytes(text),
+      'collectives': network(hlo.collectives(text), mesh, chip, topology),
+    }  # fmt: skip
+  return report | roofline(report, chip) if chip else report
+
+
+def memory(compiled, state, batch, chip) -> dict[str, float]:
+  """Bytes per device. The step's new state takes the place of the old one.
+
+  `peak` is the most that is alive at once; XLA holds what it allots for it against the device's memory. `total`
+  is jax's sum of arguments and temporaries, for a TPU up to a third more than is allotted
+  (experiments/tpu_fit/heap.py). With `host` memory in use, `peak` was seen above `total`: believe the latter.
+  """
+  stats = compiled.memory_analysis()
+  fresh = stats.output_size_in_bytes - stats.alias_size_in_bytes
+  total = stats.argument_size_in_bytes + stats.temp_size_in_bytes + max(fresh, 0)
+  return {
+    'parameters': device_bytes(state['params']), 'optimizer': device_bytes(state['opt']),
+    'batch': device_bytes(batch), 'arguments': stats.argument_size_in_bytes,
+    'temporaries': stats.temp_size_in_bytes, 'host': stats.host_temp_size_in_bytes,
+    'total': total, 'peak': stats.peak_memory_in_bytes, 'limit': chip and chip.hbm_bytes,
+  }  # fmt: skip
+
+
+def roofline(report: dict, chip: chips.Chip) -> dict:
+  """Seconds of each resource at its peak; a step takes at least the largest, at most their sum."""
+  by = lambda kind: sum(
+    c.get('seconds', 0) for c in report['collectives'] if c.get('network') == kind
+  )
+  terms = {
+    'compute_s': report['hardware_flops'] / report['devices'] / chip.flops,
+    'hbm_s': report['moved_bytes_per_device'] / chip.hbm_rate,
+    'ici_s': by('ICI'),
+    'dcn_s': by('DCN'),
+  }
+  best = max(terms.values())
+  peak = report['devices'] * chip.flops
+  return {
+    **terms, 'predicted_step_s': best, 'no_overlap_step_s': sum(terms.values()),
+    'mfu': report['model_flops'] / best / peak,
+    'no_overlap_mfu': report['model_flops'] / sum(terms.values()) / peak,
+  }  # fmt: skip
+
+
+def _advice(run: Run, error: str, state: int, chip) -> str:
+  """What to change, in the order of what it costs."""
+  used = next((line.strip() for line in error.splitlines() if 'sed' in line), '').rstrip('.')
+  limit = chip.hbm_bytes if chip else math.inf
+  if state > 0.8 * limit:
+    remedy = (
+      'parameters and optimizer fill it: split them further (Mesh.fsdp = -1) or take a larger slice'
+    )
+  elif remat_of(run.model) != 'full':
+    remedy = "recompute more: Stack.remat = 'full'"
+  else:
+    remedy = (
+      'halve what is in memory at once: double Run.microbatches, or Mesh.tensor or Mesh.context'
+    )
+  return f'the step does not fit a device ({used}; state {state / GIB:.2f} GiB): {remedy}.'
+
+
+def show(report: dict) -> str:
+  """The report as a table."""
+  mesh = ' x '.join(f'{k} {v}' for k, v in report['mesh'].items() if v > 1) or 'one device'
+  m, gib = report['memory'], lambda n: f'{n / GIB:8.3f} GiB'
+  lines = [
+    f'{report["topology"]} x {report["slices"]}: {report["devices"]} devices, mesh {mesh}, batch '
+    f'{report["batch_size"]:,}, remat {report["remat"]}; compiled in {report["compile_s"]:.0f} s',
+    'memory per device:',
+    *(
+      f'  {key:12}{gib(m[key])}'
+      for key in ('parameters', 'optimizer', 'batch', 'temporaries', 'total', 'peak', 'host')
+    ),
+  ]
+  if m['limit']:
+    lines.append(f'  {"of":12}{gib(m["limit"])}  ({m["peak"] / m["limit"]:.0%})')
+  lines += [
+    f'FLOPs of a step: {report["model_flops"]:.3e}; {report["hardware_flops"]:.3e} with what is computed again',
+    'collectives of a step, per device:',
+    f'  {"kind":20}{"axes":16}{"count":>7}{"MiB each":>10}  seconds at peak',
+  ]
+  for c in report['collectives']:
+    timed = f'{c["seconds"]:.4f} {c["network"]}' if 'seconds' in c else ''
+    lines.append(
+      f'  {c["kind"]:20}{c["axes"]:16}{c["count"]:>7,}{c["bytes"] / 2**20:>10.2f}  {timed}'
+    )
+  if 'mfu' in report:
+    terms = ', '.join(f'{k} {report[f"{k}_s"]:.3f} s' for k in ('compute', 'hbm', 'ici', 'dcn'))
+    lines += [
+      f'roofline: {terms}',
+      f'a step takes {report["predicted_step_s"]:.3f} s and has an MFU of {report["mfu"]:.0%} if all of these '
+      f'overlap at their peaks; {report["no_overlap_step_s"]:.3f} s, {report["no_overlap_mfu"]:.0%} if none do',
+    ]
+  return '\n'.join(lines)

@@ -1,0 +1,29 @@
+"""How a number or a duration is written for a person."""
+
+import math
+
+
+def si(value: float, unit: str = '') -> str:
+  """A number in three digits: 1234567 -> '1.23M'; a dash where it is not finite.
+
+  Without a unit the letters are those of parameter and token counts (k, M, B, T), and beyond 1e15 the number is
+  written in powers of ten. With a unit they are the prefixes of physics: si(3.5e10, 'FLOPs') -> '35 GFLOPs'.
+  """
+  value = float(value)
+  if not math.isfinite(value):
+    return '—'
+  letters = ('', 'k', 'M', 'G', 'T', 'P', 'E') if unit else ('', 'k', 'M', 'B', 'T')
+  scaled = value
+  for letter in letters:
+    if abs(scaled) < 999.5:
+      number = f'{scaled:.3g}'
+      return f'{number} {letter}{unit}' if unit else f'{number}{letter}'
+    scaled /= 1000
+  return f'{value:.3g} {unit}'.rstrip()
+
+
+def clock(seconds: float) -> str:
+  """3723 -> '1:02:03'."""
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'

@@ -1,0 +1,285 @@
+"""Where text comes from: plain dataclasses; `tasks.readers` reads them, `tasks.store` keeps the text.
+
+`signature()` is what the cache is keyed by: cheap, and different when the text may have changed.
+"""
+
+import dataclasses
+import functools
+import glob
+import importlib.metadata
+import pathlib
+import platform
+from typing import ClassVar
+
+from research.core.errors import Invalid, did_you_mean
+from research.data import cleaning
+from research.data.vocabularies import file_signature
+
+SPLITS = ('train', 'validation')
+BROKEN = ('refuse', 'skip')
+
+# Installed with every lock of this project on every platform, at least 40 kB of Python each.
+# fmt: off
+TRAIN_PACKAGES = (
+  'absl-py', 'anyio', 'babel', 'charset-normalizer', 'clu', 'contourpy', 'dm-tree', 'filelock',
+  'flatbuffers', 'flax', 'fonttools', 'gast', 'gin-config', 'google-pasta',
+  'googleapis-common-protos', 'grpcio', 'h11', 'h5py', 'huggingface-hub', 'humanize', 'idna', 'jax',
+  'jaxlib', 'keras', 'lxml', 'matplotlib', 'ml-collections', 'narwhals', 'nltk', 'numpy', 'optree',
+  'orbax-checkpoint', 'packaging', 'pandas', 'portalocker', 'prometheus-client', 'promise',
+  'protobuf', 'psutil', 'pydantic', 'pyglove', 'pygments', 'pyparsing', 'pyyaml', 'regex',
+  'rouge-score', 'safetensors', 'scikit-learn', 'scipy', 'setuptools', 'simple-parsing',
+  'simplejson', 't5', 'tabulate', 'tensorflow-datasets', 'tensorflow-metadata', 'tensorflow-text',
+  'termcolor', 'threadpoolctl', 'tokenizers', 'toml', 'tqdm', 'transformers', 'typer',
+  'typing-extensions', 'wheel', 'wrapt',
+)
+VALIDATION_PACKAGES = (
+  'attrs', 'click', 'cloudpickle', 'docstring-parser', 'etils', 'fsspec', 'joblib',
+  'markdown-it-py', 'opt-einsum', 'optax', 'pillow', 'pyarrow', 'python-dateutil', 'requests',
+  'rich', 'sacrebleu', 'seqio', 'tensorboardx', 'treescope', 'urllib3',
+)
+# fmt: on
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+  """Base of the corpora.
+
+  Attributes:
+    filters: rules of `research.data.cleaning`, in order, such as (Length(200), Gopher()).
+    near_duplicates: takes near-duplicate documents out; exact ones always go.
+    contamination: counts, or takes out, training documents that repeat validation text.
+    piece_bytes: text per piece of the training split, from which one shard is made; validation
+      pieces are a quarter of that.
+  """
+
+  filters: tuple[cleaning.Filter, ...] = ()
+  near_duplicates: cleaning.NearDuplicates | None = None
+  contamination: cleaning.Contamination | None = None
+  piece_bytes: int = 8 << 20
+
+  name: ClassVar[str]
+
+  @property
+  def pairs(self) -> bool:
+    """Whether it gives prompts and completions instead of plain text."""
+    return False
+
+  def signature(self) -> list:
+    """What outside these fields decides the text, for the cache's key."""
+    return []
+
+
+@dataclasses.dataclass(frozen=True)
+class PythonSources(Corpus):
+  """The Python sources of the packages that this project's lock installs, and the standard library.
+
+  Real text without a download. Left out: tests, vendored and generated code, tables of data, files
+  over `max_bytes`. The comment with the licence at the head of a file is cut off. No package, and
+  no file's content, is in both splits.
+
+  Attributes:
+    packages: distributions of the training split.
+    validation: distributions of the validation split.
+    stdlib: whether the standard library joins the training split.
+    max_bytes: the largest file taken.
+  """
+
+  packages: tuple[str, ...] = TRAIN_PACKAGES
+  validation: tuple[str, ...] = VALIDATION_PACKAGES
+  stdlib: bool = True
+  max_bytes: int = 200_000
+  name: ClassVar[str] = 'python_sources'
+
+  def __post_init__(self):
+    object.__setattr__(self, 'packages', tuple(self.packages))
+    object.__setattr__(self, 'validation', tuple(self.validation))
+    both = sorted(set(self.packages) & set(self.validation))
+    if both:
+      raise Invalid(PythonSources, 'validation', f'{both[0]!r} is in the training split as well.')
+
+  def signature(self) -> list:
+    names = (*self.packages, *self.validation)
+    return [platform.python_version() if self.stdlib else '', *map(version, names)]
+
+
+@functools.cache
+def version(package: str) -> str:
+  """'package-version' of an installed distribution; 'package-absent' where it is missing."""
+  try:
+    return f'{package}-{importlib.metadata.version(package)}'
+  except importlib.metadata.PackageNotFoundError:
+    return f'{package}-absent'
+
+
+@dataclasses.dataclass(frozen=True)
+class Files(Corpus):
+  """Base of the corpora that lie in files.
+
+  Attributes:
+    files: path or glob, or several; local, or gs:// (with TensorFlow's file system). `.gz` is opened.
+    validation_files: the validation split; without it the split is by a hash of each document.
+    validation_fraction: the share of documents that the hash sends there.
+    broken: 'refuse' stops at the first broken file or line and names it; 'skip' counts them.
+    longest: a longer document, in bytes, is cut at line ends.
+  """
+
+  files: str | tuple[str, ...] = ()
+  validation_files: str | tuple[str, ...] = ()
+  validation_fraction: float = 0.01
+  broken: str = 'refuse'
+  longest: int = 1_000_000
+
+  def __post_init__(self):
+    for field in ('files', 'validation_files'):
+      value = getattr(self, field)
+      object.__setattr__(self, field, (value,) if isinstance(value, str) else tuple(value))
+    if not self.files:
+      raise Invalid(type(self), 'files', 'set the files to read, such as "/data/*.jsonl.gz".')
+    _check_broken(self)
+    if not 0 < self.validation_fraction < 1 and not self.validation_files:
+      why = f'{self.validation_fraction} must lie between 0 and 1.'
+      raise Invalid(type(self), 'validation_fraction', why)
+    for field in ('files', 'validation_files'):
+      for pattern in getattr(self, field):
+        if '://' not in pattern and not found(pattern):
+          raise Invalid(type(self), field, f'no file matches {pattern!r}.{_near(pattern)}')
+
+  def signature(self) -> list:
+    patterns = (*self.files, *self.validation_files)
+    return [file_signature(f) for p in patterns if '://' not in p for f in found(p)]
+
+
+def _check_broken(corpus):
+  if corpus.broken not in BROKEN:
+    hint = did_you_mean(corpus.broken, BROKEN)
+    raise Invalid(type(corpus), 'broken', f'{corpus.broken!r} is not known.{hint}')
+
+
+def found(pattern: str) -> list[str]:
+  """Local files (or folders) that a path or a glob names, sorted."""
+  return sorted(glob.glob(str(pathlib.Path(pattern).expanduser()), recursive=True))
+
+
+def _near(pattern: str) -> str:
+  path = pathlib.Path(pattern).expanduser()
+  if glob.has_magic(str(path.parent)):
+    return ''
+  if not path.parent.is_dir():
+    return f' There is no folder {path.parent}.'
+  hint = did_you_mean(path.name, [p.name for p in path.parent.iterdir()])
+  return hint if hint.startswith(' Did') else ''
+
+
+@dataclasses.dataclass(frozen=True)
+class TextFiles(Files):
+  """UTF-8 text files.
+
+  Attributes:
+    separator: what stands between documents in a file, such as a newline or '<|endoftext|>'; None
+      makes every file a document.
+  """
+
+  separator: str | None = None
+  name: ClassVar[str] = 'text'
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.separator == '':
+      raise Invalid(TextFiles, 'separator', "'' stands nowhere: None makes a file one document.")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Records:
+  """What corpora of records have besides: which field is the text.
+
+  Attributes:
+    field: the field with the text (with `prompt`: with the completion).
+    prompt: the field with the prompt, for instruction pairs.
+  """
+
+  field: str = 'text'
+  prompt: str | None = None
+
+  @property
+  def pairs(self) -> bool:
+    return self.prompt is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class JsonLines(_Records, Files):
+  """A JSON object on every line."""
+
+  name: ClassVar[str] = 'jsonl'
+
+
+@dataclasses.dataclass(frozen=True)
+class Parquet(_Records, Files):
+  """Parquet files, read by row group."""
+
+  name: ClassVar[str] = 'parquet'
+
+
+@dataclasses.dataclass(frozen=True)
+class HuggingFace(_Records, Files):
+  """What `datasets` wrote with `save_to_disk`: `files` are its folders, one split each, or .arrow files."""
+
+  name: ClassVar[str] = 'huggingface'
+
+  def __post_init__(self):
+    super().__post_init__()
+    for field in ('files', 'validation_files'):
+      for path in (f for p in getattr(self, field) if '://' not in p for f in found(p)):
+        if (pathlib.Path(path) / 'dataset_dict.json').is_file():
+          why = f'{path} holds several splits: name one of its folders, such as {path}/train.'
+          raise Invalid(HuggingFace, field, why)
+
+
+@dataclasses.dataclass(frozen=True)
+class TFRecords(_Records, Files):
+  """TFRecord files of tf.train.Example, the text in a bytes feature."""
+
+  name: ClassVar[str] = 'tfrecord'
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayRecords(_Records, Files):
+  """ArrayRecord files of tf.train.Example, the text in a bytes feature."""
+
+  name: ClassVar[str] = 'array_record'
+
+
+@dataclasses.dataclass(frozen=True)
+class Tfds(_Records, Corpus):
+  """A TensorFlow Datasets data set, already prepared under `data_dir` (nothing is downloaded).
+
+  Attributes:
+    tfds_name: such as 'lm1b:1.1.0'; the version is part of the name.
+    data_dir: TFDS's folder; None is its default.
+    broken, longest: as for files.
+    train, validation: TFDS splits, such as 'train[:99%]'.
+  """
+
+  tfds_name: str = ''
+  data_dir: str | None = None
+  train: str = 'train'
+  validation: str = 'validation'
+  broken: str = 'refuse'
+  longest: int = 1_000_000
+  name: ClassVar[str] = 'tfds'
+
+  def __post_init__(self):
+    if not self.tfds_name:
+      raise Invalid(Tfds, 'tfds_name', "set the data set's name, such as 'lm1b:1.1.0'.")
+    _check_broken(self)
+
+
+CORPORA = (
+  PythonSources,
+  TextFiles,
+  JsonLines,
+  Parquet,
+  HuggingFace,
+  TFRecords,
+  ArrayRecords,
+  Tfds,
+)

@@ -1,0 +1,295 @@
+"""Which tokens a model sees and which it must predict: the objectives, as plain dataclasses.
+
+Each is the description alone. `tasks.objectives` makes seqio preprocessors of it, in the process that
+freezes a stream; nothing here imports TensorFlow.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+from research.core.errors import Invalid
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+  """Base of the objectives.
+
+  Class attributes:
+    name: the short name that `Stream.task` takes.
+    architectures: which models it can feed, its usual one first.
+    pairs: whether it reads prompt-completion pairs instead of plain text.
+    random: whether a second pass over the corpus differs from the first.
+  """
+
+  name: ClassVar[str]
+  architectures: ClassVar[tuple[str, ...]] = ('decoder',)
+  pairs: ClassVar[bool] = False
+  random: ClassVar[bool] = True
+
+  def targets_length(self, inputs: int) -> int | None:
+    """The targets' length that wastes nothing for this inputs' length, where there is one."""
+    del inputs
+
+  def check(self, stream) -> None:
+    """Raises `Invalid` when the stream's lengths or vocabulary cannot serve this objective."""
+    if stream.passes > 1 and not self.random:
+      raise Invalid(type(stream), 'passes', f'{self.name} has no randomness: every pass is equal.')
+
+
+@dataclasses.dataclass(frozen=True)
+class CausalLM(Objective):
+  """Predict every token from the ones before it, document by document; EOS ends a document."""
+
+  name: ClassVar[str] = 'causal_lm'
+  random: ClassVar[bool] = False
+
+
+def span_lengths(inputs: int, density: float, mean_span: float) -> tuple[int, int]:
+  """How much text one span-corruption example takes.
+
+  Raffel et al. (2020), arXiv:1910.10683, section 3.1.4: of n tokens, round(n density) are noise, in
+  spans of `mean_span` on average; each span costs one sentinel on either side, and both sides end in
+  EOS. Returns (n, length of the targets) for the largest n whose inputs fit into `inputs` tokens.
+  """
+
+  def lengths(n):
+    noise = round(n * density)
+    spans = round(noise / mean_span)
+    return n - noise + spans + 1, noise + spans + 1
+
+  n = inputs - 1
+  while lengths(n + 1)[0] <= inputs:
+    n += 1
+  got, targets = lengths(n)
+  # At a density of one half the two sides are meant to be equally long.
+  return (n - 1, targets - 1) if density == 0.5 and targets > got else (n, targets)
+
+
+def check_spans(stream, density, mean_span, reserved=0, owner=None):
+  """Raises `Invalid` unless the lengths and the sentinels suffice for this corruption."""
+  owner = owner or type(stream.task)
+  if not 0 < density < 1:
+    raise Invalid(owner, 'noise_density', f'{density} must lie between 0 and 1.')
+  if mean_span < 1:
+    raise Invalid(owner, 'mean_noise_span_length', f'{mean_span} must be at least 1.')
+  joint = stream.architecture == 'decoder'
+  inputs = encoder_share(stream.lengths, density, mean_span) if joint else stream.lengths['inputs']
+  n, targets = span_lengths(inputs - reserved, density, mean_span)
+  if not joint and stream.lengths['targets'] < targets:
+    why = f"'targets' is {stream.lengths['targets']}, and {stream.name} with 'inputs' of {inputs} "
+    raise Invalid(type(stream), 'lengths', why + f'needs {targets}.')
+  spans = max(1, round(round(n * density) / mean_span))
+  if stream.vocabulary.extra_ids - reserved_ids(stream.task) < spans:
+    why = f'{stream.vocabulary.extra_ids} sentinels are too few: this corruption uses {spans} '
+    why += f'(and {reserved_ids(stream.task)} ids are mode tokens).'
+    raise Invalid(type(stream.vocabulary), 'extra_ids', why)
+
+
+def encoder_share(lengths, density, mean_span) -> int:
+  """For a decoder of `lengths['targets']` tokens: the largest inputs whose two sides fit together."""
+  total = lengths['targets']
+  inputs = total
+  while inputs > 2 and inputs + span_lengths(inputs, density, mean_span)[1] > total:
+    inputs -= 1
+  return inputs
+
+
+def reserved_ids(task) -> int:
+  """Extra ids that are not sentinels: UL2's mode tokens, fill-in-the-middle's marks."""
+  return getattr(task, 'marks', 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class SpanCorruption(Objective):
+  """Predict the spans that sentinels stand for (T5; Raffel et al. 2020, section 3.1.4).
+
+  Attributes:
+    noise_density: the share of tokens that is hidden.
+    mean_noise_span_length: tokens per hidden span, on average.
+  """
+
+  noise_density: float = 0.15
+  mean_noise_span_length: float = 3.0
+
+  name: ClassVar[str] = 'span_corruption'
+  architectures: ClassVar[tuple[str, ...]] = ('encoder_decoder', 'decoder')
+
+  def targets_length(self, inputs: int) -> int:
+    return span_lengths(inputs, self.noise_density, self.mean_noise_span_length)[1]
+
+  def check(self, stream):
+    super().check(stream)
+    check_spans(stream, self.noise_density, self.mean_noise_span_length)
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefixLM(Objective):
+  """Predict the rest of a segment from a prefix of random length that sees itself both ways.
+
+  Raffel et al. (2020), section 3.2.3; Liu et al. (2018), arXiv:1801.10198.
+
+  Attributes:
+    noise_density: the share of tokens that is predicted, on average; at most one half.
+  """
+
+  noise_density: float = 0.5
+
+  name: ClassVar[str] = 'prefix_lm'
+  architectures: ClassVar[tuple[str, ...]] = ('decoder', 'encoder_decoder')
+
+  def targets_length(self, inputs: int) -> int:
+    return inputs
+
+  def check(self, stream):
+    super().check(stream)
+    if not 0 < self.noise_density <= 0.5:
+      raise Invalid(
+        PrefixLM, 'noise_density', f'{self.noise_density} must be above 0, at most 0.5.'
+      )
+    check_targets_hold_inputs(stream)
+
+
+def check_targets_hold_inputs(stream):
+  """Raises `Invalid` when an encoder-decoder's targets could be cut off."""
+  lengths = stream.lengths
+  if stream.architecture == 'encoder_decoder' and lengths['targets'] < lengths['inputs']:
+    why = f"'targets' is {lengths['targets']}: {stream.name} can hide as much as 'inputs' holds, "
+    raise Invalid(type(stream), 'lengths', why + f'so make it {lengths["inputs"]}.')
+
+
+@dataclasses.dataclass(frozen=True)
+class Denoiser:
+  """One of UL2's: `mode` 'R', 'X' (span corruption) or 'S' (prefix LM), and its share of the tokens."""
+
+  mode: str
+  mean_noise_span_length: float
+  noise_density: float
+  rate: float = 1.0
+
+  def __post_init__(self):
+    if self.mode not in ('R', 'S', 'X'):
+      raise Invalid(Denoiser, 'mode', f"{self.mode!r} is none of 'R', 'S' and 'X'.")
+    if self.rate <= 0:
+      raise Invalid(Denoiser, 'rate', f'{self.rate} must be positive.')
+
+
+@dataclasses.dataclass(frozen=True)
+class UL2(Objective):
+  """A mixture of denoisers, each announced by a mode token (Tay et al. 2022, arXiv:2205.05131).
+
+  The default seven are those of its table 1: R (mean 3 and 8 at 15%), X (3, 8, 64 at 50% and 64 at
+  15%), S (a quarter predicted, on average). The mode tokens are the three lowest extra ids: R, S, X.
+  """
+
+  denoisers: tuple[Denoiser, ...] = (
+    Denoiser('R', 3, 0.15),
+    Denoiser('R', 8, 0.15),
+    Denoiser('S', 0, 0.25),
+    Denoiser('X', 3, 0.5),
+    Denoiser('X', 8, 0.5),
+    Denoiser('X', 64, 0.15),
+    Denoiser('X', 64, 0.5),
+  )
+
+  name: ClassVar[str] = 'ul2'
+  architectures: ClassVar[tuple[str, ...]] = ('encoder_decoder', 'decoder')
+  marks: ClassVar[int] = 3
+
+  def __post_init__(self):
+    object.__setattr__(self, 'denoisers', tuple(self.denoisers))
+
+  def targets_length(self, inputs: int) -> int:
+    return inputs
+
+  def check(self, stream):
+    super().check(stream)
+    check_targets_hold_inputs(stream)
+    for d in self.denoisers:
+      if d.mode != 'S':
+        check_spans(stream, d.noise_density, d.mean_noise_span_length, 1, Denoiser)
+
+
+def check_marks(stream):
+  """Raises `Invalid` when the vocabulary has no ids for the objective's own marks."""
+  marks = reserved_ids(stream.task)
+  if stream.vocabulary.extra_ids < marks:
+    why = f'{stream.vocabulary.extra_ids} is too few: {stream.name} needs {marks} ids of its own.'
+    raise Invalid(type(stream.vocabulary), 'extra_ids', why)
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedLM(Objective):
+  """Predict chosen tokens in place: BERT (Devlin et al. 2019, arXiv:1810.04805, section 3.1).
+
+  Of the chosen tokens 80% become the mask (the lowest extra id), 10% a random token, 10% stay. As a
+  'decoder' the features have the names that a model of one stack reads (decoder_input_tokens, ...; the
+  inputs are not shifted); as an 'encoder' they have seqio's (encoder_input_tokens, ...).
+
+  Attributes:
+    noise_density: the chance of a token (or word) to be chosen.
+    whole_word: whether the tokens of a word are chosen together.
+  """
+
+  noise_density: float = 0.15
+  whole_word: bool = False
+
+  name: ClassVar[str] = 'masked_lm'
+  architectures: ClassVar[tuple[str, ...]] = ('decoder', 'encoder')
+  marks: ClassVar[int] = 1
+
+  def check(self, stream):
+    super().check(stream)
+    check_marks(stream)
+    if not 0 < self.noise_density < 1:
+      raise Invalid(MaskedLM, 'noise_density', f'{self.noise_density} must lie between 0 and 1.')
+
+
+@dataclasses.dataclass(frozen=True)
+class FillInTheMiddle(Objective):
+  """Causal LM in which a share of the segments has its middle moved to the end.
+
+  Bavarian et al. (2022), arXiv:2207.14255: at the level of the context, cut at token positions; in
+  the order prefix-suffix-middle (PSM) or suffix-prefix-middle (SPM, variant 2). The marks <PRE>,
+  <SUF>, <MID> are the three lowest extra ids; the loss is on all tokens.
+
+  Attributes:
+    rate: the share of segments that is rearranged.
+    spm_rate: the share of those that is in SPM order.
+  """
+
+  rate: float = 0.5
+  spm_rate: float = 0.5
+
+  name: ClassVar[str] = 'fim'
+  marks: ClassVar[int] = 3
+
+  def check(self, stream):
+    super().check(stream)
+    check_marks(stream)
+    for field in ('rate', 'spm_rate'):
+      if not 0 <= getattr(self, field) <= 1:
+        raise Invalid(FillInTheMiddle, field, f'{getattr(self, field)} must be from 0 to 1.')
+    if stream.lengths['targets'] < 16:
+      raise Invalid(type(stream), 'lengths', "'targets' must be at least 16 for fim.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Instructions(Objective):
+  """Predict a completion from its prompt; the prompt carries no loss. Pairs that do not fit are dropped.
+
+  Attributes:
+    bidirectional_prompt: on a decoder, whether the prompt's tokens see each other both ways.
+  """
+
+  bidirectional_prompt: bool = False
+
+  name: ClassVar[str] = 'instructions'
+  architectures: ClassVar[tuple[str, ...]] = ('decoder', 'encoder_decoder')
+  pairs: ClassVar[bool] = True
+  random: ClassVar[bool] = False
+
+
+OBJECTIVES = {
+  c.name: c
+  for c in (CausalLM, PrefixLM, SpanCorruption, UL2, MaskedLM, FillInTheMiddle, Instructions)
+}

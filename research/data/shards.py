@@ -1,0 +1,138 @@
+"""Frozen streams on disk: rows of the smallest unsigned integers, in shards with their facts beside them.
+
+A shard is NAME.bin, rows one after the other, and NAME.json, written after it: a shard is there when its
+JSON is. Shards are numbered by pass and piece; a stream is the shards 0, 1, ... of each pass.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import pathlib
+
+import numpy as np
+
+from research.core.errors import UserError
+
+
+def shard_name(number: int, piece: int) -> str:
+  """The file of pass `number` over piece `piece`."""
+  return f'pass{number}-{piece:05d}.bin'
+
+
+def write_json(path: pathlib.Path, value):
+  """Whole or not at all."""
+  partial = path.with_name(f'{path.name}.{os.getpid()}')
+  partial.write_text(json.dumps(value, indent=1))
+  os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def locked(path: pathlib.Path, log):
+  """One writer at a time; the system releases the lock of a process that dies."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with open(path, 'w') as f:
+    try:
+      fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      log(f'another process is writing {path.stem}: waiting for it')
+      fcntl.flock(f, fcntl.LOCK_EX)
+    yield
+
+
+def facts_of(folder: pathlib.Path, number: int, examples: int | None) -> list[dict] | None:
+  """Facts of the shards that give the first `examples` of a pass (all of it for None).
+
+  None where some of them are not written yet.
+  """
+  shards, found = [], 0
+  while True:
+    path = folder / shard_name(number, len(shards))
+    try:
+      facts = json.loads(path.with_suffix('.json').read_text())
+    except FileNotFoundError:
+      return None
+    shards.append(facts | {'file': path.name})
+    found += facts['examples']
+    if facts['last'] or (examples is not None and found >= examples):
+      return shards
+
+
+def complete(folder: pathlib.Path, passes: int, examples: int | None) -> bool:
+  """Whether every pass of a stream has all the shards that it needs."""
+  if not (folder / 'header.json').exists():
+    return False
+  return all(facts_of(folder, number, examples) is not None for number in range(passes))
+
+
+def row_dtype(features: dict[str, int], vocab_size: int) -> np.dtype:
+  """One example on disk: {feature: length} in the smallest unsigned integers, one after the other."""
+
+  def small(key, length):
+    if key.endswith('_tokens'):
+      return np.uint16 if vocab_size <= 1 << 16 else np.uint32
+    if key.endswith(('_segment_ids', '_positions')):
+      return np.uint16 if length <= 1 << 16 else np.uint32
+    return np.uint8
+
+  return np.dtype([(k, small(k, n), (n,)) for k, n in sorted(features.items())])
+
+
+class Shard:
+  """One shard while it is written; a context manager that leaves it whole or not there.
+
+  Args:
+    folder: of the stream.
+    number, piece: which shard.
+    token_bytes: (vocab_size,) bytes of text that each id stands for.
+    last: whether no piece follows.
+  """
+
+  def __init__(self, folder: pathlib.Path, number: int, piece: int, token_bytes, last: bool):
+    self.path = folder / shard_name(number, piece)
+    self.partial = self.path.with_suffix('.partial')
+    self.token_bytes, self.hash = token_bytes, hashlib.sha256()
+    self.facts = {'examples': 0, 'target_tokens': 0, 'target_bytes': 0, 'positions': 0}
+    self.last, self.dtype = last, None
+
+  def __enter__(self):
+    self.file = open(self.partial, 'wb')
+    return self
+
+  def write(self, rows: dict[str, np.ndarray]) -> int:
+    """Appends rows {feature: (n, length)}; returns how many target tokens they hold."""
+    if self.dtype is None:
+      lengths = {k: v.shape[1] for k, v in rows.items()}
+      self.dtype = row_dtype(lengths, len(self.token_bytes))
+    n = len(next(iter(rows.values())))
+    table = np.empty(n, self.dtype)
+    for key, value in rows.items():
+      low, high = value.min(initial=0), value.max(initial=0)
+      if low < 0 or high > np.iinfo(self.dtype[key].base).max:
+        raise UserError(f'{key} goes from {low} to {high} and cannot be stored.')
+      table[key] = value
+    data = table.tobytes()
+    self.file.write(data)
+    self.hash.update(data)
+    side = 'encoder' if 'encoder_target_tokens' in rows else 'decoder'
+    weights = rows[f'{side}_loss_weights']
+    sizes = self.token_bytes[rows[f'{side}_target_tokens']]
+    tokens = int(weights.sum())
+    self.facts['examples'] += n
+    self.facts['positions'] += weights.size
+    self.facts['target_tokens'] += tokens
+    self.facts['target_bytes'] += int((sizes * weights).sum())
+    return tokens
+
+  def __exit__(self, kind, *_):
+    self.file.flush()
+    os.fsync(self.file.fileno())
+    self.file.close()
+    if kind is not None:
+      return
+    os.replace(self.partial, self.path)
+    names = self.dtype.names if self.dtype else ()
+    features = [[k, self.dtype[k].base.name, self.dtype[k].shape[0]] for k in names]
+    facts = {'sha256': self.hash.hexdigest(), 'features': features, 'last': self.last}
+    write_json(self.path.with_suffix('.json'), self.facts | facts)

@@ -1,0 +1,169 @@
+"""What a data stream is: frozen dataclasses, checked where they are made, that import nothing heavy.
+
+    Stream = objective x corpus x vocabulary x lengths
+
+`research.freeze` turns a `Stream` into files and `research.data.batches` reads them; both use `Stream.key()`.
+"""
+
+import dataclasses
+import importlib.util
+
+from research.core.errors import Invalid, did_you_mean
+from research.data import cleaning, corpora, objectives, vocabularies
+from research.data.spec import digest, to_spec
+
+# Part of every key: raise it when what a given corpus or Stream becomes on disk changes.
+FORMAT = 3
+
+ARCHITECTURES = ('decoder', 'encoder_decoder', 'encoder')
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+  """Fixed-shape training or evaluation examples, a pure function of these fields and the corpus.
+
+  Attributes:
+    task: an objective of `research.data.objectives` (or its short name, such as 'causal_lm'), built over
+      `corpus` and `vocabulary`; or the name of any seqio Task or Mixture that `module` registers.
+    lengths: tokens per example, by seqio task feature. A decoder has one length, 'targets', which
+      also holds its prefix; an encoder-decoder has 'inputs' and 'targets'; an encoder has 'inputs'.
+      With a registered task these are seqio's task_feature_lengths, unchanged.
+    corpus: where the text comes from (not used by a registered task).
+    vocabulary: how text becomes tokens (not used by a registered task).
+    split: 'train' or 'validation', or a registered task's own.
+    examples: at most so many packed examples are frozen; None freezes the whole split.
+    passes: how often the corpus is gone through with fresh random corruption. Epoch e of training
+      reads pass e modulo `passes`.
+    packing: several short documents in one example, kept apart by segment ids.
+    architecture: 'decoder', 'encoder_decoder' or 'encoder'; None is the objective's own.
+    seed: of the shuffling and of the corruption.
+    module: Python module to import before looking `task` up in seqio's registries.
+  """
+
+  task: 'str | objectives.Objective' = 'causal_lm'
+  lengths: dict[str, int] = dataclasses.field(default_factory=lambda: {'targets': 512})
+  corpus: corpora.Corpus = dataclasses.field(default_factory=corpora.PythonSources)
+  vocabulary: vocabularies.Vocabulary = dataclasses.field(default_factory=vocabularies.Bytes)
+  split: str = 'train'
+  examples: int | None = None
+  passes: int = 1
+  packing: bool = True
+  architecture: str | None = None
+  seed: int = 0
+  module: str | None = None
+
+  def __post_init__(self):
+    if isinstance(self.task, str) and self.task in objectives.OBJECTIVES:
+      object.__setattr__(self, 'task', objectives.OBJECTIVES[self.task]())
+    object.__setattr__(self, 'lengths', dict(self.lengths))
+    self._check_numbers()
+    self._check_registered() if self.registered else self._check_ours()
+
+  @property
+  def registered(self) -> bool:
+    """Whether `task` names a seqio Task or Mixture of somebody else's."""
+    return isinstance(self.task, str)
+
+  @property
+  def name(self) -> str:
+    return self.task if self.registered else self.task.name
+
+  def _check_numbers(self):
+    for key, n in self.lengths.items():
+      if not isinstance(n, int) or isinstance(n, bool) or n < 2:
+        raise Invalid(Stream, 'lengths', f'{key!r} is {n!r}, and must be a whole number above 1.')
+    if self.examples is not None and (not isinstance(self.examples, int) or self.examples < 1):
+      raise Invalid(Stream, 'examples', f'{self.examples!r} must be a positive number, or None.')
+    if not isinstance(self.passes, int) or self.passes < 1:
+      raise Invalid(Stream, 'passes', f'{self.passes!r} must be a positive number.')
+    if self.architecture not in (None, *ARCHITECTURES):
+      hint = did_you_mean(self.architecture, ARCHITECTURES)
+      raise Invalid(Stream, 'architecture', f'{self.architecture!r} is not known.{hint}')
+
+  def _check_registered(self):
+    if self.architecture == 'encoder':
+      why = 'a registered task runs as a decoder or an encoder_decoder.'
+      raise Invalid(Stream, 'architecture', why)
+    if self.module is None:
+      raise Invalid(
+        Stream,
+        'task',
+        f'{self.task!r} is not an objective.{did_you_mean(self.task, objectives.OBJECTIVES)} '
+        'If it is a seqio task, set Stream.module to the module that registers it.',
+      )
+    try:
+      found = importlib.util.find_spec(self.module) is not None
+    except (ImportError, ValueError):
+      found = False
+    if not found:
+      raise Invalid(Stream, 'module', f'there is no Python module {self.module!r} to import.')
+
+  def _check_ours(self):
+    if not isinstance(self.task, objectives.Objective):
+      raise Invalid(Stream, 'task', f'{self.task!r} is neither an objective nor a name.')
+    if not isinstance(self.corpus, corpora.Corpus):
+      raise Invalid(Stream, 'corpus', f'{self.corpus!r} is not a corpus, such as PythonSources().')
+    if not isinstance(self.vocabulary, vocabularies.Vocabulary):
+      raise Invalid(Stream, 'vocabulary', f'{self.vocabulary!r} is not a vocabulary: try Bytes().')
+    if self.split not in corpora.SPLITS:
+      hint = did_you_mean(self.split, corpora.SPLITS)
+      raise Invalid(Stream, 'split', f'{self.split!r} is not a split.{hint}')
+    architecture = self.architecture or self.task.architectures[0]
+    object.__setattr__(self, 'architecture', architecture)
+    if architecture not in self.task.architectures:
+      why = f'{self.name} runs as {" or ".join(self.task.architectures)}, not as {architecture}.'
+      raise Invalid(Stream, 'architecture', why)
+    if self.task.pairs != self.corpus.pairs:
+      wanted = 'pairs of prompt and completion (JsonLines with prompt=...)'
+      has, needs = (wanted, 'plain text') if self.corpus.pairs else ('plain text', wanted)
+      raise Invalid(Stream, 'corpus', f'{self.name} needs {needs}, and this corpus gives {has}.')
+    wanted = {'decoder': ['targets'], 'encoder': ['inputs']}.get(architecture)
+    wanted = wanted or ['inputs', 'targets']
+    if architecture == 'encoder_decoder' and set(self.lengths) == {'inputs'}:
+      targets = self.task.targets_length(self.lengths['inputs'])
+      if targets:
+        self.lengths['targets'] = targets
+    if sorted(self.lengths) != wanted:
+      why = f'{self.name} on a {architecture} wants exactly {wanted}, not {sorted(self.lengths)}.'
+      raise Invalid(Stream, 'lengths', why)
+    self.task.check(self)
+
+  def spec(self) -> dict:
+    """A JSON-able dict from which `from_spec` makes an equal Stream."""
+    return to_spec(self)
+
+  def key(self) -> str:
+    """Names the frozen files: what the stream is, except `examples`, which only says how much."""
+    spec = self.spec() | {'examples': None}
+    if self.registered:
+      # Nothing of these reaches a registered task.
+      spec |= {'corpus': None, 'vocabulary': None}
+    else:
+      spec['signature'] = self.corpus.signature()
+      spec['vocabulary_signature'] = self.vocabulary.signature()
+    return f'{self.name}-{self.split}-{digest([FORMAT, spec])}'.replace('/', '_').replace(':', '_')
+
+
+def from_spec(spec: dict):
+  """The dataclass that `Stream.spec` (or a part of it) described."""
+  if isinstance(spec, dict) and 'class' in spec:
+    made = {k: from_spec(v) for k, v in spec.items() if k != 'class'}
+    return _CLASSES[spec['class']](**made)
+  if isinstance(spec, list):
+    return tuple(from_spec(v) for v in spec)
+  if isinstance(spec, dict):
+    return {k: from_spec(v) for k, v in spec.items()}
+  return spec
+
+
+_CLASSES = {
+  c.__name__: c
+  for c in (
+    Stream,
+    objectives.Denoiser,
+    *cleaning.RULES,
+    *corpora.CORPORA,
+    *vocabularies.VOCABULARIES,
+    *objectives.OBJECTIVES.values(),
+  )
+}

@@ -1,0 +1,130 @@
+"""FIXME: say what this module is."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from research.scaling.report.charts import LOSS, _colors
+from research.scaling.report.figure import ACCENT, INK, MAP, SECOND, log_scale, new_figure
+
+
+def rates(found: Mapping[str, dict], line: tuple[float, float, float] | None):
+  """Loss against learning rate for every size, and the best rates against N.
+
+  Args:
+    found: size -> its `answers.best_rate`.
+    line: (value, at, exponent) of the fitted law of the best rate, if there is one.
+  """
+  figure, (curves, law) = new_figure(2)
+  highest = 0.0
+  for (name, size), color in zip(found.items(), _colors(found).values(), strict=True):
+    for batch, points in size['points'].items():
+      x, y = np.array(points).T
+      best = batch == size['batch']
+      curves.plot(x, y - size['loss'], 'o', color=color, markersize=4, alpha=1 if best else 0.3)
+      highest = max(highest, np.median(y) - size['loss'])
+    curves.plot([], [], 'o-', color=color, markersize=4, label=f'{name}, batch {size["batch"]}')
+    if size['parabola'] is None:
+      continue
+    x = np.geomspace(*size['fitted'], 60)
+    y = np.polyval(size['parabola'], np.log(x)) - size['loss']
+    curves.plot(x, y, '-', color=color, linewidth=1.2)
+    star = {'color': ACCENT, 'markersize': 11, 'markeredgecolor': 'white'}
+    curves.plot(size['rate'], 0.0, '*', **star)
+    law.plot(size['params'], size['rate'], '*', **star)
+  # What diverged is above the frame.
+  curves.set_ylim(top=min(curves.get_ylim()[1], max(4 * highest, 1e-3)))
+  if line:
+    value, at, exponent = line
+    n = np.geomspace(*(f(s['params'] for s in found.values()) for f in (min, max)), 20)
+    label = f'{value:.3g} (N / {at:.3g})^{exponent:.3f}'
+    law.plot(n, value * (n / at) ** exponent, color=SECOND, label=label)
+    law.legend(frameon=False, fontsize=8)
+  several = any(len(size['points']) > 1 for size in found.values())
+  title = 'Every size' + ('; faint: other batch sizes' if several else '')
+  curves.set(
+    xlabel='learning rate', ylabel="loss over the size's best (nats per token)", title=title
+  )
+  law.set(xlabel='parameters N', ylabel='best learning rate', title='The best rate of every size')
+  curves.legend(fontsize=7, frameon=False)
+  log_scale(curves, 'x')
+  if law.lines:
+    log_scale(law, 'x'), log_scale(law, 'y')
+  return figure
+
+
+def shapes(losses: Mapping[tuple[int, int], float]):
+  """Losses of (width, depth) as a map, the lowest marked."""
+  figure, (ax,) = new_figure(size=(6.0, 4.2))
+  widths, depths = (sorted({key[i] for key in losses}) for i in (0, 1))
+  cells = np.array([[losses.get((w, d), np.nan) for w in widths] for d in depths])
+  picture = ax.imshow(cells, cmap=MAP, origin='lower', aspect='auto')
+  best = min(losses, key=losses.get)
+  for (width, depth), loss in losses.items():
+    at = widths.index(width), depths.index(depth)
+    weight = 'bold' if (width, depth) == best else 'normal'
+    color = 'white' if loss < (np.nanmin(cells) + np.nanmax(cells)) / 2 else INK
+    ax.text(*at, f'{loss:.4f}', ha='center', va='center', color=color, weight=weight, fontsize=9)
+  x, y = widths.index(best[0]), depths.index(best[1])
+  from matplotlib.patches import Rectangle
+
+  ax.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor=ACCENT, linewidth=2.5))
+  ax.grid(False)
+  ax.set_xticks(range(len(widths)), widths)
+  ax.set_yticks(range(len(depths)), depths)
+  ax.set(xlabel='width', ylabel='layers', title='Final loss; the lowest is framed')
+  figure.colorbar(picture, ax=ax, label=LOSS)
+  return figure
+
+
+def differences(found: Mapping[str, Mapping[str, tuple[float, float]]]):
+  """What each variant changes: size -> variant -> (loss over the base's, its standard error)."""
+  most = max(map(len, found.values()))
+  figure, (ax,) = new_figure(size=(7.0, 1.2 + 0.35 * most * len(found)))
+  ticks, labels = [], []
+  for name, color in _colors(found).items():
+    for variant, (change, error) in found[name].items():
+      ticks.append(-len(ticks))
+      labels.append(f'{name}  {variant}')
+      error = None if np.isnan(error) else error
+      ax.barh(ticks[-1], change, xerr=error, color=color, ecolor=INK, capsize=3, height=0.7)
+  ax.axvline(0, color=INK, linewidth=0.8)
+  ax.set_yticks(ticks, labels, fontsize=8)
+  ax.set(xlabel='loss over the base (nats per token)', title='To the left is better')
+  return figure
+
+
+def epochs(rows: Mapping[str, np.ndarray], predict=None):
+  """Loss against epochs, a panel for every size and a colour for every number of unique tokens.
+
+  Args:
+    rows: arrays params, tokens, unique_tokens, loss [runs].
+    predict: (params, tokens, unique_tokens) -> loss, of the fitted law.
+  """
+  n = np.unique(rows['params'])
+  columns = min(len(n), 3)
+  figure, axes = new_figure(columns, -(-len(n) // columns), size=(4.0, 3.3), sharey=True)
+  unique = np.round(rows['unique_tokens'])
+  colors = _colors(np.unique(unique))
+  for ax, params in zip(axes, n, strict=False):
+    for u, color in colors.items():
+      mine = (rows['params'] == params) & (unique == u)
+      if not mine.any():
+        continue
+      x, order = rows['tokens'][mine] / u, np.argsort(rows['tokens'][mine])
+      style = 'o' if predict else 'o-'
+      ax.plot(x[order], rows['loss'][mine][order], style, color=color, markersize=4)
+      ax.plot([], [], 'o-', color=color, markersize=4, label=f'{u:.3g}')
+      if predict:
+        grid = np.geomspace(x.min(), x.max(), 60)
+        ax.plot(grid, predict(params, grid * u, u), '-', color=color, linewidth=1.2)
+        fresh = predict(params, grid * u, grid * u)
+        ax.plot(grid, fresh, ':', color=color, linewidth=1)
+    log_scale(ax, 'x')
+    ax.xaxis.set_major_formatter(lambda v, _: f'{v:g}')
+    ax.set(xlabel='epochs', title=f'N = {params:.3g}')
+  for ax in axes[len(n) :]:
+    ax.set_axis_off()
+  axes[0].set_ylabel(LOSS)
+  axes[0].legend(title='unique tokens', fontsize=7, title_fontsize=8, frameon=False)
+  return figure

@@ -1,0 +1,132 @@
+"""What the rows of a design say where its question is not the law of N and D."""
+
+import collections
+import dataclasses
+import itertools
+from typing import ClassVar
+
+import numpy as np
+
+from research.designs import rates as rates_module
+from research.designs.base import Answer, Picked, losses, positive
+from research.designs.plan import Planned, Size
+
+# Learning rates and batch sizes.
+
+
+def best_rate(members: list[tuple[Planned, float]]) -> dict:
+  """The best learning rate of one size's runs, given with their losses.
+
+  At the batch with the lowest loss: the vertex of a parabola in ln rate, by least squares through the best rate
+  and up to two neighbours on each side. A loss counts as the mean of its seeds.
+
+  Returns:
+    params, rate, batch, loss; `note`, '' or why the rate is not to be trusted; `points`, (rate, loss) by batch;
+    `parabola`, its coefficients in ln rate, or None; `fitted`, the first and last rate of it.
+  """
+  cells = collections.defaultdict(list)
+  for run, loss in members:
+    cells[run.batch_size, run.learning_rate].append(loss)
+  points = collections.defaultdict(list)
+  for (batch, rate), values in sorted(cells.items()):
+    points[batch].append((rate, float(np.mean(values))))
+  batch, (rate, loss) = min(
+    ((batch, point) for batch, row in points.items() for point in row), key=lambda m: m[1][1]
+  )
+  found = {'params': members[0][0].size.params, 'rate': rate, 'batch': batch, 'loss': loss}
+  found |= {'points': dict(points), 'parabola': None, 'note': ''}
+  row = points[batch]
+  i = [r for r, _ in row].index(rate)
+  if i in (0, len(row) - 1):
+    return found | {'note': ' (the best rate is at the end of the grid)'}
+  x, y = np.array(row[max(0, i - 2) : i + 3]).T
+  a, b, c = np.polyfit(np.log(x), y, 2)
+  if a <= 0:
+    return found | {'note': ' (the losses have no minimum over the rates)'}
+  rate, loss = float(np.exp(-b / (2 * a))), float(c - b * b / (4 * a))
+  found['fitted'] = float(x[0]), float(x[-1])
+  return found | {'rate': rate, 'loss': loss, 'parabola': (float(a), float(b), float(c))}
+
+
+def rates(runs: list[Planned], rows: list[dict]) -> Answer:
+  """The best learning rate and batch of every size, and the power law of the rate as a `designs.Rule`."""
+  from research.designs import charts as charts_module  # matplotlib
+
+  groups = collections.defaultdict(list)
+  for run, loss in losses(runs, rows):
+    groups[run.size.name].append((run, loss))
+  found = {name: best_rate(members) for name, members in groups.items()}
+  lines = [
+    f'{name}: N = {s["params"]:,}, rate {s["rate"]:.3g}, batch {s["batch"]}: {s["loss"]:.4f}{s["note"]}'
+    for name, s in found.items()
+  ]
+  best = [(s['params'], s['rate']) for s in found.values() if not s['note']]
+  line = None
+  if len(best) >= 2:
+    n, rate = np.log(np.array(best, np.float64)).T
+    slope, at = np.polyfit(n, rate, 1)
+    centre = float(np.exp(n.mean()))
+    line = float(np.exp(at + slope * n.mean())), centre, float(slope)
+    value, _, slope = line
+    lines.append(
+      f'learning rate = {value:.3g} (N / {centre:.3g})^{slope:.3f}, from {len(best)} sizes:\n'
+      f'learning_rate/designs.Rule:\n  value = {value:.4g}\n  at = {centre:.4g}\n  exponent = {slope:.4f}'
+    )
+  else:
+    lines.append(
+      f'no law: {len(best)} sizes have a best rate inside their grid, and two are needed.'
+    )
+  caption = (
+    'Each point is a run (the mean of its seeds); stars are the vertices of parabolas in ln rate.'
+  )
+  figures = {'rates': (charts_module.rates(found, line), caption)} if found else {}
+  rule = dict(zip(('value', 'at', 'exponent'), line, strict=True)) if line else None
+  return Answer('\n'.join(lines), figures, {'sizes': found, 'rule': rule})
+
+
+# Shapes.
+
+
+# Ablations.
+
+
+# Repeated data.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LearningRateBatch(Picked):
+  """Learning rates x batch sizes at every size, and the law of the best: a `Rule` for the next sweep.
+
+  Attributes:
+    ratio: tokens per parameter.
+    rates: multiples of the rule's learning rate.
+    batches: multiples of the rule's batch size.
+    seeds: runs of each, with Run.seed 0, 1, ...; their mean loss counts.
+  """
+
+  ratio: float = 20.0
+  rates: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0)
+  batches: tuple[float, ...] = (1.0,)
+  seeds: int = 1
+  law: ClassVar[bool] = False
+
+  def __post_init__(self):
+    super().__post_init__()
+    positive(self, rates=self.rates, batches=self.batches, seeds=(self.seeds,))
+
+  def plan(self, rungs: list[Size], length: int) -> list[Planned]:
+    runs = []
+    for size in self.sizes(rungs):
+      tokens = self.ratio * size.params
+      usual = self.train_for(tokens, size, length, 'usual')
+      for batch, rate, seed in itertools.product(self.batches, self.rates, range(self.seeds)):
+        examples = max(1, round(batch * usual.batch_size))
+        name = f'fit-{size.name}-b{examples}-r{rate:g}-s{seed}'
+        knobs = {'batch_size': examples, 'learning_rate': rate * usual.learning_rate}
+        runs.append(
+          self.train_for(tokens, size, length, name, settings=(f'Run.seed={seed}',), **knobs)
+        )
+    return self.long_enough(runs, 'ratio')
+
+  def answer(self, runs: list[Planned], rows: list[dict]) -> Answer:
+    return rates_module.rates(runs, rows)

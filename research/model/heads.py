@@ -1,0 +1,127 @@
+"""FIXME: say what this module is."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from research.model.embedder import Embedder, Scale
+from research.model.layers import Linear
+from research.model.parameters import Initializer, normal, param, project
+from research.model.part import Part
+from research.parallel.axes import gather
+
+
+def _soft_cap(logits: jax.Array, cap: float | None) -> jax.Array:
+  return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def _logits(x: jax.Array, kernel: jax.Array, axes: tuple, **options) -> jax.Array:
+  """Float32 logits [batch, length, vocab] of x [batch, length, embed]."""
+  return project(x, kernel, axes, ('batch', 'length', 'vocab'), dtype=jnp.float32, **options)
+
+
+def _against(x: jax.Array, table: jax.Array) -> jax.Array:
+  """Float32 logits of x against vectors [vocab, embed]."""
+  return _logits(x, table, ('vocab', None), transposed=True)
+
+
+class TiedHead(nnx.Module):
+  """Logits against the token vectors (Press & Wolf 2017, arXiv:1608.05859).
+
+  Knobs:
+    scale: of x, a number or a function of embed (T5 1.0: `inverse_sqrt`).
+    soft_cap: c in c tanh(logits / c) (Gemma 2).
+  """
+
+  def __init__(
+    self,
+    embed: int,
+    vocab: int,
+    *,
+    scale: Scale = 1.0,
+    soft_cap: float | None = None,
+    rngs: nnx.Rngs,
+  ):
+    self.scale = scale(embed) if callable(scale) else scale
+    self.soft_cap = soft_cap
+
+  def weights(self, embedder: Embedder, dtype) -> jax.Array:
+    return embedder.weights(dtype)
+
+  def __call__(self, x: jax.Array, weights: jax.Array) -> jax.Array:
+    return _soft_cap(_against(x * self.scale, weights), self.soft_cap)
+
+
+class UntiedHead(nnx.Module):
+  """Logits by a matrix of their own; with `bias` in GPT-J and Phi, `soft_cap` as in `TiedHead`."""
+
+  def __init__(
+    self,
+    embed: int,
+    vocab: int,
+    *,
+    bias: bool = False,
+    soft_cap: float | None = None,
+    init: Initializer | None = None,
+    rngs: nnx.Rngs,
+  ):
+    init = init or functools.partial(normal, stddev=embed**-0.5)
+    self.kernel = param(rngs, (embed, vocab), ('embed', 'vocab'), init)
+    self.bias = param(rngs, (vocab,), ('vocab',), nnx.initializers.zeros) if bias else None
+    self.soft_cap = soft_cap
+
+  def weights(self, embedder: Embedder, dtype) -> jax.Array:
+    return gather(self.kernel[...].astype(dtype), None, 'vocab')
+
+  def __call__(self, x: jax.Array, weights: jax.Array) -> jax.Array:
+    logits = _logits(x, weights, (None, 'vocab'))
+    if self.bias is not None:
+      logits = logits + self.bias[...]
+    return _soft_cap(logits, self.soft_cap)
+
+
+class NormalisedHead(nnx.Module):
+  """Logits by a matrix whose column for every token has length one (Baichuan 2, arXiv:2309.10305)."""
+
+  def __init__(self, embed: int, vocab: int, *, init: Initializer | None = None, rngs: nnx.Rngs):
+    init = init or functools.partial(normal, stddev=embed**-0.5)
+    self.kernel = param(rngs, (embed, vocab), ('embed', 'vocab'), init)
+
+  def weights(self, embedder: Embedder, dtype) -> jax.Array:
+    kernel = self.kernel[...]
+    length = jnp.sqrt(jnp.sum(kernel * kernel, axis=0) + 1e-24)
+    return gather((kernel / length).astype(dtype), None, 'vocab')
+
+  def __call__(self, x: jax.Array, weights: jax.Array) -> jax.Array:
+    return _logits(x, weights, (None, 'vocab'))
+
+
+class MaskedHead(nnx.Module):
+  """BERT's: logits of norm(activation(dense(x))) against the token vectors, plus a bias.
+
+  Devlin et al. 2018, arXiv:1810.04805, as released.
+  """
+
+  def __init__(
+    self,
+    embed: int,
+    vocab: int,
+    *,
+    norm: Part,
+    activation: Callable[[jax.Array], jax.Array],
+    linear: Part = Linear,
+    rngs: nnx.Rngs,
+  ):
+    self.activation = activation
+    self.dense = linear({'embed': embed}, {None: embed}, bias=True, rngs=rngs)
+    self.norm = norm(embed, rngs=rngs)
+    self.bias = param(rngs, (vocab,), ('vocab',), nnx.initializers.zeros)
+
+  def weights(self, embedder: Embedder, dtype) -> jax.Array:
+    return embedder.weights(dtype)
+
+  def __call__(self, x: jax.Array, weights: jax.Array) -> jax.Array:
+    return _against(self.norm(self.activation(self.dense(x))), weights) + self.bias[...]

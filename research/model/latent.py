@@ -1,0 +1,98 @@
+"""FIXME: say what this module is."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from research.model.attention import self_attention
+from research.model.layers import Linear
+from research.model.parameters import check_sizes
+from research.model.part import Context, Part
+from research.parallel.axes import spec
+
+
+class LatentAttention(nnx.Module):
+  """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1 and appendix C).
+
+  Keys and values are projections of one small vector per token, and the rotated part of a key is shared by all
+  heads; those two are all that decoding must keep.
+
+  Knobs:
+    heads: each has queries and keys of head_dim + rotary_dim and values of value_dim.
+    key_rank, query_rank: widths of the small vectors (query_rank None: queries straight from the stream).
+    norm: of the small vectors.
+    rotary: as in `Attention`, of the rotary_dim channels.
+    scale: (head_dim + rotary_dim)^-1/2 by default; YaRN as DeepSeek uses it multiplies that.
+  """
+
+  quadratic = True
+  window = None
+
+  def __init__(
+    self,
+    embed: int,
+    *,
+    heads: int,
+    head_dim: int,
+    rotary_dim: int,
+    value_dim: int,
+    key_rank: int,
+    query_rank: int | None = None,
+    norm: Part,
+    rotary: Callable[..., jax.Array],
+    scale: float | None = None,
+    linear: Part = Linear,
+    rngs: nnx.Rngs,
+  ):
+    check_sizes(
+      LatentAttention, heads=heads, head_dim=head_dim, rotary_dim=rotary_dim, value_dim=value_dim,
+      key_rank=key_rank, query_rank=query_rank,
+    )  # fmt: skip
+    self.heads, self.head_dim, self.rotary_dim, self.value_dim = (
+      heads,
+      head_dim,
+      rotary_dim,
+      value_dim,
+    )
+    self.key_rank, self.rotary = key_rank, rotary
+    self.scale = (head_dim + rotary_dim) ** -0.5 if scale is None else scale
+    make = lambda inputs, outputs: linear(inputs, outputs, rngs=rngs)
+    per_head = lambda size: {'heads': heads, 'head_dim': size}
+    query = per_head(head_dim + rotary_dim)
+    self.query = None if query_rank else make({'embed': embed}, query)
+    self.query_down = make({'embed': embed}, {'rank': query_rank}) if query_rank else None
+    self.query_norm = norm(query_rank, rngs=rngs) if query_rank else None
+    self.query_up = make({'rank': query_rank}, query) if query_rank else None
+    self.key_down = make({'embed': embed}, {'rank': key_rank})
+    self.key_norm = norm(key_rank, rngs=rngs)
+    self.key = make({'rank': key_rank}, per_head(head_dim))
+    self.value = make({'rank': key_rank}, per_head(value_dim))
+    self.key_rotary = make({'embed': embed}, {'head_dim': rotary_dim})
+    self.output = make(per_head(value_dim), {'embed': embed})
+
+  def __call__(self, x: jax.Array, context: Context):
+    q = (
+      self.query(x)
+      if self.query_down is None
+      else self.query_up(self.query_norm(self.query_down(x)))
+    )
+    q, q_rotary = jnp.split(q, [self.head_dim], axis=-1)
+    q = jnp.concatenate([q, self.rotary(q_rotary, context.positions)], axis=-1)
+    latent = self.key_norm(self.key_down(x))
+    k, v = self.key(latent), self.value(latent)
+    k_rotary = self.rotary(self.key_rotary(x)[:, :, None], context.positions)
+    shared = (*k.shape[:3], self.rotary_dim)
+    where = spec('batch', 'length', 'heads', None, shape=shared)
+    k = jnp.concatenate([k, jnp.broadcast_to(k_rotary, shared, out_sharding=where)], axis=-1)
+    y = self_attention(q, k, v, context, scale=self.scale)
+    return self.output(y), {}
+
+  def mixing_flops(self, length: int, encoder_length: int) -> int:
+    """Forward FLOPs of query key^T and weights value, every key seen by every query."""
+    return 2 * length * length * self.heads * (self.head_dim + self.rotary_dim + self.value_dim)
+
+  def cached_per_token(self) -> int:
+    """Values that decoding keeps per token."""
+    return self.key_rank + self.rotary_dim

@@ -1,0 +1,128 @@
+"""FIXME: say what this module is."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from research.model.layers import Linear
+from research.model.parameters import check_sizes, param
+from research.model.part import Context, Part
+from research.model.recurrence import (
+  CausalConvolution,
+  _chunks,
+  _delay,
+  _whole,
+  log_range,
+  step_bias,
+)
+from research.parallel.axes import shard, spec
+
+
+def _token_by_token(a, h, x, step, b, c, first):
+  """A chunk of Mamba's recurrence: the last state [batch, mlp, state], and C h [batch, chunk, mlp].
+
+  A CPU's caches hold the states of one token, not those of a chunk: four times as fast as all at once there.
+  """
+
+  def token(h, inputs):
+    x, step, b, c, first = inputs
+    decay = jnp.where(first[:, None, None], 0.0, jnp.exp(step[..., None] * a))
+    h = decay * h + (step * x)[..., None] * b[:, None]
+    return h, jnp.sum(h * c[:, None], axis=-1)
+
+  inputs = tuple(jnp.moveaxis(y, 1, 0) for y in (x, step, b, c, first))
+  h, y = jax.lax.scan(token, h, inputs)
+  return h, jnp.moveaxis(y, 0, 1)
+
+
+def _all_tokens_at_once(a, h, x, step, b, c, first):
+  """The same by an associative scan: logarithmically few steps, for chips with work for every one of them."""
+  decay = jnp.where(first[..., None, None], 0.0, jnp.exp(step[..., None] * a))
+  drive = (step * x)[..., None] * b[:, :, None]
+  join = lambda left, right: (left[0] * right[0], left[1] * right[0] + right[1])
+  decay, states = jax.lax.associative_scan(join, (decay, drive), axis=1)
+  states = states + decay * h[:, None]
+  return states[:, -1], jnp.einsum('blms,bls->blm', states, c)
+
+
+class Mamba(nnx.Module):
+  """Selective state space (Gu & Dao 2023, arXiv:2312.00752, algorithm 2 and figure 3).
+
+  h[t] = exp(dt A) h[t-1] + dt B x[t];  y[t] = C h[t] + D x[t];  output(y silu(z)), with dt, B, C from x[t].
+
+  Knobs:
+    inner: channels, 2 embed by default; state: of each channel.
+    rank: of dt's projection, embed / 16 by default, rounded up.
+    width: of the convolution; bias: of the projections in and out.
+    norm: of dt (before its second projection), B and C (Jamba, arXiv:2403.19887).
+    chunk: tokens whose states are held at once.
+  """
+
+  def __init__(
+    self,
+    embed: int,
+    *,
+    inner: int | None = None,
+    rank: int | None = None,
+    state: int = 16,
+    width: int = 4,
+    bias: bool = False,
+    convolution_bias: bool = True,
+    norm: Part | None = None,
+    chunk: int = 64,
+    linear: Part = Linear,
+    rngs: nnx.Rngs,
+  ):
+    check_sizes(Mamba, inner=inner, rank=rank, state=state, width=width, chunk=chunk)
+    inner, rank = inner or 2 * embed, rank or -(-embed // 16)
+    self.inner, self.state, self.width, self.chunk = inner, state, width, chunk
+    make = lambda inputs, outputs, bias=False, **knobs: linear(
+      inputs, outputs, bias=bias, rngs=rngs, **knobs
+    )
+    self.input, self.gate = (make({'embed': embed}, {'mlp': inner}, bias) for _ in range(2))
+    self.convolution = CausalConvolution(
+      {'mlp': inner}, width=width, bias=convolution_bias, rngs=rngs
+    )
+    self.step_down = make({'mlp': inner}, {'rank': rank})
+    self.b, self.c = (make({'mlp': inner}, {'state': state}) for _ in range(2))
+    self.step = make({'rank': rank}, {'mlp': inner}, init_scale=1 / 3)
+    self.step_bias = param(rngs, (inner,), ('mlp',), step_bias(1e-3, 1e-1))
+    self.log_a = param(rngs, (inner, state), ('mlp', None), log_range(1))
+    self.d = param(rngs, (inner,), ('mlp',), nnx.initializers.ones)
+    self.output = make({'mlp': inner}, {'embed': embed}, bias)
+    norms = [norm(size, rngs=rngs) for size in (rank, state, state)] if norm else None
+    self.step_norm, self.b_norm, self.c_norm = norms or (None, None, None)
+
+  def __call__(self, x: jax.Array, context: Context):
+    gate = self.gate(x)
+    x = jax.nn.silu(self.convolution(self.input(x), context.segments))
+    step, b, c = self.step_down(x), self.b(x), self.c(x)
+    if self.step_norm is not None:
+      step, b, c = self.step_norm(step), self.b_norm(b), self.c_norm(c)
+    step = jax.nn.softplus(self.step(step).astype(jnp.float32) + self.step_bias[...])
+    y = self.scan(x, step, b, c, context.segments)
+    y = y + self.d[...].astype(x.dtype) * x
+    return self.output(y * jax.nn.silu(gate)), {}
+
+  def scan(self, x, step, b, c, segments) -> jax.Array:
+    a = -jnp.exp(shard(self.log_a[...], 'channels', None))
+    x, step = (shard(y, 'batch', None, 'channels') for y in (x, step))
+    b, c = (shard(y.astype(jnp.float32), 'batch', None, None) for y in (b, c))
+    first = jnp.zeros(x.shape[:2], bool) if segments is None else _delay(segments, 1) != segments
+    first = shard(first, 'batch', None)
+
+    def chunk(h, inputs):
+      h, y = jax.lax.platform_dependent(
+        a, h, *inputs, cpu=_token_by_token, default=_all_tokens_at_once
+      )
+      return h, y.astype(x.dtype)
+
+    shape = (x.shape[0], self.inner, self.state)
+    h = jnp.zeros(shape, jnp.float32, out_sharding=spec('batch', 'channels', None, shape=shape))
+    inputs = [_chunks(y, min(self.chunk, x.shape[1])) for y in (x, step, b, c, first)]
+    _, y = jax.lax.scan(jax.checkpoint(chunk), h, tuple(inputs))
+    return shard(_whole(y, x.shape[1]), 'batch', 'length', 'mlp')
+
+  def mixing_flops(self, length: int, encoder_length: int) -> int:
+    """Forward FLOPs of the recurrence: 6 per channel and state."""
+    return 6 * length * self.inner * self.state

@@ -1,0 +1,155 @@
+"""FIXME: say what this module is."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from research.core.errors import Invalid
+from research.model.layers import Linear
+from research.model.parameters import check_sizes, param
+from research.model.part import Context, Part
+from research.model.recurrence import CausalConvolution, _chunks, _whole, log_range, step_bias
+from research.parallel.axes import shard, spec
+
+
+def _sums(x: jax.Array, segments: jax.Array) -> jax.Array:
+  """Cumulative sums [batch, length, heads] that begin anew in every document, so that none rounds another."""
+  first = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))[..., None]
+  first = jnp.broadcast_to(first, x.shape, out_sharding=jax.typeof(x).sharding.spec)
+
+  def join(left, right):
+    return left[0] | right[0], right[1] + jnp.where(right[0], 0.0, left[1])
+
+  return jax.lax.associative_scan(join, (first, x), axis=1)[1]
+
+
+class Mamba2(nnx.Module):
+  """State-space duality: a scalar A per head (Dao & Gu 2024, arXiv:2405.21060, section 7 and listing 1).
+
+  Inside a chunk the recurrence is a masked product of C, B and x, as in attention; between chunks a state
+  [heads, head_dim, state] is carried.
+
+  Knobs:
+    heads, head_dim: heads x head_dim is the inner width, 2 embed by default.
+    state: of each channel; groups: heads of one group share B and C.
+    norm_epsilon: of the gated RMSNorm before the output, which is over each group's channels.
+  """
+
+  def __init__(
+    self,
+    embed: int,
+    *,
+    head_dim: int,
+    heads: int | None = None,
+    state: int = 128,
+    groups: int = 1,
+    width: int = 4,
+    bias: bool = False,
+    convolution_bias: bool = True,
+    norm_epsilon: float = 1e-5,
+    chunk: int = 128,
+    linear: Part = Linear,
+    rngs: nnx.Rngs,
+  ):
+    check_sizes(Mamba2, heads=heads, head_dim=head_dim, state=state, groups=groups, chunk=chunk)
+    if heads is None:
+      if 2 * embed % head_dim:
+        raise Invalid(
+          Mamba2, 'head_dim', f'{head_dim} does not divide {2 * embed}, twice the width.'
+        )
+      heads = 2 * embed // head_dim
+    if heads % groups:
+      raise Invalid(Mamba2, 'groups', f'{groups} does not divide the {heads} heads.')
+    self.heads, self.head_dim, self.state, self.groups = heads, head_dim, state, groups
+    self.width, self.chunk, self.epsilon = width, chunk, norm_epsilon
+    channels, shared = (
+      {'heads': heads, 'head_dim': head_dim},
+      {'groups': groups, 'state': state},
+    )
+    make = lambda outputs: linear({'embed': embed}, outputs, bias=bias, rngs=rngs)
+    self.gate, self.input, self.b, self.c = map(make, (channels, channels, shared, shared))
+    self.step = make({'heads': heads})
+    convolve = lambda axes: CausalConvolution(axes, width=width, bias=convolution_bias, rngs=rngs)
+    self.input_convolution, self.b_convolution, self.c_convolution = map(
+      convolve, (channels, shared, shared)
+    )
+    self.step_bias = param(rngs, (heads,), ('heads',), step_bias(1e-3, 1e-1))
+    self.log_a = param(rngs, (heads,), ('heads',), log_range(0))
+    self.d = param(rngs, (heads,), ('heads',), nnx.initializers.ones)
+    shape = (heads, head_dim)
+    self.norm_scale = param(rngs, shape, ('heads', None), nnx.initializers.ones)
+    self.output = linear(channels, {'embed': embed}, bias=bias, rngs=rngs)
+
+  def __call__(self, x: jax.Array, context: Context):
+    segments, gate = context.segments, self.gate(x)
+    step = jax.nn.softplus(self.step(x).astype(jnp.float32) + self.step_bias[...])
+    b = jax.nn.silu(self.b_convolution(self.b(x), segments))
+    c = jax.nn.silu(self.c_convolution(self.c(x), segments))
+    x = jax.nn.silu(self.input_convolution(self.input(x), segments))
+    y = self.scan(x, step, b, c, segments) + self.d[...].astype(x.dtype)[:, None] * x
+    return self.output(self.norm(y, gate)), {}
+
+  def scan(self, x, step, b, c, segments) -> jax.Array:
+    a = -jnp.exp(shard(self.log_a[...], 'channels'))
+    if segments is None:
+      segments = jnp.zeros(x.shape[:2], jnp.int32)
+    x, step = shard(x, 'batch', None, 'channels', None), shard(step, 'batch', None, 'channels')
+    b, c = (shard(y, 'batch', None, None, None) for y in (b, c))
+    segments = shard(segments, 'batch', None)
+
+    def chunk(carry, inputs):
+      h, before = carry
+      x, step, b, c, segments = inputs
+      total = _sums(
+        step * a, segments
+      )  # the log of the decay since the chunk, or the document, began
+      last, end = segments[:, -1], total[:, -1]
+      drive = x.astype(jnp.float32) * step[..., None]
+      b, c = b.astype(jnp.float32), c.astype(jnp.float32)
+      # Inside the chunk: y[q] = sum over s <= q of (C[q] . B[s]) exp(total[q] - total[s]) drive[s].
+      causal = jnp.tril(jnp.ones((x.shape[1],) * 2, bool))
+      see = causal & (segments[:, :, None] == segments[:, None, :])
+      decay = jnp.moveaxis(total[:, :, None] - total[:, None, :], 3, 1)
+      decay = jnp.exp(jnp.where(see[:, None], decay, -1e30))
+      weights = self.to_heads(jnp.einsum('bqgn,bsgn->bgqs', c, b), 1) * decay
+      y = jnp.einsum('bhqs,bshp->bqhp', weights, drive)
+      # From before it, and on to the next: only for the document that goes on.
+      b, c = self.to_heads(b, 2), self.to_heads(c, 2)
+      goes_on = (segments == before[:, None])[..., None]
+      y = y + jnp.einsum('bqhn,bhpn->bqhp', c * (jnp.exp(total) * goes_on)[..., None], h)
+      keep = jnp.exp(end[:, None] - total) * (segments == last[:, None])[..., None]
+      h = h * (jnp.exp(end) * (last == before)[:, None])[..., None, None]
+      h = h + jnp.einsum('bshp,bshn->bhpn', drive * keep[..., None], b)
+      return (h, last), y.astype(x.dtype)
+
+    shape = (x.shape[0], self.heads, self.head_dim, self.state)
+    where = spec('batch', 'channels', None, None, shape=shape)
+    h = jnp.zeros(shape, jnp.float32, out_sharding=where)
+    # Padding behind belongs to the last document and drives nothing.
+    length = min(self.chunk, x.shape[1])
+    inputs = [_chunks(y, length) for y in (x, step, b, c, segments)]
+    _, y = jax.lax.scan(jax.checkpoint(chunk), (h, segments[:, 0]), tuple(inputs))
+    return shard(_whole(y, x.shape[1]), 'batch', 'length', 'heads', None)
+
+  def to_heads(self, y: jax.Array, axis: int) -> jax.Array:
+    """Repeats the axis of groups to heads."""
+    y = jnp.repeat(y, self.heads // self.groups, axis=axis)
+    names = ['batch', None, None, None]
+    names[axis] = 'channels'
+    return shard(y, *names)
+
+  def norm(self, y: jax.Array, gate: jax.Array) -> jax.Array:
+    """RMSNorm of y silu(gate) over the channels of each group."""
+    dtype = y.dtype
+    y = y.astype(jnp.float32) * jax.nn.silu(gate.astype(jnp.float32))
+    square = shard(jnp.mean(y * y, axis=-1), 'batch', 'length', None)
+    square = jnp.mean(square.reshape(*square.shape[:2], self.groups, -1), axis=-1)
+    square = jnp.repeat(square, self.heads // self.groups, axis=-1)
+    square = shard(square, 'batch', 'length', 'heads')[..., None]
+    return (y * jax.lax.rsqrt(square + self.epsilon) * self.norm_scale[...]).astype(dtype)
+
+  def mixing_flops(self, length: int, encoder_length: int) -> int:
+    """Forward FLOPs of the chunked products, every pair of a chunk counted."""
+    chunk, inner = min(self.chunk, length), self.heads * self.head_dim
+    pairs = 2 * chunk * (self.groups * self.state + inner)
+    return length * (pairs + 4 * inner * self.state)

@@ -1,0 +1,82 @@
+"""State-space mixers, scanned in chunks.
+
+Both carry a state along the sequence and forget it where a packed document begins. Of the states inside a
+chunk none outlives its chunk: the forward pass keeps one state per chunk, the backward pass computes the rest
+again, so memory is linear in length with one state per token of a single chunk as its largest piece.
+
+Where the mesh splits sequences over devices, the scan alone has them whole and splits the channels instead: an
+all_to_all there and one back (as DeepSpeed-Ulysses does with heads, arXiv:2309.14509), and no device waits for
+the state of another.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from research.model.kernels.split_sequence import delayed, is_split
+from research.model.parameters import normal, param
+
+
+def step_bias(smallest: float, largest: float):
+  """Initialiser: the softplus of the bias is log-uniform between these step sizes (Mamba, section 3.6)."""
+
+  def init(key, shape, dtype, out_sharding):
+    low, high = math.log(smallest), math.log(largest)
+    step = jnp.exp(jax.random.uniform(key, shape, dtype, low, high, out_sharding=out_sharding))
+    return step + jnp.log(-jnp.expm1(-step))
+
+  return init
+
+
+def log_range(axis: int):
+  """Initialiser: log(1, 2, ...) along this axis (S4D-real)."""
+
+  def init(key, shape, dtype, out_sharding):
+    index = jax.lax.broadcasted_iota(dtype, shape, axis, out_sharding=out_sharding)
+    return jnp.log1p(index)
+
+  return init
+
+
+class CausalConvolution(nnx.Module):
+  """y[t] = sum over i of x[t - i] kernel[width - 1 - i] + bias, each channel for itself and its document."""
+
+  def __init__(self, channels: dict[str, int], *, width: int, bias: bool, rngs: nnx.Rngs):
+    shape, axes = (width, *channels.values()), (None, *channels)
+    self.kernel = param(rngs, shape, axes, functools.partial(normal, stddev=width**-0.5))
+    self.bias = param(rngs, shape[1:], axes[1:], nnx.initializers.zeros) if bias else None
+
+  def __call__(self, x: jax.Array, segments: jax.Array | None) -> jax.Array:
+    kernel, length = self.kernel[...].astype(x.dtype), x.shape[1]
+    y = x * kernel[-1]
+    for i in range(1, min(kernel.shape[0], length)):
+      past = _delay(x, i)
+      if segments is not None:
+        same = _delay(segments, i) == segments
+        past = jnp.where(same.reshape(*same.shape, *[1] * (x.ndim - 2)), past, 0)
+      y = y + past * kernel[-1 - i]
+    return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+def _delay(x: jax.Array, steps: int) -> jax.Array:
+  if is_split(x.shape[1]):
+    return delayed(x, steps)
+  pad = jnp.pad(x, ((0, 0), (steps, 0), *[(0, 0)] * (x.ndim - 2)))
+  return jax.lax.slice_in_dim(pad, 0, x.shape[1], axis=1)
+
+
+def _chunks(x: jax.Array, chunk: int) -> jax.Array:
+  """[batch, length, ...] to [chunks, batch, chunk, ...], with zeros behind."""
+  n = -(-x.shape[1] // chunk)
+  x = jnp.pad(x, ((0, 0), (0, n * chunk - x.shape[1]), *[(0, 0)] * (x.ndim - 2)))
+  return jnp.moveaxis(x.reshape(x.shape[0], n, chunk, *x.shape[2:]), 1, 0)
+
+
+def _whole(y: jax.Array, length: int) -> jax.Array:
+  """The inverse of `_chunks`."""
+  y = jnp.moveaxis(y, 0, 1)
+  y = y.reshape(y.shape[0], y.shape[1] * y.shape[2], *y.shape[3:])
+  return jax.lax.slice_in_dim(y, 0, length, axis=1)

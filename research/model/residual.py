@@ -1,0 +1,72 @@
+"""FIXME: say what this module is."""
+
+import jax
+from flax import nnx
+
+from research.model.part import Context, Part
+
+
+def _add(*penalties: dict) -> dict:
+  names = dict.fromkeys(name for p in penalties for name in p)
+  return {name: sum(p[name] for p in penalties if name in p) for name in names}
+
+
+class Residual(nnx.Module):
+  """A wiring: `parts` side by side on one stream. Subclasses say where the norms stand."""
+
+  def __init__(self, embed: int, parts: tuple[Part, ...], *, norm: Part, rngs: nnx.Rngs):
+    self.norm = norm(embed, rngs=rngs)
+    self.parts = nnx.List([part(embed, rngs=rngs) for part in parts])
+
+  def sum_of_parts(self, x, context):
+    ys, penalties = zip(*(part(x, context) for part in self.parts), strict=True)
+    return sum(ys), _add(*penalties)
+
+
+class PreNorm(Residual):
+  """x + sum of part(norm(x)): GPT-2 and after; with several parts, PaLM's parallel layer."""
+
+  def __call__(self, x: jax.Array, context: Context):
+    y, penalties = self.sum_of_parts(self.norm(x), context)
+    return x + y, penalties
+
+
+class PostNorm(Residual):
+  """norm(x + sum of part(x)): the original transformer and BERT."""
+
+  def __call__(self, x: jax.Array, context: Context):
+    y, penalties = self.sum_of_parts(x, context)
+    return self.norm(x + y), penalties
+
+
+class PreNormEach(nnx.Module):
+  """x + sum of part_i(norm_i(x)): parts side by side, each behind a norm of its own (GPT-NeoX, Falcon-40B)."""
+
+  def __init__(self, embed: int, parts: tuple[Part, ...], *, norm: Part, rngs: nnx.Rngs):
+    self.parts = nnx.List([part(embed, rngs=rngs) for part in parts])
+    self.norms = nnx.List([norm(embed, rngs=rngs) for _ in parts])
+
+  def __call__(self, x: jax.Array, context: Context):
+    pairs = zip(self.parts, self.norms, strict=True)
+    ys, penalties = zip(*(part(norm(x), context) for part, norm in pairs), strict=True)
+    return x + sum(ys), _add(*penalties)
+
+
+class NormAfter(Residual):
+  """x + norm(sum of part(x)): OLMo 2's reordered norm (arXiv:2501.00656, section 3.2)."""
+
+  def __call__(self, x: jax.Array, context: Context):
+    y, penalties = self.sum_of_parts(x, context)
+    return x + self.norm(y), penalties
+
+
+class SandwichNorm(Residual):
+  """x + norm_after(sum of part(norm(x))): Gemma 2 and 3, GLM-4-0414 (Ding et al. 2021, arXiv:2105.13290)."""
+
+  def __init__(self, embed: int, parts: tuple[Part, ...], *, norm: Part, rngs: nnx.Rngs):
+    super().__init__(embed, parts, norm=norm, rngs=rngs)
+    self.norm_after = norm(embed, rngs=rngs)
+
+  def __call__(self, x: jax.Array, context: Context):
+    y, penalties = self.sum_of_parts(self.norm(x), context)
+    return x + self.norm_after(y), penalties

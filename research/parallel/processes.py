@@ -1,0 +1,233 @@
+"""Many processes as one job: who they are, that all are there, and that they have what they should.
+
+`initialize` comes before anything that asks jax for devices. Every wait has a limit and says who is missing.
+"""
+
+import contextlib
+import dataclasses
+import glob
+import importlib.util
+import itertools
+import os
+import socket
+import time
+from collections.abc import Mapping
+
+from research.core.errors import UserError
+
+TIMEOUT = 300.0  # seconds that hosts wait for each other at start-up
+_count = itertools.count()  # a key can be set once in a job
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+  """How processes find each other; without a coordinator jax asks the cluster (Slurm, TPU VM, GKE).
+
+  Attributes:
+    source: where this was read.
+    coordinator: host:port of process 0.
+    processes: how many.
+    process: which this is.
+  """
+
+  source: str
+  coordinator: str | None = None
+  processes: int | None = None
+  process: int | None = None
+
+
+def find(
+  coordinator: str | None = None,
+  processes: int | None = None,
+  process: int | None = None,
+  env: Mapping[str, str] | None = None,
+) -> Cluster | None:
+  """The cluster that flags or the environment describe; None for a process by itself.
+
+  Flags come first (`--num_processes=1` is a process by itself), then what Ray Train and torchrun set
+  (MASTER_ADDR, MASTER_PORT, WORLD_SIZE, RANK), then a Slurm step of several tasks, then a TPU.
+
+  Raises:
+    UserError: some of the flags or variables are missing, or do not go together.
+  """
+  env = os.environ if env is None else env
+  flags = {'coordinator': coordinator, 'num_processes': processes, 'process_id': process}
+  if any(value is not None for value in flags.values()):
+    if processes == 1:
+      return None
+    missing = [f'--{name}' for name, value in flags.items() if value is None]
+    if missing:
+      raise UserError(f'{missing[0]} is missing: a job of several processes needs all of --coordinator, '
+                      '--num_processes and --process_id.')  # fmt: skip
+    if not 0 <= process < processes:
+      raise UserError(f'--process_id={process} must be from 0 to {processes - 1}.')
+    if ':' not in coordinator:
+      raise UserError(f'--coordinator={coordinator} must be host:port of process 0.')
+    return Cluster('flags', coordinator, processes, process)
+  if int(env.get('WORLD_SIZE') or 1) > 1:
+    missing = [name for name in ('MASTER_ADDR', 'MASTER_PORT', 'RANK') if not env.get(name)]
+    if missing:
+      raise UserError(
+        f'WORLD_SIZE={env["WORLD_SIZE"]} is set without {missing[0]}: unset it, or set all of MASTER_ADDR, '
+        'MASTER_PORT, WORLD_SIZE and RANK.'
+      )
+    address = f'{env["MASTER_ADDR"]}:{env["MASTER_PORT"]}'
+    return Cluster('WORLD_SIZE and RANK', address, int(env['WORLD_SIZE']), int(env['RANK']))
+  if int(env.get('SLURM_STEP_NUM_TASKS') or 1) > 1:
+    return Cluster('Slurm')
+  if env.get('JAX_PLATFORMS', 'tpu').startswith('tpu') and _has_tpu():
+    return Cluster('TPU')
+  return None
+
+
+def _has_tpu() -> bool:
+  chips = glob.glob('/dev/accel*') + glob.glob('/dev/vfio/[0-9]*')
+  return bool(chips) and importlib.util.find_spec('libtpu') is not None
+
+
+def initialize(cluster: Cluster | None, timeout: float = TIMEOUT, log=print) -> None:
+  """Joins the job, and checks it: all processes there, with as many devices of one kind each.
+
+  Args:
+    cluster: from `find`; None only checks the devices here.
+    timeout: seconds to wait for the others.
+    log: told what was found.
+
+  Raises:
+    UserError: who is missing, or which host has other devices than the rest.
+  """
+  if cluster is not None:
+    _join(cluster, timeout)
+  import jax
+
+  kind = jax.devices()[0].device_kind
+  check_platform(jax.default_backend())
+  if jax.process_count() > 1:
+    mine = f'{jax.local_device_count()} x {kind}'
+    hosts = exchange('devices', f'{socket.gethostname()}|{mine}', timeout)
+    names, found = zip(*(host.split('|') for host in hosts), strict=True)
+    for i, there in enumerate(found):
+      if there != found[0]:
+        raise UserError(
+          f'process {i} on {names[i]} has {there} and process 0 on {names[0]} has {found[0]}: every host '
+          'must have the same devices.'
+        )
+    log(f'{len(hosts)} processes, {mine} each ({cluster.source}): {", ".join(sorted(set(names)))}')
+
+
+def _join(cluster: Cluster, timeout: float) -> None:
+  import jax
+
+  if jax.distributed.is_initialized():
+    return
+  given = {
+    'coordinator_address': cluster.coordinator,
+    'num_processes': cluster.processes,
+    'process_id': cluster.process,
+  }
+  if cluster.coordinator is not None:
+    meet(cluster, timeout)
+  try:
+    jax.distributed.initialize(**given, initialization_timeout=int(timeout))
+  except (RuntimeError, ValueError) as error:
+    place = cluster.coordinator or 'the coordinator'
+    raise UserError(
+      f'not all {cluster.processes or ""} processes met at {place} within {timeout:.0f} s '
+      f'({cluster.source}): {str(error).splitlines()[0][:300]}'
+    ) from error
+
+
+def meet(cluster: Cluster, timeout: float = TIMEOUT) -> None:
+  """Waits at the coordinator until all processes are there. (jax aborts without a word of who is not.)
+
+  Raises:
+    UserError: in every process that came, naming those that did not.
+  """
+  host, _, port = cluster.coordinator.rpartition(':')
+  wait = _wait_for_others if cluster.process == 0 else _go_to_first
+  missing = wait(cluster, host, int(port), time.monotonic() + timeout)
+  if missing:
+    raise UserError(
+      f'process {missing} of {cluster.processes} did not come to {cluster.coordinator} within '
+      f'{timeout:.0f} s ({cluster.source}): look at its log.'
+    )
+
+
+def _wait_for_others(cluster: Cluster, host: str, port: int, end: float) -> str:
+  others, came = {*range(1, cluster.processes)}, {}
+  try:
+    server = socket.create_server(('', port))
+  except OSError as error:
+    raise UserError(
+      f'--coordinator={cluster.coordinator}: port {port} cannot be had here ({error.strerror}); choose another.'
+    ) from None
+  with server, contextlib.ExitStack() as stack:
+    while others - {*came} and time.monotonic() < end:
+      server.settimeout(max(end - time.monotonic(), 0.1))
+      with contextlib.suppress(OSError, ValueError):  # time is up, or a stranger
+        connection, _ = server.accept()
+        stack.enter_context(connection).settimeout(5)
+        came[int(connection.recv(16))] = connection
+    missing = ', '.join(map(str, sorted(others - {*came})))
+    for connection in came.values():
+      with contextlib.suppress(OSError):  # it went away: jax will say so
+        connection.sendall(f'{missing}.'.encode())
+        connection.recv(1)  # the other side closes first, which leaves the port free for jax
+  return missing
+
+
+def _go_to_first(cluster: Cluster, host: str, port: int, end: float) -> str:
+  while time.monotonic() < end + 5:
+    with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=5) as first:
+      first.settimeout(max(end + 5 - time.monotonic(), 0.1))
+      first.sendall(str(cluster.process).encode())
+      answer = first.recv(4096).decode()
+      if answer.endswith('.'):
+        return answer[:-1]
+    time.sleep(0.2)
+  return '0'
+
+
+def check_platform(backend: str, env: Mapping[str, str] | None = None) -> None:
+  """Raises UserError where this machine has an accelerator and jax went on without it."""
+  env = os.environ if env is None else env
+  if backend != 'cpu' or env.get('JAX_PLATFORMS'):
+    return
+  for device, extra in (('/dev/nvidia0', 'gpu'), ('/dev/accel0', 'tpu'), ('/dev/vfio/0', 'tpu')):
+    if os.path.exists(device):
+      raise UserError(
+        f'this machine has {device} and jax found only CPUs: install the {extra} extra (uv sync --extra '
+        f'{extra}), or set JAX_PLATFORMS=cpu to mean it.'
+      )
+
+
+def exchange(name: str, value: str, timeout: float = TIMEOUT) -> list[str]:
+  """Every process's value under this name, in order: a barrier with a limit that says who did not come.
+
+  All processes must come to the same exchanges in the same order. With one process it is [value].
+
+  Raises:
+    UserError: naming the processes that did not come in time.
+  """
+  import jax
+
+  if jax.process_count() == 1:
+    return [value]
+  from jax._src import distributed  # what Orbax waits by, too: jax has no public timed barrier
+
+  client = distributed.global_state.client
+  key = f'isoflop/{name}/{next(_count)}'
+  client.key_value_set(f'{key}/{jax.process_index()}', value)
+  end, values, missing = time.monotonic() + timeout, [], []
+  for i in range(jax.process_count()):
+    wait = max(int(1000 * (end - time.monotonic())), 100)
+    try:
+      values.append(client.blocking_key_value_get(f'{key}/{i}', wait))
+    except jax.errors.JaxRuntimeError:
+      missing.append(str(i))
+  if missing:
+    raise UserError(
+      f'process {", ".join(missing)} of {jax.process_count()} did not come to {name!r} within '
+      f'{timeout:.0f} s: look at its log.'
+    )
+  return values

@@ -1,0 +1,60 @@
+"""FIXME: say what this module is."""
+
+import dataclasses
+
+import numpy as np
+
+from research.scaling.laws.base import LawError
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+  """Training FLOPs C(N, D) = k N^p D. The default is the usual 6 N D; other conventions are fitted "
+  "to rows."""
+
+  k: float = 6.0
+  p: float = 1.0
+  worst: float = 0.0  # largest relative deviation of the rows it was fitted to
+
+  def flops(self, params, tokens):
+    return self.k * np.asarray(params, np.float64) ** self.p * tokens
+
+  def tokens(self, params, flops):
+    return np.asarray(flops, np.float64) / (self.k * np.asarray(params, np.float64) ** self.p)
+
+  def params(self, tokens, flops):
+    return (np.asarray(flops, np.float64) / (self.k * tokens)) ** (1 / self.p)
+
+  def __str__(self) -> str:
+    if self.p == 1.0:
+      return f'C = {self.k:.4g} N D'
+    return f'C = {self.k:.4g} N^{self.p:.4f} D (rows deviate by up to {self.worst:.1%})'
+
+
+SIX_ND = Cost()
+
+
+def fit_cost(params, tokens, flops) -> Cost:
+  """The rows' own FLOP convention as k N^p D: exactly 6 N D where they say so."""
+  per_token = np.log(np.asarray(flops) / np.asarray(tokens))
+  n = np.log(np.asarray(params))
+  if np.allclose(per_token - n, np.log(6.0), atol=1e-6):
+    return Cost()
+  if np.ptp(n) < 1e-9:
+    return Cost(float(np.exp((per_token - n).mean())), 1.0)
+  if np.ptp(per_token - n) < 0.02:  # proportional to N D up to the rounding of figures
+    k = float(np.exp(np.median(per_token - n)))
+    k = 6.0 if abs(k / 6 - 1) < 0.01 else k
+    return Cost(k, 1.0, float(np.abs(np.expm1(per_token - n - np.log(k))).max()))
+  p, ln_k = np.polyfit(n, per_token, 1)
+  worst = float(np.abs(np.expm1(per_token - p * n - ln_k)).max())
+  return Cost(float(np.exp(ln_k)), float(p), worst)
+
+
+def chip_hours(flops: float, *, step_flops: float, step_seconds: float, chips: int = 1) -> float:
+  """Chip-hours of a run of `flops` from one measured (or compiled) step on `chips` chips."""
+  if step_flops <= 0 or step_seconds <= 0 or chips < 1:
+    raise LawError(
+      'chip_hours needs a positive step_flops and step_seconds, and at least one chip.'
+    )
+  return flops / step_flops * step_seconds * chips / 3600

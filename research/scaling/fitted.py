@@ -1,0 +1,131 @@
+"""FIXME: say what this module is."""
+
+import dataclasses
+
+import numpy as np
+
+from research.core.errors import UserError
+from research.scaling import solver
+from research.scaling.laws.base import Law
+
+
+class NotIdentifiable(UserError, ValueError):
+  """The rows do not determine the parameters. `reasons` says why, `cure` what would."""
+
+  def __init__(self, law: Law, reasons: list[str], cure: str):
+    self.law, self.reasons, self.cure = law, reasons, cure
+    super().__init__(f'{law.name} is not identifiable here: {"; ".join(reasons)}. {cure}')
+
+
+@dataclasses.dataclass(frozen=True)
+class Minimum:
+  """One distinct local minimum. `kind`: 'minimum', 'bound' (of a parameter), 'saddle', 'unconverged'."""
+
+  parameters: dict[str, float]
+  objective: float
+  starts: int
+  kind: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+  """A fitted law. Arrays are per row; `covariance` is that of the free dimensionless coordinates `z`."""
+
+  problem: solver.Problem
+  parameters: dict[str, float]
+  objective: float
+  minima: tuple[Minimum, ...]
+  starts: int
+  z: np.ndarray
+  covariance: np.ndarray
+  condition: float
+  correlations: np.ndarray
+  data: dict = dataclasses.field(repr=False)
+  observed: np.ndarray = dataclasses.field(repr=False)
+  weights: np.ndarray = dataclasses.field(repr=False)
+  delta: float = 1e-3
+  tau: float = 0.5
+
+  @property
+  def law(self) -> Law:
+    return self.problem.law
+
+  def predict(self, **inputs) -> np.ndarray:
+    return self.law(self.parameters, **inputs)
+
+  @property
+  def fitted(self) -> np.ndarray:
+    return self.predict(**{name: self.data['x'][name] for name in self.law.inputs})
+
+  @property
+  def residuals(self) -> np.ndarray:
+    """Predicted minus observed; of logarithms where the fit's residuals are."""
+    if self.problem.residuals == 'log':
+      return np.log(self.fitted) - np.log(self.observed)
+    return self.fitted - self.observed
+
+  @property
+  def standard_errors(self) -> dict[str, float]:
+    """Robust (sandwich) standard errors by the delta method; a bootstrap is the better answer."""
+    names, step = self.problem.free, 1e-5
+    errors = dict.fromkeys(self.parameters, 0.0)
+    at = lambda z: self.problem.values(z, self.data['center'], np.exp)
+    slopes = []
+    for i in range(len(names)):
+      dz = np.eye(len(names))[i] * step
+      up, down = at(self.z + dz), at(self.z - dz)
+      slopes.append({k: (up[k] - down[k]) / (2 * step) for k in up})
+    for name in errors:
+      slope = np.array([s[name] for s in slopes])
+      errors[name] = float(np.sqrt(max(slope @ self.covariance @ slope, 0.0)))
+    return errors
+
+  def __str__(self) -> str:
+    errors = self.standard_errors
+    lines = [f'{self.law.name}: {self.law.form}   objective {self.objective:.10g}']
+    lines += [f'  {k:8s} {v:<12.6g} ± {errors[k]:.3g}' for k, v in self.parameters.items()]
+    lines.append(f'  {len(self.minima)} distinct minima from {self.starts} starts:')
+    lines += [f'    {m.objective:.10g}  {m.kind}, {m.starts} starts' for m in self.minima[:6]]
+    return '\n'.join(lines)
+
+
+def doubts(result: Fit) -> list[str]:
+  """Why these rows may not determine the parameters; empty when they do."""
+  reasons = []
+  for name in result.law.inputs:
+    values = result.data['x'][name]
+    needed = [k for k in result.problem.free if name in result.law.parameters[k].units]
+    if needed and np.ptp(values) <= 1e-9 * np.abs(values).max():
+      reasons.append(f'every row has the same {name}')
+  x, free = result.data['x'], len(result.problem.free)
+  if {'params', 'tokens'} <= set(x) and np.ptp(x['ln_params'] + x['ln_tokens']) < 1e-3:
+    reasons.append('every row has the same budget N D')
+  if len(result.observed) <= free:
+    reasons.append(f'{free} parameters go through {len(result.observed)} rows whatever they are')
+  if reasons:
+    return reasons
+  low, high = result.problem.bounds()
+  for name, z, a, b in zip(result.problem.free, result.z, low, high, strict=True):
+    if z - a < 1e-6 or b - z < 1e-6:
+      value = result.parameters[name]
+      reasons.append(f'{name} ran to its bound ({value:.3g})')
+  if reasons:
+    return reasons
+  if not np.isfinite(result.condition) or result.condition > 1e9:
+    few = [k for k in result.law.inputs if len(np.unique(result.data['x'][k])) <= 2]
+    because = f'; {" and ".join(few)} take only 2 values' if few else ''
+    reasons.append(f'the curvature is singular (condition number {result.condition:.1e}{because})')
+    return reasons
+  errors = result.standard_errors
+  for name in result.problem.free:
+    parameter, value = result.law.parameters[name], result.parameters[name]
+    if not parameter.positive and errors[name] > 0.5 * abs(value):
+      reasons.append(f'{name} = {value:.3g} ± {errors[name]:.2g} is not told from zero')
+  return reasons
+
+
+def cure(result: Fit) -> str:
+  names = set(result.law.parameters)
+  if {'alpha', 'beta'} <= names and 'beta' in result.problem.free:
+    return 'Add budgets or sizes, widen the range of both N and D, or fit TiedChinchilla.'
+  return 'Add runs over a wider range of every input, or fix or tie parameters.'

@@ -1,0 +1,257 @@
+"""Fitting a law to rows: every distinct minimum, its curvature, and a refusal where rows cannot tell."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from research.core.errors import did_you_mean
+from research.scaling import projection, solver
+from research.scaling.fitted import Fit, Minimum, NotIdentifiable, cure, doubts
+from research.scaling.laws.base import Law, LawError, precise
+
+# Above this many rows the starts are run on a random subset, and only distinct minima on all rows.
+SUBSET = 4096
+LOSS_NAMES = ('huber', 'l1', 'l2')
+RESIDUALS = ('log', 'linear')
+STARTS = ('grid', 'projected')
+
+
+def fit(
+  law: Law,
+  inputs: Mapping[str, np.ndarray],
+  loss: np.ndarray,
+  *,
+  weights: np.ndarray | None = None,
+  robust: str = 'huber',
+  delta: float = 1e-3,
+  tau: float = 0.5,
+  residuals: str = 'log',
+  fixed: Mapping[str, float] | None = None,
+  tied: Mapping[str, str] | None = None,
+  starts: Mapping[str, np.ndarray] | str = 'grid',
+  check: bool = True,
+) -> Fit:
+  """Minimises sum_i weights_i rho(residual_i) from every start.
+
+  Args:
+    law: what to fit; `inputs` holds an array [rows] for each of its inputs, `loss` [rows] what it predicts.
+    robust: 'huber' (quadratic within `delta`), 'l1' or 'l2'; `tau` other than 1/2 makes it asymmetric.
+    residuals: 'log' (of predicted over observed) or 'linear' (predicted minus observed).
+    fixed: parameters held at a natural value; tied: parameters that take another's value.
+    starts: 'grid' (the law's own), 'projected' (of the parameters that are not linear; the others are solved
+      for: fewer starts, `projection.py`), or natural values, an array [starts] for every parameter.
+    check: raise NotIdentifiable where the rows cannot tell the parameters (see `doubts`).
+  """
+  problem = solver.Problem(
+    law, robust, residuals, _pairs(law, fixed or {}), _pairs(law, tied or {}, names=True)
+  )
+  _check_choice('robust', robust, LOSS_NAMES)
+  _check_choice('residuals', residuals, RESIDUALS)
+  data, y = make_data(law, inputs, loss)
+  w = np.ones_like(y) if weights is None else np.asarray(weights, np.float64)
+  if len(y) < len(problem.free):
+    few = f'{len(y)} rows for {len(problem.free)} parameters'
+    raise NotIdentifiable(law, [few], 'Add runs, or fix or tie parameters.')
+  target = np.log(y) if residuals == 'log' else y
+  z0 = _starts(problem, starts, data, target, w)
+  minima = _multistart(problem, data, z0, target, w, delta, tau)
+  best = minima[0]
+  curvature = _covariance(problem, data, best[0], target, w, delta, tau)
+  result = Fit(
+    problem=problem,
+    parameters=_floats(problem.values(best[0], data['center'], np.exp)),
+    objective=float(best[1]),
+    minima=tuple(
+      Minimum(_floats(problem.values(z, data['center'], np.exp)), float(f), n, kind)
+      for z, f, n, kind in minima
+    ),
+    starts=len(z0),
+    z=best[0],
+    **curvature,
+    data=data,
+    observed=y,
+    weights=w,
+    delta=delta,
+    tau=tau,
+  )
+  if check and (reasons := doubts(result)):
+    raise NotIdentifiable(law, reasons, cure(result))
+  return result
+
+
+def refit(fitted: Fit, keep=slice(None), **changes) -> Fit:
+  """`fitted` again on some of its rows or with other options, without the check of identifiability.
+
+  With `weights` of zero in place of `keep` the shapes stay, and nothing is compiled again.
+  """
+  options = {
+    'weights': fitted.weights[keep],
+    'robust': fitted.problem.loss,
+    'residuals': fitted.problem.residuals,
+    'fixed': dict(fitted.problem.fixed),
+    'tied': dict(fitted.problem.tied),
+    'delta': fitted.delta,
+    'tau': fitted.tau,
+    **changes,
+  }
+  x = {name: fitted.data['x'][name][keep] for name in fitted.law.inputs}
+  return fit(fitted.law, x, fitted.observed[keep], check=False, **options)
+
+
+def make_data(law: Law, inputs: Mapping, loss) -> tuple[dict, np.ndarray]:
+  """Rows as the solver wants them, and the observed loss."""
+  y = np.atleast_1d(np.asarray(loss, np.float64))
+  x = {}
+  for name in law.inputs:
+    if name not in inputs:
+      raise LawError(f'{law.name} needs the input {name!r}.{did_you_mean(name, inputs)}')
+    x[name] = np.broadcast_to(np.asarray(inputs[name], np.float64), y.shape)
+  for name, values in {**x, law.output: y}.items():
+    bad = ~np.isfinite(values) if name in law.plain else ~(np.isfinite(values) & (values > 0))
+    if bad.any():
+      row = int(np.flatnonzero(bad)[0])
+      raise LawError(f'{law.name}: {name} is {values[row]} in row {row}; it must be positive.')
+  logs = {f'ln_{name}': np.log(v) for name, v in x.items() if name not in law.plain}
+  center = {name: float(logs[f'ln_{name}'].mean()) for name in law.inputs if name not in law.plain}
+  center['output'] = float(np.log(y).mean())
+  return {'x': {**x, **logs}, 'center': center, 'ones': np.ones((len(y), 1))}, y
+
+
+def minimise(problem, data, z0, target, w, rows, delta, tau, **options) -> solver.Solution:
+  """`solver.solve`, with L1 as the limit of Huber losses whose delta vanishes."""
+  if problem.loss != 'l1':
+    return solver.solve(problem, data, z0, target, w, rows=rows, delta=delta, tau=tau, **options)
+  huber = dataclasses.replace(problem, loss='huber')
+  for delta in 10.0 ** np.arange(-2, -10, -1.0):
+    solution = solver.solve(huber, data, z0, target, w, rows=rows, delta=delta, tau=tau, **options)
+    z0 = solution.z
+  # Huber / delta -> |r| + O(delta).
+  return solution._replace(objective=solution.objective / delta)
+
+
+def _multistart(problem, data, z0, target, w, delta, tau):
+  """[(z, objective, starts that reached it, kind)], best first."""
+  if len(target) > SUBSET:
+    part, *few = _subset(data, target, w)
+    rough = minimise(problem, part, z0, *few, None, delta, tau)
+    groups = _distinct(problem, part, rough, len(z0))[:8]
+    z0, counts = np.stack([g[0] for g in groups]), np.array([g[2] for g in groups])
+  else:
+    counts = np.ones(len(z0), int)
+  return _distinct(problem, data, minimise(problem, data, z0, target, w, None, delta, tau), counts)
+
+
+def _subset(data, target, w):
+  """At most SUBSET rows of all three, drawn at random."""
+  n = len(target)
+  if n <= SUBSET:
+    return data, target, w
+  some = np.random.default_rng(0).choice(n, SUBSET, replace=False)
+  x = {k: v[some] for k, v in data['x'].items()}
+  return {**data, 'x': x, 'ones': data['ones'][some]}, target[some], w[some]
+
+
+def _distinct(problem, data, solution: solver.Solution, counts, most: int = 24):
+  """Groups what predicts the same losses: along a flat direction parameters differ, predictions do not."""
+  counts = np.broadcast_to(counts, solution.objective.shape)
+  order = np.argsort(solution.objective, kind='stable')
+  order = order[np.isfinite(solution.objective[order])]
+  if len(order) == 0:
+    raise LawError(f'{problem.law.name}: no start could be evaluated; check the inputs.')
+  with precise():
+    predicted = np.asarray(jax.vmap(lambda z: problem.predict(z, data))(solution.z[order]))
+  predicted = np.log(np.maximum(predicted, 1e-300))
+  left, groups = np.ones(len(order), bool), []
+  while left.any() and len(groups) < most:
+    i = int(np.argmax(left))
+    same = left & (np.abs(predicted - predicted[i]).max(1) < 1e-4)
+    k = order[i]
+    kind = _kind(problem, solution, k)
+    groups.append((solution.z[k], solution.objective[k], int(counts[order[same]].sum()), kind))
+    left &= ~same
+  return groups
+
+
+def _kind(problem, solution: solver.Solution, k: int, max_steps: int = 300) -> str:
+  low, high = problem.bounds()
+  z, hessian = solution.z[k], solution.hessian[k]
+  if solution.steps[k] >= max_steps or not np.isfinite(hessian).all():
+    return 'unconverged'
+  if ((z - low < 1e-6) | (high - z < 1e-6)).any():
+    return 'bound'
+  scale = np.sqrt(np.maximum(np.abs(np.diag(hessian)), 1e-300))
+  eigenvalues = np.linalg.eigvalsh(hessian / np.outer(scale, scale))
+  return 'saddle' if eigenvalues[0] < -1e-6 else 'minimum'
+
+
+def _covariance(problem, data, z, target, w, delta, tau) -> dict:
+  """Sandwich covariance, condition number and correlations of the free coordinates."""
+  with precise():
+    predict = lambda z: problem.predict(z, data)
+    m, jacobian = np.asarray(predict(z)), np.asarray(jax.jacfwd(predict)(np.asarray(z)))
+  if problem.residuals == 'log':
+    r, jacobian = np.log(m) - target, jacobian / m[:, None]
+  else:
+    r = m - target
+  n, p = jacobian.shape
+  if problem.loss == 'l2':
+    bread, meat = w, (w * r) ** 2
+  else:
+    # The expected curvature of a robust loss is the density of residuals near zero, which the few rows
+    # within delta estimate badly: take it from the spread of all residuals, as for a normal error.
+    spread = 1.4826 * np.median(np.abs(r)) + 1e-300
+    width = max(delta if problem.loss == 'huber' else 0.0, 0.3 * spread)
+    slope = np.clip(r, -width, width)
+    bread, meat = w * (np.abs(r) <= width), (w * slope) ** 2
+    if bread.sum() < 2 * p:
+      bread = w * np.minimum(1.0, width / np.maximum(np.abs(r), 1e-300))
+  information = jacobian.T @ (jacobian * bread[:, None])
+  scale = np.sqrt(np.maximum(np.diag(information), 1e-300))
+  condition = float(np.linalg.cond(information / np.outer(scale, scale)))
+  inverse = np.linalg.pinv(information / np.outer(scale, scale)) / np.outer(scale, scale)
+  covariance = inverse @ (jacobian.T @ (jacobian * meat[:, None])) @ inverse * n / max(n - p, 1)
+  sd = np.sqrt(np.maximum(np.diag(inverse), 1e-300))
+  return {
+    'covariance': covariance,
+    'condition': condition,
+    'correlations': inverse / np.outer(sd, sd),
+  }
+
+
+def _starts(problem, starts, data, target, w) -> np.ndarray:
+  """[starts, free] coordinates."""
+  law = problem.law
+  if isinstance(starts, str):
+    _check_choice('starts', starts, STARTS)
+  if isinstance(starts, str) and starts == 'projected':
+    return projection.starts(problem, *_subset(data, target, w))
+  if isinstance(starts, str):
+    z = law.starts()
+  else:
+    law.check_names(starts)
+    if missing := [name for name in law.parameters if name not in starts]:
+      raise LawError(f'starts of {law.name} lack {", ".join(missing)}.')
+    values = {k: np.asarray(v, np.float64) for k, v in starts.items()}
+    z = law.coordinates(values, data['center'])
+  grid = np.stack([np.atleast_1d(z[name]) for name in problem.free], axis=1)
+  return np.unique(np.round(grid, 12), axis=0)
+
+
+def _pairs(law, mapping, names=False) -> tuple:
+  law.check_names(mapping)
+  if names:
+    law.check_names(mapping.values())
+  return tuple((k, v if names else float(v)) for k, v in sorted(mapping.items()))
+
+
+def _check_choice(name, value, options):
+  if value not in options:
+    raise LawError(
+      f'{name}={value!r} is not one of {", ".join(options)}.{did_you_mean(value, options)}'
+    )
+
+
+def _floats(values) -> dict[str, float]:
+  return {name: float(v) for name, v in values.items()}

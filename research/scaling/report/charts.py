@@ -1,0 +1,45 @@
+"""Figures of the designs beside isoFLOP. Each returns a matplotlib Figure and touches no global state."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from research.scaling.analysis import Analysis
+from research.scaling.report.figure import ACCENT, MAP, log_scale, new_figure
+from research.scaling.rows import Observations
+
+LOSS = 'loss (nats per token)'
+
+
+def _colors(keys: Sequence) -> dict:
+  """A colour of the map for each key, in their order."""
+  from matplotlib import colormaps
+
+  keys = list(dict.fromkeys(keys))
+  return dict(zip(keys, colormaps[MAP](np.linspace(0.05, 0.85, len(keys))), strict=True))
+
+
+def sizes(seen: Observations, a: Analysis | None = None):
+  """Final losses of every size against D, with the fitted law if there is one, and against C."""
+  figure, (by_tokens, by_flops) = new_figure(2)
+  law = a is not None and a.approach3 is not None
+  for n, color in _colors(np.unique(seen.params)).items():
+    rows = seen.take(seen.params == n)
+    order = np.argsort(rows.tokens)
+    style = {'color': color, 'markersize': 4, 'linewidth': 0.9}
+    by_tokens.plot(rows.tokens[order], rows.loss[order], 'o' if law else 'o-', **style)
+    by_flops.plot(rows.flops[order], rows.loss[order], 'o-', label=f'{n:.3g}', **style)
+    if law:
+      d = np.geomspace(rows.tokens.min(), rows.tokens.max(), 60)
+      by_tokens.plot(d, a.predict(n, d), '-', color=color, linewidth=1.2)
+  if a is not None and a.approach1 is not None:
+    (lowest,) = a.approach1.profiles
+    c = a.cost.flops(lowest.params, lowest.tokens)
+    by_flops.plot(c, lowest.loss, '.', color=ACCENT, markersize=3, label='lowest, approach 1')
+  title = 'Every size; lines: the fitted law' if law else 'Every size'
+  by_tokens.set(xlabel='training tokens D', ylabel=LOSS, title=title)
+  by_flops.set(xlabel='training FLOPs C', title='The same by compute')
+  by_flops.legend(title='N', fontsize=7, title_fontsize=8, frameon=False)
+  for ax in (by_tokens, by_flops):
+    log_scale(ax, 'x'), log_scale(ax, 'y', plain=True)
+  return figure

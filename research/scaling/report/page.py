@@ -1,0 +1,87 @@
+"""One self-contained HTML page: its frame, its tables, its figures."""
+
+import base64
+import html
+import io
+import pathlib
+from collections.abc import Iterable
+
+import numpy as np
+
+from research.core.text import si
+
+STYLE = """
+body { font: 16px/1.55 Georgia, 'Times New Roman', serif; color: #222; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+h1, h2 { font-family: Helvetica, Arial, sans-serif; line-height: 1.2; } h1 { font-size: 1.7rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
+table { border-collapse: collapse; font: 13px/1.4 Helvetica, Arial, sans-serif; margin: .8rem 0; display: block; overflow-x: auto; }
+th, td { text-align: right; padding: .25rem .6rem; border-bottom: 1px solid #ddd; white-space: nowrap; }
+th:first-child, td:first-child, td.text { text-align: left; } td.text { white-space: normal; }
+figure { margin: 1rem 0; } figure img { max-width: 100%; } figcaption, .small { font-size: .88rem; color: #555; }
+.headline { background: #f6f4ef; border-left: 4px solid #c0392b; padding: .7rem 1rem; } .warn { color: #a33; } pre { white-space: pre-wrap; font-size: .85rem; }
+details { margin: .8rem 0; } summary { cursor: pointer; font-family: Helvetica, Arial, sans-serif; }
+"""  # noqa: E501
+
+
+def write(path, title: str, sections: Iterable[str]) -> pathlib.Path:
+  """Writes sections (HTML; empty ones are left out) as one page and returns its path."""
+  body = '\n'.join(s for s in (f'<h1>{text(title)}</h1>', *sections) if s)
+  page = (
+    '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+    '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+    f'<title>{text(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n'
+  )
+  path = pathlib.Path(path) if isinstance(path, str) else path
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(page, encoding='utf-8')
+  return path
+
+
+def image(figure, caption: str) -> str:
+  """A matplotlib figure within the page, with its caption."""
+  buffer = io.BytesIO()
+  figure.savefig(buffer, format='png', dpi=130)
+  data = base64.b64encode(buffer.getvalue()).decode()
+  caption = text(caption)
+  picture = f'<img alt="{caption}" src="data:image/png;base64,{data}">'
+  return f'<figure>{picture}<figcaption>{caption}</figcaption></figure>'
+
+
+def table(head, rows) -> str:
+  """Cells are escaped; long ones may wrap."""
+  cell = lambda v: f'<td class="text">{text(v)}</td>' if len(str(v)) > 30 else f'<td>{text(v)}</td>'
+  lines = ''.join('<tr>' + ''.join(map(cell, row)) + '</tr>' for row in rows)
+  return '<table><tr>' + ''.join(f'<th>{text(h)}</th>' for h in head) + f'</tr>{lines}</table>'
+
+
+def records(rows: Iterable[dict], most: int = 500) -> str:
+  """Dicts as a table with a column for every key; numbers to five digits."""
+  rows = list(rows)
+  names = list(dict.fromkeys(k for row in rows for k in row))
+  return table(names, [[_cell(row.get(k, '')) for k in names] for row in rows[:most]])
+
+
+def details(summary: str, body: str) -> str:
+  """What a click opens."""
+  return f'<details><summary>{text(summary)}</summary>{body}</details>'
+
+
+def text(value) -> str:
+  return html.escape(str(value))
+
+
+def _cell(value) -> str:
+  try:
+    number = float(value)
+  except (TypeError, ValueError):
+    return str(value)
+  if not np.isfinite(number) or (number.is_integer() and abs(number) < 1e6):
+    return str(value)
+  return f'{number:.5g}'
+
+
+def interval(low, high, digits=3, bare=False) -> str:
+  """'[0.1, 0.2]'; nothing where it is not known, or a dash where it stands alone."""
+  if not (np.isfinite(low) and np.isfinite(high)):
+    return '' if not bare else '—'
+  show = (lambda v: f'{v:.{digits}f}') if 1e-3 <= abs(high) < 1e3 else si
+  return f'[{show(low)}, {show(high)}]'

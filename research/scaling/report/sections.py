@@ -1,0 +1,254 @@
+"""What an analysis says, for somebody who has seen neither the code nor the sweep, as sections of a page."""
+
+import pathlib
+from collections.abc import Iterable, Mapping
+
+from research.core.text import si
+from research.scaling import rows as table
+from research.scaling.analysis import Analysis, Forecast
+from research.scaling.report import page, plots
+
+
+def write(
+  path,
+  analysis: Analysis,
+  *,
+  title: str = 'Scaling-law fit',
+  runs: Iterable[Mapping] | None = None,
+  curves: Mapping | None = None,
+  forecast: Forecast | None = None,
+  outcome: float | None = None,
+  meta: Mapping | None = None,
+) -> pathlib.Path:
+  """Writes a page of its own and returns its path.
+
+  Args:
+    runs: rows of results for the table at the end; curves: run -> [(tokens, loss), ...].
+    forecast, outcome: what was forecast before its run, and the loss that the run reached.
+    meta: anything that says where this comes from (config, corpus, commit, time).
+  """
+  params = {str(r): float(n) for r, n in zip(analysis.rows.run, analysis.rows.params, strict=True)}
+  sections = [
+    *law(analysis, forecast, outcome),
+    training_curves(curves, params),
+    rows(runs, analysis.rows.excluded),
+    facts('Where this comes from', meta),
+  ]
+  return page.write(path, title, sections)
+
+
+def law(
+  a: Analysis, forecast: Forecast | None = None, outcome: float | None = None, after: str = ''
+) -> list[str]:
+  """The sections of what was fitted, forecast and doubted; `after` comes after the headline."""
+  return [
+    _headline(a, forecast, outcome),
+    _reading(a),
+    after,
+    _isoflop(a),
+    _law(a),
+    _allocation(a, forecast),
+    _forecast(a, forecast, outcome),
+    _doubts(a, forecast),
+    _conventions(a),
+  ]
+
+
+def training_curves(curves: Mapping | None, params: Mapping | None = None) -> str:
+  """Loss while training; `curves`: run -> [(tokens, loss), ...]."""
+  if not curves:
+    return ''
+  figure = plots.curves(curves, params)
+  return '<h2>Training curves</h2>' + page.image(figure, 'Loss while training, one line a run.')
+
+
+def rows(runs: Iterable[Mapping] | None, excluded: Iterable[tuple[str, str]] = ()) -> str:
+  """The rows, to be opened by a click, and those that no fit saw."""
+  out = '<h2>Rows left out</h2>' + page.table(('run', 'why'), excluded) if excluded else ''
+  if runs := list(runs or ()):
+    out += page.details(f'All {len(runs)} rows', page.records(runs))
+  return out
+
+
+def facts(title: str, facts: Mapping | None) -> str:
+  """Names and what they are."""
+  return f'<h2>{page.text(title)}</h2>' + page.table(('', ''), facts.items()) if facts else ''
+
+
+def _headline(a: Analysis, forecast, outcome) -> str:
+  found = a.exponents()
+  which = 'approach 3' if a.approach3 is not None else 'approach 2'
+  (na, la, ha), (nb, lb, hb) = found[f'a, {which}'], found[f'b, {which}']
+  ratio = a.optimum(a.rows.flops.max())
+  text = (
+    f'{len(a.rows)} training runs between {a.rows.flops.min():.3g} and {a.rows.flops.max():.3g} '
+    'FLOPs say that the compute-optimal model size grows as '
+    f'<b>N* ∝ C<sup>{na:.3f}</sup></b> {page.interval(la, ha)} and the optimal number of tokens as '
+    f'<b>D* ∝ C<sup>{nb:.3f}</sup></b> {page.interval(lb, hb)}. At the largest budget the best split '
+    f'is {si(ratio.params)} parameters on {si(ratio.tokens)} tokens, '
+    f'{ratio.tokens / ratio.params:.3g} tokens a parameter.'
+  )
+  if forecast is not None:
+    at = f'{forecast.extrapolation:.2g} times the largest budget'
+    interval = page.interval(forecast.loss_low, forecast.loss_high, 4)
+    loss = f'forecast as <b>{forecast.loss:.4f}</b> {interval}'
+    text += (
+      f' At {at} the loss is {loss}.'
+      if outcome is None
+      else f' Before the run at {at} started, its loss was {loss}; it came out at <b>{outcome:.4f}</b>, '
+      f'an error of <b>{forecast.error(outcome):+.2%}</b>.'
+    )
+  return f'<p class="headline">{text}</p>'
+
+
+def _reading(a: Analysis) -> str:
+  return (
+    '<p class="small">N is the number of parameters '
+    f'(column <code>{page.text(a.rows.columns.get("params", "params"))}</code>), D the number of training '
+    f'tokens, C the training FLOPs ({page.text(str(a.cost))}); the loss is the mean negative '
+    'log-likelihood in nats per token on held-out text. '
+    f'Brackets are {a.level:.0%} intervals from a bootstrap. Too small a model cannot learn more, too '
+    'large a one sees too few tokens for its compute; between them lies the compute-optimal size. '
+    'Approach 1 reads it from the size whose loss is lowest at each C, approach 2 from curves of '
+    'equal C (isoFLOP), approach 3 from a law of N and D fitted to all runs.</p>'
+  )
+
+
+def _isoflop(a: Analysis) -> str:
+  out = '<h2>IsoFLOP curves</h2>'
+  if a.approach2 is None and not table.budget_groups(a.rows):
+    return ''  # nobody asked for any
+  if a.approach2 is None:
+    return out + f'<p class="warn">{page.text(a.refusals.get("approach 2", "Not fitted."))}</p>'
+  out += page.image(
+    plots.isoflop(a), 'Each colour is one budget; stars are the minima of the fitted profiles.'
+  )
+  rows = [
+    (
+      f'{p.flops:.3g}',
+      len(p.params),
+      si(p.params_opt),
+      si(p.tokens_opt),
+      f'{p.loss_opt:.4f}',
+      p.refused or '; '.join(p.warnings),
+    )
+    for p in a.approach2.profiles
+  ]
+  return out + page.table(('C', 'sizes', 'N*', 'D*', 'lowest loss', 'remarks'), rows)
+
+
+def _law(a: Analysis) -> str:
+  out = '<h2>The fitted law</h2>'
+  if a.approach3 is None:
+    return out + f'<p class="warn">{page.text(a.refusals.get("approach 3", "Not fitted."))}</p>'
+  fit, spread = a.approach3, a.bootstrap.intervals(a.level)
+  out += (
+    f'<p>L = {page.text(fit.law.form)} <span class="small">({page.text(fit.law.source)})</span></p>'
+  )
+  rows = [
+    (
+      name,
+      f'{value:.5g}',
+      '[{:.4g}, {:.4g}]'.format(*spread[name]),
+      fit.law.parameters[name].meaning,
+    )
+    for name, value in fit.parameters.items()
+  ]
+  out += page.table(('parameter', 'value', f'{a.level:.0%} interval', 'meaning'), rows)
+  return out + page.image(
+    plots.surface(a),
+    'Contours of equal fitted loss; points are the runs, the line is the cheapest way to each loss.',
+  )
+
+
+def _allocation(a: Analysis, forecast) -> str:
+  rows = [
+    (name, f'{v:.4f}', page.interval(low, high, 3, bare=True))
+    for name, (v, low, high) in a.exponents().items()
+  ]
+  return (
+    '<h2>How to split a budget</h2>'
+    + page.image(
+      plots.allocation(a, forecast),
+      'Optimal parameters and tokens against compute, with the bootstrap band.',
+    )
+    + page.table(('exponent', 'value', f'{a.level:.0%} interval'), rows)
+  )
+
+
+def _forecast(a: Analysis, forecast, outcome) -> str:
+  if forecast is None:
+    return ''
+  rows = [
+    ('FLOPs', f'{forecast.flops:.3g}', ''),
+    (
+      'parameters N',
+      si(forecast.params),
+      page.interval(forecast.params_low, forecast.params_high, bare=True),
+    ),
+    (
+      'tokens D',
+      si(forecast.tokens),
+      page.interval(forecast.tokens_low, forecast.tokens_high, bare=True),
+    ),
+    (
+      'loss',
+      f'{forecast.loss:.4f}',
+      page.interval(forecast.loss_low, forecast.loss_high, 4, bare=True),
+    ),
+  ]
+  if len(forecast.parts) > 1:
+    rows += [(f'loss by {approach}', f'{x:.4f}', '') for approach, x in forecast.parts.items()]
+  if outcome is not None:
+    rows.append(('outcome', f'{outcome:.4f}', f'error {forecast.error(outcome):+.2%}'))
+  return (
+    '<h2>Forecast and outcome</h2>'
+    + page.image(plots.forecast(a, forecast, outcome), f'Forecast by {forecast.method}.')
+    + page.table(('', 'value', f'{forecast.level:.0%} interval'), rows)
+  )
+
+
+def _doubts(a: Analysis, forecast) -> str:
+  out = '<h2>How far to believe it</h2>'
+  items = [*a.notes, *(f'{name} refused: {why}' for name, why in a.refusals.items())]
+  if forecast is not None and (found := forecast.parts):
+    low, high = min(found.values()), max(found.values())
+    if high / low > 1.02:
+      items.append(
+        f'The approaches forecast losses from {low:.4f} to {high:.4f}: {high / low - 1:.0%} apart.'
+      )
+  if items:
+    out += '<ul>' + ''.join(f'<li class="warn">{page.text(item)}</li>' for item in items) + '</ul>'
+  else:
+    out += '<p>No check raised a doubt: every curve has its minimum inside, and the approaches agree.</p>'
+  if a.approach3 is None:
+    return out
+  fit = a.approach3
+  minima = [(f'{m.objective:.8g}', m.kind, m.starts, _values(m.parameters)) for m in fit.minima[:8]]
+  out += page.table(('objective', 'kind', 'starts that end there', 'parameters'), minima)
+  out += (
+    f'<p class="small">All distinct minima from {fit.starts} starts are listed. The condition number '
+    f'of the curvature is '
+    f'{fit.condition:.2g}.</p>'
+  )
+  out += page.image(
+    plots.residuals(a), 'Fitted over observed loss: a trend here is something that the law misses.'
+  )
+  return out + page.image(
+    plots.bootstrap(a),
+    'Each dot is a fit to resampled runs; stretched clouds are parameters that trade off.',
+  )
+
+
+def _conventions(a: Analysis) -> str:
+  if not a.conventions:
+    return ''
+  return (
+    '<h2>The same runs under other conventions</h2><p class="small">Which parameters and which FLOPs '
+    'are counted '
+    'changes the exponents, most of all for small models.</p>' + page.records(a.conventions)
+  )
+
+
+def _values(parameters) -> str:
+  return ', '.join(f'{k} {v:.4g}' for k, v in parameters.items())

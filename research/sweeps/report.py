@@ -1,0 +1,198 @@
+"""The page of a sweep: for somebody who has seen neither the code nor the runs."""
+
+import contextlib
+import pathlib
+import statistics
+import subprocess
+from typing import TYPE_CHECKING
+
+from research.core import configs
+from research.core.errors import UserError
+from research.core.text import clock
+from research.designs import plan
+from research.designs.isoflop import IsoFlop
+from research.sweeps import findings
+from research.sweeps.folder import Folder
+from research.sweeps.forecast import outcomes
+
+if TYPE_CHECKING:
+  from research.designs.base import Answer
+  from research.scaling import Analysis
+  from research.sweeps.sweep import Sweep
+
+
+def write(
+  folder: Folder, sweep: 'Sweep', found: 'Analysis | Answer | str', forecast: dict | None = None
+) -> pathlib.Path:
+  """report.html for somebody who has not seen the code, and its figures as PNG files.
+
+  Args:
+    found: the law, the design's answer, or in one sentence why there is none.
+    forecast: as registered.
+  """
+  from research.designs.base import Answer
+  from research.scaling.report import page
+  from research.scaling.report import sections as sections_module
+  from research.scaling.report.sections import law, training_curves
+
+  runs = folder.plan()
+  rows = folder.rows(runs)
+  design = _design(sweep, runs) + _over(runs, rows)
+  expected, outcome, excluded = None, None, ()
+  findings.write_results(folder, rows)
+  if not isinstance(found, str | Answer):
+    expected, outcome = _outcome(folder, forecast)
+    figures = _figures(sweep, found, expected, outcome)
+    sizes = [page.image(figures['sizes'], _SIZES)] if 'sizes' in figures else []
+    sections = law(found, expected, outcome, after=design + ''.join(sizes))
+    excluded = found.rows.excluded
+  else:
+    refused = isinstance(found, str)
+    shown = _raw(sweep, rows) if refused else found.figures
+    text = f'No law: {found}' if refused else str(found)
+    sections = [f'<pre class="headline">{page.text(text)}</pre>', design]
+    sections += [page.image(*figure) for figure in shown.values()]
+    figures = {name: figure for name, (figure, _) in shown.items()}
+  for name, figure in figures.items():
+    with (folder.path / f'{name}.png').open('wb') as file:
+      figure.savefig(file, format='png', dpi=150)
+  sections += [
+    training_curves(*_curves(folder, sweep, runs, rows)),
+    sections_module.rows(rows, excluded),
+    sections_module.facts('What it cost', _cost(sweep, runs, rows)),
+    _again(folder, forecast),
+  ]
+  return page.write(folder.path / 'report.html', sweep.question, sections)
+
+
+_SIZES = (
+  'Each point is a run; lines on the left are the law, on the right they join the runs of a size.'
+)
+
+
+def _figures(sweep, analysis, expected, outcome) -> dict:
+  """The figures of a law, by name."""
+  from research.scaling.report import charts, plots
+
+  isoflop = isinstance(sweep.design, IsoFlop)
+  figures = {} if isoflop else {'sizes': charts.sizes(analysis.rows, analysis)}
+  if isoflop or analysis.approach2 is not None:
+    figures['isoflop'] = plots.isoflop(analysis)
+  if isoflop or analysis.approach3 is not None:
+    figures['surface'] = plots.surface(analysis)
+  figures['allocation'] = plots.allocation(analysis)
+  if expected:
+    figures['forecast'] = plots.forecast(analysis, expected, outcome)
+  return figures
+
+
+def _raw(sweep, rows) -> dict[str, tuple]:
+  """The runs as they are, where no law goes through them."""
+  from research.scaling import observe
+  from research.scaling.report import charts
+
+  try:
+    seen = observe(rows, findings.columns(sweep))
+  except UserError:  # not one run with a loss
+    return {}
+  return {'sizes': (charts.sizes(seen), 'Each point is a run; lines join the runs of a size.')}
+
+
+def _design(sweep: 'Sweep', runs: list[plan.Planned]) -> str:
+  """What was done: the design in a sentence, and its sizes."""
+  from research.scaling.report import page
+
+  design, span = sweep.design, lambda values: _span([*values])
+  about = (type(design).__doc__ or '').split('\n\n')[0].replace('\n', ' ')
+  groups = {}
+  for run in runs:
+    groups.setdefault((run.role, run.size.name), []).append(run)
+  head = ('runs', 'width x layers', 'N', 'D', 'C', 'steps', 'examples a batch', 'learning rate')
+  table = [
+    (
+      f'{len(members)} {role}', size, f'{members[0].size.params:,}',
+      span(m.tokens for m in members), span(m.flops for m in members), span(m.steps for m in members),
+      span(m.batch_size for m in members), span(m.learning_rate for m in members),
+    )
+    for (role, size), members in groups.items()
+  ]  # fmt: skip
+  more = f'<p class="small">and {len(table) - 60} more sizes</p>' if len(table) > 60 else ''
+  name = page.text(f'{type(design).__name__}: {about}')
+  return f'<h2>What was done</h2><p>{name}</p>' + page.table(head, table[:60]) + more
+
+
+def _span(values: list[float]) -> str:
+  low, high = f'{min(values):.4g}', f'{max(values):.4g}'
+  return low if low == high else f'{low} to {high}'
+
+
+def _over(runs, rows) -> str:
+  """How the runs ended, and the reason of every one that failed."""
+  from research.scaling.report import page
+
+  states = [row['status'] for row in rows]
+  counted = ', '.join(f'{states.count(s)} {s}' for s in dict.fromkeys(states)) or 'none is over'
+  bad = [
+    (row['run'], row.get('reason') or 'the loss was no number')
+    for row in rows
+    if row['status'] != 'finished'
+  ]
+  out = f'<p>{len(runs)} runs: {page.text(counted)}.</p>'
+  return out + (page.table(('run', 'why it did not finish'), bad[:100]) if bad else '')
+
+
+def _curves(folder: Folder, sweep: 'Sweep', runs, rows, most: int = 200) -> tuple[dict, dict]:
+  """Training curves of at most so many runs, evenly chosen, and every run's N."""
+  runs = runs[:: -(-len(runs) // most)]
+  points = lambda run: [(r['tokens'], r['loss']) for r in folder.curve(run) if 'loss' in r]
+  curves = {run.name: curve for run in runs if (curve := points(run))}
+  return curves, {run.name: run.size.params for run in runs}
+
+
+def _cost(sweep: 'Sweep', runs, rows) -> dict:
+  """Of the rows that are there."""
+  seconds = {row['run']: row.get('seconds') or 0.0 for row in rows}
+  flops, spent = sum(run.cost for run in runs if seconds.get(run.name)), sum(seconds.values())
+  return {
+    'training FLOPs': f'{flops:.3g} by {sweep.design.flops}',
+    'time of training, added up over processes': clock(spent),
+    'devices of a run': _span([row['devices'] for row in rows if 'devices' in row] or [1]),
+  }
+
+
+def _again(folder: Folder, forecast: dict | None) -> str:
+  """How to reproduce it."""
+  from research.scaling.report import page
+  from research.scaling.report import sections as sections_module
+
+  facts = {'command': 'python -m research.sweep --gin_file=sweep.gin', 'project': _version()}
+  facts['rows'] = 'results.csv beside this page; python -m research.fit --results=results.csv'
+  if forecast:
+    facts['forecast registered'] = f'{forecast["registered"]}, before its run started'
+  out = sections_module.facts('How to reproduce it', facts)
+  gin = folder.path / 'sweep.gin'
+  text = page.text(gin.read_text()) if gin.exists() else ''
+  return out + (page.details('sweep.gin', f'<pre>{text}</pre>') if text else '')
+
+
+def _version() -> str:
+  """The commit this is, or the installed release."""
+  try:
+    command = ['git', '-C', str(configs.ROOT), 'describe', '--always', '--dirty']
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+  except (OSError, subprocess.CalledProcessError):
+    from importlib import metadata
+
+    with contextlib.suppress(metadata.PackageNotFoundError):
+      return f'isoflop {metadata.version("isoflop")}'
+    return 'unknown'
+
+
+def _outcome(folder: Folder, forecast: dict | None):
+  """(the registered Forecast, the mean loss of its runs), each None while there is none."""
+  from research.scaling import Forecast
+
+  if not forecast:
+    return None, None
+  losses = outcomes(folder, forecast)
+  return Forecast(**forecast['forecast']), statistics.mean(losses) if losses else None

@@ -1,0 +1,174 @@
+"""FIXME: say what this module is."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from research.data import cache
+from research.model.parameters import named_axes
+from research.parallel import axes as axes_module
+from research.parallel.axes import axis_size, on_each, spec, splits
+from research.parallel.mesh import Mesh, default_mesh, platform, threads
+from research.training import losses
+from research.training.run import Run
+
+# A core of a CPU goes through so many at a time: its caches hold their activations (experiments/speed).
+CACHED_TOKENS = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """The functions of a run under the mesh in use: what is compiled."""
+
+  run: Run
+  graphdef: nnx.GraphDef
+  vocab: int
+  inputs: tuple[str, ...]
+  routed: bool
+
+  def optimizer(self, rate) -> optax.GradientTransformation:
+    """The optimizer whose learning rate now is `rate`, an input: runs that differ only in it and in their
+    number of steps share one compiled step."""
+    optimizer = self.run.optimizer(learning_rate=lambda _: rate)
+    clip = optax.clip_by_global_norm(self.run.clip) if self.run.clip else optax.identity()
+    return optax.chain(clip, optimizer)
+
+  def init(self, key: jax.Array) -> dict:
+    """The state before the first step: step, params, opt."""
+    params = nnx.to_pure_dict(nnx.state(self.run.model(rngs=nnx.Rngs(params=key))))
+    return {
+      'step': jnp.zeros((), jnp.int32),
+      'params': params,
+      'opt': self.optimizer(0.0).init(params),
+    }
+
+  @functools.cached_property
+  def abstract(self) -> dict:
+    """The shapes of the state, and where its arrays live."""
+    return jax.eval_shape(self.init, jax.random.key(0))
+
+  def loss(self, params: dict, batch: dict) -> tuple[jax.Array, dict]:
+    """Sum of the loss over a batch's target tokens, and what it is made of."""
+    model = nnx.merge(self.graphdef, params)
+    x, penalties = model.features(batch)
+    weights = batch['decoder_loss_weights'].astype(jnp.float32)
+    targets = batch['decoder_target_tokens']
+    nll, z_loss = losses.cross_entropy(
+      model.readout(), x, targets, weights, z_loss=self.run.z_loss,
+      chunks=self.run.logits_chunks or _chunks(*targets.shape, model.vocab),
+    )  # fmt: skip
+    tokens = jnp.sum(weights)
+    seen = jnp.sum(batch.get('decoder_segment_ids', targets) > 0, dtype=jnp.float32)
+    # Penalties are means over tokens: weighted by tokens, microbatches add up to the batch.
+    sums = {'nll': nll, 'z_loss': z_loss, **{k: v * tokens for k, v in penalties.items()}}
+    return sum(sums.values()), {**sums, 'tokens': tokens, 'seen': seen}
+
+  def step(self, state: dict, batch: dict, rate: jax.Array) -> tuple[dict, dict]:
+    """One update at learning rate `rate`, by the mean loss of the batch's target tokens, however it is cut."""
+    gradient = jax.value_and_grad(self.loss, has_aux=True)
+    (_, sums), grads = self.over_parts(functools.partial(gradient, state['params']), batch)
+    tokens = jnp.maximum(sums['tokens'], 1.0)
+    grads = jax.tree.map(lambda g: g / tokens, grads)
+    updates, opt = self.optimizer(rate).update(grads, state['opt'], state['params'])
+    params = optax.apply_updates(state['params'], updates)
+    scalars = {k: v / tokens for k, v in sums.items() if k not in ('tokens', 'seen')}
+    scalars = {
+      'loss': scalars.pop('nll'),
+      **scalars,
+      'tokens': sums['seen'],  # D: read, whether or not they carry a loss
+      'grad_norm': optax.tree.norm(grads),
+    }
+    return {'step': state['step'] + 1, 'params': params, 'opt': opt}, scalars
+
+  def evaluate(self, params: dict, batch: dict) -> tuple[jax.Array, jax.Array]:
+    """Sum of the negative log-likelihood in nats, and the number of target tokens."""
+    _, sums = self.over_parts(functools.partial(self.loss, params), batch)
+    return sums['nll'], sums['tokens']
+
+  def over_parts(self, f, batch: dict):
+    """The sum of f(part) over the parts of a batch, which are gone through one by one."""
+    n = self.parts(batch)
+    if n == 1:
+      return f(batch)
+    # Every part takes every n-th row, so that each has its rows on all the devices.
+    cut = lambda x: x.reshape(-1, n, x.shape[1], out_sharding=spec('batch', None, None))
+    parts = {k: jnp.moveaxis(cut(x), 1, 0) for k, x in batch.items()}
+    f = jax.jit(f)  # traced once, for its shapes and for the loop
+
+    def add(total, part):
+      # The barrier keeps XLA for TPUs from moving the sum over devices out of the loop, where a device would
+      # hold the whole gradient of every microbatch; libtpu 0.0.42 even fails when it tries.
+      return jax.tree.map(jnp.add, total, jax.lax.optimization_barrier(f(part))), None
+
+    shapes = jax.eval_shape(f, jax.tree.map(lambda x: x[0], parts))
+    return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, shapes), parts)[0]
+
+  def parts(self, batch: dict) -> int:
+    """The microbatches, which a single core cuts smaller: it is faster while activations fit its caches."""
+    n = self.run.microbatches
+    # What experts do with a token depends on those beside it.
+    if platform() != 'cpu' or threads() > 1 or splits() or self.routed:
+      return n
+    inputs = [x for name, x in batch.items() if name.endswith('_input_tokens')]
+    rows, length = len(inputs[0]) // n, sum(x.shape[1] for x in inputs)
+    fits = lambda k: rows % k == 0 and rows // k * length <= CACHED_TOKENS
+    return n * next((k for k in range(1, rows) if fits(k)), rows)
+
+
+def make_program(run: Run) -> Program:
+  """Builds a run's functions under the mesh in use. Nothing is computed or compiled.
+
+  Raises:
+    Invalid: the mesh does not suit a parameter.
+  """
+  abstract = jax.eval_shape(lambda: run.model(rngs=nnx.Rngs(params=jax.random.key(0))))
+  parameters = named_axes(abstract)
+  axes_module.check(parameters)
+  routed = any('expert' in axes for axes, _ in parameters.values())
+  return Program(run, nnx.graphdef(abstract), abstract.vocab, tuple(abstract.inputs), routed)
+
+
+def _chunks(rows: int, length: int, vocab: int) -> int:
+  """How many parts the length is cut into for the logits where the run does not say."""
+  # Of one device's logits: a chunk has a part of every device's part of the sequence.
+  rows, parts = on_each(rows, 'batch'), axis_size('sequence')
+  return losses.default_chunks(
+    rows * parts // axis_size('length'), length // parts, on_each(vocab, 'vocab')
+  )
+
+
+def mesh_of(run: Run, devices, device_bytes: int | None = None) -> Mesh:
+  """The run's mesh, or the one that suits its state where it names none.
+
+  Args:
+    devices: to be used.
+    device_bytes: memory of one; asked of it when None.
+  """
+  if run.mesh is not None or len(devices) == 1:
+    return run.mesh or Mesh()
+  with Mesh().use(devices[:1]):
+    init = make_program(run).init
+    state = jax.eval_shape(lambda: init(jax.random.key(0)))
+  size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
+  device_bytes = device_bytes or (devices[0].memory_stats() or {}).get('bytes_limit')
+  return default_mesh(size, device_bytes)
+
+
+def keep_compiled() -> None:
+  """Compiled programs are kept: a restart, and a sweep's runs of one shape, need not compile again."""
+  jax.config.update('jax_compilation_cache_dir', str(cache.default_cache() / 'xla'))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+
+
+def rates(runs: list[Run]) -> list[np.ndarray]:
+  """The learning rate of every step of each run, float32 [steps]."""
+  # As one program: op by op, or run by run, takes a second to compile.
+  schedules = [run.schedule(run.steps) for run in runs]
+  of = jax.jit(lambda *steps: [jax.vmap(f)(x) for f, x in zip(schedules, steps, strict=True)])
+  return [np.asarray(x, np.float32) for x in of(*(jnp.arange(run.steps) for run in runs))]

@@ -1,0 +1,119 @@
+"""What a run is."""
+
+import dataclasses
+from collections.abc import Callable
+
+from research.core.describe import describe
+from research.core.errors import Invalid
+from research.data.mixtures import Curriculum, Mixture
+from research.data.streams import Stream
+from research.parallel.mesh import Mesh
+
+# Two runs that differ only in these are one run: it may resume on another mesh or log more often.
+_INCIDENTAL = ('mesh', 'log_every', 'checkpoint_every', 'keep_checkpoints')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+  """One training run: everything that decides its result, and how often it reports.
+
+  Attributes:
+    model: `model(rngs=...)` makes a `LanguageModel` or an `EncoderDecoder`.
+    train, validation: streams of examples; the loss of a run is its loss on all of `validation`.
+    steps: updates.
+    batch_size: examples per update, over all devices.
+    curriculum: (steps, batch size, cut) of stages before that: smaller batches, or every row of length L as
+      `cut` rows of L / cut. The step is compiled once for each.
+    optimizer: `optimizer(learning_rate=schedule)` makes an optax transformation.
+    schedule: `schedule(steps)` makes a `step -> learning rate`.
+    clip: gradients are scaled down to this global norm; None for no clipping.
+    z_loss: weight of log(Z)^2 in the loss (PaLM uses 1e-4).
+    microbatches: the batch is gone through in so many parts, to save memory; the update is the same. A device
+      that is a single core of a CPU cuts them smaller by itself.
+    logits_chunks: the length is cut into so many parts for the logits; None chooses.
+    mesh: None chooses: data parallel, or FSDP where the state is large.
+    seed: of the initialisation and of the order of the examples.
+    eval_every: steps between evaluations; None for one at the end.
+    checkpoint_every: steps between checkpoints; None for one at the end.
+  """
+
+  model: Callable
+  train: Stream | Mixture
+  validation: Stream | Mixture
+  steps: int
+  batch_size: int
+  curriculum: tuple[tuple[int, int, int], ...] = ()
+  optimizer: Callable
+  schedule: Callable
+  clip: float | None = 1.0
+  z_loss: float = 0.0
+  microbatches: int = 1
+  logits_chunks: int | None = None
+  seed: int = 0
+  mesh: Mesh | None = None
+  log_every: int = 10
+  eval_every: int | None = None
+  checkpoint_every: int | None = None
+  keep_checkpoints: int = 2
+
+  def __post_init__(self):
+    positive = ('steps', 'batch_size', 'microbatches', 'log_every', 'keep_checkpoints')
+    optional = ('logits_chunks', 'eval_every', 'checkpoint_every')
+    for field in (*positive, *optional):
+      value = getattr(self, field)
+      if value is None and field in optional:
+        continue
+      if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise Invalid(Run, field, f'{value!r} must be a positive whole number.')
+    for field in ('train', 'validation'):
+      if not isinstance(getattr(self, field), Stream | Mixture):
+        raise Invalid(Run, field, 'must be a stream: @streams.Stream() with its parentheses.')
+    if self.clip is not None and not self.clip > 0:
+      raise Invalid(Run, 'clip', f'{self.clip!r} must be positive, or None.')
+    object.__setattr__(self, 'curriculum', tuple(map(tuple, self.curriculum)))
+    self._check_curriculum()
+    for size, cut in self.batches.sizes():
+      if size * cut % self.microbatches:
+        why = f'{self.microbatches} does not divide the batch of {size * cut}.'
+        raise Invalid(Run, 'microbatches', why)
+      length = self.target_length // cut
+      if self.logits_chunks and length % self.logits_chunks:
+        why = f'{self.logits_chunks} does not divide the length {length}.'
+        raise Invalid(Run, 'logits_chunks', why)
+    self.schedule(self.steps)  # a warm-up longer than the run is an error now
+
+  def _check_curriculum(self):
+    for stage in self.curriculum:
+      if len(stage) != 3 or not all(isinstance(n, int) and n > 0 for n in stage):
+        why = f'{stage} is not (steps, batch size, cut), whole numbers above 0.'
+        raise Invalid(Run, 'curriculum', why)
+    steps, cuts = sum(s[0] for s in self.curriculum), [s[2] for s in self.curriculum if s[2] > 1]
+    if steps > self.steps:
+      raise Invalid(
+        Run, 'curriculum', f'its {steps} steps are more than the {self.steps} of the run.'
+      )
+    if cuts and len(self.train.lengths) > 1:
+      raise Invalid(Run, 'curriculum', 'rows of an encoder-decoder cannot be cut; let cut be 1.')
+    for cut in cuts:
+      if self.target_length % cut or self.target_length // cut < 2:
+        why = f'the length {self.target_length} cannot be cut into {cut} parts of 2 tokens or more.'
+        raise Invalid(Run, 'curriculum', why)
+
+  @property
+  def batches(self) -> Curriculum:
+    """Which examples each step takes."""
+    return Curriculum(self.batch_size, self.curriculum)
+
+  @property
+  def target_length(self) -> int:
+    """Tokens per example that the logits are made for."""
+    return self.train.lengths[_target(self.train.lengths)]
+
+  def identity(self) -> str:
+    """The text that is equal for two runs that train the same parameters."""
+    fields = [f.name for f in dataclasses.fields(self) if f.name not in _INCIDENTAL]
+    return '\n'.join(f'{name} = {describe(getattr(self, name), 1)}' for name in fields) + '\n'
+
+
+def _target(lengths: dict) -> str:
+  return 'targets' if 'targets' in lengths else 'inputs'

@@ -1,0 +1,88 @@
+"""Cross-entropy in chunks is cross-entropy, and both are its definition."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from research.model.embedder import Embedder
+from research.model.heads import TiedHead, UntiedHead
+from research.parallel.axes import shard
+from research.parallel.mesh import Mesh
+from research.training.losses import cross_entropy, default_chunks
+
+# Quick to compile.
+jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
+BATCH, LENGTH, EMBED, VOCAB = 8, 12, 16, 40
+
+
+def arrays():
+  x = jax.random.normal(jax.random.key(1), (BATCH, LENGTH, EMBED))
+  targets = jax.random.randint(jax.random.key(2), (BATCH, LENGTH), 0, VOCAB)
+  weights = jax.random.bernoulli(jax.random.key(3), 0.7, (BATCH, LENGTH)).astype(jnp.float32)
+  return x, targets, weights
+
+
+def loss_and_gradients(tied: bool, z_loss: float, chunks: int):
+  """((nll, z), gradients of their sum / 3 by x and by the parameters), on the mesh in use."""
+
+  def make(key):
+    rngs = nnx.Rngs(params=key)
+    embedder = Embedder(EMBED, VOCAB, init=nnx.initializers.normal(0.5), rngs=rngs)
+    return embedder, (TiedHead if tied else UntiedHead)(EMBED, VOCAB, rngs=rngs)
+
+  graphdef = nnx.graphdef(jax.eval_shape(make, jax.random.key(0)))
+  params = jit(lambda key: nnx.to_pure_dict(nnx.state(make(key))))(jax.random.key(0))
+  x, targets, weights = arrays()
+  x = shard(x, 'batch', None, None)
+  targets, weights = shard(targets, 'batch', None), shard(weights, 'batch', None)
+
+  def total(params, x):
+    embedder, head = nnx.merge(graphdef, params)
+    matrix = head.weights(embedder, x.dtype)
+    sums = cross_entropy(
+      lambda x: head(x, matrix), x, targets, weights, z_loss=z_loss, chunks=chunks
+    )
+    return sum(sums) / 3, sums  # scaled: a cotangent that is not 1
+
+  (_, sums), grads = jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))(params, x)
+  matrix = lambda params: params[0]['tokens'].T if tied else params[1]['kernel']
+  return jax.device_get((matrix(params), sums, grads[1], matrix(grads[0])))
+
+
+def reference(matrix, z_loss):
+  """The same by definition, in float64."""
+  x, targets, weights = (np.asarray(a) for a in arrays())
+  x, matrix = x.astype(np.float64), matrix.astype(np.float64)
+  logits = x @ matrix
+  log_z = np.log(np.exp(logits).sum(-1))
+  p, hit = np.exp(logits - log_z[..., None]), np.eye(VOCAB)[targets]
+  nll, z = weights * (log_z - (logits * hit).sum(-1)), weights * z_loss * log_z**2
+  d_logits = weights[..., None] * (p - hit + 2 * z_loss * log_z[..., None] * p) / 3
+  return (nll.sum(), z.sum()), d_logits @ matrix.T, np.einsum('ble,blv->ev', x, d_logits)
+
+
+@pytest.mark.parametrize('sizes', [(1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize('chunks', [1, 4])
+@pytest.mark.parametrize(('tied', 'z_loss'), [(True, 0.0), (False, 1e-2)])
+def test_cross_entropy_is_its_definition(sizes, chunks, tied, z_loss):
+  devices = jax.devices()[: np.prod(sizes)]
+  with Mesh(data=sizes[0], fsdp=sizes[1], tensor=sizes[2]).use(devices):
+    matrix, *got = loss_and_gradients(tied, z_loss, chunks)
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(reference(matrix, z_loss)), strict=True):
+    np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * np.abs(b).max() + 1e-30)
+
+
+def test_chunks_that_do_not_divide_the_length_are_refused():
+  x, targets, weights = arrays()
+  with pytest.raises(ValueError, match='5 chunks do not divide the length 12'):
+    cross_entropy(lambda x: x, x, targets, weights, chunks=5)
+
+
+def test_default_chunks_are_the_fewest_that_fit_and_divide():
+  assert default_chunks(8, 512, 32000) == 8
+  assert default_chunks(32, 128, 512) == 1
+  assert default_chunks(1, 7, 100, limit=200) == 7  # 4 would do, and does not divide 7
