@@ -8,25 +8,14 @@ writes config.json and *.safetensors. Tensors are read and written one at a time
 a model; names that are unknown or missing are an error that lists them. Nothing is downloaded.
 """
 
-from typing import TYPE_CHECKING
-
 from research.core import cli
-from research.huggingface.conversion import from_hf, save
 from research.huggingface.files import DTYPES, FILE_BYTES
-
-if TYPE_CHECKING:
-  pass
-
-# The heavy imports stand inside functions: `--help` must not cost seconds.
-
-# config.json and gin.
-
-
-# Parameters.
 
 
 def main(flags) -> None:
   """Converts in the direction that the flags say."""
+  from research.huggingface.conversion import from_hf, save  # jax: --help must not cost seconds
+
   if flags.from_hf:
     from_hf(flags.from_hf, flags.out)
   else:

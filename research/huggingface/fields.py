@@ -132,9 +132,7 @@ ROPE = Derived(
 def tied(default: bool) -> Derived:
   def read(config):
     is_tied = config.get('tie_word_embeddings', default)
-    return {
-      'models.LanguageModel.head': Raw('@models.TiedHead' if is_tied else '@models.UntiedHead')
-    }
+    return {'models.LanguageModel.head': Raw('@heads.TiedHead' if is_tied else '@heads.UntiedHead')}
 
   def write(get):
     return {'tie_word_embeddings': str(get('models.LanguageModel.head')).endswith('TiedHead')}

@@ -39,19 +39,19 @@ FALCON_TOP = {
 }  # fmt: skip
 
 
-PARALLEL = {'stack.Stack.parts': Raw('((@attention.Attention, @layers.Mlp),)')}
+PARALLEL = {'stack.Stack.parts': Raw('((@attention.Attention, @mlp.Mlp),)')}
 
 
 PARALLEL_EACH = {
   **PARALLEL,
-  'stack.Stack.residual': Raw('@stack.PreNormEach'),
-  'stack.PreNormEach.norm': Raw('@layers.LayerNorm'),
+  'stack.Stack.residual': Raw('@residual.PreNormEach'),
+  'residual.PreNormEach.norm': Raw('@layers.LayerNorm'),
 }
 
 
 EXACT_GELU = {
   'exact/jax.nn.gelu.approximate': False,
-  'layers.Mlp.activations': Raw('(@exact/jax.nn.gelu,)'),
+  'mlp.Mlp.activations': Raw('(@exact/jax.nn.gelu,)'),
 }
 
 
@@ -111,7 +111,7 @@ GPT_LIKE = (
     (*GPT2_SIZES, INNER, tied(False),
      Derived(lambda c: {'positions.rotary.fraction': c['rotary_dim'] / head_dim(c)},
              lambda get: {'rotary_dim': _rotary_dim(get)}),
-     always({**PARALLEL, **NO_POSITIONS, 'positions.rotary.interleaved': True, 'models.UntiedHead.bias': True,
+     always({**PARALLEL, **NO_POSITIONS, 'positions.rotary.interleaved': True, 'heads.UntiedHead.bias': True,
              'attention.Attention.qkv_bias': False, 'attention.Attention.output_bias': False})),
     transformer(('ln_1',), 'transformer.h.{}.', under('attn.', {'query': 'q_proj', 'key': 'k_proj',
                 'value': 'v_proj', 'output': 'out_proj'}), {'inputs.0': 'mlp.fc_in', 'output': 'mlp.fc_out'}),
@@ -133,7 +133,7 @@ GPT_LIKE = (
     'phi', 'PhiForCausalLM', 'gin/models/gpt2/family.gin',
     (*SIZES, HEAD_DIM_ONLY_OURS, MLP, LAYER_NORM_EPS, ROPE, tied(False),
      Derived(write=lambda get: {'num_key_value_heads': get('HEADS')}),
-     always({**PARALLEL, **NO_POSITIONS, 'models.UntiedHead.bias': True})),
+     always({**PARALLEL, **NO_POSITIONS, 'heads.UntiedHead.bias': True})),
     transformer(('input_layernorm',), 'model.layers.{}.', {**SELF_ATTENTION, 'output': 'self_attn.dense'},
                 {'inputs.0': 'mlp.fc1', 'output': 'mlp.fc2'}),
     {**TOP, 'stack.norm': 'model.final_layernorm'}, {'hidden_act': 'gelu_new', 'qk_layernorm': False},
@@ -160,8 +160,8 @@ GPT_LIKE = (
     'mpt', 'MptForCausalLM', 'gin/models/bloom/family.gin',
     (SIZES[0], Field('d_model', 'EMBED'), Field('n_layers', 'LAYERS'), Field('n_heads', 'HEADS'),
      *GPT2_SIZES[4:], FOUR_TIMES, tied(True),
-     always({**EXACT_GELU, 'models.Embedder.norm': None, 'layers.LayerNorm.bias': False,
-             'layers.Mlp.bias': False, 'attention.Attention.qkv_bias': False,
+     always({**EXACT_GELU, 'embedder.Embedder.norm': None, 'layers.LayerNorm.bias': False,
+             'mlp.Mlp.bias': False, 'attention.Attention.qkv_bias': False,
              'attention.Attention.output_bias': False})),
     transformer(('norm_1', 'norm_2'), 'transformer.blocks.{}.',
                 {'query key value': Fused('attn.Wqkv'), 'output': 'attn.out_proj'},
@@ -183,7 +183,7 @@ GPT_LIKE = (
   Family(
     'bert', 'BertForMaskedLM', 'gin/models/bert/family.gin',
     (*SIZES, HEAD_DIM_ONLY_OURS, MLP, Field('max_position_embeddings', 'POSITIONS'),
-     Field('type_vocab_size', 'models.Embedder.types', 2),
+     Field('type_vocab_size', 'embedder.Embedder.types', 2),
      Field('layer_norm_eps', 'layers.LayerNorm.epsilon', 1e-12)),
     transformer(('attention.output.LayerNorm', 'output.LayerNorm'), 'bert.encoder.layer.{}.',
                 BERT_ATTENTION, {'inputs.0': 'intermediate.dense', 'output': 'output.dense'}),

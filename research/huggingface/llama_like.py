@@ -48,7 +48,7 @@ GEMMA2 = (
   Field('sliding_window', 'WINDOW'),
   SCALE,
   Field('attn_logit_softcapping', 'attention.Attention.soft_cap'),
-  Field('final_logit_softcapping', 'models.TiedHead.soft_cap'),
+  Field('final_logit_softcapping', 'heads.TiedHead.soft_cap'),
 )
 
 
@@ -83,8 +83,8 @@ GLM_NORMS4 = (
 
 
 SANDWICH = {
-  'stack.Stack.residual': Raw('@stack.SandwichNorm'),
-  'stack.SandwichNorm.norm': Raw('@layers.RMSNorm'),
+  'stack.Stack.residual': Raw('@residual.SandwichNorm'),
+  'residual.SandwichNorm.norm': Raw('@layers.RMSNorm'),
 }
 
 
@@ -100,12 +100,12 @@ LLAMA_LIKE = (
   _llama(
     'qwen2_moe', 'Qwen2MoeForCausalLM', 'qwen2/family',
     (*EXPERTS, Field('moe_intermediate_size', 'moe.MoE.mlp'),
-     Field('shared_expert_intermediate_size', 'shared/layers.Mlp.mlp'),
+     Field('shared_expert_intermediate_size', 'shared/mlp.Mlp.mlp'),
      always({
        'stack.Stack.parts': Raw('(@attention.Attention, @moe.MoE)'), 'moe.MoE.router': Raw('@moe.Router'),
        'moe.MoE.experts': Raw('%EXPERTS'), 'moe.Router.active': Raw('%ACTIVE'),
        'moe.MoE.activations': Raw('(@jax.nn.silu, @jax.nn.identity)'),
-       'moe.MoE.shared': Raw('@shared/layers.Mlp'), 'moe.MoE.shared_gate': True,
+       'moe.MoE.shared': Raw('@shared/mlp.Mlp'), 'moe.MoE.shared_gate': True,
      })),
     when={'hidden_act': 'silu', 'decoder_sparse_step': 1, 'mlp_only_layers': []},
   ),

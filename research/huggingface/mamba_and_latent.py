@@ -55,10 +55,10 @@ def _inner(hf: str) -> Derived:
 
   def read(c):
     factor = c.get(hf, 2)
-    return {} if factor == 2 else {'ssm.Mamba.inner': int(factor * c['hidden_size'])}
+    return {} if factor == 2 else {'mamba.Mamba.inner': int(factor * c['hidden_size'])}
 
   def write(get):
-    inner = get('ssm.Mamba.inner') or 2 * get('EMBED')
+    inner = get('mamba.Mamba.inner') or 2 * get('EMBED')
     factor = inner / get('EMBED')
     return {hf: int(factor) if factor == int(factor) else factor}
 
@@ -68,14 +68,14 @@ def _inner(hf: str) -> Derived:
 def _read_mamba2(c):
   implied = c['num_heads'] * c['head_dim'] == 2 * c['hidden_size']
   return {
-    'HEAD_DIM': c['head_dim'], 'ssm.Mamba2.norm_epsilon': c.get('layer_norm_epsilon', 1e-5),
-    **({} if implied else {'ssm.Mamba2.heads': c['num_heads']}),
+    'HEAD_DIM': c['head_dim'], 'mamba2.Mamba2.norm_epsilon': c.get('layer_norm_epsilon', 1e-5),
+    **({} if implied else {'mamba2.Mamba2.heads': c['num_heads']}),
   }  # fmt: skip
 
 
 def _write_mamba2(get):
   head_dim = get('HEAD_DIM')
-  heads = get('ssm.Mamba2.heads') or 2 * get('EMBED') // head_dim
+  heads = get('mamba2.Mamba2.heads') or 2 * get('EMBED') // head_dim
   return {'num_heads': heads, 'head_dim': head_dim, 'expand': heads * head_dim // get('EMBED')}
 
 
@@ -83,13 +83,13 @@ LATENT_FIELDS = (
   *SIZES[:2], SIZES[3], MLP, RMS, ROPE, tied(False),
   Field('n_routed_experts', 'EXPERTS'), EXPERTS[1],
   Field('moe_intermediate_size', 'EXPERT_MLP'),
-  Field('qk_nope_head_dim', 'attention.LatentAttention.head_dim'),
-  Field('qk_rope_head_dim', 'attention.LatentAttention.rotary_dim'),
-  Field('v_head_dim', 'attention.LatentAttention.value_dim'),
-  Field('kv_lora_rank', 'attention.LatentAttention.key_rank'),
+  Field('qk_nope_head_dim', 'latent.LatentAttention.head_dim'),
+  Field('qk_rope_head_dim', 'latent.LatentAttention.rotary_dim'),
+  Field('v_head_dim', 'latent.LatentAttention.value_dim'),
+  Field('kv_lora_rank', 'latent.LatentAttention.key_rank'),
   Field('routed_scaling_factor', 'moe.Router.scale', 1.0),
-  Derived(lambda c: {'attention.LatentAttention.query_rank': c.get('q_lora_rank')},
-          lambda get: {'q_lora_rank': get('attention.LatentAttention.query_rank')}),
+  Derived(lambda c: {'latent.LatentAttention.query_rank': c.get('q_lora_rank')},
+          lambda get: {'q_lora_rank': get('latent.LatentAttention.query_rank')}),
 )  # fmt: skip
 
 
@@ -106,7 +106,7 @@ def _read_latent(c):
 
 
 def _write_latent(get):
-  dims = [get(f'attention.LatentAttention.{d}') for d in ('head_dim', 'rotary_dim')]
+  dims = [get(f'latent.LatentAttention.{d}') for d in ('head_dim', 'rotary_dim')]
   config = {
     'first_k_dense_replace': get('DENSE_LAYERS'),
     'num_hidden_layers': get('DENSE_LAYERS') + get('MOE_LAYERS'),
@@ -153,14 +153,14 @@ def _deepseek(version: str, gin: str, fields, when) -> Family:
 OTHERS = (
   _mamba(
     'mamba', 'MambaForCausalLM',
-    (_inner('expand'), Implied('time_step_rank', 'ssm.Mamba.rank', lambda embed: -(-embed // 16)),
-     Field('state_size', 'ssm.Mamba.state', 16), Field('conv_kernel', 'ssm.Mamba.width', 4)),
+    (_inner('expand'), Implied('time_step_rank', 'mamba.Mamba.rank', lambda embed: -(-embed // 16)),
+     Field('state_size', 'mamba.Mamba.state', 16), Field('conv_kernel', 'mamba.Mamba.width', 4)),
     {'Mamba': under('mixer.', MAMBA)}, True,
   ),
   _mamba(
     'mamba2', 'Mamba2ForCausalLM',
-    (Field('state_size', 'ssm.Mamba2.state', 128), Field('n_groups', 'ssm.Mamba2.groups', 8),
-     Field('conv_kernel', 'ssm.Mamba2.width', 4), Derived(_read_mamba2, _write_mamba2)),
+    (Field('state_size', 'mamba2.Mamba2.state', 128), Field('n_groups', 'mamba2.Mamba2.groups', 8),
+     Field('conv_kernel', 'mamba2.Mamba2.width', 4), Derived(_read_mamba2, _write_mamba2)),
     {'Mamba2': MAMBA2}, False,
   ),
   Family(
@@ -168,8 +168,8 @@ OTHERS = (
     (*SIZES[:2], SIZES[3], KV_HEADS, HEAD_DIM_ONLY_OURS, MLP, RMS, tied(False), *EXPERTS[:2],
      Derived(lambda c: {'PERIODS': c['num_hidden_layers'] // 8},
              lambda get: {'num_hidden_layers': 8 * get('PERIODS')}),
-     _inner('mamba_expand'), Implied('mamba_dt_rank', 'ssm.Mamba.rank', lambda embed: -(-embed // 16)),
-     Field('mamba_d_state', 'ssm.Mamba.state', 16), Field('mamba_d_conv', 'ssm.Mamba.width', 4)),
+     _inner('mamba_expand'), Implied('mamba_dt_rank', 'mamba.Mamba.rank', lambda embed: -(-embed // 16)),
+     Field('mamba_d_state', 'mamba.Mamba.state', 16), Field('mamba_d_conv', 'mamba.Mamba.width', 4)),
     tree(('input_layernorm', 'pre_ff_layernorm'), Mlp=under('feed_forward.', GATED),
          Mamba=under('mamba.', MAMBA), MoE=experts('feed_forward.', router='router')),
     {**TOP, 'stack.norm': 'model.final_layernorm'},

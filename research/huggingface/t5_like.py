@@ -68,8 +68,8 @@ def _t5_head(config):
   untied = 'lm_head.weight' in config.get('tensors', ())
   scaled = config.get('tie_word_embeddings', True) and config.get('scale_decoder_outputs', True)
   return {
-    'models.EncoderDecoder.head': Raw('@models.UntiedHead' if untied else '@models.TiedHead'),
-    'models.TiedHead.scale': Raw('@models.inverse_sqrt') if scaled else 1.0,
+    'models.EncoderDecoder.head': Raw('@heads.UntiedHead' if untied else '@heads.TiedHead'),
+    'heads.TiedHead.scale': Raw('@embedder.inverse_sqrt') if scaled else 1.0,
   }
 
 
@@ -77,16 +77,16 @@ T5_HEAD = Derived(
   _t5_head,
   lambda get: {
     'tie_word_embeddings': str(get('models.EncoderDecoder.head')).endswith('TiedHead'),
-    'scale_decoder_outputs': get('models.TiedHead.scale') != 1.0,
+    'scale_decoder_outputs': get('heads.TiedHead.scale') != 1.0,
   },
 )
 
 
-MT5_HEAD = Derived(lambda c: {**_t5_head(c), 'models.TiedHead.scale': 1.0})
+MT5_HEAD = Derived(lambda c: {**_t5_head(c), 'heads.TiedHead.scale': 1.0})
 
 
 SWITCH_HEAD = Derived(
-  lambda c: {**_t5_head(c), 'models.TiedHead.scale': Raw('@models.inverse_sqrt')}
+  lambda c: {**_t5_head(c), 'heads.TiedHead.scale': Raw('@embedder.inverse_sqrt')}
 )
 
 

@@ -15,6 +15,8 @@ from __gin__ import dynamic_registration
 import jax.nn
 from research.model import attention
 from research.model import layers
+from research.model import mlp
+from research.model import residual
 from research.model import stack
 """
 
@@ -31,8 +33,8 @@ def write(tmp_path):
 
 def test_references_become_partials_and_calls_are_called(write):
   file = write("""
-    ROOT = @layers.Mlp
-    layers.Mlp:
+    ROOT = @mlp.Mlp
+    mlp.Mlp:
       mlp = %WIDE
       activations = (@jax.nn.silu, @jax.nn.identity)
     WIDE = 48
@@ -57,9 +59,7 @@ def test_scopes_replace_and_the_unscoped_binding_is_the_default(write):
 
 
 def test_macros_are_looked_up_late_and_the_command_line_wins(write):
-  file = write(
-    'ROOT = @layers.Mlp\nlayers.Mlp.mlp = %A\nlayers.Mlp.activations = ()\nA = %B\nB = 1\n'
-  )
+  file = write('ROOT = @mlp.Mlp\nmlp.Mlp.mlp = %A\nmlp.Mlp.activations = ()\nA = %B\nB = 1\n')
   assert configs.load(file, ['B=2'], root='ROOT').tree().keywords['mlp'] == 2
   assert configs.load(file, ['Mlp.mlp=3'], root='ROOT').tree().keywords['mlp'] == 3
 
@@ -76,8 +76,8 @@ def test_two_loads_share_nothing(write):
 
 
 def test_the_saved_text_says_the_same(write, tmp_path):
-  write('layers.Mlp.activations = ()\nA = 5\n', 'included.gin')
-  file = write(f"include '{tmp_path}/included.gin'\nROOT = @layers.Mlp\nlayers.Mlp.mlp = %A\n")
+  write('mlp.Mlp.activations = ()\nA = 5\n', 'included.gin')
+  file = write(f"include '{tmp_path}/included.gin'\nROOT = @mlp.Mlp\nmlp.Mlp.mlp = %A\n")
   config = configs.load(file, ['A=7'], root='ROOT')
   saved = tmp_path / 'saved.gin'
   saved.write_text(config.text)
@@ -86,25 +86,25 @@ def test_the_saved_text_says_the_same(write, tmp_path):
   assert again.tree().keywords['mlp'] == 7
 
 
-BASE = 'ROOT = @layers.Mlp\nlayers.Mlp.mlp = 8\nlayers.Mlp.activations = ()\n'
+BASE = 'ROOT = @mlp.Mlp\nmlp.Mlp.mlp = 8\nmlp.Mlp.activations = ()\n'
 
 
 @pytest.mark.parametrize(
   ('text', 'bindings', 'says'),
   [
     (
-      BASE + 'layers.Mlp.mpl = 3\n',
+      BASE + 'mlp.Mlp.mpl = 3\n',
       [],
       r"a\.gin:\d+: Mlp has no argument 'mpl'\. Did you mean mlp\?",
     ),
-    (BASE + 'layers.Mpl.mlp = 3\n', [], r"a\.gin:\d+: .*has no 'Mpl'\. Did you mean Mlp\?"),
+    (BASE + 'mlp.Mpl.mlp = 3\n', [], r"a\.gin:\d+: .*has no 'Mpl'\. Did you mean Mlp\?"),
     (
-      BASE + 'layer.Mlp.mlp = 3\n',
+      BASE + 'layer.RMSNorm.epsilon = 3\n',
       [],
       r"a\.gin:\d+: 'layer' is not imported .*Did you mean layers\?",
     ),
     (
-      BASE + 'layers.Mlp.bias = %BAIS\nBIAS = 1\n',
+      BASE + 'mlp.Mlp.bias = %BAIS\nBIAS = 1\n',
       [],
       r'a\.gin:\d+: no macro %BAIS\. Did you mean BIAS\?',
     ),
@@ -118,9 +118,9 @@ BASE = 'ROOT = @layers.Mlp\nlayers.Mlp.mlp = 8\nlayers.Mlp.activations = ()\n'
       [],
       r'a\.gin:\d+: no gin file .* Did you mean .*7b\.gin',
     ),
-    (BASE + 'layers.Mlp.mlp = = 3\n', [], r'a\.gin:\d+: '),
+    (BASE + 'mlp.Mlp.mlp = = 3\n', [], r'a\.gin:\d+: '),
     (
-      'ROOT = @layers.Mlp\nlayers.Mlp.mlp = 8\n',
+      'ROOT = @mlp.Mlp\nmlp.Mlp.mlp = 8\n',
       [],
       r'ROOT needs Mlp\.activations; set it .*--gin\.Mlp',
     ),
@@ -153,16 +153,16 @@ def test_an_invalid_value_names_the_line_that_set_it(write):
     ROOT = @stack.Stack
     stack.Stack:
       parts = ()
-      residual = @stack.PreNorm
+      residual = @residual.PreNorm
       repeats = %DEPTH
-    stack.PreNorm.norm = @layers.RMSNorm
+    residual.PreNorm.norm = @layers.RMSNorm
     DEPTH = -2
   """)
   config = configs.load(file, root='ROOT')
   tree = config.tree()
   with (
     pytest.raises(
-      UserError, match=r'a\.gin:13, by %DEPTH at .*a\.gin:11: Stack\.repeats: -2 is not'
+      UserError, match=r'a\.gin:15, by %DEPTH at .*a\.gin:13: Stack\.repeats: -2 is not'
     ),
     config.explains(),
   ):

@@ -12,7 +12,7 @@ import time
 
 import pytest
 import slurm
-from tests.test_chaos import SWEEP, Sweeping
+from test_chaos import SWEEP, Sweeping
 
 from research.core import cli
 from research.core.errors import Invalid, UserError

@@ -213,7 +213,6 @@ def test_a_run_whose_worker_vanishes_again_and_again_is_given_up(make, trained, 
 def test_a_mistake_in_a_run_is_not_tried_again(make, trained, tmp_path, monkeypatch):
   from research.training import loop
 
-
   def wrong(run, workdir, text, stream):
     tried.append(workdir.name)
     raise UserError('the vocabulary is too small.')

@@ -88,4 +88,4 @@ def test_progress_off_a_terminal_is_plain_lines():
   progress.show(row)  # within the interval: said once
   line = stream.getvalue()
   assert line.count('\n') == 1
-  assert line.startswith('step 50/100  loss 2.5000  2k tokens/s  12GFLOP/s')
+  assert line.startswith('step 50/100  loss 2.5000  2k tokens/s  12 GFLOP/s')
