@@ -176,7 +176,7 @@ def _fit(flags) -> int:
   for forecast in forecasts:
     print(f'Forecast: {forecast}')
   if flags.save:
-    analysis.save(flags.save)
+    scaling.save(analysis, flags.save)
     print(f'Saved: {flags.save}')
   if flags.report:
     from research.scaling.report import sections

@@ -1,4 +1,4 @@
-"""FIXME: say what this module is."""
+"""Ablations: a product of choices at every size, and what each choice changes."""
 
 import collections
 import dataclasses

@@ -1,4 +1,4 @@
-"""Which runs a question needs: sizes by a ladder, budgets by a list, hyper-parameters by rules.
+"""What every design has: sizes by a ladder, hyper-parameters by rules, a plan and perhaps an answer.
 
 A design yields `Planned` runs; it knows sizes and counts, and nothing of gin, training or machines.
 """
@@ -12,6 +12,24 @@ from research.designs.plan import Ladder, Planned, Rule, Size, nearest
 from research.scaling.rows import CONVENTIONS
 
 
+@dataclasses.dataclass(frozen=True)
+class Answer:
+  """What a design says in the end.
+
+  Attributes:
+    text: for a terminal.
+    figures: (matplotlib Figure, caption) by name.
+    fit: what was fitted, as JSON values.
+  """
+
+  text: str
+  figures: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
+  fit: Mapping | None = None
+
+  def __str__(self) -> str:
+    return self.text
+
+
 class Design(Protocol):
   """Yields the runs of a sweep. `law`: whether they ask for a law of N and D; else `answer` is asked."""
 
@@ -23,7 +41,7 @@ class Design(Protocol):
 
   def plan(self, rungs: list[Size], length: int) -> list[Planned]: ...
 
-  def answer(self, runs: list[Planned], rows: list[dict]) -> 'Answer': ...
+  def answer(self, runs: list[Planned], rows: list[dict]) -> Answer: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,7 +98,7 @@ class Sized:
       raise Invalid(type(self), field, why)
     return kept
 
-  def answer(self, runs: list[Planned], rows: list[dict]) -> 'Answer':
+  def answer(self, runs: list[Planned], rows: list[dict]) -> Answer:
     """What the rows say, for a design whose question is not the law of N and D."""
     raise NotImplementedError
 
@@ -91,24 +109,6 @@ def positive(design, **fields) -> None:
     if not isinstance(values, tuple) or not values or not all(v > 0 for v in values):
       why = f'{values!r} must be one or more positive numbers, in parentheses.'
       raise Invalid(type(design), field, why)
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-  """What a design says in the end.
-
-  Attributes:
-    text: for a terminal.
-    figures: (matplotlib Figure, caption) by name.
-    fit: what was fitted, as JSON values.
-  """
-
-  text: str
-  figures: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
-  fit: Mapping | None = None
-
-  def __str__(self) -> str:
-    return self.text
 
 
 def losses(runs: list[Planned], rows: list[dict]) -> list[tuple[Planned, float]]:

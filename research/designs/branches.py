@@ -1,4 +1,4 @@
-"""FIXME: say what this module is."""
+"""Many horizons of one run: a trunk at a constant rate and a decay for each horizon."""
 
 import dataclasses
 

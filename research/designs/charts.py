@@ -1,10 +1,10 @@
-"""FIXME: say what this module is."""
+"""Figures of the designs that have an answer of their own. Each returns a matplotlib Figure."""
 
 from collections.abc import Mapping
 
 import numpy as np
 
-from research.scaling.report.charts import LOSS, _colors
+from research.scaling.report.charts import LOSS, colors_of
 from research.scaling.report.figure import ACCENT, INK, MAP, SECOND, log_scale, new_figure
 
 
@@ -17,7 +17,7 @@ def rates(found: Mapping[str, dict], line: tuple[float, float, float] | None):
   """
   figure, (curves, law) = new_figure(2)
   highest = 0.0
-  for (name, size), color in zip(found.items(), _colors(found).values(), strict=True):
+  for (name, size), color in zip(found.items(), colors_of(found).values(), strict=True):
     for batch, points in size['points'].items():
       x, y = np.array(points).T
       best = batch == size['batch']
@@ -82,7 +82,7 @@ def differences(found: Mapping[str, Mapping[str, tuple[float, float]]]):
   most = max(map(len, found.values()))
   figure, (ax,) = new_figure(size=(7.0, 1.2 + 0.35 * most * len(found)))
   ticks, labels = [], []
-  for name, color in _colors(found).items():
+  for name, color in colors_of(found).items():
     for variant, (change, error) in found[name].items():
       ticks.append(-len(ticks))
       labels.append(f'{name}  {variant}')
@@ -105,7 +105,7 @@ def epochs(rows: Mapping[str, np.ndarray], predict=None):
   columns = min(len(n), 3)
   figure, axes = new_figure(columns, -(-len(n) // columns), size=(4.0, 3.3), sharey=True)
   unique = np.round(rows['unique_tokens'])
-  colors = _colors(np.unique(unique))
+  colors = colors_of(np.unique(unique))
   for ax, params in zip(axes, n, strict=False):
     for u, color in colors.items():
       mine = (rows['params'] == params) & (unique == u)

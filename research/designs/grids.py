@@ -1,4 +1,4 @@
-"""Designs beside isoFLOP: what to train when the question is another one."""
+"""Grids of sizes by tokens (Kaplan et al. 2020) and of sizes by horizons (Hoffmann et al. 2022, approach 1)."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""FIXME: say what this module is."""
+"""IsoFLOP: for every budget, sizes about the expected optimum."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""FIXME: say what this module is."""
+"""What a sweep plans with: rungs of a ladder of sizes, rules for hyper-parameters, planned runs."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""What the rows of a design say where its question is not the law of N and D."""
+"""Learning rates and batch sizes: the runs that ask for the best, and the law of the best rate."""
 
 import collections
 import dataclasses
@@ -7,11 +7,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from research.designs import rates as rates_module
 from research.designs.base import Answer, Picked, losses, positive
 from research.designs.plan import Planned, Size
-
-# Learning rates and batch sizes.
 
 
 def best_rate(members: list[tuple[Planned, float]]) -> dict:
@@ -50,7 +47,7 @@ def best_rate(members: list[tuple[Planned, float]]) -> dict:
 
 def rates(runs: list[Planned], rows: list[dict]) -> Answer:
   """The best learning rate and batch of every size, and the power law of the rate as a `designs.Rule`."""
-  from research.designs import charts as charts_module  # matplotlib
+  from research.designs import charts  # matplotlib
 
   groups = collections.defaultdict(list)
   for run, loss in losses(runs, rows):
@@ -79,18 +76,9 @@ def rates(runs: list[Planned], rows: list[dict]) -> Answer:
   caption = (
     'Each point is a run (the mean of its seeds); stars are the vertices of parabolas in ln rate.'
   )
-  figures = {'rates': (charts_module.rates(found, line), caption)} if found else {}
+  figures = {'rates': (charts.rates(found, line), caption)} if found else {}
   rule = dict(zip(('value', 'at', 'exponent'), line, strict=True)) if line else None
   return Answer('\n'.join(lines), figures, {'sizes': found, 'rule': rule})
-
-
-# Shapes.
-
-
-# Ablations.
-
-
-# Repeated data.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,4 +117,4 @@ class LearningRateBatch(Picked):
     return self.long_enough(runs, 'ratio')
 
   def answer(self, runs: list[Planned], rows: list[dict]) -> Answer:
-    return rates_module.rates(runs, rows)
+    return rates(runs, rows)

@@ -1,4 +1,4 @@
-"""FIXME: say what this module is."""
+"""Repeated data: unique tokens by epochs, and the law of what a repeat is worth."""
 
 import dataclasses
 import itertools
@@ -6,7 +6,6 @@ from typing import ClassVar
 
 import numpy as np
 
-from research.designs import repeats as repeats_module
 from research.designs.base import Answer, Picked, positive
 from research.designs.plan import Planned, Size
 from research.scaling import bootstrap, fitted, law_fit, laws
@@ -91,4 +90,4 @@ class Repeats(Picked):
     return self.long_enough(runs, 'unique')
 
   def answer(self, runs: list[Planned], rows: list[dict]) -> Answer:
-    return repeats_module.repeats(runs, rows, self.flops)
+    return repeats(runs, rows, self.flops)

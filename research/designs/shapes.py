@@ -1,4 +1,4 @@
-"""FIXME: say what this module is."""
+"""Width against depth at one budget: which shape is best."""
 
 import dataclasses
 from typing import ClassVar
@@ -9,7 +9,7 @@ from research.designs.plan import Planned, Size
 
 def shapes(runs: list[Planned], rows: list[dict]) -> Answer:
   """The loss of every width and depth, and the best of them."""
-  from research.designs import charts as charts_module
+  from research.designs import charts
 
   macros = lambda run: (run.size.macros['EMBED'], run.size.macros['LAYERS'])
   found = {macros(run): loss for run, loss in losses(runs, rows)}
@@ -22,7 +22,7 @@ def shapes(runs: list[Planned], rows: list[dict]) -> Answer:
   (width, depth), loss = min(found.items(), key=lambda item: item[1])
   lines.append(f'best: {width} wide, {depth} layers ({width / depth:.3g} wide a layer): {loss:.4f}')
   caption = 'Every run spends the same compute: a larger model sees fewer tokens.'
-  return Answer('\n'.join(lines), {'shapes': (charts_module.shapes(found), caption)})
+  return Answer('\n'.join(lines), {'shapes': (charts.shapes(found), caption)})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

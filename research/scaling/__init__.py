@@ -6,6 +6,7 @@ from research.scaling.fitted import Fit, NotIdentifiable
 from research.scaling.fitting import fit_results
 from research.scaling.law_fit import fit
 from research.scaling.rows import Columns, Observations, RowError, observe, read_table
+from research.scaling.serial import load, save
 
 __all__ = [
   'Analysis',
@@ -19,6 +20,16 @@ __all__ = [
   'RowError',
   'fit',
   'fit_results',
+  'load',
   'observe',
+  'plot',
   'read_table',
+  'save',
 ]
+
+
+def plot(analysis: Analysis):
+  """One matplotlib figure: the isoFLOP curves beside the fitted loss surface."""
+  from research.scaling.report import plots  # matplotlib takes half a second to import
+
+  return plots.overview(analysis)

@@ -1,4 +1,4 @@
-"""FIXME: say what this module is."""
+"""IsoFLOP curves, their minima, and the power laws through them: what approaches 1 and 2 find."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ from scipy.interpolate import Akima1DInterpolator
 from research.core.errors import UserError
 from research.scaling import bootstrap
 
-_DEGREE = {'parabola': 2, 'cubic': 3}
+DEGREE = {'parabola': 2, 'cubic': 3}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Profile:
   def curve(self, points: int = 200) -> tuple[np.ndarray, np.ndarray]:
     """(N, loss) along the fitted profile, within the sizes that were run."""
     ln_n = np.linspace(np.log(self.params.min()), np.log(self.params.max()), points)
-    return np.exp(ln_n), _interpolant(np.log(self.params), self.loss, self.method)(ln_n)
+    return np.exp(ln_n), interpolant(np.log(self.params), self.loss, self.method)(ln_n)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,11 +78,11 @@ class NoAllocation(UserError, ValueError):
   """No power law can be drawn through the optima: the message lists every curve's reason."""
 
 
-def _interpolant(ln_n, loss, method):
+def interpolant(ln_n, loss, method):
   if method == 'akima':
     return Akima1DInterpolator(ln_n, loss)
   center = ln_n.mean()
-  coefficients = np.polyfit(ln_n - center, loss, _DEGREE[method])
+  coefficients = np.polyfit(ln_n - center, loss, DEGREE[method])
   return lambda x: np.polyval(coefficients, x - center)
 
 

@@ -1,25 +1,19 @@
-"""The whole fit in one call: rows in, an `Analysis` out that forecasts, prints, plots and saves itself."""
+"""What a set of rows says: the approaches that were fitted, their forecasts, and what to doubt.
+
+`research.scaling.plot`, `save` and `load` draw an analysis and keep it in a file.
+"""
 
 import dataclasses
 import functools
-import json
-import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
 from research.core.errors import UserError
-from research.scaling import (
-  allocation,
-  bootstrap,
-  fitted,
-  planning,
-  rollout,
-)
+from research.scaling import allocation, bootstrap, fitted, planning, rollout, text
 from research.scaling import rows as table
 from research.scaling.cost import Cost
-from research.scaling.laws.base import Law
 
 
 class NoForecast(UserError, ValueError):
@@ -212,37 +206,10 @@ class Analysis:
     freedom = np.inf if self.approach3 is None else self.bootstrap.freedom
     return bootstrap.interval(samples, self.level, freedom)
 
-  def plot(self):
-    """One matplotlib figure: isoFLOP curves, loss surface, N* and D*, residuals."""
-    from research.scaling.report import plots
-
-    return plots.overview(self)
-
   def __str__(self) -> str:
-    from research.scaling import text
-
     return text.summary(self)
 
   __repr__ = __str__
-
-  def to_json(self) -> str:
-    from research.scaling import serial
-
-    return json.dumps(serial.analysis_to_dict(self), indent=1)
-
-  @classmethod
-  def from_json(cls, text: str, extra_laws: Iterable[Law] = ()) -> 'Analysis':
-    """Restores `to_json`'s text; `extra_laws` are instances of laws that are not this package's."""
-    from research.scaling import serial
-
-    return serial.analysis_from_dict(json.loads(text), extra_laws)
-
-  def save(self, path) -> None:
-    pathlib.Path(path).write_text(self.to_json() + '\n')
-
-  @classmethod
-  def load(cls, path, extra_laws: Iterable[Law] = ()) -> 'Analysis':
-    return cls.from_json(pathlib.Path(path).read_text(), extra_laws)
 
 
 def _mixture(drawn: list[np.ndarray], shares: Mapping[str, float], size: int = 4000) -> np.ndarray:

@@ -1,6 +1,6 @@
-"""Approaches 1 and 2 of Hoffmann et al. 2022: envelopes of training curves, minima of isoFLOP profiles.
+"""Approach 2 of Hoffmann et al. 2022: the minima of isoFLOP profiles. Approach 1 is in `envelope`.
 
-Approach 3, the parametric fit, is `fits.fit` with a law of N and D.
+Approach 3, the parametric fit, is `law_fit.fit` with a law of N and D.
 """
 
 import collections
@@ -11,11 +11,11 @@ from scipy.interpolate import Akima1DInterpolator
 
 from research.core.errors import did_you_mean
 from research.scaling.allocation import (
-  _DEGREE,
+  DEGREE,
   Allocation,
   NoAllocation,
   Profile,
-  _interpolant,
+  interpolant,
   power_law,
 )
 from research.scaling.cost import SIX_ND, Cost
@@ -77,7 +77,7 @@ def _merge(params, tokens, loss):
 
 def _minimum(ln_n, loss, method) -> tuple[float, float, str | None]:
   """(ln N*, loss*, why not)."""
-  curve = _interpolant(ln_n, loss, method)
+  curve = interpolant(ln_n, loss, method)
   if method == 'parabola':
     center = ln_n.mean()
     a, b, _ = np.polyfit(ln_n - center, loss, 2)
@@ -185,7 +185,7 @@ def _steady(p: Profile, cost, noise, replicates, rng) -> tuple[Profile, float]:
     blank = dict.fromkeys(('params_opt', 'tokens_opt', 'loss_opt'), np.nan)
     return dataclasses.replace(p, refused=why, **blank), np.nan
   n = float(np.exp(np.median(at[inside])))
-  loss = float(_interpolant(x, p.loss, p.method)(np.log(n)))
+  loss = float(interpolant(x, p.loss, p.method)(np.log(n)))
   spread = max(at[inside].std(), np.ptp(x) / (len(x) - 1) / 3) / inside.mean()
   best = {'params_opt': n, 'tokens_opt': float(cost.tokens(n, p.flops)), 'loss_opt': loss}
   return dataclasses.replace(p, refused=None, **best), float(spread)
@@ -195,7 +195,7 @@ def _resample(used, cost, method, noise, weights, floor, replicates, rng) -> np.
   """[replicates, 6]: exponent and ln k of N*, D* and L* - floor for redrawn losses."""
   smooth, residuals, freedom = [], [], 0
   for p in used:
-    degree = _DEGREE.get(method, 2)
+    degree = DEGREE.get(method, 2)
     x = np.log(p.params) - np.log(p.params).mean()
     fitted = np.polyval(np.polyfit(x, p.loss, min(degree, len(x) - 1)), x)
     smooth.append(p.loss if method == 'akima' else fitted)

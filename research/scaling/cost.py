@@ -1,10 +1,10 @@
-"""FIXME: say what this module is."""
+"""What a run costs: training FLOPs as a function of N and D, fitted to rows, and chip-hours."""
 
 import dataclasses
 
 import numpy as np
 
-from research.scaling.laws.base import LawError
+from research.core.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ def fit_cost(params, tokens, flops) -> Cost:
 def chip_hours(flops: float, *, step_flops: float, step_seconds: float, chips: int = 1) -> float:
   """Chip-hours of a run of `flops` from one measured (or compiled) step on `chips` chips."""
   if step_flops <= 0 or step_seconds <= 0 or chips < 1:
-    raise LawError(
+    raise UserError(
       'chip_hours needs a positive step_flops and step_seconds, and at least one chip.'
     )
   return flops / step_flops * step_seconds * chips / 3600

@@ -1,4 +1,4 @@
-"""FIXME: say what this module is."""
+"""Made-up sweeps: how often intervals hold the truth, and what another count of N makes of an exponent."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""FIXME: say what this module is."""
+"""Approach 1 of Hoffmann et al. 2022: the envelope of training curves."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""FIXME: say what this module is."""
+"""A fitted law: its minima, its curvature, and whether the rows determine its parameters."""
 
 import dataclasses
 

@@ -1,19 +1,53 @@
-"""FIXME: say what this module is."""
+"""The whole fit in one call: rows in, an `Analysis` out."""
 
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Mapping
 
 import numpy as np
 
-from research.scaling import allocation, approaches, bootstrap, envelope, fitted, law_fit, laws
+from research.scaling import (
+  allocation,
+  approaches,
+  bootstrap,
+  diagnostics,
+  envelope,
+  fitted,
+  law_fit,
+  laws,
+)
 from research.scaling import rows as table
 from research.scaling.analysis import Analysis, NoForecast
 from research.scaling.cost import fit_cost
 from research.scaling.laws.base import Law, LawError
 
 _COLUMNS, _CHINCHILLA = table.Columns(), laws.Chinchilla()
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """How rows are fitted; the arguments of `fit_results` say what each means."""
+
+  law: Law = _CHINCHILLA
+  profile: str = 'parabola'
+  noise: float | None = None
+  drop_highest: int = 0
+  robust: str = 'huber'
+  delta: float = 1e-3
+  tau: float = 0.5
+  starts: str | Mapping = 'grid'
+  residuals: str = 'log'
+  fixed: Mapping[str, float] | None = None
+  tied: Mapping[str, str] | None = None
+  resample: str = 'residual'
+  replicates: int = 1000
+  level: float = 0.9
+  seed: int = 0
+
+  def of_the_law(self) -> dict:
+    """The arguments of `law_fit.fit`."""
+    names = ('robust', 'delta', 'tau', 'starts', 'residuals', 'fixed', 'tied')
+    return {name: getattr(self, name) for name in names}
 
 
 def fit_results(
@@ -48,49 +82,58 @@ def fit_results(
     profile, noise: approach 2's interpolation and seed noise; see approaches.isoflop.
     curves: run -> [(tokens, loss), ...] for approach 1.
     drop_highest: leave out this many of the highest losses (Besiroglu et al. 2024 drop 5).
-    robust, delta, tau, starts, residuals, fixed, tied: see fits.fit. A fixed E is approach 2's asymptote too.
+    robust, delta, tau, starts, residuals, fixed, tied: see law_fit.fit. A fixed E is
+      approach 2's asymptote too.
     resample: 'residual', 'pairs', 'cluster by run' or 'cluster by budget'.
     conventions: also fit every count of N and C that the rows hold, for the table of conventions.
   """
   if isinstance(rows, (str, pathlib.Path)):
     rows = table.read_table(rows)
-  compare = list(rows) if conventions and not isinstance(rows, table.Observations) else None
-  rows = rows if compare is None else compare
-  seen = rows if isinstance(rows, table.Observations) else table.observe(rows, columns, role)
-  seen = _without_highest(seen, drop_highest)
-  _check_law(law, seen)
-  if replicates < 1:
-    raise LawError(f'{replicates} bootstrap replicates tell no interval; ask for 1 or more.')
+  if not isinstance(rows, table.Observations):
+    rows = list(rows)
+  options = Options(
+    law, profile, noise, drop_highest, robust, delta, tau, starts, residuals, fixed, tied, resample,
+    replicates, level, seed,
+  )  # fmt: skip
+  seen = _observe(rows, columns, role)
+  result = analyse(seen, options, curves)
+  if not conventions or rows is seen:
+    return result
+  # Of the other counts only the exponents are shown, which few replicates tell well enough.
+  quick = dataclasses.replace(options, replicates=50)
+  fit = lambda rows, columns: analyse(_observe(rows, columns, role), quick)
+  return dataclasses.replace(result, conventions=diagnostics.conventions(rows, columns, fit))
+
+
+def _observe(rows, columns, role) -> table.Observations:
+  return rows if isinstance(rows, table.Observations) else table.observe(rows, columns, role)
+
+
+def analyse(seen: table.Observations, options: Options, curves: Mapping | None = None) -> Analysis:
+  """`fit_results` of rows that were read, under one count of N and C."""
+  if options.replicates < 1:
+    raise LawError(
+      f'{options.replicates} bootstrap replicates tell no interval; ask for 1 or more.'
+    )
+  seen = _without_highest(seen, options.drop_highest)
+  _check_law(options.law, seen)
   cost = fit_cost(seen.params, seen.tokens, seen.flops)
   refusals: dict[str, str] = {}
-  floor = float((fixed or {}).get('E', 0.0))
-  one = _approach1(curves, seen, cost, refusals)
-  try:
-    two = approaches.isoflop(
-      seen, cost, method=profile, noise=noise, floor=floor, replicates=replicates, seed=seed
-    )
-  except allocation.NoAllocation as e:
-    two, refusals['approach 2'] = None, str(e)
-  options = {
-    'robust': robust, 'delta': delta, 'tau': tau, 'starts': starts, 'residuals': residuals,
-    'fixed': fixed, 'tied': tied,
-  }  # fmt: skip
-  three = _approach3(law, seen, options, refusals)
-  if three is None and two is None:
+  envelope_of_curves = _approach1(curves, seen, cost, refusals)
+  isoflop = _approach2(seen, cost, options, refusals)
+  fit = _approach3(seen, options, refusals)
+  if fit is None and isoflop is None:
     raise NoForecast(' '.join(dict.fromkeys(refusals.values())))
   spread = None
-  if three is not None:
-    kind, groups = _resampling(resample, seen)
-    spread = bootstrap.bootstrap(three, kind, groups=groups, replicates=replicates, seed=seed)
-  result = Analysis(seen, cost, one, two, three, spread, refusals, level=level)
-  from research.scaling import diagnostics
-
-  quick = functools.partial(  # its exponents without tight intervals
-    fit_results, law=law, profile=profile, noise=noise, role=role, drop_highest=drop_highest,
-    **options, replicates=50, seed=seed, conventions=False,
-  )  # fmt: skip
-  more = () if compare is None else diagnostics.conventions(compare, columns, quick)
-  return dataclasses.replace(result, notes=tuple(diagnostics.notes(result)), conventions=more)
+  if fit is not None:
+    kind, groups = _resampling(options.resample, seen)
+    spread = bootstrap.bootstrap(
+      fit, kind, groups=groups, replicates=options.replicates, seed=options.seed
+    )
+  result = Analysis(
+    seen, cost, envelope_of_curves, isoflop, fit, spread, refusals, level=options.level
+  )
+  return dataclasses.replace(result, notes=tuple(diagnostics.notes(result)))
 
 
 def _check_law(law: Law, seen: table.Observations) -> None:
@@ -122,16 +165,28 @@ def _approach1(curves, seen, cost, refusals):
     return None
 
 
-def _approach3(law, seen, options, refusals) -> fitted.Fit | None:
-  for candidate in dict.fromkeys((law, laws.TiedChinchilla())):
+def _approach2(seen, cost, options: Options, refusals) -> allocation.Allocation | None:
+  try:
+    return approaches.isoflop(
+      seen, cost, method=options.profile, noise=options.noise,
+      floor=float((options.fixed or {}).get('E', 0.0)), replicates=options.replicates,
+      seed=options.seed,
+    )  # fmt: skip
+  except allocation.NoAllocation as error:
+    refusals['approach 2'] = str(error)
+    return None
+
+
+def _approach3(seen, options: Options, refusals) -> fitted.Fit | None:
+  for candidate in dict.fromkeys((options.law, laws.TiedChinchilla())):
+    arguments = options.of_the_law()
+    if candidate is not options.law:  # names and starts are of the other law
+      grid = options.starts if isinstance(options.starts, str) else 'grid'
+      arguments |= {'fixed': None, 'tied': None, 'starts': grid}
     try:
-      own = options
-      if candidate is not law:  # names and starts are of the other law
-        grid = options['starts'] if isinstance(options['starts'], str) else 'grid'
-        own = {**options, 'fixed': None, 'tied': None, 'starts': grid}
-      return law_fit.fit(candidate, seen.inputs, seen.loss, **own)
-    except fitted.NotIdentifiable as e:
-      refusals['approach 3' if candidate is law else 'approach 3, tied'] = str(e)
+      return law_fit.fit(candidate, seen.inputs, seen.loss, **arguments)
+    except fitted.NotIdentifiable as error:
+      refusals['approach 3' if candidate is options.law else 'approach 3, tied'] = str(error)
   return None
 
 

@@ -1,4 +1,4 @@
-"""FIXME: say what this module is."""
+"""What to run next: the runs that narrow a forecast the most for their compute."""
 
 import numpy as np
 

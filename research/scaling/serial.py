@@ -1,7 +1,9 @@
-"""An analysis to and from plain JSON values."""
+"""An analysis to and from plain JSON values, and its file."""
 
 import dataclasses
+import json
 import math
+import pathlib
 from collections.abc import Iterable
 
 import numpy as np
@@ -35,6 +37,26 @@ def plain(value):
 def array(value) -> np.ndarray:
   """The inverse of `plain` for a (nested) list of numbers."""
   return np.array(value, np.float64)
+
+
+def save(analysis: Analysis, path) -> None:
+  """Writes the analysis to a JSON file; `load` reads it back."""
+  pathlib.Path(path).write_text(to_json(analysis) + '\n')
+
+
+def load(path, extra_laws: Iterable[Law] = ()) -> Analysis:
+  """The analysis of a file that `save` wrote; `extra_laws` are instances of other laws than this package's."""
+  return from_json(pathlib.Path(path).read_text(), extra_laws)
+
+
+def to_json(analysis: Analysis) -> str:
+  """The analysis as JSON text."""
+  return json.dumps(analysis_to_dict(analysis), indent=1)
+
+
+def from_json(text: str, extra_laws: Iterable[Law] = ()) -> Analysis:
+  """The inverse of `to_json`."""
+  return analysis_from_dict(json.loads(text), extra_laws)
 
 
 def analysis_to_dict(a: Analysis) -> dict:

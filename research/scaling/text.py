@@ -2,10 +2,9 @@
 
 import numpy as np
 
-from research.scaling.analysis import Analysis
 
-
-def summary(a: Analysis) -> str:
+def summary(a) -> str:
+  """What `print(analysis)` shows: the runs, each approach, the exponents, the notes."""
   lines = [
     f'{len(a.rows)} runs, N = {a.rows.columns.get("params", "params")}, {a.cost}, loss in nats per token'
   ]

@@ -40,7 +40,9 @@ def conclude(folder: Folder, sweep: 'Sweep', runs: list[plan.Planned]) -> 'Analy
       law = fit(sweep, rows)
     except UserError as refused:
       return str(refused)
-    storage.write_atomic(folder.path / 'fit.json', law.to_json())
+    from research.scaling import serial
+
+    storage.write_atomic(folder.path / 'fit.json', serial.to_json(law))
     return law
   answer = sweep.design.answer(runs, rows)
   storage.write_atomic(folder.path / 'summary.txt', f'{answer}\n')

@@ -9,7 +9,8 @@ import sys
 import numpy as np
 import pytest
 
-from research.scaling import Analysis, Columns, NoForecast, RowError, fit_results, laws, planning
+from research import scaling
+from research.scaling import Columns, NoForecast, RowError, fit_results, laws, planning, serial
 from research.scaling.report import plots, sections
 
 TRUE = {'E': 1.2, 'A': 60.0, 'B': 120.0, 'alpha': 0.3, 'beta': 0.3}
@@ -110,7 +111,7 @@ def test_an_asymptote_that_is_known_is_that_of_both_approaches(rows, analysis):
     assert abs(told / truth - 1) < 0.003
   assert f.loss_low < truth < f.loss_high
   assert f.loss_high - f.loss_low < (free.loss_high - free.loss_low) / 2
-  assert Analysis.from_json(known.to_json()).forecast(1e15) == f
+  assert serial.from_json(serial.to_json(known)).forecast(1e15) == f
   with pytest.raises(
     NoForecast, match=r'The isoFLOP minimum 2\.\d+ is not above E, which is held at 9'
   ):
@@ -230,8 +231,8 @@ def test_a_concave_curve_and_a_minimum_at_the_edge_are_refused(rows):
 
 
 def test_save_and_load_forecast_alike(analysis, tmp_path):
-  analysis.save(tmp_path / 'fit.json')
-  again = Analysis.load(tmp_path / 'fit.json')
+  scaling.save(analysis, tmp_path / 'fit.json')
+  again = scaling.load(tmp_path / 'fit.json')
   assert again.forecast(1e15) == analysis.forecast(1e15)
   assert again.exponents() == analysis.exponents()
   assert str(again) == str(analysis)
@@ -284,7 +285,7 @@ def test_the_command_fits_a_csv(rows, tmp_path):
     )
     == 0
   )
-  assert Analysis.load(tmp_path / 'a.json').bootstrap.replicates == 200
+  assert scaling.load(tmp_path / 'a.json').bootstrap.replicates == 200
 
 
 def test_the_commands_errors_are_one_sentence(tmp_path, capsys):

@@ -11,7 +11,7 @@ from research.scaling.rows import Observations
 LOSS = 'loss (nats per token)'
 
 
-def _colors(keys: Sequence) -> dict:
+def colors_of(keys: Sequence) -> dict:
   """A colour of the map for each key, in their order."""
   from matplotlib import colormaps
 
@@ -23,7 +23,7 @@ def sizes(seen: Observations, a: Analysis | None = None):
   """Final losses of every size against D, with the fitted law if there is one, and against C."""
   figure, (by_tokens, by_flops) = new_figure(2)
   law = a is not None and a.approach3 is not None
-  for n, color in _colors(np.unique(seen.params)).items():
+  for n, color in colors_of(np.unique(seen.params)).items():
     rows = seen.take(seen.params == n)
     order = np.argsort(rows.tokens)
     style = {'color': color, 'markersize': 4, 'linewidth': 0.9}

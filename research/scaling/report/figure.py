@@ -1,4 +1,4 @@
-"""FIXME: say what this module is."""
+"""The style of every figure: its colours, its axes, its logarithmic ticks."""
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -6,8 +6,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatterSciNotation, LogLocator, MaxNLocator, NullLocator
 
 INK, GRID, ACCENT, SECOND = '#222222', '#dddddd', '#c0392b', '#1f6f8b'
-
-
 MAP = 'viridis'
 
 
@@ -44,7 +42,7 @@ def log_scale(ax, axis: str, plain: bool = False):
   line.set_minor_formatter('')
 
 
-def _budget_colors(flops):
+def budget_colors(flops):
   from matplotlib import colormaps
 
   flops = np.asarray(flops, np.float64)

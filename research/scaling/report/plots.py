@@ -13,7 +13,7 @@ from research.scaling.report.figure import (
   INK,
   MAP,
   SECOND,
-  _budget_colors,
+  budget_colors,
   log_scale,
   new_figure,
 )
@@ -25,7 +25,7 @@ def isoflop(a: Analysis, ax=None):
   if a.approach2 is None:
     return _says(figure, ax, a.refusals.get('approach 2', 'no isoFLOP curves'))
   profiles = a.approach2.profiles
-  for p, color in zip(profiles, _budget_colors([p.flops for p in profiles]), strict=True):
+  for p, color in zip(profiles, budget_colors([p.flops for p in profiles]), strict=True):
     label = f'{p.flops:.2g}' + (' (refused)' if p.refused else '')
     ax.plot(p.params, p.loss, 'o', color=color, markersize=4.5, label=label)
     if p.refused:
