@@ -4,7 +4,7 @@
 
 Every measurement is a process of its own, one at a time and in turns, so that a busy machine slows all alike. A
 step is the whole update: loss, gradients, clipping to norm 1, AdamW. Ours is `research.train`'s own step.
-Needs torch and, for W3, transformers (CONTRIBUTING.md).
+Needs torch and, for W3, transformers (docs/contributing.md).
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What the README tells a person to type works."""
+"""What the README and docs/runs.md tell a person to type works."""
 
 import pathlib
 import re
@@ -9,8 +9,9 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
-README = (ROOT / 'README.md').read_text()
-BLOCKS = re.findall(r'```bash\n(.*?)```', README, re.DOTALL)
+PAGES = [ROOT / 'README.md', ROOT / 'docs' / 'runs.md']
+TEXT = '\n'.join(page.read_text() for page in PAGES)
+BLOCKS = re.findall(r'```bash\n(.*?)```', TEXT, re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.strip().splitlines()]
 # These two are the whole of CI: .ci/run does them as they stand.
 IN_CI = [command for command in COMMANDS if command.startswith('pip install uv')]
@@ -33,14 +34,14 @@ def test_ci_runs_the_two_commands():
 
 def test_every_file_it_names_is_there():
   for name in re.findall(
-    r'(?:gin|docs|experiments|research|tests)/[\w./-]+\.(?:gin|md|py|csv|png)', README
+    r'(?:gin|docs|experiments|research|tests)/[\w./-]+\.(?:gin|md|py|csv|png)', TEXT
   ):
     assert (ROOT / name).exists(), name
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('command', [c for c in COMMANDS if c not in IN_CI])
-def test_a_command_of_the_readme_runs(command, tmp_path, text_file, user_environment):
+def test_a_command_runs(command, tmp_path, text_file, user_environment):
   words = shlex.split(command)
   assert words[:4] == ['uv', 'run', 'python', '-m'], command
   module, args = words[4], words[5:]
