@@ -117,7 +117,7 @@ NAMES = {
 
 
 def current_path(path: str) -> str:
-  """The present dotted path of a module, or of a class or function in one; `path` itself where it did not move."""
+  """The present dotted path of a module, class or function; `path` itself where it did not move."""
   parts = path.split('.')
   for count in range(len(parts), 0, -1):
     head = '.'.join(parts[:count])
