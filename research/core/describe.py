@@ -1,10 +1,10 @@
-"""FIXME: say what this module is."""
+"""The text of a resolved configuration: every value that will be used, defaults too."""
 
 import dataclasses
 import functools
 import inspect
 
-from research.core.configs import _parameters
+from research.core.signatures import parameters
 
 
 def _has_parts(value) -> bool:
@@ -21,7 +21,7 @@ def describe(value, indent: int = 0) -> str:
     target, given = (
       (value.func, value.keywords) if isinstance(value, functools.partial) else (value, {})
     )
-    defaults = {n: p.default for n, p in _parameters(target).items() if p.default is not p.empty}
+    defaults = {n: p.default for n, p in parameters(target).items() if p.default is not p.empty}
     name = f'{target.__module__}.{target.__qualname__}'
     fields = {**defaults, **given} if given or inspect.isclass(value) else {}
   elif isinstance(value, list | tuple) and any(map(_has_parts, value)):

@@ -1,6 +1,7 @@
 """What a person is told when an input is wrong: one sentence, where to mend it, what to try."""
 
 import difflib
+import traceback
 
 
 class UserError(Exception):
@@ -25,3 +26,14 @@ def did_you_mean(name: str, options) -> str:
   if near:
     return f' Did you mean {" or ".join(near)}?'
   return f' Known: {", ".join(options)}.' if options and len(options) <= 30 else ''
+
+
+def failure(error: BaseException) -> str:
+  """An exception of somebody's code in a clause: 'ValueError at model.py:12: what it says'."""
+  if isinstance(error, SyntaxError) and error.filename:
+    place, why = f' at {error.filename}:{error.lineno}', error.msg
+  else:
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if 'importlib' not in f.filename]
+    place = f' at {frames[-1].filename}:{frames[-1].lineno}' if frames else ''
+    why = (str(error).strip().splitlines() or [''])[0]
+  return f'{type(error).__name__}{place}: {why}'.rstrip(' :.')

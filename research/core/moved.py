@@ -54,9 +54,6 @@ MODULES = {
 
 # New module -> what came to it from a module that otherwise stayed or went elsewhere.
 _NAMES = {
-  'research.data.batches': {
-    'research.data': ('shortened', 'batch_at', 'batches', 'eval_batches', 'prefetched')
-  },
   'research.data.mixtures': {'research.streams': ('Curriculum', 'Mixture')},
   'research.designs.ablation': {'research.scaling.grids': ('Ablation',)},
   'research.designs.base': {
@@ -108,12 +105,17 @@ _NAMES = {
   'research.training.program': {'research.train': ('Program', 'make_program')},
 }
 
+# A file that has an old name under the present name of its module, as a file with parts of both layouts may,
+# means the same.
 NAMES = {
-  f'{old}.{name}': f'{new}.{name}'
+  f'{module}.{name}': f'{new}.{name}'
   for new, modules in _NAMES.items()
   for old, names in modules.items()
+  for module in (old, MODULES.get(old, old))
   for name in names
+  if module != new
 }
+PRESENT_MODULES = {*MODULES.values(), *_NAMES}
 
 
 def current_path(path: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from research.core import gin_reader
 from research.core.errors import UserError, did_you_mean
 from research.huggingface.fields import Family
 from research.huggingface.files import FILE_BYTES, Tensors, write_tensors
@@ -67,8 +68,6 @@ def config_json(family: Family, gin, dtype: str) -> dict[str, Any]:
 
 def _value(gin, name: str):
   """What a macro or a binding 'scope/module.Class.argument' is, or the argument's default."""
-  from research.core import configs
-
   if '.' not in name:
     value = gin.macros[name].value if name in gin.macros else None
   else:
@@ -83,9 +82,9 @@ def _value(gin, name: str):
       default = default.parameters[argument].default
       return None if default is inspect.Parameter.empty else default
     value = bound.value
-  if isinstance(value, configs._Macro):
+  if isinstance(value, gin_reader.Macro):
     return _value(gin, value.name)
-  return value.selector if isinstance(value, configs._Reference) else value
+  return value.selector if isinstance(value, gin_reader.Reference) else value
 
 
 def _family_to_write(gin, model_type: str) -> tuple[list[Tensor], dict[str, Any]]:

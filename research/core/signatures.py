@@ -1,0 +1,66 @@
+"""What a class or a function takes: its arguments, and which values their annotations allow."""
+
+import collections.abc
+import inspect
+import types
+import typing
+
+
+def parameters(target) -> dict[str, inspect.Parameter]:
+  """The arguments of a class or a function, without `self`; none where Python cannot tell."""
+  # The signature of an NNX class itself is (*args, **kwargs).
+  function = target.__init__ if inspect.isclass(target) else target
+  try:
+    found = dict(inspect.signature(function).parameters)
+  except (TypeError, ValueError):  # some builtins
+    return {}
+  found.pop('self', None)
+  return found
+
+
+def hints(target) -> dict[str, typing.Any]:
+  """The annotation of each argument, {} where they cannot be evaluated."""
+  try:
+    return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+  except (AttributeError, NameError, TypeError, ValueError):
+    return {}
+
+
+def allows(hint, value) -> bool:
+  """Whether an annotation allows a plain value: a string, a number, a bool, None, or a tuple or list of these.
+
+  What it does not understand it allows: an annotation is not written for a checker.
+  """
+  if not _plain(value) or hint is inspect.Parameter.empty:
+    return True
+  origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+  if origin in (typing.Union, types.UnionType):
+    return any(allows(argument, value) for argument in arguments)
+  if origin is typing.Literal:
+    return value in arguments
+  if origin in (tuple, list, collections.abc.Sequence):
+    if not isinstance(value, tuple | list):
+      return False
+    one_kind = origin is not tuple or arguments[1:] == (...,)
+    kinds = arguments[:1] * len(value) if one_kind else arguments
+    return all(allows(kind, part) for kind, part in zip(kinds, value, strict=False))
+  if origin is collections.abc.Callable or hint is collections.abc.Callable:
+    return False
+  if hint is None:
+    return value is None
+  if not isinstance(hint, type) or origin is not None:
+    return True
+  if hint is float:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+  if hint is int:
+    return isinstance(value, int) and not isinstance(value, bool)
+  return isinstance(value, hint) or hint in (object, type) or hint not in _PLAIN
+
+
+_PLAIN = (str, int, float, bool, type(None), tuple, list, dict)
+
+
+def _plain(value) -> bool:
+  if isinstance(value, tuple | list):
+    return all(map(_plain, value))
+  return value is None or isinstance(value, str | int | float | bool)
