@@ -210,8 +210,8 @@ def test_an_old_file_over_a_present_one_is_written_out_as_one_that_reads_the_sam
 
 def test_an_old_name_that_is_no_more_is_refused_in_a_sentence(tmp_path):
   path = tmp_path / 'old.gin'
-  path.write_text('from research import streams\nstreams.Strem.split = 1\n')
+  path.write_text('from research import streams\nstreams.Streams.split = 1\n')
   with pytest.raises(
-    UserError, match=r"old\.gin:2: .*streams has no 'Strem'\. Did you mean Stream"
+    UserError, match=r"old\.gin:2: .*streams has no 'Streams'\. Did you mean Stream"
   ):
     configs.load(str(path))
