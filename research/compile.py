@@ -1,6 +1,6 @@
-"""Compile a run's train step for a slice that need not be there: what it holds, moves and costs.
+"""Compile a run's train step for devices that need not exist here: what it holds, moves and costs.
 
-The very step of `research.train`, compiled with shapes in place of arrays; nothing is allocated or run. Slices
+Compiles the same step as `research.train`, with shapes in place of arrays; nothing is allocated or run. Slices
 of TPUs need libtpu (any Linux machine will do), `cpu:8` and `here` need nothing. Memory is what XLA says; times
 are a roofline: the largest of the times for arithmetic, memory and network, each at the chip's peak.
 """
@@ -15,13 +15,13 @@ from research.core.errors import UserError
 if __name__ == '__main__':
   _parser = cli.parser('compile', __doc__)
   _parser.add_argument('--topology', default='here', help='v5e:16x16, v5p:4x4x4, cpu:8, here, ...')
-  _parser.add_argument('--slices', type=int, default=1, help='so many of them, joined by DCN')
+  _parser.add_argument('--slices', type=int, default=1, help='how many such slices, joined by DCN')
   _parser.add_argument('--json', metavar='FILE', help='write the report there')
   _parser.add_argument('--hlo', metavar='FILE', help='write the compiled program there')
   _parser.add_argument(
     '--search',
     action='store_true',
-    help='try meshes, batches and rematerialisation; rank what fits',
+    help='try meshes, microbatches and rematerialisation, and rank what fits',
   )
   FLAGS = cli.parse(_parser)
   try:
@@ -31,7 +31,7 @@ if __name__ == '__main__':
 
 
 from research.compilation.report import compile_run, show
-from research.compilation.search import _row, search
+from research.compilation.search import search, show_rows
 from research.core import configs
 
 
@@ -40,11 +40,8 @@ def main(flags) -> int:
   with config.explains():
     run = config.build()
     if flags.search:
-      report = search(config, run, flags)
-      print(
-        f'{"mesh":22}{"parts":>6}  {"remat":8}{"GiB":>8}{"step s":>9}{"no overlap":>12}{"MFU":>7}'
-      )
-      print('\n'.join(map(_row, report)))
+      report = search(run, flags)
+      print(show_rows(report))
     else:
       report = compile_run(run, flags.topology, flags.slices, flags.hlo)
       print(show(report))

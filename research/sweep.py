@@ -1,7 +1,7 @@
-"""A scaling-law sweep: train its runs, fit the law, register a forecast, run it, report.
+"""A scaling-law sweep: train its runs, fit the law, register a forecast, test it, report.
 
 Writes into --workdir: runs/<run>/ (as research.train does), results.csv, fit.json, forecast.json (before the
-forecast run starts), the plots and report.html. Started again it does only what is missing.
+run that tests it starts), the figures and report.html. Started again it does only what is missing.
 """
 
 import os
@@ -14,44 +14,53 @@ if __name__ == '__main__':
   _parser.add_argument(
     '--workdir', default=None, metavar='DIR', help='default: runs/<name of the first gin file>'
   )
-  _parser.add_argument('--plan', action='store_true', help='print the runs and stop')
+  _parser.add_argument('--plan', action='store_true', help='print the runs, and stop')
   _parser.add_argument(
-    '--measure', action='store_true', help='with --plan: time steps here, and say how long it takes'
+    '--measure',
+    action='store_true',
+    help='with --plan: time steps on this machine, and say how long it takes',
   )
   _parser.add_argument(
     '--compiled',
     default=None,
     metavar='FILE',
-    help='with --plan: how long it takes by the JSON of research.compile, on the hardware it names',
+    help='with --plan: say how long the sweep takes on the hardware of this JSON file of research.compile',
   )
-  _parser.add_argument('--status', action='store_true', help='print how far the runs are and stop')
+  _parser.add_argument('--status', action='store_true', help='print how far the runs are, and stop')
   _parser.add_argument(
-    '--worker', action='store_true', help='do runs that nobody else does, until every run is over'
+    '--worker', action='store_true', help='be one of the workers: do runs until every run is over'
   )
-  _parser.add_argument('--cores', default=None, metavar='I,J', help='processor cores of a worker')
   _parser.add_argument(
-    '--peers', type=int, default=1, metavar='N', help='workers that share the runs, this one too'
+    '--cores', default=None, metavar='I,J', help='the processor cores of a worker'
+  )
+  _parser.add_argument(
+    '--peers',
+    type=int,
+    default=1,
+    metavar='N',
+    help='how many workers share the runs, this one among them',
   )
   _parser.add_argument(
     '--launcher',
     default=None,
     metavar='NAME',
-    help='what starts the workers: local (as it is by default) or slurm; or gcloud, xpk, skypilot: '
-    'print what to run',
+    help='what starts the workers: local (the default) or slurm; gcloud, xpk and skypilot print what to run; '
+    'module.Class is a launcher of your own',
   )
   FLAGS = cli.parse(_parser)
-  if FLAGS.cores:  # before jax, which starts as many threads as it may use cores
+  if FLAGS.cores:  # before jax is imported: it starts a thread for each core that it may use
     os.sched_setaffinity(0, [int(core) for core in FLAGS.cores.split(',')])
   cli.use_huge_pages()
 
 from research.core import configs, storage
 from research.designs.isoflop import IsoFlop
-from research.sweeps import findings, report, status
+from research.sweeps import findings, report
 from research.sweeps.control import get_done, work
-from research.sweeps.estimate import foresee
+from research.sweeps.estimate import show_estimate
+from research.sweeps.findings import Refused
 from research.sweeps.folder import Folder
 from research.sweeps.forecast import register_forecast, show_forecast
-from research.sweeps.status import show_plan, show_status
+from research.sweeps.status import Table, show_plan, show_status
 from research.sweeps.sweep import check_data, make_folder, make_plan, open_data
 
 
@@ -63,38 +72,42 @@ def main(flags) -> int:
   if flags.worker:
     return work(sweep, folder, flags.peers)
   if flags.status:
-    return show_status(sweep, folder)
+    show_status(sweep, folder)
+    return 0
   rungs, runs, base = make_plan(sweep)
   show_plan(sweep, runs)
   if flags.plan:
-    foresee(flags, sweep, runs)
+    show_estimate(flags, sweep, runs)
     return 0
   make_folder(folder, config.text)
   folder.register(runs)
   frozen = open_data(sweep, runs, base)
   if not sweep.design.repeats:
     check_data(base, frozen, max(run.tokens for run in runs), 'the longest run of this sweep')
-  isoflop = isinstance(sweep.design, IsoFlop)
-  law = lambda runs: findings.isoflop_so_far(sweep, folder.rows(runs)) if isoflop else ''
-  table = status.Table(folder, law=law)
+
+  def law_so_far(runs) -> str:
+    isoflop = isinstance(sweep.design, IsoFlop)
+    return findings.isoflop_so_far(sweep, folder.rows(runs)) if isoflop else ''
+
+  forecast = None
+  table = Table(folder, law=law_so_far)
   try:
     if not get_done(flags, sweep, runs, folder, table):
       return 0
-    found, forecast = findings.conclude(folder, sweep, runs), None
-    if sweep.forecast and not isinstance(found, str):
-      forecast = register_forecast(sweep, found, rungs, base.target_length, folder)
+    finding = findings.conclude(folder, sweep, runs)
+    if sweep.forecast and not isinstance(finding, Refused):
+      forecast = register_forecast(sweep, finding, rungs, base.target_length, folder)
       test = next(run for run in folder.plan() if run.name in forecast['runs'])
       check_data(base, frozen, test.tokens, 'the forecast run')
       get_done(flags, sweep, folder.plan(), folder, table)
   finally:
     table.close()
-  path = report.write(folder, sweep, found, forecast)
-  refused = isinstance(found, str)
-  print(f'no law: {found}' if refused else found)
+  path = report.write(folder, sweep, finding, forecast)
+  print(finding)
   if forecast:
     show_forecast(folder, forecast)
   print(f'rows: {folder.path / "results.csv"}\nreport: {path}')
-  return 1 if refused else 0
+  return 1 if isinstance(finding, Refused) else 0
 
 
 if __name__ == '__main__':

@@ -18,6 +18,7 @@ import pathlib
 import numpy as np
 
 from research.scaling import Columns, NoForecast, fit_results
+from research.sweeps.findings import Refused
 
 HERE = pathlib.Path(__file__).resolve().parent
 PAIRS = {'params_non_embedding': 'flops_6n_non_embedding', 'params_with_head': 'flops_6n_with_head'}
@@ -73,9 +74,9 @@ def exponent(rows: list[dict]):
   try:
     analysis = fit_results(rows, columns=columns, noise=0.01, conventions=False)
   except NoForecast as error:
-    return str(error)
+    return Refused(str(error))
   if analysis.approach2 is None:
-    return analysis.refusals['approach 2']
+    return Refused(analysis.refusals['approach 2'])
   two = analysis.approach2
   return two.params.exponent, *two.interval('a'), len(two.used)
 
@@ -100,11 +101,11 @@ def main() -> None:
   }
   print(f'{"step":26}{"a":>7}  90% interval    budgets  published')
   for (name, rows), published in zip(steps.items(), PUBLISHED, strict=True):
-    found = exponent(rows)
-    if isinstance(found, str):
-      print(f'{name:26}{found}')
+    result = exponent(rows)
+    if isinstance(result, Refused):
+      print(f'{name:26}{result.reason}')
     else:
-      a, low, high, budgets = found
+      a, low, high, budgets = result
       print(f'{name:26}{a:7.3f}  [{low:.3f}, {high:.3f}]  {budgets:7}  {published:9.3f}')
   if flags.out:
     with flags.out.open('w', newline='') as file:

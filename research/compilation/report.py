@@ -1,4 +1,8 @@
-"""FIXME: say what this module is."""
+"""The report of a compiled train step: memory of a device, FLOPs, collectives, and a roofline of its time.
+
+Memory and collectives are read from the program that XLA made for the topology, so they hold for hardware that
+nobody here has; times are computed from the chip's peak rates and were measured on no TPU.
+"""
 
 import math
 import time
@@ -26,10 +30,8 @@ def batch_features(run: Run) -> dict[str, int]:
   """{key: length} of the run's batches, as the frozen stream will have them."""
   stream = getattr(run.train, 'streams', None)
   stream = next(iter(stream.values())) if isinstance(stream, dict) else run.train
-  lengths, both = (
-    run.train.lengths,
-    'inputs' in run.train.lengths and 'targets' in run.train.lengths,
-  )
+  lengths = run.train.lengths
+  both = 'inputs' in lengths and 'targets' in lengths
   keys = ['target_tokens', 'input_tokens', 'loss_weights', 'segment_ids', 'positions']
   features = {f'decoder_{key}': run.target_length for key in keys}
   if both:
@@ -41,7 +43,7 @@ def batch_features(run: Run) -> dict[str, int]:
 
 
 def lower(run: Run, mesh: jax.sharding.Mesh):
-  """(lowered step, abstract state, abstract batch) under the mesh in use."""
+  """(lowered step, abstract state, abstract batch) of a run, under the mesh in use."""
   program = make_program(run)
   checks.check_divides(run)
 
@@ -60,19 +62,20 @@ def lower(run: Run, mesh: jax.sharding.Mesh):
 
 
 def device_bytes(tree) -> int:
-  """Of an abstract tree's share on one device."""
-  share = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-  return sum(map(share, jax.tree.leaves(tree)))
+  """Bytes of one device's share of an abstract tree."""
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+  )
 
 
 def remat_of(tree) -> str:
   """The rematerialisation policy of a model's first stack, as configured."""
-  found = []
+  policies = []
 
   def walk(value):
     if hasattr(value, 'keywords'):
       if getattr(value.func, '__name__', '') == 'Stack':
-        found.append(value.keywords.get('remat', 'full'))
+        policies.append(value.keywords.get('remat', 'full'))
       for v in value.keywords.values():
         walk(v)
     elif isinstance(value, list | tuple):
@@ -80,21 +83,22 @@ def remat_of(tree) -> str:
         walk(v)
 
   walk(tree)
-  return found[0] if found else 'full'
+  return policies[0] if policies else 'full'
 
 
 def flops(run: Run) -> dict[str, float]:
-  """Of a step over all devices: the model's own (visible pairs only), and with what is computed twice."""
+  """FLOPs of a step on all devices: the model's own (visible pairs of attention only), and with recomputation.
+
+  The forward pass is a third of a step. The backward pass computes again, by policy: nothing ('none'); the
+  attention's products ('dots' keeps those without a batch axis); everything but the head ('full').
+  """
   count = counts.count(run.model, run.train.lengths)
-  tokens, head = (
-    run.batch_size * run.target_length,
-    6 * (count.params_with_head - count.params_non_embedding),
-  )
+  tokens = run.batch_size * run.target_length
+  head = 6 * (count.params_with_head - count.params_non_embedding)
   mixing = count.flops_attention_causal - count.flops_6n_with_head
-  again = {
-    'none': 0.0,
-    'dots': mixing / 3,  # products without a batch axis are kept
-  }.get(remat_of(run.model), (count.flops_attention_causal - head) / 3)
+  again = {'none': 0.0, 'dots': mixing / 3}.get(
+    remat_of(run.model), (count.flops_attention_causal - head) / 3
+  )
   return {
     'model_flops': tokens * count.flops_attention_causal,
     'hardware_flops': tokens * (count.flops_attention_causal + again),
@@ -102,11 +106,11 @@ def flops(run: Run) -> dict[str, float]:
 
 
 def network(
-  found: list[hlo.Collective], mesh, chip: chips.Chip | None, topology: str
+  collectives: list[hlo.Collective], mesh, chip: chips.Chip | None, topology: str
 ) -> list[dict]:
   """Every collective with the mesh axes it runs over and its time at the network's peak."""
   devices, sizes, rows = mesh.devices.ravel(), dict(mesh.shape), []
-  for c in sorted(found, key=lambda c: -c.wire_bytes):
+  for c in sorted(collectives, key=lambda c: -c.wire_bytes):
     row = {'kind': c.kind, 'count': c.count, 'bytes': c.bytes}
     group = _one_a_slice(devices, c.group) if c.dcn else c.group
     row['axes'] = '+'.join(hlo.axes_of(group, sizes)) or '-'
@@ -120,14 +124,14 @@ def network(
 
 
 def _one_a_slice(devices, slices: tuple[int, ...]) -> tuple[int, ...]:
-  """The places in the mesh of the devices that have the first one's place in each of these slices."""
+  """The indices in the mesh of one device of each slice: the one with the coordinates of the mesh's first."""
   order, first = sorted({d.slice_index for d in devices}), devices[0].coords
   place = {d.slice_index: i for i, d in enumerate(devices) if d.coords == first}
   return tuple(place[order[i]] for i in slices)
 
 
 def _links(members, topology: str) -> int:
-  """Over how many links a device can send at once to these neighbours: two a side where it goes round."""
+  """Over how many links a device sends at once to these neighbours: two along a side that wraps round."""
   extents = [len(set(side)) for side in zip(*(d.coords for d in members), strict=True)]
   sides = [int(n) for n in topology.partition(':')[2].split('x')]
   round_ = [
@@ -137,11 +141,14 @@ def _links(members, topology: str) -> int:
 
 
 def compile_run(run: Run, topology: str, slices: int = 1, keep_hlo: str | None = None) -> dict:
-  """The report of a run's step on this topology: see the keys it is made of below.
+  """The report of a run's step on this topology, as a dict of JSON values: its keys are listed below.
+
+  Args:
+    keep_hlo: a file for the text of the compiled program.
 
   Raises:
-    Invalid: mesh, batch and devices do not go together.
-    DoesNotFit: XLA finds no room for it.
+    Invalid: the mesh, the batch and the devices do not go together.
+    DoesNotFit: the step needs more memory than a device has.
   """
   devices, chip = chips.devices_of(topology, slices)
   with mesh_of(run, devices, chip and chip.hbm_bytes).use(devices) as mesh:
@@ -149,7 +156,7 @@ def compile_run(run: Run, topology: str, slices: int = 1, keep_hlo: str | None =
     lowered, state, batch = lower(run, mesh)
     try:
       compiled = lowered.compile()
-    except Exception as error:  # an XLA runtime error
+    except Exception as error:  # XLA's runtime error has no public type
       if 'hbm' not in str(error).lower() and 'RESOURCE_EXHAUSTED' not in str(error):
         raise
       raise DoesNotFit(_advice(run, str(error), device_bytes(state), chip)) from None
@@ -170,11 +177,11 @@ def compile_run(run: Run, topology: str, slices: int = 1, keep_hlo: str | None =
 
 
 def memory(compiled, state, batch, chip) -> dict[str, float]:
-  """Bytes per device. The step's new state takes the place of the old one.
+  """Bytes per device. The step's new state replaces the old one in place.
 
-  `peak` is the most that is alive at once; XLA holds what it allots for it against the device's memory. `total`
-  is jax's sum of arguments and temporaries, for a TPU up to a third more than is allotted
-  (experiments/tpu_fit/heap.py). With `host` memory in use, `peak` was seen above `total`: believe the latter.
+  `peak` is the most that is alive at once; XLA compares what it allocates for that with the device's memory.
+  `total` is jax's sum of arguments and temporaries, on a TPU up to a third more than is allocated
+  (experiments/tpu_fit/heap.py). With `host` memory in use `peak` was seen above `total`; then `total` is right.
   """
   stats = compiled.memory_analysis()
   fresh = stats.output_size_in_bytes - stats.alias_size_in_bytes
@@ -189,14 +196,15 @@ def memory(compiled, state, batch, chip) -> dict[str, float]:
 
 def roofline(report: dict, chip: chips.Chip) -> dict:
   """Seconds of each resource at its peak; a step takes at least the largest, at most their sum."""
-  by = lambda kind: sum(
-    c.get('seconds', 0) for c in report['collectives'] if c.get('network') == kind
-  )
+
+  def network_seconds(kind: str) -> float:
+    return sum(c.get('seconds', 0) for c in report['collectives'] if c.get('network') == kind)
+
   terms = {
     'compute_s': report['hardware_flops'] / report['devices'] / chip.flops,
     'hbm_s': report['moved_bytes_per_device'] / chip.hbm_rate,
-    'ici_s': by('ICI'),
-    'dcn_s': by('DCN'),
+    'ici_s': network_seconds('ICI'),
+    'dcn_s': network_seconds('DCN'),
   }
   best = max(terms.values())
   peak = report['devices'] * chip.flops
@@ -208,7 +216,7 @@ def roofline(report: dict, chip: chips.Chip) -> dict:
 
 
 def _advice(run: Run, error: str, state: int, chip) -> str:
-  """What to change, in the order of what it costs."""
+  """What to change so that the step fits, the cheapest remedy that can help."""
   used = next((line.strip() for line in error.splitlines() if 'sed' in line), '').rstrip('.')
   limit = chip.hbm_bytes if chip else math.inf
   if state > 0.8 * limit:

@@ -1,4 +1,4 @@
-"""FIXME: say what this module is."""
+"""A search over meshes, microbatches and rematerialisation for the fastest step that fits."""
 
 import dataclasses
 import itertools
@@ -16,44 +16,55 @@ REMAT = ('none', 'dots', 'full')
 
 
 def candidates(run: Run, devices: int) -> list[tuple[Mesh, int, str]]:
-  """Meshes, batches a device and policies worth trying; the batch of the run stays what it is."""
+  """(mesh, microbatches, policy) of everything worth trying; the batch of the run stays as it is."""
   meshes = [Mesh(), Mesh(data=1, fsdp=-1)]
   meshes += [Mesh(data=1, fsdp=-1, tensor=n) for n in (2, 4, 8) if devices % n == 0]
-  parts = [n for n in (1, 2, 4) if run.batch_size % n == 0]
-  return list(itertools.product(meshes, parts, REMAT))
+  microbatches = [n for n in (1, 2, 4) if run.batch_size % n == 0]
+  return list(itertools.product(meshes, microbatches, REMAT))
 
 
-def search(config, run: Run, flags) -> list[dict]:
-  """A report, or an error, of every candidate; those that fit first, the fastest first."""
+def search(run: Run, flags) -> list[dict]:
+  """A report of every candidate, or the error that refuses it; the fastest first, those that do not fit last.
+
+  Prints each as soon as it is compiled, since all of them take minutes.
+  """
   devices, _ = chips.devices_of(flags.topology, flags.slices)
   rows = []
-  for mesh, parts, remat in candidates(run, len(devices)):
+  for mesh, microbatches, remat in candidates(run, len(devices)):
     binding = f"Stack.remat='{remat}'"
-    row = {'mesh': _short(mesh), 'microbatches': parts, 'remat': remat}
+    row = {'mesh': mesh_text(mesh), 'microbatches': microbatches, 'remat': remat}
     try:
-      one = configs.load(flags.gin_file, [*flags.gin, binding]).build()
-      one = dataclasses.replace(one, mesh=mesh, microbatches=parts)
-      row |= compile_run(one, flags.topology, flags.slices)
-      row['mesh'] = _short(mesh)
+      candidate = configs.load(flags.gin_file, [*flags.gin, binding]).build()
+      candidate = dataclasses.replace(candidate, mesh=mesh, microbatches=microbatches)
+      row |= compile_run(candidate, flags.topology, flags.slices)
+      row['mesh'] = mesh_text(mesh)
     except (UserError, ValueError) as error:
       row['error'] = str(error)
-    print(_row(row), file=sys.stderr, flush=True)
+    print(show_row(row), file=sys.stderr, flush=True)
     rows.append(row)
   return sorted(rows, key=lambda row: row.get('predicted_step_s', math.inf))
 
 
-def _short(mesh: Mesh) -> str:
+def mesh_text(mesh: Mesh) -> str:
+  """The axes of a mesh that split anything: 'fsdp * x tensor 2'; * is all devices that are left."""
   sizes = {axis: getattr(mesh, axis) for axis in MESH_AXES}
-  return ' x '.join(f'{k} {"*" if v == -1 else v}' for k, v in sizes.items() if v != 1) or 'one'
+  return (
+    ' x '.join(f'{k} {"*" if v == -1 else v}' for k, v in sizes.items() if v != 1) or 'one device'
+  )
 
 
-def _row(row: dict) -> str:
+def show_rows(rows: list[dict]) -> str:
+  """The reports of a search as a table."""
+  head = f'{"mesh":22}{"parts":>6}  {"remat":8}{"GiB":>8}{"step s":>9}{"no overlap":>12}{"MFU":>7}'
+  return '\n'.join([head, *map(show_row, rows)])
+
+
+def show_row(row: dict) -> str:
+  """One line of the table."""
   head = f'{row["mesh"]:22}{row["microbatches"]:>6}  {row["remat"]:8}'
   if 'error' in row:
     return f'{head}{row["error"]}'
-  step = (
-    f'{row["predicted_step_s"]:>9.4f}{row["no_overlap_step_s"]:>12.4f}{row["mfu"]:>7.0%}'
-    if 'mfu' in row
-    else ''
-  )
-  return f'{head}{row["memory"]["peak"] / GIB:>8.2f}{step}'
+  line = f'{head}{row["memory"]["peak"] / GIB:>8.2f}'
+  if 'mfu' not in row:  # a device whose peak rates are not known
+    return line
+  return f'{line}{row["predicted_step_s"]:>9.4f}{row["no_overlap_step_s"]:>12.4f}{row["mfu"]:>7.0%}'

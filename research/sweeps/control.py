@@ -1,54 +1,56 @@
-"""FIXME: say what this module is."""
+"""The two ends of a sweep's command: the one that starts workers and waits, and a worker's process."""
 
 import os
 import sys
 
-from research.designs import plan
+from research.designs.plan import Planned
+from research.sweeps import leases
 from research.sweeps.folder import Folder
 from research.sweeps.launchers import by_name
 from research.sweeps.launchers.job import Job
+from research.sweeps.status import Table
 from research.sweeps.sweep import Sweep
 from research.sweeps.worker import Worker, populations
+from research.training import interrupt
 
 
-def get_done(flags, sweep: Sweep, runs: list[plan.Planned], folder: Folder, table) -> bool:
-  """Every run over, by whatever starts the workers; False where that is left to the user."""
+def get_done(flags, sweep: Sweep, runs: list[Planned], folder: Folder, table: Table) -> bool:
+  """Has the launcher start workers until every run is over; False where the user must start them."""
   launcher = by_name.named(flags.launcher) if flags.launcher else sweep.launcher
-  waiting = lambda: [run for run in runs if folder.row(run) is None]
-  todo = lambda: len(waiting())
+
+  def waiting() -> list[Planned]:
+    return [run for run in runs if folder.row(run) is None]
+
   arguments = [f'--gin_file={file}' for file in flags.gin_file] + [f'--gin.{b}' for b in flags.gin]
   job = Job(
     arguments=(*arguments, f'--workdir={folder.path}', '--worker'),
     workdir=folder.path,
-    todo=todo,
+    todo=lambda: len(waiting()),
     at_once=lambda: len(populations(sweep, waiting())),
     watch=lambda: table(runs),
     hung=lambda: hung(sweep, runs, folder),
   )
-  if todo() and not launcher.run(job):
+  if waiting() and not launcher.run(job):
     return False
   table(runs, last=True)
   return True
 
 
-def hung(sweep: Sweep, runs: list[plan.Planned], folder: Folder) -> set[int]:
-  """Processes of this machine whose lease has run out while they have it."""
-  from research.sweeps import leases
-
+def hung(sweep: Sweep, runs: list[Planned], folder: Folder) -> set[int]:
+  """The process ids on this machine that still own a lease that has expired."""
   store = leases.Leases(folder.path / 'runs', sweep.lease)
   waiting = [run for run in runs if folder.row(run) is None and folder.run(run).exists()]
-  found = [entry for run in waiting if (entry := store.read(run.name))]
-  return {e.pid for e in found if e.owner and e.expired and e.host == store.host}
+  entries = [entry for run in waiting if (entry := store.read(run.name))]
+  return {e.pid for e in entries if e.owner and e.expired and e.host == store.host}
 
 
 def work(sweep: Sweep, folder: Folder, peers: int) -> int:
-  """A worker's process."""
-  from research.training import interrupt
-
+  """Does the runs of a sweep until all are over, as one of `peers` workers; returns the exit status."""
   worker, runs = Worker(sweep, folder, peers), folder.plan()
   worker.share_cores(runs)
+  # The launcher sees by this file that the worker got as far as taking runs.
   (folder.path / 'workers').mkdir(exist_ok=True)
-  (folder.path / 'workers' / str(os.getpid())).touch()  # it got this far
+  (folder.path / 'workers' / str(os.getpid())).touch()
   try:
     worker.work(runs)
   except interrupt.Interrupted as stop:

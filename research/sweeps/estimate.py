@@ -1,4 +1,4 @@
-"""What a sweep will cost, and what its rows will be worth: before any of it is spent."""
+"""What a sweep will cost, and what its rows will tell, before any compute is spent."""
 
 import dataclasses
 import json
@@ -7,28 +7,36 @@ import pathlib
 import time
 from collections.abc import Mapping
 
+import jax
 import numpy as np
 
 from research.core.errors import UserError
 from research.core.text import clock
-from research.designs import plan
+from research.designs.plan import Planned
+from research.parallel import hosts
+from research.scaling import NoForecast, fit_results, laws
+from research.scaling.rows import CONVENTIONS
+from research.sweeps import findings
 from research.sweeps.sweep import Sweep
+from research.training.program import keep_compiled, make_program, mesh_of
+from research.training.run import Run
 
-# Besiroglu et al. 2024 (arXiv:2404.10102), Chinchilla's law fitted again: what seems to hold at every scale.
+# Chinchilla's exponents as Besiroglu et al. 2024 (arXiv:2404.10102) fit them again. Of the law's
+# parameters they change least from one model and data set to another.
 ALPHA, BETA = 0.348, 0.366
 
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-  """Seconds of a step as `overhead` + step FLOPs / `flops_per_second`, on `chips` chips of `hardware`."""
+  """A step takes `overhead` seconds + its FLOPs / `flops_per_second`, on `chips` chips of `hardware`."""
 
   overhead: float
   flops_per_second: float
   chips: int
   hardware: str
 
-  def seconds(self, run) -> float:
-    """Of a planned run's training, without starting and compiling."""
+  def seconds(self, run: Planned) -> float:
+    """How long a planned run trains, without the time to start and to compile."""
     steps = run.steps - run.fork
     return steps * self.overhead + run.cost / self.flops_per_second
 
@@ -37,13 +45,14 @@ class Speed:
     return f'{speed} on {self.chips} x {self.hardware}'
 
 
-def measured(sweep, runs: list) -> Speed:
-  """Times the steps of the smallest and of the largest run here, on made-up tokens."""
-  import jax
+def measured(sweep: Sweep, runs: list[Planned]) -> Speed:
+  """Times a step of the smallest and of the largest run on this machine, on random tokens."""
 
-  by_step = lambda run: run.flops / run.steps
-  ends = min(runs, key=by_step), max(runs, key=by_step)
-  flops = np.array([by_step(run) for run in ends])
+  def step_flops(run: Planned) -> float:
+    return run.flops / run.steps
+
+  ends = min(runs, key=step_flops), max(runs, key=step_flops)
+  flops = np.array([step_flops(run) for run in ends])
   seconds = np.array([step_seconds(sweep.config(run).build()) for run in ends])
   device = jax.devices()[0]
   chips, hardware = jax.device_count(), device.device_kind
@@ -51,18 +60,13 @@ def measured(sweep, runs: list) -> Speed:
     return Speed(0.0, float(flops[1] / seconds[1]), chips, hardware)
   rate = float((flops[1] - flops[0]) / (seconds[1] - seconds[0]))
   overhead = float(seconds[0] - flops[0] / rate)
-  if overhead < 0:  # the larger is the less efficient
+  if overhead < 0:  # the larger run is the less efficient one, which this line cannot describe
     return Speed(0.0, float(flops[1] / seconds[1]), chips, hardware)
   return Speed(overhead, rate, chips, hardware)
 
 
-def step_seconds(run, repeats: int = 5) -> float:
-  """Median wall time of a run's train step here, compiled and warm."""
-  import jax
-
-  from research.parallel import hosts
-  from research.training.program import keep_compiled, make_program, mesh_of
-
+def step_seconds(run: Run, repeats: int = 5) -> float:
+  """Median wall time of a run's compiled train step on this machine, the first call left out."""
   random, length = np.random.default_rng(0), run.target_length
   keep_compiled()
   with mesh_of(run, jax.devices()).use():
@@ -87,15 +91,15 @@ def step_seconds(run, repeats: int = 5) -> float:
 
 
 def compiled(path: str) -> Speed:
-  """The speed that `research.compile` predicts: a JSON file with its `predicted_step_s`.
+  """The speed that `research.compile` predicted in its JSON file.
 
   Raises:
-    UserError: no such file, or it holds no prediction.
+    UserError: there is no such file, or it holds no prediction.
   """
   try:
-    found = json.loads(pathlib.Path(path).read_text())
-    seconds, flops = found['predicted_step_s'], found['model_flops']
-    chips, hardware = found['devices'], found['topology']
+    report = json.loads(pathlib.Path(path).read_text())
+    seconds, flops = report['predicted_step_s'], report['model_flops']
+    chips, hardware = report['devices'], report['topology']
   except OSError as error:
     raise UserError(f'--compiled={path} cannot be read ({error.strerror}).') from None
   except (ValueError, KeyError) as error:
@@ -105,81 +109,85 @@ def compiled(path: str) -> Speed:
   return Speed(0.0, flops / seconds, chips, hardware)
 
 
-def usual_law(runs: list) -> dict[str, float]:
+def usual_law(runs: list[Planned]) -> dict[str, float]:
   """Chinchilla's law with its published exponents, and with the optimum at the centre of these runs.
 
-  The centre is the geometric mean of N and of D; its loss is 2.5 nats, of which 1 can be removed.
+  The centre is the geometric mean of N and of D. The loss there is 2.5 nats, of which 1.5 are irreducible.
   """
-  n, d = (math.exp(np.mean([math.log(x) for x in xs])) for xs in zip(*(
-    (run.size.params, run.tokens) for run in runs
-  ), strict=True))  # fmt: skip
+  n = math.exp(np.mean([math.log(run.size.params) for run in runs]))
+  d = math.exp(np.mean([math.log(run.tokens) for run in runs]))
   by_size = BETA / (ALPHA + BETA)  # so that alpha A / N^alpha = beta B / D^beta
   law = {'A': by_size * n**ALPHA, 'B': (1 - by_size) * d**BETA, 'E': 1.5}
   return {**law, 'alpha': ALPHA, 'beta': BETA}
 
 
 def simulated_rows(
-  runs: list, convention: str, flops: str, prior: Mapping, noise: float, seed: int
-):
-  """Rows as the runs would leave them were the loss the prior's law with log-normal noise between runs."""
+  runs: list[Planned], flops: str, law: laws.Law, parameters: Mapping, noise: float, seed: int
+) -> list[dict]:
+  """Rows as the runs would leave them if their losses followed a law, with log-normal noise.
+
+  Args:
+    flops: the FLOP convention of the rows.
+    parameters: of the law.
+    noise: standard deviation of ln loss between seeds.
+  """
   random, rows = np.random.default_rng(seed), []
   for run in runs:
     n, d = run.size.params, run.tokens
-    loss = prior['E'] + prior['A'] / n ** prior['alpha'] + prior['B'] / d ** prior['beta']
-    loss *= math.exp(noise * random.standard_normal())
+    loss = float(law(parameters, params=n, tokens=d)) * math.exp(noise * random.standard_normal())
     facts = {'run': run.name, 'role': run.role, 'budget': run.budget, 'status': 'finished'}
-    rows.append({**facts, convention: n, 'tokens': d, flops: run.flops, 'loss': loss})
+    rows.append({**facts, CONVENTIONS[flops]: n, 'tokens': d, flops: run.flops, 'loss': loss})
   return rows
 
 
-def informative(runs: list, flops: str, prior: Mapping | None, noise: float, draws: int = 3) -> str:
+def informative(sweep: Sweep, runs: list[Planned], draws: int = 3) -> str:
   """What a fit of the runs' rows would say of the exponents, by simulation: one line for each.
 
-  Args:
-    prior: parameters of Chinchilla's law; None for `usual_law`.
-    noise: standard deviation of ln loss between runs that differ in their seed alone.
-    draws: simulated sweeps; the middle one's intervals are shown.
-  """
-  from research.scaling import Columns, NoForecast, fit_results
-  from research.scaling.rows import CONVENTIONS
+  The losses are made by `Sweep.prior` and `Sweep.law`, or without a prior by `usual_law`; then `Sweep.law` is
+  fitted to them as it will be to the sweep's own rows.
 
+  Args:
+    draws: how many sweeps are simulated; the interval of middle width is shown.
+  """
   runs = [run for run in runs if run.role == 'fit']
-  prior = prior or usual_law(runs)
-  columns = Columns(params=CONVENTIONS[flops], tokens='tokens', flops=flops, loss='loss')
-  found, why = [], ''
+  truth = sweep.law if sweep.prior else laws.Chinchilla()
+  parameters = sweep.prior or usual_law(runs)
+  options = {'columns': findings.columns(sweep), 'law': sweep.law, 'fixed': sweep.fixed}
+  drawn, why = [], ''
   for seed in range(draws):
-    rows = simulated_rows(runs, CONVENTIONS[flops], flops, prior, noise, seed)
+    rows = simulated_rows(runs, sweep.design.flops, truth, parameters, sweep.noise, seed)
     try:
-      analysis = fit_results(rows, columns=columns, replicates=200, conventions=False, seed=seed)
+      analysis = fit_results(rows, **options, replicates=200, conventions=False, seed=seed)
     except NoForecast as error:
       why = str(error)
       continue
-    found.append({k: v for k, v in analysis.exponents().items() if k.startswith('a,')})
-  law = ', '.join(f'{k} {v:.3g}' for k, v in prior.items())
-  lines = [f'if the law were {law}, and seeds moved the loss by {noise:.1%}, a fit would say:']
-  for name in dict.fromkeys(name for exponents in found for name in exponents):
-    ends = sorted((e[name] for e in found if name in e), key=lambda e: e[2] - e[1])
-    value, low, high = ends[len(ends) // 2]
+    drawn.append({k: v for k, v in analysis.exponents().items() if k.startswith('a,')})
+  values = ', '.join(f'{k} {v:.3g}' for k, v in parameters.items())
+  name = '' if isinstance(truth, laws.Chinchilla) else f'{truth.name} with '
+  lines = [
+    f'if the law were {name}{values}, and seeds moved the loss by {sweep.noise:.1%}, a fit would say:'
+  ]
+  for name in dict.fromkeys(name for exponents in drawn for name in exponents):
+    intervals = sorted((e[name] for e in drawn if name in e), key=lambda e: e[2] - e[1])
+    value, low, high = intervals[len(intervals) // 2]
     lines.append(
       f'  N* ~ C^a with {name}: {value:.3f} [{low:.3f}, {high:.3f}], +-{(high - low) / 2:.3f}'
     )
-  if len(found) < draws:
-    lines.append(f'  in {draws - len(found)} of {draws} simulated sweeps nothing: {why}')
+  if len(drawn) < draws:
+    lines.append(f'  in {draws - len(drawn)} of {draws} simulated sweeps nothing: {why}')
   return '\n'.join(lines)
 
 
-def foresee(flags, sweep: Sweep, runs: list[plan.Planned]) -> None:
-  """What --plan says beside the runs: how long they take, what they would tell."""
-  from research.sweeps import estimate
-
+def show_estimate(flags, sweep: Sweep, runs: list[Planned]) -> None:
+  """Prints what --plan says beside the runs: how long they take, and what they would tell."""
   speed = None
   if flags.measure:
-    speed = estimate.measured(sweep, runs)
+    speed = measured(sweep, runs)
   elif flags.compiled:
-    speed = estimate.compiled(flags.compiled)
+    speed = compiled(flags.compiled)
   if speed:
     seconds = sum(map(speed.seconds, runs))
     hours = seconds * speed.chips / 3600
     print(f'at {speed}: {clock(seconds)} of training one by one, {hours:.3g} chip-hours')
   if sweep.design.law:
-    print(estimate.informative(runs, sweep.design.flops, sweep.prior, sweep.noise))
+    print(informative(sweep, runs))

@@ -1,25 +1,38 @@
-"""What a sweep found: the law of its rows or its design's answer, and its forecast."""
+"""What a sweep found: the law of its rows, its design's answer, or the reason why there is neither."""
 
 import csv
+import dataclasses
 import io
 import json
 import math
-from typing import TYPE_CHECKING
 
 from research.core import storage
 from research.core.errors import UserError
-from research.designs import plan
+from research.designs.base import Answer
+from research.designs.plan import Planned
+from research.scaling import Analysis, Columns, approaches, fit_results, observe, serial
+from research.scaling.cost import fit_cost
 from research.scaling.rows import CONVENTIONS
 from research.sweeps.folder import Folder
+from research.sweeps.sweep import Sweep
 
-if TYPE_CHECKING:
-  from research.designs.base import Answer
-  from research.scaling import Analysis
-  from research.sweeps.sweep import Sweep
+
+@dataclasses.dataclass(frozen=True)
+class Refused:
+  """No law goes through the rows of a sweep.
+
+  Attributes:
+    reason: why not, and what would help, in one sentence.
+  """
+
+  reason: str
+
+  def __str__(self) -> str:
+    return f'no law: {self.reason}'
 
 
 def write_results(folder: Folder, rows: list[dict]) -> None:
-  """results.csv."""
+  """Writes results.csv: a line for every row, a column for every key of any of them."""
   columns = list(dict.fromkeys(key for row in rows for key in row))
   file = io.StringIO()
   writer = csv.DictWriter(file, columns, lineterminator='\n')
@@ -28,22 +41,20 @@ def write_results(folder: Folder, rows: list[dict]) -> None:
   storage.write_atomic(folder.path / 'results.csv', file.getvalue())
 
 
-def conclude(folder: Folder, sweep: 'Sweep', runs: list[plan.Planned]) -> 'Analysis | Answer | str':
-  """The law of the runs or the design's answer, or in one sentence why there is none.
+def conclude(folder: Folder, sweep: Sweep, runs: list[Planned]) -> Analysis | Answer | Refused:
+  """The law of the runs, or the answer of a design that asks for no law, or why there is none.
 
-  Leaves results.csv in any case, then fit.json, and summary.txt of an answer.
+  Writes results.csv in any case, fit.json where something was fitted, and summary.txt for an answer.
   """
   rows = folder.rows(runs)
   write_results(folder, rows)
   if sweep.design.law:
     try:
-      law = fit(sweep, rows)
-    except UserError as refused:
-      return str(refused)
-    from research.scaling import serial
-
-    storage.write_atomic(folder.path / 'fit.json', serial.to_json(law))
-    return law
+      analysis = fit(sweep, rows)
+    except UserError as error:
+      return Refused(str(error))
+    storage.write_atomic(folder.path / 'fit.json', serial.to_json(analysis))
+    return analysis
   answer = sweep.design.answer(runs, rows)
   storage.write_atomic(folder.path / 'summary.txt', f'{answer}\n')
   if answer.fit is not None:
@@ -51,43 +62,42 @@ def conclude(folder: Folder, sweep: 'Sweep', runs: list[plan.Planned]) -> 'Analy
   return answer
 
 
-# The law.
-
-
-def columns(sweep: 'Sweep'):
-  """Which columns of its rows hold N, D, C and the loss."""
-  from research.scaling import Columns
-
+def columns(sweep: Sweep) -> Columns:
+  """Which columns of a sweep's rows hold N, D, C and the loss: its design's convention says."""
   flops = sweep.design.flops
   return Columns(params=CONVENTIONS[flops], tokens='tokens', flops=flops, loss='loss')
 
 
-def fit(sweep: 'Sweep', rows: list[dict], **options) -> 'Analysis':
-  """The law of a sweep's rows of role 'fit'; options are those of `fit_results`.
+def fit(sweep: Sweep, rows: list[dict], **options) -> Analysis:
+  """Fits the sweep's law to its rows of role 'fit'; `options` are those of `fit_results`.
 
-  Where budgets are no part of the design, the final losses of a size's runs are its curve for approach 1: a
-  loss under way, at a rate that has not come down yet, is no fair one.
+  Where budgets are no part of the design, the final losses of the runs of one size are its curve for
+  approach 1. Losses on the way are not: the learning rate has not come down yet, so they are too high.
 
   Raises:
-    UserError: the rows tell no law.
+    UserError: the rows do not determine a law.
   """
-  from research.scaling import fit_results
-
-  named, curves = columns(sweep), {}
+  named = columns(sweep)
   rows = [row for row in rows if row['role'] == 'fit']
   if rows and not any(row['status'] == 'finished' for row in rows):
     raise UserError(
       f'none of {len(rows)} runs finished; the first: {rows[0].get("reason", rows[0]["status"])}.'
     )
+  by_size: dict[float, list[dict]] = {}
   for row in rows:
     if row['budget'] is None and row['status'] == 'finished':
-      curves.setdefault(row[named.params], []).append(row)
-  by_tokens = lambda members: sorted((row['tokens'], row['loss']) for row in members)
-  curves = {m[0]['run']: by_tokens(m) for m in curves.values() if len(m) > 1}
-  return fit_results(rows, columns=named, curves=curves, fixed=sweep.fixed, **options)
+      by_size.setdefault(row[named.params], []).append(row)
+  curves = {
+    members[0]['run']: sorted((row['tokens'], row['loss']) for row in members)
+    for members in by_size.values()
+    if len(members) > 1
+  }
+  return fit_results(
+    rows, columns=named, law=sweep.law, curves=curves, fixed=sweep.fixed, **options
+  )
 
 
-def provisional_law(sweep: 'Sweep', rows: list[dict]) -> str:
+def provisional_law(sweep: Sweep, rows: list[dict]) -> str:
   """What a fit says of the rows so far, or why it says nothing yet."""
   done = sum(row['status'] == 'finished' and row['role'] == 'fit' for row in rows)
   try:
@@ -102,25 +112,20 @@ def provisional_law(sweep: 'Sweep', rows: list[dict]) -> str:
   return f'so far, of {done} runs: N* ~ C^a with {"; ".join(exponents)}'
 
 
-def isoflop_so_far(sweep: 'Sweep', rows: list[dict]) -> str:
-  """The law through the minima of the budgets that have one yet; '' where that are fewer than two.
+def isoflop_so_far(sweep: Sweep, rows: list[dict]) -> str:
+  """The power law through the minima of the budgets that have one yet; '' where fewer than two have.
 
-  No parametric law: that would take the workers' time.
+  The parametric law is left out: to fit it while the workers train would take their time.
   """
-  from research.scaling import approaches, observe
-  from research.scaling.cost import fit_cost
-
   try:
     seen = observe(rows, columns(sweep))
     cost = fit_cost(seen.params, seen.tokens, seen.flops)
-    found = approaches.isoflop(seen, cost, replicates=200)
+    isoflop = approaches.isoflop(seen, cost, replicates=200)
   except UserError:
     return ''
-  low, high = found.interval('a')
+  low, high = isoflop.interval('a')
   spread = f' [{low:.3f}, {high:.3f}]' if math.isfinite(low) else ''
   return (
-    f'so far N* ~ C^{found.params.exponent:.3f}{spread} by the minima of {len(found.used)} budgets'
+    f'so far N* ~ C^{isoflop.params.exponent:.3f}{spread} '
+    f'by the minima of {len(isoflop.used)} budgets'
   )
-
-
-# The forecast.

@@ -1,4 +1,8 @@
-"""FIXME: say what this module is."""
+"""A sweep's folder: its plan, and of every run a directory that says how far the run is.
+
+There is no other state, so that workers and readers need nothing of each other but this folder, which may be a
+bucket.
+"""
 
 import dataclasses
 import json
@@ -11,17 +15,18 @@ from research.designs.plan import Planned, Size
 
 
 class Folder:
-  """The state of a sweep: its run directories. Any number of workers, started anyhow, may share it."""
+  """The state of a sweep. Any number of workers, wherever they were started, may share it."""
 
   def __init__(self, path: pathlib.Path):
     self.path = path
     self._rows: dict[str, dict] = {}  # of runs that are over: rows do not change
 
   def run(self, planned: Planned) -> pathlib.Path:
+    """The directory of a run, which need not exist."""
     return self.path / 'runs' / planned.name
 
   def row(self, planned: Planned) -> dict | None:
-    """The finished (or failed) run's row with what the sweep knows of it; None while there is none."""
+    """The row of a run that is over, finished or failed, with what the sweep knows of it; else None."""
     if planned.name not in self._rows:
       try:
         row = json.loads((self.run(planned) / 'run.json').read_text())
@@ -32,26 +37,26 @@ class Folder:
     return self._rows[planned.name]
 
   def fail(self, planned: Planned, reason: str) -> None:
-    """The run is over, with no result."""
+    """Ends a run without a result; `reason` is told in its row."""
     self.run(planned).mkdir(parents=True, exist_ok=True)
     row = json.dumps({'status': 'failed', 'reason': reason})
     storage.write_atomic(self.run(planned) / 'run.json', row)
 
   def step(self, planned: Planned) -> int:
-    """How far a run is by its checkpoints."""
+    """The step of a run's newest checkpoint; 0 without one."""
     return max(saved_steps(self.run(planned) / 'checkpoints'), default=0)
 
   def plan(self) -> list[Planned]:
-    """The runs that this sweep was started with, the forecast's among them once it is registered."""
+    """The runs of this sweep, those that test the forecast among them once it is registered."""
     path = self.path / 'plan.json'
     if not path.exists():
       return []
-    runs = json.loads(path.read_text())
-    parse = lambda run: {
-      'size': Size(**run['size']),
-      'settings': tuple(run.get('settings', ())),
-    }
-    return [Planned(**run | parse(run)) for run in runs]
+    runs = []
+    for run in json.loads(path.read_text()):
+      size = Size(**run.pop('size'))
+      settings = tuple(run.pop('settings', ()))
+      runs.append(Planned(**run, size=size, settings=settings))
+    return runs
 
   def register(self, runs: list[Planned]) -> None:
     """Adds runs to the plan.
@@ -61,8 +66,9 @@ class Folder:
     """
     old = {run.name: run for run in self.plan()}
     for run in runs:
-      there = old.setdefault(run.name, run)
-      if run != dataclasses.replace(there, budget=run.budget):  # a label, and no setting
+      known = old.setdefault(run.name, run)
+      # A budget only labels a run: it changes nothing about its training.
+      if run != dataclasses.replace(known, budget=run.budget):
         raise UserError(
           f'{self.path} holds a sweep in which {run.name} is another run; choose another --workdir.'
         )
@@ -70,7 +76,9 @@ class Folder:
     storage.write_atomic(self.path / 'plan.json', plan)
 
   def rows(self, runs: list[Planned]) -> list[dict]:
+    """The rows of those of `runs` that are over."""
     return [row for row in map(self.row, runs) if row]
 
   def curve(self, planned: Planned) -> list[dict]:
+    """What a run has logged so far, in the order of its steps."""
     return storage.read_rows(self.run(planned) / 'metrics.jsonl')

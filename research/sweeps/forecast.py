@@ -1,4 +1,4 @@
-"""FIXME: say what this module is."""
+"""The forecast of a sweep: written down before the run that tests it, and compared with it afterwards."""
 
 import dataclasses
 import datetime
@@ -7,25 +7,35 @@ import statistics
 
 from research.core import storage, text
 from research.core.errors import UserError
-from research.designs import plan
+from research.designs.plan import Size, nearest
+from research.scaling import Analysis
 from research.sweeps.folder import Folder
 from research.sweeps.sweep import Sweep
 
 
-def register_forecast(sweep: Sweep, analysis, rungs, length: int, folder: Folder) -> dict:
-  """The forecast, written once: a law may not be refitted to an outcome that is known.
+def register_forecast(
+  sweep: Sweep, analysis: Analysis, rungs: list[Size], length: int, folder: Folder
+) -> dict:
+  """Writes forecast.json and adds the runs that test it to the plan; where that was done, reads it.
 
-  The run is the rung nearest to the optimum that is forecast; the forecast is of that very run.
+  A forecast is written once: nobody may fit the law again to an outcome that is known. The run that tests it
+  has the size of the ladder nearest to the optimum, and the forecast is of that run's own N and D.
+
+  Args:
+    length: target tokens of an example.
+
+  Raises:
+    UserError: the optimum lies at an end of the ladder.
   """
   path = folder.path / 'forecast.json'
   if path.exists():
     return json.loads(path.read_text())
   budget = max(sweep.design.budgets) * sweep.forecast
   best = analysis.forecast(budget)
-  size = plan.nearest(rungs, best.params)
+  size = nearest(rungs, best.params)
   seeds = range(sweep.forecast_seeds)
   tests = [sweep.design.run(budget, size, length, 'forecast', seed) for seed in seeds]
-  planned = tests[0]
+  planned = tests[0]  # the others differ in their seed alone
   if planned.size in (rungs[0], rungs[-1]):
     raise UserError(
       f'the laws put the optimum of {budget:.3g} FLOPs at {text.si(best.params)} parameters, the end of the '
@@ -45,12 +55,13 @@ def register_forecast(sweep: Sweep, analysis, rungs, length: int, folder: Folder
 
 
 def outcomes(folder: Folder, forecast: dict) -> list[float]:
-  """The losses of the runs that test the forecast, as far as they finished."""
+  """The losses of those runs that test the forecast and have finished."""
   rows = folder.rows([run for run in folder.plan() if run.name in forecast['runs']])
   return [row['loss'] for row in rows if row['status'] == 'finished']
 
 
 def show_forecast(folder: Folder, forecast: dict) -> None:
+  """Prints the forecast beside its outcome."""
   expected, name = forecast['forecast'], forecast['runs'][0]
   print(
     f'forecast, registered {forecast["registered"]}: {name} will have a loss of '

@@ -1,8 +1,8 @@
-"""Who does which run: leases that workers take, renew and lose, in a folder or in a bucket.
+"""Which worker does which run: leases that workers take, renew and lose, in a folder or in a bucket.
 
-A lease is one small file beside its run, written only if nobody else wrote it meanwhile (TensorStore's
+A lease is one small file beside its run. It is written only if nobody else wrote it meanwhile (TensorStore's
 conditional write: a lock file in a folder, a generation match in gs://). It expires unless its owner renews it,
-and an owner renews it only while the run gets on; so a worker that died, hangs or was cut off loses it.
+and an owner renews it only while the run makes progress; so a worker that died, hangs or was cut off loses it.
 """
 
 import dataclasses
@@ -19,13 +19,13 @@ from research.core import remote
 
 
 def _host() -> str:
-  """This machine since it was started, or this container: process ids mean something within it."""
+  """A name for this machine since it was started, or for this container: process ids are unique within it."""
   boot = pathlib.Path('/proc/sys/kernel/random/boot_id')
   return f'{socket.gethostname()}/{boot.read_text().strip() if boot.exists() else ""}'
 
 
 def _born(pid: int) -> str:
-  """When a process was started, in the kernel's ticks: a process id alone may have been given again."""
+  """When a process was started, in the kernel's ticks. Its id alone may be another process's by now."""
   try:
     return pathlib.Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]
   except OSError:
@@ -33,7 +33,7 @@ def _born(pid: int) -> str:
 
 
 def _is_dead(entry: dict) -> bool:
-  """Whether the owner is known to be gone: only a process of this machine can be."""
+  """Whether the owner is known to be gone; of a process on another machine that is never known."""
   if entry['host'] != _host():
     return False
   try:
@@ -51,11 +51,11 @@ class Entry:
 
   Attributes:
     owner: a worker, '' when nobody has the run.
-    pid: the owner's process id, on `host`.
+    host, pid, born: the owner's machine, its process id there, and when that process was started.
     expires: seconds since the epoch.
-    failures: attempts at this run that ended in an error, or got it no further.
-    reason: of the last of them.
-    step: how far the run was when the lease was taken.
+    failures: attempts at this run that ended in an error, or made no progress.
+    reason: why the last of them failed.
+    step: the run's newest checkpoint when the lease was taken.
   """
 
   owner: str
@@ -73,25 +73,26 @@ class Entry:
 
 
 class Lost(Exception):
-  """The lease is another worker's now."""
+  """The lease is another worker's by now."""
 
 
 class Leases:
-  """The leases of a sweep's runs; `<place>/<run>/lease.json`."""
+  """The leases of a sweep's runs, files `<place>/<run>/lease.json`.
+
+  Args:
+    place: a folder or a URL.
+    seconds: how long a lease lasts without renewal; far more than the clocks of the hosts differ.
+  """
 
   def __init__(self, place: str | pathlib.Path, seconds: float = 60.0):
-    """Args:
-    place: a folder or a URL.
-    seconds: without renewal a lease is lost after so long; more than hosts' clocks may differ.
-    """
-    import tensorstore
+    import tensorstore  # a third of a second, which --plan need not wait
 
     if remote.is_remote(place):
       spec = str(place).rstrip('/') + '/'
     else:
       pathlib.Path(place).mkdir(parents=True, exist_ok=True)
       path = f'{pathlib.Path(place).absolute()}/'
-      # A lease need not survive a power cut: whoever held it did not either.
+      # A lease need not survive a power cut, since its owner does not either.
       spec = {'driver': 'file', 'path': path, 'context': {'file_io_sync': False}}
     self.store = tensorstore.KvStore.open(spec).result()
     self.seconds = seconds
@@ -100,36 +101,42 @@ class Leases:
     self.absent = self.store.read('absent').result().stamp.generation
 
   def read(self, run: str) -> Entry | None:
+    """What the lease file of a run says; None where there is none."""
     entry, _ = self._read(run)
     return entry and Entry(**entry)
 
   def _read(self, run: str) -> tuple[dict | None, bytes]:
-    found = self.store.read(f'{run}/lease.json').result()
-    return (json.loads(found.value) if found.state == 'value' else None), found.stamp.generation
+    answer = self.store.read(f'{run}/lease.json').result()
+    return (json.loads(answer.value) if answer.state == 'value' else None), answer.stamp.generation
 
-  def take(self, run: str, step: int = 0) -> 'Held | None':
+  def take(self, run: str, step: int = 0) -> 'Lease | None':
     """The lease of a run, or None while another worker has it.
 
     Args:
-      step: how far the run is. An owner that vanished without getting further counts as a failure of the run.
+      step: the run's newest checkpoint. If the last owner vanished at that same step, the run failed once more.
     """
-    held = Held(self, run, self.absent, 0, '', step)
-    if held.taken():  # nobody ever had it, as is usual
-      return held
-    entry, held.generation = self._read(run)
+    lease = Lease(self, run, self.absent, 0, '', step)
+    if lease.try_renew():  # nobody ever had it, which is the usual case
+      return lease
+    entry, lease.generation = self._read(run)
     if entry:
-      held.failures, held.reason = entry['failures'], entry['reason']
+      lease.failures, lease.reason = entry['failures'], entry['reason']
       if entry['owner']:
         if not (_is_dead(entry) or time.time() > entry['expires']):
           return None
         if step <= entry['step']:
-          held.failures += 1
-          held.reason = f'the worker {entry["owner"]} vanished or hung'
-    return held if held.taken() else None
+          lease.failures += 1
+          lease.reason = f'the worker {entry["owner"]} vanished or hung'
+    return lease if lease.try_renew() else None
 
 
-class Held:
-  """A lease that this worker has."""
+class Lease:
+  """The lease of one run, which this worker has unless another took it.
+
+  Attributes:
+    failures, reason: of the run so far, as in `Entry`.
+    over: whether this worker gave it up.
+  """
 
   def __init__(self, leases: Leases, run: str, generation, failures: int, reason: str, step: int):
     self.leases, self.run, self.generation = leases, run, generation
@@ -151,11 +158,15 @@ class Held:
     return json.dumps(dataclasses.asdict(entry)).encode()
 
   def renew(self) -> None:
-    """Raises Lost where another worker took it."""
+    """Lets the lease last for another `Leases.seconds`.
+
+    Raises:
+      Lost: another worker took it.
+    """
     self._write(self._entry(self.leases.me, time.time() + self.leases.seconds))
 
-  def taken(self) -> bool:
-    """Whether this worker could write it."""
+  def try_renew(self) -> bool:
+    """Renews the lease; False where it is another worker's."""
     try:
       self.renew()
     except Lost:
@@ -163,47 +174,56 @@ class Held:
     return True
 
   def release(self) -> None:
-    """Nobody has it, and nothing is held against the run. Raises Lost."""
+    """Deletes the lease, and with it the run's count of failures.
+
+    Raises:
+      Lost: another worker took it.
+    """
     self._write(None)
     self.over = True
 
   def fail(self, reason: str) -> None:
-    """Nobody has it; the failure is remembered. Raises Lost."""
+    """Gives the lease up and counts a failure of the run.
+
+    Raises:
+      Lost: another worker took it.
+    """
     self.failures, self.reason = self.failures + 1, reason
     self._write(self._entry('', 0.0))
     self.over = True
 
 
 class Heartbeat:
-  """Renews leases from a thread while `progress()` changes; `lost()` is called when one is another's.
+  """Renews leases from a thread while their runs make progress.
 
   Args:
-    progress: anything that changes while the run gets on, such as the size of its metrics file.
-    patience: seconds without a change (compiling, evaluating) after which this worker counts as hung.
+    leases: of the runs that this worker trains.
+    progress: returns something that changes while the runs make progress, such as sizes of metrics files.
+    patience: seconds without a change after which this worker counts as hung, and renews no more.
+    lost: called when a lease is another worker's.
   """
 
   def __init__(
-    self, held: list[Held], progress: Callable, patience: float, lost: Callable[[], None]
+    self, leases: list[Lease], progress: Callable, patience: float, lost: Callable[[], None]
   ):
-    self.held, self.progress, self.patience, self.lost = held, progress, patience, lost
+    self.leases, self.progress, self.patience, self.lost = leases, progress, patience, lost
     self.stop = threading.Event()
     self.thread = threading.Thread(target=self._beat, daemon=True)
 
   def _beat(self) -> None:
     seen, since = self.progress(), time.monotonic()
-    while not self.stop.wait(self.held[0].leases.seconds / 4):
+    while not self.stop.wait(self.leases[0].leases.seconds / 4):
       if (now := self.progress()) != seen:
         seen, since = now, time.monotonic()
       if time.monotonic() - since > self.patience:
         continue
       try:
-        for held in self.held:
-          held.renew()
+        for lease in self.leases:
+          lease.renew()
       except Lost:
         return self.lost()
-      except (
-        Exception
-      ):  # a store that cannot be reached: the lease runs out, or the next renewal comes in time
+      # A store that cannot be reached: either the next renewal comes in time, or the lease expires.
+      except Exception:
         continue
 
   def __enter__(self):

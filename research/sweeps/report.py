@@ -4,65 +4,82 @@ import contextlib
 import pathlib
 import statistics
 import subprocess
-from typing import TYPE_CHECKING
 
 from research.core import configs
 from research.core.errors import UserError
 from research.core.text import clock
-from research.designs import plan
+from research.designs.base import Answer
 from research.designs.isoflop import IsoFlop
+from research.designs.plan import Planned
+from research.scaling import Analysis, Forecast, observe
 from research.sweeps import findings
+from research.sweeps.findings import Refused
 from research.sweeps.folder import Folder
 from research.sweeps.forecast import outcomes
+from research.sweeps.sweep import Sweep
 
-if TYPE_CHECKING:
-  from research.designs.base import Answer
-  from research.scaling import Analysis
-  from research.sweeps.sweep import Sweep
+# `research.scaling.report` imports matplotlib, so this module imports it where it draws.
 
 
 def write(
-  folder: Folder, sweep: 'Sweep', found: 'Analysis | Answer | str', forecast: dict | None = None
+  folder: Folder,
+  sweep: Sweep,
+  finding: Analysis | Answer | Refused,
+  forecast: dict | None = None,
 ) -> pathlib.Path:
-  """report.html for somebody who has not seen the code, and its figures as PNG files.
+  """Writes report.html, for a reader who has not seen the code, and its figures as PNG files.
 
   Args:
-    found: the law, the design's answer, or in one sentence why there is none.
-    forecast: as registered.
+    finding: as `findings.conclude` gives it.
+    forecast: as `register_forecast` gives it.
+
+  Returns:
+    The path of the page.
   """
-  from research.designs.base import Answer
-  from research.scaling.report import page
-  from research.scaling.report import sections as sections_module
-  from research.scaling.report.sections import law, training_curves
+  from research.scaling.report import page, sections
 
   runs = folder.plan()
   rows = folder.rows(runs)
-  design = _design(sweep, runs) + _over(runs, rows)
-  expected, outcome, excluded = None, None, ()
   findings.write_results(folder, rows)
-  if not isinstance(found, str | Answer):
-    expected, outcome = _outcome(folder, forecast)
-    figures = _figures(sweep, found, expected, outcome)
-    sizes = [page.image(figures['sizes'], _SIZES)] if 'sizes' in figures else []
-    sections = law(found, expected, outcome, after=design + ''.join(sizes))
-    excluded = found.rows.excluded
+  design = _design(sweep, runs) + _endings(runs, rows)
+  excluded = ()
+  if isinstance(finding, Analysis):
+    body, figures = _law_sections(folder, sweep, finding, forecast, design)
+    excluded = finding.rows.excluded
   else:
-    refused = isinstance(found, str)
-    shown = _raw(sweep, rows) if refused else found.figures
-    text = f'No law: {found}' if refused else str(found)
-    sections = [f'<pre class="headline">{page.text(text)}</pre>', design]
-    sections += [page.image(*figure) for figure in shown.values()]
-    figures = {name: figure for name, (figure, _) in shown.items()}
+    body, figures = _answer_sections(sweep, finding, rows, design)
   for name, figure in figures.items():
     with (folder.path / f'{name}.png').open('wb') as file:
       figure.savefig(file, format='png', dpi=150)
-  sections += [
-    training_curves(*_curves(folder, sweep, runs, rows)),
-    sections_module.rows(rows, excluded),
-    sections_module.facts('What it cost', _cost(sweep, runs, rows)),
-    _again(folder, forecast),
+  body += [
+    sections.training_curves(*_curves(folder, runs)),
+    sections.rows(rows, excluded),
+    sections.facts('What it cost', _cost(sweep, runs, rows)),
+    _reproduction(folder, forecast),
   ]
-  return page.write(folder.path / 'report.html', sweep.question, sections)
+  return page.write(folder.path / 'report.html', sweep.question, body)
+
+
+def _law_sections(folder, sweep, analysis, forecast, design) -> tuple[list[str], dict]:
+  """(the sections of a page about a law, its figures by name)."""
+  from research.scaling.report import page, sections
+
+  expected, outcome = _outcome(folder, forecast)
+  figures = _figures(sweep, analysis, expected, outcome)
+  sizes = page.image(figures['sizes'], _SIZES) if 'sizes' in figures else ''
+  return sections.law(analysis, expected, outcome, after=design + sizes), figures
+
+
+def _answer_sections(sweep, finding, rows, design) -> tuple[list[str], dict]:
+  """(the sections of a page about a design's answer or a refusal, its figures by name)."""
+  from research.scaling.report import page
+
+  refused = isinstance(finding, Refused)
+  shown = _raw(sweep, rows) if refused else finding.figures
+  text = f'No law: {finding.reason}' if refused else str(finding)
+  body = [f'<pre class="headline">{page.text(text)}</pre>', design]
+  body += [page.image(*figure) for figure in shown.values()]
+  return body, {name: figure for name, (figure, _) in shown.items()}
 
 
 _SIZES = (
@@ -88,7 +105,6 @@ def _figures(sweep, analysis, expected, outcome) -> dict:
 
 def _raw(sweep, rows) -> dict[str, tuple]:
   """The runs as they are, where no law goes through them."""
-  from research.scaling import observe
   from research.scaling.report import charts
 
   try:
@@ -98,7 +114,7 @@ def _raw(sweep, rows) -> dict[str, tuple]:
   return {'sizes': (charts.sizes(seen), 'Each point is a run; lines join the runs of a size.')}
 
 
-def _design(sweep: 'Sweep', runs: list[plan.Planned]) -> str:
+def _design(sweep: Sweep, runs: list[Planned]) -> str:
   """What was done: the design in a sentence, and its sizes."""
   from research.scaling.report import page
 
@@ -126,7 +142,7 @@ def _span(values: list[float]) -> str:
   return low if low == high else f'{low} to {high}'
 
 
-def _over(runs, rows) -> str:
+def _endings(runs, rows) -> str:
   """How the runs ended, and the reason of every one that failed."""
   from research.scaling.report import page
 
@@ -137,20 +153,20 @@ def _over(runs, rows) -> str:
     for row in rows
     if row['status'] != 'finished'
   ]
-  out = f'<p>{len(runs)} runs: {page.text(counted)}.</p>'
-  return out + (page.table(('run', 'why it did not finish'), bad[:100]) if bad else '')
+  summary = f'<p>{len(runs)} runs: {page.text(counted)}.</p>'
+  return summary + (page.table(('run', 'why it did not finish'), bad[:100]) if bad else '')
 
 
-def _curves(folder: Folder, sweep: 'Sweep', runs, rows, most: int = 200) -> tuple[dict, dict]:
-  """Training curves of at most so many runs, evenly chosen, and every run's N."""
+def _curves(folder: Folder, runs, most: int = 200) -> tuple[dict, dict]:
+  """({run: its training curve}, {run: N}) of at most `most` runs, evenly chosen."""
   runs = runs[:: -(-len(runs) // most)]
   points = lambda run: [(r['tokens'], r['loss']) for r in folder.curve(run) if 'loss' in r]
   curves = {run.name: curve for run in runs if (curve := points(run))}
   return curves, {run.name: run.size.params for run in runs}
 
 
-def _cost(sweep: 'Sweep', runs, rows) -> dict:
-  """Of the rows that are there."""
+def _cost(sweep: Sweep, runs, rows) -> dict:
+  """What the runs that are over have cost, as lines of a table."""
   seconds = {row['run']: row.get('seconds') or 0.0 for row in rows}
   flops, spent = sum(run.cost for run in runs if seconds.get(run.name)), sum(seconds.values())
   return {
@@ -160,19 +176,18 @@ def _cost(sweep: 'Sweep', runs, rows) -> dict:
   }
 
 
-def _again(folder: Folder, forecast: dict | None) -> str:
-  """How to reproduce it."""
-  from research.scaling.report import page
-  from research.scaling.report import sections as sections_module
+def _reproduction(folder: Folder, forecast: dict | None) -> str:
+  """The section on how to reproduce the sweep: its command, its version, its gin file."""
+  from research.scaling.report import page, sections
 
   facts = {'command': 'python -m research.sweep --gin_file=sweep.gin', 'project': _version()}
   facts['rows'] = 'results.csv beside this page; python -m research.fit --results=results.csv'
   if forecast:
     facts['forecast registered'] = f'{forecast["registered"]}, before its run started'
-  out = sections_module.facts('How to reproduce it', facts)
+  section = sections.facts('How to reproduce it', facts)
   gin = folder.path / 'sweep.gin'
   text = page.text(gin.read_text()) if gin.exists() else ''
-  return out + (page.details('sweep.gin', f'<pre>{text}</pre>') if text else '')
+  return section + (page.details('sweep.gin', f'<pre>{text}</pre>') if text else '')
 
 
 def _version() -> str:
@@ -190,8 +205,6 @@ def _version() -> str:
 
 def _outcome(folder: Folder, forecast: dict | None):
   """(the registered Forecast, the mean loss of its runs), each None while there is none."""
-  from research.scaling import Forecast
-
   if not forecast:
     return None, None
   losses = outcomes(folder, forecast)

@@ -1,4 +1,4 @@
-"""What a person sees of a sweep: its plan, its live table, its status."""
+"""What a person sees of a sweep on a terminal: its plan, its live table, its status."""
 
 import json
 import os
@@ -6,10 +6,13 @@ import pathlib
 import sys
 from collections.abc import Callable
 
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table as RichTable
+
 from research.core import text
 from research.core.errors import UserError
-from research.core.text import si
-from research.designs import plan
+from research.designs.plan import Planned
 from research.sweeps import findings
 from research.sweeps.folder import Folder
 from research.sweeps.sweep import Sweep
@@ -32,8 +35,8 @@ def tail(path: pathlib.Path, size: int = 4096) -> list[dict]:
   return [row for row in rows if isinstance(row, dict) and 'step' in row]
 
 
-def state(folder, run) -> tuple[str, str, str]:
-  """(what it is doing, loss, how far or why) of a planned run."""
+def state(folder: Folder, run: Planned) -> tuple[str, str, str]:
+  """(status, loss, progress or reason) of a planned run, as texts."""
   row = folder.row(run)
   if row:
     loss = f'{row["loss"]:.4f}' if row.get('loss') is not None else ''
@@ -44,68 +47,73 @@ def state(folder, run) -> tuple[str, str, str]:
   last = curve[-1]
   left = (run.steps - last['step']) * run.tokens / run.steps
   eta = left / max(last.get('tokens_per_second', 0.0), 1.0)
-  return (
-    'running',
-    f'{last["loss"]:.4f}',
-    f'{last["step"] / run.steps:4.0%}, {text.clock(eta)} left',
-  )
+  progress = f'{last["step"] / run.steps:4.0%}, {text.clock(eta)} left'
+  return 'running', f'{last["loss"]:.4f}', progress
 
 
 class Table:
-  """The live table of runs on a terminal; elsewhere a line whenever a run ends."""
+  """The live table of runs on a terminal; where there is none, a line whenever a run ends.
 
-  most = 40  # rows of the live table; the rest is counted
+  Args:
+    law: given the runs, says what those that are over tell so far. On a terminal it is called whenever another
+      run is over.
+  """
 
-  def __init__(self, folder, stream=sys.stderr, law: Callable[[list], str] = lambda runs: ''):
-    """`law` says what the runs so far would; it is asked on a terminal whenever another is over."""
+  most = 40  # rows of the live table; the other runs are only counted
+
+  def __init__(
+    self, folder: Folder, stream=sys.stderr, law: Callable[[list[Planned]], str] = lambda runs: ''
+  ):
     self.folder, self.stream, self.law = folder, stream, law
-    self.said: set[str] = set()
-    self.asked, self.answer = 0, ''
+    self.over: set[str] = set()  # names of the runs that are over, each told once
+    self.told_law, self.law_text = (
+      0,
+      '',
+    )  # how many were over when the law was last asked, its answer
     self.live = None
     if stream.isatty():
-      from rich.console import Console
-      from rich.live import Live
-
       self.live = Live(console=Console(file=stream), refresh_per_second=2)
       self.live.start()
 
-  def __call__(self, runs: list, last: bool = False) -> None:
+  def __call__(self, runs: list[Planned], last: bool = False) -> None:
+    """Shows the runs as they are now; `last` shows all of them, since no more calls follow."""
     for run in runs:
-      if run.name not in self.said and self.folder.row(run):
-        self.said.add(run.name)
+      if run.name not in self.over and self.folder.row(run):
+        self.over.add(run.name)
         if self.live is None:
           status, loss, when = state(self.folder, run)
-          done = f'[{len(self.said)}/{len(runs)}] {run.name}: {status}'
+          done = f'[{len(self.over)}/{len(runs)}] {run.name}: {status}'
           self.stream.write(f'{done}, loss {loss or "none"} ({when})\n')
           self.stream.flush()
     if self.live is not None:
       self.live.update(self.rich(runs, last))
 
   def rich(self, runs: list, last: bool):
-    from rich.table import Table as RichTable
-
+    """The table as rich draws it."""
     table = RichTable('run', 'C', 'N', 'D', 'steps', 'status', 'loss', 'time')
-    # A long sweep shows what is not over yet.
-    shown = runs if last or len(runs) <= self.most else [r for r in runs if r.name not in self.said]
+    # A long sweep shows the runs that are not over yet.
+    shown = runs if last or len(runs) <= self.most else [r for r in runs if r.name not in self.over]
     for run in shown[: self.most]:
       status, loss, when = state(self.folder, run)
       numbers = map(text.si, (run.flops, run.size.params, run.tokens))
       table.add_row(run.name, *numbers, f'{run.steps:,}', status, loss, when)
     if len(runs) > len(shown[: self.most]):
-      table.add_row(f'{len(self.said)} of {len(runs)} are over')
-    if len(self.said) != self.asked:
-      self.asked, self.answer = len(self.said), self.law(runs)
-    table.caption = '\n'.join(filter(None, ['' if last else to_go(self.folder, runs), self.answer]))
+      table.add_row(f'{len(self.over)} of {len(runs)} are over')
+    if len(self.over) != self.told_law:
+      self.told_law, self.law_text = len(self.over), self.law(runs)
+    captions = ['' if last else time_left(self.folder, runs), self.law_text]
+    table.caption = '\n'.join(filter(None, captions))
     return table
 
   def close(self) -> None:
+    """Gives the terminal back."""
     if self.live is not None:
       self.live.stop()
       self.live = None
 
 
 def show_runs(runs: list, flops: str) -> None:
-  """Prints the runs, one a line, and what they sum up to."""
+  """Prints the runs, one a line, and the FLOPs of all."""
   width = max([20, *(len(run.name) for run in runs)])
   print(
     f'{"run":{width}} {"C":>8} {"N":>8} {"D":>8} {"D/N":>7} {"steps":>7} {"batch":>6} {"rate":>8}'
@@ -124,7 +132,7 @@ def show_runs(runs: list, flops: str) -> None:
 
 
 def show_states(folder, runs: list, stream=None) -> dict[str, int]:
-  """Prints every run's state and the sweep's; returns how many runs are in each state."""
+  """Prints the state of every run and of the sweep; returns how many runs are in each state."""
   stream = stream or sys.stdout
   counted: dict[str, int] = {}
   width = max([20, *(len(run.name) for run in runs)])
@@ -133,13 +141,13 @@ def show_states(folder, runs: list, stream=None) -> dict[str, int]:
     counted[status] = counted.get(status, 0) + 1
     print(f'{run.name:{width}} {status:9} {loss:>8}  {when}', file=stream)
   print(', '.join(f'{n} {status}' for status, n in counted.items()), file=stream)
-  if told := to_go(folder, runs):
+  if told := time_left(folder, runs):
     print(told, file=stream)
   return counted
 
 
-def to_go(folder, runs: list) -> str:
-  """How much training there was and how much there will be, by the FLOPs; nothing while no run is over."""
+def time_left(folder: Folder, runs: list[Planned]) -> str:
+  """How long training took so far and the rest will take, in proportion to FLOPs; '' while no run is over."""
   done = [(run, row) for run in runs if (row := folder.row(run)) and row.get('seconds')]
   waiting = [run for run in runs if folder.row(run) is None]
   spent, flops = sum(row['seconds'] for _, row in done), sum(run.cost for run, _ in done)
@@ -150,18 +158,23 @@ def to_go(folder, runs: list) -> str:
   return f'{clock(spent)} of training so far, about {clock(left)} to go, added up over the workers'
 
 
-def show_plan(sweep: Sweep, runs: list[plan.Planned]) -> None:
+def show_plan(sweep: Sweep, runs: list[Planned]) -> None:
+  """Prints what a sweep is going to do."""
   show_runs(runs, sweep.design.flops)
   if sweep.forecast:
     largest = max(sweep.design.budgets) * sweep.forecast
-    print(f'then a forecast at {si(largest, "FLOPs")} and the run that tests it')
+    print(f'then a forecast at {text.si(largest, "FLOPs")} and the run that tests it')
 
 
-def show_status(sweep: Sweep, folder: Folder) -> int:
+def show_status(sweep: Sweep, folder: Folder) -> None:
+  """Prints how far a sweep is, and what its rows tell so far.
+
+  Raises:
+    UserError: the folder holds no sweep.
+  """
   runs = folder.plan()
   if not runs:
     raise UserError(f'{folder.path} holds no sweep: no plan.json; start it, or give its --workdir.')
   show_states(folder, runs)
   if sweep.design.law:
     print(findings.provisional_law(sweep, folder.rows(runs)))
-  return 0

@@ -1,4 +1,8 @@
-"""FIXME: say what this module is."""
+"""What a sweep is: a gin file of one run, a design that varies it, and the law that its results are fitted to.
+
+Everything here happens before any compute is spent: sizes are counted, every kind of run is built once, and
+the data are frozen, so that a mistake is an error now and not hours later.
+"""
 
 import dataclasses
 import sys
@@ -6,12 +10,16 @@ import sys
 from research.core import configs, storage
 from research.core.errors import Invalid, UserError
 from research.core.text import si
-from research.designs import plan
+from research.data import cache
 from research.designs.base import Design
 from research.designs.isoflop import IsoFlop
+from research.designs.plan import Planned, Size
+from research.model import counts
+from research.scaling import laws
 from research.sweeps.folder import Folder
 from research.sweeps.launchers import local
 from research.sweeps.launchers.job import Launcher
+from research.training.run import Run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,27 +27,32 @@ class Sweep:
   """What a sweep is.
 
   Attributes:
-    run: gin file of the run that every run of the sweep is a variation of; it must take the macros EMBED,
+    run: the gin file of one run; every run of the sweep is a variation of it. It must take the macros EMBED,
       LAYERS and LEARNING_RATE, and is given what it takes of HEADS, HEAD_DIM and MLP.
-    design: which runs.
-    forecast: the budget of the run that tests the law, as a multiple of the design's largest; None for none.
-    forecast_seeds: that run is done from so many seeds, and their mean is the outcome: with as many workers it
-      takes no longer.
-    population: so many runs of one shape are trained at once (training/population.py); 1 for each alone.
-    retries: a run that failed is tried so many times more; then it is reported as failed, with its reason.
-    lease: seconds after which a worker that is not heard of has lost its run.
-    patience: seconds without any progress (compiling is none) after which a worker counts as hung.
+    design: which runs to do.
+    law: what approach 3 fits to their rows: a law of N and D, `research.scaling.laws` or your own.
+    forecast: the budget of the run that tests the law, as a multiple of the design's largest; None for no
+      such run.
+    forecast_seeds: from how many seeds that run is done; the mean of their losses is the outcome. With as many
+      workers it takes no longer.
+    population: how many runs of one shape are trained at once (training/population.py); 1 trains each alone.
+    retries: how often a run that failed is tried again, before its row says that it failed and why.
+    lease: seconds after which a worker that does not renew its lease loses its run.
+    patience: seconds without progress after which a worker counts as hung. Compiling shows no progress, so let
+      it be longer than any compilation.
     launcher: what starts the workers.
-    prior, noise: a law and the scatter of ln loss between seeds, on which --plan tries what the design would
-      find; None for Chinchilla's, with its optimum at the middle of the design.
-    fixed: parameters of the law that are known, such as {'E': 0.8} by earlier sweeps of the same data and
-      vocabulary: the irreducible loss is what a small sweep can tell least.
+    prior: parameters of `law` from which --plan simulates what the design would find; None for Chinchilla's
+      published exponents with the optimum at the middle of the design.
+    noise: the standard deviation of ln loss between seeds, for the same simulation.
+    fixed: parameters of the law that are known, such as {'E': 0.8} from earlier sweeps of the same data and
+      vocabulary. The irreducible loss is what a small sweep determines least.
     bindings: more gin bindings for every run, as on a command line.
     question: what the sweep asks, for its report.
   """
 
   run: str
   design: Design
+  law: laws.Law = dataclasses.field(default_factory=laws.Chinchilla)
   forecast: float | None = 3.0
   forecast_seeds: int = 1
   population: int = 8
@@ -63,29 +76,40 @@ class Sweep:
       raise Invalid(
         Sweep, 'forecast', f'only an IsoFlop design has a forecast run; set it to None for {name}.'
       )
-    if self.fixed:
-      from research.scaling import laws
+    self._check_law()
+    least = {'forecast_seeds': 1, 'population': 1, 'retries': 0, 'lease': 1, 'patience': 1}
+    for field, minimum in least.items():
+      if not getattr(self, field) >= minimum:
+        raise Invalid(Sweep, field, f'{getattr(self, field)!r} must be at least {minimum}.')
 
-      names = list(laws.Chinchilla.parameters)
-      if unknown := sorted(set(self.fixed) - set(names)):
-        why = f'Chinchilla has no {unknown[0]!r}; it has {", ".join(names)}.'
-        raise Invalid(Sweep, 'fixed', why)
-    for field, least in (
-      ('forecast_seeds', 1),
-      ('population', 1),
-      ('retries', 0),
-      ('lease', 1),
-      ('patience', 1),
-    ):
-      if not getattr(self, field) >= least:
-        raise Invalid(Sweep, field, f'{getattr(self, field)!r} must be at least {least}.')
+  def _check_law(self):
+    if not isinstance(self.law, laws.Law):
+      why = f'{self.law!r} is no law: bind an instance, as in @laws.Chinchilla().'
+      raise Invalid(Sweep, 'law', why)
+    # Whether the design asks for a law or not: it would be an error after all runs are done.
+    if set(self.law.inputs) != {'params', 'tokens'}:
+      why = f'{self.law.name} is a law of {", ".join(self.law.inputs)}; a sweep fits one of params and tokens.'
+      raise Invalid(Sweep, 'law', why)
+    names = list(self.law.parameters)
+    for field in ('fixed', 'prior'):
+      values = getattr(self, field) or {}
+      if unknown := sorted(set(values) - set(names)):
+        why = f'{self.law.name} has no {unknown[0]!r}; it has {", ".join(names)}.'
+        raise Invalid(Sweep, field, why)
+    if self.prior and (missing := [name for name in names if name not in self.prior]):
+      raise Invalid(Sweep, 'prior', f'{self.law.name} also needs {", ".join(missing)}.')
 
-  def config(self, planned: plan.Planned) -> configs.Config:
+  def config(self, planned: Planned) -> configs.Config:
+    """The gin configuration of one run of the sweep."""
     return configs.load(self.run, [*self.bindings, *planned.bindings()])
 
 
-def make_plan(sweep: Sweep) -> tuple[list[plan.Size], list[plan.Planned], configs.Config]:
-  """The ladder counted, the runs of the fit, and the base run; everything checked before any compute."""
+def make_plan(sweep: Sweep) -> tuple[list[Size], list[Planned], Run]:
+  """The counted sizes of the ladder, the runs of the fit, and the run that all are variations of.
+
+  Raises:
+    UserError: the ladder cannot set the size of that run, or some run is no valid one.
+  """
   base = configs.load(sweep.run, sweep.bindings)
   run = base.build()
   taken = {name for name, macro in base.macros.items() if macro.used}
@@ -95,7 +119,6 @@ def make_plan(sweep: Sweep) -> tuple[list[plan.Size], list[plan.Planned], config
         f'{sweep.run}: nothing in it takes the macro {name}, and a ladder makes sizes by EMBED and LAYERS; '
         f'write %{name} where its model is made.'
       )
-  from research.model import counts
 
   def count(macros: dict) -> counts.Counts:
     sizes = [f'{k}={v}' for k, v in macros.items() if k in taken]
@@ -109,34 +132,40 @@ def make_plan(sweep: Sweep) -> tuple[list[plan.Size], list[plan.Planned], config
     for size in sweep.design.rungs(count)
   ]
   runs = sweep.design.plan(rungs, run.target_length)
-  # Runs that differ in their numbers alone are right or wrong together.
+  # Runs that differ only in seed or learning rate are valid or invalid together, so one of them is built.
   for planned in {(r.size.name, r.batch_size, r.steps, r.settings): r for r in runs}.values():
     sweep.config(planned).build()
   return rungs, runs, run
 
 
-def check_data(run, frozen, tokens: int, what: str) -> None:
-  """More tokens than the stream has would repeat them, and the law is of fresh ones."""
-  have = len(frozen) * run.target_length
-  if tokens > have:
+def check_data(run: Run, frozen, tokens: int, what: str) -> None:
+  """Checks that `what`, which trains on so many `tokens`, sees none of them twice: the law is of fresh data.
+
+  Raises:
+    UserError: the training stream has fewer tokens.
+  """
+  available = len(frozen) * run.target_length
+  if tokens > available:
     raise UserError(
-      f'{what} needs {si(tokens)} tokens and the training stream has {si(have)}: raise '
+      f'{what} needs {si(tokens)} tokens and the training stream has {si(available)}: raise '
       f'train/Stream.examples to {-(-tokens // run.target_length)}, or use a larger corpus.'
     )
 
 
-def open_data(sweep: Sweep, runs: list[plan.Planned], base):
-  """The base run's training stream; every stream of the sweep is frozen here, once, and not by its workers."""
-  from research.data import cache
+def open_data(sweep: Sweep, runs: list[Planned], base: Run):
+  """The base run's training stream. Freezes every stream of the sweep, so that its workers need not."""
 
-  say = lambda text: print(text, file=sys.stderr, flush=True)
+  def log(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
   streams = {repr(stream): stream for stream in (base.train, base.validation)}
   for settings in dict.fromkeys(run.settings for run in runs):
     run = configs.load(sweep.run, [*sweep.bindings, *settings]).build()
     streams |= {repr(stream): stream for stream in (run.train, run.validation)}
-  return cache.open_streams(list(streams.values()), log=say)[0]
+  return cache.open_streams(list(streams.values()), log=log)[0]
 
 
 def make_folder(folder: Folder, text: str) -> None:
+  """Makes the sweep's folder, with its gin file in it: `text`."""
   storage.make(folder.path)
   storage.write_atomic(folder.path / 'sweep.gin', text)

@@ -1,6 +1,7 @@
-"""The state of a sweep, and the workers that advance it: any number of them, started anyhow.
+"""A worker of a sweep: takes the lease of a run, trains it, leaves its row, and takes the next.
 
-State is the folder alone: a directory a run, with a lease while somebody does it and a row when it is over.
+Any number of workers may share a sweep's folder. A run has a directory there, with a lease while some worker
+does it and a row when it is over; workers know of each other only by these.
 """
 
 import collections
@@ -10,20 +11,20 @@ import json
 import math
 import os
 import time
-from typing import TYPE_CHECKING
 
 from research.checkpoints.folders import copy_checkpoint, saved_steps
 from research.core import storage
 from research.core.errors import UserError
 from research.designs.plan import Planned
+from research.sweeps import leases
 from research.sweeps.folder import Folder
+from research.sweeps.sweep import Sweep
+from research.training import alike as alike_module
+from research.training import interrupt
 
-if TYPE_CHECKING:
-  from research.sweeps.sweep import Sweep
 
-
-def populations(sweep: 'Sweep', runs: list[Planned]) -> list[int]:
-  """How many members they have, if each is trained whole: of 1 where runs are alone."""
+def populations(sweep: Sweep, runs: list[Planned]) -> list[int]:
+  """The numbers of members of the populations that `runs` make; 1 for a run that is trained alone."""
   alike = collections.Counter(run.name if run.parent else Worker.kind(run) for run in runs)
   return [
     min(sweep.population, n - i) for n in alike.values() for i in range(0, n, sweep.population)
@@ -31,20 +32,26 @@ def populations(sweep: 'Sweep', runs: list[Planned]) -> list[int]:
 
 
 class Worker:
-  """Takes leases of runs, does them, and leaves their rows; one of any number that share the folder."""
+  """One of the workers that share a sweep's folder.
 
-  def __init__(self, sweep: 'Sweep', folder: Folder, peers: int = 1):
-    from research.sweeps import leases  # tensorstore: only in a process that works
+  Args:
+    peers: how many workers share the runs, this one among them.
+  """
 
+  def __init__(self, sweep: Sweep, folder: Folder, peers: int = 1):
     self.sweep, self.folder, self.peers = sweep, folder, peers
     self.leases = leases.Leases(folder.path / 'runs', sweep.lease)
     self.alike: dict[tuple, list[Planned]] = {}
     self.shares_cores = False
 
   def work(self, runs: list[Planned], poll: float = 1.0) -> None:
-    """Until every run is over: those that nobody has, the most expensive first, so that the last are short.
+    """Works until every run is over.
 
-    What others hold is waited for: they may yet lose it.
+    Takes the most expensive runs first, so that the last ones are short and the workers end at about the same
+    time. Waits for the runs of other workers, which may lose them.
+
+    Args:
+      poll: seconds to wait when there was nothing to do.
     """
     for run in runs:
       self.alike.setdefault(self.kind(run), []).append(run)
@@ -53,7 +60,8 @@ class Worker:
       done, left, seen = 0, sum(run.cost for run in runs), collections.Counter()
       for planned in runs:
         kind, whole = self.kind(planned), self.whole(planned, left)
-        # Workers begin a population at the same run of its shape: who comes late takes another shape.
+        # All workers begin a population at the same run of its shape, so that a late one finds its lease taken
+        # and goes on to another shape, instead of splitting this one.
         if not whole or seen[kind] % self.sweep.population == 0:
           done += self.do(planned, whole)
         seen[kind] += 1
@@ -62,23 +70,22 @@ class Worker:
         time.sleep(poll)
 
   def share_cores(self, runs: list[Planned]) -> None:
-    """Where `runs` make populations, the cores of this process are shared by their members."""
+    """Makes each core of this process a device, where `runs` make populations whose members use them."""
     waiting = [run for run in runs if self.folder.row(run) is None]
     largest = max(populations(self.sweep, waiting), default=1)
     if largest > 1:
-      from research.training import alike as alike_module
-
       self.shares_cores = alike_module.share_cores(largest)
 
   @staticmethod
   def kind(run: Planned) -> tuple:
-    """Runs of one shape agree in this, and seldom do others."""
+    """What runs of one shape have in common, cheaply known; `companions` compares whole runs."""
     return run.size.name, run.steps, run.batch_size, run.parent
 
   def whole(self, planned: Planned, left: float) -> bool:
-    """Whether one worker takes a whole population of this run's shape, so that nobody else compiles for it.
+    """Whether this worker takes a whole population of the run's shape, so that no other compiles for it.
 
-    Else the workers divide it: of the FLOPs that are `left`, those without a share would have too few.
+    Towards the end of a sweep the workers divide a population instead: of the FLOPs that are `left`, those
+    without a share in it would have too few to do meanwhile.
     """
     if planned.parent:
       return False
@@ -86,24 +93,25 @@ class Worker:
     return self.peers * members * planned.cost <= left
 
   def do(self, planned: Planned, whole: bool = False) -> bool:
-    """Does a run, and some that are like it, unless it is over or not to be had; True when it did something."""
+    """Does a run and others of its shape; False where the run is over, not ready, or another worker's."""
     if self.folder.row(planned) or not self.ready(planned):
       return False
-    held = self.take(planned)
-    if held is None:
+    lease = self.take(planned)
+    if lease is None:
       return False
-    members = [(planned, held), *self.companions(planned, held, whole)]
+    members = [(planned, lease), *self.companions(planned, lease, whole)]
     try:
       self.attempt(members)
     finally:
       for _, lease in members:
-        with contextlib.suppress(Exception):  # lost, or the disk is full: it will run out
+        # If it cannot be released (it is lost, or the disk is full), the lease expires in time.
+        with contextlib.suppress(Exception):
           if not lease.over:
             lease.release()
     return True
 
   def ready(self, planned: Planned) -> bool:
-    """Whether the checkpoint that it starts from is there, if it starts from one."""
+    """Whether the run can start: a branch needs its trunk's checkpoint, and fails if that cannot come."""
     if planned.parent is None or self.folder.step(planned):
       return True
     trunk = dataclasses.replace(planned, name=planned.parent)
@@ -117,64 +125,63 @@ class Worker:
     return False
 
   def take(self, planned: Planned):
-    """The run's lease; None where it is not to be had, or where the run has failed too often."""
-    held = self.leases.take(planned.name, self.folder.step(planned))
-    if held is None:
+    """The run's lease; None where another worker has it, or where the run has failed too often."""
+    lease = self.leases.take(planned.name, self.folder.step(planned))
+    if lease is None:
       return None
     if self.folder.row(planned):
-      held.release()
+      lease.release()
       return None
-    if held.failures > self.sweep.retries:
-      self.folder.fail(planned, f'{held.reason} ({held.failures} attempts)')
-      held.release()
+    if lease.failures > self.sweep.retries:
+      self.folder.fail(planned, f'{lease.reason} ({lease.failures} attempts)')
+      lease.release()
       return None
-    return held
+    return lease
 
-  def companions(self, planned: Planned, held, whole: bool) -> list[tuple]:
-    """Runs of its shape to train with this one at once, with their leases: all, or this worker's share."""
+  def companions(self, planned: Planned, lease, whole: bool) -> list[tuple]:
+    """(run, lease) of the runs to train together with this one: all of its shape, or this worker's share."""
     alike = [run for run in self.alike.get(self.kind(planned), []) if run is not planned]
-    # What has failed before is tried alone, so that it spoils no other.
-    if self.sweep.population == 1 or held.failures or planned.parent or not alike:
+    # A run that has failed before is tried alone, so that it cannot spoil the others.
+    if self.sweep.population == 1 or lease.failures or planned.parent or not alike:
       return []
     alike = [run for run in alike if self.folder.row(run) is None]
     most = self.sweep.population
     if not whole:
       most = min(most, math.ceil((len(alike) + 1) / self.peers))
-    from research.training import alike as alike_module
-    from research.training.alike import possible
-
-    run, found = self.sweep.config(planned).build(), []
-    if not possible(run):
+    run, companions = self.sweep.config(planned).build(), []
+    if not alike_module.possible(run):
       return []
     shape = alike_module.shape(run)
     for run in alike:
-      if len(found) + 1 >= most:
+      if len(companions) + 1 >= most:
         break
       if alike_module.shape(self.sweep.config(run).build()) != shape:
         continue
-      if lease := self.take(run):
-        if lease.failures:
-          lease.release()
+      if other := self.take(run):
+        if other.failures:
+          other.release()
         else:
-          found.append((run, lease))
-    return found
+          companions.append((run, other))
+    return companions
 
   def attempt(self, members: list[tuple]) -> None:
-    """Trains what is held; a failure is remembered, and after too many the run is over."""
-    from research.sweeps import leases
-    from research.training import interrupt
+    """Trains the runs whose leases these are. Notes a failure, and after too many ends the run.
 
+    Args:
+      members: (run, lease) each.
+    """
     folders = [self.folder.run(run) for run, _ in members]
     files = [f / name for f in folders for name in ('metrics.jsonl', 'log.txt')]
     progress = lambda: [storage.size(file) for file in files]
-    held = [lease for _, lease in members]
+    taken = [lease for _, lease in members]
     try:
-      with leases.Heartbeat(held, progress, self.sweep.patience, lost=_give_up):
+      with leases.Heartbeat(taken, progress, self.sweep.patience, lost=_give_up):
         self.train(members)
     except interrupt.Interrupted:
       raise
     except Exception as error:
-      if isinstance(error, UserError) and len(members) == 1:  # the same again every time
+      # A wrong input would be wrong again. Among several members it is not known whose it is.
+      if isinstance(error, UserError) and len(members) == 1:
         return self.folder.fail(members[0][0], str(error))
       reason = f'{type(error).__name__}: {(str(error).splitlines() or [""])[0]}'
       for run, lease in members:
@@ -187,8 +194,8 @@ class Worker:
           self.folder.fail(run, f'{reason} ({lease.failures} attempts)')
 
   def train(self, members: list[tuple]) -> None:
-    from research.training import loop, population
-    from research.training.alike import possible  # jax: only in the process that trains
+    """Trains the members to their ends: one alone, several as a population."""
+    from research.training import loop, population  # Orbax and more: only in a process that trains
 
     with contextlib.ExitStack() as stack:
       made, logs = [], []
@@ -202,14 +209,14 @@ class Worker:
       workdirs = [self.folder.run(run) for run, _ in members]
       with made[0].explains():
         runs, texts = [config.build() for config in made], [config.text for config in made]
-        # Where a core is a device (`share_cores`), a run that is alone has one of them.
-        if len(runs) == 1 and not (self.shares_cores and possible(runs[0])):
+        # Where each core is a device (`share_cores`), a run that is alone is a population of one: it uses one.
+        if len(runs) == 1 and not (self.shares_cores and alike_module.possible(runs[0])):
           loop.train(runs[0], workdirs[0], texts[0], stream=logs[0])
         else:
           population.train_population(runs, workdirs, texts, logs)
 
   def branch(self, planned: Planned) -> None:
-    """Gives a run the checkpoint that it starts from: from there on it is a run that was stopped."""
+    """Copies the checkpoint that a branch starts from into its folder, so that the branch resumes from it."""
     trunk = self.folder.run(dataclasses.replace(planned, name=planned.parent))
     run, saved = self.folder.run(planned), f'checkpoints/{planned.fork}'
     curve = [r for r in storage.read_rows(trunk / 'metrics.jsonl') if r['step'] <= planned.fork]
@@ -219,5 +226,5 @@ class Worker:
 
 
 def _give_up() -> None:
-  """Another worker has this one's run: not a byte more into its folder."""
+  """Ends the process at once: another worker has its run, so it may not write one more byte there."""
   os._exit(75)

@@ -143,8 +143,47 @@ def test_what_is_known_of_the_law_is_held(make, trained, tmp_path):
   work(the_sweep, Folder(tmp_path), runs)
   found = findings.conclude(Folder(tmp_path), the_sweep, runs)
   assert found.approach3.parameters['E'] == found.approach2.loss.floor == LAW['E']
-  with pytest.raises(Invalid, match=r"Sweep\.fixed: Chinchilla has no 'e'; it has E, A, B"):
-    dataclasses.replace(the_sweep, fixed={'e': 1.0})
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({'law': laws.Kaplan}, r'Sweep\.law: .* is no law: bind an instance'),
+    (
+      {'law': laws.DataConstrained()},
+      r'Sweep\.law: DataConstrained is a law of params, tokens, uniq',
+    ),
+    ({'fixed': {'e': 1.0}}, r"Sweep\.fixed: Chinchilla has no 'e'; it has E, A, B"),
+    ({'prior': {'E': 1.0}}, r'Sweep\.prior: Chinchilla also needs A, B, alpha, beta'),
+    ({'law': laws.TiedChinchilla(), 'fixed': {'beta': 1.0}}, r"TiedChinchilla has no 'beta'"),
+  ],
+)
+def test_a_law_that_a_sweep_cannot_fit_is_refused_at_once(change, message, make):
+  with pytest.raises(Invalid, match=message):
+    dataclasses.replace(build(make()), **change)
+
+
+def test_the_law_of_a_sweep_is_what_its_plan_and_its_rows_are_fitted_to(make, monkeypatch):
+  prior, law = {'E': 1.2, 'A': 60.0, 'B': 60.0, 'alpha': 0.3}, laws.TiedChinchilla()
+  the_sweep = dataclasses.replace(build(make()), law=law, prior=prior, noise=0.0)
+  _, runs, _ = make_plan(the_sweep)
+  asked = []
+
+  def fit_results(rows, **options):
+    asked.append((rows, options))
+    return types.SimpleNamespace(exponents=lambda: {'a, approach 3': (0.5, 0.4, 0.6)})
+
+  monkeypatch.setattr(findings, 'fit_results', fit_results)
+  monkeypatch.setattr(estimate, 'fit_results', fit_results)
+  said = estimate.informative(the_sweep, runs, draws=1)
+  assert said.startswith(
+    'if the law were TiedChinchilla with E 1.2, A 60, B 60, alpha 0.3, and seeds'
+  )
+  ((rows, options),) = asked
+  expected = [1.2 + 60 / run.size.params**0.3 + 60 / run.tokens**0.3 for run in runs]
+  assert [row['loss'] for row in rows] == pytest.approx(expected, rel=1e-12)
+  findings.fit(the_sweep, rows)
+  assert options['law'] == asked[1][1]['law'] == law
 
 
 def test_finished_runs_are_not_done_again_and_a_held_one_is_left_alone(make, trained, tmp_path):
@@ -568,11 +607,13 @@ def test_a_design_ends_in_rows_an_answer_and_a_page(name, figures, says, tmp_pat
 def test_a_law_that_is_refused_leaves_rows_and_a_page_that_says_why(done, tmp_path):
   the_sweep, folder, runs = simulate('kaplan', tmp_path, failed=16 - done)
   why = findings.conclude(folder, the_sweep, runs)
-  assert re.search(
-    'none of 16 runs finished; the first: Runt' if done == 0 else r'3 rows for \d parameters', why
+  assert isinstance(why, findings.Refused)
+  expected = (
+    'none of 16 runs finished; the first: Runt' if done == 0 else r'3 rows for \d parameters'
   )
+  assert re.search(f'^no law: .*{expected}', str(why))
   page = report.write(folder, the_sweep, why).read_text()
-  assert f'No law: {html.escape(why)}' in page
+  assert f'No law: {html.escape(why.reason)}' in page
   assert page.count('RuntimeError: out of cheese') >= 2 * (16 - done)  # the reasons, the rows
   assert ('<img ' in page) == (done > 0)
   assert len((tmp_path / 'results.csv').read_text().splitlines()) == 1 + len(runs)

@@ -1,4 +1,6 @@
-"""FIXME: say what this module is."""
+"""The launcher that --launcher names: one of this project, or any class that Python can import."""
+
+import importlib
 
 from research.core.errors import UserError, did_you_mean
 from research.sweeps.launchers.cloud import Gcloud, SkyPilot, Xpk
@@ -10,7 +12,44 @@ NAMED = {'local': Local, 'slurm': Slurm, 'gcloud': Gcloud, 'xpk': Xpk, 'skypilot
 
 
 def named(name: str) -> Launcher:
-  """The launcher of that name with its defaults."""
-  if name not in NAMED:
-    raise UserError(f'--launcher={name}: no such launcher.{did_you_mean(name, NAMED)}')
-  return NAMED[name]()
+  """The launcher of that name, with its defaults.
+
+  Args:
+    name: a key of `NAMED`, or `module.Class` of a launcher that lives anywhere Python can import.
+
+  Raises:
+    UserError: there is no such launcher, or it is none.
+  """
+  if name in NAMED:
+    return NAMED[name]()
+  if '.' not in name:
+    raise UserError(
+      f'--launcher={name}: no such launcher.{did_you_mean(name, NAMED)} '
+      'For one of your own write module.Class.'
+    )
+  module_name, _, class_name = name.rpartition('.')
+  try:
+    module = importlib.import_module(module_name)
+  except ModuleNotFoundError as error:
+    # Only if it is this module, or a package around it, that is missing: not something that it imports.
+    if not f'{module_name}.'.startswith(f'{error.name}.'):
+      raise
+    raise UserError(
+      f'--launcher={name}: Python finds no module {error.name!r}; add its folder to PYTHONPATH.'
+    ) from None
+  public = [member for member in vars(module) if not member.startswith('_')]
+  if class_name not in public:
+    raise UserError(
+      f'--launcher={name}: {module_name} has no {class_name}.{did_you_mean(class_name, public)}'
+    )
+  try:
+    launcher = getattr(module, class_name)()
+  except TypeError as error:
+    raise UserError(
+      f'--launcher={name}: {error}. Bind it in a gin file instead: sweep.Sweep.launcher = @...()'
+    ) from None
+  if not callable(getattr(launcher, 'run', None)):
+    raise UserError(
+      f'--launcher={name}: {class_name} has no method run(job), so it is no launcher.'
+    )
+  return launcher

@@ -1,21 +1,21 @@
-"""FIXME: say what this module is."""
+"""Launchers that print what to run: on TPU slices by gcloud, XPK or SkyPilot."""
 
 import dataclasses
 import shlex
 
 from research.core import storage
-from research.sweeps.launchers.job import Job, _check_workers
+from research.sweeps.launchers.job import Job, check_workers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Printed:
-  """A launcher that only says what to run: the tool itself is the user's.
+class Printed:
+  """A launcher that prints the commands of another tool and runs none of them.
 
   Attributes:
-    workers: slices, each with one worker.
+    workers: how many slices, each with one worker.
     accelerator: the type of a slice, as the tool names it.
-    zone: where.
-    repository: what every host clones.
+    zone: the cloud's zone of the slices.
+    repository: the URL of the repository that every host clones.
   """
 
   workers: int = 4
@@ -24,9 +24,10 @@ class _Printed:
   repository: str = '$REPOSITORY'
 
   def __post_init__(self):
-    _check_workers(self)
+    check_workers(self)
 
   def run(self, job: Job) -> bool:
+    """Prints what to run, and leaves it to the user."""
     if not storage.is_bucket(job.workdir):
       print(f'# {job.workdir} must be a disk that all hosts share; or give --workdir=gs://...')
     print(self.text(job))
@@ -34,35 +35,38 @@ class _Printed:
     return False
 
   def text(self, job: Job) -> str:
-    """What to run, or a file's text."""
+    """The commands to run, or the text of a file for the tool."""
     raise NotImplementedError
 
   def worker(self, job: Job) -> str:
-    """The shell command of a host: install, then work."""
-    arguments = shlex.join([*job.arguments, f'--peers={self.workers}'])
+    """The shell command of one host: it installs the project, then works."""
     return (
-      f'git clone {self.repository} isoflop && cd isoflop && pip install uv && '
-      f'uv run --extra tpu python -m research.sweep {arguments}'
+      f'git clone {self.repository} isoflop && cd isoflop && pip install uv && {self.command(job)}'
     )
 
+  def command(self, job: Job) -> str:
+    """The worker itself, in a checkout of the project on a TPU host."""
+    arguments = shlex.join([*job.arguments, f'--peers={self.workers}'])
+    return f'uv run --extra tpu python -m research.sweep {arguments}'
 
-class Gcloud(_Printed):
-  """Queued resources of Cloud TPU: each a slice with one worker on every host."""
+
+class Gcloud(Printed):
+  """Queued resources of Cloud TPU, each a slice whose hosts are one worker together."""
 
   def text(self, job: Job) -> str:
-    lines = ['# Slices, asked for at once; each becomes ACTIVE when there is room.']
+    lines = ['# Request all slices at once; each becomes ACTIVE when there is room for it.']
     for i in range(self.workers):
       lines.append(
         f'gcloud compute tpus queued-resources create isoflop-{i} --node-id=isoflop-{i} '
         f'--zone={self.zone} --accelerator-type={self.accelerator} --runtime-version=v2-alpha-tpuv5-lite --spot'
       )
-    lines.append('# A worker on each.')
+    lines.append('# Start a worker on each.')
     for i in range(self.workers):
       lines.append(
         f'gcloud compute tpus tpu-vm ssh isoflop-{i} --zone={self.zone} --worker=all '
         f'--command={shlex.quote(self.worker(job))}'
       )
-    lines.append('# Afterwards')
+    lines.append('# Delete them afterwards.')
     for i in range(self.workers):
       lines.append(
         f'gcloud compute tpus queued-resources delete isoflop-{i} --zone={self.zone} --force --quiet'
@@ -70,7 +74,7 @@ class Gcloud(_Printed):
     return '\n'.join(lines)
 
 
-class Xpk(_Printed):
+class Xpk(Printed):
   """A workload on a GKE cluster that XPK made: one slice for each worker."""
 
   def text(self, job: Job) -> str:
@@ -86,11 +90,10 @@ class Xpk(_Printed):
     return '\n'.join(lines)
 
 
-class SkyPilot(_Printed):
-  """A SkyPilot task, one YAML file; a spot slice that is taken away is started again."""
+class SkyPilot(Printed):
+  """A SkyPilot task in one YAML file. SkyPilot starts a spot slice again after it was taken away."""
 
   def text(self, job: Job) -> str:
-    arguments = shlex.join([*job.arguments, f'--peers={self.workers}'])
     return f"""\
 # isoflop.yaml; for i in $(seq {self.workers}): sky jobs launch --name isoflop-$i --yes isoflop.yaml
 name: isoflop
@@ -103,4 +106,4 @@ setup: |
   git clone {self.repository} isoflop
   cd isoflop && pip install uv && uv sync --extra tpu
 run: |
-  cd isoflop && uv run --extra tpu python -m research.sweep {arguments}"""
+  cd isoflop && {self.command(job)}"""

@@ -1,29 +1,31 @@
-"""FIXME: say what this module is."""
+"""Workers as jobs of a Slurm cluster, through submitit."""
 
 import dataclasses
 import os
 import signal
 import subprocess
-import sys
 import time
 
 from research.core.errors import UserError
-from research.sweeps.launchers.job import Job, _check_workers, environment
+from research.sweeps.launchers.job import Job, check_workers, environment
 
 
 class _SlurmWorker:
-  """What submitit pickles and calls on a node; asked to stop, it saves and is queued again."""
+  """What submitit pickles and calls on a node. A job that is stopped saves its run and is queued again."""
 
   def __init__(self, command: list[str]):
     self.command, self.process = command, None
 
   def __call__(self) -> int:
-    # submitit's signal comes to all processes of the job: this one answers it, and tells the worker.
-    ignore = lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    # submitit's signal reaches all processes of the job. This one answers it, and sends SIGTERM to the worker.
+    def ignore():
+      signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+
     self.process = subprocess.Popen(self.command, env=environment(), preexec_fn=ignore)
     return self.process.wait()
 
   def checkpoint(self):
+    """Called by submitit before the job ends: stops the worker, and says what to queue instead."""
     from submitit.helpers import DelayedSubmission
 
     if self.process is not None:
@@ -34,7 +36,7 @@ class _SlurmWorker:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Slurm:
-  """Jobs of a Slurm cluster, through submitit (`uv pip install submitit`), whose nodes share the workdir.
+  """Jobs of a Slurm cluster whose nodes share the workdir, through submitit (`uv pip install submitit`).
 
   A job that is preempted, or runs out of time, saves its run and is queued again.
 
@@ -49,21 +51,21 @@ class Slurm:
   parameters: dict = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
-    _check_workers(self)
+    check_workers(self)
 
   def run(self, job: Job) -> bool:
-    """Submits the workers and waits for rows; workers are submitted again while there are none left.
+    """Submits the workers and waits for rows. Submits them again if all end before the runs do.
 
     Raises:
-      UserError: no submitit, or Slurm refuses.
+      UserError: submitit is not installed, Slurm refuses the jobs, or they end three times too early.
     """
     jobs = self.submit(job)
-    looked, resubmitted = time.monotonic(), 0
+    checked, resubmitted = time.monotonic(), 0
     while job.todo():
       time.sleep(0.5)
       job.watch()
-      if time.monotonic() - looked > 30:
-        looked = time.monotonic()
+      if time.monotonic() - checked > 30:  # each question is a load on Slurm's controller
+        checked = time.monotonic()
         if not self.queued(jobs) and job.todo():
           resubmitted += 1
           if resubmitted > 3:
@@ -73,11 +75,12 @@ class Slurm:
 
   @staticmethod
   def queued(jobs: list) -> bool:
-    """Whether any of the jobs runs or waits."""
-    found = subprocess.run(['squeue', '-h', '-o', '%i'], capture_output=True, text=True)
-    return found.returncode != 0 or bool({j.job_id for j in jobs} & set(found.stdout.split()))
+    """Whether any of the jobs runs or waits; True where Slurm does not answer."""
+    answer = subprocess.run(['squeue', '-h', '-o', '%i'], capture_output=True, text=True)
+    return answer.returncode != 0 or bool({j.job_id for j in jobs} & set(answer.stdout.split()))
 
   def submit(self, job: Job) -> list:
+    """Submits one job for each worker; returns submitit's jobs."""
     try:
       import submitit
     except ImportError:
@@ -86,9 +89,8 @@ class Slurm:
     executor = submitit.AutoExecutor(folder=str(folder), cluster='slurm')
     executor.update_parameters(timeout_min=self.minutes, name='isoflop', **self.parameters)
     peers = min(self.workers, job.todo())
-    command = [sys.executable, '-m', 'research.sweep', *job.arguments, f'--peers={peers}']
-    os.environ.update(environment())  # what a job is given
+    os.environ.update(environment())  # sbatch hands this process's environment to its jobs
     try:
-      return [executor.submit(_SlurmWorker(command)) for _ in range(peers)]
+      return [executor.submit(_SlurmWorker(job.command(peers))) for _ in range(peers)]
     except (RuntimeError, OSError, submitit.core.utils.FailedJobError) as error:
       raise UserError(f'Slurm refused the workers: {str(error).splitlines()[0]}') from None
