@@ -143,7 +143,7 @@ def _of_parameter(name, found, index) -> Iterator[Tensor]:
   if '{}' in name:  # one tensor per expert
     for expert in range(param.shape[len(index)]):
       yield _matrix(name.format(expert), [_piece(param, path, (*index, expert), 1)])
-  elif path[-1] == 'kernel':
+  elif param.kind == 'matrix':
     yield _matrix(name, [_piece(param, path, index, 1)])
   else:
     piece = _piece(param, path, index, 0)

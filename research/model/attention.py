@@ -13,8 +13,8 @@ from research.model.kernels.dot_product import dot_product_attention
 from research.model.kernels.ring import ring_attention
 from research.model.kernels.split_sequence import is_split
 from research.model.layers import Linear
-from research.model.parameters import check_sizes
-from research.model.part import Context, Part
+from research.model.parameters import check_sizes, size
+from research.model.part import Context, Cost, Factory
 from research.model.positions import by_place
 from research.parallel.axes import shard
 
@@ -111,8 +111,6 @@ class Attention(nnx.Module):
     window: a query sees itself and the window - 1 keys before it (Mistral).
   """
 
-  cross = False
-
   def __init__(
     self,
     embed: int,
@@ -121,27 +119,22 @@ class Attention(nnx.Module):
     head_dim: int,
     kv_heads: int | None = None,
     rotary: Callable[..., jax.Array] | None = None,
-    qk_norm: Part | None = None,
+    qk_norm: Factory | None = None,
     qk_norm_heads: bool = False,
     scale: float | None = None,
     soft_cap: float | None = None,
     window: int | None = None,
     qkv_bias: bool = False,
     output_bias: bool = False,
-    linear: Part = Linear,
+    linear: Factory = Linear,
     rngs: nnx.Rngs,
   ):
     check_sizes(type(self), heads=heads, head_dim=head_dim, kv_heads=kv_heads, window=window)
     kv_heads = kv_heads or heads
     if heads % kv_heads:
       raise Invalid(type(self), 'kv_heads', f'{kv_heads} does not divide the {heads} heads.')
-    self.heads, self.head_dim, self.rotary, self.soft_cap, self.window = (
-      heads,
-      head_dim,
-      rotary,
-      soft_cap,
-      window,
-    )
+    self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+    self.rotary, self.soft_cap, self.window = rotary, soft_cap, window
     self.scale = head_dim**-0.5 if scale is None else scale
     query_scale = (head_dim**-0.5 / self.scale) ** 2
     make = lambda axis, n, scale=1.0: linear(
@@ -179,16 +172,22 @@ class Attention(nnx.Module):
     flat = shard(x, 'batch', 'length', None, None).reshape(*x.shape[:2], -1)
     return shard(norm(flat).reshape(x.shape), 'batch', 'length', axis, None)
 
-  def mixing_flops(self, length: int, encoder_length: int) -> int:
-    """Forward FLOPs of query key^T and weights value for a sequence, every key seen by every query."""
-    keys = encoder_length if self.cross else length
-    return 4 * length * min(keys, self.window or keys) * self.heads * self.head_dim
+  def cost(self, length: int, encoder_length: int) -> Cost:
+    """Two products, query key^T and weights value, and the keys and values that decoding keeps."""
+    window = min(self.window or length, length)
+    # The causal mask leaves a band of `window` keys without the corner before the first token.
+    pairs, visible = length * window, length * window - window * (window - 1) // 2
+    per_pair = 4 * self.heads * self.head_dim
+    return Cost(
+      full=pairs * per_pair,
+      visible=visible * per_pair,
+      softmax=3 * pairs * self.heads,
+      cached=2 * self.kv_heads * self.head_dim,
+    )
 
 
 class CrossAttention(Attention):
   """Attention from the decoder to the encoder's output: no position bias, nothing hidden but padding."""
-
-  cross = True
 
   def __call__(self, x: jax.Array, context: Context):
     lengths = (x.shape[1], context.encoded.shape[1])
@@ -198,3 +197,17 @@ class CrossAttention(Attention):
     k, v = (shard(y, 'batch', None, 'kv_heads', None) for y in (k, v))
     y = dot_product_attention(q, k, v, mask=mask, scale=self.scale, soft_cap=self.soft_cap)
     return self.output(y), {}
+
+  def cost(self, length: int, encoder_length: int) -> Cost:
+    """As `Attention`'s, with the encoder's tokens as keys, none of them hidden; keys and values are made of them."""
+    pairs = length * encoder_length
+    flops = 4 * pairs * self.heads * self.head_dim
+    of_encoder = (self.key, self.value)
+    return Cost(
+      full=flops,
+      visible=flops,
+      softmax=3 * pairs * self.heads,
+      cached_encoder=2 * self.kv_heads * self.head_dim,
+      encoder_params=sum(map(size, of_encoder)),
+      encoder_matrices=sum(size(module, 'matrix') for module in of_encoder),
+    )

@@ -1,4 +1,4 @@
-"""FIXME: say what this module is."""
+"""Tokens to vectors: the first layer of every model."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,8 @@ import jax
 from flax import nnx
 
 from research.model.parameters import Initializer, check_sizes, look_up, normal, param
-from research.model.part import Part
+from research.model.part import Cost, Factory
+from research.model.weights import Matrix, make_weight, rows
 from research.parallel.axes import gather, shard
 
 # A number, or how it follows from `embed`: then it is right at every width of a ladder.
@@ -28,6 +29,7 @@ class Embedder(nnx.Module):
     types: how many token types (BERT); tokens are of type 0.
     scale: of the token vectors, a number or a function of embed (Gemma: `math.sqrt`).
     norm: after the sum (BERT, BLOOM).
+    weight: makes the table of token vectors (see `weights`); None is the model's choice.
   """
 
   def __init__(
@@ -40,23 +42,27 @@ class Embedder(nnx.Module):
     fixed_positions: Callable[..., jax.Array] | None = None,
     types: int | None = None,
     scale: Scale = 1.0,
-    norm: Part | None = None,
+    norm: Factory | None = None,
     init: Initializer = normal,
+    weight: Factory | None = None,
     rngs: nnx.Rngs,
   ):
     check_sizes(Embedder, positions=positions, types=types)
     self.scale = scale(embed) if callable(scale) else scale
     self.position_offset, self.fixed_positions = position_offset, fixed_positions
-    table = lambda n, axis: param(rngs, (n, embed), (axis, 'embed'), init) if n else None
-    self.tokens, self.positions, self.types = (
-      table(vocab, 'vocab'),
-      table(positions, None),
-      table(types, None),
-    )
+    self.one_hot = vocab * embed
+    tokens = Matrix((vocab, embed), ('vocab', 'embed'), init, kind='table')
+    self.tokens = make_weight(tokens, weight, rngs=rngs)
+
+    def table(rows):
+      return param(rngs, (rows, embed), (None, 'embed'), init, kind='table') if rows else None
+
+    self.positions = table(positions)
+    self.types = table(types)
     self.norm = norm(embed, rngs=rngs) if norm else None
 
   def __call__(self, tokens: jax.Array, positions: jax.Array, dtype) -> jax.Array:
-    x = look_up(self.tokens[...].astype(dtype), 'vocab', tokens) * self.scale
+    x = rows(self.tokens, 'vocab', tokens, dtype) * self.scale
     if self.positions is not None:
       x = x + look_up(self.positions[...].astype(dtype), None, positions + self.position_offset)
     if self.fixed_positions is not None:
@@ -69,3 +75,6 @@ class Embedder(nnx.Module):
   def weights(self, dtype) -> jax.Array:
     """The token vectors [vocab, embed], gathered to multiply with."""
     return gather(self.tokens[...].astype(dtype), 'vocab', None)
+
+  def cost(self, length: int, encoder_length: int) -> Cost:
+    return Cost(one_hot=self.one_hot)

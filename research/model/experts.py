@@ -1,4 +1,11 @@
-"""FIXME: say what this module is."""
+"""The experts of a mixture: how tokens reach them, and their stacked matrices.
+
+A token's `active` choices are rows of one buffer ordered by expert. Dropless, an expert's rows are as many as
+chose it, rounded up to a block (Gale et al. 2022, arXiv:2211.15841); with a capacity they are a fixed number
+per sequence, and a choice that meets a full expert is dropped (Lepikhin et al. 2020, arXiv:2006.16668).
+Tokens are moved by gathers in both directions, so neither pass scatters. Where experts lie on other devices
+than the tokens, all_to_all takes the rows there and back.
+"""
 
 import functools
 import math
@@ -9,12 +16,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from research.model.kernels.grouped import grouped_matmul
-from research.model.parameters import normal, param
+from research.model.parameters import normal
+from research.model.part import Factory
+from research.model.weights import Matrix, make_weight
 from research.parallel.axes import per_device, shard, spec
 
 
 class Experts(nnx.Module):
-  """`experts` MLPs with stacked weights: [expert, embed, mlp] and back. `active_fraction` is for counting."""
+  """`experts` MLPs with stacked weights: [expert, embed, mlp] and back."""
 
   def __init__(
     self,
@@ -25,17 +34,20 @@ class Experts(nnx.Module):
     mlp: int,
     activations: Sequence[Callable[[jax.Array], jax.Array]],
     capacity: float | None,
+    weight: Factory | None = None,
     rngs: nnx.Rngs,
   ):
     self.experts, self.active, self.capacity = experts, active, capacity
-    self.active_fraction = active / experts
     self.activations = tuple(activations)
-    axes, init = ('expert', 'embed', 'mlp'), functools.partial(normal, stddev=embed**-0.5)
-    self.inputs = nnx.List(
-      [param(rngs, (experts, embed, mlp), axes, init) for _ in self.activations]
-    )
-    axes, init = ('expert', 'mlp', 'embed'), functools.partial(normal, stddev=mlp**-0.5)
-    self.output = param(rngs, (experts, mlp, embed), axes, init)
+
+    def matrices(ins: dict, outs: dict):
+      axes, shape = ('expert', *ins, *outs), (experts, *ins.values(), *outs.values())
+      init = functools.partial(normal, stddev=math.prod(ins.values()) ** -0.5)
+      matrix = Matrix(shape, axes, init, stacked=1, active=active / experts)
+      return make_weight(matrix, weight, rngs=rngs)
+
+    self.inputs = nnx.List([matrices({'embed': embed}, {'mlp': mlp}) for _ in self.activations])
+    self.output = matrices({'mlp': mlp}, {'embed': embed})
 
   def __call__(self, x: jax.Array, weights: jax.Array, index: jax.Array) -> jax.Array:
     """Sum over a token's choices of weight x expert(x); a choice of expert `experts` is of none."""
@@ -139,6 +151,9 @@ def _sum_backward(f, step, residuals, dy):
   return None, None, jax.lax.while_loop(lambda state: state[0] < end, add, (0, zero))[1]
 
 
+_sum_of_rounds.defvjp(_sum_forward, _sum_backward)
+
+
 def _among(index, experts: int, peers, own):
   """Choices of all experts as choices among the peers' that this device is to send to, and none for the rest.
 
@@ -183,6 +198,12 @@ def _as_tuple(axis) -> tuple:
 def _permute(x: jax.Array, index: jax.Array, inverse: jax.Array) -> jax.Array:
   """x[index], zero where the index is past the end; `inverse` undoes it, so the gradient is a gather too."""
   return x.at[index].get(mode='fill', fill_value=0)
+
+
+_permute.defvjp(
+  lambda x, index, inverse: (_permute(x, index, inverse), inverse),
+  lambda inverse, dy: (dy.at[inverse].get(mode='fill', fill_value=0), None, None),
+)
 
 
 def _rank(group: jax.Array, groups: int) -> tuple[jax.Array, jax.Array]:

@@ -1,4 +1,8 @@
-"""FIXME: say what this module is."""
+"""Feature vectors to logits: the last layer of every model.
+
+A head has `weights(embedder, dtype)`, its matrix as it is multiplied with, and `head(x, weights) -> logits`, so that
+a loss that cuts the length into chunks gathers the matrix once.
+"""
 
 import functools
 from collections.abc import Callable
@@ -10,7 +14,8 @@ from flax import nnx
 from research.model.embedder import Embedder, Scale
 from research.model.layers import Linear
 from research.model.parameters import Initializer, normal, param, project
-from research.model.part import Part
+from research.model.part import Cost, Factory
+from research.model.weights import Matrix, make_weight
 from research.parallel.axes import gather
 
 
@@ -28,7 +33,27 @@ def _against(x: jax.Array, table: jax.Array) -> jax.Array:
   return _logits(x, table, ('vocab', None), transposed=True)
 
 
-class TiedHead(nnx.Module):
+def _kernel(embed: int, vocab: int, init: Initializer | None, weight: Factory | None, rngs):
+  """A head's own matrix [embed, vocab], of variance 1/embed by default."""
+  init = init or functools.partial(normal, stddev=embed**-0.5)
+  return make_weight(Matrix((embed, vocab), ('embed', 'vocab'), init), weight, rngs=rngs)
+
+
+def _bias(vocab: int, rngs: nnx.Rngs) -> nnx.Param:
+  return param(rngs, (vocab,), ('vocab',), nnx.initializers.zeros, kind='vector')
+
+
+class Head(nnx.Module):
+  """What all heads share: a matrix of embed x vocab, their own or the embedder's, multiplies every token."""
+
+  def __init__(self, embed: int, vocab: int):
+    self.logits = embed * vocab
+
+  def cost(self, length: int, encoder_length: int) -> Cost:
+    return Cost(logits=self.logits)
+
+
+class TiedHead(Head):
   """Logits against the token vectors (Press & Wolf 2017, arXiv:1608.05859).
 
   Knobs:
@@ -45,6 +70,7 @@ class TiedHead(nnx.Module):
     soft_cap: float | None = None,
     rngs: nnx.Rngs,
   ):
+    super().__init__(embed, vocab)
     self.scale = scale(embed) if callable(scale) else scale
     self.soft_cap = soft_cap
 
@@ -55,8 +81,11 @@ class TiedHead(nnx.Module):
     return _soft_cap(_against(x * self.scale, weights), self.soft_cap)
 
 
-class UntiedHead(nnx.Module):
-  """Logits by a matrix of their own; with `bias` in GPT-J and Phi, `soft_cap` as in `TiedHead`."""
+class UntiedHead(Head):
+  """Logits by a matrix of their own; with `bias` in GPT-J and Phi, `soft_cap` as in `TiedHead`.
+
+  `weight` makes the matrix (see `weights`); None is the model's choice.
+  """
 
   def __init__(
     self,
@@ -66,11 +95,12 @@ class UntiedHead(nnx.Module):
     bias: bool = False,
     soft_cap: float | None = None,
     init: Initializer | None = None,
+    weight: Factory | None = None,
     rngs: nnx.Rngs,
   ):
-    init = init or functools.partial(normal, stddev=embed**-0.5)
-    self.kernel = param(rngs, (embed, vocab), ('embed', 'vocab'), init)
-    self.bias = param(rngs, (vocab,), ('vocab',), nnx.initializers.zeros) if bias else None
+    super().__init__(embed, vocab)
+    self.kernel = _kernel(embed, vocab, init, weight, rngs)
+    self.bias = _bias(vocab, rngs) if bias else None
     self.soft_cap = soft_cap
 
   def weights(self, embedder: Embedder, dtype) -> jax.Array:
@@ -83,12 +113,23 @@ class UntiedHead(nnx.Module):
     return _soft_cap(logits, self.soft_cap)
 
 
-class NormalisedHead(nnx.Module):
-  """Logits by a matrix whose column for every token has length one (Baichuan 2, arXiv:2309.10305)."""
+class NormalisedHead(Head):
+  """Logits by a matrix whose column for every token has length one (Baichuan 2, arXiv:2309.10305).
 
-  def __init__(self, embed: int, vocab: int, *, init: Initializer | None = None, rngs: nnx.Rngs):
-    init = init or functools.partial(normal, stddev=embed**-0.5)
-    self.kernel = param(rngs, (embed, vocab), ('embed', 'vocab'), init)
+  `weight` as in `UntiedHead`.
+  """
+
+  def __init__(
+    self,
+    embed: int,
+    vocab: int,
+    *,
+    init: Initializer | None = None,
+    weight: Factory | None = None,
+    rngs: nnx.Rngs,
+  ):
+    super().__init__(embed, vocab)
+    self.kernel = _kernel(embed, vocab, init, weight, rngs)
 
   def weights(self, embedder: Embedder, dtype) -> jax.Array:
     kernel = self.kernel[...]
@@ -99,7 +140,7 @@ class NormalisedHead(nnx.Module):
     return _logits(x, weights, (None, 'vocab'))
 
 
-class MaskedHead(nnx.Module):
+class MaskedHead(Head):
   """BERT's: logits of norm(activation(dense(x))) against the token vectors, plus a bias.
 
   Devlin et al. 2018, arXiv:1810.04805, as released.
@@ -110,15 +151,16 @@ class MaskedHead(nnx.Module):
     embed: int,
     vocab: int,
     *,
-    norm: Part,
+    norm: Factory,
     activation: Callable[[jax.Array], jax.Array],
-    linear: Part = Linear,
+    linear: Factory = Linear,
     rngs: nnx.Rngs,
   ):
+    super().__init__(embed, vocab)
     self.activation = activation
     self.dense = linear({'embed': embed}, {None: embed}, bias=True, rngs=rngs)
     self.norm = norm(embed, rngs=rngs)
-    self.bias = param(rngs, (vocab,), ('vocab',), nnx.initializers.zeros)
+    self.bias = _bias(vocab, rngs)
 
   def weights(self, embedder: Embedder, dtype) -> jax.Array:
     return embedder.weights(dtype)

@@ -1,4 +1,4 @@
-"""FIXME: say what this module is."""
+"""Multi-head latent attention, whose keys and values are made from one small vector per token."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from flax import nnx
 from research.model.attention import self_attention
 from research.model.layers import Linear
 from research.model.parameters import check_sizes
-from research.model.part import Context, Part
+from research.model.part import Context, Cost, Factory
 from research.parallel.axes import spec
 
 
@@ -27,9 +27,6 @@ class LatentAttention(nnx.Module):
     scale: (head_dim + rotary_dim)^-1/2 by default; YaRN as DeepSeek uses it multiplies that.
   """
 
-  quadratic = True
-  window = None
-
   def __init__(
     self,
     embed: int,
@@ -40,22 +37,18 @@ class LatentAttention(nnx.Module):
     value_dim: int,
     key_rank: int,
     query_rank: int | None = None,
-    norm: Part,
+    norm: Factory,
     rotary: Callable[..., jax.Array],
     scale: float | None = None,
-    linear: Part = Linear,
+    linear: Factory = Linear,
     rngs: nnx.Rngs,
   ):
     check_sizes(
       LatentAttention, heads=heads, head_dim=head_dim, rotary_dim=rotary_dim, value_dim=value_dim,
       key_rank=key_rank, query_rank=query_rank,
     )  # fmt: skip
-    self.heads, self.head_dim, self.rotary_dim, self.value_dim = (
-      heads,
-      head_dim,
-      rotary_dim,
-      value_dim,
-    )
+    self.heads, self.head_dim = heads, head_dim
+    self.rotary_dim, self.value_dim = rotary_dim, value_dim
     self.key_rank, self.rotary = key_rank, rotary
     self.scale = (head_dim + rotary_dim) ** -0.5 if scale is None else scale
     make = lambda inputs, outputs: linear(inputs, outputs, rngs=rngs)
@@ -89,10 +82,13 @@ class LatentAttention(nnx.Module):
     y = self_attention(q, k, v, context, scale=self.scale)
     return self.output(y), {}
 
-  def mixing_flops(self, length: int, encoder_length: int) -> int:
-    """Forward FLOPs of query key^T and weights value, every key seen by every query."""
-    return 2 * length * length * self.heads * (self.head_dim + self.rotary_dim + self.value_dim)
-
-  def cached_per_token(self) -> int:
-    """Values that decoding keeps per token."""
-    return self.key_rank + self.rotary_dim
+  def cost(self, length: int, encoder_length: int) -> Cost:
+    """Two products, query key^T and weights value; decoding keeps the small vector and the rotated key."""
+    pairs, visible = length * length, length * (length + 1) // 2
+    per_pair = 2 * self.heads * (self.head_dim + self.rotary_dim + self.value_dim)
+    return Cost(
+      full=pairs * per_pair,
+      visible=visible * per_pair,
+      softmax=3 * pairs * self.heads,
+      cached=self.key_rank + self.rotary_dim,
+    )

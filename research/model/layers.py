@@ -1,9 +1,7 @@
-"""What every part is made of: parameters with named axes, projections, norms, the MLP.
+"""What parts are made of: projections and norms.
 
-A *part* is a module `part(embed, **knobs, rngs=...)` with `part(x, context) -> (y, penalties)`: x and y are
-[batch, length, embed], `penalties` are scalars by name that training adds to the loss (most parts have none).
-The parent gives `embed`; the knobs are the part's own and come from gin. The dtype of the activations is the
-dtype of the computation: parameters stay float32 and are cast where they are used.
+The dtype of the activations is the dtype of the computation: parameters stay float32 and are cast where they are
+used.
 """
 
 import functools
@@ -14,26 +12,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from research.model.parameters import (
-  Initializer,
-  _project,
-  _project_backward,
-  _project_forward,
-  _whole,
-  normal,
-  param,
-  project,
-)
+from research.model.parameters import Initializer, _whole, normal, param
+from research.model.part import Factory
+from research.model.weights import Matrix, make_weight, multiply
 from research.parallel.axes import shard
-
-_project.defvjp(_project_forward, _project_backward)
 
 
 class Linear(nnx.Module):
   """y[..., outputs] = sum over inputs of x[..., inputs] kernel[inputs, outputs] (+ bias[outputs]).
 
   `inputs` and `outputs` map axis names to sizes; each may have several, as in {'heads': 8, 'head_dim': 64}.
-  The default initialisation is normal with variance 1/fan_in; `init_scale` multiplies that variance.
+  The default initialisation is normal with variance 1/fan_in; `init_scale` multiplies that variance. `weight`
+  makes the kernel (see `weights`); None is the model's choice.
   """
 
   def __init__(
@@ -44,20 +34,22 @@ class Linear(nnx.Module):
     bias: bool = False,
     init: Initializer | None = None,
     init_scale: float = 1.0,
+    weight: Factory | None = None,
     rngs: nnx.Rngs,
   ):
     self.inputs, self.outputs = tuple(inputs), tuple(outputs)
     fan_in = math.prod(inputs.values())
     init = init or functools.partial(normal, stddev=math.sqrt(init_scale / fan_in))
     shape = (*inputs.values(), *outputs.values())
-    self.kernel = param(rngs, shape, (*inputs, *outputs), init)
-    zeros = nnx.initializers.zeros
-    self.bias = param(rngs, tuple(outputs.values()), self.outputs, zeros) if bias else None
+    kernel = Matrix(shape, (*inputs, *outputs), init, inputs=len(inputs))
+    self.kernel = make_weight(kernel, weight, rngs=rngs)
+    shape, zeros = tuple(outputs.values()), nnx.initializers.zeros
+    self.bias = param(rngs, shape, self.outputs, zeros, kind='vector') if bias else None
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    n, kernel = len(self.inputs), self.kernel[...]
+    n = len(self.inputs)
     to = (*('batch', 'length', *[None] * 8)[: x.ndim - n], *_whole(self.outputs))
-    y = project(x, kernel, (*self.inputs, *self.outputs), to, contract=n)
+    y = multiply(x, self.kernel, (*self.inputs, *self.outputs), to, contract=n)
     if self.outputs == ('embed',):
       y = shard(y, 'batch', 'sequence', None)
     if self.bias is None:
@@ -75,7 +67,8 @@ class RMSNorm(nnx.Module):
     self, embed: int, *, epsilon: float = 1e-6, scale_offset: float = 0.0, rngs: nnx.Rngs
   ):
     self.epsilon, self.scale_offset = epsilon, scale_offset
-    self.scale = param(rngs, (embed,), (None,), nnx.initializers.constant(1.0 - scale_offset))
+    init = nnx.initializers.constant(1.0 - scale_offset)
+    self.scale = param(rngs, (embed,), (None,), init, kind='vector')
 
   def __call__(self, x: jax.Array) -> jax.Array:
     y = x.astype(jnp.float32)
@@ -96,8 +89,9 @@ class LayerNorm(nnx.Module):
     rngs: nnx.Rngs,
   ):
     self.epsilon = epsilon
-    self.scale = param(rngs, (embed,), (None,), nnx.initializers.ones) if scale else None
-    self.bias = param(rngs, (embed,), (None,), nnx.initializers.zeros) if bias else None
+    vector = lambda init: param(rngs, (embed,), (None,), init, kind='vector')
+    self.scale = vector(nnx.initializers.ones) if scale else None
+    self.bias = vector(nnx.initializers.zeros) if bias else None
 
   def __call__(self, x: jax.Array) -> jax.Array:
     y = x.astype(jnp.float32)

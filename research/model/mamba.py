@@ -1,4 +1,4 @@
-"""FIXME: say what this module is."""
+"""Mamba, the selective state space: a state per channel, carried along the sequence."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ from flax import nnx
 
 from research.model.layers import Linear
 from research.model.parameters import check_sizes, param
-from research.model.part import Context, Part
+from research.model.part import Context, Cost, Factory
 from research.model.recurrence import (
   CausalConvolution,
   _chunks,
@@ -68,9 +68,9 @@ class Mamba(nnx.Module):
     width: int = 4,
     bias: bool = False,
     convolution_bias: bool = True,
-    norm: Part | None = None,
+    norm: Factory | None = None,
     chunk: int = 64,
-    linear: Part = Linear,
+    linear: Factory = Linear,
     rngs: nnx.Rngs,
   ):
     check_sizes(Mamba, inner=inner, rank=rank, state=state, width=width, chunk=chunk)
@@ -86,9 +86,10 @@ class Mamba(nnx.Module):
     self.step_down = make({'mlp': inner}, {'rank': rank})
     self.b, self.c = (make({'mlp': inner}, {'state': state}) for _ in range(2))
     self.step = make({'rank': rank}, {'mlp': inner}, init_scale=1 / 3)
-    self.step_bias = param(rngs, (inner,), ('mlp',), step_bias(1e-3, 1e-1))
-    self.log_a = param(rngs, (inner, state), ('mlp', None), log_range(1))
-    self.d = param(rngs, (inner,), ('mlp',), nnx.initializers.ones)
+    vector = lambda init: param(rngs, (inner,), ('mlp',), init, kind='vector')
+    self.step_bias = vector(step_bias(1e-3, 1e-1))
+    self.log_a = param(rngs, (inner, state), ('mlp', None), log_range(1), kind='vector')
+    self.d = vector(nnx.initializers.ones)
     self.output = make({'mlp': inner}, {'embed': embed}, bias)
     norms = [norm(size, rngs=rngs) for size in (rank, state, state)] if norm else None
     self.step_norm, self.b_norm, self.c_norm = norms or (None, None, None)
@@ -123,6 +124,7 @@ class Mamba(nnx.Module):
     _, y = jax.lax.scan(jax.checkpoint(chunk), h, tuple(inputs))
     return shard(_whole(y, x.shape[1]), 'batch', 'length', 'mlp')
 
-  def mixing_flops(self, length: int, encoder_length: int) -> int:
-    """Forward FLOPs of the recurrence: 6 per channel and state."""
-    return 6 * length * self.inner * self.state
+  def cost(self, length: int, encoder_length: int) -> Cost:
+    """The recurrence: 6 FLOPs per channel and state."""
+    flops = 6 * length * self.inner * self.state
+    return Cost(full=flops, visible=flops)

@@ -1,4 +1,4 @@
-"""FIXME: say what this module is."""
+"""Mamba-2: state-space duality, a recurrence computed as masked products inside chunks."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ from flax import nnx
 from research.core.errors import Invalid
 from research.model.layers import Linear
 from research.model.parameters import check_sizes, param
-from research.model.part import Context, Part
+from research.model.part import Context, Cost, Factory
 from research.model.recurrence import CausalConvolution, _chunks, _whole, log_range, step_bias
 from research.parallel.axes import shard, spec
 
@@ -48,7 +48,7 @@ class Mamba2(nnx.Module):
     convolution_bias: bool = True,
     norm_epsilon: float = 1e-5,
     chunk: int = 128,
-    linear: Part = Linear,
+    linear: Factory = Linear,
     rngs: nnx.Rngs,
   ):
     check_sizes(Mamba2, heads=heads, head_dim=head_dim, state=state, groups=groups, chunk=chunk)
@@ -73,11 +73,12 @@ class Mamba2(nnx.Module):
     self.input_convolution, self.b_convolution, self.c_convolution = map(
       convolve, (channels, shared, shared)
     )
-    self.step_bias = param(rngs, (heads,), ('heads',), step_bias(1e-3, 1e-1))
-    self.log_a = param(rngs, (heads,), ('heads',), log_range(0))
-    self.d = param(rngs, (heads,), ('heads',), nnx.initializers.ones)
-    shape = (heads, head_dim)
-    self.norm_scale = param(rngs, shape, ('heads', None), nnx.initializers.ones)
+    vector = lambda init: param(rngs, (heads,), ('heads',), init, kind='vector')
+    self.step_bias = vector(step_bias(1e-3, 1e-1))
+    self.log_a = vector(log_range(0))
+    self.d = vector(nnx.initializers.ones)
+    shape, ones = (heads, head_dim), nnx.initializers.ones
+    self.norm_scale = param(rngs, shape, ('heads', None), ones, kind='vector')
     self.output = linear(channels, {'embed': embed}, bias=bias, rngs=rngs)
 
   def __call__(self, x: jax.Array, context: Context):
@@ -148,8 +149,9 @@ class Mamba2(nnx.Module):
     square = shard(square, 'batch', 'length', 'heads')[..., None]
     return (y * jax.lax.rsqrt(square + self.epsilon) * self.norm_scale[...]).astype(dtype)
 
-  def mixing_flops(self, length: int, encoder_length: int) -> int:
-    """Forward FLOPs of the chunked products, every pair of a chunk counted."""
+  def cost(self, length: int, encoder_length: int) -> Cost:
+    """The chunked products, every pair of a chunk counted."""
     chunk, inner = min(self.chunk, length), self.heads * self.head_dim
     pairs = 2 * chunk * (self.groups * self.state + inner)
-    return length * (pairs + 4 * inner * self.state)
+    flops = length * (pairs + 4 * inner * self.state)
+    return Cost(full=flops, visible=flops)

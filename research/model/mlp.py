@@ -1,4 +1,4 @@
-"""FIXME: say what this module is."""
+"""The multilayer perceptron, plain or gated."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ from flax import nnx
 
 from research.model.layers import Linear
 from research.model.parameters import check_sizes
-from research.model.part import Context, Part
+from research.model.part import Context, Cost, Factory
 
 
 class Mlp(nnx.Module):
@@ -25,7 +25,7 @@ class Mlp(nnx.Module):
     mlp: int,
     activations: Sequence[Callable[[jax.Array], jax.Array]],
     bias: bool = False,
-    linear: Part = Linear,
+    linear: Factory = Linear,
     rngs: nnx.Rngs,
   ):
     check_sizes(Mlp, mlp=mlp)
@@ -38,3 +38,6 @@ class Mlp(nnx.Module):
   def __call__(self, x: jax.Array, context: Context):
     hidden = (f(linear(x)) for f, linear in zip(self.activations, self.inputs, strict=True))
     return self.output(functools.reduce(jnp.multiply, hidden)), {}
+
+  def cost(self, length: int, encoder_length: int) -> Cost:
+    return Cost()

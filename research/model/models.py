@@ -1,10 +1,10 @@
 """Whole models: a batch in, logits out.
 
 A model has `features(batch) -> (x [batch, length, embed], penalties)` and `logits(x)`; the two are apart so
-that a loss need never hold the logits of a whole batch. A head has `weights(embedder, dtype)`, its matrix as it
-is multiplied with, and `(x, weights) -> logits`. The keys of a batch are seqio's.
+that a loss need never hold the logits of a whole batch. The keys of a batch are seqio's.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from research.model.parameters import check_sizes
-from research.model.part import Context, Part
+from research.model.parameters import check_sizes, size
+from research.model.part import Context, Cost, Factory, cost_of
+from research.model.weights import used_by_default
 from research.parallel.axes import spec
 
 
@@ -31,6 +32,7 @@ class LanguageModel(nnx.Module):
   Args:
     vocab: logits; at least the vocabulary of the data.
     embed: width of the residual stream.
+    weight: makes every matrix of the model (see `weights`); None for plain parameters.
     dtype: of the activations and so of the computation; parameters, logits and loss are float32.
   """
 
@@ -41,18 +43,27 @@ class LanguageModel(nnx.Module):
     *,
     vocab: int,
     embed: int,
-    embedder: Part,
-    stack: Part,
-    head: Part,
+    embedder: Factory,
+    stack: Factory,
+    head: Factory,
     causal: bool = True,
+    weight: Factory | None = None,
     dtype='float32',
     rngs: nnx.Rngs,
   ):
     check_sizes(LanguageModel, vocab=vocab, embed=embed)
     self.vocab, self.causal, self.dtype = vocab, causal, jnp.dtype(dtype)
-    self.embedder = embedder(embed, vocab, rngs=rngs)
-    self.stack = stack(embed, rngs=rngs)
-    self.head = head(embed, vocab, rngs=rngs)
+    with used_by_default(weight):
+      self.embedder = embedder(embed, vocab, rngs=rngs)
+      self.stack = stack(embed, rngs=rngs)
+      self.head = head(embed, vocab, rngs=rngs)
+
+  def cost(self, length: int, encoder_length: int) -> Cost:
+    """What the model costs on a sequence; `visible` is `full` where nothing is hidden."""
+    stack = cost_of(self.stack, length, encoder_length)
+    if not self.causal:
+      stack = dataclasses.replace(stack, visible=stack.full)
+    return _with_ends(stack, self.embedder, self.head, length, encoder_length)
 
   def features(self, batch: dict[str, jax.Array]):
     positions = _positions(batch, 'decoder')
@@ -87,18 +98,35 @@ class EncoderDecoder(nnx.Module):
     *,
     vocab: int,
     embed: int,
-    embedder: Part,
-    encoder: Part,
-    decoder: Part,
-    head: Part,
+    embedder: Factory,
+    encoder: Factory,
+    decoder: Factory,
+    head: Factory,
+    weight: Factory | None = None,
     dtype='float32',
     rngs: nnx.Rngs,
   ):
     check_sizes(EncoderDecoder, vocab=vocab, embed=embed)
     self.vocab, self.dtype = vocab, jnp.dtype(dtype)
-    self.embedder = embedder(embed, vocab, rngs=rngs)
-    self.encoder, self.decoder = encoder(embed, rngs=rngs), decoder(embed, rngs=rngs)
-    self.head = head(embed, vocab, rngs=rngs)
+    with used_by_default(weight):
+      self.embedder = embedder(embed, vocab, rngs=rngs)
+      self.encoder = encoder(embed, rngs=rngs)
+      self.decoder = decoder(embed, rngs=rngs)
+      self.head = head(embed, vocab, rngs=rngs)
+
+  def cost(self, length: int, encoder_length: int) -> Cost:
+    """What the model costs on a pair of sequences, target and input."""
+    encoder = cost_of(self.encoder, encoder_length, encoder_length)
+    # The encoder sees both ways, keeps nothing for decoding, and works on input tokens alone.
+    encoder = dataclasses.replace(
+      encoder,
+      visible=encoder.full,
+      cached=0,
+      encoder_params=size(self.encoder),
+      encoder_matrices=size(self.encoder, 'matrix'),
+    )
+    decoder = cost_of(self.decoder, length, encoder_length)
+    return _with_ends(encoder + decoder, self.embedder, self.head, length, encoder_length)
 
   def features(self, batch: dict[str, jax.Array]):
     source, target = batch['encoder_input_tokens'], batch['decoder_input_tokens']
@@ -132,6 +160,13 @@ class EncoderDecoder(nnx.Module):
   def __call__(self, batch: dict[str, jax.Array]):
     x, penalties = self.features(batch)
     return self.logits(x), penalties
+
+
+def _with_ends(layers: Cost, embedder, head, length: int, encoder_length: int) -> Cost:
+  """The cost of the layers, and of the embedder and the head around them."""
+  for end in (embedder, head):
+    layers = layers + cost_of(end, length, encoder_length)
+  return layers
 
 
 def _as_bool(x):

@@ -1,11 +1,4 @@
-"""Mixtures of experts: a router, the experts, and the part around them.
-
-A token's `active` choices are rows of one buffer ordered by expert. Dropless, an expert's rows are as many as
-chose it, rounded up to a block (Gale et al. 2022, arXiv:2211.15841); with a capacity they are a fixed number
-per sequence, and a choice that finds its expert full is dropped (Lepikhin et al. 2020, arXiv:2006.16668).
-Tokens are moved by gathers in both directions, so neither pass scatters. Where experts lie on other devices
-than the tokens, all_to_all takes the rows there and back.
-"""
+"""Mixtures of experts: the router, and the part around it and the experts."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -15,9 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from research.core.errors import Invalid, did_you_mean
-from research.model.experts import Experts, _permute, _sum_backward, _sum_forward, _sum_of_rounds
+from research.model.experts import Experts
 from research.model.parameters import check_sizes, normal, param
-from research.model.part import Context, Part
+from research.model.part import Context, Cost, Factory, cost_of
 from research.parallel.axes import shard, spec
 
 SCORES = {'softmax': jax.nn.softmax, 'sigmoid': jax.nn.sigmoid}
@@ -78,10 +71,11 @@ class Router(nnx.Module):
     self.groups, self.active_groups, self.group_top = groups, active_groups, group_top
     self.balance, self.z_loss = balance, z_loss
     self.kernel = param(
-      rngs, (embed, experts), ('embed', None), functools.partial(normal, stddev=embed**-0.5)
-    )
-    zeros = nnx.initializers.zeros
-    self.bias = param(rngs, (experts,), (None,), zeros) if selection_bias is not None else None
+      rngs, (embed, experts), ('embed', None), functools.partial(normal, stddev=embed**-0.5),
+      kind='matrix',
+    )  # fmt: skip
+    bias = lambda: param(rngs, (experts,), (None,), nnx.initializers.zeros, kind='vector')
+    self.bias = bias() if selection_bias is not None else None
 
   def __call__(self, x: jax.Array, real: jax.Array | None):
     """x [batch, length, embed] and whether each token is real [batch, length] (None: all are).
@@ -137,15 +131,6 @@ def _one_hot(index: jax.Array, n: int) -> jax.Array:
   return index[..., None] == jnp.arange(n, dtype=index.dtype)
 
 
-_sum_of_rounds.defvjp(_sum_forward, _sum_backward)
-
-
-_permute.defvjp(
-  lambda x, index, inverse: (_permute(x, index, inverse), inverse),
-  lambda inverse, dy: (dy.at[inverse].get(mode='fill', fill_value=0), None, None),
-)
-
-
 class MoE(nnx.Module):
   """Mixture of experts in place of an MLP (Shazeer et al. 2017, arXiv:1701.06538).
 
@@ -158,6 +143,7 @@ class MoE(nnx.Module):
       earlier tokens first: no token's place depends on a later one, but one packed document's may on another.
     shared: an MLP that every token goes through (DeepSeek-V2, Qwen 2 MoE).
     shared_gate: the shared MLP is weighed by sigmoid(x w) (Qwen 2 MoE).
+    weight: makes the experts' matrices (see `weights`); None is the model's choice.
   """
 
   def __init__(
@@ -167,10 +153,11 @@ class MoE(nnx.Module):
     experts: int,
     mlp: int,
     activations: Sequence[Callable[[jax.Array], jax.Array]],
-    router: Part,
+    router: Factory,
     capacity: float | None = None,
-    shared: Part | None = None,
+    shared: Factory | None = None,
     shared_gate: bool = False,
+    weight: Factory | None = None,
     rngs: nnx.Rngs,
   ):
     check_sizes(MoE, experts=experts, mlp=mlp)
@@ -183,11 +170,17 @@ class MoE(nnx.Module):
     self.router = router(embed, experts, rngs=rngs)
     self.experts = Experts(
       embed, experts, active=self.router.active, mlp=mlp, activations=activations, capacity=capacity,
-      rngs=rngs,
+      weight=weight, rngs=rngs,
     )  # fmt: skip
     self.shared = shared(embed, rngs=rngs) if shared else None
     init = functools.partial(normal, stddev=embed**-0.5)
-    self.shared_gate = param(rngs, (embed,), (None,), init) if shared_gate else None
+    self.shared_gate = (
+      param(rngs, (embed,), (None,), init, kind='vector') if shared_gate else None
+    )
+
+  def cost(self, length: int, encoder_length: int) -> Cost:
+    """Nothing beyond its parameters: the fraction of the experts that a token visits is said by them."""
+    return cost_of(self.shared, length, encoder_length) if self.shared is not None else Cost()
 
   def __call__(self, x: jax.Array, context: Context):
     real = None if context.segments is None else context.segments > 0

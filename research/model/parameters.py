@@ -1,19 +1,29 @@
-"""FIXME: say what this module is."""
+"""Parameters with named axes and a kind, and the two products that are made with them.
+
+The mesh shards a parameter by the names of its axes. Optimizers and counts read its kind, never its name.
+"""
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from research.core.errors import Invalid
+from research.core.errors import Invalid, UserError, did_you_mean
 from research.parallel.axes import gather, shard, spec, spec_of
 from research.parallel.mesh import as_tuple
 
 Initializer = Callable[..., jax.Array]
+
+# What a parameter does with a token. Weight decay and muP's rates follow from it:
+#   matrix: multiplies its channels, so that each output is a sum over inputs (a convolution's taps too);
+#   table: has a row for each token, position or distance, which is looked up;
+#   vector: scales channels or adds to them one by one (norms, biases, decay rates), whatever its rank.
+Kind = Literal['matrix', 'table', 'vector']
 
 
 def normal(key, shape, dtype=jnp.float32, out_sharding=None, *, stddev: float = 0.02) -> jax.Array:
@@ -33,19 +43,59 @@ def normal(key, shape, dtype=jnp.float32, out_sharding=None, *, stddev: float = 
   return x.reshape(shape, out_sharding=out_sharding)
 
 
-def param(rngs: nnx.Rngs, shape, axes, init: Initializer) -> nnx.Param:
-  """A float32 parameter, made where the names of its axes say; it keeps them as `axes`."""
+def param(
+  rngs: nnx.Rngs, shape, axes, init: Initializer, *, kind: Kind, active: float = 1.0
+) -> nnx.Param:
+  """A float32 parameter, made where the names of its axes say.
+
+  Args:
+    shape: its sizes.
+    axes: their names (None for an axis that is never split).
+    init: makes the numbers.
+    kind: 'matrix', 'table' or 'vector' (`Kind`).
+    active: the fraction that one token visits; below 1 for the experts of a mixture.
+
+  Returns:
+    The parameter. It keeps `axes`, `kind` and `active` as metadata.
+  """
+  if kind not in get_args(Kind):
+    raise UserError(f'no kind of parameter {kind!r}.{did_you_mean(kind, get_args(Kind))}')
   value = init(rngs.params(), shape, jnp.float32, out_sharding=spec(*axes, shape=shape))
-  return nnx.Param(value, axes=tuple(axes))
+  return nnx.Param(value, axes=tuple(axes), kind=kind, active=active)
+
+
+def all_parameters(module: nnx.Module) -> Iterator[tuple[tuple, nnx.Param]]:
+  """Path and parameter, of every parameter of a module."""
+  yield from nnx.to_flat_state(nnx.state(module, nnx.Param))
+
+
+def size(module: nnx.Module, kind: Kind | None = None) -> float:
+  """How many parameters of this kind one token visits in a module (all kinds when None)."""
+  return sum(
+    math.prod(value.shape) * value.active
+    for _, value in all_parameters(module)
+    if kind is None or value.kind == kind
+  )
+
+
+def kinds(module: nnx.Module) -> dict:
+  """The kind of every parameter, in dicts nested as those of the parameters."""
+  tree: dict = {}
+  for path, value in all_parameters(module):
+    node = tree
+    for key in path[:-1]:
+      node = node.setdefault(key, {})
+    node[path[-1]] = value.kind
+  return tree
 
 
 def named_axes(module: nnx.Module) -> dict[str, tuple[tuple[str | None, ...], tuple[int, ...]]]:
   """Path of every parameter -> (names of its axes, shape); a stack's first axis is 'layers'."""
-  found = {}
-  for path, value in nnx.to_flat_state(nnx.state(module, nnx.Param)):
+  parameters = {}
+  for path, value in all_parameters(module):
     stacked = len(value.shape) - len(value.axes)
-    found['.'.join(map(str, path))] = ('layers',) * stacked + value.axes, value.shape
-  return found
+    parameters['.'.join(map(str, path))] = ('layers',) * stacked + value.axes, value.shape
+  return parameters
 
 
 def check_sizes(owner: type, **sizes: int | None) -> None:
@@ -118,6 +168,9 @@ def _project_backward(ins, outs, whole, to, dtype, residuals, dy):
     dkernel = jax.lax.optimization_barrier(dkernel)
     dkernel = jnp.transpose(dkernel, np.argsort(order))
   return dx, back(dkernel)[0]
+
+
+_project.defvjp(_project_forward, _project_backward)
 
 
 def look_up(table: jax.Array, rows: str | None, index: jax.Array) -> jax.Array:

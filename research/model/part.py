@@ -1,12 +1,21 @@
-"""FIXME: say what this module is."""
+"""What a part is: the contract between a stack and whatever mixes tokens or channels in it.
+
+A *part* is a module `part(embed, **knobs, rngs=...)`. The parent gives `embed`; the knobs are the part's own and
+come from gin. Attention, an MLP, a mixture of experts and a state-space layer are parts. So are the wirings
+(`residual.PreNorm`), which hold parts, and stacks, which hold wirings. docs/parts.md shows how to write one.
+"""
 
 import dataclasses
 from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 import jax
 from flax import nnx
 
-Part = Callable[..., nnx.Module]
+from research.core.errors import UserError
+
+# What gin binds for a part, a norm, a head: `factory(sizes that the parent gives, rngs=rngs)` makes the module.
+Factory = Callable[..., nnx.Module]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,3 +29,89 @@ class Context:
   bias: jax.Array | None = None  # [heads, 2 length - 1], by the distance key - query
   encoded: jax.Array | None = None  # [batch, encoder length, embed]
   encoded_segments: jax.Array | None = None  # [batch, encoder length]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+  """What a part costs beyond multiplying its parameters with tokens, which the counts see by themselves.
+
+  All of it is for one forward pass of one sequence, unless a field says otherwise.
+
+  Attributes:
+    full: FLOPs of mixing tokens (a multiplication and an addition are two), if every query saw every key.
+    visible: the same for the pairs that a causal mask and the window leave. Equal to `full` for a recurrence.
+    softmax: FLOPs of the softmax over all pairs, 3 for a pair and head (Hoffmann et al. 2022, appendix F).
+    cached: array elements that decoding keeps per token of the part's own sequence.
+    cached_encoder: array elements that decoding keeps per token of the encoder's input.
+    encoder_params: parameters that are multiplied with the encoder's tokens and not with the part's own.
+    encoder_matrices: those of them that are matrices.
+    one_hot: multiplications per token of the look-up of token vectors, written as a dense product.
+    logits: multiplications per token of the matrix of the logits, embed x vocab.
+  """
+
+  full: float = 0
+  visible: float = 0
+  softmax: float = 0
+  cached: int = 0
+  cached_encoder: int = 0
+  encoder_params: float = 0
+  encoder_matrices: float = 0
+  one_hot: int = 0
+  logits: int = 0
+
+  def __add__(self, other: 'Cost') -> 'Cost':
+    pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+    return Cost(*(a + b for a, b in pairs))
+
+  def times(self, repeats: int) -> 'Cost':
+    """The cost of so many parts like this one."""
+    return Cost(*(repeats * value for value in dataclasses.astuple(self)))
+
+
+@runtime_checkable
+class Part(Protocol):
+  """The contract of parts, wirings and stacks. A class needs the two methods and no base class but nnx.Module."""
+
+  def __call__(self, x: jax.Array, context: Context) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The output, and scalars by name that training adds to the loss (most parts have none).
+
+    Args:
+      x: [batch, length, embed], as is the output. Its dtype is the dtype of the computation: parameters stay
+        float32 and are cast where they are used.
+      context: positions, packed documents, what may see what.
+    """
+
+  def cost(self, length: int, encoder_length: int) -> Cost:
+    """What the part costs on a sequence of `length` tokens; `encoder_length` is 0 without an encoder.
+
+    A part that does not mix tokens returns `Cost()`.
+    """
+
+
+def check_part(part: nnx.Module) -> nnx.Module:
+  """The part itself.
+
+  Raises:
+    UserError: it does not say what it costs. Its FLOPs would be missing from C, the x-axis of every law.
+  """
+  if not isinstance(part, Part):
+    missing = '__call__(x, context)' if not callable(part) else 'cost(length, encoder_length)'
+    raise UserError(
+      f'{type(part).__module__}.{type(part).__name__}: a part needs a method {missing}; docs/parts.md says what '
+      'it returns (Cost() for a part that does not mix tokens).'
+    )
+  return part
+
+
+def cost_of(part: nnx.Module, length: int, encoder_length: int) -> Cost:
+  """What a part costs (`Part.cost`).
+
+  Raises:
+    UserError: the part has no such method, or it returns something else than a `Cost`.
+  """
+  cost = check_part(part).cost(length, encoder_length)
+  if not isinstance(cost, Cost):
+    raise UserError(
+      f'{type(part).__module__}.{type(part).__name__}.cost returned {cost!r}; return a part.Cost.'
+    )
+  return cost

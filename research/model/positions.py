@@ -151,7 +151,7 @@ class RelativePositionBias(nnx.Module):
   ):
     check_sizes(RelativePositionBias, heads=heads, buckets=buckets, max_distance=max_distance)
     self.buckets, self.max_distance, self.bidirectional = buckets, max_distance, bidirectional
-    self.table = param(rngs, (buckets, heads), (None, 'heads'), normal)
+    self.table = param(rngs, (buckets, heads), (None, 'heads'), normal, kind='table')
 
   def __call__(self, length: int) -> jax.Array:
     distance = np.arange(1 - length, length)  # key - query

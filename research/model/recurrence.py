@@ -46,8 +46,9 @@ class CausalConvolution(nnx.Module):
 
   def __init__(self, channels: dict[str, int], *, width: int, bias: bool, rngs: nnx.Rngs):
     shape, axes = (width, *channels.values()), (None, *channels)
-    self.kernel = param(rngs, shape, axes, functools.partial(normal, stddev=width**-0.5))
-    self.bias = param(rngs, shape[1:], axes[1:], nnx.initializers.zeros) if bias else None
+    init, zeros = functools.partial(normal, stddev=width**-0.5), nnx.initializers.zeros
+    self.kernel = param(rngs, shape, axes, init, kind='matrix')
+    self.bias = param(rngs, shape[1:], axes[1:], zeros, kind='vector') if bias else None
 
   def __call__(self, x: jax.Array, segments: jax.Array | None) -> jax.Array:
     kernel, length = self.kernel[...].astype(x.dtype), x.shape[1]

@@ -1,5 +1,6 @@
 """Attention with projected relative positions, as in Transformer-XL, Gopher and Chinchilla."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,8 +12,9 @@ from research.model.attention import Attention, visible
 from research.model.kernels.dot_product import dot_product_attention
 from research.model.layers import Linear
 from research.model.parameters import normal, param
-from research.model.part import Context, Part
+from research.model.part import Context, Cost, Factory
 from research.model.positions import by_place
+from research.model.weights import Matrix, make_weight
 from research.parallel.axes import shard, spec
 
 
@@ -25,6 +27,7 @@ class RelativeAttention(Attention):
 
   Knobs:
     window: as in `Attention`.
+    weight: makes W (see `weights`); None is the model's choice.
   """
 
   def __init__(
@@ -34,15 +37,17 @@ class RelativeAttention(Attention):
     heads: int,
     head_dim: int,
     window: int | None = None,
-    linear: Part = Linear,
+    linear: Factory = Linear,
+    weight: Factory | None = None,
     rngs: nnx.Rngs,
   ):
     super().__init__(embed, heads=heads, head_dim=head_dim, window=window, linear=linear, rngs=rngs)
     shape, zeros = (heads, head_dim), nnx.initializers.zeros
     init = functools.partial(normal, stddev=embed**-0.5)
-    self.position = param(rngs, (embed, *shape), ('embed', 'heads', 'head_dim'), init)
-    self.content_bias = param(rngs, shape, ('heads', 'head_dim'), zeros)
-    self.position_bias = param(rngs, shape, ('heads', 'head_dim'), zeros)
+    position = Matrix((embed, *shape), ('embed', 'heads', 'head_dim'), init)
+    self.position = make_weight(position, weight, rngs=rngs)
+    bias = lambda: param(rngs, shape, ('heads', 'head_dim'), zeros, kind='vector')
+    self.content_bias, self.position_bias = bias(), bias()
 
   def __call__(self, x: jax.Array, context: Context):
     q, k, v = self.project(x, x, context)
@@ -77,9 +82,10 @@ class RelativeAttention(Attention):
     logits = logits.reshape(shape, **where(shape))[..., :length]
     return shard(logits, 'batch', 'heads', 'length', None)
 
-  def mixing_flops(self, length: int, encoder_length: int) -> int:
-    """`Attention`'s, and half as much again for the products with distances."""
-    return super().mixing_flops(length, encoder_length) * 3 // 2
+  def cost(self, length: int, encoder_length: int) -> Cost:
+    """`Attention`'s, and half as many FLOPs again for the products with distances."""
+    cost = super().cost(length, encoder_length)
+    return dataclasses.replace(cost, full=cost.full * 3 // 2, visible=cost.visible * 3 // 2)
 
 
 def sinusoids(positions: np.ndarray, embed: int) -> jax.Array:

@@ -1,9 +1,9 @@
-"""FIXME: say what this module is."""
+"""Wirings: how the parts of a layer meet the residual stream, and where the norms stand."""
 
 import jax
 from flax import nnx
 
-from research.model.part import Context, Part
+from research.model.part import Context, Cost, Factory, check_part, cost_of
 
 
 def _add(*penalties: dict) -> dict:
@@ -11,12 +11,22 @@ def _add(*penalties: dict) -> dict:
   return {name: sum(p[name] for p in penalties if name in p) for name in names}
 
 
-class Residual(nnx.Module):
-  """A wiring: `parts` side by side on one stream. Subclasses say where the norms stand."""
+class SideBySide(nnx.Module):
+  """What all wirings share: `parts` side by side on one stream, whose costs add up."""
 
-  def __init__(self, embed: int, parts: tuple[Part, ...], *, norm: Part, rngs: nnx.Rngs):
+  parts: nnx.List
+
+  def cost(self, length: int, encoder_length: int) -> Cost:
+    costs = [cost_of(part, length, encoder_length) for part in self.parts]
+    return sum(costs, Cost())
+
+
+class Residual(SideBySide):
+  """A wiring with one norm before or after its parts. Subclasses say where."""
+
+  def __init__(self, embed: int, parts: tuple[Factory, ...], *, norm: Factory, rngs: nnx.Rngs):
     self.norm = norm(embed, rngs=rngs)
-    self.parts = nnx.List([part(embed, rngs=rngs) for part in parts])
+    self.parts = nnx.List([check_part(part(embed, rngs=rngs)) for part in parts])
 
   def sum_of_parts(self, x, context):
     ys, penalties = zip(*(part(x, context) for part in self.parts), strict=True)
@@ -39,11 +49,11 @@ class PostNorm(Residual):
     return self.norm(x + y), penalties
 
 
-class PreNormEach(nnx.Module):
+class PreNormEach(SideBySide):
   """x + sum of part_i(norm_i(x)): parts side by side, each behind a norm of its own (GPT-NeoX, Falcon-40B)."""
 
-  def __init__(self, embed: int, parts: tuple[Part, ...], *, norm: Part, rngs: nnx.Rngs):
-    self.parts = nnx.List([part(embed, rngs=rngs) for part in parts])
+  def __init__(self, embed: int, parts: tuple[Factory, ...], *, norm: Factory, rngs: nnx.Rngs):
+    self.parts = nnx.List([check_part(part(embed, rngs=rngs)) for part in parts])
     self.norms = nnx.List([norm(embed, rngs=rngs) for _ in parts])
 
   def __call__(self, x: jax.Array, context: Context):
@@ -63,7 +73,7 @@ class NormAfter(Residual):
 class SandwichNorm(Residual):
   """x + norm_after(sum of part(norm(x))): Gemma 2 and 3, GLM-4-0414 (Ding et al. 2021, arXiv:2105.13290)."""
 
-  def __init__(self, embed: int, parts: tuple[Part, ...], *, norm: Part, rngs: nnx.Rngs):
+  def __init__(self, embed: int, parts: tuple[Factory, ...], *, norm: Factory, rngs: nnx.Rngs):
     super().__init__(embed, parts, norm=norm, rngs=rngs)
     self.norm_after = norm(embed, rngs=rngs)
 

@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from research.core.errors import Invalid, did_you_mean
 from research.model.parameters import check_sizes
-from research.model.part import Context, Part
+from research.model.part import Context, Cost, Factory, cost_of
 from research.model.pipeline import over_stages, pipelined, schedule_of
 from research.model.residual import _add
 
@@ -48,10 +48,10 @@ class Stack(nnx.Module):
     embed: int,
     *,
     parts: tuple,
-    residual: Part,
+    residual: Factory,
     repeats: int,
-    norm: Part | None = None,
-    bias: Part | None = None,
+    norm: Factory | None = None,
+    bias: Factory | None = None,
     scan: bool = True,
     remat: str = 'full',
     rngs: nnx.Rngs,
@@ -86,6 +86,12 @@ class Stack(nnx.Module):
       x, penalties = pipelined(schedule, self.run, self.sublayers, x, context)
     return (self.norm(x) if self.norm is not None else x), penalties
 
+  def cost(self, length: int, encoder_length: int) -> Cost:
+    """The layers' costs; a layer is asked as it is alone, without the axis of layers on its parameters."""
+    layer = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), self.sublayers)
+    costs = [cost_of(sublayer, length, encoder_length) for sublayer in layer]
+    return sum(costs, Cost()).times(self.repeats)
+
   def run(self, x: jax.Array, stacked, context: Context):
     """x after these layers, all or some of the stack's, and their penalties."""
 
@@ -116,10 +122,14 @@ class Stacks(nnx.Module):
   """
 
   def __init__(
-    self, embed: int, *, stacks: tuple[Part, ...], norm: Part | None = None, rngs: nnx.Rngs
+    self, embed: int, *, stacks: tuple[Factory, ...], norm: Factory | None = None, rngs: nnx.Rngs
   ):
     self.stacks = nnx.List([stack(embed, rngs=rngs) for stack in stacks])
     self.norm = norm(embed, rngs=rngs) if norm else None
+
+  def cost(self, length: int, encoder_length: int) -> Cost:
+    costs = [cost_of(stack, length, encoder_length) for stack in self.stacks]
+    return sum(costs, Cost())
 
   def __call__(self, x: jax.Array, context: Context):
     penalties = []

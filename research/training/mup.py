@@ -1,19 +1,19 @@
 """Maximal update parametrisation: hyper-parameters found at one width serve every width.
 
 Yang et al. 2022 (Tensor Programs V, arXiv:2203.03466), table 3, for Adam. Our matrices start with variance
-1/fan_in and token vectors with a variance of their own at every width, as it asks; what is left are the rates
-of matrices and the head's start. `base` is the width at which nothing changes.
+1/fan_in and token vectors with a variance of their own at every width, as the table asks. What is left are the
+rates of matrices and the head's start. `base` is the width at which nothing changes.
 """
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from research.training.optimizers import matrices
+from research.training.optimizers import kinds_of
 
 
 def mup(learning_rate, *, inner, width: int, base: int) -> optax.GradientTransformation:
-  """An optimizer of Adam's kind with every matrix's rate times base / width; token vectors keep theirs.
+  """An optimizer of Adam's kind with every matrix's rate times base / width; tables and vectors keep theirs.
 
   Args:
     learning_rate: schedule at the base width.
@@ -23,12 +23,8 @@ def mup(learning_rate, *, inner, width: int, base: int) -> optax.GradientTransfo
   """
 
   def update(updates, state, params=None):
-    slow = jax.tree.map_with_path(
-      lambda path, is_matrix: is_matrix and all(key.key != 'embedder' for key in path),
-      matrices(updates),
-    )
-    scaled = lambda u, slower: u * (base / width) if slower else u
-    return jax.tree.map(scaled, updates, slow), state
+    scaled = lambda update, kind: update * (base / width) if kind == 'matrix' else update
+    return jax.tree.map(scaled, updates, kinds_of(updates)), state
 
   rates = optax.GradientTransformation(lambda params: optax.EmptyState(), update)
   return optax.chain(inner(learning_rate=learning_rate), rates)

@@ -11,11 +11,11 @@ import optax
 from flax import nnx
 
 from research.data import cache
-from research.model.parameters import named_axes
+from research.model.parameters import kinds, named_axes
 from research.parallel import axes as axes_module
 from research.parallel.axes import axis_size, on_each, spec, splits
 from research.parallel.mesh import Mesh, default_mesh, platform, threads
-from research.training import losses
+from research.training import losses, optimizers
 from research.training.run import Run
 
 # A core of a CPU goes through so many at a time: its caches hold their activations (experiments/speed).
@@ -31,13 +31,14 @@ class Program:
   vocab: int
   inputs: tuple[str, ...]
   routed: bool
+  kinds: dict  # of the parameters, nested as they are
 
   def optimizer(self, rate) -> optax.GradientTransformation:
     """The optimizer whose learning rate now is `rate`, an input: runs that differ only in it and in their
     number of steps share one compiled step."""
     optimizer = self.run.optimizer(learning_rate=lambda _: rate)
     clip = optax.clip_by_global_norm(self.run.clip) if self.run.clip else optax.identity()
-    return optax.chain(clip, optimizer)
+    return optimizers.knowing(self.kinds, optax.chain(clip, optimizer))
 
   def init(self, key: jax.Array) -> dict:
     """The state before the first step: step, params, opt."""
@@ -131,7 +132,8 @@ def make_program(run: Run) -> Program:
   parameters = named_axes(abstract)
   axes_module.check(parameters)
   routed = any('expert' in axes for axes, _ in parameters.values())
-  return Program(run, nnx.graphdef(abstract), abstract.vocab, tuple(abstract.inputs), routed)
+  inputs = tuple(abstract.inputs)
+  return Program(run, nnx.graphdef(abstract), abstract.vocab, inputs, routed, kinds(abstract))
 
 
 def _chunks(rows: int, length: int, vocab: int) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from research.training import mup
+from research.training import mup, optimizers
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 
@@ -20,9 +20,15 @@ def test_matrices_are_slower_and_the_rest_is_not():
     'stack': {'kernel': jnp.ones((64, 64)), 'scale': jnp.ones(64)},
     'head': {'kernel': jnp.ones((64, 8))},
   }
+  kinds = {
+    'embedder': {'tokens': 'table'},
+    'stack': {'kernel': 'matrix', 'scale': 'vector'},
+    'head': {'kernel': 'matrix'},
+  }
   moved = {}
   for width in (32, 128):
     tx = mup.mup(learning_rate=0.1, inner=optax.adam, width=width, base=32)
+    tx = optimizers.knowing(kinds, tx)
     updates, _ = tx.update(params, tx.init(params), params)
     moved[width] = jax.tree.map(lambda u: float(jnp.abs(u).max()), updates)
   ratio = jax.tree.map(lambda a, b: a / b, moved[32], moved[128])

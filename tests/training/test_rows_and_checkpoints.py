@@ -52,13 +52,19 @@ def test_a_warmup_longer_than_the_run_is_refused(name):
 
 
 def test_only_matrices_decay():
-  params = {
-    'norm': {'scale': jnp.ones((2, 4))},
-    'linear': {'kernel': jnp.ones((2, 4, 4)), 'bias': jnp.ones((2, 4))},
-  }
-  assert optimizers.matrices(params) == {
-    'norm': {'scale': False}, 'linear': {'kernel': True, 'bias': False},
-  }  # fmt: skip
+  kinds = {'norm': {'scale': 'vector'}, 'linear': {'kernel': 'matrix', 'bias': 'vector'}}
+  params = jax.tree.map(lambda _: jnp.ones((2, 4)), kinds)
+  decay = optax.add_decayed_weights(0.5, optimizers.matrices)
+  decay = optimizers.knowing(kinds, decay)
+  gradient = jax.tree.map(jnp.zeros_like, params)
+  updates, _ = decay.update(gradient, decay.init(params), params)
+  moved = jax.tree.map(lambda x: float(jnp.max(x)), updates)
+  assert moved == {'norm': {'scale': 0.0}, 'linear': {'kernel': 0.5, 'bias': 0.0}}
+
+
+def test_kinds_are_known_only_within_the_optimizer_of_a_run():
+  with pytest.raises(UserError, match='optimizers.knowing'):
+    optimizers.matrices({'kernel': jnp.ones(2)})
 
 
 def test_rows_have_no_gap_and_no_double_after_resuming(tmp_path):
