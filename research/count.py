@@ -29,7 +29,9 @@ COLUMNS = {
 
 
 def parser() -> argparse.ArgumentParser:
-  p = cli.parser('count', 'Count the parameters, FLOPs and cache of a model.\n' + EXAMPLES, gin=False)
+  p = cli.parser(
+    'count', 'Count the parameters, FLOPs and cache of a model.\n' + EXAMPLES, gin=False
+  )
   what = p.add_mutually_exclusive_group(required=True)
   what.add_argument('--gin_file', action='append', metavar='FILE', help='defines MODEL; repeats')
   what.add_argument(

@@ -199,7 +199,7 @@ class CrossAttention(Attention):
     return self.output(y), {}
 
   def cost(self, length: int, encoder_length: int) -> Cost:
-    """As `Attention`'s, with the encoder's tokens as keys, none of them hidden; keys and values are made of them."""
+    """As `Attention`'s, but the keys are the encoder's tokens, and none of them is hidden."""
     pairs = length * encoder_length
     flops = 4 * pairs * self.heads * self.head_dim
     of_encoder = (self.key, self.value)

@@ -133,7 +133,7 @@ class _Sizes:
 
 
 def _sizes(module: nnx.Module) -> _Sizes:
-  """By kind and axes: a table of vectors of the residual stream embeds, and what has an axis of `vocab` reads out.
+  """By kind and axes: a table of vectors of the stream embeds, and what has an axis of `vocab` reads out.
 
   T5's relative biases are a table without such vectors; what lies between the last layer and the matrix of the
   logits (BERT's dense layer) has no axis of `vocab`. Both count as layers.

@@ -1,7 +1,7 @@
 """Feature vectors to logits: the last layer of every model.
 
-A head has `weights(embedder, dtype)`, its matrix as it is multiplied with, and `head(x, weights) -> logits`, so that
-a loss that cuts the length into chunks gathers the matrix once.
+A head has `weights(embedder, dtype)`, its matrix as it is multiplied with, and `head(x, weights) -> logits`,
+so that a loss that cuts the length into chunks gathers the matrix once.
 """
 
 import functools

@@ -1,7 +1,7 @@
 """What parts are made of: projections and norms.
 
-The dtype of the activations is the dtype of the computation: parameters stay float32 and are cast where they are
-used.
+The dtype of the activations is the dtype of the computation: parameters stay float32 and are cast where they
+are used.
 """
 
 import functools

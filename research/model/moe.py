@@ -174,9 +174,7 @@ class MoE(nnx.Module):
     )  # fmt: skip
     self.shared = shared(embed, rngs=rngs) if shared else None
     init = functools.partial(normal, stddev=embed**-0.5)
-    self.shared_gate = (
-      param(rngs, (embed,), (None,), init, kind='vector') if shared_gate else None
-    )
+    self.shared_gate = param(rngs, (embed,), (None,), init, kind='vector') if shared_gate else None
 
   def cost(self, length: int, encoder_length: int) -> Cost:
     """Nothing beyond its parameters: the fraction of the experts that a token visits is said by them."""

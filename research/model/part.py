@@ -1,8 +1,9 @@
 """What a part is: the contract between a stack and whatever mixes tokens or channels in it.
 
-A *part* is a module `part(embed, **knobs, rngs=...)`. The parent gives `embed`; the knobs are the part's own and
-come from gin. Attention, an MLP, a mixture of experts and a state-space layer are parts. So are the wirings
-(`residual.PreNorm`), which hold parts, and stacks, which hold wirings. docs/parts.md shows how to write one.
+A *part* is a module `part(embed, **knobs, rngs=...)`. The parent gives `embed`; the knobs are the part's own
+and come from gin. Attention, an MLP, a mixture of experts and a state-space layer are parts. So are the
+wirings (`residual.PreNorm`), which hold parts, and stacks, which hold wirings. docs/parts.md shows how to
+write one.
 """
 
 import dataclasses
@@ -70,7 +71,7 @@ class Cost:
 
 @runtime_checkable
 class Part(Protocol):
-  """The contract of parts, wirings and stacks. A class needs the two methods and no base class but nnx.Module."""
+  """The contract of parts, wirings and stacks: two methods, and no base class but nnx.Module."""
 
   def __call__(self, x: jax.Array, context: Context) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The output, and scalars by name that training adds to the loss (most parts have none).
@@ -97,8 +98,8 @@ def check_part(part: nnx.Module) -> nnx.Module:
   if not isinstance(part, Part):
     missing = '__call__(x, context)' if not callable(part) else 'cost(length, encoder_length)'
     raise UserError(
-      f'{type(part).__module__}.{type(part).__name__}: a part needs a method {missing}; docs/parts.md says what '
-      'it returns (Cost() for a part that does not mix tokens).'
+      f'{type(part).__module__}.{type(part).__name__}: a part needs a method {missing}; docs/parts.md says '
+      'what it returns (Cost() for a part that does not mix tokens).'
     )
   return part
 

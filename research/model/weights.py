@@ -1,9 +1,10 @@
 """The matrices of a model: made in one place, so that one line of gin changes what they all are.
 
-Every projection, expert, head and token table makes its matrix by `make_weight`. By default that is a plain float32
-parameter. `models.LanguageModel.weight = @some_module.SomeWeight` (or `EncoderDecoder.weight`) puts something else
-in all those places: a matrix with a low-rank addition, a quantised one, a pruned one. A class's own knob of this
-name comes before the model's, so `heads.UntiedHead.weight = @weights.plain` leaves the head as it is.
+Every projection, expert, head and token table makes its matrix by `make_weight`. By default that is a plain
+float32 parameter. `models.LanguageModel.weight = @some_module.SomeWeight` (or `EncoderDecoder.weight`) puts
+something else in all those places: a matrix with a low-rank addition, a quantised one, a pruned one. A class's
+own knob of this name comes before the model's, so `heads.UntiedHead.weight = @weights.plain` leaves the head
+as it is.
 
 Routers, convolutions, norms and biases are parameters by themselves and stay as they are.
 """
@@ -55,17 +56,16 @@ class Matrix:
 
 def plain(matrix: Matrix, *, rngs: nnx.Rngs) -> nnx.Param:
   """A float32 parameter, which is what a matrix is by default."""
-  return param(
-    rngs, matrix.shape, matrix.axes, matrix.init, kind=matrix.kind, active=matrix.active
-  )
+  return param(rngs, matrix.shape, matrix.axes, matrix.init, kind=matrix.kind, active=matrix.active)
 
 
 class Weight(nnx.Module):
   """A matrix that is not a parameter itself but is made of some.
 
-  A subclass makes its parameters in `__init__(matrix, *, knobs, rngs)` and defines `__getitem__`, which is enough.
-  Where the product is cheaper without the whole matrix (low rank) or in another arithmetic (int8), it overrides
-  `multiply`; where rows are cheaper alone, `rows`. Experts, heads and normalised matrices read the whole.
+  A subclass makes its parameters in `__init__(matrix, *, knobs, rngs)` and defines `__getitem__`, which is
+  enough. Where the product is cheaper without the whole matrix (low rank) or in another arithmetic (int8), it
+  overrides `multiply`; where rows are cheaper alone, `rows`. Experts, heads and normalised matrices read the
+  whole.
 
   Convention: what stands for the plain parameter `name` is `name.base`, so that checkpoints map by rule.
   """

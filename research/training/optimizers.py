@@ -1,4 +1,4 @@
-"""Optimizers are optax's own, bound in gin (`Run.optimizer = @optax.lion`). Here is what they need to know of us.
+"""Optimizers are optax's own, bound in gin (`Run.optimizer = @optax.lion`). This says what they must know.
 
 optax sees parameters as nested dicts of arrays, which do not say what they are. `knowing` tells it: within the
 optimizer's functions, `kinds_of` gives the kind of every parameter ('matrix', 'table', 'vector').

@@ -62,4 +62,6 @@ def test_counts_one_projection_more():
     part = jax.eval_shape(make, jax.random.key(0))
   shapes = {jnp.shape(leaf) for leaf in jax.tree.leaves(part)}
   assert (EMBED, HEADS, HEAD_DIM) in shapes
-  assert part.mixing_flops(LENGTH, 0) == 6 * LENGTH * LENGTH * HEADS * HEAD_DIM
+  cost = part.cost(LENGTH, 0)
+  assert cost.full == 6 * LENGTH * LENGTH * HEADS * HEAD_DIM
+  assert cost.visible == 6 * LENGTH * (LENGTH + 1) // 2 * HEADS * HEAD_DIM

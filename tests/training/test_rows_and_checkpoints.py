@@ -4,12 +4,14 @@ import io
 import json
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from research.core import text
-from research.core.errors import Invalid
+from research.core.errors import Invalid, UserError
 from research.training import metrics, optimizers, schedules
 
 
@@ -63,7 +65,7 @@ def test_only_matrices_decay():
 
 
 def test_kinds_are_known_only_within_the_optimizer_of_a_run():
-  with pytest.raises(UserError, match='optimizers.knowing'):
+  with pytest.raises(UserError, match=r'optimizers\.knowing'):
     optimizers.matrices({'kernel': jnp.ones(2)})
 
 
