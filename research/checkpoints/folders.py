@@ -1,4 +1,4 @@
-"""FIXME: say what this module is."""
+"""The folders of a run's checkpoints: which are whole, and how one is copied."""
 
 import os
 import shutil

@@ -88,7 +88,8 @@ class Checkpoints:
       max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
     )
     handlers = {'state': ocp.StandardCheckpointHandler(), 'meta': ocp.JsonCheckpointHandler()}
-    self.manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+    plain = storage.plain_path(self.folder)
+    self.manager = ocp.CheckpointManager(plain, options=options, item_handlers=handlers)
 
   def save(self, step: int, state, meta: dict[str, Any]) -> None:
     """Starts to save `state` (arrays may be donated after this) with `meta` (JSON) beside it."""

@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from research.checkpoints.manager import partial_checksum
+from research.core import storage
 from research.core.errors import UserError
 
 Path = tuple  # of keys in nested dicts
@@ -67,7 +68,7 @@ def _write_empty(folder, shapes, leading, sums) -> pathlib.Path:
     meta=ocp.args.JsonSave(meta),
   )
   options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
-  folder = pathlib.Path(folder).absolute()
+  folder = storage.plain_path(pathlib.Path(folder).absolute())
   with ocp.CheckpointManager(folder, options=options, item_handlers=handlers) as manager:
     manager.save(0, args=items)
   return folder / '0' / 'state'
@@ -94,12 +95,16 @@ class Params:
     folder = pathlib.Path(folder).absolute()
     # A run's checkpoints stand in its folder 'checkpoints'.
     folder = next((f for f in (folder / 'checkpoints', folder) if f.is_dir()), folder)
+    if not folder.is_dir():
+      raise UserError(f'--checkpoint: no folder {folder}.')
     options = ocp.CheckpointManagerOptions(read_only=True)
-    with ocp.CheckpointManager(folder, options=options) as manager:
+    plain = storage.plain_path(folder)
+    with ocp.CheckpointManager(plain, options=options) as manager:
       step = manager.latest_step()
     if step is None:
       raise UserError(f'--checkpoint: no checkpoint in {folder}.')
-    self.state = folder / str(step) / 'state'
+    self.state = plain / str(step) / 'state'
+    self.folder = folder
     self.held: dict[Path, np.ndarray] = {}
     self.arrays: dict[Path, tensorstore.TensorStore] = {}
 
@@ -114,7 +119,7 @@ class Params:
         self.arrays[path] = _open(self.state, path)
       except ValueError:
         name = '/'.join(map(str, path))
-        raise UserError(f'{self.state.parent} has no parameter {name}.') from None
+        raise UserError(f'{self.folder} has no parameter {name}.') from None
     array = self.arrays[path]
     if all(n == 1 for n in array.chunk_layout.read_chunk.shape[: len(index)]):
       return array[index].read().result()

@@ -1,33 +1,72 @@
-"""Where a run or a sweep writes: a folder, or a bucket by its URL (gs://...).
+"""Where things are written: a folder, or a bucket by its URL (gs://..., s3://...).
 
-Both are paths with pathlib's methods. An object of a bucket appears whole when its writing ends and cannot be
-added to, and a folder is only the first part of names; what follows from that stands here.
+Both are paths with pathlib's methods, from `place`. An object of a bucket appears whole when its writing ends
+and cannot be added to, and a folder there is only the first part of names; what follows from that stands here.
 """
 
 import contextlib
+import hashlib
 import io
 import json
 import os
 import pathlib
+import re
+import tempfile
+from collections.abc import Callable, Iterable
 
-from research.core import storage
 from research.core.errors import UserError
 
+# The package through which each kind of bucket is read.
+PACKAGES = {'gs': 'gcsfs', 's3': 's3fs'}
+# What a glob or a URL takes for something else than itself; and `name:`, which looks like the start of a URL.
+_SPECIAL = re.compile(r'[\[\]*?#%|\\\ud800-\udfff]|:(?=/|$)')
 
-def place(workdir):
-  """The path of a --workdir: a `pathlib.Path`, or for a URL an `etils.epath.Path`, which Orbax takes too.
+
+def place(name, setting: str = '--workdir'):
+  """The path that a flag or a variable names.
+
+  Args:
+    name: a folder, `~` being the user's own, or a URL; a path as it comes from here is given back.
+    setting: what set it, for messages.
+
+  Returns:
+    A `pathlib.Path`, or for a bucket an `etils.epath.Path`, which Orbax takes too.
 
   Raises:
-    UserError: the package that reads such URLs is not installed.
+    UserError: it is no path or no such kind of bucket, or the package that reads such URLs is not installed.
   """
-  if not isinstance(workdir, str):
-    return workdir
-  if '://' not in workdir:
-    return pathlib.Path(workdir)
-  scheme = workdir.partition('://')[0]
-  packages = {'gs': 'gcsfs', 's3': 's3fs'}
-  if scheme not in packages:
-    raise UserError(f'--workdir={workdir}: a URL of gs:// or s3:// is wanted, or a folder.')
+  if not isinstance(name, str):
+    return _expanded(name, setting) if isinstance(name, pathlib.Path) else name
+  scheme, separator, rest = name.partition('://')
+  if not name.strip() or '\0' in name:
+    raise UserError(f'{setting}={name!r} names no folder.')
+  if scheme == 'file' and separator:
+    return _expanded(pathlib.Path(rest), setting)
+  if not separator:
+    if name.startswith(tuple(f'{kind}:' for kind in PACKAGES)):
+      raise UserError(
+        f'{setting}={name}: the URL of a bucket starts with {name.partition(":")[0]}://.'
+      )
+    return _expanded(pathlib.Path(name), setting)
+  if scheme not in PACKAGES:
+    raise UserError(f'{setting}={name}: a URL of gs:// or s3:// is wanted, or a folder.')
+  if special := _SPECIAL.search(rest):
+    raise UserError(
+      f'{setting}={name}: a folder of a bucket cannot have {special[0]!r} in its name.'
+    )
+  return _bucket(name, scheme, setting)
+
+
+def _expanded(path: pathlib.Path, setting: str) -> pathlib.Path:
+  try:
+    return path.expanduser()
+  except RuntimeError:
+    raise UserError(
+      f'{setting}={path}: there is no such user, or this user has no home folder.'
+    ) from None
+
+
+def _bucket(url: str, scheme: str, setting: str):
   os.environ['EPATH_USE_TF'] = 'false'  # or a training process imports TensorFlow
   try:
     import fsspec
@@ -39,11 +78,11 @@ def place(workdir):
     fsspec.config.conf.setdefault(scheme, {})['use_listings_cache'] = False
     fsspec.get_filesystem_class(scheme)
   except ImportError:
-    package = packages[scheme]
+    package = PACKAGES[scheme]
     raise UserError(
-      f'--workdir={workdir} needs {package}: uv sync --extra tpu, or uv pip install {package}.'
+      f'{setting}={url} needs {package}: uv sync --extra tpu, or uv pip install {package}.'
     ) from None
-  return epath.Path(workdir)
+  return epath.Path(url)
 
 
 def is_bucket(path) -> bool:
@@ -51,7 +90,38 @@ def is_bucket(path) -> bool:
   return not isinstance(path, pathlib.Path)
 
 
-def make(workdir) -> None:
+def plain_path(folder):
+  """A path to the same folder that globs and URLs take as it is written.
+
+  Orbax and TensorStore make globs and URLs of paths, so that they lose what lies under 'runs[1]' or 'a#b'.
+  Where a path has such a character this makes the folder and a link to it, of a name that every process
+  finds alike.
+
+  Raises:
+    UserError: the link cannot be made.
+  """
+  if is_bucket(folder) or not _SPECIAL.search(str(folder.absolute())):
+    return folder
+  target = os.fsencode(folder.absolute())
+  links = pathlib.Path(tempfile.gettempdir()) / f'isoflop-{os.getuid()}'
+  link = links / hashlib.sha256(target).hexdigest()[:16]
+  try:
+    folder.mkdir(parents=True, exist_ok=True)  # what is made under a link to nothing is an error
+    links.mkdir(mode=0o700, exist_ok=True)
+    if links.stat().st_uid != os.getuid() or _SPECIAL.search(str(link)):
+      raise PermissionError(1, f'{links} cannot be used')
+    with contextlib.suppress(FileExistsError):  # its name is made of what it points to
+      os.symlink(target, os.fsencode(link))
+  except OSError as error:
+    special = _SPECIAL.search(str(folder.absolute()))[0]
+    raise UserError(
+      f'{folder}: the path has {special!r} in it, and a link to it under {links} could not be made '
+      f'({error.strerror}); choose a folder without it.'
+    ) from None
+  return link
+
+
+def make(workdir, setting: str = '--workdir') -> None:
   """Makes a folder that can be written.
 
   Raises:
@@ -63,22 +133,20 @@ def make(workdir) -> None:
       (workdir / '.writable').write_text('\n')  # only writing tells
     elif not os.access(workdir, os.W_OK):
       raise PermissionError(13, 'not writable')
-  except OSError as error:
-    raise _unwritable(workdir, error.strerror or _first_line(error)) from None
-  except Exception as error:  # each store has errors of its own
-    if not is_bucket(workdir):
+  except Exception as error:  # each kind of bucket has errors of its own
+    if not is_bucket(workdir) and not isinstance(error, OSError):
       raise
-    raise _unwritable(workdir, _first_line(error)) from None
+    raise UserError(
+      f'{setting}={workdir} cannot be written ({_why(error, workdir)}); choose another.'
+    ) from None
 
 
-def _first_line(error: Exception) -> str:
-  if isinstance(error, FileNotFoundError):
+def _why(error: Exception, path) -> str:
+  """What a store says is wrong, in a clause."""
+  if isinstance(error, FileNotFoundError) and is_bucket(path):
     return 'no such bucket'
-  return (str(error).strip().splitlines() or [''])[0].rstrip('.') or type(error).__name__
-
-
-def _unwritable(workdir, why: str) -> UserError:
-  return UserError(f'--workdir={workdir} cannot be written ({why}); choose another.')
+  said = getattr(error, 'strerror', None) or str(error).strip()
+  return (said.splitlines() or [''])[0].rstrip('.') or type(error).__name__
 
 
 def size(path) -> int:
@@ -100,7 +168,7 @@ def append(path, text: str) -> None:
 def appending(path):
   """A text file open for adding to; in a bucket it gets there when it is closed."""
   if not is_bucket(path):
-    with path.open('a') as file:
+    with path.open('a', encoding='utf-8') as file:
       yield file
     return
   file = io.StringIO()
@@ -110,24 +178,88 @@ def appending(path):
     path.write_text((path.read_text() if path.exists() else '') + file.getvalue())
 
 
-def write_atomic(path: pathlib.Path, text: str) -> None:
+def write_atomic(path, content: str | bytes) -> None:
   """The file is either the old one or the whole new one, whatever dies."""
-  if storage.is_bucket(path):
-    path.write_text(text)
+  data = content.encode() if isinstance(content, str) else content
+  if is_bucket(path):
+    path.write_bytes(data)
     return
   temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-  temporary.write_text(text)
-  temporary.replace(path)
+  try:
+    temporary.write_bytes(data)
+    temporary.replace(path)
+  except OSError:  # the disk is full: leave it no fuller
+    temporary.unlink(missing_ok=True)
+    raise
 
 
-def read_rows(path: pathlib.Path) -> list[dict]:
+def read_rows(path) -> list[dict]:
   """The rows of a JSON-lines file; a last line cut by a kill is left out."""
   if not path.exists():
     return []
   rows = []
-  for line in path.read_text().splitlines():
+  for line in path.read_bytes().splitlines():
     try:
       rows.append(json.loads(line))
-    except json.JSONDecodeError:
+    except ValueError:
       break
   return rows
+
+
+def names(folder) -> set[str]:
+  """The names of what lies in a folder; none where it does not exist.
+
+  Raises:
+    UserError: it cannot be read.
+  """
+  with _told(f'cannot read {folder}', folder):
+    try:
+      return {path.name for path in folder.iterdir()}
+    except FileNotFoundError:
+      return set()
+
+
+def copy_files(source, target, files: Iterable[str], log: Callable[[str], None] = print) -> None:
+  """Copies files of a folder to another in the order given, each of them whole or not at all.
+
+  Args:
+    source, target: folders; either may be of a bucket.
+    files: their names.
+    log: told of each as it begins.
+
+  Raises:
+    UserError: one could not be read or written.
+  """
+  verb, bucket = ('sending', target) if is_bucket(target) else ('fetching', source)
+  with _told(f'cannot write {target}', target):
+    target.mkdir(parents=True, exist_ok=True)
+  for name in files:
+    log(f'{verb} {bucket / name}')
+    with _told(f'cannot read {source / name}', source):
+      data = (source / name).read_bytes()
+    with _told(f'cannot write {target / name}', target):
+      write_atomic(target / name, data)
+
+
+@contextlib.contextmanager
+def _told(what: str, path):
+  """Turns what a store raises into one sentence that starts with `what`."""
+  try:
+    yield
+  except Exception as error:  # each kind of bucket has errors of its own
+    if not is_bucket(path) and not isinstance(error, OSError):
+      raise
+    raise UserError(f'{what}: {_why(error, path)}.') from error
+
+
+def key_value_store(folder):
+  """The TensorStore key-value store of a folder or a bucket: its writes can be conditional."""
+  import tensorstore
+
+  if is_bucket(folder):
+    return tensorstore.KvStore.open(f'{folder}/').result()
+  folder.mkdir(parents=True, exist_ok=True)
+  # What is written here need not survive a power cut: whoever wrote it did not either.
+  context = {'file_io_sync': False}
+  path = f'{plain_path(folder).absolute()}/'
+  return tensorstore.KvStore.open({'driver': 'file', 'path': path, 'context': context}).result()

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 
-from research.core import remote
+from research.core import storage
 from research.core.errors import UserError
 from research.data.frozen import Frozen, FrozenMixture
 from research.data.mixtures import Mixture
@@ -17,6 +17,7 @@ from research.data.spec import digest
 from research.data.streams import Stream
 
 HOME = '~/.cache/isoflop'
+SETTING = 'ISOFLOP_CACHE'
 
 
 def default_cache() -> pathlib.Path:
@@ -25,10 +26,11 @@ def default_cache() -> pathlib.Path:
 
 
 def local_cache(place) -> pathlib.Path:
-  """The folder here for a cache that is a folder or a URL."""
-  if remote.is_remote(place):
+  """The folder here for a cache that is a folder or a bucket's URL."""
+  path = storage.place(place, SETTING)
+  if storage.is_bucket(path):
     return pathlib.Path(HOME).expanduser() / 'remote' / digest(str(place).rstrip('/'))
-  return pathlib.Path(place).expanduser()
+  return path
 
 
 def open_stream(stream: Stream | Mixture, cache_dir=None, log=print) -> Frozen | FrozenMixture:
@@ -49,7 +51,7 @@ def open_streams(streams: list, cache_dir=None, log=print) -> list[Frozen | Froz
     UserError: the stream cannot be made, or its files were altered; says which.
   """
   place = cache_dir or os.environ.get('ISOFLOP_CACHE') or HOME
-  cache = local_cache(place)
+  shared, cache = storage.place(place, SETTING), local_cache(place)
   folders = {}
 
   def folder(stream):
@@ -60,15 +62,15 @@ def open_streams(streams: list, cache_dir=None, log=print) -> list[Frozen | Froz
 
   flat = [p for s in streams for p in (s.streams.values() if isinstance(s, Mixture) else [s])]
   missing = [s for s in flat if not complete(folder(s), s.passes, s.examples)]
-  if missing and remote.is_remote(place):
+  if missing and storage.is_bucket(shared):
     for s in missing:
-      remote.fetch(place, folder(s).name, folder(s), log)
+      _fetch(shared / 'streams' / s.key(), folder(s), log)
     missing = [s for s in missing if not complete(folder(s), s.passes, s.examples)]
   if missing:
     _freeze(missing, cache, log)
-  if missing and remote.is_remote(place):
+  if missing and storage.is_bucket(shared):
     for s in missing:
-      remote.send(place, folder(s).name, folder(s), log)
+      _send(folder(s), shared / 'streams' / s.key(), log)
   load = lambda s: Frozen(folder(s), s)
   return [
     FrozenMixture(s, {name: load(part) for name, part in s.streams.items()})
@@ -76,6 +78,24 @@ def open_streams(streams: list, cache_dir=None, log=print) -> list[Frozen | Froz
     else load(s)
     for s in streams
   ]
+
+
+def _rank(name: str) -> int:
+  """A stream is there when its header is, and a shard when its facts are: those are copied last."""
+  return 2 if name == 'header.json' else 1 if name.endswith('.json') else 0
+
+
+def _fetch(source, target: pathlib.Path, log) -> None:
+  """Copies the files of a stream in a bucket that are not here yet."""
+  missing = storage.names(source) - storage.names(target)
+  storage.copy_files(source, target, sorted(missing, key=_rank), log)
+
+
+def _send(source: pathlib.Path, target, log) -> None:
+  """Copies the files of a stream that its bucket does not have."""
+  files = {name for name in storage.names(source) if name.endswith(('.bin', '.json'))}
+  missing = files - storage.names(target) - {'verified.json'}
+  storage.copy_files(source, target, sorted(missing, key=_rank), log)
 
 
 def _freeze(streams, cache: pathlib.Path, log):

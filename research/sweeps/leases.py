@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Callable
 
-from research.core import remote
+from research.core import storage
 
 
 def _host() -> str:
@@ -85,16 +85,7 @@ class Leases:
   """
 
   def __init__(self, place: str | pathlib.Path, seconds: float = 60.0):
-    import tensorstore  # a third of a second, which --plan need not wait
-
-    if remote.is_remote(place):
-      spec = str(place).rstrip('/') + '/'
-    else:
-      pathlib.Path(place).mkdir(parents=True, exist_ok=True)
-      path = f'{pathlib.Path(place).absolute()}/'
-      # A lease need not survive a power cut, since its owner does not either.
-      spec = {'driver': 'file', 'path': path, 'context': {'file_io_sync': False}}
-    self.store = tensorstore.KvStore.open(spec).result()
+    self.store = storage.key_value_store(storage.place(place))
     self.seconds = seconds
     self.me = f'{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}'
     self.host, self.born = _host(), _born(os.getpid())
