@@ -1,0 +1,172 @@
+"""Weights packed in 4 and 8 bits are the matrices that their formats' own formulas give."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from research.core.errors import UserError
+from research.huggingface import packed
+
+OUT, IN, GROUP = 16, 32, 8
+
+
+class Store(dict):
+  """Tensors by name, with their shapes, as a folder of files has them."""
+
+  @property
+  def shapes(self) -> dict:
+    return {name: tuple(value.shape) for name, value in self.items()}
+
+
+def pack(numbers: np.ndarray, order=tuple(range(8))) -> np.ndarray:
+  """int32 words of eight numbers each along the last axis, written as a loop."""
+  words = np.zeros((*numbers.shape[:-1], numbers.shape[-1] // 8), np.uint32)
+  for index in np.ndindex(words.shape):
+    for i, place in enumerate(order):
+      number = int(numbers[(*index[:-1], 8 * index[-1] + place)])
+      words[index] |= np.uint32(number << (4 * i))
+  return words.view(np.int32)
+
+
+@pytest.fixture
+def quantised():
+  random = np.random.default_rng(0)
+  return {
+    'numbers': random.integers(0, 16, (IN, OUT)),
+    'zeros': random.integers(0, 16, (IN // GROUP, OUT)),
+    'scales': random.uniform(0.01, 0.1, (IN // GROUP, OUT)).astype(np.float16),
+    'order': random.permutation(np.repeat(np.arange(IN // GROUP), GROUP)).astype(np.int32),
+  }
+
+
+def expected(quantised, group_of) -> np.ndarray:
+  matrix = np.empty((OUT, IN), np.float32)
+  for row in range(IN):
+    for column in range(OUT):
+      group = group_of[row]
+      scale = np.float32(quantised['scales'][group, column])
+      number = float(quantised['numbers'][row, column]) - quantised['zeros'][group, column]
+      matrix[column, row] = number * scale
+  return matrix
+
+
+@pytest.mark.parametrize('label', ['gptq', 'gptq_v2'])
+@pytest.mark.parametrize('reordered', [False, True])
+def test_gptq_with_both_kinds_of_zero_points_and_any_order_of_rows(quantised, label, reordered):
+  plain = np.repeat(np.arange(IN // GROUP), GROUP)
+  group_of = quantised['order'] if reordered else plain
+  stored = (quantised['zeros'] - (label == 'gptq')) % 16
+  store = Store({
+    'a.qweight': pack(quantised['numbers'].T).T,
+    'a.qzeros': pack(stored),
+    'a.scales': quantised['scales'],
+    'b.weight': np.ones(3, np.float32),
+  })  # fmt: skip
+  if reordered:
+    store['a.g_idx'] = quantised['order']
+  options = {'quant_method': 'gptq', 'bits': 4, 'sym': False, 'checkpoint_format': label}
+  tensors = packed.unpack(store, {'quantization_config': options})
+  assert set(tensors) == {'a.weight', 'b.weight'}
+  assert tensors.shapes['a.weight'] == (OUT, IN)
+  np.testing.assert_array_equal(tensors['a.weight'], expected(quantised, group_of))
+
+
+@pytest.mark.parametrize('stored', [7, 8])
+def test_a_symmetric_gptq_file_is_read_by_its_zero_points_and_not_by_its_label(quantised, stored):
+  quantised['zeros'] = np.full_like(quantised['zeros'], 8)
+  store = Store({
+    'a.qweight': pack(quantised['numbers'].T).T,
+    'a.qzeros': pack(np.full_like(quantised['zeros'], stored)),
+    'a.scales': quantised['scales'],
+  })  # fmt: skip
+  wrong = 'gptq_v2' if stored == 7 else 'gptq'
+  options = {'quant_method': 'gptq', 'bits': 4, 'sym': True, 'checkpoint_format': wrong}
+  tensors = packed.unpack(store, {'quantization_config': options})
+  group_of = np.repeat(np.arange(IN // GROUP), GROUP)
+  np.testing.assert_array_equal(tensors['a.weight'], expected(quantised, group_of))
+
+
+def test_awq_with_its_order_of_columns_and_zero_points_of_nothing(quantised):
+  quantised['zeros'][0] = 0  # must not become 15
+  store = Store({
+    'a.qweight': pack(quantised['numbers'], packed.AWQ_ORDER),
+    'a.qzeros': pack(quantised['zeros'], packed.AWQ_ORDER),
+    'a.scales': quantised['scales'],
+  })  # fmt: skip
+  options = {'quant_method': 'awq', 'bits': 4, 'version': 'gemm', 'zero_point': True}
+  tensors = packed.unpack(store, {'quantization_config': options})
+  group_of = np.repeat(np.arange(IN // GROUP), GROUP)
+  assert tensors.shapes['a.weight'] == (OUT, IN)
+  np.testing.assert_array_equal(tensors['a.weight'], expected(quantised, group_of))
+
+
+@pytest.mark.parametrize('kind', ['nf4', 'fp4'])
+@pytest.mark.parametrize('nested', [False, True])
+def test_bitsandbytes_in_four_bits(kind, nested):
+  torch = pytest.importorskip('torch')
+  bnb = pytest.importorskip('bitsandbytes.functional')
+  weight = torch.tensor(np.random.default_rng(0).normal(size=(48, 80)).astype(np.float32))
+  values, state = bnb.quantize_4bit(weight, quant_type=kind, compress_statistics=nested)
+  store = Store({'a.weight': values.numpy()})
+  store |= {f'a.weight.{k}': np.asarray(v) for k, v in state.as_dict(packed=True).items()}
+  store = Store(store)
+  options = {'quant_method': 'bitsandbytes', 'load_in_4bit': True, 'bnb_4bit_quant_type': kind}
+  tensors = packed.unpack(store, {'quantization_config': options})
+  assert set(tensors) == {'a.weight'}
+  assert tensors.shapes['a.weight'] == (48, 80)
+  reference = bnb.dequantize_4bit(values, state).numpy()
+  np.testing.assert_allclose(tensors['a.weight'], reference, rtol=0, atol=1e-6)
+
+
+def test_bitsandbytes_in_eight_bits():
+  random = np.random.default_rng(0)
+  numbers, largest = random.integers(-127, 128, (4, 6)).astype(np.int8), random.uniform(1, 2, 4)
+  store = Store(
+    {'a.weight': numbers, 'a.SCB': largest.astype(np.float32), 'a.weight_format': np.uint8(0)}
+  )
+  options = {'quant_method': 'bitsandbytes', 'load_in_8bit': True}
+  tensors = packed.unpack(store, {'quantization_config': options})
+  assert set(tensors) == {'a.weight'}
+  reference = [[numbers[i, j] * largest[i] / 127 for j in range(6)] for i in range(4)]
+  np.testing.assert_allclose(tensors['a.weight'], reference, rtol=1e-6)
+
+
+def test_fp8_by_blocks_that_do_not_divide_the_matrix():
+  random = np.random.default_rng(0)
+  weight = random.normal(size=(5, 7)).astype(ml_dtypes.float8_e4m3fn)
+  scales = random.uniform(1, 2, (3, 2)).astype(np.float32)
+  store = Store({'a.weight': weight, 'a.weight_scale_inv': scales})
+  options = {'quant_method': 'fp8', 'fmt': 'e4m3', 'weight_block_size': [2, 4]}
+  tensors = packed.unpack(store, {'quantization_config': options})
+  reference = [[float(weight[i, j]) * scales[i // 2, j // 4] for j in range(7)] for i in range(5)]
+  np.testing.assert_allclose(tensors['a.weight'], reference, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ('options', 'says'),
+  [
+    ({'quant_method': 'hqq'}, "quant_method 'hqq'; only awq, bitsandbytes, fp8, gptq can be read"),
+    ({'quant_method': 'gptq', 'bits': 3}, 'bits = 3; only 4'),
+    ({'quant_method': 'awq', 'bits': 4, 'version': 'gemv'}, "version = 'gemv'"),
+    ({'quant_method': 'bitsandbytes', 'load_in_4bit': True, 'bnb_4bit_quant_type': 'int4'}, 'int4'),
+    ({'quant_method': 'fp8', 'fmt': 'e4m3'}, 'weight_block_size'),
+  ],
+)
+def test_a_format_that_is_not_known_is_named(options, says):
+  with pytest.raises(UserError, match=says):
+    packed.unpack(Store(), {'quantization_config': options})
+
+
+def test_a_missing_tensor_is_named(quantised):
+  store = Store({'a.qweight': pack(quantised['numbers'].T).T})
+  tensors = packed.unpack(store, {'quantization_config': {'quant_method': 'gptq', 'bits': 4}})
+  with pytest.raises(UserError, match=r'a\.qzeros is missing'):
+    tensors['a.weight']
+
+
+def test_a_folder_that_is_not_packed_is_left_alone():
+  store = Store({'a.weight': np.ones(3)})
+  assert packed.unpack(store, {}) is store
+  assert json.dumps(store.shapes) == '{"a.weight": [3]}'
