@@ -1,4 +1,4 @@
-"""FIXME: say what this module is."""
+"""Which runs are alike enough to be trained together in one compiled step."""
 
 import dataclasses
 import functools
@@ -9,28 +9,33 @@ import jax
 from research.parallel.mesh import cores
 from research.training.run import Run
 
+# Numbers of optimizers that members may differ in: optax computes with them and never asks what they are.
 OPTIMIZER_INPUTS = ('weight_decay', 'weight_decay_rate', 'b1', 'b2', 'eps')
 
 
 def _any_schedule(steps: int):
-  """Stands for a schedule in the comparison of runs: rates are inputs of the step."""
+  """Stands for a schedule in the comparison of runs: learning rates are inputs of the step."""
 
 
-def _inputs(run: Run) -> dict[str, float]:
+def inputs_of(run: Run) -> dict[str, float]:
   """The numbers of a run, beside its rates and its seed, that its compiled step takes as inputs."""
   bound = run.optimizer.keywords if isinstance(run.optimizer, functools.partial) else {}
-  return {'z_loss': run.z_loss, **{k: bound[k] for k in OPTIMIZER_INPUTS if k in bound}}
+  of_optimizer = {name: bound[name] for name in OPTIMIZER_INPUTS if name in bound}
+  return {f'loss.{name}': value for name, value in run.loss.numbers.items()} | of_optimizer
 
 
-def _with_inputs(run: Run, values: dict) -> Run:
-  bound = {k: v for k, v in values.items() if k != 'z_loss'}
-  optimizer = functools.partial(run.optimizer, **bound) if bound else run.optimizer
-  return dataclasses.replace(run, z_loss=values['z_loss'], optimizer=optimizer)
+def with_inputs(run: Run, values: dict) -> Run:
+  """The run with these values, numbers or arrays, in place of its own; names as `inputs_of` gives them."""
+  of_loss = {k.removeprefix('loss.'): v for k, v in values.items() if k.startswith('loss.')}
+  of_optimizer = {k: v for k, v in values.items() if not k.startswith('loss.')}
+  optimizer = functools.partial(run.optimizer, **of_optimizer) if of_optimizer else run.optimizer
+  loss = dataclasses.replace(run.loss, **of_loss)
+  return dataclasses.replace(run, loss=loss, optimizer=optimizer)
 
 
 def shape(run: Run) -> str:
   """A text that is equal for runs that may be members of one population."""
-  run = _with_inputs(run, dict.fromkeys(_inputs(run), 0.0))
+  run = with_inputs(run, dict.fromkeys(inputs_of(run), 0.0))
   run = dataclasses.replace(run, seed=0, schedule=_any_schedule)
   reports = ('log_every', 'checkpoint_every', 'keep_checkpoints')
   return run.identity() + ''.join(f'{name} = {getattr(run, name)}\n' for name in reports)

@@ -1,4 +1,4 @@
-"""FIXME: say what this module is."""
+"""Whether model, data, loss and devices go together, asked before anything is compiled."""
 
 import dataclasses
 
@@ -27,6 +27,10 @@ def check_fits(run: Run, vocab: int, inputs: tuple[str, ...], train: Frozen) -> 
       'train',
       f'the model reads {missing[0]} tokens and {run.train.name} for this architecture has none.',
     )
+  for key in run.loss.reads:
+    if key not in train.features:
+      why = f'{type(run.loss).__name__} reads {key}, and the rows of {run.train.name} have none.'
+      raise Invalid(Run, 'loss', why)
   check_divides(run)
 
 

@@ -1,4 +1,4 @@
-"""FIXME: say what this module is."""
+"""SIGTERM: a run notices it between two steps, saves, and stops."""
 
 import signal
 
@@ -9,24 +9,25 @@ class Interrupted(Exception):
   """SIGTERM came; the state is saved."""
 
 
-class _Signal:
-  """True once SIGTERM came, on any host."""
+class TerminationSignal:
+  """Whether SIGTERM was received, by any host."""
 
   def __init__(self):
-    self.came, self.previous = False, None
-    if jax.process_count() > 1:  # jax listens, and makes all the processes stop at one step
+    self.received = False
+    self.previous = None
+    if jax.process_count() > 1:  # jax listens itself, and makes all processes stop at the same step
       return
     try:
-      self.previous = signal.signal(signal.SIGTERM, self._come)
-    except ValueError:  # not the main thread: whoever started it handles signals
+      self.previous = signal.signal(signal.SIGTERM, self._receive)
+    except ValueError:  # not the main thread, whose owner handles signals
       self.previous = None
 
-  def _come(self, *_):
-    self.came = True
+  def _receive(self, *_):
+    self.received = True
 
   def check(self, step: int) -> bool:
     if jax.process_count() == 1:
-      return self.came
+      return self.received
     from jax.experimental import multihost_utils
 
     return multihost_utils.reached_preemption_sync_point(step)

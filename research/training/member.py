@@ -1,48 +1,39 @@
-"""FIXME: say what this module is."""
-
-import json
+"""A member of a population: one run's record and its fate. Its state is an entry of the population's arrays."""
 
 import jax
 
-from research.core import storage
-from research.training import loop
+from research.training.record import Record
 
 
-class _Member(loop._Loop):
-  """The record of a member: its rows, its checkpoints and its fate. Its state is the population's."""
+class Member:
+  """One run of a population.
 
-  def __init__(self, *args, size: int, sums):
-    self.size, self.sums, self.status = size, sums, None
-    super().__init__(*args)
-    self.at = self.start
+  Attributes:
+    at: the step that it has reached.
+    status: None while it is in training; then 'finished' or 'nan'.
+    final: its row, once it has ended.
+  """
+
+  def __init__(self, record: Record, population: int):
+    self.record = record
+    self.run = record.run
+    self.population = population
+    self.at = record.start
+    self.status: str | None = None
+    self.final: dict | None = None
 
   @property
   def order(self) -> tuple[int, int]:
-    """What the order of its batches follows from."""
-    return self.run.seed, self.start
-
-  def compile(self):
-    pass  # for all members at once, and so is the state made
-
-  def initial(self):
-    return None
-
-  def sum_losses(self, frozen) -> tuple[float, float]:
-    return self.sums(frozen)
-
-  def row(self, step: int, status: str) -> dict:
-    row = super().row(step, status)
-    devices = len(jax.sharding.get_mesh().devices.ravel())
-    # A member's share of the time, so that the rows of a sweep add up.
-    return {
-      **row,
-      'seconds': row['seconds'] / self.size,
-      'devices': devices,
-      'population': self.size,
-    }
+    """What the order of its batches follows from: the seed, and the step that it continues from."""
+    return self.run.seed, self.record.start
 
   def end(self, status: str) -> None:
+    """Writes the member's row."""
     self.status = status
-    row = self.row(self.at, status)
-    storage.write_atomic(self.workdir / 'run.json', json.dumps(row, indent=1) + '\n')
+    row = self.record.row(self.at, status)
+    # A member's share of the time, so that the rows of a sweep add up.
+    row['seconds'] /= self.population
+    row['devices'] = jax.sharding.get_mesh().size
+    row['population'] = self.population
+    self.record.write_row(row)
     self.final = row

@@ -1,11 +1,10 @@
 """Runs of one shape trained in one compiled step, along an axis of members.
 
-Members differ in numbers alone: seed (initialisation and order of the data), schedule and so learning rate
-and warm-up, weight decay and its like, z-loss. Each leaves in its workdir what `research.train` leaves of a
-run, may be resumed by it, and may have been begun by it.
+Members differ only in numbers: the seed (initialisation and order of the data), the schedule (learning rate and
+warm-up), weight decay and other numbers of the optimizer, numbers of the loss. Each leaves in its workdir what
+`research.train` leaves of a run. Either may resume what the other began.
 """
 
-import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -13,7 +12,6 @@ import sys
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from research.checkpoints import folders
@@ -25,17 +23,14 @@ from research.data.batches import batch_at, eval_batches
 from research.parallel import hosts
 from research.training import background_jit, checks, interrupt
 from research.training import program as program_module
-from research.training.alike import _inputs, _with_inputs, possible, shape
-from research.training.member import _Member
+from research.training.alike import inputs_of, possible, shape, with_inputs
+from research.training.interrupt import TerminationSignal
+from research.training.member import Member
+from research.training.over_members import over_members
 from research.training.program import keep_compiled, make_program
+from research.training.record import Record
 from research.training.run import Run
 from research.training.workdir import open_workdir
-
-"""Numbers of optimizers that members may differ in; optax computes with them and never asks what they are."""
-
-
-def _one_by_one() -> bool:
-  return jax.devices()[0].platform == 'cpu'
 
 
 def train_population(
@@ -46,8 +41,8 @@ def train_population(
 ) -> list[dict]:
   """Trains runs of one `shape` together, each to its end or from where its checkpoint left it.
 
-  A member whose loss is no number ends as 'nan'; the others go on. Equal to the runs trained one by one up to
-  the rounding of another compiled program.
+  A member whose loss is not finite ends as 'nan' and the others go on. Equal to the runs trained one by one, up
+  to the rounding of another compiled program.
 
   Args:
     runs: of one shape; their learning rates, seeds, weight decays, z-losses may differ.
@@ -64,11 +59,11 @@ def train_population(
   """
   shapes = [shape(run) for run in runs]
   if len(set(shapes)) > 1:
-    there = next(text for text in shapes if text != shapes[0])
-    lines = zip(shapes[0].splitlines(), there.splitlines(), strict=False)
-    first, other = next(pair for pair in lines if pair[0] != pair[1])
+    other = next(text for text in shapes if text != shapes[0])
+    lines = zip(shapes[0].splitlines(), other.splitlines(), strict=False)
+    left, right = next(pair for pair in lines if pair[0] != pair[1])
     raise UserError(
-      f'runs of a population have one shape, and these differ ("{first.strip()}", "{other.strip()}").'
+      f'runs of a population have one shape, and these differ ("{left.strip()}", "{right.strip()}").'
     )
   if not possible(runs[0]):
     raise UserError(
@@ -80,81 +75,70 @@ def train_population(
   keep_compiled()
   devices = jax.devices()[: len(runs)]
   mesh = jax.make_mesh((len(devices),), ('member',), devices=devices)
-  with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
+  with jax.set_mesh(mesh):
     for run, workdir, text in zip(runs, workdirs, texts, strict=True):
       open_workdir(workdir, run, text)
-    population = Population(runs, workdirs, streams, stack)
-    return population.train()
+    population = Population(runs, workdirs, streams)
+    try:
+      return population.train()
+    finally:
+      population.close()
 
 
 class Population:
   """Members, their states as arrays [places, ...], and the step that advances them all.
 
-  Every device has as many places; where the members do not fill them the last ones are idle.
+  Every device has the same number of places. Where the members do not fill them, the last places are idle.
   """
 
-  def __init__(self, runs, workdirs, streams, stack: contextlib.ExitStack):
-    run, self.size = runs[0], len(runs)
-    self.spare = -len(runs) % jax.sharding.get_mesh().size  # places that no member has
-    say = lambda text: print(text, file=streams[0], flush=True)
-    frozen, validation = cache.open_streams([run.train, run.validation], log=say)
+  def __init__(self, runs, workdirs, streams):
+    run = runs[0]
+    self.runs = runs
+    self.size = len(runs)
+    self.spare = -len(runs) % jax.sharding.get_mesh().size  # places without a member
+
+    def say(text: str) -> None:
+      print(text, file=streams[0], flush=True)
+
+    self.frozen, validation = cache.open_streams([run.train, run.validation], log=say)
     self.program = make_program(run)
-    checks.check_fits(run, self.program.vocab, self.program.inputs, frozen)
-    self.runs, self.frozen, self.batch_size = runs, frozen, run.batch_size
-    self.inputs = {k: [_inputs(r)[k] for r in runs] for k in _inputs(run)}
-    # What is equal stays a constant of the program, as it is in a run's own.
+    checks.check_fits(run, self.program.vocab, self.program.inputs, self.frozen)
+    self.batch_size = run.batch_size
+    # A number that is equal for all stays a constant of the program, as it is in a run's own.
+    values = {name: [inputs_of(r)[name] for r in runs] for name in inputs_of(run)}
     self.inputs = {
-      k: self.spread(np.asarray(v, np.float32)) for k, v in self.inputs.items() if len(set(v)) > 1
+      name: self.spread(np.asarray(value, np.float32))
+      for name, value in values.items()
+      if len(set(value)) > 1
     }
+    self.signal = TerminationSignal()
     self.compile(workdirs, validation)
-    count, self.members = checks.count_of(run), []
-    each = zip(runs, workdirs, streams, program_module.rates(runs), strict=True)
-    for i, (own, workdir, stream, rates) in enumerate(each):
-      record = own, self.program, workdir, frozen, validation, count, rates, stream
-      member = _Member(*record, size=self.size, sums=functools.partial(self.sums, i))
-      stack.callback(member.close)  # the last first: each restores the signal's handler before it
-      self.members.append(member)
-    self.state = self.first_state()
     self.evaluated: dict = {}
+    self.members: list[Member] = []
+    self.open_members(workdirs, validation, streams)
+    self.state = self.first_state()
+
+  def open_members(self, workdirs, validation, streams) -> None:
+    """Opens every member's record, and restores the checkpoint where there is one."""
+    count = checks.count_of(self.runs[0])
+    all_rates = program_module.rates(self.runs)
+    for i, (run, workdir, stream) in enumerate(zip(self.runs, workdirs, streams, strict=True)):
+      sum_losses = functools.partial(self.sum_losses, i)
+      record = Record(
+        run, workdir, self.frozen, validation, count, all_rates[i], stream, self.program.abstract, sum_losses
+      )  # fmt: skip
+      self.members.append(Member(record, self.size))
+
+  def close(self) -> None:
+    self.signal.restore()
+    for member in self.members:
+      member.record.close()
 
   # What is compiled.
 
-  def over_members(self, f):
-    """(member's arguments, shared arguments) -> f of them, for all members that are `active`.
-
-    What f makes of `state`, its first result where it has one, stays as it was for others; the rest is zero.
-    Each device has its share of the members. On an accelerator it does that at once, which fills it. A CPU is
-    filled by one, and goes through them one by one, each in its place: products of a batch of small matrices
-    are slow there, and a member fits into its cache.
-    """
-    f = jax.jit(f)  # is traced once
-
-    def share(own, shared):
-      active, at = own['active'], lambda i, tree: jax.tree.map(lambda x: x[i], tree)
-      zeros = lambda x: jnp.zeros((len(active), *x.shape), x.dtype)
-      made = jax.tree.map(zeros, jax.eval_shape(f, at(0, own), shared))
-      if 'state' in own:
-        made = own['state'], *made[1:]
-      if not _one_by_one():
-        other = lambda own, made: jax.lax.cond(own['active'], lambda: f(own, shared), lambda: made)
-        return jax.vmap(other)(own, made)
-      order = jnp.argsort(~active, stable=True)
-
-      def one(i, made):
-        mine = {**own, 'state': made[0]} if 'state' in own else own
-        new = f(at(order[i], mine), shared)
-        put = lambda all, x: jax.lax.dynamic_update_index_in_dim(all, x, order[i], 0)
-        return jax.tree.map(put, made, new)
-
-      return jax.lax.fori_loop(0, jnp.sum(active), one, made)
-
-    share.__name__ = f.__name__  # in logs and profiles
-    specs = (jax.P('member'), jax.P())
-    return jax.shard_map(share, in_specs=specs, out_specs=jax.P('member'), check_vma=False)
-
   def compile(self, workdirs, validation) -> None:
-    """Begins to compile what makes, trains and evaluates the members, before they are opened."""
-    init, one, evaluate = map(self.over_members, (self.init, self.step, self.evaluate))
+    """Begins to compile what makes, trains and evaluates the members, before their records are opened."""
+    init, one, evaluate = map(over_members, (self.init, self.step, self.evaluate))
 
     def step(state, own, shared):
       return one({'state': state, **own}, shared)
@@ -177,18 +161,20 @@ class Population:
     return {'key': self.spread(keys), 'active': self.spread([True] * self.size)}
 
   def first_state(self) -> dict:
-    """[places, ...]: restored or made."""
-    members = self.members
-    if any(m.state is None for m in members):
-      made = self.init_fn(self.seeds(), ())
-    if all(m.state is None for m in members):
-      return made
-    host = lambda i, m: jax.device_get(
-      m.state if m.state is not None else jax.tree.map(lambda x: x[i], made)
-    )
-    states = [host(i, m) for i, m in enumerate(members)]
-    for m in members:
-      m.state = None
+    """[places, ...]: each member's restored state, or a new one."""
+    records = [member.record for member in self.members]
+    new = None
+    if any(record.state is None for record in records):
+      new = self.init_fn(self.seeds(), ())
+    if all(record.state is None for record in records):
+      return new
+    states = []
+    for i, record in enumerate(records):
+      state = record.state
+      if state is None:
+        state = jax.tree.map(lambda x, i=i: x[i], new)
+      states.append(jax.device_get(state))
+      record.state = None
     return jax.tree.map(lambda *x: self.spread(x), *states)
 
   def init(self, own: dict, shared) -> dict:
@@ -198,12 +184,14 @@ class Population:
     """One member's update."""
     program = self.program
     if own['inputs']:
-      values = {**_inputs(program.run), **own['inputs']}
-      program = dataclasses.replace(program, run=_with_inputs(program.run, values))
+      values = {**inputs_of(program.run), **own['inputs']}
+      program = dataclasses.replace(program, run=with_inputs(program.run, values))
     return program.step(own['state'], own['batch'] or shared['batch'], own['rate'])
 
   def evaluate(self, own: dict, shared: dict) -> tuple[jax.Array, jax.Array]:
     return self.program.evaluate(own['params'], shared['batch'])
+
+  # Arrays over the members.
 
   def place(self, x, axis: str | None = 'member'):
     return jax.device_put(x, jax.NamedSharding(jax.sharding.get_mesh(), jax.P(axis)))
@@ -217,47 +205,7 @@ class Population:
     return self.place(np.stack([*values, *more]))
 
   def active(self):
-    return self.spread([m.status is None for m in self.members], spare=False)
-
-  # The loop.
-
-  def train(self) -> list[dict]:
-    members = self.members
-    batches = {
-      m.order: batches_module.batches(self.frozen, m.run.batches, *m.order) for m in members
-    }
-    self.pause([m for m in members if m.at == m.run.steps])
-    pending = []
-    while live := self.living():
-      scalars = self.advance(batches)
-      for m in live:
-        m.at += 1
-      self.look(pending)
-      pending = [(m, m.at, scalars) for m in self.living()]
-      stop = members[-1].signal.check(live[0].at)
-      if stop or any(m.at == m.run.steps or m.due(m.at) for m in live):
-        self.look(pending)
-        pending = []
-        self.pause([m for m in self.living() if stop or m.due(m.at) or m.at == m.run.steps], stop)
-      if stop and self.living():
-        for m in members:
-          m.checkpoints.wait()
-        raise interrupt.Interrupted(
-          'stopped, with a checkpoint of every member; start again to go on'
-        )
-    return [m.final for m in members]
-
-  def living(self) -> list[_Member]:
-    return [m for m in self.members if m.status is None]
-
-  def advance(self, batches: dict) -> dict:
-    """Dispatches the next step of every member that is in training; the metrics [members] of it."""
-    members, self.evaluated = self.members, {}
-    new = {order: next(stream) for order, stream in batches.items()}
-    rates = [m.rates[min(m.at, m.run.steps - 1)] for m in members]
-    arguments = self.arguments(new, [m.order for m in members], rates, self.active())
-    self.state, scalars = self.step_fn(self.state, *arguments)
-    return scalars
+    return self.spread([member.status is None for member in self.members], spare=False)
 
   def arguments(self, batches: dict, orders: list, rates: list, active) -> tuple[dict, dict]:
     """What the step takes beside the state: each member's own, and what they share.
@@ -266,7 +214,7 @@ class Population:
       batches: host arrays by order of the data, one that all members share or several.
       orders: of each member.
       rates: of each member.
-      active: [places], who is in training.
+      active: [places], which members are in training.
     """
     own = {
       'batch': {},
@@ -278,38 +226,85 @@ class Population:
       (batch,) = batches.values()
       return own, self.shared(batch)
     rows = [batches[order] for order in orders]
-    return {
-      **own,
-      'batch': {k: self.spread([row[k] for row in rows]) for k in rows[0]},
-    }, self.shared({})
+    own['batch'] = {name: self.spread([row[name] for row in rows]) for name in rows[0]}
+    return own, self.shared({})
+
+  # The loop.
+
+  def train(self) -> list[dict]:
+    """Trains every member to its end; returns their rows.
+
+    Raises:
+      Interrupted: SIGTERM was received; every member's checkpoint was saved.
+    """
+    members = self.members
+    batches = {
+      m.order: batches_module.batches(self.frozen, m.run.batches, *m.order) for m in members
+    }
+    self.pause([member for member in members if member.at == member.run.steps])
+    pending = []
+    while live := self.living():
+      scalars = self.advance(batches)
+      for member in live:
+        member.at += 1
+      self.look(pending)
+      pending = [(member, member.at, scalars) for member in self.living()]
+      stop = self.signal.check(live[0].at)
+      if stop or any(member.record.pauses_at(member.at) for member in live):
+        self.look(pending)
+        pending = []
+        due = [m for m in self.living() if stop or m.record.pauses_at(m.at)]
+        self.pause(due, stop)
+      if stop and self.living():
+        for member in members:
+          member.record.checkpoints.wait()
+        raise interrupt.Interrupted(
+          'stopped, with a checkpoint of every member; start again to go on'
+        )
+    return [member.final for member in members]
+
+  def living(self) -> list[Member]:
+    return [member for member in self.members if member.status is None]
+
+  def advance(self, batches: dict) -> dict:
+    """Dispatches the next step of every member that is in training; returns its metrics [members]."""
+    self.evaluated = {}
+    new = {order: next(stream) for order, stream in batches.items()}
+    rates = [m.record.rates[min(m.at, m.run.steps - 1)] for m in self.members]
+    orders = [member.order for member in self.members]
+    arguments = self.arguments(new, orders, rates, self.active())
+    self.state, scalars = self.step_fn(self.state, *arguments)
+    return scalars
 
   def look(self, pending: list) -> None:
-    """The members' metrics of a step; who has no number for a loss is out."""
-    if pending:
-      scalars = jax.device_get(pending[0][2])
-    for m, step, _ in pending:
-      i = self.members.index(m)
-      if not m.look(step, {k: v[i] for k, v in scalars.items()}):
-        m.end('nan')
+    """Looks at the members' metrics of a step; a member whose loss is not finite has ended."""
+    if not pending:
+      return
+    scalars = jax.device_get(pending[0][2])
+    for member, step, _ in pending:
+      i = self.members.index(member)
+      if not member.record.look(step, {name: value[i] for name, value in scalars.items()}):
+        member.end('nan')
 
-  def pause(self, due: list[_Member], stop: bool = False) -> None:
-    """Between steps: those who are due are evaluated, saved, and ended after their last step."""
+  def pause(self, due: list[Member], stop: bool = False) -> None:
+    """Between steps: evaluates and saves the members that are due, and ends those after their last step."""
     host = jax.device_get(self.state) if due else None
-    for m in due:
-      i, last = self.members.index(m), m.at == m.run.steps
-      m.state = jax.tree.map(lambda x, i=i: np.array(x[i]), host)
-      m.pause(m.at, last=last, save=last or stop or m.due_checkpoint(m.at))
-      if last:
-        m.end('finished')
-      m.state = None
+    for member in due:
+      i = self.members.index(member)
+      state = jax.tree.map(lambda x, i=i: np.array(x[i]), host)
+      record = member.record
+      record.pause(member.at, state, save=stop or record.saves_at(member.at))
+      if member.at == member.run.steps:
+        member.end('finished')
 
-  def sums(self, i: int, frozen) -> tuple[float, float]:
-    """Nats and target tokens of a whole stream, of member i; of all those in training at once."""
+  def sum_losses(self, i: int, frozen) -> tuple[float, float]:
+    """Nats and target tokens of a whole stream, of member i; computed for all members in training at once."""
     if id(frozen) not in self.evaluated:
-      own, results = {'params': self.state['params'], 'active': self.active()}, []
+      own = {'params': self.state['params'], 'active': self.active()}
+      results = []
       for batch in eval_batches(frozen, self.batch_size):
         results.append(self.evaluate_fn(own, self.shared(batch)))
-      nll, tokens = np.asarray(jax.device_get(results), np.float64).sum(0)
-      self.evaluated[id(frozen)] = nll, tokens
-    nll, tokens = self.evaluated[id(frozen)]
-    return float(nll[i]), float(tokens[i])
+      nats, tokens = np.asarray(jax.device_get(results), np.float64).sum(0)
+      self.evaluated[id(frozen)] = nats, tokens
+    nats, tokens = self.evaluated[id(frozen)]
+    return float(nats[i]), float(tokens[i])

@@ -1,4 +1,7 @@
-"""FIXME: say what this module is."""
+"""The functions of a run that are compiled: initialisation, the update step, evaluation.
+
+The whole update stands in `Program.step`.
+"""
 
 import dataclasses
 import functools
@@ -15,7 +18,7 @@ from research.model.parameters import kinds, named_axes
 from research.parallel import axes as axes_module
 from research.parallel.axes import axis_size, on_each, spec, splits
 from research.parallel.mesh import Mesh, default_mesh, platform, threads
-from research.training import losses, optimizers
+from research.training import cross_entropy, optimizers
 from research.training.run import Run
 
 # A core of a CPU goes through so many at a time: its caches hold their activations (experiments/speed).
@@ -55,42 +58,33 @@ class Program:
     return jax.eval_shape(self.init, jax.random.key(0))
 
   def loss(self, params: dict, batch: dict) -> tuple[jax.Array, dict]:
-    """Sum of the loss over a batch's target tokens, and what it is made of."""
+    """The sum of the run's loss over a batch, and the sums that it is made of."""
     model = nnx.merge(self.graphdef, params)
-    x, penalties = model.features(batch)
-    weights = batch['decoder_loss_weights'].astype(jnp.float32)
-    targets = batch['decoder_target_tokens']
-    nll, z_loss = losses.cross_entropy(
-      model.readout(), x, targets, weights, z_loss=self.run.z_loss,
-      chunks=self.run.logits_chunks or _chunks(*targets.shape, model.vocab),
-    )  # fmt: skip
-    tokens = jnp.sum(weights)
-    seen = jnp.sum(batch.get('decoder_segment_ids', targets) > 0, dtype=jnp.float32)
-    # Penalties are means over tokens: weighted by tokens, microbatches add up to the batch.
-    sums = {'nll': nll, 'z_loss': z_loss, **{k: v * tokens for k, v in penalties.items()}}
-    return sum(sums.values()), {**sums, 'tokens': tokens, 'seen': seen}
+    features, penalties = model.features(batch)
+    chunks = self.run.logits_chunks or choose_chunks(*features.shape[:2], model.vocab)
+    terms, counts = self.run.loss(model, features, batch, chunks)
+    # Penalties are means over tokens. Weighted by tokens, microbatches add up to the batch.
+    terms |= {name: value * counts['weight'] for name, value in penalties.items()}
+    read = batch.get('decoder_segment_ids', batch['decoder_target_tokens']) > 0
+    return sum(terms.values()), {**terms, **counts, 'read': jnp.sum(read, dtype=jnp.float32)}
 
   def step(self, state: dict, batch: dict, rate: jax.Array) -> tuple[dict, dict]:
-    """One update at learning rate `rate`, by the mean loss of the batch's target tokens, however it is cut."""
+    """One update at learning rate `rate`, by the mean loss over the batch, however the batch is cut."""
     gradient = jax.value_and_grad(self.loss, has_aux=True)
     (_, sums), grads = self.over_parts(functools.partial(gradient, state['params']), batch)
-    tokens = jnp.maximum(sums['tokens'], 1.0)
-    grads = jax.tree.map(lambda g: g / tokens, grads)
+    weight = jnp.maximum(sums.pop('weight'), 1.0)
+    tokens = sums.pop('read')  # D counts tokens that are read, whether or not they carry a loss
+    grads = jax.tree.map(lambda g: g / weight, grads)
     updates, opt = self.optimizer(rate).update(grads, state['opt'], state['params'])
     params = optax.apply_updates(state['params'], updates)
-    scalars = {k: v / tokens for k, v in sums.items() if k not in ('tokens', 'seen')}
-    scalars = {
-      'loss': scalars.pop('nll'),
-      **scalars,
-      'tokens': sums['seen'],  # D: read, whether or not they carry a loss
-      'grad_norm': optax.tree.norm(grads),
-    }
+    scalars = {name: value / weight for name, value in sums.items()}
+    scalars |= {'tokens': tokens, 'grad_norm': optax.tree.norm(grads)}
     return {'step': state['step'] + 1, 'params': params, 'opt': opt}, scalars
 
   def evaluate(self, params: dict, batch: dict) -> tuple[jax.Array, jax.Array]:
-    """Sum of the negative log-likelihood in nats, and the number of target tokens."""
+    """The sum of the loss over a batch, without penalties, and the weight that it is divided by."""
     _, sums = self.over_parts(functools.partial(self.loss, params), batch)
-    return sums['nll'], sums['tokens']
+    return sums['loss'], sums['weight']
 
   def over_parts(self, f, batch: dict):
     """The sum of f(part) over the parts of a batch, which are gone through one by one."""
@@ -136,11 +130,11 @@ def make_program(run: Run) -> Program:
   return Program(run, nnx.graphdef(abstract), abstract.vocab, inputs, routed, kinds(abstract))
 
 
-def _chunks(rows: int, length: int, vocab: int) -> int:
+def choose_chunks(rows: int, length: int, vocab: int) -> int:
   """How many parts the length is cut into for the logits where the run does not say."""
   # Of one device's logits: a chunk has a part of every device's part of the sequence.
   rows, parts = on_each(rows, 'batch'), axis_size('sequence')
-  return losses.default_chunks(
+  return cross_entropy.default_chunks(
     rows * parts // axis_size('length'), length // parts, on_each(vocab, 'vocab')
   )
 

@@ -8,9 +8,13 @@ from research.core.errors import Invalid
 from research.data.mixtures import Curriculum, Mixture
 from research.data.streams import Stream
 from research.parallel.mesh import Mesh
+from research.training.losses import CrossEntropy, Loss
 
 # Two runs that differ only in these are one run: it may resume on another mesh or log more often.
 _INCIDENTAL = ('mesh', 'log_every', 'checkpoint_every', 'keep_checkpoints')
+# Fields that came later. At their defaults they are no part of a run's identity, or no workdir of before
+# could be resumed.
+_LATER = ('loss',)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,7 +31,7 @@ class Run:
     optimizer: `optimizer(learning_rate=schedule)` makes an optax transformation.
     schedule: `schedule(steps)` makes a `step -> learning rate`.
     clip: gradients are scaled down to this global norm; None for no clipping.
-    z_loss: weight of log(Z)^2 in the loss (PaLM uses 1e-4).
+    loss: what is minimised, a class of `research.training.losses` or one of your own.
     microbatches: the batch is gone through in so many parts, to save memory; the update is the same. A device
       that is a single core of a CPU cuts them smaller by itself.
     logits_chunks: the length is cut into so many parts for the logits; None chooses.
@@ -46,7 +50,7 @@ class Run:
   optimizer: Callable
   schedule: Callable
   clip: float | None = 1.0
-  z_loss: float = 0.0
+  loss: Loss = dataclasses.field(default_factory=CrossEntropy)
   microbatches: int = 1
   logits_chunks: int | None = None
   seed: int = 0
@@ -68,6 +72,8 @@ class Run:
     for field in ('train', 'validation'):
       if not isinstance(getattr(self, field), Stream | Mixture):
         raise Invalid(Run, field, 'must be a stream: @streams.Stream() with its parentheses.')
+    if not isinstance(self.loss, Loss):
+      raise Invalid(Run, 'loss', 'must be a loss: @losses.CrossEntropy() with its parentheses.')
     if self.clip is not None and not self.clip > 0:
       raise Invalid(Run, 'clip', f'{self.clip!r} must be positive, or None.')
     object.__setattr__(self, 'curriculum', tuple(map(tuple, self.curriculum)))
@@ -111,8 +117,14 @@ class Run:
 
   def identity(self) -> str:
     """The text that is equal for two runs that train the same parameters."""
-    fields = [f.name for f in dataclasses.fields(self) if f.name not in _INCIDENTAL]
-    return '\n'.join(f'{name} = {describe(getattr(self, name), 1)}' for name in fields) + '\n'
+    lines = []
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      default = field.default_factory() if callable(field.default_factory) else field.default
+      if field.name in _INCIDENTAL or (field.name in _LATER and value == default):
+        continue
+      lines.append(f'{field.name} = {describe(value, 1)}\n')
+    return ''.join(lines)
 
 
 def _target(lengths: dict) -> str:

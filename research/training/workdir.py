@@ -1,10 +1,11 @@
-"""FIXME: say what this module is."""
+"""The workdir of a run: it belongs to one run only."""
 
+import itertools
 import pathlib
 
 import jax
 
-from research.core import storage
+from research.core import moved, storage
 from research.core.errors import UserError
 from research.training.run import Run
 
@@ -16,16 +17,26 @@ def open_workdir(workdir: pathlib.Path, run: Run, config_text: str) -> None:
     UserError: it cannot be written, or holds another run.
   """
   storage.make(workdir)
-  identity, path = run.identity(), workdir / 'config.txt'
-  if path.exists() and path.read_text() != identity:
-    there, here = path.read_text().splitlines(), identity.splitlines()
-    old, new = next(
-      (pair for pair in zip(there, here, strict=False) if pair[0] != pair[1]), ('', '')
-    )
-    raise UserError(
-      f'--workdir={workdir} holds a different run ("{old.strip()}" there, "{new.strip()}" here); '
-      'choose another workdir, or delete that one.'
-    )
+  identity = run.identity()
+  path = workdir / 'config.txt'
+  if path.exists():
+    saved = _current_text(path.read_text())
+    if saved != identity:
+      raise _other_run(workdir, saved, identity)
   if jax.process_index() == 0:
     storage.write_atomic(path, identity)
     storage.write_atomic(workdir / 'config.gin', config_text)
+
+
+def _current_text(text: str) -> str:
+  """A config.txt as this version would write it: an earlier one named modules otherwise and had Run.z_loss."""
+  return moved.current_paths(text).replace('\nz_loss = 0.0\n', '\n')
+
+
+def _other_run(workdir: pathlib.Path, saved: str, identity: str) -> UserError:
+  pairs = itertools.zip_longest(saved.splitlines(), identity.splitlines(), fillvalue='')
+  old, new = next(pair for pair in pairs if pair[0] != pair[1])
+  return UserError(
+    f'--workdir={workdir} holds a different run ("{old.strip()}" there, "{new.strip()}" here); '
+    'choose another workdir, or delete that one.'
+  )

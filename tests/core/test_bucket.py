@@ -110,7 +110,7 @@ ablation.Ablation:
   params = (1e4,)
   ratio = 0.5
   min_steps = 10
-  axes = (('', 'Run.clip=None'), ('', 'Run.z_loss=1e-4'))
+  axes = (('', 'Run.clip=None'), ('', 'CrossEntropy.z_loss=1e-4'))
   ladder = @plan.Ladder()
   learning_rate = @learning_rate/plan.Rule()
   batch_size = @batch_size/plan.Rule()
@@ -131,7 +131,7 @@ def test_two_workers_do_a_sweep_in_a_bucket(bucket, environment, text_file, tmp_
   assert done.returncode == 0, done.stderr
   rows = list(csv.DictReader(bucket.cat('sweeps/clip/results.csv').splitlines()))
   assert [row['status'] for row in rows] == ['finished'] * 4
-  assert 'Run.clip=None Run.z_loss=1e-4: ' in bucket.cat('sweeps/clip/summary.txt')
+  assert 'Run.clip=None CrossEntropy.z_loss=1e-4: ' in bucket.cat('sweeps/clip/summary.txt')
   assert bucket.cat('sweeps/clip/report.html').count('<img ') == 2
   assert len(bucket.names('sweeps/clip/workers/')) == 2
   assert not [name for name in bucket.names('sweeps/clip') if name.endswith('lease.json')]

@@ -13,14 +13,14 @@ from research.checkpoints.manager import Checkpoints
 from research.core import configs, storage
 from research.core.errors import UserError
 from research.parallel import mesh
-from research.training import alike, loop, population
-from research.training.member import _Member
+from research.training import alike, loop, over_members, population
 from research.training.program import make_program
+from research.training.record import Record
 
 MEMBERS = (
   {'LEARNING_RATE': 1e-3},
   {'LEARNING_RATE': 1e-2, 'warmup_cosine.warmup': 0.2, 'adamw.weight_decay': 0.0},
-  {'LEARNING_RATE': 3e-3, 'Run.seed': 1, 'Run.z_loss': 1e-3},
+  {'LEARNING_RATE': 3e-3, 'Run.seed': 1, 'CrossEntropy.z_loss': 1e-3},
   {'LEARNING_RATE': 1e30},  # diverges
 )
 
@@ -93,7 +93,7 @@ def test_members_are_the_runs_one_by_one(both):
 def test_members_at_once_are_members_one_by_one(both, one_device, tmp_path, monkeypatch):
   """As on an accelerator; one of them diverges on the way."""
   made, _, (_, many) = both
-  monkeypatch.setattr(population, '_one_by_one', lambda: False)
+  monkeypatch.setattr(over_members, 'goes_one_by_one', lambda: False)
   rows = train_many(made, tmp_path)
   for here, there in zip(rows, many, strict=True):
     same = set(here) - {'seconds', 'devices', 'loss', 'bits_per_byte'}
@@ -127,15 +127,15 @@ def test_a_member_is_resumed_alone_and_a_run_in_a_population(both, text_file, on
   """Members that stand at different steps, and one that was begun alone, end as the undisturbed ones did."""
   _, _, (_, many) = both
   stopped = [load(text_file, **member) for member in MEMBERS[:3]]
-  look = _Member.look
+  look = Record.look
 
-  def kill(member, step, scalars):
-    if (member.workdir.name, step) == ('0', 16):
+  def kill(record, step, scalars):
+    if (record.workdir.name, step) == ('0', 16):
       raise KeyboardInterrupt
-    return look(member, step, scalars)
+    return look(record, step, scalars)
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(_Member, 'look', kill)
+    patch.setattr(Record, 'look', kill)
     with pytest.raises(KeyboardInterrupt):
       train_many(stopped, tmp_path)
   first = tmp_path / '0' / 'checkpoints'

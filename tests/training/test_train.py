@@ -23,7 +23,8 @@ from research.parallel import hosts
 from research.parallel.mesh import Mesh
 from research.training import interrupt, loop
 from research.training import program as program_module
-from research.training.loop import _Loop, train
+from research.training.loop import train
+from research.training.record import Record
 from research.training.program import make_program, mesh_of
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
@@ -84,15 +85,15 @@ def test_stopped_by_sigterm_and_resumed_is_bit_identical(text_file, one_device, 
   config = load('decoder', text_file, **more)
   whole, parts = tmp_path / 'whole', tmp_path / 'parts'
   row = run('decoder', text_file, whole, **more)
-  look = _Loop.look
+  look = Record.look
 
-  def look_and_kill(loop, step, scalars):
+  def look_and_kill(record, step, scalars):
     if step == 16:
       os.kill(os.getpid(), signal.SIGTERM)
-    return look(loop, step, scalars)
+    return look(record, step, scalars)
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(_Loop, 'look', look_and_kill)
+    patch.setattr(Record, 'look', look_and_kill)
     with pytest.raises(interrupt.Interrupted, match=r'stopped at step 1[67] with a checkpoint'):
       run('decoder', text_file, parts, **more)
   resumed = run('decoder', text_file, parts, **more)
@@ -260,7 +261,7 @@ def test_a_core_cuts_no_batch_that_experts_see(text_file, one_device, monkeypatc
 def test_a_mistake_is_told_before_anything_is_compiled(
   more, says, text_file, tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(loop, '_Loop', None)  # where compiling begins
+  monkeypatch.setattr(loop, 'Loop', None)  # where compiling begins
   with pytest.raises(UserError, match=says) as error:
     run('decoder', text_file, tmp_path, **more)
   assert '\n' not in str(error.value)

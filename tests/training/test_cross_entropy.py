@@ -12,7 +12,7 @@ from research.model.embedder import Embedder
 from research.model.heads import TiedHead, UntiedHead
 from research.parallel.axes import shard
 from research.parallel.mesh import Mesh
-from research.training.losses import cross_entropy, default_chunks
+from research.training.cross_entropy import cross_entropy, default_chunks
 
 # Quick to compile.
 jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})

@@ -1,0 +1,198 @@
+"""What a run leaves as it is trained: rows of metrics, evaluations, checkpoints, its one row of results."""
+
+import json
+import math
+import pathlib
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from research.checkpoints.manager import Checkpoints
+from research.core import storage
+from research.data.batches import FrozenMixture
+from research.model.counts import Counts
+from research.training import metrics
+from research.training.run import Run
+
+
+class Record:
+  """The record of one run. Whoever trains it, alone or among others, tells it of every step.
+
+  Attributes:
+    start: the step that the run continues from, 0 for a new one.
+    state: what the checkpoint of that step held; None for a new run.
+  """
+
+  def __init__(
+    self,
+    run: Run,
+    workdir: pathlib.Path,
+    frozen,
+    validation,
+    count: Counts,
+    rates: np.ndarray,
+    stream,
+    abstract: dict,
+    sum_losses: Callable,
+  ):
+    """
+    Args:
+      frozen, validation: the opened streams of training and of validation.
+      count: parameters, and FLOPs per token.
+      rates: the learning rate of every step, [steps].
+      stream: where progress is shown.
+      abstract: shapes and places of the state, to restore a checkpoint by.
+      sum_losses: gives (nats, target tokens) of a whole frozen stream by the parameters of now.
+    """
+    self.run = run
+    self.workdir = workdir
+    self.frozen = frozen
+    self.validation = validation
+    self.count = count
+    self.rates = rates
+    self.sum_losses = sum_losses
+    self.checkpoints = Checkpoints(workdir / 'checkpoints', keep=run.keep_checkpoints)
+    self._restore(abstract, stream)
+    writes = jax.process_index() == 0
+    self.rows = metrics.Rows(workdir, self.start) if writes else metrics.NoRows()
+    self.progress = metrics.Progress(run.steps, self.start, count.flops_6n_with_head, stream)
+    self.last_evaluation: dict[str, float] | None = None
+    self.window: list[dict] = []
+    self.clock = time.monotonic()
+    self.began = self.clock - self.seconds
+
+  def _restore(self, abstract: dict, stream) -> None:
+    def say(text: str) -> None:
+      print(text, file=stream, flush=True)
+
+    restored = self.checkpoints.restore(abstract, log=say)
+    if restored is None:
+      self.start, self.state, self.tokens, self.seconds = 0, None, 0, 0.0
+      return
+    self.start, self.state, meta = restored
+    self.tokens = meta['tokens']
+    self.seconds = meta['seconds']
+    say(f'resumed from step {self.start:,}')
+
+  # When something is due.
+
+  def saves_at(self, step: int) -> bool:
+    every = self.run.checkpoint_every
+    return step == self.run.steps or (every is not None and step % every == 0)
+
+  def evaluates_at(self, step: int) -> bool:
+    every = self.run.eval_every
+    return step == self.run.steps or (every is not None and step % every == 0)
+
+  def pauses_at(self, step: int) -> bool:
+    """Whether training waits after this step, to save or to evaluate."""
+    return self.saves_at(step) or self.evaluates_at(step)
+
+  # What it is told.
+
+  def look(self, step: int, scalars: dict) -> bool:
+    """Fetches a step's metrics and logs them; False when the loss or the gradient is not finite."""
+    scalars = {name: float(value) for name, value in jax.device_get(scalars).items()}
+    self.window.append(scalars)
+    self.tokens += int(scalars['tokens'])
+    finite = math.isfinite(scalars['loss']) and math.isfinite(scalars['grad_norm'])
+    if step % self.run.log_every == 0 or step == self.run.steps or not finite:
+      self._log(step)
+    return finite
+
+  def _log(self, step: int) -> None:
+    """Writes one row: means over the steps since the row before."""
+    now = time.monotonic()
+    window = self.window
+    seconds = max(now - self.clock, 1e-9)
+    row = {'step': step, 'tokens': self.tokens}
+    for name in window[0]:
+      if name != 'tokens':
+        row[name] = sum(scalars[name] for scalars in window) / len(window)
+    row['learning_rate'] = float(self.rates[step - 1])
+    row['tokens_per_second'] = sum(scalars['tokens'] for scalars in window) / seconds
+    row['flops_per_second'] = row['tokens_per_second'] * self.progress.flops_per_token
+    self.window = []
+    self.clock = now
+    self.rows.write(row)
+    self.progress.show(row, last=step == self.run.steps)
+
+  def pause(self, step: int, state: dict, save: bool) -> None:
+    """Between two steps: evaluates where that is due, and saves `state` where asked."""
+    began = time.monotonic()
+    if self.evaluates_at(step):
+      self._evaluate_and_tell(step)
+    if save:
+      # A run that resumes from here drops later rows, and lacks no earlier one.
+      self.rows.flush()
+      meta = {'tokens': self.tokens, 'seconds': time.monotonic() - self.began}
+      self.checkpoints.save(step, state, meta)
+    self.clock += time.monotonic() - began  # the speed that is shown is of training alone
+
+  def _evaluate_and_tell(self, step: int) -> None:
+    evaluation = self.evaluate()
+    self.last_evaluation = evaluation
+    named = {f'validation/{name}': value for name, value in evaluation.items()}
+    self.rows.write({'step': step, 'tokens': self.tokens, **named})
+    self.progress.say(
+      f'step {step:,}: validation loss {evaluation["loss"]:.4f} nats/token, '
+      f'{evaluation["bits_per_byte"]:.4f} bits/byte'
+    )
+
+  def evaluate(self) -> dict[str, float]:
+    """The mean over all target tokens of the validation stream, in nats per token and in bits per byte.
+
+    Of a mixture also the loss on each of its parts.
+    """
+    mixture = isinstance(self.validation, FrozenMixture)
+    parts = self.validation.parts if mixture else {'': self.validation}
+    sums = {name: self.sum_losses(part) for name, part in parts.items()}
+    nats = sum(part_nats for part_nats, _ in sums.values())
+    tokens = sum(part_tokens for _, part_tokens in sums.values())
+    size = sum(sums[name][1] * part.bytes_per_token for name, part in parts.items())
+    losses = {f'{name}/loss': n / t for name, (n, t) in sums.items()} if mixture else {}
+    return {'loss': nats / tokens, 'bits_per_byte': nats / math.log(2) / size, **losses}
+
+  # How it ends.
+
+  def row(self, step: int, status: str) -> dict:
+    """The run as one row: N, D and C by every convention, the loss, the hyper-parameters."""
+    evaluation = {}
+    if status == 'finished':
+      evaluation = self.last_evaluation or self.evaluate()
+    if status == 'nan':
+      self.progress.say(
+        f'step {step:,}: the loss is not finite; stopped, the last good checkpoint is kept'
+      )
+    run = self.run
+    counted = vars(self.count)
+    epochs = self.frozen.epochs(run.batches.examples(step))
+    mixture = isinstance(self.frozen, FrozenMixture)
+    return {
+      'status': status,
+      **{name: value for name, value in counted.items() if name.startswith('params_')},
+      'tokens': self.tokens,
+      'epochs': max(epochs.values()),
+      **({f'{name}/epochs': n for name, n in epochs.items()} if mixture else {}),
+      **{name: value * self.tokens for name, value in counted.items() if name.startswith('flops_')},
+      'loss': evaluation.get('loss'),
+      'bits_per_byte': evaluation.get('bits_per_byte'),
+      **{name: value for name, value in evaluation.items() if name.endswith('/loss')},
+      'steps': step,
+      'batch_size': run.batch_size,
+      'length': run.target_length,
+      'learning_rate': float(self.rates.max()),
+      'seed': run.seed,
+      'task': run.train.name,
+      'seconds': time.monotonic() - self.began,
+      'devices': jax.device_count(),
+    }
+
+  def write_row(self, row: dict) -> None:
+    storage.write_atomic(self.workdir / 'run.json', json.dumps(row, indent=1) + '\n')
+
+  def close(self) -> None:
+    self.checkpoints.close()
+    self.rows.close()
