@@ -14,7 +14,7 @@ import sys
 
 from gin.config_parser import BindingStatement, BlockDeclaration, ImportStatement, IncludeStatement
 
-from research.core import gin_reader, signatures
+from research.core import gin_reader, moved, signatures
 from research.core.errors import Invalid, UserError, did_you_mean
 from research.core.gin_reader import ROOT, Binding, Macro, Names, find_file, shown
 from research.core.resolver import Resolver, call, place
@@ -123,6 +123,10 @@ class Config:
     parameters = signatures.parameters(target)
     keywords = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     if statement.arg_name not in parameters and not keywords:
+      path = f'{target.__module__}.{target.__qualname__}.{statement.arg_name}'
+      if path in moved.ARGUMENTS:
+        name = f'{target.__name__}.{statement.arg_name}'
+        raise UserError(f'{where}: there is no {name}; {moved.ARGUMENTS[path]}.')
       options = set(parameters) - {'rngs'}
       raise UserError(
         f'{where}: {target.__name__} has no argument {statement.arg_name!r}.'

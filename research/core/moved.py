@@ -117,6 +117,14 @@ NAMES = {
 }
 PRESENT_MODULES = {*MODULES.values(), *_NAMES}
 
+# Arguments that became another class's, and what to write now.
+ARGUMENTS = {
+  'research.training.run.Run.z_loss': (
+    'it is CrossEntropy.z_loss now: bind run.Run.loss = @losses.CrossEntropy() and losses.CrossEntropy.z_loss, '
+    'with `from research.training import losses`'
+  )
+}
+
 
 def current_path(path: str) -> str:
   """The present dotted path of a module, class or function; `path` itself where it did not move."""

@@ -3,9 +3,11 @@
 import dataclasses
 import functools
 import os
+from collections.abc import Sequence
 
 import jax
 
+from research.core.errors import UserError
 from research.parallel.mesh import cores
 from research.training.run import Run
 
@@ -44,6 +46,22 @@ def shape(run: Run) -> str:
 def possible(run: Run) -> bool:
   """Whether a run may be a member at all: it lives on one device, and one process."""
   return run.mesh is None and jax.process_count() == 1
+
+
+def check_alike(runs: Sequence[Run]) -> None:
+  """Raises UserError where the runs cannot be one population."""
+  shapes = [shape(run) for run in runs]
+  if len(set(shapes)) > 1:
+    other = next(text for text in shapes if text != shapes[0])
+    lines = zip(shapes[0].splitlines(), other.splitlines(), strict=False)
+    left, right = next(pair for pair in lines if pair[0] != pair[1])
+    raise UserError(
+      f'runs of a population have one shape, and these differ ("{left.strip()}", "{right.strip()}").'
+    )
+  if not possible(runs[0]):
+    raise UserError(
+      'members of a population live on one device each, of one process: unset Run.mesh.'
+    )
 
 
 def share_cores(most: int) -> bool:

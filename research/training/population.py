@@ -16,14 +16,13 @@ import numpy as np
 
 from research.checkpoints import folders
 from research.core import storage
-from research.core.errors import UserError
 from research.data import batches as batches_module
 from research.data import cache
 from research.data.batches import batch_at, eval_batches
 from research.parallel import hosts
 from research.training import background_jit, checks, interrupt
 from research.training import program as program_module
-from research.training.alike import inputs_of, possible, shape, with_inputs
+from research.training.alike import check_alike, inputs_of, with_inputs
 from research.training.interrupt import TerminationSignal
 from research.training.member import Member
 from research.training.over_members import over_members
@@ -57,18 +56,7 @@ def train_population(
     UserError: the runs differ in more than that, or something does not fit.
     train.Interrupted: SIGTERM came; every member's checkpoint was saved.
   """
-  shapes = [shape(run) for run in runs]
-  if len(set(shapes)) > 1:
-    other = next(text for text in shapes if text != shapes[0])
-    lines = zip(shapes[0].splitlines(), other.splitlines(), strict=False)
-    left, right = next(pair for pair in lines if pair[0] != pair[1])
-    raise UserError(
-      f'runs of a population have one shape, and these differ ("{left.strip()}", "{right.strip()}").'
-    )
-  if not possible(runs[0]):
-    raise UserError(
-      'members of a population live on one device each, of one process: unset Run.mesh.'
-    )
+  check_alike(runs)
   workdirs = [storage.place(workdir) for workdir in workdirs]
   texts = texts or [''] * len(runs)
   streams = streams or [sys.stderr] * len(runs)
@@ -216,12 +204,8 @@ class Population:
       rates: of each member.
       active: [places], which members are in training.
     """
-    own = {
-      'batch': {},
-      'rate': self.spread(np.asarray(rates, np.float32)),
-      'active': active,
-      'inputs': self.inputs,
-    }
+    rates = self.spread(np.asarray(rates, np.float32))
+    own = {'batch': {}, 'rate': rates, 'active': active, 'inputs': self.inputs}
     if len(batches) == 1:
       (batch,) = batches.values()
       return own, self.shared(batch)

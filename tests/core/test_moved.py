@@ -215,3 +215,8 @@ def test_an_old_name_that_is_no_more_is_refused_in_a_sentence(tmp_path):
     UserError, match=r"old\.gin:2: .*streams has no 'Streams'\. Did you mean Stream"
   ):
     configs.load(str(path))
+
+
+def test_an_argument_that_became_another_class_s_is_told():
+  with pytest.raises(UserError, match=r'there is no Run\.z_loss; it is CrossEntropy\.z_loss now'):
+    configs.load('gin/runs/tiny.gin', ['Run.z_loss=1e-4'])

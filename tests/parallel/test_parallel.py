@@ -23,6 +23,7 @@ from research.model.experts import Experts
 from research.model.kernels import dot_product, ring
 from research.parallel import axes, hosts
 from research.parallel.mesh import Mesh
+from research.training.losses import CrossEntropy
 from research.training.program import make_program
 
 ROWS, LENGTH, TOLERANCE = 8, 16, 1e-5
@@ -87,7 +88,7 @@ def compiled(f):
 def run_of(name, **more):
   """What a program asks of a run."""
   facts = {
-    'z_loss': 1e-4,
+    'loss': CrossEntropy(z_loss=1e-4),
     'microbatches': 1,
     'logits_chunks': 2,
     'batch_size': ROWS,

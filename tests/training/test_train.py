@@ -24,8 +24,8 @@ from research.parallel.mesh import Mesh
 from research.training import interrupt, loop
 from research.training import program as program_module
 from research.training.loop import train
-from research.training.record import Record
 from research.training.program import make_program, mesh_of
+from research.training.record import Record
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 MODELS = ('decoder', 'encoder_decoder')
