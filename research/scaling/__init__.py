@@ -1,9 +1,11 @@
 """Scaling laws: fits, forecasts and plans from rows of results, this project's or anybody's."""
 
-from research.scaling.analysis import Analysis, Forecast, NoForecast
+from research.scaling.analysis import Analysis
+from research.scaling.any_law import FittedLaw, fit_law
 from research.scaling.cost import Cost
 from research.scaling.fitted import Fit, NotIdentifiable
 from research.scaling.fitting import fit_results
+from research.scaling.forecast import Forecast, NoForecast
 from research.scaling.law_fit import fit
 from research.scaling.rows import Columns, Observations, RowError, observe, read_table
 from research.scaling.serial import load, save
@@ -13,12 +15,14 @@ __all__ = [
   'Columns',
   'Cost',
   'Fit',
+  'FittedLaw',
   'Forecast',
   'NoForecast',
   'NotIdentifiable',
   'Observations',
   'RowError',
   'fit',
+  'fit_law',
   'fit_results',
   'load',
   'observe',

@@ -5,61 +5,13 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
-from typing import NamedTuple
 
 import numpy as np
 
-from research.core.errors import UserError
-from research.scaling import allocation, bootstrap, fitted, planning, rollout, text
+from research.scaling import allocation, bootstrap, fitted, forecasting, planning, rollout, text
 from research.scaling import rows as table
 from research.scaling.cost import Cost
-
-
-class NoForecast(UserError, ValueError):
-  """Neither a law nor two isoFLOP minima: nothing to forecast with. The message gives every reason."""
-
-
-class Optimum(NamedTuple):
-  params: np.ndarray
-  tokens: np.ndarray
-  loss: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class Forecast:
-  """What a run at `flops` should reach; intervals at `level`, that of the loss for one new run with its noise.
-
-  `extrapolation` is flops over the largest budget that was fitted. Where both approaches 2 and 3 were found the
-  loss is their mean weighed by how well each forecast the sweep's own larger budgets; `parts` has each one's.
-  """
-
-  flops: float
-  params: float
-  tokens: float
-  loss: float
-  loss_low: float
-  loss_high: float
-  params_low: float
-  params_high: float
-  tokens_low: float
-  tokens_high: float
-  level: float
-  method: str
-  extrapolation: float
-  parts: Mapping[str, float] = dataclasses.field(default_factory=dict)
-
-  def error(self, outcome: float) -> float:
-    """(forecast - outcome) / outcome."""
-    return self.loss / outcome - 1
-
-  def __str__(self) -> str:
-    return (
-      f'C = {self.flops:.3g} ({self.extrapolation:.2g}x the largest fitted): '
-      f'N* = {self.params:.3g} [{self.params_low:.3g}, {self.params_high:.3g}], '
-      f'D* = {self.tokens:.3g} [{self.tokens_low:.3g}, {self.tokens_high:.3g}], '
-      f'loss {self.loss:.4f} [{self.loss_low:.4f}, {self.loss_high:.4f}] ({self.method})'
-    )
+from research.scaling.forecast import Forecast, NoForecast, Optimum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +19,8 @@ class Analysis:
   """Everything a set of rows says about N*(C), D*(C) and the loss.
 
   `approach1`, `approach2`, `approach3` are None where refused; `refusals` says why, by name.
-  `cost` is the rows' FLOP convention, `level` that of every interval.
+  `cost` is the rows' FLOP convention, `level` that of every interval, `rule` what makes a forecast.
+  `doubts` are sentences about the table, to be read before any number; `notes` are about the fits.
   """
 
   rows: table.Observations
@@ -80,6 +33,8 @@ class Analysis:
   notes: tuple[str, ...] = ()
   conventions: tuple[dict, ...] = ()
   level: float = 0.9
+  rule: str = forecasting.DEFAULT
+  doubts: tuple[str, ...] = ()
 
   @functools.cached_property
   def trials(self) -> tuple[rollout.RollOut, ...]:
@@ -98,11 +53,19 @@ class Analysis:
 
   @property
   def method(self) -> str:
-    names = {'approach 2': 'power law through the isoFLOP minima'}
-    if self.approach3 is not None:
-      names['approach 3'] = self.approach3.law.name
-    share = lambda w: f' ({w:.0%})' if len(self.shares) > 1 else ''
-    return ' and '.join(f'{k}, {names[k]}{share(w)}' for k, w in self.shares.items())
+    """What a forecast is made by, in words."""
+    return forecasting.RULES[self.rule].method(self)
+
+  @property
+  def assumed(self) -> str | None:
+    """What the law assumes of its exponents, where N* ~ C^a follows from that and not from the rows."""
+    if self.approach3 is None:
+      return None
+    tied = (
+      self.approach3.law.name == 'TiedChinchilla'
+      or ('beta', 'alpha') in self.approach3.problem.tied
+    )
+    return 'alpha = beta' if tied and self.cost.p == 1.0 and not self.cost.constant else None
 
   def predict(self, params, tokens) -> np.ndarray:
     """The fitted loss in nats per token; raises NoForecast without a law of N and D."""
@@ -112,19 +75,22 @@ class Analysis:
       )
     return self.approach3.predict(params=params, tokens=tokens)
 
-  def optimum(self, flops) -> Optimum:
-    """Compute-optimal N*, D* and their loss at a budget or an array of them."""
-    if self.approach3 is not None:
+  def optimum(self, flops, approach: str | None = None) -> Optimum:
+    """Compute-optimal N*, D* and their loss at a budget or an array of them, by approach 3 if there is one."""
+    if self._uses_law(approach):
       law, values = self.approach3.law, self.approach3.parameters
       return Optimum(*planning.optimum(law, values, flops, self.cost))
     two = self.approach2
     flops = np.asarray(flops, np.float64)
     return Optimum(two.params(flops), two.tokens(flops), two.loss(flops))
 
-  def optimum_samples(self, flops) -> Optimum:
+  def _uses_law(self, approach: str | None) -> bool:
+    return self.approach3 is not None and approach in (None, 'approach 3')
+
+  def optimum_samples(self, flops, approach: str | None = None) -> Optimum:
     """The optimum under every bootstrap replicate, [replicates, budgets] each."""
     flops = np.atleast_1d(np.asarray(flops, np.float64))
-    if self.approach3 is not None:
+    if self._uses_law(approach):
       values = {k: v[:, None] for k, v in self.bootstrap.parameters.items()}
       return Optimum(*planning.optimum(self.approach3.law, values, flops, self.cost))
     s = self.approach2.samples
@@ -147,59 +113,18 @@ class Analysis:
     return out
 
   def forecast(self, flops: float | None = None, *, params=None, tokens=None) -> Forecast:
-    """The loss at the optimum of `flops`, or of a run of given `params` and `tokens`.
-
-    Where two approaches have a share, the loss is their mean, and N* and D* their geometric means.
-    """
+    """The loss at the optimum of `flops`, or of a run of given `params` and `tokens`, by `rule`."""
     given = params is not None and tokens is not None
     if not given and flops is None:
       raise NoForecast('forecast needs flops, or params and tokens.')
-    if given:
-      flops = float(self.cost.flops(params, tokens)) if flops is None else float(flops)
-    shares, optima = self.shares, {}
-    for name in shares:
-      part = self if name == 'approach 3' else dataclasses.replace(self, approach3=None)
-      optima[name] = part.optimum(flops), part.optimum_samples(flops)
-    losses = {name: (best.loss, np.ravel(many.loss)) for name, (best, many) in optima.items()}
-    if given and self.approach3 is not None:
-      law = self.approach3.law(self.bootstrap.parameters, params=params, tokens=tokens)
-      loss = self.predict(params, tokens)
-      excess = loss - self.optimum(flops).loss  # approach 2 knows only the optimum
-      losses = {name: (own + excess, drawn + excess) for name, (own, drawn) in losses.items()}
-      losses |= {'approach 3': (loss, np.ravel(law))} if 'approach 3' in shares else {}
-    parts = {name: float(own) for name, (own, _) in losses.items()}
-    loss = sum(share * parts[name] for name, share in shares.items())
-    samples = [_mixture([self._with_noise(drawn) for _, drawn in losses.values()], shares)]
-    if given:
-      best = params, tokens
-      samples += [np.array([params]), np.array([tokens])]
-    else:
-      # An allocation is a place on a logarithmic axis: approach 3's own is no better than its loss.
-      logs = [np.log(optimum[:2]) * shares[name] for name, (optimum, _) in optima.items()]
-      best = np.exp(sum(logs))
-      for axis in range(2):
-        drawn = [np.ravel(many[axis]) for _, many in optima.values()]
-        samples.append(_mixture(drawn, shares))
-    intervals = [tuple(map(float, self.interval(v))) for v in samples]
-    return Forecast(
-      float(flops),
-      *map(float, best),
-      float(loss),
-      *intervals[0],
-      *intervals[1],
-      *intervals[2],
-      self.level,
-      self.method,
-      float(flops / self.rows.flops.max()),
-      parts,
-    )
+    if given and flops is None:
+      flops = float(self.cost.flops(params, tokens))
+    return forecasting.RULES[self.rule].forecast(self, float(flops), params, tokens)
 
-  def _with_noise(self, losses: np.ndarray) -> np.ndarray:
-    """Adds a run's own scatter to bootstrapped losses."""
-    if self.approach3 is None:
-      return losses
-    drawn = np.random.default_rng(0).choice(self.bootstrap.spread, size=losses.shape)
-    return losses * np.exp(drawn) if self.approach3.problem.residuals == 'log' else losses + drawn
+  def value_at(self, *, params, tokens) -> tuple[float, float, float]:
+    """The loss forecast of a run, and the interval of it."""
+    told = self.forecast(params=params, tokens=tokens)
+    return told.loss, told.loss_low, told.loss_high
 
   def interval(self, samples: np.ndarray) -> tuple:
     """At `level`, over the first axis of values [replicates, ...] such as `optimum_samples` has."""
@@ -210,13 +135,3 @@ class Analysis:
     return text.summary(self)
 
   __repr__ = __str__
-
-
-def _mixture(drawn: list[np.ndarray], shares: Mapping[str, float], size: int = 4000) -> np.ndarray:
-  """Draws from several samples in proportion to their shares."""
-  if len(drawn) == 1:
-    return drawn[0]
-  rng = np.random.default_rng(0)
-  return np.concatenate(
-    [rng.choice(x, round(size * w)) for x, w in zip(drawn, shares.values(), strict=True)]
-  )

@@ -3,39 +3,53 @@
 import dataclasses
 
 import numpy as np
+from scipy import optimize
 
 from research.core.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """Training FLOPs C(N, D) = k N^p D. The default is the usual 6 N D; other conventions are fitted "
-  "to rows."""
+  """Training FLOPs C(N, D) = (k N^p + constant) D.
+
+  The default is the usual 6 N D; other conventions are fitted to rows: a power of N, or a line in N as where a
+  head or the attention costs the same at every size.
+  """
 
   k: float = 6.0
   p: float = 1.0
   worst: float = 0.0  # largest relative deviation of the rows it was fitted to
+  constant: float = 0.0
+
+  def per_token(self, params):
+    """FLOPs of a token."""
+    return self.k * np.asarray(params, np.float64) ** self.p + self.constant
 
   def flops(self, params, tokens):
-    return self.k * np.asarray(params, np.float64) ** self.p * tokens
+    return self.per_token(params) * tokens
 
   def tokens(self, params, flops):
-    return np.asarray(flops, np.float64) / (self.k * np.asarray(params, np.float64) ** self.p)
+    return np.asarray(flops, np.float64) / self.per_token(params)
 
   def params(self, tokens, flops):
-    return (np.asarray(flops, np.float64) / (self.k * tokens)) ** (1 / self.p)
+    return ((np.asarray(flops, np.float64) / tokens - self.constant) / self.k) ** (1 / self.p)
 
   def __str__(self) -> str:
-    if self.p == 1.0:
-      return f'C = {self.k:.4g} N D'
-    return f'C = {self.k:.4g} N^{self.p:.4f} D (rows deviate by up to {self.worst:.1%})'
+    off = f' (rows deviate by up to {self.worst:.1%})' if self.worst > 1e-3 else ''
+    if self.constant:
+      return f'C = ({self.k:.4g} N + {self.constant:.3g}) D{off}'
+    power = '' if self.p == 1.0 else f'^{self.p:.4f}'
+    return f'C = {self.k:.4g} N{power} D{off}'
 
 
 SIX_ND = Cost()
 
 
 def fit_cost(params, tokens, flops) -> Cost:
-  """The rows' own FLOP convention as k N^p D: exactly 6 N D where they say so."""
+  """The rows' own FLOP convention: exactly 6 N D where they say so, else k N^p D or (k N + constant) D.
+
+  Of the last two that which deviates less; the constant is not negative.
+  """
   per_token = np.log(np.asarray(flops) / np.asarray(tokens))
   n = np.log(np.asarray(params))
   if np.allclose(per_token - n, np.log(6.0), atol=1e-6):
@@ -48,7 +62,16 @@ def fit_cost(params, tokens, flops) -> Cost:
     return Cost(k, 1.0, float(np.abs(np.expm1(per_token - n - np.log(k))).max()))
   p, ln_k = np.polyfit(n, per_token, 1)
   worst = float(np.abs(np.expm1(per_token - p * n - ln_k)).max())
-  return Cost(float(np.exp(ln_k)), float(p), worst)
+  power = Cost(float(np.exp(ln_k)), float(p), worst)
+  # Relative least squares, so that the small sizes count as the large ones do.
+  weight = np.exp(-per_token)
+  columns = np.stack([np.exp(n), np.full_like(n, np.exp(n).mean())], 1)
+  (slope, level), _ = optimize.nnls(columns * weight[:, None], np.ones_like(n))
+  if slope <= 0:
+    return power
+  line = Cost(float(slope), 1.0, constant=float(level * np.exp(n).mean()))
+  worst = float(np.abs(line.per_token(np.exp(n)) * weight - 1).max())
+  return dataclasses.replace(line, worst=worst) if worst < 0.9 * power.worst else power
 
 
 def chip_hours(flops: float, *, step_flops: float, step_seconds: float, chips: int = 1) -> float:

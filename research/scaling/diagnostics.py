@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from research.scaling import allocation, analysis, approaches, law_fit, planning
+from research.scaling import allocation, approaches, forecast, law_fit, planning
 from research.scaling import rows as table
 from research.scaling.fitted import Fit, NotIdentifiable
 from research.scaling.laws.base import Law
@@ -20,7 +20,7 @@ class Bias(NamedTuple):
   factor: float
 
 
-def parabola_bias(a: 'analysis.Analysis') -> Bias | None:
+def parabola_bias(a) -> Bias | None:
   """How far approach 2's N*(C) lies from the fitted law's own, on the very grid that was run.
 
   The law's noiseless losses at the runs' N and D go through the same profile; a parabola is exact only when
@@ -41,7 +41,7 @@ def parabola_bias(a: 'analysis.Analysis') -> Bias | None:
   return Bias(float(slope), float(two.params(c[-1]) / true[-1]))
 
 
-def notes(a: 'analysis.Analysis') -> list[str]:
+def notes(a) -> list[str]:
   """Sentences for a reader, worst first."""
   out = []
   found = a.exponents()
@@ -129,7 +129,7 @@ def _summary(fit: Fit) -> dict:
   return {**exponent, **p, 'objective': fit.objective}
 
 
-def leave_one_budget_out(a: 'analysis.Analysis') -> list[dict]:
+def leave_one_budget_out(a) -> list[dict]:
   """Approach 3 without each budget in turn, and how well it then predicts that budget's runs."""
   out = []
   for c, members in table.budget_groups(a.rows):
@@ -192,7 +192,7 @@ def conventions(rows: Sequence[Mapping], columns: table.Columns, fit: Callable) 
       if a.approach3 is not None:
         line |= {'law': a.approach3.law.name}
         line |= {k: a.approach3.parameters.get(k, '') for k in ('alpha', 'beta', 'E')}
-    except (table.RowError, analysis.NoForecast, NotIdentifiable) as e:
+    except (table.RowError, forecast.NoForecast, NotIdentifiable) as e:
       line |= {'law': str(e)}
     out.append(line)
   return tuple(out)

@@ -2,11 +2,12 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 
 from research.core.errors import UserError
 from research.scaling import solver
-from research.scaling.laws.base import Law
+from research.scaling.laws.base import Law, precise
 
 
 class NotIdentifiable(UserError, ValueError):
@@ -89,7 +90,15 @@ class Fit:
     return '\n'.join(lines)
 
 
-def doubts(result: Fit) -> list[str]:
+def jacobian(result: Fit) -> np.ndarray:
+  """d ln L / dz of the fitted law at its rows, [rows, free]."""
+  with precise():
+    predict = lambda z: result.problem.predict(z, result.data)
+    slopes = np.asarray(jax.jacfwd(predict)(np.asarray(result.z)))
+  return slopes / result.fitted[:, None]
+
+
+def unidentified(result: Fit) -> list[str]:
   """Why these rows may not determine the parameters; empty when they do."""
   reasons = []
   for name in result.law.inputs:
@@ -97,11 +106,13 @@ def doubts(result: Fit) -> list[str]:
     needed = [k for k in result.problem.free if name in result.law.parameters[k].units]
     if needed and np.ptp(values) <= 1e-9 * np.abs(values).max():
       reasons.append(f'every row has the same {name}')
-  x, free = result.data['x'], len(result.problem.free)
+  x, free, rows = result.data['x'], len(result.problem.free), len(result.observed)
   if {'params', 'tokens'} <= set(x) and np.ptp(x['ln_params'] + x['ln_tokens']) < 1e-3:
     reasons.append('every row has the same budget N D')
-  if len(result.observed) <= free:
-    reasons.append(f'{free} parameters go through {len(result.observed)} rows whatever they are')
+  if rows <= free:
+    reasons.append(f'{free} parameters go through {rows} rows whatever they are')
+  elif rows == free + 1:
+    reasons.append(f'{rows} rows leave one degree of freedom to {free} parameters')
   if reasons:
     return reasons
   low, high = result.problem.bounds()
@@ -115,13 +126,42 @@ def doubts(result: Fit) -> list[str]:
     few = [k for k in result.law.inputs if len(np.unique(result.data['x'][k])) <= 2]
     because = f'; {" and ".join(few)} take only 2 values' if few else ''
     reasons.append(f'the curvature is singular (condition number {result.condition:.1e}{because})')
-    return reasons
-  errors = result.standard_errors
-  for name in result.problem.free:
-    parameter, value = result.law.parameters[name], result.parameters[name]
-    if not parameter.positive and errors[name] > 0.5 * abs(value):
-      reasons.append(f'{name} = {value:.3g} ± {errors[name]:.2g} is not told from zero')
   return reasons
+
+
+def near_zero(result: Fit) -> list[str]:
+  """The exponents and the like that a sandwich standard error does not tell from zero.
+
+  That error is an estimate at one point and often too large for a robust loss; a profile decides
+  (`law_fit.fit`).
+  """
+  errors = result.standard_errors
+  return [
+    name
+    for name in result.problem.free
+    if not result.law.parameters[name].positive
+    and errors[name] > 0.5 * abs(result.parameters[name])
+  ]
+
+
+def show_minima(result: Fit) -> list[str]:
+  """Lines of text: every minimum with its parameters, and apart from them the ends that did not converge."""
+  converged = [m for m in result.minima if m.kind != 'unconverged']
+  stopped = [m for m in result.minima if m.kind == 'unconverged']
+  lines = [
+    f'  {len(converged)} distinct {"minimum" if len(converged) == 1 else "minima"} from {result.starts} '
+    'starts, '
+    f'condition number {result.condition:.2g}'
+  ]
+  for m in converged[1:]:
+    values = ', '.join(f'{name} {value:.4g}' for name, value in m.parameters.items())
+    lines.append(f'    also {m.objective:.10g} ({m.kind}, {m.starts} starts): {values}')
+  if stopped:
+    lines.append(
+      f'    {sum(m.starts for m in stopped)} starts did not converge; the lowest ended at '
+      f'{stopped[0].objective:.10g}'
+    )
+  return lines
 
 
 def cure(result: Fit) -> str:

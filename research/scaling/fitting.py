@@ -1,24 +1,30 @@
 """The whole fit in one call: rows in, an `Analysis` out."""
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Mapping
 
 import numpy as np
+from scipy import stats
 
 from research.scaling import (
   allocation,
   approaches,
   bootstrap,
   diagnostics,
+  doubts,
   envelope,
   fitted,
+  forecasting,
+  groups,
   law_fit,
   laws,
 )
 from research.scaling import rows as table
-from research.scaling.analysis import Analysis, NoForecast
+from research.scaling.analysis import Analysis
 from research.scaling.cost import fit_cost
+from research.scaling.forecast import NoForecast
 from research.scaling.laws.base import Law, LawError
 
 _COLUMNS, _CHINCHILLA = table.Columns(), laws.Chinchilla()
@@ -39,10 +45,11 @@ class Options:
   residuals: str = 'log'
   fixed: Mapping[str, float] | None = None
   tied: Mapping[str, str] | None = None
-  resample: str = 'residual'
+  resample: str | None = None
   replicates: int = 1000
   level: float = 0.9
   seed: int = 0
+  rule: str = forecasting.DEFAULT
 
   def of_the_law(self) -> dict:
     """The arguments of `law_fit.fit`."""
@@ -67,25 +74,33 @@ def fit_results(
   residuals: str = 'log',
   fixed: Mapping[str, float] | None = None,
   tied: Mapping[str, str] | None = None,
-  resample: str = 'residual',
+  resample: str | None = None,
   replicates: int = 1000,
   level: float = 0.9,
   seed: int = 0,
+  rule: str = forecasting.DEFAULT,
   conventions: bool = True,
+  checkpoints: bool = False,
+  strict: bool = False,
 ) -> Analysis:
   """Approaches 1 (given `curves`), 2 and 3 with bootstrap intervals.
 
   Args:
-    rows: a path (.csv, .jsonl, .json, .parquet), a list of dicts, or Observations.
+    rows: a path (see tables.read), a list of dicts, or Observations.
     columns: which columns hold N, D, C and the loss, and their units; see rows.Columns.
-    law: what approach 3 fits; where it is not identifiable its reasons are kept and TiedChinchilla is tried.
+    law: what approach 3 fits; where it is not identifiable its reasons are kept, and TiedChinchilla takes its
+      place unless it fits significantly worse.
     profile, noise: approach 2's interpolation and seed noise; see approaches.isoflop.
     curves: run -> [(tokens, loss), ...] for approach 1.
     drop_highest: leave out this many of the highest losses (Besiroglu et al. 2024 drop 5).
     robust, delta, tau, starts, residuals, fixed, tied: see law_fit.fit. A fixed E is
       approach 2's asymptote too.
-    resample: 'residual', 'pairs', 'cluster by run' or 'cluster by budget'.
+    resample: 'residual', 'pairs', 'cluster by run' or 'cluster by budget'; None: 'cluster by run' where runs
+      have several rows, and else 'residual'.
+    rule: what a forecast is made by; see forecasting.RULES.
     conventions: also fit every count of N and C that the rows hold, for the table of conventions.
+    checkpoints: take every row of a run, and not only its last.
+    strict: a doubt about the table raises RowError.
   """
   if isinstance(rows, (str, pathlib.Path)):
     rows = table.read_table(rows)
@@ -93,20 +108,33 @@ def fit_results(
     rows = list(rows)
   options = Options(
     law, profile, noise, drop_highest, robust, delta, tau, starts, residuals, fixed, tied, resample,
-    replicates, level, seed,
+    replicates, level, seed, rule,
   )  # fmt: skip
-  seen = _observe(rows, columns, role)
+  seen, doubtful = _observe(rows, columns, role, checkpoints)
+  if strict and doubtful:
+    raise table.RowError(f'--strict: {doubtful[0]}')
   result = analyse(seen, options, curves)
-  if not conventions or rows is seen:
+  result = dataclasses.replace(result, doubts=(*doubtful, *result.doubts))
+  if strict and result.doubts:
+    raise table.RowError(f'--strict: {result.doubts[0]}')
+  if not conventions or isinstance(rows, table.Observations):
     return result
   # Of the other counts only the exponents are shown, which few replicates tell well enough.
   quick = dataclasses.replace(options, replicates=50)
-  fit = lambda rows, columns: analyse(_observe(rows, columns, role), quick)
+  fit = lambda rows, columns: analyse(_observe(rows, columns, role, checkpoints)[0], quick)
   return dataclasses.replace(result, conventions=diagnostics.conventions(rows, columns, fit))
 
 
-def _observe(rows, columns, role) -> table.Observations:
-  return rows if isinstance(rows, table.Observations) else table.observe(rows, columns, role)
+def _observe(rows, columns, role, checkpoints) -> tuple[table.Observations, list[str]]:
+  """The rows that count, and what is doubtful about them."""
+  if isinstance(rows, table.Observations):
+    return rows, []
+  seen = table.observe(rows, columns, role)
+  doubts.check_units(seen)
+  told = None
+  if not checkpoints:
+    seen, told = doubts.last_of_each_run(seen)
+  return seen, [*([told] if told else []), *doubts.about(seen)]
 
 
 def analyse(seen: table.Observations, options: Options, curves: Mapping | None = None) -> Analysis:
@@ -119,21 +147,34 @@ def analyse(seen: table.Observations, options: Options, curves: Mapping | None =
   _check_law(options.law, seen)
   cost = fit_cost(seen.params, seen.tokens, seen.flops)
   refusals: dict[str, str] = {}
+  forecasting.check(options.rule)
   envelope_of_curves = _approach1(curves, seen, cost, refusals)
   isoflop = _approach2(seen, cost, options, refusals)
   fit = _approach3(seen, options, refusals)
+  about_groups = _about_groups(seen, fit)
   if fit is None and isoflop is None:
-    raise NoForecast(' '.join(dict.fromkeys(refusals.values())))
+    raise NoForecast(' '.join(dict.fromkeys([*about_groups, *refusals.values()])))
   spread = None
   if fit is not None:
-    kind, groups = _resampling(options.resample, seen)
+    kind, clusters = _resampling(options.resample, seen)
     spread = bootstrap.bootstrap(
-      fit, kind, groups=groups, replicates=options.replicates, seed=options.seed
+      fit, kind, groups=clusters, replicates=options.replicates, seed=options.seed
     )
   result = Analysis(
-    seen, cost, envelope_of_curves, isoflop, fit, spread, refusals, level=options.level
-  )
-  return dataclasses.replace(result, notes=tuple(diagnostics.notes(result)))
+    seen, cost, envelope_of_curves, isoflop, fit, spread, refusals, level=options.level,
+    rule=options.rule,
+  )  # fmt: skip
+  return dataclasses.replace(result, doubts=about_groups, notes=tuple(diagnostics.notes(result)))
+
+
+def _about_groups(seen, fit: fitted.Fit | None) -> tuple[str, ...]:
+  """Whether one table holds several studies, by the losses and by the residuals of the law."""
+  told = groups.two_groups(seen)
+  if fit is not None and (studies := groups.several_studies(seen, fit)):
+    return tuple(studies)
+  if fit is not None:
+    told = told or groups.step_in(seen, fit)
+  return (told,) if told else ()
 
 
 def _check_law(law: Law, seen: table.Observations) -> None:
@@ -178,22 +219,55 @@ def _approach2(seen, cost, options: Options, refusals) -> allocation.Allocation 
 
 
 def _approach3(seen, options: Options, refusals) -> fitted.Fit | None:
-  for candidate in dict.fromkeys((options.law, laws.TiedChinchilla())):
-    arguments = options.of_the_law()
-    if candidate is not options.law:  # names and starts are of the other law
-      grid = options.starts if isinstance(options.starts, str) else 'grid'
-      arguments |= {'fixed': None, 'tied': None, 'starts': grid}
-    try:
-      return law_fit.fit(candidate, seen.inputs, seen.loss, **arguments)
-    except fitted.NotIdentifiable as error:
-      refusals['approach 3' if candidate is options.law else 'approach 3, tied'] = str(error)
-  return None
+  """The law, or where the rows do not determine it its tied form, unless that fits significantly worse."""
+  law, tied = options.law, laws.TiedChinchilla()
+  try:
+    return law_fit.fit(law, seen.inputs, seen.loss, **options.of_the_law())
+  except fitted.NotIdentifiable as error:
+    refusals['approach 3'] = str(error)
+  if law == tied:
+    return None
+  # Names and starts are of the other law.
+  grid = options.starts if isinstance(options.starts, str) else 'grid'
+  arguments = options.of_the_law() | {'fixed': None, 'tied': None, 'starts': grid}
+  try:
+    fit = law_fit.fit(tied, seen.inputs, seen.loss, **arguments)
+  except fitted.NotIdentifiable as error:
+    refusals['approach 3, tied'] = str(error)
+    return None
+  if (worse := _how_much_worse(fit, seen, options)) is not None:
+    refusals['approach 3, tied'] = worse
+    return None
+  return fit
 
 
-def _resampling(resample: str, seen) -> tuple[str, np.ndarray | None]:
-  groups = {'cluster by run': seen.run, 'cluster by budget': seen.budget}
-  if resample in groups:
-    return 'cluster', groups[resample]
+def _how_much_worse(fit: fitted.Fit, seen, options: Options) -> str | None:
+  """A sentence where the tied law fits significantly worse than the one that it would stand for."""
+  try:
+    free = law_fit.fit(options.law, seen.inputs, seen.loss, check=False, **options.of_the_law())
+  except fitted.NotIdentifiable:  # fewer rows than parameters
+    return None
+  spare = len(free.problem.free) - len(fit.problem.free)
+  if spare <= 0 or free.objective <= 0:
+    return None
+  ratio = fit.objective / free.objective
+  if len(seen) * math.log(ratio) < stats.chi2.ppf(0.95, spare):
+    return None
+  return (
+    f'TiedChinchilla fits significantly worse than {options.law.name} (its objective is {ratio:.3g} times as '
+    'large), so it does not stand in for it.'
+  )
+
+
+def _resampling(resample: str | None, seen) -> tuple[str, np.ndarray | None]:
+  clusters = {'cluster by run': seen.run, 'cluster by budget': seen.budget}
+  if resample is None:
+    # The rows of one run share its luck; fewer than three runs cannot be redrawn.
+    runs = len(np.unique(seen.run))
+    clustered = 'run' in seen.columns and 3 <= runs <= 0.7 * len(seen)
+    resample = 'cluster by run' if clustered else 'residual'
+  if resample in clusters:
+    return 'cluster', clusters[resample]
   if resample not in ('residual', 'pairs'):
-    raise LawError(f'resample={resample!r} is none of residual, pairs, {", ".join(groups)}.')
+    raise LawError(f'resample={resample!r} is none of residual, pairs, {", ".join(clusters)}.')
   return resample, None

@@ -8,11 +8,13 @@ import numpy as np
 
 from research.core.errors import did_you_mean
 from research.scaling import projection, solver
-from research.scaling.fitted import Fit, Minimum, NotIdentifiable, cure, doubts
+from research.scaling.fitted import Fit, Minimum, NotIdentifiable, cure, near_zero, unidentified
 from research.scaling.laws.base import Law, LawError, precise
 
 # Above this many rows the starts are run on a random subset, and only distinct minima on all rows.
 SUBSET = 4096
+# A grid of fewer starts than this, as is left where parameters are held, can miss the optimum.
+FEWEST_STARTS = 64
 LOSS_NAMES = ('huber', 'l1', 'l2')
 RESIDUALS = ('log', 'linear')
 STARTS = ('grid', 'projected')
@@ -42,7 +44,7 @@ def fit(
     fixed: parameters held at a natural value; tied: parameters that take another's value.
     starts: 'grid' (the law's own), 'projected' (of the parameters that are not linear; the others are solved
       for: fewer starts, `projection.py`), or natural values, an array [starts] for every parameter.
-    check: raise NotIdentifiable where the rows cannot tell the parameters (see `doubts`).
+    check: raise NotIdentifiable where the rows cannot tell the parameters (see `unidentified`).
   """
   problem = solver.Problem(
     law, robust, residuals, _pairs(law, fixed or {}), _pairs(law, tied or {}, names=True)
@@ -76,9 +78,30 @@ def fit(
     delta=delta,
     tau=tau,
   )
-  if check and (reasons := doubts(result)):
+  if check and (reasons := unidentified(result) or _no_better_than_zero(result)):
     raise NotIdentifiable(law, reasons, cure(result))
   return result
+
+
+def _no_better_than_zero(result: Fit) -> list[str]:
+  """The parameters without which the rows are fitted as well, by the likelihood ratio of a profile.
+
+  n ln(f0 / f1) of the objectives without and with the parameter is chi-squared of one degree for normal
+  errors, and half of that ratio for Laplace's, so that 3.84 is the cautious threshold of 5%.
+  """
+  reasons = []
+  for name in near_zero(result):
+    parameter = result.law.parameters[name]
+    value = max(0.0, parameter.low)
+    without = refit(result, fixed={**dict(result.problem.fixed), name: value})
+    gain = len(result.observed) * np.log(without.objective / max(result.objective, 1e-300))
+    if gain < 3.84:
+      reasons.append(
+        f'{name} = {result.parameters[name]:.3g} is not told from zero: with {name} = {value:g} the '
+        'objective is '
+        f'{without.objective:.4g} and not {result.objective:.4g}'
+      )
+  return reasons
 
 
 def refit(fitted: Fit, keep=slice(None), **changes) -> Fit:
@@ -236,7 +259,22 @@ def _starts(problem, starts, data, target, w) -> np.ndarray:
     values = {k: np.asarray(v, np.float64) for k, v in starts.items()}
     z = law.coordinates(values, data['center'])
   grid = np.stack([np.atleast_1d(z[name]) for name in problem.free], axis=1)
-  return np.unique(np.round(grid, 12), axis=0)
+  grid = np.unique(np.round(grid, 12), axis=0)
+  return _enough(grid) if isinstance(starts, str) else grid
+
+
+def _enough(grid: np.ndarray) -> np.ndarray:
+  """At least FEWEST_STARTS: a grid that has collapsed, since parameters are held, is filled up at random.
+
+  The points added lie within the grid's range, half an e-fold wider on each side.
+  """
+  missing = FEWEST_STARTS - len(grid)
+  if missing <= 0:
+    return grid
+  low, high = grid.min(0) - 0.5, grid.max(0) + 0.5
+  return np.concatenate(
+    [grid, np.random.default_rng(0).uniform(low, high, (missing, grid.shape[1]))]
+  )
 
 
 def _pairs(law, mapping, names=False) -> tuple:

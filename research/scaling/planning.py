@@ -25,16 +25,17 @@ def optimum(law: Law, parameters: Mapping, flops, cost: Cost = SIX_ND):
   parameters = {k: np.asarray(v, np.float64) for k, v in parameters.items()}
   flops = np.asarray(flops, np.float64)
   with precise():
-    ln_n = np.asarray(_bisect(law, parameters, np.log(flops), float(np.log(cost.k)), cost.p))
+    line = float(np.log(cost.k)), cost.p, cost.constant
+    ln_n = np.asarray(_bisect(law, parameters, np.log(flops), *line))
   params = np.exp(ln_n)
   tokens = cost.tokens(params, flops)
   return params, tokens, law(parameters, params=params, tokens=tokens)
 
 
 @functools.partial(jax.jit, static_argnames='law')
-def _bisect(law, parameters, ln_c, ln_k, p):
+def _bisect(law, parameters, ln_c, ln_k, p, constant):
   def loss(ln_n, parameters, ln_c):
-    ln_d = ln_c - ln_k - p * ln_n
+    ln_d = ln_c - jnp.log(jnp.exp(ln_k + p * ln_n) + constant)
     x = {'params': jnp.exp(ln_n), 'tokens': jnp.exp(ln_d), 'ln_params': ln_n, 'ln_tokens': ln_d}
     return law.predict(types.SimpleNamespace(**parameters), types.SimpleNamespace(**x))
 
@@ -42,7 +43,9 @@ def _bisect(law, parameters, ln_c, ln_k, p):
   parameters = {k: jnp.broadcast_to(v, shape).ravel() for k, v in parameters.items()}
   ln_c = jnp.broadcast_to(ln_c, shape).ravel()
   slope = jax.vmap(jax.grad(loss))
-  low, high = jnp.zeros_like(ln_c), (ln_c - ln_k) / p
+  # From one parameter to those that leave one token.
+  low = jnp.zeros_like(ln_c)
+  high = (jnp.log(jnp.maximum(jnp.exp(ln_c) - constant, jnp.exp(ln_k))) - ln_k) / p
   inside = (slope(low, parameters, ln_c) < 0) & (slope(high, parameters, ln_c) > 0)
 
   def halve(_, ends):

@@ -1,64 +1,37 @@
-"""Results as rows: reading anybody's table, finding its columns, checking its units."""
+"""Results as rows: which of a table's rows count, and their N, D, C, loss and every other number.
+
+`tables` reads files, `columns` finds columns; here each row becomes numbers, or is left out with a reason.
+"""
 
 import collections
-import csv
 import dataclasses
-import json
 import math
-import pathlib
 from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from research.core.errors import UserError, did_you_mean
+from research.scaling import cells
+from research.scaling import columns as columns_module
+from research.scaling.columns import FLOPS, PARAMS, Columns
+from research.scaling.tables import RowError, read_table
 
-# N, C as this project writes them, in the order in which a convention is chosen by default.
-PARAMS = ('params_with_head', 'params_total', 'params_non_embedding')
-FLOPS = (
-  'flops_6n_with_head',
-  'flops_6n_non_embedding',
-  'flops_attention_causal',
-  'flops_attention_full',
-  'flops_chinchilla',
-)
-# Names under which other people's tables hold a quantity, compared without case, spaces or underscores.
-ALIASES = {
-  'params': (*PARAMS, 'params', 'parameters', 'n', 'n params', 'num params', 'model size', 'model params'),
-  'tokens': ('tokens', 'd', 't', 'n tokens', 'num tokens', 'training tokens', 'train tokens'),
-  'flops': (*FLOPS, 'flops', 'c', 'compute', 'flop', 'training flop', 'training flops', 'train flops'),
-  'loss': ('loss', 'l', 'val loss', 'loss val', 'validation loss', 'eval loss', 'test loss', 'final loss'),
-  'budget': ('budget', 'isoflop', 'flops budget', 'flop budget'),
-  'run': ('run', 'name', 'id', 'run id', 'run name'),
-  'status': ('status', 'state'),
-  'role': ('role',),
-}  # fmt: skip
+__all__ = [
+  'CONVENTIONS',
+  'FLOPS',
+  'PARAMS',
+  'Columns',
+  'Observations',
+  'RowError',
+  'budget_groups',
+  'observe',
+  'read_table',
+]
+
 DONE = ('finished', 'done', 'complete', 'completed', 'success', 'ok', '')
-
-
-class RowError(UserError, ValueError):
-  """A table that cannot be fitted as it stands: the message names the row and the column."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Columns:
-  """Which column holds what (None: found by name), and the units of its numbers.
-
-  `params_unit` and so on are what one unit in the table is worth: 1e9 for a column in billions.
-  `loss_unit` is 'nats' or 'bits', per token in either case.
-  """
-
-  params: str | None = None
-  tokens: str | None = None
-  flops: str | None = None
-  loss: str | None = None
-  budget: str | None = None
-  run: str | None = None
-  status: str | None = None
-  role: str | None = None
-  params_unit: float = 1.0
-  tokens_unit: float = 1.0
-  flops_unit: float = 1.0
-  loss_unit: str | None = None
+ARRAYS = ('run', 'params', 'tokens', 'flops', 'loss', 'budget')
+# No more values than this make a column of names one of choices (data sets, schedules).
+CHOICES = 20
+DEFAULT = Columns()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +39,8 @@ class Observations:
   """The rows that count, as arrays [rows]; `excluded` holds (run, why) for the others.
 
   `budget` is the isoFLOP group's target C, NaN for a row of no group. `columns` says where each came from.
+  `extra`: every other column of numbers by name, NaN where a cell is blank. `labels`: columns of few words.
+  `remarks`: what was assumed in reading, as sentences.
   """
 
   run: np.ndarray
@@ -76,6 +51,9 @@ class Observations:
   budget: np.ndarray
   excluded: tuple[tuple[str, str], ...] = ()
   columns: dict[str, str] = dataclasses.field(default_factory=dict)
+  extra: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+  labels: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+  remarks: tuple[str, ...] = ()
 
   def __len__(self) -> int:
     return len(self.loss)
@@ -83,108 +61,92 @@ class Observations:
   def take(self, keep) -> 'Observations':
     """The rows of a mask or an index."""
     arrays = {name: getattr(self, name)[keep] for name in ARRAYS}
-    return dataclasses.replace(self, **arrays)
+    tables = {
+      name: {column: values[keep] for column, values in getattr(self, name).items()}
+      for name in ('extra', 'labels')
+    }
+    return dataclasses.replace(self, **arrays, **tables)
+
+  def without(self, leave_out: np.ndarray, why: Iterable[str]) -> 'Observations':
+    """The rows but those of the mask `leave_out`; they join `excluded`, each with its reason."""
+    listed = tuple((str(run), reason) for run, reason in zip(self.run[leave_out], why, strict=True))
+    return dataclasses.replace(self.take(~leave_out), excluded=self.excluded + listed)
 
   @property
   def inputs(self) -> dict[str, np.ndarray]:
-    return {'params': self.params, 'tokens': self.tokens, 'flops': self.flops}
-
-
-ARRAYS = ('run', 'params', 'tokens', 'flops', 'loss', 'budget')
-
-
-def read_table(path) -> list[dict]:
-  """The rows of a .csv, .jsonl, .json (a list of objects) or .parquet file."""
-  path = pathlib.Path(path)
-  if not path.is_file():
-    beside = [p.name for p in path.parent.glob('*')] if path.parent.is_dir() else []
-    raise RowError(f'{path} is not a file.{did_you_mean(path.name, beside)}')
-  if path.suffix == '.parquet':
-    import pyarrow.parquet
-
-    return pyarrow.parquet.read_table(path).to_pylist()
-  if path.suffix == '.jsonl':
-    lines = path.read_text().splitlines()
-    return [_parse(path, i, line) for i, line in enumerate(lines, 1) if line.strip()]
-  if path.suffix == '.json':
-    rows = _parse(path, 1, path.read_text())
-    if not isinstance(rows, list):
-      raise RowError(f'{path} holds no list of rows.')
-    return rows
-  with path.open(newline='', encoding='utf-8-sig') as f:
-    return list(csv.DictReader(f))
-
-
-def _parse(path, line, text):
-  try:
-    return json.loads(text)
-  except json.JSONDecodeError as e:
-    raise RowError(f'{path}:{line} is not JSON: {e.msg}.') from None
+    """What a law may be fitted to: N, D, C, D / N, and every other column of numbers."""
+    known = {'params': self.params, 'tokens': self.tokens, 'flops': self.flops}
+    return {**self.extra, **known, 'tokens_per_param': self.tokens / self.params}
 
 
 def observe(
-  rows: Iterable[Mapping], columns: Columns = Columns(), role: str | None = 'fit'
+  rows: Iterable[Mapping], columns: Columns = DEFAULT, role: str | None = 'fit'
 ) -> Observations:
   """Rows as `Observations`.
 
   Left out and listed: rows of another `role`, rows whose status is not a finished one, losses that are NaN
-  or infinite, and repeats of a row. Refused with the row and the column: a missing, unreadable, zero or
-  negative number in a finished row, and numbers whose units cannot be right. Where there is no tokens column,
-  D = C / (6 N); where there is no FLOPs column, C = 6 N D.
+  or infinite, blank cells, and exact repeats of a row (the same N, D and loss to every digit). Refused with the
+  row and the column: an unreadable, zero or negative number in a finished row, and numbers whose units
+  cannot be right. Where there is no tokens column, D = C / (6 N); where there is no FLOPs column, C is the
+  budget if that is near 6 N D, and else 6 N D.
   """
   rows = list(rows)
   if not rows:
     raise RowError('The table has no rows.')
-  found = find_columns(rows, columns)
-  kept, excluded, seen = [], [], {}
+  remarks: list[str] = []
+  found = find_columns(rows, columns, remarks)
+  kept, excluded, numbers_of, seen = [], [], [], {}
   for i, row in enumerate(rows):
     run = str(row.get(found.get('run'), '') or f'row {i + 1}')
-    reason = _why_not(row, found, role)
+    reason, numbers = _why_not(row, found, role), {}
     if reason is None:
-      numbers = _numbers(row, found, columns, f'row {i + 1} ({run})')
-      reason = None if math.isfinite(numbers['loss']) else f'its loss is {numbers["loss"]}'
+      numbers, reason = _numbers(row, found, columns, f'row {i + 1} ({run})')
     if reason is None:
-      key = tuple(numbers.values()) + ((run,) if 'run' in found else ())
-      reason = f'it repeats {seen[key]}' if key in seen else None
-      seen.setdefault(key, run)
+      reason = _repeats(numbers, run, seen)
     if reason is None:
-      kept.append({'run': run, **numbers})
+      kept.append(row)
+      numbers_of.append({'run': run, **numbers})
     else:
       excluded.append((run, reason))
   if not kept:
-    counted = collections.Counter(why for _, why in excluded).most_common(1)[0]
-    raise RowError(
-      f'No row is left to fit: of {len(rows)}, {counted[1]} left out because {counted[0]}.'
-    )
-  arrays = {name: np.array([row[name] for row in kept]) for name in ARRAYS}
-  _check_units(arrays, found)
-  return Observations(**arrays, excluded=tuple(excluded), columns=found)
+    why, count = collections.Counter(why for _, why in excluded).most_common(1)[0]
+    raise RowError(f'No row is left to fit: of {len(rows)}, {count} left out because {why}.')
+  arrays = {name: [row[name] for row in numbers_of] for name in ARRAYS}
+  arrays['budget'] = _budgets(arrays['budget'], arrays['flops'])
+  arrays = {name: np.array(values) for name, values in arrays.items()}
+  if 'flops' not in found:
+    arrays['flops'] = _budget_as_cost(arrays, remarks)
+  extra, labels = _other_columns(kept, found, columns)
+  return Observations(
+    **arrays, excluded=tuple(excluded), columns=found, extra=extra, labels=labels,
+    remarks=tuple(dict.fromkeys(remarks)),
+  )  # fmt: skip
 
 
-def find_columns(rows: list[Mapping], columns: Columns) -> dict[str, str]:
-  """quantity -> column name."""
-  names = list(dict.fromkeys(name for row in rows for name in row if name is not None))
-  plain = lambda name: str(name).lower().replace('_', '').replace(' ', '').replace('-', '')
-  by_plain = {plain(name): name for name in reversed(names)}
+def find_columns(rows: list[Mapping], columns: Columns, remarks: list[str]) -> dict[str, str]:
+  """quantity -> column name; what is assumed on the way joins `remarks`."""
   found = {}
-  for quantity, aliases in ALIASES.items():
-    asked = getattr(columns, quantity)
-    if asked is not None:
-      if asked not in names:
-        raise RowError(f'There is no column {asked!r} for {quantity}.{did_you_mean(asked, names)}')
-      found[quantity] = asked
-      continue
-    hit = next((by_plain[plain(a)] for a in aliases if plain(a) in by_plain), None)
-    if hit is not None:
-      found[quantity] = hit
-  missing = [q for q in ('params', 'loss') if q not in found]
+  for quantity in columns_module.ALIASES:
+    column = columns_module.find(rows, columns, quantity)
+    if column is not None:
+      found[quantity] = column
+  missing = [quantity for quantity in ('params', 'loss') if quantity not in found]
   if 'tokens' not in found and 'flops' not in found:
     missing.append('tokens (or flops)')
   if missing:
-    raise RowError(
-      f'The table has no column for {", ".join(missing)}; a fit needs N (params), D (tokens) or C (flops), '
-      f'and the loss in nats per token. Name them with --params=COLUMN and so on; columns: '
-      f'{", ".join(names)}.'
+    raise columns_module.missing(missing, rows)
+  for quantity in ('params', 'tokens', 'flops'):
+    if quantity in found:
+      scale = columns_module.scale_of(found[quantity], quantity, columns)
+      if scale != getattr(columns, f'{quantity}_unit'):
+        remarks.append(f'the column {found[quantity]!r} is read in units of {scale:g}.')
+  if 'tokens' not in found:
+    unread = [c for c in columns_module.column_names(rows) if c.lower() == 't']
+    also = f' ({unread[0]!r} is too small to be tokens)' if unread else ''
+    remarks.append(
+      f'there is no column of tokens{also}: D = {found["flops"]} / (6 N) is assumed. If C is counted in '
+      'another '
+      'way, give the tokens (--tokens=COLUMN).'
     )
   return found
 
@@ -193,77 +155,102 @@ def _why_not(row, found, role) -> str | None:
   status = str(row.get(found.get('status'), '') or '').strip().lower()
   if status not in DONE:
     return f'its status is {status!r}'
-  its = str(row.get(found.get('role'), '') or '')
+  its = str(row.get(found.get('role'), '') or '').strip()
   if role is not None and its and its != role:
     return f'its role is {its!r}'
   return None
 
 
-def _numbers(row, found, columns: Columns, where: str) -> dict[str, float]:
-  """N, D, C, loss (nats) and budget of one row."""
-
-  def number(quantity, unit=1.0):
+def _numbers(row, found, columns: Columns, where: str) -> tuple[dict, str | None]:
+  """N, D, C, loss (nats) and budget of one row; or why the row does not count."""
+  values = {}
+  for quantity in columns_module.QUANTITIES:
+    if quantity not in found:
+      continue
     column = found[quantity]
-    text = row.get(column)
-    if text is None or str(text).strip() == '':
-      raise RowError(f'{where} has no {column}; give it a number, or a status other than finished.')
+    cell = row.get(column)
+    if cells.is_blank(cell):
+      return {}, f'its {column} is blank'
     try:
-      value = float(text) * unit
-    except (TypeError, ValueError):
-      raise RowError(f'{where}: {column} is {text!r}, which is not a number.') from None
-    if value <= 0 or (quantity != 'loss' and not math.isfinite(value)):
-      raise RowError(f'{where}: {column} is {text}; it must be positive.')
-    return value
+      value = cells.number(cell)
+    except ValueError as error:
+      raise RowError(f'{where}: {column} is {error}.') from None
+    if math.isnan(value) or (quantity == 'loss' and math.isinf(value)):
+      return {}, f'its {column} is {value}'
+    if value <= 0 or math.isinf(value):
+      raise RowError(f'{where}: {column} is {cell}; it must be positive and finite.')
+    values[quantity] = value
+  unit = columns_module.loss_unit(found['loss'], columns)
+  loss = values['loss']
+  if unit == 'perplexity' and loss <= 1:
+    raise RowError(f'{where}: {found["loss"]} is {loss:g}; a perplexity is above 1.')
+  loss = math.log(loss) if unit == 'perplexity' else loss * (math.log(2) if unit == 'bits' else 1.0)
+  for quantity in ('params', 'tokens', 'flops'):
+    if quantity in values:
+      values[quantity] *= columns_module.scale_of(found[quantity], quantity, columns)
+  params = values['params']
+  tokens = values['tokens'] if 'tokens' in values else values['flops'] / (6 * params)
+  flops = values.get('flops', 6 * params * tokens)
+  budget = row.get(found.get('budget'))
+  budget = None if cells.is_blank(budget) else budget
+  return {'params': params, 'tokens': tokens, 'flops': flops, 'loss': loss, 'budget': budget}, None
 
-  out = {'params': number('params', columns.params_unit)}
-  out['loss'] = number('loss', math.log(2) if _loss_unit(found, columns) == 'bits' else 1.0)
-  if 'tokens' in found:
-    out['tokens'] = number('tokens', columns.tokens_unit)
-    out['flops'] = (
-      number('flops', columns.flops_unit) if 'flops' in found else 6 * out['params'] * out['tokens']
+
+def _repeats(numbers: dict, run: str, seen: dict) -> str | None:
+  """Why a row is the copy of another: two seeds never have one loss to every digit."""
+  key = tuple(numbers[name] for name in ('params', 'tokens', 'flops', 'loss', 'budget'))
+  if key not in seen:
+    seen[key] = run
+    return None
+  # Rounded losses may agree by chance under two names.
+  digits = len(f'{numbers["loss"]:.12g}'.replace('.', '').strip('0'))
+  return f'it repeats {seen[key]}' if digits >= 5 or seen[key] == run else None
+
+
+def _budgets(marks: list, flops: list[float]) -> list[float]:
+  """Budgets in FLOPs; where they are names (small, large), the geometric mean C of the rows of that name."""
+  values = [math.nan if mark is None else mark for mark in marks]
+  if all(cells.is_number(value) for value in values):
+    return [cells.number(value) for value in values]
+  members = collections.defaultdict(list)
+  for mark, c in zip(marks, flops, strict=True):
+    members[str(mark)].append(math.log(c))
+  mean = {mark: math.exp(sum(logs) / len(logs)) for mark, logs in members.items()}
+  return [math.nan if mark is None else mean[str(mark)] for mark in marks]
+
+
+def _budget_as_cost(arrays: dict, remarks: list[str]) -> np.ndarray:
+  """C where there is no column of it: what was spent is the budget, and 6 N D only its usual estimate."""
+  budget, six = arrays['budget'], arrays['flops']
+  ratio = six / budget
+  if (
+    not np.isfinite(budget).all()
+    or not (budget > 0).all()
+    or not (ratio > 0.2).all()
+    or not (ratio < 5).all()
+  ):
+    return six
+  if np.abs(np.log(ratio)).max() > 1e-3:
+    remarks.append(
+      f'there is no column of FLOPs: C is the budget, of which 6 N D is {ratio.min():.2f} to {ratio.max():.2f}.'
     )
-  else:
-    out['flops'] = number('flops', columns.flops_unit)
-    out['tokens'] = out['flops'] / (6 * out['params'])
-  budget = str(row.get(found.get('budget'), '') or '').strip()
-  out['budget'] = float(budget) if budget else math.nan
-  return out
+  return budget
 
 
-def _loss_unit(found, columns: Columns) -> str:
-  name = found['loss'].lower()
-  if columns.loss_unit not in (None, 'nats', 'bits'):
-    raise RowError(f'loss_unit={columns.loss_unit!r} is neither nats nor bits (per token).')
-  if columns.loss_unit is None and ('bpb' in name or 'bit' in name or 'byte' in name):
-    raise RowError(
-      f'Column {found["loss"]!r} looks like bits or a loss per byte, and a fit wants nats per token: '
-      'choose the loss column, or pass loss_unit=bits if it is bits per token.'
-    )
-  return columns.loss_unit or 'nats'
-
-
-def _check_units(a: dict[str, np.ndarray], found: dict[str, str]) -> None:
-  """Errors for numbers that only make sense in other units."""
-  if np.median(a['loss']) > 20:
-    raise RowError(
-      f'Column {found["loss"]!r} has a median of {np.median(a["loss"]):.3g}: is it a perplexity? '
-      'A fit wants nats per token (the logarithm of the perplexity).'
-    )
-  if 'tokens' in found and 'flops' in found:
-    ratio = float(np.median(a['flops'] / (6 * a['params'] * a['tokens'])))
-    thousands = round(math.log10(ratio) / 3)
-    if thousands and abs(math.log10(ratio) - 3 * thousands) < 0.8:
-      raise RowError(
-        f'{found["flops"]} is {ratio:.1e} times 6 {found["params"]} {found["tokens"]}: '
-        f'one of them is in other units; pass params_unit, tokens_unit or flops_unit '
-        f'(1e{abs(3 * thousands)}).'
-      )
-  for name, least in (('params', 1e3), ('tokens', 1e4)):
-    if name in found and a[name].max() < least:
-      raise RowError(
-        f'Column {found[name]!r} has no value above {a[name].max():.4g}: is it in millions or billions? '
-        f'Pass {name}_unit=1e6 or 1e9.'
-      )
+def _other_columns(rows: list[Mapping], found: dict, columns: Columns) -> tuple[dict, dict]:
+  """The other columns that hold numbers (NaN where blank), and those of few words."""
+  extra, labels = {}, {}
+  taken = {found[quantity] for quantity in columns_module.QUANTITIES if quantity in found}
+  for name in columns_module.column_names(rows):
+    column = [row.get(name) for row in rows]
+    filled = [cell for cell in column if not cells.is_blank(cell)]
+    if (name in taken and name not in columns.inputs.values()) or not filled:
+      continue
+    if all(cells.is_number(cell) for cell in filled):
+      extra[name] = np.array([math.nan if cells.is_blank(c) else cells.number(c) for c in column])
+    elif len(values := {str(cell) for cell in filled}) <= CHOICES and len(values) > 1:
+      labels[name] = np.array([str(cell) if not cells.is_blank(cell) else '' for cell in column])
+  return extra, labels
 
 
 def budget_groups(rows: Observations, tolerance: float = 0.12) -> list[tuple[float, np.ndarray]]:

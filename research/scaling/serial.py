@@ -8,7 +8,18 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from research.scaling import allocation, bootstrap, cost, fitted, laws, rollout, rows, solver
+from research.scaling import (
+  allocation,
+  any_law,
+  bootstrap,
+  cost,
+  fitted,
+  forecasting,
+  laws,
+  rollout,
+  rows,
+  solver,
+)
 from research.scaling.analysis import Analysis
 from research.scaling.laws.base import Law, LawError
 
@@ -49,9 +60,21 @@ def load(path, extra_laws: Iterable[Law] = ()) -> Analysis:
   return from_json(pathlib.Path(path).read_text(), extra_laws)
 
 
-def to_json(analysis: Analysis) -> str:
-  """The analysis as JSON text."""
+def to_json(analysis: Analysis | any_law.FittedLaw) -> str:
+  """The analysis as JSON text; of a law that was fitted alone its parameters, intervals and minima."""
+  if isinstance(analysis, any_law.FittedLaw):
+    return json.dumps(_of_a_law(analysis), indent=1)
   return json.dumps(analysis_to_dict(analysis), indent=1)
+
+
+def _of_a_law(fitted_law: any_law.FittedLaw) -> dict:
+  fit = fitted_law.fit
+  return plain({
+    'law': fit.law, 'form': fit.law.form, 'columns': fitted_law.columns, 'rows': len(fit.observed),
+    'parameters': fit.parameters, 'intervals': fitted_law.bootstrap.intervals(fitted_law.level),
+    'level': fitted_law.level, 'objective': fit.objective, 'minima': fit.minima,
+    'excluded': fitted_law.excluded,
+  })  # fmt: skip
 
 
 def from_json(text: str, extra_laws: Iterable[Law] = ()) -> Analysis:
@@ -80,6 +103,8 @@ def analysis_from_dict(d: dict, extra_laws: Iterable[Law] = ()) -> Analysis:
     notes=tuple(d['notes']),
     conventions=tuple(d['conventions']),
     level=d['level'],
+    rule=d.get('rule', forecasting.DEFAULT),
+    doubts=tuple(d.get('doubts', ())),
   )
   if 'trials' in d:  # where a cached property keeps its value
     vars(analysis)['trials'] = tuple(rollout.RollOut(*t) for t in d['trials'])
@@ -88,8 +113,15 @@ def analysis_from_dict(d: dict, extra_laws: Iterable[Law] = ()) -> Analysis:
 
 def _observations(d) -> rows.Observations:
   arrays = {k: array(d[k]) for k in rows.ARRAYS if k != 'run'}
-  excluded = tuple((run, why) for run, why in d['excluded'])
-  return rows.Observations(np.array(d['run']), **arrays, excluded=excluded, columns=d['columns'])
+  return rows.Observations(
+    np.array(d['run']),
+    **arrays,
+    excluded=tuple((run, why) for run, why in d['excluded']),
+    columns=d['columns'],
+    extra={name: array(values) for name, values in d.get('extra', {}).items()},
+    labels={name: np.array(values) for name, values in d.get('labels', {}).items()},
+    remarks=tuple(d.get('remarks', ())),
+  )
 
 
 def _allocation(d) -> allocation.Allocation | None:

@@ -2,12 +2,16 @@
 
 import numpy as np
 
+from research.scaling import fitted
+
 
 def summary(a) -> str:
   """What `print(analysis)` shows: the runs, each approach, the exponents, the notes."""
   lines = [
     f'{len(a.rows)} runs, N = {a.rows.columns.get("params", "params")}, {a.cost}, loss in nats per token'
   ]
+  lines += [f'Doubt: {doubt}' for doubt in a.doubts]
+  lines += [f'Assumed: {remark}' for remark in a.rows.remarks]
   if a.rows.excluded:
     lines.append(f'{len(a.rows.excluded)} rows left out:')
     lines += [f'  {run}: {why}' for run, why in a.rows.excluded[:8]]
@@ -27,16 +31,16 @@ def summary(a) -> str:
     for name, value in fit.parameters.items():
       low, high = spread[name]
       lines.append(f'  {name:6s} {value:<11.5g} [{low:.4g}, {high:.4g}]')
-    found = f'  {len(fit.minima)} distinct minima from {fit.starts} starts'
-    lines.append(found + f', condition number {fit.condition:.2g}')
-    for m in fit.minima[1:4]:
-      lines.append(f'    also {m.objective:.10g} ({m.kind}, {m.starts} starts)')
+    lines += fitted.show_minima(fit)
   for name, why in a.refusals.items():
     lines.append(f'{name} refused: {why}')
   lines.append(f'Exponents, with {a.level:.0%} intervals (N* ~ C^a, D* ~ C^b):')
   for name, (value, low, high) in a.exponents().items():
     spread = f' [{low:.4f}, {high:.4f}]' if np.isfinite(low) else ''
+    if a.assumed and name.endswith('3'):
+      spread = f' assumed, since {a.assumed}'
     lines.append(f'  {name:14s} {value:.4f}{spread}')
+  lines.append(_split(a))
   if a.trials:
     lines.append(
       'Forecasts of the larger budgets from the smaller ones (loss, forecast over found):'
@@ -46,6 +50,20 @@ def summary(a) -> str:
       lines.append(f'  {name}: {_errors(tried)}; its share in a forecast {share:.0%}')
   lines += [f'Note: {note}' for note in a.notes]
   return '\n'.join(lines)
+
+
+def _split(a) -> str:
+  """N*, D* and D / N at the largest budget, with the interval of the ratio."""
+  largest = float(a.rows.flops.max())
+  best, drawn = a.optimum(largest), a.optimum_samples(largest)
+  low, high = a.interval(np.ravel(drawn.tokens / drawn.params))
+  spread = f' [{low:.3g}, {high:.3g}]' if np.isfinite(low) else ''
+  if a.assumed:
+    spread += f', {a.assumed} assumed'
+  return (
+    f'At C = {largest:.3g}, the largest: N* {float(best.params):.3g}, D* {float(best.tokens):.3g}, '
+    f'{float(best.tokens / best.params):.3g} tokens per parameter{spread}'
+  )
 
 
 def _errors(trials, most: int = 6) -> str:

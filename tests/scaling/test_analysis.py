@@ -157,10 +157,9 @@ def test_unfinished_diverged_and_foreign_rows_are_left_out_and_listed(rows, anal
 @pytest.mark.parametrize(
   ('change', 'message'),
   [
-    ({'loss': ''}, r'row 3 .* has no loss'),
-    ({'loss': -1.0}, r'row 3 .*: loss is -1.0; it must be positive'),
+    ({'loss': -1.0}, r'row 3 .*: loss is -1.0; it must be positive and finite'),
     ({'params_with_head': 'big'}, r"row 3 .*: params_with_head is 'big', which is not a number"),
-    ({'tokens': 0}, r'row 3 .*: tokens is 0; it must be positive'),
+    ({'tokens': 0}, r'row 3 .*: tokens is 0; it must be positive and finite'),
   ],
 )
 def test_a_bad_number_is_named_by_row_and_column(rows, change, message):

@@ -10,7 +10,7 @@ import pytest
 from research import fit as command
 from research.core import cli
 from research.core.errors import UserError
-from research.scaling import fitted, law_fit, laws, projection, rows, solver
+from research.scaling import fitted, flags, law_fit, laws, projection, rows, solver
 
 TRUE = {'E': 1.69, 'A': 406.4, 'B': 410.7, 'alpha': 0.34, 'beta': 0.28}
 
@@ -177,7 +177,7 @@ def test_fitting_leaves_the_process_in_single_precision():
 def test_the_command_takes_columns_and_options_from_gin_and_flags_override():
   def options(*argv):
     argv = ['--results=x.csv', '--gin_file=gin/fits/chinchilla_fig4.gin', *argv]
-    return command._options(cli.parse(command.parser(), argv))
+    return flags.options(cli.parse(command.parser(), argv), command.parser().get_default)
 
   found = options()
   assert found['columns'] == rows.Columns(params='Model Size', flops='Training FLOP', loss='loss')
@@ -191,21 +191,11 @@ def test_the_command_takes_columns_and_options_from_gin_and_flags_override():
   assert found['columns'].params == 'Model Size'
   with pytest.raises(UserError, match=r"has no argument 'detla'\. Did you mean delta"):
     options('--gin.fit_results.detla=0.1')
-  with pytest.raises(UserError, match=r'FIT must be @analysis\.fit_results'):
+  with pytest.raises(UserError, match=r'FIT must be @fitting\.fit_results'):
     options('--gin.FIT=@rows.Columns')
 
 
 def test_the_command_without_gin_has_only_the_flags_that_were_given():
   argv = ['--results=x.csv', '--params=N', '--bootstrap=7']
-  found = command._options(cli.parse(command.parser(), argv))
+  found = flags.options(cli.parse(command.parser(), argv), command.parser().get_default)
   assert found == {'columns': rows.Columns(params='N'), 'replicates': 7}
-
-
-def test_rows_are_picked_by_their_columns():
-  table = [{'data': 'a', 'seed': 0}, {'data': 'a', 'seed': 1}, {'data': 'b', 'seed': 1}]
-  assert command._where(table, {'data': 'a', 'seed': '1'}) == [table[1]]
-  assert command._where(table, {}) == table
-  with pytest.raises(UserError, match=r"no column 'dat'\. Did you mean data"):
-    command._where(table, {'dat': 'a'})
-  with pytest.raises(UserError, match='no row left has seed=0; there are 1'):
-    command._where(table, {'data': 'b', 'seed': '0'})

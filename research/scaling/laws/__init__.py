@@ -77,8 +77,10 @@ def standard() -> list[Law]:
 
 
 def by_name(name: str) -> Law:
-  """The law of that name; a LawError suggests the nearest."""
-  known = {law.name: law for law in standard()}
-  if name not in known:
-    raise LawError(f'There is no law {name!r}.{did_you_mean(name, known)}')
-  return known[name]
+  """The law of that name, in any case; a LawError suggests the nearest."""
+  known = {law.name.lower(): law for law in standard()}
+  if name.lower() not in known:
+    raise LawError(
+      f'There is no law {name!r}.{did_you_mean(name, [law.name for law in standard()])}'
+    )
+  return known[name.lower()]

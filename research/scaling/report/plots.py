@@ -6,7 +6,8 @@ import numpy as np
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.ticker import MaxNLocator
 
-from research.scaling.analysis import Analysis, Forecast
+from research.scaling.analysis import Analysis
+from research.scaling.forecast import Forecast
 from research.scaling.laws.base import LawError
 from research.scaling.report.figure import (
   ACCENT,

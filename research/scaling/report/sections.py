@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping
 
 from research.core.text import si
 from research.scaling import rows as table
-from research.scaling.analysis import Analysis, Forecast
+from research.scaling.analysis import Analysis
+from research.scaling.forecast import Forecast
 from research.scaling.report import page, plots
 
 

@@ -1,0 +1,149 @@
+"""What the flags of `research.fit` ask for, as arguments of `fit_results`, `fit_law` and `selection`."""
+
+import argparse
+import dataclasses
+import importlib
+import inspect
+from collections.abc import Callable
+
+from research.core import configs
+from research.core.errors import UserError, did_you_mean
+from research.scaling import laws
+from research.scaling.columns import Columns
+from research.scaling.fitting import Options, fit_results
+from research.scaling.laws.base import Law
+
+# Flags that are arguments of `fit_results` under another name or none; the others have its names.
+COLUMNS = ('params', 'tokens', 'flops', 'loss', 'budget', 'run', 'status', 'role')
+COLUMNS += ('params_unit', 'tokens_unit', 'flops_unit', 'loss_unit')
+OPTIONS = {
+  'profile': 'profile', 'noise': 'noise', 'robust': 'robust', 'delta': 'delta', 'tau': 'tau',
+  'starts': 'starts', 'residuals': 'residuals', 'drop_highest': 'drop_highest',
+  'bootstrap': 'replicates', 'resample': 'resample', 'level': 'level', 'seed': 'seed', 'rule': 'rule',
+}  # fmt: skip
+# Of numbers what they may be, and how to say it.
+RANGES = {
+  'level': (lambda x: 0 < x < 1, 'between 0 and 1, such as 0.9'),
+  'tau': (lambda x: 0 < x < 1, 'between 0 and 1; 0.5 is symmetric'),
+  'delta': (lambda x: 0 < x < float('inf'), 'positive, such as 1e-3'),
+  'noise': (lambda x: x is None or 0 < x < float('inf'), 'positive, in nats'),
+  'drop_highest': (lambda x: x >= 0, 'zero or more'),
+  'bootstrap': (lambda x: 1 <= x <= 1_000_000, 'from 1 to 1000000'),
+  'seed': (lambda x: 0 <= x < 2**32, 'zero or more'),
+}
+
+
+def options(flags: argparse.Namespace, default: Callable) -> dict:
+  """The arguments of `fit_results`: those of the gin files, and over them the flags that were given.
+
+  `default(name)` is what a flag is where it was not given.
+  """
+  for name, (allows, what) in RANGES.items():
+    if not allows(getattr(flags, name)):
+      raise UserError(f'--{name}={getattr(flags, name)} must be {what}.')
+  if bad := [budget for budget in flags.forecast if not 0 < budget < float('inf')]:
+    raise UserError(f'--forecast={bad[0]} must be a positive number of FLOPs.')
+  chosen = {}
+  if flags.gin_file or flags.gin:
+    fit = configs.load(flags.gin_file, flags.gin, root='FIT').tree()
+    if getattr(fit, 'func', fit) is not fit_results:
+      raise UserError(f'{(flags.gin_file or ["--gin"])[-1]}: FIT must be @fitting.fit_results.')
+    chosen = dict(getattr(fit, 'keywords', {}))
+  given = lambda names: {n: getattr(flags, n) for n in names if getattr(flags, n) != default(n)}
+  chosen |= {OPTIONS[name]: value for name, value in given(OPTIONS).items()}
+  columns = given(COLUMNS)
+  if flags.input:
+    columns['inputs'] = pairs('--input', flags.input, str)
+  if columns:
+    chosen['columns'] = dataclasses.replace(chosen.get('columns', Columns()), **columns)
+  if given(['law']):
+    chosen['law'] = law(flags.law)
+  for flag, name, kind in (('fix', 'fixed', float), ('tie', 'tied', str)):
+    if items := getattr(flags, flag):
+      chosen[name] = {**(chosen.get(name) or {}), **pairs(f'--{flag}', items, kind)}
+  if flags.strict:
+    chosen['strict'] = True
+  if 'all' in flags.pick:
+    chosen['checkpoints'] = True
+  return chosen | ({'role': None} if flags.all_rows else {})
+
+
+def law(name: str) -> Law:
+  """A law of the library by name, in any case, or a user's own as module.Class."""
+  if '.' not in name:
+    return laws.by_name(name)
+  module_name, _, attribute = name.rpartition('.')
+  try:
+    module = importlib.import_module(module_name)
+  except ModuleNotFoundError as error:
+    if error.name and not (module_name == error.name or module_name.startswith(f'{error.name}.')):
+      raise UserError(
+        f'--law={name}: {module_name} imports {error.name}, which is not installed.'
+      ) from None
+    raise UserError(
+      f'--law={name}: there is no module {module_name!r}; start in the folder that holds it, or put that on '
+      'PYTHONPATH.'
+    ) from None
+  except Exception as error:
+    raise UserError(f'--law={name}: importing {module_name} failed: {error!r}.') from None
+  kinds = {
+    n: v
+    for n, v in vars(module).items()
+    if inspect.isclass(v) and issubclass(v, Law) and v is not Law
+  }
+  if attribute not in kinds:
+    raise UserError(
+      f'--law={name}: {module_name} has no law {attribute!r}.{did_you_mean(attribute, kinds)}'
+    )
+  try:
+    return kinds[attribute]()
+  except TypeError as error:
+    raise UserError(
+      f'--law={name}: {attribute} needs arguments ({error}); bind it in a gin file.'
+    ) from None
+
+
+def list_laws() -> str:
+  """Every law of the library, one a line."""
+  lines = [
+    f'{law.name:24s} {law.output} = {law.form}   [{", ".join(law.inputs)}]'
+    for law in laws.standard()
+  ]
+  return '\n'.join(
+    [
+      *lines,
+      'An input is the column of its name, or --input NAME=COLUMN; your own law is --law=module.Class.',
+    ]
+  )
+
+
+def is_of_params_and_tokens(law: Law) -> bool:
+  """Whether a budget can be split by it: such laws get approaches, exponents and forecasts."""
+  return set(law.inputs) == {'params', 'tokens'} and law.output == 'loss'
+
+
+def of_a_law(chosen: dict) -> dict:
+  """The arguments of `any_law.fit_law` among those of `fit_results`."""
+  names = {field.name for field in dataclasses.fields(Options)}
+  options = Options(**{name: value for name, value in chosen.items() if name in names})
+  rest = {name: chosen[name] for name in ('columns', 'role') if name in chosen}
+  return {'law': options.law, 'options': options, **rest}
+
+
+def pairs(flag: str, items: list[str], kind: Callable) -> dict:
+  """['a=1'] as {'a': kind('1')}."""
+  result = {}
+  for item in items:
+    name, equals, value = item.partition('=')
+    try:
+      result[name] = kind(value)
+    except ValueError:
+      equals = ''
+    if not equals or not name or value == '':
+      raise UserError(f'{flag}={item} is not NAME=VALUE.')
+  return result
+
+
+def points(items: list[str]) -> list[dict[str, float]]:
+  """['params=1e9,tokens=2e10'] as [{'params': 1e9, 'tokens': 2e10}]."""
+  return [pairs('--predict', item.split(','), float) for item in items]

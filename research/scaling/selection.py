@@ -1,0 +1,120 @@
+"""Which rows of a table to fit: conditions (`--where`) and one row of each group (`--pick`)."""
+
+import collections
+import operator
+import re
+from collections.abc import Iterable
+
+from research.core.errors import UserError, did_you_mean
+from research.scaling import cells
+from research.scaling.columns import bare, column_names
+
+# The longer signs first: '<=' is not '<' and a value that begins with '='.
+SIGNS = {
+  '!=': operator.ne, '<=': operator.le, '>=': operator.ge, '=': operator.eq, '<': operator.lt,
+  '>': operator.gt,
+}  # fmt: skip
+STEPS = ('step', '_step', 'global_step', 'current_steps', 'steps', 'iteration', 'tokens', 'd')
+
+
+def where(rows: list[dict], conditions: Iterable[str]) -> list[dict]:
+  """The rows that meet every condition.
+
+  A condition is COLUMN=VALUE, with !=, <, <=, > or >= in place of =, or 'COLUMN in VALUE,VALUE'. Values
+  compare as numbers where both are numbers, and = and != as texts otherwise.
+
+  Raises:
+    UserError: a condition cannot be read, a column or a value is unknown, or no row is left.
+  """
+  for condition in conditions:
+    column, sign, wanted = _read(condition, rows)
+    kept = [row for row in rows if _meets(row.get(column), sign, wanted)]
+    if not kept:
+      values = dict.fromkeys(
+        str(row[column]) for row in rows if not cells.is_blank(row.get(column))
+      )
+      few = ', '.join(list(values)[:12])
+      raise UserError(f'--where: no row left has {condition}; there are {few}.')
+    rows = kept
+  return rows
+
+
+def _read(condition: str, rows) -> tuple[str, str, list[str]]:
+  """(column, sign, values)."""
+  if match := re.fullmatch(r'(.+?)\s+in\s+(.+)', condition):
+    values = [value.strip() for value in match.group(2).strip('()[] ').split(',')]
+    return _column(match.group(1).strip(), rows), 'in', values
+  if match := re.fullmatch(r'([^=<>!]+?)\s*(!=|<=|>=|=|<|>)\s*(.*)', condition):
+    column, sign, value = match.groups()
+    if sign not in ('=', '!=') and not cells.is_number(value):
+      raise UserError(f'--where={condition}: {value!r} is not a number, so nothing is {sign} it.')
+    return _column(column.strip(), rows), sign, [value.strip()]
+  raise UserError(
+    f'--where={condition} is not COLUMN=VALUE (or !=, <, <=, >, >=, "COLUMN in A,B").'
+  )
+
+
+def _column(name: str, rows) -> str:
+  names = column_names(rows)
+  alike = [name] if name in names else [other for other in names if bare(other) == bare(name)]
+  if len(alike) != 1:
+    raise UserError(f'--where: there is no column {name!r}.{did_you_mean(name, names)}')
+  return alike[0]
+
+
+def _meets(cell, sign: str, wanted: list[str]) -> bool:
+  if sign == 'in':
+    return any(_meets(cell, '=', [value]) for value in wanted)
+  (value,) = wanted
+  if cells.is_number(cell) and cells.is_number(value):
+    return SIGNS[sign](cells.number(cell), cells.number(value))
+  text = '' if cell is None else str(cell)
+  return SIGNS[sign](text, value) if sign in ('=', '!=') else False
+
+
+def pick(rows: list[dict], rules: Iterable[str]) -> list[dict]:
+  """One row of each group, by rules in their order.
+
+  'last:run' keeps of every run (of equal values of the named columns) the row with the largest step, or
+    the most tokens; 'best:loss:params,tokens' of every cell the row with the lowest loss, such as that of the
+    best learning rate; 'all' keeps every row, checkpoints too.
+  """
+  for rule in rules:
+    kind, *rest = rule.split(':')
+    if kind == 'all' and not rest:
+      continue
+    if kind == 'last' and len(rest) == 1:
+      groups = _groups(rows, rest[0])
+      names = {bare(name): name for name in column_names(rows)}
+      by = next((names[bare(step)] for step in STEPS if bare(step) in names), None)
+      if by is None:
+        raise UserError(f'--pick={rule}: no column says which row is last (a step, or tokens).')
+      rows = [max(group, key=lambda row: _value(row, by, rule)) for group in groups]
+    elif kind == 'best' and len(rest) == 2:
+      by = _column(rest[0], rows)
+      groups = _groups(rows, rest[1])
+      rows = [min(group, key=lambda row: _value(row, by, rule)) for group in groups]
+    else:
+      raise UserError(
+        f'--pick={rule} is none of last:COLUMN, best:LOSS:COLUMN,COLUMN and all, such as last:run or '
+        'best:loss:params,tokens.'
+      )
+  return rows
+
+
+def _groups(rows: list[dict], names: str) -> list[list[dict]]:
+  columns = [_column(name.strip(), rows) for name in names.split(',')]
+  groups = collections.defaultdict(list)
+  for row in rows:
+    groups[tuple(str(row.get(column)) for column in columns)].append(row)
+  return list(groups.values())
+
+
+def _value(row: dict, column: str, rule: str) -> float:
+  """A blank or diverged cell is neither last nor best."""
+  worst = float('inf') if rule.startswith('best') else float('-inf')
+  cell = row.get(column)
+  if not cells.is_number(cell):
+    return worst
+  value = cells.number(cell)
+  return worst if value != value else value

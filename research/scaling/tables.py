@@ -1,0 +1,305 @@
+"""Reading a table of results: which kind of file it is, its encoding, its separator, its decimal mark.
+
+What a file is, its first bytes say, and its name only where they leave a choice. Whatever was not plain is told
+in one line (`Table.reading`), and what may be read in two ways is an error.
+"""
+
+import bz2
+import csv
+import dataclasses
+import gzip
+import io
+import json
+import lzma
+import pathlib
+import zlib
+
+from research.core.errors import UserError, did_you_mean
+from research.scaling import cells
+
+SEPARATORS = {',': 'commas', ';': 'semicolons', '\t': 'tabs', '|': 'bars'}
+COMPRESSED = {
+  b'\x1f\x8b': ('gzip', gzip.decompress),
+  b'BZh': ('bzip2', bz2.decompress),
+  b'\xfd7zXZ': ('xz', lzma.decompress),
+}
+REFUSED = {
+  b'PK\x03\x04': 'a zip archive or an Excel workbook; save the sheet as CSV',
+  b'\xd0\xcf\x11\xe0': 'an old Excel workbook; save the sheet as CSV',
+  b'\x28\xb5\x2f\xfd': 'compressed by zstd; decompress it first',
+  b'version https://git-lfs': 'a pointer of Git LFS and not the file itself; run git lfs pull',
+}
+DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError)
+
+
+class RowError(UserError, ValueError):
+  """A table that cannot be fitted as it stands: the message names the row and the column."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+  """The rows of a file, column -> cell; `reading` says what was not plain about it, or is empty."""
+
+  rows: list[dict]
+  reading: str = ''
+
+
+def read_table(path) -> list[dict]:
+  """The rows of a table; see `read`."""
+  return read(path).rows
+
+
+def read(path) -> Table:
+  """A CSV (any separator, UTF-8, UTF-16 or Windows-1252), JSON, JSON-lines or Parquet file, compressed or not.
+
+  Raises:
+    RowError: there is no such file, it is of another kind or damaged, a row has more cells than there are
+      columns, or two columns of one name differ.
+  """
+  path = pathlib.Path(path).expanduser()
+  if not path.is_file():
+    beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    kind = 'a folder and not a file' if path.is_dir() else 'not a file'
+    raise RowError(f'{path} is {kind}.{did_you_mean(path.name, beside)}')
+  told = []
+  try:
+    data = path.read_bytes()
+  except OSError as error:
+    raise RowError(f'{path} could not be read: {error.strerror}.') from None
+  for magic, (name, decompress) in COMPRESSED.items():
+    if data.startswith(magic):
+      try:
+        data = decompress(data)
+      except DAMAGED:
+        raise RowError(f'{path} is a damaged or cut {name} file.') from None
+      told.append(f'compressed by {name}')
+  for magic, kind in REFUSED.items():
+    if data.startswith(magic):
+      raise RowError(f'{path} is {kind}.')
+  if data[:4] == b'PAR1' or path.suffix in ('.parquet', '.pq'):
+    return Table(_read_parquet(path, data), _line(told))
+  text = _decode(path, data, told)
+  if not text.strip():
+    raise RowError(f'{path} is empty.')
+  if text.lstrip()[:1] in ('[', '{') or path.suffix in ('.json', '.jsonl', '.ndjson'):
+    return Table(_read_json(path, text), _line(told))
+  return Table(_read_separated(path, text, told), _line(told))
+
+
+def _line(told: list[str]) -> str:
+  return ', '.join(told)
+
+
+def _read_parquet(path, data: bytes) -> list[dict]:
+  import pyarrow
+  import pyarrow.parquet
+
+  try:
+    return pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()
+  except (pyarrow.ArrowException, OSError, ValueError) as error:
+    reason = str(error).splitlines()[0].rstrip('.')
+    raise RowError(f'{path} is no Parquet file, or a damaged one: {reason}.') from None
+
+
+def _decode(path, data: bytes, told: list[str]) -> str:
+  for mark, encoding in (
+    (b'\xff\xfe', 'utf-16'),
+    (b'\xfe\xff', 'utf-16'),
+    (b'\xef\xbb\xbf', 'utf-8-sig'),
+  ):
+    if data.startswith(mark):
+      if encoding == 'utf-16':
+        told.append('UTF-16')
+      try:
+        return data.decode(encoding)
+      except UnicodeDecodeError:
+        raise RowError(f'{path} begins as {encoding} and goes on as something else.') from None
+  if b'\0' in data:
+    raise RowError(f'{path} is no table of text: it holds bytes that no text has.')
+  try:
+    return data.decode('utf-8')
+  except UnicodeDecodeError:
+    told.append('not UTF-8, read as Windows-1252')
+    return data.decode('cp1252', errors='replace')
+
+
+# JSON.
+
+
+def _read_json(path, text: str) -> list[dict]:
+  lines = path.suffix in ('.jsonl', '.ndjson') or '.jsonl' in path.suffixes
+  if not lines:
+    try:
+      value = json.loads(text, object_pairs_hook=_object)
+    except (json.JSONDecodeError, RecursionError, ValueError) as error:
+      if not (isinstance(error, json.JSONDecodeError) and error.msg == 'Extra data'):
+        raise _not_json(path, getattr(error, 'lineno', 1), error) from None
+      lines = True  # several values: one a line
+    else:
+      return _rows_of(path, value)
+  rows = []
+  for i, line in enumerate(text.splitlines(), 1):
+    if not line.strip():
+      continue
+    try:
+      value = json.loads(line, object_pairs_hook=_object)
+    except (json.JSONDecodeError, RecursionError, ValueError) as error:
+      raise _not_json(path, i, error) from None
+    if not isinstance(value, dict):
+      raise RowError(f'{path}:{i} is {_kind(value)} and not an object {{column: value}}.')
+    rows.append(_flat(value))
+  return rows
+
+
+def _object(pairs: list[tuple]) -> dict:
+  value = dict(pairs)
+  if len(value) != len(pairs):
+    names = [name for name, _ in pairs]
+    twice = next(name for name in names if names.count(name) > 1)
+    raise ValueError(f'the key {twice!r} stands twice in one object')
+  return value
+
+
+def _not_json(path, line: int, error: Exception) -> RowError:
+  why = getattr(error, 'msg', None) or str(error) or type(error).__name__
+  return RowError(f'{path}:{line} is not JSON: {why}.')
+
+
+def _rows_of(path, value) -> list[dict]:
+  """A list of objects, or an object of columns (lists of one length)."""
+  if isinstance(value, dict) and value and all(isinstance(v, list) for v in value.values()):
+    if len({len(v) for v in value.values()}) != 1:
+      raise RowError(f'{path} holds columns of different lengths.')
+    return [dict(zip(value, cells, strict=True)) for cells in zip(*value.values(), strict=True)]
+  if isinstance(value, dict):
+    return [_flat(value)]
+  if not isinstance(value, list):
+    raise RowError(f'{path} holds {_kind(value)} and not a list of rows.')
+  for i, row in enumerate(value, 1):
+    if not isinstance(row, dict):
+      raise RowError(f'{path}: row {i} is {_kind(row)} and not an object {{column: value}}.')
+  return [_flat(row) for row in value]
+
+
+def _flat(row: dict, prefix: str = '') -> dict:
+  """{'eval': {'loss': 3}} as {'eval/loss': 3}."""
+  flat = {}
+  for name, value in row.items():
+    if isinstance(value, dict):
+      flat |= _flat(value, f'{prefix}{name}/')
+    else:
+      flat[prefix + name] = value
+  return flat
+
+
+def _kind(value) -> str:
+  if value is None:
+    return 'null'
+  names = {list: 'a list', str: 'a text', bool: 'a truth value', dict: 'an object'}
+  return names.get(type(value), 'a number')
+
+
+# CSV and its like.
+
+
+def _read_separated(path, text: str, told: list[str]) -> list[dict]:
+  lines = text.splitlines(keepends=True)
+  comments = 0
+  while comments < len(lines) and (lines[comments][:1] == '#' or not lines[comments].strip()):
+    comments += 1
+  if comments == len(lines):
+    raise RowError(f'{path} holds comments and no rows.')
+  separator, records = _split(path, ''.join(lines[comments:]))
+  if separator != ',':
+    told.append(f'separated by {SEPARATORS.get(separator, "spaces")}')
+  (_, head), *records = records
+  names = _names(path, head, records)
+  rows = []
+  for line, record in records:
+    surplus = [cell for cell in record[len(names) :] if cell.strip()]
+    if surplus:
+      raise RowError(
+        f'{path}:{line + comments} has {len(record)} cells for {len(names)} columns ({surplus[0]!r} is '
+        'surplus): put quotes around what holds a separator, or give the last column a name.'
+      )
+    record = record + [''] * (len(names) - len(record))
+    rows.append({name: record[i] for name, i in names.items()})
+  if not rows:
+    raise RowError(f'{path} has names of columns and no rows.')
+  _decimal_marks(path, rows, told)
+  return rows
+
+
+def _split(path, text: str) -> tuple[str, list[tuple[int, list[str]]]]:
+  """The separator, and of every record that is not empty its line and its cells."""
+  header = text.splitlines()[0]
+  readings = {}
+  for separator in [s for s in SEPARATORS if s in header] or [',']:
+    readings[separator] = records = _records(path, text, separator)
+    if separator == ',' and ',' not in header and len(header.split()) > 1:
+      by_spaces = [(i, line.split()) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+      if len({len(record) for _, record in by_spaces}) == 1:
+        return ' ', by_spaces
+    if not records:
+      raise RowError(f'{path} holds no rows.')
+  even = [s for s, records in readings.items() if len({len(r) for _, r in records}) == 1]
+  if len(even) > 1:
+    raise RowError(
+      f'{path} may be separated by {" or by ".join(SEPARATORS[s] for s in even)}: every row has as many of '
+      'the one as of the other. Save it with one separator and quotes around the rest.'
+    )
+  if even:
+    return even[0], readings[even[0]]
+  # Rows of different lengths: the separator that the header has most of.
+  return max(readings.items(), key=lambda item: len(item[1][0][1]))
+
+
+def _records(path, text: str, separator: str) -> list[tuple[int, list[str]]]:
+  reader = csv.reader(io.StringIO(text, newline=''), delimiter=separator)
+  records = []
+  try:
+    for record in reader:
+      if any(cell.strip() for cell in record):
+        records.append((reader.line_num, record))
+  except csv.Error as error:
+    raise RowError(f'{path}:{reader.line_num} is no CSV: {error}.') from None
+  return records
+
+
+def _names(path, head: list[str], records) -> dict[str, int]:
+  """Column -> its place. A column without a name, as an index has, is called by its number."""
+  head = [name.strip() for name in head]
+  while head and not head[-1]:
+    head.pop()
+  if any(cells.is_number(name) for name in head):
+    raise RowError(
+      f'The first row of {path} holds numbers ({", ".join(head[:4])}) where the names of the columns '
+      'should be: add a row of names, such as params,tokens,loss.'
+    )
+  names = {}
+  for i, name in enumerate(head):
+    name = name or f'column {i + 1}'
+    if name not in names:
+      names[name] = i
+      continue
+    other = names[name]
+    cell = lambda record, i: record[i].strip() if i < len(record) else ''
+    if any(cell(record, i) != cell(record, other) for _, record in records):
+      raise RowError(
+        f'{path} has two columns called {name!r} (the {other + 1}th and the {i + 1}th) that differ: '
+        'rename or remove one of them.'
+      )
+  return names
+
+
+def _decimal_marks(path, rows: list[dict], told: list[str]) -> None:
+  """Writes what has commas among its digits as a plain number, in place, where the table shows how."""
+  try:
+    mark = cells.decimal_mark(cell for row in rows for cell in row.values())
+  except ValueError as error:
+    raise RowError(f'{path} has {error}: write all numbers in one way.') from None
+  if mark is None:
+    return
+  told.append('decimal commas' if mark == cells.DECIMAL_COMMA else 'commas between thousands')
+  for row in rows:
+    row.update({name: cells.plain(cell, mark) for name, cell in row.items() if ',' in cell})
