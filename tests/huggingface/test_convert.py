@@ -172,7 +172,8 @@ def test_checksums_on_the_host_are_those_on_devices(dtype):
 
 MEMORY = """
 import resource, sys
-from research import configs, convert
+from research.core import configs
+from research.huggingface import conversion as convert
 from research.checkpoints import streamed
 folder = sys.argv[1]
 if sys.argv[2] == 'from':
