@@ -1,12 +1,16 @@
-"""What keys of config.json and gin bindings say the same, in both directions."""
+"""What keys of config.json and gin bindings say the same, in both directions.
+
+Inwards a field reads `Settings` and gives gin bindings. Outwards it asks `get` what a binding is in the model
+that is to be written (see `resolved.Resolved`), and gives keys of config.json.
+"""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
 from research.core.errors import UserError
 from research.huggingface.names import Tree
+from research.huggingface.settings import Settings, is_same
 
 Get = Callable[[str], Any]
 
@@ -15,34 +19,67 @@ class Raw(str):
   """gin text rather than a Python value."""
 
 
+def _refused(settings: Settings) -> Any:
+  """A null that means nothing: `Settings.__getitem__` refuses it."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Field:
   """A key of config.json and the gin macro or binding that says the same.
 
-  `default` is what an absent key means, a value or a function of the config.
+  `null` is what a null means, a function of the settings; where it gives None the key is refused.
   """
 
   hf: str
   gin: str
-  default: Any = None
+  null: Callable[[Settings], Any] = _refused
   to_gin: Callable[[Any], Any] = lambda value: value
   to_hf: Callable[[Any], Any] = lambda value: value
 
-  def read(self, config: dict) -> dict[str, Any]:
-    value = config.get(self.hf)
+  def read(self, settings: Settings) -> dict[str, Any]:
+    value = settings.get(self.hf)
     if value is None:
-      value = self.default(config) if callable(self.default) else self.default
-    return {} if value is None else {self.gin: self.to_gin(value)}
+      value = self.null(settings)
+    return {self.gin: self.to_gin(settings[self.hf] if value is None else value)}
 
   def write(self, get: Get) -> dict[str, Any]:
     return {self.hf: self.to_hf(get(self.gin))}
 
 
 @dataclasses.dataclass(frozen=True)
-class Derived:
-  """What gin must say and follows from the config; or, with `hf`, the other way round."""
+class Optional:
+  """A key whose null means none: the binding is None too."""
 
-  read: Callable[[dict], dict[str, Any]] = lambda config: {}
+  hf: str
+  gin: str
+
+  def read(self, settings: Settings) -> dict[str, Any]:
+    return {self.gin: settings.get(self.hf)}
+
+  def write(self, get: Get) -> dict[str, Any]:
+    return {self.hf: get(self.gin)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Unused:
+  """Keys of parts that the models of a family do not have, or that transformers computes from others."""
+
+  keys: tuple[str, ...]
+
+  def read(self, settings: Settings) -> dict[str, Any]:
+    for key in self.keys:
+      settings.get(key)
+    return {}
+
+  def write(self, get: Get) -> dict[str, Any]:
+    return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Derived:
+  """What gin must say and follows from several keys, and keys that follow from the model."""
+
+  read: Callable[[Settings], dict[str, Any]] = lambda settings: {}
   write: Callable[[Get], dict[str, Any]] = lambda get: {}
 
 
@@ -57,9 +94,9 @@ class Implied:
   gin: str
   of: Callable[[int], int]
 
-  def read(self, config: dict) -> dict[str, Any]:
-    value = config.get(self.hf)
-    implied = value in (None, 'auto', self.of(config['hidden_size']))
+  def read(self, settings: Settings) -> dict[str, Any]:
+    value = settings[self.hf]
+    implied = value in ('auto', self.of(settings['hidden_size']))
     return {} if implied else {self.gin: value}
 
   def write(self, get: Get) -> dict[str, Any]:
@@ -67,91 +104,68 @@ class Implied:
 
 
 def always(bindings: dict[str, Any]) -> Derived:
-  return Derived(lambda config: bindings)
+  """Bindings that hold for the whole family."""
+  return Derived(lambda settings: bindings)
 
 
-SCALINGS = {
-  'llama3': ('llama3_scaling', {'factor': 'factor', 'low': 'low_freq_factor', 'high': 'high_freq_factor',
-                                'original_length': 'original_max_position_embeddings'}),
-  'linear': ('linear_scaling', {'factor': 'factor'}),
-  'yarn': ('yarn_scaling', {'factor': 'factor', 'original_length': 'original_max_position_embeddings',
-                            'fast': 'beta_fast', 'slow': 'beta_slow', 'magnitude': 'attention_factor'}),
-}  # fmt: skip
+def equal(settings: Settings, key: str, value: Any) -> dict:
+  """Refuses a key that is neither null nor this value. No bindings.
 
-
-def rope_of(config: dict) -> dict:
-  """The rope parameters of new and of old config files."""
-  rope = dict(config.get('rope_parameters') or config.get('rope_scaling') or {})
-  rope.setdefault('rope_theta', config.get('rope_theta', 10_000.0))
-  rope.setdefault('rope_type', rope.pop('type', 'default'))
-  return rope
-
-
-def read_rope(rope: dict, scope: str = '') -> dict[str, Any]:
-  name, kind = f'{scope}positions.rotary', rope['rope_type']
-  bindings = {f'{name}.base': float(rope['rope_theta'])}
-  if 'partial_rotary_factor' in rope:
-    bindings[f'{name}.fraction'] = rope['partial_rotary_factor']
-  if kind == 'default':
-    return {**bindings, f'{name}.scaling': None}
-  if kind not in SCALINGS:
+  Raises:
+    UserError: another value.
+  """
+  given = settings.get(key)
+  if given is not None and not is_same(given, value):
     raise UserError(
-      f'config.json: no rotary scaling {kind!r} here; there are {", ".join(SCALINGS)}.'
+      f'config.json: {settings.model_type} with {settings.name(key)} = {given!r} is not supported, only {value!r}.'
     )
-  function, keys = SCALINGS[kind]
-  bindings[f'{name}.scaling'] = Raw(f'@{scope}positions.{function}')
-  for ours, theirs in keys.items():
-    if rope.get(theirs) is not None:
-      bindings[f'{scope}positions.{function}.{ours}'] = rope[theirs]
-  mscale = rope.get('mscale'), rope.get('mscale_all_dim')
-  if kind == 'yarn' and all(mscale) and rope.get('attention_factor') is None:
-    grow = lambda m: 0.1 * m * math.log(rope['factor']) + 1
-    bindings[f'{scope}positions.yarn_scaling.magnitude'] = grow(mscale[0]) / grow(mscale[1])
-  return bindings
+  return {}
 
 
-def write_rope(get: Get, scope: str = '') -> dict:
-  name = f'{scope}positions.rotary'
-  rope = {'rope_theta': get(f'{name}.base'), 'rope_type': 'default'}
-  if get(f'{name}.fraction') != 1.0:
-    rope['partial_rotary_factor'] = get(f'{name}.fraction')
-  scaling = get(f'{name}.scaling')
-  for kind, (function, keys) in SCALINGS.items():
-    if scaling is not None and str(scaling).endswith(function):
-      rope['rope_type'] = kind
-      values = {theirs: get(f'{scope}positions.{function}.{ours}') for ours, theirs in keys.items()}
-      rope.update({k: v for k, v in values.items() if v is not None})
-  return rope
+class Options(tuple):
+  """The values of a key that all mean the same; the first is written."""
 
 
-ROPE = Derived(
-  lambda config: read_rope(rope_of(config)), lambda get: {'rope_parameters': write_rope(get)}
-)
+@dataclasses.dataclass(frozen=True)
+class Family:
+  """One row: what config.json calls the family, our gin file, and what corresponds.
+
+  `when` are keys that config.json must have with these values (`Options` for several); another value is
+  another row, or an error. `ignore` are tensors (regular expressions) that old checkpoints have and that say
+  nothing. `prefix` begins the names of the model without its head: files may leave it out. `copies` are tensors
+  that a file may hold besides those that they must be equal to.
+  """
+
+  model_type: str
+  architecture: str
+  gin: str
+  fields: tuple
+  trees: tuple[Tree, ...]
+  top: dict[str, str]
+  when: dict[str, Any] = dataclasses.field(default_factory=dict)
+  ignore: tuple[str, ...] = (r'.*rotary_emb\.inv_freq',)
+  prefix: str = 'model.'
+  copies: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-def tied(default: bool) -> Derived:
-  def read(config):
-    is_tied = config.get('tie_word_embeddings', default)
-    return {'models.LanguageModel.head': Raw('@heads.TiedHead' if is_tied else '@heads.UntiedHead')}
-
-  def write(get):
-    return {'tie_word_embeddings': str(get('models.LanguageModel.head')).endswith('TiedHead')}
-
-  return Derived(read, write)
+def head_dim(settings: Settings) -> int:
+  """The size of a head: the key, or the width divided by the heads."""
+  return settings.get('head_dim') or width(settings) // heads(settings)
 
 
-def head_dim(config):
-  return config.get('head_dim') or _first(config, 'hidden_size', 'n_embd', 'd_model') // _first(
-    config, 'num_attention_heads', 'n_head', 'n_heads'
-  )
+def width(settings: Settings) -> int:
+  """The size of the residual stream, which families call differently."""
+  return settings[next(k for k in ('hidden_size', 'n_embd', 'd_model') if k in settings.defaults)]
 
 
-def _first(config, *keys):
-  return next(config[key] for key in keys if config.get(key) is not None)
+def heads(settings: Settings) -> int:
+  """The number of heads of the queries."""
+  names = ('num_attention_heads', 'n_head', 'n_heads', 'num_heads')
+  return settings[next(k for k in names if k in settings.defaults)]
 
 
 HEAD_DIM = Field('head_dim', 'HEAD_DIM', head_dim)
-HEAD_DIM_ONLY_OURS = Derived(lambda config: {'HEAD_DIM': head_dim(config)})
+HEAD_DIM_ONLY_OURS = Derived(lambda settings: {'HEAD_DIM': width(settings) // heads(settings)})
 SIZES = (
   Field('vocab_size', 'VOCAB'),
   Field('hidden_size', 'EMBED'),
@@ -159,29 +173,9 @@ SIZES = (
   Field('num_attention_heads', 'HEADS'),
 )
 MLP = Field('intermediate_size', 'MLP')
-KV_HEADS = Derived(
-  lambda c: {'KV_HEADS': c.get('num_key_value_heads') or c['num_attention_heads']},
-  lambda get: {'num_key_value_heads': get('KV_HEADS') or get('HEADS')},
-)
-RMS = Field('rms_norm_eps', 'layers.RMSNorm.epsilon', 1e-6)
-LAYER_NORM = Field('layer_norm_epsilon', 'layers.LayerNorm.epsilon', 1e-5)
-LLAMA = (*SIZES, KV_HEADS, HEAD_DIM, MLP, RMS, ROPE)
-WINDOW = Field('sliding_window', 'attention.Attention.window')
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-  """One row: what config.json calls the family, our gin file, and what corresponds.
-
-  `when` are keys that config.json must have with these values; another value is another row, or an error.
-  `ignore` are tensors (regular expressions) that old checkpoints have and that say nothing.
-  """
-
-  model_type: str
-  architecture: str
-  gin: str
-  fields: tuple[Field | Implied | Derived, ...]
-  trees: tuple[Tree, ...]
-  top: dict[str, str]
-  when: dict[str, Any] = dataclasses.field(default_factory=dict)
-  ignore: tuple[str, ...] = (r'.*rotary_emb\.inv_freq',)
+KV_HEADS = Field('num_key_value_heads', 'KV_HEADS', heads)
+RMS = Field('rms_norm_eps', 'layers.RMSNorm.epsilon')
+LAYER_NORM = Field('layer_norm_epsilon', 'layers.LayerNorm.epsilon')
+LAYER_NORM_EPS = Field('layer_norm_eps', 'layers.LayerNorm.epsilon')
+ACTIVE = Field('num_experts_per_tok', 'ACTIVE')
+NORMALISE = Field('norm_topk_prob', 'moe.Router.normalise')

@@ -1,4 +1,7 @@
-"""The safetensors format: eight bytes of length, a JSON header, the tensors. Read and written one at a time."""
+"""The safetensors format: eight bytes of length, a JSON header, the tensors.
+
+Tensors are read and written one at a time, so that no model need fit in memory.
+"""
 
 import json
 import math
@@ -9,48 +12,132 @@ import ml_dtypes  # noqa: F401  gives numpy its bfloat16
 import numpy as np
 
 from research.core.errors import UserError
+from research.huggingface.settings import read_json
 
 FILE_BYTES = 5e9  # of a file to write, as transformers has it
 DTYPES = {'F64': 'float64', 'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}
+WIDTHS = {'BOOL': 1, 'U8': 1, 'I8': 1, 'U16': 2, 'I16': 2, 'U32': 4, 'I32': 4, 'U64': 8, 'I64': 8,
+          'F8_E4M3': 1, 'F8_E5M2': 1, 'F64': 8, 'F32': 4, 'F16': 2, 'BF16': 2}  # fmt: skip
+ONE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
+LONGEST_HEADER = 100_000_000  # bytes, as the safetensors package has it
 
 
 class Tensors(Mapping):
-  """The tensors of a folder's safetensors files by name; each is mapped from its file when it is asked for.
+  """The tensors of a checkpoint by name; each is mapped from its file when it is asked for.
+
+  Which files those are the folder's model.safetensors or its index says. Others beside them (shards of an older
+  save, adapters, consolidated copies) are not looked at.
 
   Raises:
-    UserError: no file there; a tensor that is not floating point.
+    UserError: a file is missing, cut, empty or not safetensors; the index and its files disagree.
   """
 
   def __init__(self, folder: pathlib.Path):
-    files = sorted(folder.glob('*.safetensors'))
-    if not files:
-      raise UserError(
-        f'{folder}: no *.safetensors here (a folder of a downloaded model is wanted).'
-      )
     self.places: dict[str, tuple[pathlib.Path, str, int]] = {}
     self.shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
-      with file.open('rb') as f:
-        length = int.from_bytes(f.read(8), 'little')
-        header = json.loads(f.read(length))
-      header.pop('__metadata__', None)
-      for name, entry in header.items():
-        if entry['dtype'] not in DTYPES:
-          raise UserError(
-            f'{file}: {name} is {entry["dtype"]}; only floating point can be converted.'
-          )
-        self.places[name] = file, DTYPES[entry['dtype']], 8 + length + entry['data_offsets'][0]
-        self.shapes[name] = tuple(entry['shape'])
+    if (folder / ONE).is_file():
+      for name, entry in _header(folder / ONE).items():
+        self._add(folder / ONE, name, entry)
+    elif (folder / INDEX).is_file():
+      self._read_index(folder)
+    else:
+      raise UserError(f'{folder}: {_nothing_here(folder)}')
+
+  def _read_index(self, folder: pathlib.Path) -> None:
+    index = folder / INDEX
+    names = read_json(index).get('weight_map')
+    if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
+      raise UserError(f'{index} has no weight_map of tensors to files; download it again.')
+    headers = {}
+    for file in sorted(set(names.values())):
+      if pathlib.PurePath(file).name != file or not (folder / file).is_file():
+        raise UserError(f'{folder / file} is missing, and {INDEX} names it; download it.')
+      headers[file] = _header(folder / file)
+    for name, file in names.items():
+      if name not in headers[file]:
+        raise UserError(f'{folder / file} has no tensor {name}, though {INDEX} says so; download both again.')
+      self._add(folder / file, name, headers[file][name])
+
+  def _add(self, file: pathlib.Path, name: str, entry: dict) -> None:
+    self.places[name] = file, entry['dtype'], entry['start']
+    self.shapes[name] = tuple(entry['shape'])
+
+  def rename(self, names: Mapping[str, str]) -> None:
+    """Gives tensors other names, old to new."""
+    for kept in (self.places, self.shapes):
+      renamed = {names.get(name, name): value for name, value in kept.items()}
+      kept.clear()
+      kept.update(renamed)
 
   def __getitem__(self, name: str) -> np.ndarray:
     file, dtype, offset = self.places[name]
-    return np.memmap(file, dtype, 'r', offset, self.shapes[name])
+    if dtype not in DTYPES:
+      raise UserError(f'{file}: {name} is {dtype}; only floating point of 16 to 64 bits can be converted.')
+    return np.memmap(file, DTYPES[dtype], 'r', offset, self.shapes[name])
+
+  def same(self, name: str, other: str) -> bool:
+    """Whether both tensors are there and equal."""
+    if name not in self.places or other not in self.places:
+      return False
+    return self.shapes[name] == self.shapes[other] and bool((self[name] == self[other]).all())
 
   def __iter__(self):
     return iter(self.places)
 
   def __len__(self) -> int:
     return len(self.places)
+
+
+def _nothing_here(folder: pathlib.Path) -> str:
+  """Why there is nothing to read in a folder without model.safetensors and its index."""
+  names = {path.name for path in folder.iterdir()}
+  if 'adapter_model.safetensors' in names or 'adapter_config.json' in names:
+    return 'an adapter without its model; merge it into the model first (merge_and_unload of peft).'
+  if any(name.endswith(('.bin', '.pt', '.pth')) for name in names):
+    return 'only pickled weights here; save them as safetensors first (save_pretrained of transformers).'
+  if any(name.endswith('.gguf') for name in names):
+    return 'a GGUF file and no safetensors here; look for the model in safetensors.'
+  if any(name.endswith('.safetensors') for name in names):
+    return f'there are *.safetensors here, but neither {ONE} nor {INDEX} that says which of them are the model.'
+  return f'no {ONE} and no {INDEX} here (a folder of a downloaded model is wanted).'
+
+
+def _header(file: pathlib.Path) -> dict[str, dict]:
+  """What is in a safetensors file: name to dtype, shape and `start`, the byte where the values begin.
+
+  Raises:
+    UserError: the file is not whole, or not of this format.
+  """
+  size = file.stat().st_size
+  with file.open('rb') as f:
+    start = f.read(8)
+    if start == b'version ':
+      raise UserError(f'{file} is a Git LFS pointer and not the file itself; fetch it with git lfs pull.')
+    if size < 8:
+      raise UserError(f'{file} is {"empty" if not size else "cut"}; download it again.')
+    length = int.from_bytes(start, 'little')
+    if length > LONGEST_HEADER:
+      raise UserError(f'{file} is not a safetensors file: it does not begin with the length of a header.')
+    if 8 + length > size:
+      raise UserError(f'{file} is cut: it ends within its header; download it again.')
+    text = f.read(length)
+  try:
+    header = json.loads(text.decode())
+    header.pop('__metadata__', None)
+    for name, entry in header.items():
+      begin, end = entry['data_offsets']
+      entry['start'] = 8 + length + begin
+      known = WIDTHS.get(entry['dtype'])
+      if not 0 <= begin <= end or any(size < 0 for size in entry['shape']):
+        raise ValueError(name)
+      if known and end - begin != math.prod(entry['shape']) * known:
+        raise ValueError(name)
+  except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    raise UserError(f'{file} is not a safetensors file: its header cannot be read; download it again.') from None
+  end = 8 + length + max((entry['data_offsets'][1] for entry in header.values()), default=0)
+  if end > size:
+    raise UserError(f'{file} is cut: {size} bytes of {end}; download it again.')
+  return header
 
 
 def write_tensors(

@@ -1,20 +1,26 @@
-"""FIXME: say what this module is."""
+"""GPT-2 and its like: GPT-J, GPT-NeoX, Phi, Falcon, BLOOM, MPT, OPT and BERT."""
 
 from research.huggingface.fields import (
   HEAD_DIM_ONLY_OURS,
   LAYER_NORM,
+  LAYER_NORM_EPS,
   MLP,
-  ROPE,
   SIZES,
   Derived,
   Family,
   Field,
+  Options,
   Raw,
+  Unused,
   always,
-  head_dim,
-  tied,
+  equal,
+  heads,
+  width,
 )
+from research.huggingface.heads import HEAD, MASKED_HEAD, Head
 from research.huggingface.names import Fused
+from research.huggingface.rotary import ROPE
+from research.huggingface.settings import Settings
 from research.huggingface.tables import PRE_NORMS, SELF_ATTENTION, TOP, transformer, under
 
 GPT2_TOP = {
@@ -64,135 +70,190 @@ GPT2_SIZES = (
 )  # fmt: skip
 
 
-INNER = Field('n_inner', 'MLP', lambda c: 4 * c['n_embd'])
-
-
-FOUR_TIMES = Derived(lambda c: {'MLP': 4 * c.get('hidden_size', c.get('d_model'))})
-
-
-LAYER_NORM_EPS = Field('layer_norm_eps', 'layers.LayerNorm.epsilon', 1e-5)
-
-
-FALCON_SIZES = (*SIZES, HEAD_DIM_ONLY_OURS, LAYER_NORM, ROPE, tied(True))
-
-
-FALCON_MLP = Field('ffn_hidden_size', 'MLP', lambda c: 4 * c['hidden_size'])
-
-
-FALCON_WHEN = {'parallel_attn': True, 'bias': False, 'alibi': False}
+INNER = Field('n_inner', 'MLP', lambda settings: 4 * width(settings))
+FOUR_TIMES = Derived(lambda settings: {'MLP': 4 * width(settings)})
+WORD_HEAD = Head('transformer.word_embeddings.weight')
+WTE_HEAD = Head('transformer.wte.weight')
+FALCON_SIZES = (
+  *SIZES, HEAD_DIM_ONLY_OURS, LAYER_NORM, ROPE, WORD_HEAD,
+  Field('ffn_hidden_size', 'MLP', lambda settings: 4 * width(settings)),
+)  # fmt: skip
+GELU = Options(('gelu', 'gelu_python'))
+GELU_TANH = Options(('gelu_new', 'gelu_pytorch_tanh', 'gelu_fast'))
+FALCON_WHEN = {'parallel_attn': True, 'bias': False, 'alibi': False, 'activation': GELU}
 
 
 BERT_ATTENTION = {
   'query': 'attention.self.query', 'key': 'attention.self.key', 'value': 'attention.self.value',
   'output': 'attention.output.dense',
 }  # fmt: skip
+BERT_TOP = {
+  'embedder.tokens': 'bert.embeddings.word_embeddings.weight',
+  'embedder.positions': 'bert.embeddings.position_embeddings.weight',
+  'embedder.types': 'bert.embeddings.token_type_embeddings.weight',
+  'embedder.norm': 'bert.embeddings.LayerNorm', 'head.dense': 'cls.predictions.transform.dense',
+  'head.norm': 'cls.predictions.transform.LayerNorm', 'head.kernel': 'cls.predictions.decoder.weight',
+}  # fmt: skip
+
+
+def _read_mpt(settings: Settings) -> dict:
+  """Its object of attention options."""
+  attention = settings.child('attn_config', settings.get('attn_config') or {}, MPT_ATTENTION)
+  for key in ('attn_pdrop', 'attn_impl', 'attn_uses_sequence_id', 'model_type', *MPT_INNER):
+    attention.get(key)
+  for key in ('attn_type', 'prefix_lm', 'qk_ln', 'alibi', 'alibi_bias_max'):
+    equal(attention, key, MPT_ATTENTION[key])
+  return {
+    'attention.Attention.clip': attention.get('clip_qkv') or None,
+    'attention.Attention.scale': attention.get('softmax_scale'),
+  }
+
+
+def _write_mpt(get) -> dict:
+  attention = get.attentions()[0]
+  usual = attention['scale'] is None or abs(attention['scale'] ** 2 * attention['head_dim'] - 1) < 1e-6
+  options = {'clip_qkv': attention['clip'], 'softmax_scale': None if usual else attention['scale']}
+  return {'attn_config': options, 'expansion_ratio': 4}
+
+
+MPT_ATTENTION = {
+  'attn_type': 'multihead_attention', 'clip_qkv': float, 'softmax_scale': float, 'prefix_lm': False,
+  'qk_ln': False, 'alibi': True, 'alibi_bias_max': 8,
+}  # fmt: skip
+# What transformers writes into every object of options.
+MPT_INNER = (
+  'architectures', 'output_hidden_states', 'return_dict', 'dtype', 'torch_dtype', 'chunk_size_feed_forward',
+  'is_encoder_decoder', 'id2label', 'label2id', 'problem_type', '_name_or_path', 'output_attentions',
+)  # fmt: skip
+
+
+def _read_rotary_dim(settings: Settings) -> dict:
+  return {
+    'positions.rotary.fraction': settings['rotary_dim'] / (width(settings) // heads(settings))
+  }
 
 
 def _rotary_dim(get):
   return round(get('positions.rotary.fraction') * get('HEAD_DIM'))
 
 
+# As many as there are queries' heads: the layout of the tensors does not say how others would be grouped.
+KV_HEADS_AS_QUERIES = Derived(
+  lambda settings: equal(settings, 'num_key_value_heads', heads(settings)),
+  lambda get: {'num_key_value_heads': get('HEADS')},
+)
+WORD_WIDTH = Derived(
+  lambda settings: equal(settings, 'word_embed_proj_dim', width(settings)),
+  lambda get: {'word_embed_proj_dim': get('EMBED')},
+)
+
 GPT_LIKE = (
   Family(
     'gpt2', 'GPT2LMHeadModel', 'gin/models/gpt2/family.gin',
-    (*GPT2_SIZES, INNER, Field('n_positions', 'POSITIONS', 1024), tied(True)),
+    (*GPT2_SIZES, INNER, Field('n_positions', 'POSITIONS'), WTE_HEAD),
     transformer(
       ('ln_1', 'ln_2'), 'transformer.h.{}.',
       {'query key value': Fused('attn.c_attn', untransposed=True),
        'output': Fused('attn.c_proj', untransposed=True)},
       {'inputs.0': Fused('mlp.c_fc', untransposed=True), 'output': Fused('mlp.c_proj', untransposed=True)},
     ),
-    GPT2_TOP, {'activation_function': 'gelu_new', 'scale_attn_weights': True,
+    GPT2_TOP, {'activation_function': GELU_TANH, 'scale_attn_weights': True,
                'scale_attn_by_inverse_layer_idx': False, 'add_cross_attention': False},
-    (r'.*attn\.(masked_)?bias',),
+    (r'.*\.attn\.(masked_)?bias',), 'transformer.',
   ),
   Family(
     'gptj', 'GPTJForCausalLM', 'gin/models/gpt2/family.gin',
-    (*GPT2_SIZES, INNER, tied(False),
-     Derived(lambda c: {'positions.rotary.fraction': c['rotary_dim'] / head_dim(c)},
-             lambda get: {'rotary_dim': _rotary_dim(get)}),
+    (*GPT2_SIZES, INNER, WTE_HEAD, Unused(('n_positions',)),
+     Derived(_read_rotary_dim, lambda get: {'rotary_dim': _rotary_dim(get)}),
      always({**PARALLEL, **NO_POSITIONS, 'positions.rotary.interleaved': True, 'heads.UntiedHead.bias': True,
              'attention.Attention.qkv_bias': False, 'attention.Attention.output_bias': False})),
     transformer(('ln_1',), 'transformer.h.{}.', under('attn.', {'query': 'q_proj', 'key': 'k_proj',
                 'value': 'v_proj', 'output': 'out_proj'}), {'inputs.0': 'mlp.fc_in', 'output': 'mlp.fc_out'}),
-    GPT2_TOP, {'activation_function': 'gelu_new'}, (r'.*attn\.(masked_)?bias', r'.*embed_positions'),
+    GPT2_TOP, {'activation_function': GELU_TANH}, (r'.*\.attn\.(masked_)?bias', r'.*embed_positions'),
+    'transformer.',
   ),
   Family(
     'gpt_neox', 'GPTNeoXForCausalLM', 'gin/models/gpt2/family.gin',
-    (*SIZES, HEAD_DIM_ONLY_OURS, MLP, LAYER_NORM_EPS, ROPE, tied(False),
+    (*SIZES, HEAD_DIM_ONLY_OURS, MLP, LAYER_NORM_EPS, ROPE,
+     Head('gpt_neox.embed_in.weight', 'embed_out.weight'),
      always({**PARALLEL_EACH, **NO_POSITIONS, **EXACT_GELU})),
     transformer((PRE_NORMS,), 'gpt_neox.layers.{}.',
                 {'query key value': Fused('attention.query_key_value', interleaved=True),
                  'output': 'attention.dense'}, FOUR_H),
     {'embedder.tokens': 'gpt_neox.embed_in.weight', 'stack.norm': 'gpt_neox.final_layer_norm',
      'head.kernel': 'embed_out.weight'},
-    {'hidden_act': 'gelu', 'attention_bias': True, 'use_parallel_residual': True},
-    (r'.*attention\.(masked_)?bias', r'.*rotary_emb\.inv_freq'),
+    {'hidden_act': GELU, 'attention_bias': True, 'use_parallel_residual': True, 'is_decoder': Options((False, True))},
+    (r'.*\.attention\.(masked_)?bias', r'.*rotary_emb\.inv_freq'), 'gpt_neox.',
   ),
   Family(
     'phi', 'PhiForCausalLM', 'gin/models/gpt2/family.gin',
-    (*SIZES, HEAD_DIM_ONLY_OURS, MLP, LAYER_NORM_EPS, ROPE, tied(False),
-     Derived(write=lambda get: {'num_key_value_heads': get('HEADS')}),
+    (*SIZES, HEAD_DIM_ONLY_OURS, MLP, LAYER_NORM_EPS, ROPE, HEAD, KV_HEADS_AS_QUERIES,
      always({**PARALLEL, **NO_POSITIONS, 'heads.UntiedHead.bias': True})),
     transformer(('input_layernorm',), 'model.layers.{}.', {**SELF_ATTENTION, 'output': 'self_attn.dense'},
                 {'inputs.0': 'mlp.fc1', 'output': 'mlp.fc2'}),
-    {**TOP, 'stack.norm': 'model.final_layernorm'}, {'hidden_act': 'gelu_new', 'qk_layernorm': False},
+    {**TOP, 'stack.norm': 'model.final_layernorm'}, {'hidden_act': GELU_TANH, 'qk_layernorm': False},
   ),
   Family(
     'falcon', 'FalconForCausalLM', 'gin/models/falcon/new.gin',
-    (*FALCON_SIZES, FALCON_MLP, Field('num_kv_heads', 'KV_HEADS')),
+    (*FALCON_SIZES, Field('num_kv_heads', 'KV_HEADS', heads), Unused(('multi_query',))),
     transformer((('ln_attn', 'ln_mlp'),), 'transformer.h.{}.', FUSED_QKV, FOUR_H), FALCON_TOP,
-    {**FALCON_WHEN, 'new_decoder_architecture': True},
+    {**FALCON_WHEN, 'new_decoder_architecture': True, 'num_ln_in_parallel_attn': Options((None, 2))},
+    prefix='transformer.',
   ),
   Family(
     'falcon', 'FalconForCausalLM', 'gin/models/falcon/family.gin',
-    (*FALCON_SIZES, FALCON_MLP, always({'KV_HEADS': 1})),
+    (*FALCON_SIZES, always({'KV_HEADS': 1}), Unused(('num_kv_heads', 'num_ln_in_parallel_attn'))),
     transformer(('input_layernorm',), 'transformer.h.{}.', FUSED_QKV, FOUR_H), FALCON_TOP,
-    {**FALCON_WHEN, 'new_decoder_architecture': False, 'multi_query': True},
+    {**FALCON_WHEN, 'new_decoder_architecture': False, 'multi_query': True}, prefix='transformer.',
   ),
   Family(
     'bloom', 'BloomForCausalLM', 'gin/models/bloom/family.gin',
-    (SIZES[0], SIZES[1], *GPT2_SIZES[2:], FOUR_TIMES, tied(True)),
+    (SIZES[0], SIZES[1], *GPT2_SIZES[2:], FOUR_TIMES, WORD_HEAD),
     transformer(PRE_NORMS, 'transformer.h.{}.', FUSED_QKV, FOUR_H), FALCON_TOP,
-    {'apply_residual_connection_post_layernorm': False},
+    {'apply_residual_connection_post_layernorm': False}, prefix='transformer.',
   ),
   Family(
     'mpt', 'MptForCausalLM', 'gin/models/bloom/family.gin',
     (SIZES[0], Field('d_model', 'EMBED'), Field('n_layers', 'LAYERS'), Field('n_heads', 'HEADS'),
-     *GPT2_SIZES[4:], FOUR_TIMES, tied(True),
+     *GPT2_SIZES[4:], FOUR_TIMES, WTE_HEAD, Derived(_read_mpt, _write_mpt),
+     Unused(('norm_type', 'learned_pos_emb')),
      always({**EXACT_GELU, 'embedder.Embedder.norm': None, 'layers.LayerNorm.bias': False,
              'mlp.Mlp.bias': False, 'attention.Attention.qkv_bias': False,
              'attention.Attention.output_bias': False})),
     transformer(('norm_1', 'norm_2'), 'transformer.blocks.{}.',
                 {'query key value': Fused('attn.Wqkv'), 'output': 'attn.out_proj'},
                 {'inputs.0': 'ffn.up_proj', 'output': 'ffn.down_proj'}),
-    {**GPT2_TOP, 'stack.norm': 'transformer.norm_f'}, {'no_bias': True, 'expansion_ratio': 4},
+    {**GPT2_TOP, 'stack.norm': 'transformer.norm_f'},
+    {'no_bias': True, 'expansion_ratio': 4, 'logit_scale': None}, prefix='transformer.',
   ),
   Family(
     'opt', 'OPTForCausalLM', 'gin/models/opt/family.gin',
-    (*SIZES, HEAD_DIM_ONLY_OURS, Field('ffn_dim', 'MLP'), tied(True),
-     Derived(write=lambda get: {'word_embed_proj_dim': get('EMBED')}),
+    (*SIZES, HEAD_DIM_ONLY_OURS, Field('ffn_dim', 'MLP'), Head('model.decoder.embed_tokens.weight'),
+     WORD_WIDTH,
      Field('max_position_embeddings', 'POSITIONS', to_gin=lambda n: n + 2, to_hf=lambda n: n - 2)),
     transformer(('self_attn_layer_norm', 'final_layer_norm'), 'model.decoder.layers.{}.',
                 {**SELF_ATTENTION, 'output': 'self_attn.out_proj'}, {'inputs.0': 'fc1', 'output': 'fc2'}),
     {'embedder.tokens': 'model.decoder.embed_tokens.weight',
      'embedder.positions': 'model.decoder.embed_positions.weight',
      'stack.norm': 'model.decoder.final_layer_norm', 'head.kernel': 'lm_head.weight'},
-    {'activation_function': 'relu', 'do_layer_norm_before': True, 'enable_bias': True},
+    {'activation_function': 'relu', 'do_layer_norm_before': True, 'enable_bias': True,
+     '_remove_final_layer_norm': False, 'layer_norm_elementwise_affine': True},
   ),
-  Family(
-    'bert', 'BertForMaskedLM', 'gin/models/bert/family.gin',
-    (*SIZES, HEAD_DIM_ONLY_OURS, MLP, Field('max_position_embeddings', 'POSITIONS'),
-     Field('type_vocab_size', 'embedder.Embedder.types', 2),
-     Field('layer_norm_eps', 'layers.LayerNorm.epsilon', 1e-12)),
-    transformer(('attention.output.LayerNorm', 'output.LayerNorm'), 'bert.encoder.layer.{}.',
-                BERT_ATTENTION, {'inputs.0': 'intermediate.dense', 'output': 'output.dense'}),
-    {'embedder.tokens': 'bert.embeddings.word_embeddings.weight',
-     'embedder.positions': 'bert.embeddings.position_embeddings.weight',
-     'embedder.types': 'bert.embeddings.token_type_embeddings.weight',
-     'embedder.norm': 'bert.embeddings.LayerNorm', 'head.dense': 'cls.predictions.transform.dense',
-     'head.norm': 'cls.predictions.transform.LayerNorm', 'head.bias': 'cls.predictions.bias'},
-    {'hidden_act': 'gelu', 'is_decoder': False},
-    (r'cls\.predictions\.decoder\..*', r'.*position_ids', r'cls\.seq_relationship\..*', r'bert\.pooler\..*'),
+  *(
+    Family(
+      'bert', 'BertForMaskedLM', 'gin/models/bert/family.gin',
+      (*SIZES, HEAD_DIM_ONLY_OURS, MLP, Field('max_position_embeddings', 'POSITIONS'), MASKED_HEAD,
+       Field('type_vocab_size', 'embedder.Embedder.types'), LAYER_NORM_EPS),
+      transformer(('attention.output.LayerNorm', 'output.LayerNorm'), 'bert.encoder.layer.{}.',
+                  BERT_ATTENTION, {'inputs.0': 'intermediate.dense', 'output': 'output.dense'}),
+      {**BERT_TOP, 'head.bias': bias},
+      {'hidden_act': GELU, 'is_decoder': False, 'add_cross_attention': False, 'tie_word_embeddings': tied},
+      (r'.*position_ids', r'cls\.seq_relationship\..*', r'bert\.pooler\..*', *ignore), 'bert.', copies,
+    )
+    for tied, bias, ignore, copies in (
+      (True, 'cls.predictions.bias', (), {'cls.predictions.decoder.bias': 'cls.predictions.bias'}),
+      # A head of its own has a bias of its own, and the other one is not used.
+      (False, 'cls.predictions.decoder.bias', (r'cls\.predictions\.bias',), {}),
+    )
   ),
 )  # fmt: skip

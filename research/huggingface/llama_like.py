@@ -1,34 +1,53 @@
-"""FIXME: say what this module is."""
+"""LLaMA and its like: Mistral, Mixtral, Qwen, Gemma, GLM, OLMo 2 and StableLM."""
 
 from research.huggingface.fields import (
+  ACTIVE,
+  HEAD_DIM,
   HEAD_DIM_ONLY_OURS,
   KV_HEADS,
-  LLAMA,
+  LAYER_NORM_EPS,
   MLP,
-  ROPE,
+  NORMALISE,
+  RMS,
   SIZES,
-  WINDOW,
   Derived,
   Family,
   Field,
+  Optional,
+  Options,
   Raw,
+  Unused,
   always,
-  read_rope,
-  tied,
-  write_rope,
+)
+from research.huggingface.heads import HEAD, Head
+from research.huggingface.layers import (
+  ALL_BUT_ONE,
+  ALTERNATING,
+  EVERY_LAYER,
+  FIRST_LAYERS,
+  LAST_LAYERS,
 )
 from research.huggingface.names import Fused
-from research.huggingface.tables import EXPERTS, SCALE, TOP, experts, tree
+from research.huggingface.resolved import Resolved
+from research.huggingface.rotary import ROPE, read_rope, write_rope
+from research.huggingface.settings import Settings
+from research.huggingface.tables import TOP, experts, tree
+
+SILU = Options(('silu', 'swish'))
+GELU_TANH = Options(('gelu_pytorch_tanh', 'gelu_new', 'gelu_fast'))
+LLAMA = (*SIZES, KV_HEADS, HEAD_DIM, MLP, RMS, ROPE, HEAD)
+# Families whose layers differ say how many there are with the pattern.
+UNLIKE = tuple(field for field in LLAMA if field is not SIZES[2])
+WINDOW = Optional('sliding_window', 'attention.Attention.window')
+EXPERTS = Field('num_experts', 'EXPERTS')
+LOCAL_EXPERTS = Field('num_local_experts', 'EXPERTS')
 
 
-def _llama(model_type, architecture, gin, fields=(), trees=None, top=TOP, tie=False, when=None):
-  when = (
-    {'hidden_act': 'silu', 'attention_bias': False, 'mlp_bias': False} if when is None else when
-  )
-  fields = (*LLAMA, tied(tie), *fields)
+def _llama(model_type, architecture, gin, fields=LLAMA, trees=None, when=None, top=TOP, **more):
   return Family(
-    model_type, architecture, f'gin/models/{gin}.gin', fields, trees or tree(), top, when
-  )
+    model_type, architecture, f'gin/models/{gin}.gin', fields, trees or tree(), top,
+    {'hidden_act': SILU, **(when or {})}, **more,
+  )  # fmt: skip
 
 
 GEMMA_NORMS = (
@@ -37,106 +56,110 @@ GEMMA_NORMS = (
 )
 
 
-GELU_TANH = {'hidden_activation': 'gelu_pytorch_tanh', 'attention_bias': False}
-
-
 GEMMA2 = (
-  Derived(
-    lambda c: {'PERIODS': c['num_hidden_layers'] // 2},
-    lambda get: {'num_hidden_layers': 2 * get('PERIODS')},
+  *(field for field in UNLIKE if field not in (ROPE, HEAD)),
+  Head(soft_cap='final_logit_softcapping'),
+  Optional('attn_logit_softcapping', 'attention.Attention.soft_cap'),
+  Field(
+    'query_pre_attn_scalar',
+    'attention.Attention.scale',
+    to_gin=lambda n: n**-0.5,
+    to_hf=lambda scale: _whole(round(scale**-2, 6)),
   ),
-  Field('sliding_window', 'WINDOW'),
-  SCALE,
-  Field('attn_logit_softcapping', 'attention.Attention.soft_cap'),
-  Field('final_logit_softcapping', 'heads.TiedHead.soft_cap'),
 )
+GEMMA2_WHEN = {
+  'hidden_activation': GELU_TANH,
+  'attention_bias': False,
+  'use_bidirectional_attention': Options((False, None)),
+}
 
 
-def _read_gemma3(c):
-  rope = c['rope_parameters']
-  periods, rest = divmod(c['num_hidden_layers'], 6)
-  stacks = '(@stack.Stack, @rest/stack.Stack)' if rest else '(@stack.Stack,)'
+def _whole(number: float) -> float | int:
+  """An int where a key wants one."""
+  return int(number) if number == int(number) else number
+
+
+def _read_gemma3_rope(settings: Settings) -> dict:
+  """A rotary base for each kind of layer; the first configs name them otherwise."""
+  parameters = dict(settings.get('rope_parameters') or {})
+  full = {**(parameters.pop('full_attention', None) or {}), **(settings.get('rope_scaling') or {})}
+  sliding = dict(parameters.pop('sliding_attention', None) or {})
+  full.setdefault('rope_theta', settings['rope_theta'])
+  sliding.setdefault('rope_theta', settings['rope_local_base_freq'])
+  settings.child('rope_parameters', parameters)  # what is left is refused
   return {
-    'PERIODS': periods, **({'REST': rest} if rest else {}), 'stack.Stacks.stacks': Raw(stacks),
-    **read_rope(rope['full_attention']), **read_rope(rope['sliding_attention'], 'local/'),
-  }  # fmt: skip
+    **read_rope(settings, settings.child('rope_parameters.full_attention', full)),
+    **read_rope(settings, settings.child('rope_parameters.sliding_attention', sliding), 'local/'),
+  }
 
 
-def _write_gemma3(get):
-  rest = get('REST') if len(get('stack.Stacks.stacks')) > 1 else 0
-  rope = {'full_attention': write_rope(get), 'sliding_attention': write_rope(get, 'local/')}
-  return {'num_hidden_layers': 6 * get('PERIODS') + rest, 'rope_parameters': rope}
-
-
-GEMMA_FIELDS = tuple(f for f in LLAMA if f not in (ROPE, SIZES[2]))
+def _write_gemma3_rope(get: Resolved) -> dict:
+  ropes = {}
+  for attention in reversed(get.attentions()):  # so that the first of a kind stays
+    kind = 'sliding_attention' if attention['window'] else 'full_attention'
+    ropes[kind] = write_rope(Resolved(attention['rotary']))
+  return {'rope_parameters': ropes}
 
 
 GLM_PARTS = {
   'Mlp': {'inputs.0 inputs.1': Fused('mlp.gate_up_proj'), 'output': 'mlp.down_proj'},
 }
-
-
 GLM_NORMS4 = (
   ('input_layernorm', 'post_self_attn_layernorm'),
   ('post_attention_layernorm', 'post_mlp_layernorm'),
 )
-
-
 SANDWICH = {
   'stack.Stack.residual': Raw('@residual.SandwichNorm'),
   'residual.SandwichNorm.norm': Raw('@layers.RMSNorm'),
 }
-
+NO_MLP_ONLY = Options((None, []))
+QWEN2_MOE = {
+  'moe.MoE.router': Raw('@moe.Router'), 'moe.MoE.experts': Raw('%EXPERTS'), 'moe.Router.active': Raw('%ACTIVE'),
+  'moe.MoE.activations': Raw('(@jax.nn.silu, @jax.nn.identity)'), 'moe.MoE.shared': Raw('@shared/mlp.Mlp'),
+  'moe.MoE.shared_gate': True, 'stack.Stack.parts': Raw('(@attention.Attention, @moe.MoE)'),
+}  # fmt: skip
+SHARED_MLP = Derived(
+  lambda settings: {'shared/mlp.Mlp.mlp': settings['shared_expert_intermediate_size']},
+  lambda get: {'shared_expert_intermediate_size': get.argument('moe.MoE.shared', 'mlp')},
+)
 
 LLAMA_LIKE = (
-  _llama('llama', 'LlamaForCausalLM', 'llama/family'),
-  _llama('mistral', 'MistralForCausalLM', 'llama/family', (WINDOW,), when={'hidden_act': 'silu'}),
-  _llama(
-    'mixtral', 'MixtralForCausalLM', 'mixtral/family',
-    (Field('num_local_experts', 'EXPERTS'), EXPERTS[1], WINDOW),
-    tree(MoE=experts('block_sparse_moe.', names='w1 w3 w2')), when={'hidden_act': 'silu'},
-  ),
-  _llama('qwen2', 'Qwen2ForCausalLM', 'qwen2/family', when={'hidden_act': 'silu', 'use_sliding_window': False}),
+  _llama('llama', 'LlamaForCausalLM', 'llama/family', when={'attention_bias': False, 'mlp_bias': False}),
+  _llama('mistral', 'MistralForCausalLM', 'llama/family', (*LLAMA, WINDOW)),
+  _llama('mixtral', 'MixtralForCausalLM', 'mixtral/family', (*LLAMA, LOCAL_EXPERTS, ACTIVE, WINDOW),
+         tree(MoE=experts('block_sparse_moe.', names='w1 w3 w2'))),
+  _llama('qwen2', 'Qwen2ForCausalLM', 'qwen2/family', (*UNLIKE, LAST_LAYERS)),
   _llama(
     'qwen2_moe', 'Qwen2MoeForCausalLM', 'qwen2/family',
-    (*EXPERTS, Field('moe_intermediate_size', 'moe.MoE.mlp'),
-     Field('shared_expert_intermediate_size', 'shared/mlp.Mlp.mlp'),
-     always({
-       'stack.Stack.parts': Raw('(@attention.Attention, @moe.MoE)'), 'moe.MoE.router': Raw('@moe.Router'),
-       'moe.MoE.experts': Raw('%EXPERTS'), 'moe.Router.active': Raw('%ACTIVE'),
-       'moe.MoE.activations': Raw('(@jax.nn.silu, @jax.nn.identity)'),
-       'moe.MoE.shared': Raw('@shared/mlp.Mlp'), 'moe.MoE.shared_gate': True,
-     })),
-    when={'hidden_act': 'silu', 'decoder_sparse_step': 1, 'mlp_only_layers': []},
+    (*(field for field in UNLIKE if field is not MLP), Unused(('intermediate_size',)), EXPERTS, ACTIVE, NORMALISE, Field('moe_intermediate_size', 'moe.MoE.mlp'),
+     SHARED_MLP, Field('qkv_bias', 'attention.Attention.qkv_bias'),
+     always(QWEN2_MOE), FIRST_LAYERS),
+    when={'decoder_sparse_step': 1, 'mlp_only_layers': NO_MLP_ONLY},
   ),
-  _llama('qwen3', 'Qwen3ForCausalLM', 'qwen3/family', when={'hidden_act': 'silu', 'attention_bias': False}),
+  _llama('qwen3', 'Qwen3ForCausalLM', 'qwen3/family', (*UNLIKE, LAST_LAYERS), when={'attention_bias': False}),
   _llama(
     'qwen3_moe', 'Qwen3MoeForCausalLM', 'qwen3/moe',
-    (*EXPERTS, Derived(lambda c: {'MLP': c['moe_intermediate_size']},
-                       lambda get: {'moe_intermediate_size': get('MLP')})),
-    when={'hidden_act': 'silu', 'attention_bias': False, 'decoder_sparse_step': 1, 'mlp_only_layers': []},
+    (*(field for field in UNLIKE if field is not MLP), LOCAL_EXPERTS, ACTIVE, NORMALISE,
+     Unused(('intermediate_size',)), Field('moe_intermediate_size', 'MLP'), EVERY_LAYER),
+    when={'attention_bias': False, 'decoder_sparse_step': 1, 'mlp_only_layers': NO_MLP_ONLY},
   ),
-  _llama('gemma', 'GemmaForCausalLM', 'gemma/family', tie=True, when={'attention_bias': False}),
-  Family(
-    'gemma2', 'Gemma2ForCausalLM', 'gin/models/gemma2/family.gin',
-    (*GEMMA_FIELDS, ROPE, *GEMMA2), tree(GEMMA_NORMS), TOP, GELU_TANH,
-  ),
-  Family(
-    'gemma3_text', 'Gemma3ForCausalLM', 'gin/models/gemma3/family.gin',
-    (*GEMMA_FIELDS, *GEMMA2[1:], Derived(_read_gemma3, _write_gemma3)),
-    tree(GEMMA_NORMS), {**TOP, 'stack.norm': 'model.norm'}, GELU_TANH,
-  ),
+  # Released configs of Gemma say 'gelu' and mean its approximation.
+  _llama('gemma', 'GemmaForCausalLM', 'gemma/family',
+         when={'hidden_act': Options((*GELU_TANH, 'gelu')), 'attention_bias': False,
+               'use_bidirectional_attention': Options((False, None))}),
+  Family('gemma2', 'Gemma2ForCausalLM', 'gin/models/gemma2/family.gin', (*GEMMA2, ROPE, ALTERNATING),
+         tree(GEMMA_NORMS), TOP, GEMMA2_WHEN),
+  Family('gemma3_text', 'Gemma3ForCausalLM', 'gin/models/gemma3/family.gin',
+         (*GEMMA2, Derived(_read_gemma3_rope, _write_gemma3_rope), ALL_BUT_ONE), tree(GEMMA_NORMS), TOP,
+         GEMMA2_WHEN),
   _llama('glm', 'GlmForCausalLM', 'glm/family', trees=tree(**GLM_PARTS),
-         when={'hidden_act': 'silu', 'attention_bias': True}),
-  _llama('glm4', 'Glm4ForCausalLM', 'glm/family', (always(SANDWICH),), tree(GLM_NORMS4, **GLM_PARTS),
-         when={'hidden_act': 'silu', 'attention_bias': True}),
+         fields=(*LLAMA, Field('attention_bias', 'attention.Attention.qkv_bias'))),
+  _llama('glm4', 'Glm4ForCausalLM', 'glm/family', trees=tree(GLM_NORMS4, **GLM_PARTS),
+         fields=(*LLAMA, Field('attention_bias', 'attention.Attention.qkv_bias'), always(SANDWICH))),
   _llama('olmo2', 'Olmo2ForCausalLM', 'olmo2/family',
-         trees=tree(('post_attention_layernorm', 'post_feedforward_layernorm'))),
-  Family(
-    'stablelm', 'StableLmForCausalLM', 'gin/models/stablelm/family.gin',
-    (*SIZES, KV_HEADS, HEAD_DIM_ONLY_OURS, MLP, ROPE, tied(False),
-     Field('layer_norm_eps', 'layers.LayerNorm.epsilon', 1e-5),
-     Field('use_qkv_bias', 'attention.Attention.qkv_bias', False)),
-    tree(), TOP, {'hidden_act': 'silu', 'qk_layernorm': False, 'use_parallel_residual': False},
-  ),
+         trees=tree(('post_attention_layernorm', 'post_feedforward_layernorm')), when={'attention_bias': False}),
+  _llama('stablelm', 'StableLmForCausalLM', 'stablelm/family',
+         (*SIZES, KV_HEADS, HEAD_DIM_ONLY_OURS, MLP, ROPE, HEAD, LAYER_NORM_EPS,
+          Field('use_qkv_bias', 'attention.Attention.qkv_bias')),
+         when={'qk_layernorm': False, 'use_parallel_residual': False}),
 )  # fmt: skip

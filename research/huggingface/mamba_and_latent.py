@@ -1,25 +1,31 @@
-"""FIXME: say what this module is."""
+"""State spaces (Mamba, Mamba-2, Jamba) and attention to latent vectors (DeepSeek-V2 and V3)."""
 
 import math
 
+from research.core.errors import UserError
 from research.huggingface.fields import (
+  ACTIVE,
   HEAD_DIM_ONLY_OURS,
   KV_HEADS,
   MLP,
+  NORMALISE,
   RMS,
-  ROPE,
   SIZES,
   Derived,
   Family,
   Field,
   Implied,
-  rope_of,
-  tied,
-  write_rope,
+  Optional,
+  Options,
+  Unused,
+  equal,
+  heads,
 )
+from research.huggingface.heads import HEAD, Head
 from research.huggingface.names import Tree
+from research.huggingface.rotary import grow, kind_of, read_rope, rope_of, write_rope
+from research.huggingface.settings import Settings
 from research.huggingface.tables import (
-  EXPERTS,
   GATED,
   LATENT,
   MAMBA,
@@ -30,8 +36,10 @@ from research.huggingface.tables import (
   under,
 )
 
+SILU = Options(('silu', 'swish'))
 
-def _mamba(model_type, architecture, fields, parts, tie):
+
+def _mamba(model_type, architecture, fields, parts):
   top = {
     'embedder.tokens': 'backbone.embeddings.weight',
     'stack.norm': 'backbone.norm_f',
@@ -39,23 +47,23 @@ def _mamba(model_type, architecture, fields, parts, tie):
   }
   sizes = (
     *SIZES[:3],
-    Field('layer_norm_epsilon', 'layers.RMSNorm.epsilon', 1e-5),
-    tied(tie),
+    Field('layer_norm_epsilon', 'layers.RMSNorm.epsilon'),
+    Head('backbone.embeddings.weight'),
     *fields,
   )
   trees = (Tree('stack', 'backbone.layers.{}.', ('norm',), parts),)
-  when = {'hidden_act': 'silu', 'use_bias': False, 'use_conv_bias': True}
+  when = {'hidden_act': SILU, 'use_bias': False, 'use_conv_bias': True}
   return Family(
-    model_type, architecture, f'gin/models/{model_type}/family.gin', sizes, trees, top, when
-  )
+    model_type, architecture, f'gin/models/{model_type}/family.gin', sizes, trees, top, when, (), 'backbone.',
+  )  # fmt: skip
 
 
 def _inner(hf: str) -> Derived:
   """Their factor of the width and our number of channels."""
 
-  def read(c):
-    factor = c.get(hf, 2)
-    return {} if factor == 2 else {'mamba.Mamba.inner': int(factor * c['hidden_size'])}
+  def read(settings):
+    factor = settings[hf]
+    return {} if factor == 2 else {'mamba.Mamba.inner': int(factor * settings['hidden_size'])}
 
   def write(get):
     inner = get('mamba.Mamba.inner') or 2 * get('EMBED')
@@ -65,66 +73,117 @@ def _inner(hf: str) -> Derived:
   return Derived(read, write)
 
 
-def _read_mamba2(c):
-  implied = c['num_heads'] * c['head_dim'] == 2 * c['hidden_size']
+def _rank(width: int) -> int:
+  """The width divided by 16, rounded up: the rank of Mamba's steps."""
+  return -(-width // 16)
+
+
+def _read_mamba2(settings):
+  channels = settings['num_heads'] * settings['head_dim']
+  if channels != settings['expand'] * settings['hidden_size']:
+    raise UserError(
+      f'config.json: mamba2 has num_heads x head_dim = {channels} channels, but expand x hidden_size = '
+      f'{settings["expand"] * settings["hidden_size"]}; they must be equal.'
+    )
+  low, high = settings['time_step_limit']
+  limited = low > 0 or high < math.inf
+  if not isinstance(low + high, int | float) or low > high:
+    raise UserError(f'config.json: time_step_limit = {[low, high]} is not a range of numbers.')
   return {
-    'HEAD_DIM': c['head_dim'], 'mamba2.Mamba2.norm_epsilon': c.get('layer_norm_epsilon', 1e-5),
-    **({} if implied else {'mamba2.Mamba2.heads': c['num_heads']}),
+    'HEAD_DIM': settings['head_dim'], 'mamba2.Mamba2.norm_epsilon': settings['layer_norm_epsilon'],
+    'mamba2.Mamba2.step_limits': (float(low), min(float(high), 1e30)) if limited else None,
+    **({} if channels == 2 * settings['hidden_size'] else {'mamba2.Mamba2.heads': settings['num_heads']}),
   }  # fmt: skip
 
 
 def _write_mamba2(get):
-  head_dim = get('HEAD_DIM')
-  heads = get('mamba2.Mamba2.heads') or 2 * get('EMBED') // head_dim
-  return {'num_heads': heads, 'head_dim': head_dim, 'expand': heads * head_dim // get('EMBED')}
+  head_dim, limits = get('HEAD_DIM'), get('mamba2.Mamba2.step_limits')
+  count = get('mamba2.Mamba2.heads') or 2 * get('EMBED') // head_dim
+  config = {'num_heads': count, 'head_dim': head_dim, 'expand': count * head_dim // get('EMBED')}
+  return {**config, 'time_step_limit': list(limits)} if limits else config
+
+
+def _read_periods(settings):
+  """Jamba: eight layers a period, one of attention, every second with experts."""
+  count = settings['num_hidden_layers']
+  if count % 8:
+    raise UserError(
+      f'config.json: jamba with num_hidden_layers = {count} is not supported, only multiples of 8.'
+    )
+  return {'PERIODS': count // 8}
 
 
 LATENT_FIELDS = (
-  *SIZES[:2], SIZES[3], MLP, RMS, ROPE, tied(False),
-  Field('n_routed_experts', 'EXPERTS'), EXPERTS[1],
+  *SIZES[:2], SIZES[3], MLP, RMS, HEAD,
+  Field('n_routed_experts', 'EXPERTS'), ACTIVE,
   Field('moe_intermediate_size', 'EXPERT_MLP'),
   Field('qk_nope_head_dim', 'latent.LatentAttention.head_dim'),
   Field('qk_rope_head_dim', 'latent.LatentAttention.rotary_dim'),
   Field('v_head_dim', 'latent.LatentAttention.value_dim'),
   Field('kv_lora_rank', 'latent.LatentAttention.key_rank'),
-  Field('routed_scaling_factor', 'moe.Router.scale', 1.0),
-  Derived(lambda c: {'latent.LatentAttention.query_rank': c.get('q_lora_rank')},
-          lambda get: {'q_lora_rank': get('latent.LatentAttention.query_rank')}),
+  Field('routed_scaling_factor', 'moe.Router.scale'),
+  Optional('q_lora_rank', 'latent.LatentAttention.query_rank'),
+  Unused(('head_dim', 'qk_head_dim')),
 )  # fmt: skip
 
 
-def _read_latent(c):
-  rope = rope_of(c)
-  mscale = rope.get('mscale_all_dim') if rope['rope_type'] == 'yarn' else None
-  grow = 0.1 * mscale * math.log(rope['factor']) + 1 if mscale else 1.0
+def _read_latent(settings: Settings) -> dict:
+  equal(settings, 'num_key_value_heads', heads(settings))
+  rope = rope_of(settings)
+  bindings = read_rope(settings, rope)
+  # DeepSeek multiplies its logits too by YaRN's factor.
+  mscale = rope.get('mscale_all_dim') if kind_of(rope) != 'default' else None
+  factor = bindings.get('positions.yarn_scaling.factor') or rope.get('factor') or 1.0
+  magnitude = grow(factor, mscale) if mscale else 1.0
+  dense, count = settings['first_k_dense_replace'], settings['num_hidden_layers']
+  if not 0 < dense < count:
+    raise UserError(
+      f'config.json: {settings.model_type} with first_k_dense_replace = {dense} of {count} layers is not '
+      'supported: some layers must be dense, and some must have experts.'
+    )
   return {
-    'DENSE_LAYERS': c['first_k_dense_replace'],
-    'MOE_LAYERS': c['num_hidden_layers'] - c['first_k_dense_replace'],
-    'SHARED_MLP': c['n_shared_experts'] * c['moe_intermediate_size'],
-    'LOGIT_SCALE': (c['qk_nope_head_dim'] + c['qk_rope_head_dim']) ** -0.5 * grow**2,
+    **bindings,
+    'DENSE_LAYERS': dense,
+    'MOE_LAYERS': count - dense,
+    'SHARED_MLP': settings['n_shared_experts'] * settings['moe_intermediate_size'],
+    'LOGIT_SCALE': (settings['qk_nope_head_dim'] + settings['qk_rope_head_dim']) ** -0.5 * magnitude**2,
   }
 
 
 def _write_latent(get):
   dims = [get(f'latent.LatentAttention.{d}') for d in ('head_dim', 'rotary_dim')]
+  shared = get.argument('moe.MoE.shared', 'mlp')
+  sublayers = get.layers()
+  dense = sum(any(get.part_is(part, 'mlp.Mlp') for part in parts) for parts in sublayers)
   config = {
-    'first_k_dense_replace': get('DENSE_LAYERS'),
-    'num_hidden_layers': get('DENSE_LAYERS') + get('MOE_LAYERS'),
-    'n_shared_experts': get('SHARED_MLP') // get('EXPERT_MLP'),
+    'first_k_dense_replace': dense,
+    'num_hidden_layers': len(sublayers) // 2,
+    'n_shared_experts': shared // get('EXPERT_MLP'),
     'num_key_value_heads': get('HEADS'),
     'rope_parameters': write_rope(get),
   }
-  grow = math.sqrt(get('LOGIT_SCALE') * math.sqrt(sum(dims)))
-  if config['rope_parameters']['rope_type'] == 'yarn' and grow > 1 + 1e-6:
-    config['rope_parameters']['mscale_all_dim'] = (grow - 1) / (
-      0.1 * math.log(config['rope_parameters']['factor'])
-    )
+  magnitude = math.sqrt((get('LOGIT_SCALE') or sum(dims) ** -0.5) * math.sqrt(sum(dims)))
+  rope = config['rope_parameters']
+  if rope['rope_type'] == 'yarn' and magnitude > 1 + 1e-6:
+    rope['mscale_all_dim'] = (magnitude - 1) / (0.1 * math.log(rope['factor']))
   return config
 
 
 def _groups(top: int, limited: bool) -> Derived:
-  def read(c):
-    groups = (c['n_group'], c['topk_group']) if limited or c['topk_method'] != 'greedy' else (1, 1)
+  """Experts in groups, of which a token sees the best: by their best expert (V2) or their best two (V3)."""
+
+  def read(settings):
+    method = None if limited else settings['topk_method']
+    if method not in (None, 'greedy', 'group_limited_greedy'):
+      raise UserError(
+        f'config.json: {settings.model_type} with topk_method = {method!r} is not supported, only '
+        "'greedy' and 'group_limited_greedy'."
+      )
+    groups = settings.get('n_group'), settings.get('topk_group')
+    if method == 'greedy':
+      groups = 1, 1
+    elif None in groups:
+      groups = settings['n_group'], settings['topk_group']  # refuses
     return {
       'moe.Router.groups': groups[0],
       'moe.Router.active_groups': groups[1],
@@ -146,36 +205,37 @@ def _deepseek(version: str, gin: str, fields, when) -> Family:
   return Family(
     f'deepseek_{version.lower()}', f'Deepseek{version}ForCausalLM', f'gin/models/deepseek/{gin}.gin',
     (*LATENT_FIELDS, Derived(_read_latent, _write_latent), *fields), LATENT_TREE, TOP,
-    {'hidden_act': 'silu', 'attention_bias': False, **when}, (r'model\.layers\.\d+\.mtp.*',),
+    {'hidden_act': SILU, 'attention_bias': False, **when}, (r'.*rotary_emb\.inv_freq',),
   )  # fmt: skip
 
 
 OTHERS = (
   _mamba(
     'mamba', 'MambaForCausalLM',
-    (_inner('expand'), Implied('time_step_rank', 'mamba.Mamba.rank', lambda embed: -(-embed // 16)),
-     Field('state_size', 'mamba.Mamba.state', 16), Field('conv_kernel', 'mamba.Mamba.width', 4)),
-    {'Mamba': under('mixer.', MAMBA)}, True,
+    (_inner('expand'), Implied('time_step_rank', 'mamba.Mamba.rank', _rank), Unused(('intermediate_size',)),
+     Field('state_size', 'mamba.Mamba.state'), Field('conv_kernel', 'mamba.Mamba.width')),
+    {'Mamba': under('mixer.', MAMBA)},
   ),
   _mamba(
     'mamba2', 'Mamba2ForCausalLM',
-    (Field('state_size', 'mamba2.Mamba2.state', 128), Field('n_groups', 'mamba2.Mamba2.groups', 8),
-     Field('conv_kernel', 'mamba2.Mamba2.width', 4), Derived(_read_mamba2, _write_mamba2)),
-    {'Mamba2': MAMBA2}, False,
+    (Field('state_size', 'mamba2.Mamba2.state'), Field('n_groups', 'mamba2.Mamba2.groups'),
+     Field('conv_kernel', 'mamba2.Mamba2.width'), Derived(_read_mamba2, _write_mamba2),
+     Unused(('time_step_rank',))),
+    {'Mamba2': MAMBA2},
   ),
   Family(
     'jamba', 'JambaForCausalLM', 'gin/models/jamba/52b.gin',
-    (*SIZES[:2], SIZES[3], KV_HEADS, HEAD_DIM_ONLY_OURS, MLP, RMS, tied(False), *EXPERTS[:2],
-     Derived(lambda c: {'PERIODS': c['num_hidden_layers'] // 8},
-             lambda get: {'num_hidden_layers': 8 * get('PERIODS')}),
-     _inner('mamba_expand'), Implied('mamba_dt_rank', 'mamba.Mamba.rank', lambda embed: -(-embed // 16)),
-     Field('mamba_d_state', 'mamba.Mamba.state', 16), Field('mamba_d_conv', 'mamba.Mamba.width', 4)),
+    (*SIZES[:2], SIZES[3], KV_HEADS, HEAD_DIM_ONLY_OURS, MLP, RMS, HEAD, Field('num_experts', 'EXPERTS'), ACTIVE,
+     Derived(_read_periods, lambda get: {'num_hidden_layers': len(get.layers()) // 2}),
+     _inner('mamba_expand'), Implied('mamba_dt_rank', 'mamba.Mamba.rank', _rank),
+     Field('mamba_d_state', 'mamba.Mamba.state'), Field('mamba_d_conv', 'mamba.Mamba.width')),
     tree(('input_layernorm', 'pre_ff_layernorm'), Mlp=under('feed_forward.', GATED),
          Mamba=under('mamba.', MAMBA), MoE=experts('feed_forward.', router='router')),
     {**TOP, 'stack.norm': 'model.final_layernorm'},
-    {'hidden_act': 'silu', 'attn_layer_period': 8, 'attn_layer_offset': 4, 'expert_layer_period': 2,
+    {'hidden_act': SILU, 'attn_layer_period': 8, 'attn_layer_offset': 4, 'expert_layer_period': 2,
      'expert_layer_offset': 1, 'mamba_conv_bias': True, 'mamba_proj_bias': False},
   ),
-  _deepseek('V2', 'family', (_groups(1, limited=False),), {}),
-  _deepseek('V3', 'v3', (_groups(2, limited=True), EXPERTS[2]), {'rope_interleave': True}),
+  _deepseek('V2', 'family', (_groups(1, limited=False), Unused(('norm_topk_prob',))), {'mlp_bias': False}),
+  _deepseek('V3', 'v3', (_groups(2, limited=True), NORMALISE, Unused(('num_nextn_predict_layers',))),
+            {'rope_interleave': True}),
 )  # fmt: skip

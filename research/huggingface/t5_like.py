@@ -1,9 +1,12 @@
-"""FIXME: say what this module is."""
+"""T5 and its like: two stacks, of an encoder and a decoder."""
 
 import math
 
-from research.huggingface.fields import SIZES, Derived, Family, Field, Raw
+from research.core.errors import UserError
+from research.huggingface.fields import SIZES, Derived, Family, Field, Options, Unused
+from research.huggingface.heads import MT5_HEAD, SWITCH_HEAD, T5_HEAD
 from research.huggingface.names import Tree
+from research.huggingface.settings import Settings
 from research.huggingface.tables import under
 
 T5_ATTENTION = {'query': 'q', 'key': 'k', 'value': 'v', 'output': 'o'}
@@ -43,82 +46,92 @@ T5_TOP = {
 
 T5_SIZES = (
   SIZES[0], Field('d_model', 'EMBED'), Field('num_heads', 'HEADS'), Field('d_kv', 'HEAD_DIM'),
-  Field('d_ff', 'MLP'), Field('layer_norm_epsilon', 'layers.RMSNorm.epsilon', 1e-6),
-  Field('relative_attention_num_buckets', 'positions.RelativePositionBias.buckets', 32),
-  Field('relative_attention_max_distance', 'positions.RelativePositionBias.max_distance', 128),
+  Field('d_ff', 'MLP'), Field('layer_norm_epsilon', 'layers.RMSNorm.epsilon'),
+  Field('relative_attention_num_buckets', 'positions.RelativePositionBias.buckets'),
+  Field('relative_attention_max_distance', 'positions.RelativePositionBias.max_distance'),
 )  # fmt: skip
 
 
-def _depth(period: int) -> Derived:
-  def read(c):
-    decoder = c.get('num_decoder_layers') or c['num_layers']
-    return {'ENCODER_LAYERS': c['num_layers'] // period, 'DECODER_LAYERS': decoder // period}
-
-  def write(get):
-    return {
-      'num_layers': period * get('ENCODER_LAYERS'),
-      'num_decoder_layers': period * get('DECODER_LAYERS'),
-    }
-
-  return Derived(read, write)
+def _decoder_layers(settings: Settings) -> int:
+  return settings.get('num_decoder_layers') or settings['num_layers']
 
 
-def _t5_head(config):
-  # transformers ties every T5 in memory; the file says whether there is a matrix for the head.
-  untied = 'lm_head.weight' in config.get('tensors', ())
-  scaled = config.get('tie_word_embeddings', True) and config.get('scale_decoder_outputs', True)
-  return {
-    'models.EncoderDecoder.head': Raw('@heads.UntiedHead' if untied else '@heads.TiedHead'),
-    'heads.TiedHead.scale': Raw('@embedder.inverse_sqrt') if scaled else 1.0,
-  }
-
-
-T5_HEAD = Derived(
-  _t5_head,
+DEPTH = Derived(
+  lambda settings: {
+    'ENCODER_LAYERS': settings['num_layers'],
+    'DECODER_LAYERS': _decoder_layers(settings),
+  },
   lambda get: {
-    'tie_word_embeddings': str(get('models.EncoderDecoder.head')).endswith('TiedHead'),
-    'scale_decoder_outputs': get('heads.TiedHead.scale') != 1.0,
+    'num_layers': len(get.layers('encoder')) // 2,
+    'num_decoder_layers': len(get.layers('decoder')) // 3,
   },
 )
 
 
-MT5_HEAD = Derived(lambda c: {**_t5_head(c), 'heads.TiedHead.scale': 1.0})
+def _read_sparse_depth(settings):
+  """Switch: a period is a dense layer and one with experts, as many as half the depth."""
+  bindings = {}
+  depths = {'encoder': settings['num_layers'], 'decoder': _decoder_layers(settings)}
+  for name, depth in depths.items():
+    key = f'num_sparse_{name}_layers'
+    if depth % 2 or settings[key] * 2 != depth:
+      raise UserError(
+        f'config.json: switch_transformers with {key} = {settings[key]} of {depth} layers is not supported, only half.'
+      )
+    bindings[f'{name.upper()}_LAYERS'] = depth // 2
+  return bindings
 
 
-SWITCH_HEAD = Derived(
-  lambda c: {**_t5_head(c), 'heads.TiedHead.scale': Raw('@embedder.inverse_sqrt')}
+def _write_sparse_depth(get):
+  encoder, decoder = len(get.layers('encoder')) // 2, len(get.layers('decoder')) // 3
+  return {
+    'num_layers': encoder, 'num_decoder_layers': decoder, 'num_sparse_encoder_layers': encoder // 2,
+    'num_sparse_decoder_layers': decoder // 2, 'encoder_sparse_step': 2, 'decoder_sparse_step': 2,
+  }  # fmt: skip
+
+
+def _write_places(get):
+  """A number of tokens there. A factor of the fair share meets it at T5's 512 tokens."""
+  places, factor = get('moe.MoE.places'), get('moe.MoE.capacity')
+  if places is None:
+    places = math.ceil((factor or get('EXPERTS')) * 512 / get('EXPERTS') - 1e-9)
+  return {'expert_capacity': places}
+
+
+PLACES = Derived(
+  lambda settings: {'moe.MoE.places': settings['expert_capacity'], 'moe.MoE.capacity': None},
+  _write_places,
 )
 
 
-# Theirs is a number of tokens, ours a factor of the fair share; the two meet at T5's 512 tokens.
-SWITCH_CAPACITY = Derived(
-  lambda c: {'moe.MoE.capacity': c.get('expert_capacity', 64) * c.get('num_experts', 8) / 512},
-  lambda get: {'expert_capacity': math.ceil(get('moe.MoE.capacity') * 512 / get('EXPERTS') - 1e-9)},
-)
-
-
+T5_COPIES = {f'{s}.embed_tokens.weight': 'shared.weight' for s in ('encoder', 'decoder')}
 T5_IGNORE = (
-  r'(en|de)coder\.embed_tokens\.weight',
   r'decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight',
 )
 
 
-def _t5(model_type, architecture, gin, projection, head):
-  mlp = under('DenseReluDense.', GATED_T5 if projection.startswith('gated') else PLAIN)
+def _t5(model_type, architecture, gin, projections, head):
+  mlp = under('DenseReluDense.', GATED_T5 if projections[0].startswith('gated') else PLAIN)
   return Family(
-    model_type, architecture, f'gin/models/{gin}.gin', (*T5_SIZES, _depth(1), head), _t5_trees(mlp), T5_TOP,
-    {'feed_forward_proj': projection}, T5_IGNORE,
+    model_type, architecture, f'gin/models/{gin}.gin',
+    (*T5_SIZES, DEPTH, head, Unused(('dense_act_fn', 'is_gated_act'))), _t5_trees(mlp), T5_TOP,
+    {'feed_forward_proj': Options(projections), **T5_WHEN}, T5_IGNORE, '', T5_COPIES,
   )  # fmt: skip
 
 
+GATED_GELU = ('gated-gelu', 'gated-gelu_new', 'gated-gelu_pytorch_tanh', 'gated-gelu_fast')
+T5_WHEN = {'is_encoder_decoder': True}
 ENCODER_DECODERS = (
-  _t5('t5', 'T5ForConditionalGeneration', 't5/1_0', 'relu', T5_HEAD),
-  _t5('t5', 'T5ForConditionalGeneration', 't5/family', 'gated-gelu', T5_HEAD),
-  _t5('mt5', 'MT5ForConditionalGeneration', 'mt5/family', 'gated-gelu', MT5_HEAD),
+  _t5('t5', 'T5ForConditionalGeneration', 't5/1_0', ('relu',), T5_HEAD),
+  _t5('t5', 'T5ForConditionalGeneration', 't5/family', GATED_GELU, T5_HEAD),
+  _t5('mt5', 'MT5ForConditionalGeneration', 'mt5/family', GATED_GELU, MT5_HEAD),
   Family(
     'switch_transformers', 'SwitchTransformersForConditionalGeneration', 'gin/models/switch/family.gin',
-    (*T5_SIZES, _depth(2), SWITCH_HEAD, Field('num_experts', 'EXPERTS'), SWITCH_CAPACITY),
+    (*T5_SIZES, Derived(_read_sparse_depth, _write_sparse_depth), SWITCH_HEAD, Field('num_experts', 'EXPERTS'),
+     PLACES, Unused(('encoder_sparse_step', 'decoder_sparse_step', 'feed_forward_proj', 'is_gated_act'))),
     _t5_trees(under('mlp.', PLAIN)), T5_TOP,
-    {'encoder_sparse_step': 2, 'decoder_sparse_step': 2, 'router_bias': False}, T5_IGNORE,
+    {'router_bias': False, 'router_dtype': 'float32', 'dense_act_fn': 'relu', 'add_cross_attention': False,
+     'router_ignore_padding_tokens': False, **T5_WHEN},
+    T5_IGNORE, '', T5_COPIES,
   ),
 )  # fmt: skip

@@ -1,8 +1,7 @@
-"""FIXME: say what this module is."""
+"""Names of tensors that several families share: what a part of each class is called in a checkpoint."""
 
 import dataclasses
 
-from research.huggingface.fields import Field
 from research.huggingface.names import Fused, Tree
 
 SELF_ATTENTION = {
@@ -82,16 +81,3 @@ def tree(norms=PRE_NORMS, layer='model.layers.{}.', **parts) -> tuple[Tree, ...]
 
 def transformer(norms, layer, attention, mlp) -> tuple[Tree, ...]:
   return (Tree('stack', layer, norms, {'Attention': attention, 'Mlp': mlp}),)
-
-
-EXPERTS = (
-  Field('num_experts', 'EXPERTS', lambda c: c['num_local_experts']),
-  Field('num_experts_per_tok', 'ACTIVE'),
-  Field('norm_topk_prob', 'moe.Router.normalise', False),
-)
-
-
-SCALE = Field(
-  'query_pre_attn_scalar', 'attention.Attention.scale',
-  to_gin=lambda n: n**-0.5, to_hf=lambda scale: round(scale**-2, 6),
-)  # fmt: skip

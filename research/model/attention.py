@@ -109,6 +109,7 @@ class Attention(nnx.Module):
     qk_norm_heads: over all heads together (OLMo 2).
     scale: of the logits; head_dim^-1/2 by default. T5 takes 1 and starts its queries smaller by that factor.
     window: a query sees itself and the window - 1 keys before it (Mistral).
+    clip: queries, keys and values are clipped to [-clip, clip] as they come from their projections (MPT).
   """
 
   def __init__(
@@ -124,6 +125,7 @@ class Attention(nnx.Module):
     scale: float | None = None,
     soft_cap: float | None = None,
     window: int | None = None,
+    clip: float | None = None,
     qkv_bias: bool = False,
     output_bias: bool = False,
     linear: Factory = Linear,
@@ -135,6 +137,7 @@ class Attention(nnx.Module):
       raise Invalid(type(self), 'kv_heads', f'{kv_heads} does not divide the {heads} heads.')
     self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
     self.rotary, self.soft_cap, self.window = rotary, soft_cap, window
+    self.clip = clip
     self.scale = head_dim**-0.5 if scale is None else scale
     query_scale = (head_dim**-0.5 / self.scale) ** 2
     make = lambda axis, n, scale=1.0: linear(
@@ -160,6 +163,8 @@ class Attention(nnx.Module):
   def project(self, x, source, context):
     """Queries of x, keys and values of the source: normalised and rotated."""
     q, k, v = self.query(x), self.key(source), self.value(source)
+    if self.clip is not None:
+      q, k, v = (jnp.clip(y, -self.clip, self.clip) for y in (q, k, v))
     if self.query_norm is not None:
       q, k = self.norm(self.query_norm, q, 'heads'), self.norm(self.key_norm, k, 'kv_heads')
     if self.rotary is not None:

@@ -34,10 +34,13 @@ class Experts(nnx.Module):
     mlp: int,
     activations: Sequence[Callable[[jax.Array], jax.Array]],
     capacity: float | None,
+    places: int | None = None,
     weight: Factory | None = None,
     rngs: nnx.Rngs,
   ):
-    self.experts, self.active, self.capacity = experts, active, capacity
+    # A number of places is a capacity too: sequences stay whole.
+    self.experts, self.active, self.places = experts, active, places
+    self.capacity = 1.0 if capacity is None and places is not None else capacity
     self.activations = tuple(activations)
 
     def matrices(ins: dict, outs: dict):
@@ -84,7 +87,9 @@ class Experts(nnx.Module):
     if capacity is None:
       row, rows, matmul = _dropless(index, experts)
     else:
-      row, rows, matmul = _with_capacity(index, experts * n, self.experts, capacity)
+      row, rows, matmul = _with_capacity(
+        index, experts * n, self.experts, capacity, self.places
+      )
     count, active = row.size, row.shape[-1]
     row = row.reshape(count)
     source = jnp.full(rows, count).at[row].set(jnp.arange(count), mode='drop')
@@ -226,10 +231,11 @@ def _dropless(index: jax.Array, experts: int):
   return row, rows, lambda x, w: grouped_matmul(x, w, sizes, block)
 
 
-def _with_capacity(index: jax.Array, experts: int, all_experts: int, factor: float):
-  """The same with room for `factor` times a sequence's fair share in every expert; earlier tokens first."""
+def _with_capacity(index: jax.Array, experts: int, all_experts: int, factor: float, places: int | None):
+  """The same with room for `factor` times a sequence's fair share, or `places`, in every expert; earlier first."""
   batch, length, active = index.shape
-  capacity = min(math.ceil(factor * length * active / all_experts), length)
+  share = math.ceil(factor * length * active / all_experts)
+  capacity = min(share if places is None else places, length)
   rows = experts * batch * capacity
   group = jnp.where(
     index < experts, index * batch + jnp.arange(batch)[:, None, None], experts * batch

@@ -82,7 +82,8 @@ class TiedHead(Head):
 
 
 class UntiedHead(Head):
-  """Logits by a matrix of their own; with `bias` in GPT-J and Phi, `soft_cap` as in `TiedHead`.
+  """Logits by a matrix of their own; with `bias` in GPT-J and Phi, `scale` and `soft_cap` as in
+  `TiedHead`.
 
   `weight` makes the matrix (see `weights`); None is the model's choice.
   """
@@ -93,6 +94,7 @@ class UntiedHead(Head):
     vocab: int,
     *,
     bias: bool = False,
+    scale: Scale = 1.0,
     soft_cap: float | None = None,
     init: Initializer | None = None,
     weight: Factory | None = None,
@@ -101,13 +103,14 @@ class UntiedHead(Head):
     super().__init__(embed, vocab)
     self.kernel = _kernel(embed, vocab, init, weight, rngs)
     self.bias = _bias(vocab, rngs) if bias else None
+    self.scale = scale(embed) if callable(scale) else scale
     self.soft_cap = soft_cap
 
   def weights(self, embedder: Embedder, dtype) -> jax.Array:
     return gather(self.kernel[...].astype(dtype), None, 'vocab')
 
   def __call__(self, x: jax.Array, weights: jax.Array) -> jax.Array:
-    logits = _logits(x, weights, (None, 'vocab'))
+    logits = _logits(x * self.scale, weights, (None, 'vocab'))
     if self.bias is not None:
       logits = logits + self.bias[...]
     return _soft_cap(logits, self.soft_cap)
@@ -143,7 +146,7 @@ class NormalisedHead(Head):
 class MaskedHead(Head):
   """BERT's: logits of norm(activation(dense(x))) against the token vectors, plus a bias.
 
-  Devlin et al. 2018, arXiv:1810.04805, as released.
+  Devlin et al. 2018, arXiv:1810.04805, as released. With `tied` False the vectors are a matrix of its own.
   """
 
   def __init__(
@@ -153,7 +156,9 @@ class MaskedHead(Head):
     *,
     norm: Factory,
     activation: Callable[[jax.Array], jax.Array],
+    tied: bool = True,
     linear: Factory = Linear,
+    weight: Factory | None = None,
     rngs: nnx.Rngs,
   ):
     super().__init__(embed, vocab)
@@ -161,9 +166,14 @@ class MaskedHead(Head):
     self.dense = linear({'embed': embed}, {None: embed}, bias=True, rngs=rngs)
     self.norm = norm(embed, rngs=rngs)
     self.bias = _bias(vocab, rngs)
+    self.kernel = None if tied else _kernel(embed, vocab, None, weight, rngs)
 
   def weights(self, embedder: Embedder, dtype) -> jax.Array:
-    return embedder.weights(dtype)
+    if self.kernel is None:
+      return embedder.weights(dtype)
+    return gather(self.kernel[...].astype(dtype), None, 'vocab')
 
   def __call__(self, x: jax.Array, weights: jax.Array) -> jax.Array:
-    return _against(self.norm(self.activation(self.dense(x))), weights) + self.bias[...]
+    x = self.norm(self.activation(self.dense(x)))
+    logits = _against(x, weights) if self.kernel is None else _logits(x, weights, (None, 'vocab'))
+    return logits + self.bias[...]

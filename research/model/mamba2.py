@@ -32,6 +32,7 @@ class Mamba2(nnx.Module):
   Knobs:
     heads, head_dim: heads x head_dim is the inner width, 2 embed by default.
     state: of each channel; groups: heads of one group share B and C.
+    step_limits: the steps dt are clipped to this range.
     norm_epsilon: of the gated RMSNorm before the output, which is over each group's channels.
   """
 
@@ -46,6 +47,7 @@ class Mamba2(nnx.Module):
     width: int = 4,
     bias: bool = False,
     convolution_bias: bool = True,
+    step_limits: tuple[float, float] | None = None,
     norm_epsilon: float = 1e-5,
     chunk: int = 128,
     linear: Factory = Linear,
@@ -62,6 +64,7 @@ class Mamba2(nnx.Module):
       raise Invalid(Mamba2, 'groups', f'{groups} does not divide the {heads} heads.')
     self.heads, self.head_dim, self.state, self.groups = heads, head_dim, state, groups
     self.width, self.chunk, self.epsilon = width, chunk, norm_epsilon
+    self.step_limits = step_limits
     channels, shared = (
       {'heads': heads, 'head_dim': head_dim},
       {'groups': groups, 'state': state},
@@ -84,6 +87,8 @@ class Mamba2(nnx.Module):
   def __call__(self, x: jax.Array, context: Context):
     segments, gate = context.segments, self.gate(x)
     step = jax.nn.softplus(self.step(x).astype(jnp.float32) + self.step_bias[...])
+    if self.step_limits is not None:
+      step = jnp.clip(step, *self.step_limits)
     b = jax.nn.silu(self.b_convolution(self.b(x), segments))
     c = jax.nn.silu(self.c_convolution(self.c(x), segments))
     x = jax.nn.silu(self.input_convolution(self.input(x), segments))

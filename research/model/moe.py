@@ -141,6 +141,8 @@ class MoE(nnx.Module):
     router: `Router`, which also says how many are active.
     capacity: None is dropless. Else an expert takes at most capacity x its fair share of every sequence, the
       earlier tokens first: no token's place depends on a later one, but one packed document's may on another.
+    places: instead, how many tokens of every sequence an expert takes at most, whatever the length (Switch as
+      transformers has it).
     shared: an MLP that every token goes through (DeepSeek-V2, Qwen 2 MoE).
     shared_gate: the shared MLP is weighed by sigmoid(x w) (Qwen 2 MoE).
     weight: makes the experts' matrices (see `weights`); None is the model's choice.
@@ -155,12 +157,13 @@ class MoE(nnx.Module):
     activations: Sequence[Callable[[jax.Array], jax.Array]],
     router: Factory,
     capacity: float | None = None,
+    places: int | None = None,
     shared: Factory | None = None,
     shared_gate: bool = False,
     weight: Factory | None = None,
     rngs: nnx.Rngs,
   ):
-    check_sizes(MoE, experts=experts, mlp=mlp)
+    check_sizes(MoE, experts=experts, mlp=mlp, places=places)
     if capacity is not None and capacity <= 0:
       raise Invalid(
         MoE, 'capacity', f'{capacity!r} is not a positive number (or None for dropless).'
@@ -170,7 +173,7 @@ class MoE(nnx.Module):
     self.router = router(embed, experts, rngs=rngs)
     self.experts = Experts(
       embed, experts, active=self.router.active, mlp=mlp, activations=activations, capacity=capacity,
-      weight=weight, rngs=rngs,
+      places=places, weight=weight, rngs=rngs,
     )  # fmt: skip
     self.shared = shared(embed, rngs=rngs) if shared else None
     init = functools.partial(normal, stddev=embed**-0.5)

@@ -97,18 +97,23 @@ def yarn_scaling(
   original_length: int,
   fast: float = 32.0,
   slow: float = 1.0,
+  truncate: bool = True,
   magnitude: float | None = None,
 ) -> Scaled:
   """YaRN (Peng et al. 2023, arXiv:2309.00071, section 3.2 and equation 22).
 
   As `llama3_scaling`, with the interpolation linear in the index of the pair, from the last that turns `fast`
-  times to the first that turns `slow` times. cos and sin grow by `magnitude`, 0.1 ln factor + 1 by default.
+  times to the first that turns `slow` times; with `truncate` both are rounded to whole pairs. cos and sin
+  grow by `magnitude`, 0.1 ln factor + 1 by default.
   """
   n = len(frequency)
   step = math.log(frequency[0] / frequency[-1]) / max(n - 1, 1)  # of the log frequency, per pair
   index = lambda turns: math.log(original_length * frequency[0] / (2 * math.pi * turns)) / step
-  first, last = max(math.floor(index(fast)), 0), min(math.ceil(index(slow)), 2 * n - 1)
-  divide = np.clip((np.arange(n) - first) / max(last - first, 0.001), 0.0, 1.0)
+  first, last = index(fast), index(slow)
+  if truncate:
+    first, last = math.floor(first), math.ceil(last)
+  first, last = max(first, 0), min(last, 2 * n - 1)
+  divide = np.clip((np.arange(n) - first) / ((last - first) or 0.001), 0.0, 1.0)
   magnitude = 0.1 * math.log(factor) + 1 if magnitude is None else magnitude
   return frequency * (1 - divide) + frequency / factor * divide, magnitude
 

@@ -1,0 +1,129 @@
+"""Our models to Hugging Face checkpoints: config.json and tensors, a tensor at a time.
+
+Before anything is written, the config.json to be is read back into gin, and the model that it describes is
+compared with the one at hand (`likeness`): what a family cannot say is refused and not dropped.
+"""
+
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from research.core.errors import UserError, did_you_mean
+from research.huggingface.companions import write_companions
+from research.huggingface.fields import Family, Options
+from research.huggingface.files import FILE_BYTES, write_tensors
+from research.huggingface.inwards import NONSENSE, gin_text, table
+from research.huggingface.likeness import check_same
+from research.huggingface.names import Tensor
+from research.huggingface.resolved import Resolved
+from research.huggingface.settings import Settings
+
+
+def config_json(family: Family, tree, dtype: str) -> dict[str, Any]:
+  """The config.json of a resolved model, as this family says it."""
+  config = {'model_type': family.model_type, 'architectures': [family.architecture], 'dtype': dtype}
+  get = Resolved(tree, sublayers=len(family.trees[0].norms))
+  for field in family.fields:
+    config.update(field.write(get))
+  fixed = {k: v[0] if isinstance(v, Options) else v for k, v in family.when.items()}
+  return {**fixed, **config}
+
+
+def family_to_write(gin, model_type: str) -> tuple[list[Tensor], dict[str, Any]]:
+  """The tensors and config.json of the row that names every parameter of the model and says all that it is.
+
+  Args:
+    gin: the `configs.Config` whose MODEL it is.
+    model_type: of the family.
+
+  Raises:
+    UserError: there is no such row; why the last one that was tried does not do.
+  """
+  from research.huggingface.families import FAMILIES
+
+  rows = [family for family in FAMILIES if family.model_type == model_type]
+  if not rows:
+    known = {family.model_type for family in FAMILIES}
+    raise UserError(f'--model_type: no family {model_type!r}.{did_you_mean(model_type, known)}')
+  tree, reason = gin.tree(), None
+  for family in rows:
+    try:
+      return _as_written(tree, family)
+    except UserError as error:
+      reason = reason or error
+    except NONSENSE as error:
+      reason = reason or UserError(
+        f'{model_type} has no config.json for this model: {type(error).__name__}: {error}.'
+      )
+  raise reason
+
+
+def _as_written(tree, family: Family) -> tuple[list[Tensor], dict[str, Any]]:
+  from research.core import configs
+
+  wanted = table(tree, family)
+  config = config_json(family, tree, 'float32')
+  tensors = frozenset(tensor.name for tensor in wanted)
+  text = gin_text(family, Settings(config, family.model_type, tensors=tensors))
+  back = configs.Config('MODEL')
+  back._read(text, 'config.json')
+  check_same(family.model_type, tree, back.tree())
+  return wanted, config
+
+
+def save(
+  folder: str | pathlib.Path,
+  gin,
+  params,
+  model_type: str,
+  dtype: str = 'float32',
+  file_bytes: float = FILE_BYTES,
+  source: pathlib.Path | None = None,
+) -> None:
+  """Writes config.json, safetensors and, where it is known, the tokenizer of a model.
+
+  Args:
+    folder: to write.
+    gin: the `configs.Config` whose MODEL it is.
+    params: its parameters, nested dicts or a `streamed.Params`.
+    model_type: the Hugging Face family to write.
+    dtype: of the tensors.
+    file_bytes: as in `write_tensors`.
+    source: a converted checkpoint or a run's folder, whose tokenizer and special ids go along.
+
+  Raises:
+    UserError: the family is unknown, or the model is something that its config.json cannot say.
+  """
+  wanted, config = family_to_write(gin, model_type)
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  sizes = {t.name: t.shape for t in wanted}
+  write_tensors(folder, _joined(wanted, params), sizes, dtype, file_bytes)
+  config |= write_companions(folder, source, config['vocab_size'])
+  text = json.dumps({**config, 'dtype': dtype}, indent=2) + '\n'
+  (folder / 'config.json').write_text(text)
+
+
+def _joined(wanted: list[Tensor], params) -> Iterator[tuple[str, np.ndarray]]:
+  """Every tensor; those made of the same parameters follow each other, so that few need be held."""
+  from research.checkpoints import streamed
+
+  def value(piece):
+    if isinstance(params, streamed.Params):
+      return params.piece(piece.path, piece.index)
+    node = params
+    for key in piece.path:
+      node = node[key] if key in node else node[str(key)]
+    return np.asarray(node[piece.index])
+
+  groups: dict[str, list] = {}
+  for tensor in wanted:
+    groups.setdefault(str([piece.path for piece in tensor.pieces]), []).append(tensor)
+  for group in groups.values():
+    for tensor in group:
+      yield tensor.name, tensor.join([value(piece) for piece in tensor.pieces])
+    if isinstance(params, streamed.Params):
+      params.forget()
