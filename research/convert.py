@@ -3,10 +3,12 @@
     python -m research.convert --from_hf=FOLDER --out=FOLDER
     python -m research.convert --to_hf=FOLDER --checkpoint=FOLDER --gin_file=FOLDER/model.gin
 
-The first reads config.json and *.safetensors, and writes a checkpoint with model.gin beside it. The second
-writes config.json and *.safetensors. Tensors are read and written one at a time, so that memory never holds
-a model; names that are unknown or missing are an error that lists them. Nothing is downloaded.
+The first reads config.json and safetensors, and writes a checkpoint with model.gin beside it; the tokenizer is
+kept too. The second writes config.json, safetensors and the tokenizer. Tensors are read and written one at a
+time, so that memory never holds a model; names that are unknown or missing are an error that lists them. Nothing is downloaded.
 """
+
+import pathlib
 
 from research.core import cli
 from research.huggingface.files import DTYPES, FILE_BYTES
@@ -14,17 +16,18 @@ from research.huggingface.files import DTYPES, FILE_BYTES
 
 def main(flags) -> None:
   """Converts in the direction that the flags say."""
-  from research.huggingface.conversion import from_hf, save  # jax: --help must not cost seconds
+  from research.huggingface import inwards, outwards  # jax: --help must not cost seconds
 
   if flags.from_hf:
-    from_hf(flags.from_hf, flags.out)
+    inwards.from_hf(flags.from_hf, flags.out)
   else:
     from research.checkpoints import streamed
     from research.core import configs
 
     gin = configs.load(flags.gin_file, flags.gin, root='MODEL')
     params = streamed.Params(flags.checkpoint)
-    save(flags.to_hf, gin, params, flags.model_type, flags.dtype, flags.file_bytes)
+    source = pathlib.Path(flags.checkpoint)
+    outwards.save(flags.to_hf, gin, params, flags.model_type, flags.dtype, flags.file_bytes, source)
   print(f'wrote {flags.out or flags.to_hf}')
 
 

@@ -14,8 +14,8 @@ from research.huggingface.settings import read_json
 
 TOKENIZER = (
   'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json', 'vocab.json',
-  'merges.txt', 'vocab.txt', 'tokenizer.model', 'spiece.model', 'sentencepiece.bpe.model', 'chat_template.jinja',
-  'chat_template.json', 'generation_config.json',
+  'merges.txt', 'vocab.txt', 'tokenizer.model', 'spiece.model', 'sentencepiece.bpe.model',
+  'chat_template.jinja', 'chat_template.json', 'generation_config.json',
 )  # fmt: skip
 IDS = ('bos_token_id', 'eos_token_id', 'pad_token_id')
 FOLDER, FILE = 'huggingface', 'special_ids.json'
@@ -60,7 +60,9 @@ def write_companions(
   elif source is not None and (source / 'config.gin').is_file():
     ids |= _of_run(folder, source)
   # transformers builds no embedding whose padding id is outside of it.
-  inside = lambda value: all(i < vocab_size for i in (value if isinstance(value, list) else [value]))
+  inside = lambda value: all(
+    i < vocab_size for i in (value if isinstance(value, list) else [value])
+  )
   ids = {key: value if value is None or inside(value) else None for key, value in ids.items()}
   if ids.get('eos_token_id') is not None and not (folder / 'generation_config.json').is_file():
     known = {key: value for key, value in ids.items() if value is not None}

@@ -137,7 +137,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
   },
   't5': {**_T5, 'scale_decoder_outputs': True},
   'mt5': {
-    **_T5, 'vocab_size': 250112, 'd_ff': 1024, 'num_layers': 8, 'num_heads': 6, 'feed_forward_proj': 'gated-gelu',
+    **_T5, 'vocab_size': 250112, 'd_ff': 1024, 'num_layers': 8, 'num_heads': 6,
+    'feed_forward_proj': 'gated-gelu',
   },
   'switch_transformers': {
     **_T5, 'd_model': 768, 'expert_capacity': 64, 'num_layers': 12, 'num_decoder_layers': 12,
@@ -177,49 +178,58 @@ DEFAULTS: dict[str, dict[str, Any]] = {
   },
 }  # fmt: skip
 
+_GPT2_ALIASES = {
+  'hidden_size': 'n_embd', 'max_position_embeddings': 'n_positions', 'num_attention_heads': 'n_head',
+  'num_hidden_layers': 'n_layer',
+}  # fmt: skip
+_T5_ALIASES = {
+  'hidden_size': 'd_model', 'num_attention_heads': 'num_heads', 'num_hidden_layers': 'num_layers',
+  'head_dim': 'd_kv',
+}  # fmt: skip
 # Two names of one key: the class of transformers takes either.
 ALIASES: dict[str, dict[str, str]] = {
   'mixtral': {'num_experts': 'num_local_experts'},
   'qwen3_moe': {'num_experts': 'num_local_experts'},
   'jamba': {'num_local_experts': 'num_experts'},
   'deepseek_v2': {'num_experts': 'n_routed_experts'},
-  'deepseek_v3': {'num_local_experts': 'n_routed_experts', 'num_mtp_layers': 'num_nextn_predict_layers'},
+  'deepseek_v3': {
+    'num_local_experts': 'n_routed_experts', 'num_mtp_layers': 'num_nextn_predict_layers',
+  },
   'bloom': {'num_hidden_layers': 'n_layer', 'num_attention_heads': 'n_head', 'n_embed': 'hidden_size'},
   'falcon': {'n_embed': 'hidden_size'},
   'mpt': {'num_attention_heads': 'n_heads', 'hidden_size': 'd_model', 'num_hidden_layers': 'n_layers'},
-  **dict.fromkeys(('gpt2', 'gptj'), {
-    'hidden_size': 'n_embd', 'max_position_embeddings': 'n_positions', 'num_attention_heads': 'n_head',
-    'num_hidden_layers': 'n_layer',
-  }),
-  **dict.fromkeys(('t5', 'mt5', 'switch_transformers'), {
-    'hidden_size': 'd_model', 'num_attention_heads': 'num_heads', 'num_hidden_layers': 'num_layers',
-    'head_dim': 'd_kv',
-  }),
+  'gpt2': _GPT2_ALIASES, 'gptj': _GPT2_ALIASES,
+  't5': _T5_ALIASES, 'mt5': _T5_ALIASES, 'switch_transformers': _T5_ALIASES,
 }  # fmt: skip
 
 # Keys that do not change the function that a trained model computes on given tokens.
-WITHOUT_EFFECT = frozenset("""
-  architectures auto_map _name_or_path transformers_version transformers.js_config transformers_js_config
-  dtype torch_dtype use_cache cache_implementation return_dict output_hidden_states output_attentions use_return_dict
-  _attn_implementation _attn_implementation_autoset attn_implementation _flash_attn_2_enabled use_flash_attn flash_attn
-  _output_attentions output_router_logits add_router_probs torchscript use_bfloat16 tf_legacy_loss
-  chunk_size_feed_forward gradient_checkpointing pretraining_tp slow_but_exact max_position_embeddings max_seq_len
-  id2label label2id num_labels problem_type finetuning_task task_specific_params tokenizer_class prefix
-  bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id mask_token_id unk_token_id
-  decoder_start_token_id bos_token eos_token pad_token model_max_length
-  max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p
-  typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
-  num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id
-  remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens keys_to_ignore_at_inference
-  attention_dropout hidden_dropout hidden_dropout_prob attention_probs_dropout_prob resid_pdrop embd_pdrop attn_pdrop
-  emb_pdrop dropout dropout_rate activation_dropout layerdrop layer_dropout classifier_dropout embedding_fraction
-  initializer_range initializer_factor init_std init_device rescale_prenorm_residual
-  router_aux_loss_coef router_z_loss_coef router_jitter_noise aux_loss_alpha seq_aux
-  summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout gradient_checkpointing
-  residual_in_fp32 time_step_scale time_step_min time_step_max time_step_floor time_step_init_scheme
-  use_mambapy use_associative_scan use_mamba_kernels chunk_size reorder_and_upcast_attn
-  is_llama_config unsloth_version unsloth_fixed ep_size n_ctx
-""".split())  # fmt: skip
+WITHOUT_EFFECT = frozenset((
+  '_attn_implementation', '_attn_implementation_autoset', '_flash_attn_2_enabled', '_name_or_path',
+  '_output_attentions', 'activation_dropout', 'add_router_probs', 'architectures', 'attention_dropout',
+  'attention_probs_dropout_prob', 'attn_implementation', 'attn_pdrop', 'auto_map', 'aux_loss_alpha',
+  'bad_words_ids', 'begin_suppress_tokens', 'bos_token', 'bos_token_id', 'cache_implementation',
+  'chunk_size', 'chunk_size_feed_forward', 'classifier_dropout', 'cls_token_id', 'decoder_start_token_id',
+  'diversity_penalty', 'do_sample', 'dropout', 'dropout_rate', 'dtype', 'early_stopping', 'emb_pdrop',
+  'embd_pdrop', 'embedding_fraction', 'encoder_no_repeat_ngram_size', 'eos_token', 'eos_token_id',
+  'ep_size', 'exponential_decay_length_penalty', 'finetuning_task', 'flash_attn', 'forced_bos_token_id',
+  'forced_eos_token_id', 'gradient_checkpointing', 'hidden_dropout', 'hidden_dropout_prob', 'id2label',
+  'init_device', 'init_std', 'initializer_factor', 'initializer_range', 'is_llama_config',
+  'keys_to_ignore_at_inference', 'label2id', 'layer_dropout', 'layerdrop', 'length_penalty',
+  'mask_token_id', 'max_length', 'max_position_embeddings', 'max_seq_len', 'min_length', 'model_max_length',
+  'n_ctx', 'no_repeat_ngram_size', 'num_beam_groups', 'num_beams', 'num_labels', 'num_return_sequences',
+  'output_attentions', 'output_hidden_states', 'output_router_logits', 'output_scores', 'pad_token',
+  'pad_token_id', 'prefix', 'pretraining_tp', 'problem_type', 'remove_invalid_values',
+  'reorder_and_upcast_attn', 'repetition_penalty', 'rescale_prenorm_residual', 'resid_pdrop',
+  'residual_in_fp32', 'return_dict', 'return_dict_in_generate', 'router_aux_loss_coef',
+  'router_jitter_noise', 'router_z_loss_coef', 'sep_token_id', 'seq_aux', 'slow_but_exact',
+  'summary_activation', 'summary_first_dropout', 'summary_proj_to_labels', 'summary_type',
+  'summary_use_proj', 'suppress_tokens', 'task_specific_params', 'temperature', 'tf_legacy_loss',
+  'time_step_floor', 'time_step_init_scheme', 'time_step_max', 'time_step_min', 'time_step_scale',
+  'tokenizer_class', 'top_k', 'top_p', 'torch_dtype', 'torchscript', 'transformers.js_config',
+  'transformers_js_config', 'transformers_version', 'typical_p', 'unk_token_id', 'unsloth_fixed',
+  'unsloth_version', 'use_associative_scan', 'use_bfloat16', 'use_cache', 'use_flash_attn',
+  'use_mamba_kernels', 'use_mambapy', 'use_return_dict',
+))  # fmt: skip
 
 # The ids (bos, eos, pad) of a family where config.json does not say.
 SPECIAL_IDS: dict[str, tuple] = {

@@ -8,13 +8,4 @@ from research.huggingface.llama_like import LLAMA_LIKE
 from research.huggingface.mamba_and_latent import OTHERS
 from research.huggingface.t5_like import ENCODER_DECODERS
 
-# GPT-2 and its like: one gin family, with what differs bound on top.
-
-
-# T5 and Switch: two stacks.
-
-
-# State spaces, and attention to latent vectors.
-
-
 FAMILIES = (*LLAMA_LIKE, *GPT_LIKE, *ENCODER_DECODERS, *OTHERS)

@@ -117,7 +117,8 @@ def equal(settings: Settings, key: str, value: Any) -> dict:
   given = settings.get(key)
   if given is not None and not is_same(given, value):
     raise UserError(
-      f'config.json: {settings.model_type} with {settings.name(key)} = {given!r} is not supported, only {value!r}.'
+      f'config.json: {settings.model_type} with {settings.name(key)} = {given!r} is not supported, '
+      f'only {value!r}.'
     )
   return {}
 

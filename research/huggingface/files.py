@@ -55,7 +55,9 @@ class Tensors(Mapping):
       headers[file] = _header(folder / file)
     for name, file in names.items():
       if name not in headers[file]:
-        raise UserError(f'{folder / file} has no tensor {name}, though {INDEX} says so; download both again.')
+        raise UserError(
+          f'{folder / file} has no tensor {name}, though {INDEX} says so; download both again.'
+        )
       self._add(folder / file, name, headers[file][name])
 
   def _add(self, file: pathlib.Path, name: str, entry: dict) -> None:
@@ -72,7 +74,9 @@ class Tensors(Mapping):
   def __getitem__(self, name: str) -> np.ndarray:
     file, dtype, offset = self.places[name]
     if dtype not in DTYPES:
-      raise UserError(f'{file}: {name} is {dtype}; only floating point of 16 to 64 bits can be converted.')
+      raise UserError(
+        f'{file}: {name} is {dtype}; only floating point of 16 to 64 bits can be converted.'
+      )
     return np.memmap(file, DTYPES[dtype], 'r', offset, self.shapes[name])
 
   def same(self, name: str, other: str) -> bool:
@@ -94,7 +98,9 @@ def _nothing_here(folder: pathlib.Path) -> str:
   if 'adapter_model.safetensors' in names or 'adapter_config.json' in names:
     return 'an adapter without its model; merge it into the model first (merge_and_unload of peft).'
   if any(name.endswith(('.bin', '.pt', '.pth')) for name in names):
-    return 'only pickled weights here; save them as safetensors first (save_pretrained of transformers).'
+    return (
+      'only pickled weights here; save them as safetensors first (save_pretrained of transformers).'
+    )
   if any(name.endswith('.gguf') for name in names):
     return 'a GGUF file and no safetensors here; look for the model in safetensors.'
   if any(name.endswith('.safetensors') for name in names):
@@ -112,12 +118,16 @@ def _header(file: pathlib.Path) -> dict[str, dict]:
   with file.open('rb') as f:
     start = f.read(8)
     if start == b'version ':
-      raise UserError(f'{file} is a Git LFS pointer and not the file itself; fetch it with git lfs pull.')
+      raise UserError(
+        f'{file} is a Git LFS pointer and not the file itself; fetch it with git lfs pull.'
+      )
     if size < 8:
       raise UserError(f'{file} is {"empty" if not size else "cut"}; download it again.')
     length = int.from_bytes(start, 'little')
     if length > LONGEST_HEADER:
-      raise UserError(f'{file} is not a safetensors file: it does not begin with the length of a header.')
+      raise UserError(
+        f'{file} is not a safetensors file: it does not begin with the length of a header.'
+      )
     if 8 + length > size:
       raise UserError(f'{file} is cut: it ends within its header; download it again.')
     text = f.read(length)
@@ -133,7 +143,9 @@ def _header(file: pathlib.Path) -> dict[str, dict]:
       if known and end - begin != math.prod(entry['shape']) * known:
         raise ValueError(name)
   except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-    raise UserError(f'{file} is not a safetensors file: its header cannot be read; download it again.') from None
+    raise UserError(
+      f'{file} is not a safetensors file: its header cannot be read; download it again.'
+    ) from None
   end = 8 + length + max((entry['data_offsets'][1] for entry in header.values()), default=0)
   if end > size:
     raise UserError(f'{file} is cut: {size} bytes of {end}; download it again.')

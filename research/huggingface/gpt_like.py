@@ -111,7 +111,9 @@ def _read_mpt(settings: Settings) -> dict:
 
 def _write_mpt(get) -> dict:
   attention = get.attentions()[0]
-  usual = attention['scale'] is None or abs(attention['scale'] ** 2 * attention['head_dim'] - 1) < 1e-6
+  usual = (
+    attention['scale'] is None or abs(attention['scale'] ** 2 * attention['head_dim'] - 1) < 1e-6
+  )
   options = {'clip_qkv': attention['clip'], 'softmax_scale': None if usual else attention['scale']}
   return {'attn_config': options, 'expansion_ratio': 4}
 
@@ -182,7 +184,8 @@ GPT_LIKE = (
                  'output': 'attention.dense'}, FOUR_H),
     {'embedder.tokens': 'gpt_neox.embed_in.weight', 'stack.norm': 'gpt_neox.final_layer_norm',
      'head.kernel': 'embed_out.weight'},
-    {'hidden_act': GELU, 'attention_bias': True, 'use_parallel_residual': True, 'is_decoder': Options((False, True))},
+    {'hidden_act': GELU, 'attention_bias': True, 'use_parallel_residual': True,
+     'is_decoder': Options((False, True))},
     (r'.*\.attention\.(masked_)?bias', r'.*rotary_emb\.inv_freq'), 'gpt_neox.',
   ),
   Family(
@@ -197,7 +200,7 @@ GPT_LIKE = (
     'falcon', 'FalconForCausalLM', 'gin/models/falcon/new.gin',
     (*FALCON_SIZES, Field('num_kv_heads', 'KV_HEADS', heads), Unused(('multi_query',))),
     transformer((('ln_attn', 'ln_mlp'),), 'transformer.h.{}.', FUSED_QKV, FOUR_H), FALCON_TOP,
-    {**FALCON_WHEN, 'new_decoder_architecture': True, 'num_ln_in_parallel_attn': Options((None, 2))},
+    {**FALCON_WHEN, 'new_decoder_architecture': True, 'num_ln_in_parallel_attn': Options((2, None))},
     prefix='transformer.',
   ),
   Family(

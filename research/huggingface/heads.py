@@ -98,4 +98,9 @@ def _read_scaled(settings):
   return _t5_head(settings, scaled=settings['tie_word_embeddings'])
 
 
-SWITCH_HEAD = Derived(_read_scaled, _write_t5)
+def _write_scaled(get):
+  config = _write_t5(get)
+  return {'tie_word_embeddings': config['tie_word_embeddings']}
+
+
+SWITCH_HEAD = Derived(_read_scaled, _write_scaled)

@@ -48,10 +48,11 @@ def family_of(config: dict[str, Any]) -> tuple[Family, Settings]:
   if not rows:
     known = {family.model_type for family in FAMILIES}
     raise UserError(f'config.json: no family for model_type {kind!r}.{did_you_mean(kind, known)}')
-  wrong = []
   for family in rows:
     settings = Settings(config, kind)
-    wrong = [key for key, wanted in family.when.items() if not _is_one_of(settings.get(key), wanted)]
+    wrong = [
+      key for key, wanted in family.when.items() if not _is_one_of(settings.get(key), wanted)
+    ]
     if not wrong:
       return family, settings
   key = wrong[0]
@@ -61,6 +62,12 @@ def family_of(config: dict[str, Any]) -> tuple[Family, Settings]:
     f'config.json: {kind} with {key} = {Settings(config, kind).get(key)!r} is not supported, only '
     f'{" or ".join(dict.fromkeys(map(repr, values)))}.'
   )
+
+
+def unlike(family: Family, settings: Settings) -> str | None:
+  """The first key with another value than this row stands for; None where the row fits."""
+  wrong = [key for key, wanted in family.when.items() if not _is_one_of(settings.get(key), wanted)]
+  return wrong[0] if wrong else None
 
 
 def _is_one_of(value, wanted) -> bool:

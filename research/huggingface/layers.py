@@ -70,7 +70,6 @@ def _every_second_first_layer(settings: Settings) -> list[str]:
 
 def _every_layer(settings: Settings) -> list[str]:
   """Qwen 3 MoE: a window on every layer, or on none."""
-  settings.get('max_window_layers')
   with_window = settings.get('use_sliding_window') and settings.get('sliding_window') is not None
   return [SLIDING if with_window else FULL] * settings['num_hidden_layers']
 
@@ -104,35 +103,44 @@ class LayerTypes:
 
   def read(self, settings: Settings) -> dict[str, Any]:
     kinds = settings.get('layer_types') if self.listed else None
-    default = self.default(settings)  # read in any case: transformers reads its keys too
+    default = self.default(settings)
+    # Other keys say nothing where this one does.
+    for key in ('max_window_layers', 'sliding_window_pattern', '_sliding_window_pattern'):
+      settings.get(key)
     kinds = default if kinds is None else kinds
     count = settings['num_hidden_layers']
     if len(kinds) != count or not set(kinds) <= {FULL, SLIDING}:
       raise UserError(
-        f'config.json: layer_types = {kinds!r} is not supported: {count} of {FULL!r} and {SLIDING!r} are wanted.'
+        f'config.json: layer_types = {kinds!r} is not supported: {count} of {FULL!r} and {SLIDING!r} '
+        'are wanted.'
       )
     window = settings.get('sliding_window')
     if self.switched and not settings.get('use_sliding_window'):
       window = None
     if SLIDING in kinds and not window:
       raise UserError(
-        f'config.json: layer_types has {SLIDING!r}, but sliding_window (with use_sliding_window) gives no window.'
+        f'config.json: layer_types has {SLIDING!r}, but sliding_window (with use_sliding_window) '
+        'gives no window.'
       )
     if self.switched and len(set(kinds)) == 1:  # the family's own stack
       uniform = {'LAYERS': count}
       return {**uniform, 'attention.Attention.window': window} if SLIDING in kinds else uniform
     bindings = stacks(kinds, self.part)
-    return {**bindings, 'local/attention.Attention.window': window} if SLIDING in kinds else bindings
+    return (
+      {**bindings, 'local/attention.Attention.window': window} if SLIDING in kinds else bindings
+    )
 
   def write(self, get: Get) -> dict[str, Any]:
     windows = [attention.get('window') for attention in get.attentions()]
     kinds = [SLIDING if window else FULL for window in windows]
     window = next(filter(None, windows), None)
-    config = {'num_hidden_layers': len(windows), 'sliding_window': window}
+    config = {'num_hidden_layers': len(windows)}
+    if window is not None:
+      config['sliding_window'] = window
     if self.listed:
       config['layer_types'] = kinds
     if self.switched:
-      config |= {'use_sliding_window': window is not None, 'max_window_layers': 0}
+      config['use_sliding_window'] = window is not None
     return config
 
 

@@ -112,7 +112,7 @@ SANDWICH = {
   'stack.Stack.residual': Raw('@residual.SandwichNorm'),
   'residual.SandwichNorm.norm': Raw('@layers.RMSNorm'),
 }
-NO_MLP_ONLY = Options((None, []))
+NO_MLP_ONLY = Options(([], None))
 QWEN2_MOE = {
   'moe.MoE.router': Raw('@moe.Router'), 'moe.MoE.experts': Raw('%EXPERTS'), 'moe.Router.active': Raw('%ACTIVE'),
   'moe.MoE.activations': Raw('(@jax.nn.silu, @jax.nn.identity)'), 'moe.MoE.shared': Raw('@shared/mlp.Mlp'),
@@ -131,7 +131,8 @@ LLAMA_LIKE = (
   _llama('qwen2', 'Qwen2ForCausalLM', 'qwen2/family', (*UNLIKE, LAST_LAYERS)),
   _llama(
     'qwen2_moe', 'Qwen2MoeForCausalLM', 'qwen2/family',
-    (*(field for field in UNLIKE if field is not MLP), Unused(('intermediate_size',)), EXPERTS, ACTIVE, NORMALISE, Field('moe_intermediate_size', 'moe.MoE.mlp'),
+    (*(field for field in UNLIKE if field is not MLP), Unused(('intermediate_size',)), EXPERTS, ACTIVE,
+     NORMALISE, Field('moe_intermediate_size', 'moe.MoE.mlp'),
      SHARED_MLP, Field('qkv_bias', 'attention.Attention.qkv_bias'),
      always(QWEN2_MOE), FIRST_LAYERS),
     when={'decoder_sparse_step': 1, 'mlp_only_layers': NO_MLP_ONLY},
@@ -157,7 +158,8 @@ LLAMA_LIKE = (
   _llama('glm4', 'Glm4ForCausalLM', 'glm/family', trees=tree(GLM_NORMS4, **GLM_PARTS),
          fields=(*LLAMA, Field('attention_bias', 'attention.Attention.qkv_bias'), always(SANDWICH))),
   _llama('olmo2', 'Olmo2ForCausalLM', 'olmo2/family',
-         trees=tree(('post_attention_layernorm', 'post_feedforward_layernorm')), when={'attention_bias': False}),
+         trees=tree(('post_attention_layernorm', 'post_feedforward_layernorm')),
+         when={'attention_bias': False}),
   _llama('stablelm', 'StableLmForCausalLM', 'stablelm/family',
          (*SIZES, KV_HEADS, HEAD_DIM_ONLY_OURS, MLP, ROPE, HEAD, LAYER_NORM_EPS,
           Field('use_qkv_bias', 'attention.Attention.qkv_bias')),

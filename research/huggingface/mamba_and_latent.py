@@ -146,7 +146,8 @@ def _read_latent(settings: Settings) -> dict:
     'DENSE_LAYERS': dense,
     'MOE_LAYERS': count - dense,
     'SHARED_MLP': settings['n_shared_experts'] * settings['moe_intermediate_size'],
-    'LOGIT_SCALE': (settings['qk_nope_head_dim'] + settings['qk_rope_head_dim']) ** -0.5 * magnitude**2,
+    'LOGIT_SCALE': (settings['qk_nope_head_dim'] + settings['qk_rope_head_dim']) ** -0.5
+    * magnitude**2,
   }
 
 
@@ -225,7 +226,8 @@ OTHERS = (
   ),
   Family(
     'jamba', 'JambaForCausalLM', 'gin/models/jamba/52b.gin',
-    (*SIZES[:2], SIZES[3], KV_HEADS, HEAD_DIM_ONLY_OURS, MLP, RMS, HEAD, Field('num_experts', 'EXPERTS'), ACTIVE,
+    (*SIZES[:2], SIZES[3], KV_HEADS, HEAD_DIM_ONLY_OURS, MLP, RMS, HEAD,
+     Field('num_experts', 'EXPERTS'), ACTIVE,
      Derived(_read_periods, lambda get: {'num_hidden_layers': len(get.layers()) // 2}),
      _inner('mamba_expand'), Implied('mamba_dt_rank', 'mamba.Mamba.rank', _rank),
      Field('mamba_d_state', 'mamba.Mamba.state'), Field('mamba_d_conv', 'mamba.Mamba.width')),

@@ -15,7 +15,7 @@ from research.core.errors import UserError, did_you_mean
 from research.huggingface.companions import write_companions
 from research.huggingface.fields import Family, Options
 from research.huggingface.files import FILE_BYTES, write_tensors
-from research.huggingface.inwards import NONSENSE, gin_text, table
+from research.huggingface.inwards import NONSENSE, gin_text, table, unlike
 from research.huggingface.likeness import check_same
 from research.huggingface.names import Tensor
 from research.huggingface.resolved import Resolved
@@ -67,7 +67,10 @@ def _as_written(tree, family: Family) -> tuple[list[Tensor], dict[str, Any]]:
   wanted = table(tree, family)
   config = config_json(family, tree, 'float32')
   tensors = frozenset(tensor.name for tensor in wanted)
-  text = gin_text(family, Settings(config, family.model_type, tensors=tensors))
+  settings = Settings(config, family.model_type, tensors=tensors)
+  if wrong := unlike(family, settings):
+    raise UserError(f'{family.model_type} with {wrong} = {settings.get(wrong)!r} is not this row.')
+  text = gin_text(family, settings)
   back = configs.Config('MODEL')
   back._read(text, 'config.json')
   check_same(family.model_type, tree, back.tree())

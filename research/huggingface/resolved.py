@@ -1,7 +1,7 @@
 """What a model is, read from its resolved tree rather than from the gin text that described it.
 
-gin can say one thing in many ways: a macro or a number, a bare function or one with its defaults bound. Writing a
-config.json therefore asks the tree of partials, in which every binding has been resolved.
+gin can say one thing in many ways: a macro or a number, a bare function or one with its defaults bound.
+Writing a config.json therefore asks the tree of partials, in which every binding has been resolved.
 """
 
 import functools
@@ -28,7 +28,9 @@ Node = tuple[Any, dict[str, Any]]  # a class or function, and its arguments with
 
 def node(value) -> Node | None:
   """A class or function and the arguments that are bound to it, None for another value."""
-  target, given = (value.func, value.keywords) if isinstance(value, functools.partial) else (value, {})
+  target, given = (
+    (value.func, value.keywords) if isinstance(value, functools.partial) else (value, {})
+  )
   if not callable(target):
     return None
   function = target.__init__ if inspect.isclass(target) else target

@@ -1,7 +1,8 @@
 """Rotary positions: their keys in new and in old config files.
 
 New files have one object `rope_parameters`. Older ones have `rope_theta` and `rope_scaling` beside it, or the
-names of their family: `rotary_emb_base` and `rotary_pct` of GPT-NeoX, `partial_rotary_factor` of Phi and StableLM.
+names of their family: `rotary_emb_base` and `rotary_pct` of GPT-NeoX, `partial_rotary_factor` of Phi and
+StableLM.
 """
 
 import math
@@ -75,7 +76,9 @@ def read_rope(settings: Settings, rope: Settings, scope: str = '') -> dict[str, 
     values[ours] = rope[keys[ours]]
   if 'original_length' in values:
     outside = settings.get('original_max_position_embeddings')
-    values['original_length'] = outside or values['original_length'] or settings['max_position_embeddings']
+    values['original_length'] = (
+      outside or values['original_length'] or settings['max_position_embeddings']
+    )
   if kind == 'yarn':
     if values['factor'] is None and not rope.is_given('factor'):
       rope['factor']  # refuses

@@ -31,11 +31,13 @@ def read_json(path: pathlib.Path) -> dict:
   if not data.strip():
     raise UserError(f'{path} is empty; download it again.')
   if data.startswith(b'version https://git-lfs'):
-    raise UserError(f'{path} is a Git LFS pointer and not the file itself; fetch it with git lfs pull.')
+    raise UserError(
+      f'{path} is a Git LFS pointer and not the file itself; fetch it with git lfs pull.'
+    )
   if data.startswith((b'\xef\xbb\xbf', b'\xff\xfe', b'\xfe\xff')):
     raise UserError(f'{path} begins with a byte order mark; save it as UTF-8 without one.')
   try:
-    value = json.loads(data.decode())
+    value = json.loads(data.decode(), object_hook=_number)
   except UnicodeDecodeError as error:
     raise UserError(f'{path} is not UTF-8 (at byte {error.start}); save it as UTF-8.') from None
   except json.JSONDecodeError as error:
@@ -43,11 +45,16 @@ def read_json(path: pathlib.Path) -> dict:
       f'{path} is not JSON: {error.msg} in line {error.lineno}, column {error.colno}. It may have been cut; '
       'download it again.'
     ) from None
-  except RecursionError:
-    raise UserError(f'{path} is not a configuration: its lists are nested too deeply.') from None
+  except (RecursionError, ValueError, TypeError):
+    raise UserError(f'{path} is not a configuration: its values cannot be read.') from None
   if not isinstance(value, dict):
     raise UserError(f'{path} holds a {type(value).__name__} where a JSON object is wanted.')
   return value
+
+
+def _number(value: dict) -> Any:
+  """An infinity, which transformers writes as an object."""
+  return float(value['__float__']) if value.keys() == {'__float__'} else value
 
 
 class Settings:
@@ -140,9 +147,10 @@ class Settings:
     for key in sorted(self.given.keys() - self.read):
       value = self.given[key]
       allowed = HARMLESS.get(key, (None,))
-      if not self.inside and key in WITHOUT_EFFECT or any(is_same(value, a) for a in allowed):
+      harmless = any(is_same(value, option) for option in allowed)
+      if harmless or (key in WITHOUT_EFFECT and not self.inside):
         continue
-      known = [*self.read, *HARMLESS, *self.defaults]
+      known = {*self.read, *HARMLESS, *self.defaults} - {key}
       hint = did_you_mean(key, known)
       raise UserError(
         f'config.json: {self.name(key)} = {value!r} of {self.model_type} is not supported'

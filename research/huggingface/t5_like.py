@@ -76,7 +76,8 @@ def _read_sparse_depth(settings):
     key = f'num_sparse_{name}_layers'
     if depth % 2 or settings[key] * 2 != depth:
       raise UserError(
-        f'config.json: switch_transformers with {key} = {settings[key]} of {depth} layers is not supported, only half.'
+        f'config.json: switch_transformers with {key} = {settings[key]} of {depth} layers is '
+        'not supported, only half.'
       )
     bindings[f'{name.upper()}_LAYERS'] = depth // 2
   return bindings
@@ -105,9 +106,7 @@ PLACES = Derived(
 
 
 T5_COPIES = {f'{s}.embed_tokens.weight': 'shared.weight' for s in ('encoder', 'decoder')}
-T5_IGNORE = (
-  r'decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight',
-)
+T5_IGNORE = (r'decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight',)
 
 
 def _t5(model_type, architecture, gin, projections, head):

@@ -87,9 +87,7 @@ class Experts(nnx.Module):
     if capacity is None:
       row, rows, matmul = _dropless(index, experts)
     else:
-      row, rows, matmul = _with_capacity(
-        index, experts * n, self.experts, capacity, self.places
-      )
+      row, rows, matmul = _with_capacity(index, experts * n, self.experts, capacity, self.places)
     count, active = row.size, row.shape[-1]
     row = row.reshape(count)
     source = jnp.full(rows, count).at[row].set(jnp.arange(count), mode='drop')
@@ -231,8 +229,10 @@ def _dropless(index: jax.Array, experts: int):
   return row, rows, lambda x, w: grouped_matmul(x, w, sizes, block)
 
 
-def _with_capacity(index: jax.Array, experts: int, all_experts: int, factor: float, places: int | None):
-  """The same with room for `factor` times a sequence's fair share, or `places`, in every expert; earlier first."""
+def _with_capacity(
+  index: jax.Array, experts: int, all_experts: int, factor: float, places: int | None
+):
+  """The same with room for `factor` times a sequence's fair share, or `places`, in every expert."""
   batch, length, active = index.shape
   share = math.ceil(factor * length * active / all_experts)
   capacity = min(share if places is None else places, length)

@@ -13,7 +13,7 @@ from flax import nnx
 from research.checkpoints import manager, streamed
 from research.core import configs
 from research.core.errors import UserError
-from research.huggingface import conversion, families
+from research.huggingface import families, inwards, outwards
 from research.huggingface.files import Tensors, write_tensors
 from research.model import counts
 from research.parallel.mesh import Mesh
@@ -46,10 +46,8 @@ def folder(tmp_path):
 
 
 def write(folder, values, dtype='float32'):
-  names = sorted(values)
-  for i, part in enumerate((names[:5], names[5:])):
-    write_tensors(folder, ((n, values[n]) for n in part), {n: values[n].shape for n in part}, dtype)
-    (folder / 'model.safetensors').rename(folder / f'model-0000{i + 1}-of-00002.safetensors')
+  shapes = {name: x.shape for name, x in sorted(values.items())}
+  write_tensors(folder, iter(values.items()), shapes, dtype, file_bytes=7000)
 
 
 def gin_of(text):
@@ -70,7 +68,7 @@ def test_files_are_what_the_safetensors_package_reads(folder):
 
 def test_shards_are_read_into_the_stacked_layers(folder):
   path, values = folder
-  text, params = conversion.load(path)
+  text, params = inwards.load(path)
   query = params['stack']['sublayers'][0]['parts'][0]['query']['kernel']
   assert query.shape == (2, 16, 4, 4)
   for i in range(2):
@@ -97,18 +95,18 @@ def restored(folder, log=print):
 
 def test_a_converted_checkpoint_is_restored_and_verified_as_any_other(folder, tmp_path):
   path, _ = folder
-  conversion.from_hf(path, tmp_path / 'ours')
-  _, params = conversion.load(path)
+  inwards.from_hf(path, tmp_path / 'ours')
+  _, params = inwards.load(path)
   again = restored(tmp_path / 'ours')
   assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), params, again))
 
 
 def test_pieces_go_there_and_back_in_several_files(folder, tmp_path):
   path, values = folder
-  conversion.from_hf(path, tmp_path / 'ours')
+  inwards.from_hf(path, tmp_path / 'ours')
   params = streamed.Params(tmp_path / 'ours')
   gin = gin_of((tmp_path / 'ours' / 'model.gin').read_text())
-  conversion.save(tmp_path / 'back', gin, params, 'llama', file_bytes=8000)
+  outwards.save(tmp_path / 'back', gin, params, 'llama', file_bytes=8000)
   files = sorted((tmp_path / 'back').glob('*.safetensors'))
   index = json.loads((tmp_path / 'back' / 'model.safetensors.index.json').read_text())
   assert len(files) == 3
@@ -123,7 +121,7 @@ def test_pieces_go_there_and_back_in_several_files(folder, tmp_path):
 
 def test_a_conversion_cut_short_is_found_to_be_damaged(folder, tmp_path, monkeypatch):
   path, _ = folder
-  pieces, passes = conversion._pieces, []
+  pieces, passes = inwards.pieces, []
 
   def cut(wanted, given):
     passes.append(len(wanted))
@@ -132,10 +130,10 @@ def test_a_conversion_cut_short_is_found_to_be_damaged(folder, tmp_path, monkeyp
         raise KeyboardInterrupt
       yield piece
 
-  monkeypatch.setattr(conversion, '_pieces', cut)
+  monkeypatch.setattr(inwards, 'pieces', cut)
   with pytest.raises(KeyboardInterrupt):
-    conversion.from_hf(path, tmp_path / 'ours')
-  (tmp_path / 'ours' / 'model.gin').write_text(conversion.load(path)[0])
+    inwards.from_hf(path, tmp_path / 'ours')
+  (tmp_path / 'ours' / 'model.gin').write_text(inwards.load(path)[0])
   said = []
   assert restored(tmp_path / 'ours', said.append) is None
   assert 'damaged' in said[0]
@@ -173,15 +171,15 @@ def test_checksums_on_the_host_are_those_on_devices(dtype):
 MEMORY = """
 import resource, sys
 from research.core import configs
-from research.huggingface import conversion as convert
+from research.huggingface import inwards, outwards
 from research.checkpoints import streamed
 folder = sys.argv[1]
 if sys.argv[2] == 'from':
-  convert.from_hf(folder, folder + '/ours')
+  inwards.from_hf(folder, folder + '/ours')
 else:
   gin = configs.Config('MODEL')
   gin._read(open(folder + '/ours/model.gin').read(), 'model.gin')
-  convert.save(folder + '/back', gin, streamed.Params(folder + '/ours'), 'llama', file_bytes=3e7)
+  outwards.save(folder + '/back', gin, streamed.Params(folder + '/ours'), 'llama', file_bytes=3e7)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 
@@ -197,8 +195,8 @@ def test_memory_is_near_that_of_one_file_in_both_directions(tmp_path, user_envir
     path.mkdir()
     config = {**CONFIG, **wide, 'num_hidden_layers': layers}
     (path / 'config.json').write_text(json.dumps(config))
-    family = conversion.family_of(config)
-    wanted = conversion.table(gin_of(conversion.gin_text(family, config)).tree(), family)
+    family, settings = inwards.family_of(config)
+    wanted = inwards.table(gin_of(inwards.gin_text(family, settings)).tree(), family)
     rng, shapes = np.random.default_rng(0), {t.name: t.shape for t in wanted}
     values = ((name, rng.random(shape, np.float32)) for name, shape in shapes.items())
     write_tensors(path, values, shapes, 'float32', file_bytes=2.6e7)
@@ -218,8 +216,8 @@ def test_bfloat16_is_exact_there_and_back(folder, tmp_path):
   path, values = folder
   rounded = {k: v.astype(ml_dtypes.bfloat16) for k, v in values.items()}
   write(path, rounded, 'bfloat16')
-  text, params = conversion.load(path)
-  conversion.save(tmp_path / 'back', gin_of(text), params, 'llama', 'bfloat16')
+  text, params = inwards.load(path)
+  outwards.save(tmp_path / 'back', gin_of(text), params, 'llama', 'bfloat16')
   back = Tensors(tmp_path / 'back')
   assert all(back[k].tobytes() == rounded[k].tobytes() for k in values)
 
@@ -231,7 +229,7 @@ def test_every_wrong_tensor_is_listed(folder):
   values['lm_head.weight'] = np.zeros((33, 16), np.float32)
   write(path, values)
   with pytest.raises(UserError) as error:
-    conversion.load(path)
+    inwards.load(path)
   for wrong in (
     'model.norm.weight is missing',
     'model.norms.weight is unknown',
@@ -252,27 +250,27 @@ def test_a_config_that_is_not_supported_is_one_sentence(folder, change, message)
   path, _ = folder
   (path / 'config.json').write_text(json.dumps({**CONFIG, **change}))
   with pytest.raises(UserError, match=message):
-    conversion.load(path)
+    inwards.load(path)
 
 
 def test_a_folder_without_a_model_says_what_is_wanted(tmp_path):
   with pytest.raises(UserError, match=r'no config\.json here'):
-    conversion.load(tmp_path)
+    inwards.load(tmp_path)
   (tmp_path / 'config.json').write_text(json.dumps(CONFIG))
-  with pytest.raises(UserError, match=r'no \*\.safetensors here'):
-    conversion.load(tmp_path)
+  with pytest.raises(UserError, match=r'no model\.safetensors and no'):
+    inwards.load(tmp_path)
 
 
 def test_a_model_is_not_written_as_a_family_that_cannot_say_it(folder, tmp_path):
   path, _ = folder
-  text, params = conversion.load(path)
+  text, params = inwards.load(path)
   wide = gin_of(text + 'positions.rotary.interleaved = True\n')
-  with pytest.raises(UserError, match="cannot say 'interleaved = True' of this model"):
-    conversion.save(tmp_path / 'out', wide, params, 'llama')
+  with pytest.raises(UserError, match=r'rotary\.interleaved is True of this model, only False'):
+    outwards.save(tmp_path / 'out', wide, params, 'llama')
   with pytest.raises(UserError, match='mixtral'):
-    conversion.save(tmp_path / 'out', gin_of(text), params, 'mixtral')
+    outwards.save(tmp_path / 'out', gin_of(text), params, 'mixtral')
   with pytest.raises(UserError, match=r'no family .lama.'):
-    conversion.save(tmp_path / 'out', gin_of(text), params, 'lama')
+    outwards.save(tmp_path / 'out', gin_of(text), params, 'lama')
 
 
 def test_the_family_of_every_row_exists():
@@ -287,8 +285,8 @@ def test_a_preset_trained_here_can_be_written(tmp_path):
     params = jax.jit(init)(jax.random.key(0))
   gin = configs.load('gin/models/qwen3/0_6b.gin', ['LAYERS=2', 'EMBED=16', 'HEADS=4', 'KV_HEADS=2',
                      'HEAD_DIM=8', 'MLP=32', 'VOCAB=64'], root='MODEL')  # fmt: skip
-  conversion.save(tmp_path, gin, params, 'qwen3')
-  text, again = conversion.load(tmp_path)
+  outwards.save(tmp_path, gin, params, 'qwen3')
+  text, again = inwards.load(tmp_path)
   assert 'EMBED = 16' in text
   assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), params, again))
 

@@ -17,7 +17,8 @@ import pytest
 from flax import nnx
 
 from research.core import configs
-from research.huggingface import conversion, files
+from research.huggingface import files, inwards, outwards
+from research.huggingface.companions import IDS
 from research.model import counts
 from research.parallel.mesh import Mesh
 
@@ -255,13 +256,10 @@ def _save_with_head(folder, head):
 
 
 @functools.cache
-def _converted(folder: pathlib.Path, short: bool = True):
-  """`short`: sequences are as short as the tests', and an expert's capacity is a share of their tokens."""
-  text, params = conversion.load(folder)
+def _converted(folder: pathlib.Path):
+  text, params = inwards.load(folder)
   gin = configs.Config('MODEL')
   gin._read(text, 'model.gin')
-  if short and 'switch' in text:
-    gin.read_binding('MoE.capacity=1.3')  # 4 places of 12 tokens, 4 experts
   return gin, params, nnx.graphdef(counts.abstract(gin.tree()))
 
 
@@ -309,10 +307,10 @@ def test_logits_are_those_of_transformers(name, exported):
 
 @pytest.mark.parametrize('name', EVERY)
 def test_round_trip_is_bit_identical(name, exported, tmp_path):
-  gin, params, _ = _converted(exported(name), short=False)
+  gin, params, _ = _converted(exported(name))
   before = files.Tensors(exported(name))
   config = json.loads((exported(name) / 'config.json').read_text())
-  conversion.save(tmp_path, gin, params, config['model_type'])
+  outwards.save(tmp_path, gin, params, config['model_type'])
   after = files.Tensors(tmp_path)
   assert before.keys() == after.keys()
   for key, x in before.items():
@@ -320,8 +318,7 @@ def test_round_trip_is_bit_identical(name, exported, tmp_path):
     assert x.tobytes() == after[key].tobytes(), key
   again = json.loads((tmp_path / 'config.json').read_text())
   new = {k: v for k, v in again.items() if k in config and config[k] is not None and config[k] != v}
-  unread = {'intermediate_size'} if name == 'qwen3_moe' else set()  # of dense layers; it has none
-  assert not {k: v for k, v in new.items() if k not in unread and not _close(v, config[k])}
+  assert not {k: v for k, v in new.items() if k not in IDS and not _close(v, config[k])}
 
 
 def _close(a, b):
@@ -363,11 +360,9 @@ def test_gradients_are_those_of_transformers(name, exported):
 def _as_ours(gin, folder, model):
   """(tensor of the table, its gradient in transformers), for those that have one name in both."""
   config = json.loads((folder / 'config.json').read_text())
-  family = conversion.family_of(config)
+  family, _ = inwards.family_of(config)
   named = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
-  found = [
-    (t, named[t.name].numpy()) for t in conversion.table(gin.tree(), family) if t.name in named
-  ]
+  found = [(t, named[t.name].numpy()) for t in inwards.table(gin.tree(), family) if t.name in named]
   assert len(found) > 10
   return found
 
