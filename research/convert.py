@@ -5,8 +5,8 @@
 
 The first reads config.json and safetensors, and writes a checkpoint with model.gin beside it; the tokenizer is
 kept too. The second writes config.json, safetensors and the tokenizer. Tensors are read and written one at a
-time, so that memory never holds a model; names that are unknown or missing are an error that lists them. Nothing
-is downloaded.
+time, so that memory never holds a model; names that are unknown or missing are an error that lists them.
+Nothing is downloaded.
 """
 
 import pathlib
