@@ -4,6 +4,7 @@ Orbax restores a flipped byte as NaN without an error, so every checkpoint carri
 and a restore that does not match falls back to the previous good step and says so.
 """
 
+import contextlib
 import pathlib
 import shutil
 import time
@@ -16,7 +17,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from research.checkpoints import folders
-from research.core import storage
+from research.core import cli, storage
 from research.core.errors import UserError
 from research.parallel import hosts
 
@@ -97,7 +98,8 @@ class Checkpoints:
       return
     meta = {**meta, 'checksums': checksums(state)}
     items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
-    self.manager.save(step, args=items)
+    with self._told_if_full():
+      self.manager.save(step, args=items)
 
   def restore(self, abstract_state, log=print) -> tuple[int, Any, dict] | None:
     """The newest good checkpoint: (step, state, meta), or None where there is none.
@@ -172,8 +174,34 @@ class Checkpoints:
     self._anywhere(False)  # nobody looks before it is moved
     self.manager.reload()
 
+  @contextlib.contextmanager
+  def _told_if_full(self):
+    """A disk without room becomes one sentence that says what was kept; what was half written is removed."""
+    try:
+      yield
+    except Exception as error:  # Orbax and TensorStore raise it as various types
+      if cli.machine_fault(error) is None:
+        raise
+      self._remove_unfinished()
+      kept = folders.saved_steps(self.folder)
+      left = f'the one of step {kept[-1]:,} is kept' if kept else 'there is none before it'
+      raise UserError(
+        f'{self.folder}: the disk has no room for a checkpoint, and {left}; free some space, and start '
+        'the same command again to go on.'
+      ) from error
+
+  def _remove_unfinished(self) -> None:
+    if jax.process_index() == 0 and not storage.is_bucket(self.folder):
+      for folder in self.folder.iterdir():
+        if 'orbax-checkpoint-tmp' in folder.name:
+          shutil.rmtree(folder, ignore_errors=True)
+
   def wait(self) -> None:
-    self.manager.wait_until_finished()
+    """Returns when what was saved is on disk."""
+    with self._told_if_full():
+      self.manager.wait_until_finished()
 
   def close(self) -> None:
-    self.manager.close()
+    """Waits for the last save and ends."""
+    with self._told_if_full():
+      self.manager.close()

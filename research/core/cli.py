@@ -1,11 +1,18 @@
 """What all commands share: flags, errors as one sentence, the environment. Imports nothing heavy."""
 
 import argparse
+import contextlib
+import errno
 import os
+import select
 import sys
+import traceback
 from collections.abc import Callable
 
 from research.core.errors import UserError, did_you_mean
+
+INTERRUPTED = 130  # what a shell expects of a program that SIGINT ended
+PIPE_CLOSED = 141  # and of one that wrote to a pipe nobody reads any more
 
 # Fresh 4 KiB pages cost jax on CPU a third of its time; huge pages must be asked for before the process starts.
 CPU_ENVIRONMENT = {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}
@@ -18,6 +25,7 @@ class _Parser(argparse.ArgumentParser):
 
 def parser(command: str, description: str, gin: bool = True) -> argparse.ArgumentParser:
   """The flags of `python -m research.<command>`; `gin` adds --gin_file and --gin.NAME=VALUE."""
+  _prepare_terminal()
   first, _, rest = description.partition('\n')
   result = _Parser(
     prog=f'python -m research.{command}',
@@ -37,7 +45,7 @@ def parser(command: str, description: str, gin: bool = True) -> argparse.Argumen
     result.epilog = (
       (result.epilog or '')
       + '\n\n--gin.Class.argument=VALUE and --gin.MACRO=VALUE override what the files say; '
-      'a string wants quotes inside: --gin.Run.name="\'a\'".'
+      'a string wants quotes inside: --gin.TextFiles.files="\'books/*.txt\'".'
     ).strip()
   return result
 
@@ -63,15 +71,89 @@ def use_huge_pages() -> None:
 
 
 def run(main: Callable[..., int | None], *args) -> None:
-  """Runs `main` and exits: 2 with one sentence where the input was wrong."""
+  """Runs `main` and exits: 2 with one sentence where the input or the machine was wrong."""
+  _prepare_terminal()
   try:
-    sys.exit(main(*args) or 0)
+    code = main(*args) or 0
+    for stream in (sys.stdout, sys.stderr):
+      if stream is not None:
+        stream.flush()
+    sys.exit(code)
   except UserError as error:
     sys.exit(_say(f'error: {error}', 2))
   except KeyboardInterrupt:
-    sys.exit(_say('interrupted', 130))
+    sys.exit(_say('interrupted', INTERRUPTED))
+  except BrokenPipeError:
+    if not any(map(_reader_is_gone, (1, 2))):
+      raise
+    # Whatever is still in the buffers goes nowhere, or Python complains about it at its end.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    sys.exit(PIPE_CLOSED)
+  except Exception as error:
+    sentence = machine_fault(error)
+    if sentence is None:
+      raise
+    sys.exit(_say(f'error: {sentence}', 2))
+
+
+def machine_fault(error: BaseException) -> str | None:
+  """What is wrong with this machine, in a sentence, where an exception says so; else None."""
+  text = f'{error} {error.__cause__ or ""}'
+  frames = traceback.extract_tb(error.__traceback__)
+  # Without any plugin of the platform jax fails an assertion that has no text.
+  if frames and frames[-1].filename.endswith('xla_bridge.py'):
+    asked = os.environ.get('JAX_PLATFORMS')
+    setting = f'JAX_PLATFORMS={asked}' if asked else 'jax'
+    first = (str(error).strip().splitlines() or ['no plugin'])[0].rstrip('.')
+    return (
+      f'{setting}: this machine has no such platform, or jax lacks its plugin ({first}); '
+      'unset JAX_PLATFORMS, set it to cpu, or install the extra (uv sync --extra cuda, --extra tpu).'
+    )
+  full = {errno.ENOSPC: 'the disk is full', errno.EDQUOT: 'the quota of the disk is used up',
+          errno.EFBIG: 'a file may not grow any larger here'}  # fmt: skip
+  number = getattr(error, 'errno', None)
+  reason = full.get(number) or next(
+    (why for n, why in full.items() if os.strerror(n) in text), None
+  )
+  if reason:
+    name = getattr(error, 'filename', None)
+    place = f' ({name})' if name else ''
+    return f'{reason}{place}: free some space, and start the same command again to go on.'
+  if number == errno.EROFS:
+    return (
+      f'{error.filename or "a file"} is on a disk that can only be read; choose another folder.'
+    )
+  return None
+
+
+def _prepare_terminal() -> None:
+  """Characters that a terminal lacks become question marks; Ctrl-C is one word, also while modules load."""
+  for stream in (sys.stdout, sys.stderr):
+    with contextlib.suppress(AttributeError, ValueError):  # no terminal, or something in its place
+      stream.reconfigure(errors='replace')
+  sys.excepthook = _excepthook
+
+
+def _excepthook(kind, error, trace) -> None:
+  if not issubclass(kind, KeyboardInterrupt):
+    sys.__excepthook__(kind, error, trace)
+    return
+  _say('interrupted', INTERRUPTED)
+  os._exit(INTERRUPTED)  # modules that are half loaded cannot be asked to end
+
+
+def _reader_is_gone(descriptor: int) -> bool:
+  """Whether the other end of a pipe was closed."""
+  try:
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+  except (AttributeError, OSError):
+    return False
 
 
 def _say(message: str, code: int) -> int:
-  print(message, file=sys.stderr, flush=True)
+  with contextlib.suppress(OSError):
+    print(message, file=sys.stderr, flush=True)
   return code

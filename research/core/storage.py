@@ -62,7 +62,7 @@ def _expanded(path: pathlib.Path, setting: str) -> pathlib.Path:
     return path.expanduser()
   except RuntimeError:
     raise UserError(
-      f'{setting}={path}: there is no such user, or this user has no home folder.'
+      f'{setting}={path}: there is no such user, or this user has no home folder; name it without ~.'
     ) from None
 
 

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import glob
 import importlib.util
+import ipaddress
 import itertools
 import os
 import socket
@@ -59,25 +60,77 @@ def find(
     if missing:
       raise UserError(f'{missing[0]} is missing: a job of several processes needs all of --coordinator, '
                       '--num_processes and --process_id.')  # fmt: skip
+    if processes < 1:
+      raise UserError(f'--num_processes={processes} must be 1 or more.')
     if not 0 <= process < processes:
       raise UserError(f'--process_id={process} must be from 0 to {processes - 1}.')
-    if ':' not in coordinator:
-      raise UserError(f'--coordinator={coordinator} must be host:port of process 0.')
+    split_address(coordinator, f'--coordinator={coordinator}')
     return Cluster('flags', coordinator, processes, process)
-  if int(env.get('WORLD_SIZE') or 1) > 1:
-    missing = [name for name in ('MASTER_ADDR', 'MASTER_PORT', 'RANK') if not env.get(name)]
-    if missing:
-      raise UserError(
-        f'WORLD_SIZE={env["WORLD_SIZE"]} is set without {missing[0]}: unset it, or set all of MASTER_ADDR, '
-        'MASTER_PORT, WORLD_SIZE and RANK.'
-      )
-    address = f'{env["MASTER_ADDR"]}:{env["MASTER_PORT"]}'
-    return Cluster('WORLD_SIZE and RANK', address, int(env['WORLD_SIZE']), int(env['RANK']))
-  if int(env.get('SLURM_STEP_NUM_TASKS') or 1) > 1:
+  if _whole(env, 'WORLD_SIZE', 1) > 1:
+    return _of_torchrun(env)
+  if _whole(env, 'SLURM_STEP_NUM_TASKS', 1) > 1:
     return Cluster('Slurm')
   if env.get('JAX_PLATFORMS', 'tpu').startswith('tpu') and _has_tpu():
     return Cluster('TPU')
   return None
+
+
+def _of_torchrun(env: Mapping[str, str]) -> Cluster:
+  """The cluster that Ray Train's and torchrun's variables describe."""
+  count = _whole(env, 'WORLD_SIZE', 1)
+  missing = [name for name in ('MASTER_ADDR', 'MASTER_PORT', 'RANK') if not env.get(name)]
+  if missing:
+    raise UserError(
+      f'WORLD_SIZE={count} is set without {missing[0]}: unset it, or set all of MASTER_ADDR, MASTER_PORT, '
+      'WORLD_SIZE and RANK.'
+    )
+  rank = _whole(env, 'RANK', 0, least=0)
+  if rank >= count:
+    raise UserError(f'RANK={rank} must be from 0 to {count - 1}, for WORLD_SIZE={count}.')
+  host, port = env['MASTER_ADDR'], env['MASTER_PORT']
+  # torchrun gives an IPv6 address as it is; in host:port it stands in brackets.
+  address = f'[{host}]:{port}' if ':' in host and not host.startswith('[') else f'{host}:{port}'
+  split_address(address, f'MASTER_ADDR={host}, MASTER_PORT={port}')
+  return Cluster('WORLD_SIZE and RANK', address, count, rank)
+
+
+def _whole(env: Mapping[str, str], name: str, default: int, least: int = 1) -> int:
+  """A variable that is a whole number, `default` where it is not set."""
+  text = env.get(name) or str(default)
+  if not text.strip().isascii() or not text.strip().isdigit() or int(text) < least:
+    raise UserError(
+      f'{name}={text} must be a whole number, {least} or more; unset it if there is no cluster.'
+    )
+  return int(text)
+
+
+def split_address(address: str, setting: str) -> tuple[str, int]:
+  """'host:port' or '[IPv6 address]:port' in its parts.
+
+  Args:
+    address: of process 0.
+    setting: what set it, for messages.
+
+  Raises:
+    UserError: it is neither.
+  """
+  host, _, port = address.rpartition(':')
+  bare = host.removeprefix('[').removesuffix(']')
+  if not bare or bare.strip() != bare or '/' in bare:
+    raise UserError(f'{setting} must be host:port of process 0.')
+  if ':' in bare and (bare == host or not _is_ipv6(bare)):
+    raise UserError(f'{setting}: an IPv6 address stands in brackets, as in [::1]:8476.')
+  if not (port.isascii() and port.isdigit()) or not 0 < int(port) < 2**16:
+    raise UserError(f'{setting}: the port {port!r} must be a number from 1 to 65535.')
+  return bare, int(port)
+
+
+def _is_ipv6(host: str) -> bool:
+  try:
+    ipaddress.IPv6Address(host)
+  except ValueError:
+    return False
+  return True
 
 
 def _has_tpu() -> bool:
@@ -143,23 +196,34 @@ def meet(cluster: Cluster, timeout: float = TIMEOUT) -> None:
   Raises:
     UserError: in every process that came, naming those that did not.
   """
-  host, _, port = cluster.coordinator.rpartition(':')
+  host, port = split_address(cluster.coordinator, f'--coordinator={cluster.coordinator}')
   wait = _wait_for_others if cluster.process == 0 else _go_to_first
-  missing = wait(cluster, host, int(port), time.monotonic() + timeout)
+  missing = wait(cluster, host, port, time.monotonic() + timeout)
   if missing:
+    name = _unknown_name(host)
     raise UserError(
       f'process {missing} of {cluster.processes} did not come to {cluster.coordinator} within '
-      f'{timeout:.0f} s ({cluster.source}): look at its log.'
+      f'{timeout:.0f} s ({cluster.source}{name}): look at its log.'
     )
+
+
+def _unknown_name(host: str) -> str:
+  """Says so where a host's name has no address."""
+  try:
+    socket.getaddrinfo(host, None)
+  except OSError as error:
+    return f'; {host}: {error.strerror}'
+  return ''
 
 
 def _wait_for_others(cluster: Cluster, host: str, port: int, end: float) -> str:
   others, came = {*range(1, cluster.processes)}, {}
   try:
-    server = socket.create_server(('', port))
+    server = _listen(port)
   except OSError as error:
     raise UserError(
-      f'--coordinator={cluster.coordinator}: port {port} cannot be had here ({error.strerror}); choose another.'
+      f'--coordinator={cluster.coordinator}: could not bind port {port} on this host ({error.strerror}); '
+      'choose another.'
     ) from None
   with server, contextlib.ExitStack() as stack:
     while others - {*came} and time.monotonic() < end:
@@ -174,6 +238,14 @@ def _wait_for_others(cluster: Cluster, host: str, port: int, end: float) -> str:
         connection.sendall(f'{missing}.'.encode())
         connection.recv(1)  # the other side closes first, which leaves the port free for jax
   return missing
+
+
+def _listen(port: int) -> socket.socket:
+  """A server on every address of this host, of IPv6 too where it has that."""
+  if socket.has_dualstack_ipv6():
+    with contextlib.suppress(OSError):  # a kernel without IPv6
+      return socket.create_server(('', port), family=socket.AF_INET6, dualstack_ipv6=True)
+  return socket.create_server(('', port))
 
 
 def _go_to_first(cluster: Cluster, host: str, port: int, end: float) -> str:
@@ -193,7 +265,7 @@ def check_platform(backend: str, env: Mapping[str, str] | None = None) -> None:
   env = os.environ if env is None else env
   if backend != 'cpu' or env.get('JAX_PLATFORMS'):
     return
-  for device, extra in (('/dev/nvidia0', 'gpu'), ('/dev/accel0', 'tpu'), ('/dev/vfio/0', 'tpu')):
+  for device, extra in (('/dev/nvidia0', 'cuda'), ('/dev/accel0', 'tpu'), ('/dev/vfio/0', 'tpu')):
     if os.path.exists(device):
       raise UserError(
         f'this machine has {device} and jax found only CPUs: install the {extra} extra (uv sync --extra '

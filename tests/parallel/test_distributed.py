@@ -3,12 +3,14 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+import tomllib
 
 import numpy as np
 import pytest
@@ -18,6 +20,9 @@ from research.core.errors import UserError
 from research.parallel.processes import Cluster, check_platform, find, meet
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+
+
+TORCHRUN = {'WORLD_SIZE': '2', 'RANK': '0', 'MASTER_ADDR': 'h', 'MASTER_PORT': '7'}
 
 
 @pytest.mark.parametrize(
@@ -32,6 +37,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
       Cluster('WORLD_SIZE and RANK', 'h:7', 4, 3),
     ),
     ((), {'WORLD_SIZE': '1', 'RANK': '0'}, None),
+    (('[::1]:8476', 2, 1), {}, Cluster('flags', '[::1]:8476', 2, 1)),
+    ((), {**TORCHRUN, 'MASTER_ADDR': '::1'}, Cluster('WORLD_SIZE and RANK', '[::1]:7', 2, 0)),
     ((), {'SLURM_STEP_NUM_TASKS': '8', 'SLURM_PROCID': '2'}, Cluster('Slurm')),
     ((), {'SLURM_STEP_NUM_TASKS': '1', 'SLURM_PROCID': '0'}, None),
   ],
@@ -46,6 +53,28 @@ def test_a_cluster_is_found(flags, env, found):
     (('h:1', 2, None), {}, r'--process_id is missing: a job of several processes needs all of'),
     (('h:1', 2, 2), {}, r'--process_id=2 must be from 0 to 1'),
     (('h', 2, 0), {}, r'--coordinator=h must be host:port'),
+    (('h:1', 0, 0), {}, r'--num_processes=0 must be 1 or more'),
+    (('h:1', -3, 0), {}, r'--num_processes=-3 must be 1 or more'),
+    (('h:1', 2, -1), {}, r'--process_id=-1 must be from 0 to 1'),
+    ((':1', 2, 0), {}, r'--coordinator=:1 must be host:port'),
+    (('h:', 2, 0), {}, r"--coordinator=h:: the port '' must be a number from 1 to 65535"),
+    (('h:http', 2, 0), {}, r"the port 'http' must be a number"),
+    (('h:99999', 2, 0), {}, r"the port '99999' must be a number from 1 to 65535"),
+    (
+      ('http://h:1', 2, 0),
+      {},
+      r'--coordinator=http://h:1 must be host:port',
+    ),
+    (('::1:8476', 2, 0), {}, r'--coordinator=::1:8476: an IPv6 address stands in brackets'),
+    (('[1:2]:8476', 2, 0), {}, r'an IPv6 address stands in brackets'),
+    ((), {'WORLD_SIZE': 'two'}, r'WORLD_SIZE=two must be a whole number, 1 or more; unset it'),
+    ((), {'WORLD_SIZE': '0'}, r'WORLD_SIZE=0 must be a whole number'),
+    ((), {'WORLD_SIZE': '-2'}, r'WORLD_SIZE=-2 must be a whole number'),
+    ((), {'WORLD_SIZE': '2.0'}, r'WORLD_SIZE=2.0 must be a whole number'),
+    ((), {**TORCHRUN, 'RANK': '2'}, r'RANK=2 must be from 0 to 1, for WORLD_SIZE=2'),
+    ((), {**TORCHRUN, 'RANK': 'x'}, r'RANK=x must be a whole number, 0 or more'),
+    ((), {**TORCHRUN, 'MASTER_PORT': '0'}, r"MASTER_ADDR=h, MASTER_PORT=0: the port '0' must be"),
+    ((), {'SLURM_STEP_NUM_TASKS': '4(x2)'}, r'SLURM_STEP_NUM_TASKS=4\(x2\) must be a whole number'),
     ((), {'WORLD_SIZE': '2', 'MASTER_ADDR': 'h', 'RANK': '0'}, r'set without MASTER_PORT'),
   ],
 )
@@ -57,7 +86,7 @@ def test_half_a_cluster_is_one_sentence(flags, env, says):
 def test_an_accelerator_is_not_passed_over(monkeypatch):
   monkeypatch.setattr(os.path, 'exists', lambda path: path == '/dev/nvidia0')
   with pytest.raises(
-    UserError, match=r'/dev/nvidia0 and jax found only CPUs: install the gpu extra'
+    UserError, match=r'/dev/nvidia0 and jax found only CPUs: install the cuda extra'
   ):
     check_platform('cpu', {})
   check_platform('cpu', {'JAX_PLATFORMS': 'cpu'})
@@ -72,8 +101,11 @@ def met(cluster, results, timeout=1.0):
 
 
 @pytest.mark.parametrize(('came', 'missing'), [((0, 1, 2), None), ((0, 2), '1'), ((1,), '0')])
-def test_who_does_not_come_is_named(came, missing):
-  address, results = f'127.0.0.1:{free_port()}', {}
+@pytest.mark.parametrize('host', ['127.0.0.1', '[::1]'])
+def test_who_does_not_come_is_named(came, missing, host):
+  if host == '[::1]' and not socket.has_dualstack_ipv6():
+    pytest.skip('no IPv6 here')
+  address, results = f'{host}:{free_port()}', {}
   processes = [
     threading.Thread(target=met, args=(Cluster('flags', address, 3, i), results, 0.5)) for i in came
   ]
@@ -193,3 +225,17 @@ def test_sigterm_in_one_process_saves_all_and_stops_them(text_file, tmp_path):
   saved = [int(p.name) for p in (tmp_path / 'run' / 'checkpoints').iterdir() if p.name.isdigit()]
   assert len(saved) == 1
   assert 9 <= saved[0] < 4000
+
+
+def test_a_coordinator_without_an_address_is_named():
+  with pytest.raises(
+    UserError, match=r'did not come to no-such-host\.invalid:1 .*no-such-host\.invalid: '
+  ):
+    meet(Cluster('flags', 'no-such-host.invalid:1', 2, 1), timeout=-6)
+
+
+def test_the_extras_that_hints_name_exist():
+  extras = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']['optional-dependencies']
+  for path in (ROOT / 'research').rglob('*.py'):
+    for extra in re.findall(r'--extra[ =](\w+)', path.read_text()):
+      assert extra in extras, f'{path.name} names the extra {extra!r}'

@@ -1,0 +1,141 @@
+"""What a command says to a person: on Ctrl-C, into a closed pipe, on a poor terminal, on a broken machine."""
+
+import ast
+import errno
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from research.core import cli
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+
+
+def run(code: str, shell: str = '', **environment) -> subprocess.CompletedProcess:
+  """Runs code after `from research.core import cli`, its output piped into `shell` where that is given."""
+  env = {**os.environ, 'PYTHONPATH': str(ROOT), **environment}
+  program = f'from research.core import cli\n{code}'
+  if not shell:
+    return subprocess.run([sys.executable, '-c', program], env=env, capture_output=True, text=True)
+  line = f'"{sys.executable}" -c "$0" {shell}'
+  return subprocess.run(['bash', '-c', line, program], env=env, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+  'code',
+  [
+    "cli.parser('x', 'What it is.')\nraise KeyboardInterrupt",  # as while modules are imported
+    'def main(): raise KeyboardInterrupt\ncli.run(main)',
+  ],
+)
+def test_an_interrupt_is_one_word(code):
+  done = run(code)
+  assert (done.returncode, done.stderr, done.stdout) == (cli.INTERRUPTED, 'interrupted\n', '')
+
+
+@pytest.mark.parametrize('shell', ['| head -1', '2>&1 | head -1', '| true'])
+def test_a_closed_pipe_ends_a_command_without_a_word(shell):
+  done = run(
+    "cli.run(lambda: [print('x' * 100) for _ in range(10000)] and 0)",
+    f'{shell}; echo ${{PIPESTATUS[0]}}',
+  )
+  assert done.stderr == ''
+  assert done.stdout.splitlines()[-1] == str(cli.PIPE_CLOSED)
+
+
+def test_a_broken_pipe_of_something_else_is_no_closed_terminal():
+  done = run("def main(): raise BrokenPipeError('a worker went away')\ncli.run(main)")
+  assert 'BrokenPipeError: a worker went away' in done.stderr
+
+
+def test_an_ascii_terminal_gets_question_marks():
+  done = run("cli.run(lambda: print('1 — 2'))", PYTHONIOENCODING='ascii')
+  assert (done.returncode, done.stdout) == (0, '1 ? 2\n')
+
+
+def test_a_name_that_is_not_utf8_is_printed():
+  done = run("cli.run(lambda: print('a\\udcffb'))")
+  assert (done.returncode, done.stdout) == (0, 'a?b\n')
+
+
+@pytest.mark.parametrize('platform', ['cuda', 'tpu', 'nonsense'])
+def test_a_platform_that_is_not_here_is_one_sentence(platform):
+  done = run('import jax\ncli.run(lambda: print(jax.devices()))', JAX_PLATFORMS=platform)
+  if done.returncode == 0:
+    pytest.skip(f'this machine has {platform}')
+  last = done.stderr.splitlines()[-1]
+  assert done.returncode == 2
+  assert last.startswith(f'error: JAX_PLATFORMS={platform}: this machine has no such platform')
+  assert 'Traceback' not in done.stderr
+
+
+@pytest.mark.parametrize(
+  ('error', 'says'),
+  [
+    (
+      OSError(errno.ENOSPC, 'No space left on device', '/d/x'),
+      'the disk is full (/d/x): free some',
+    ),
+    (OSError(errno.EDQUOT, 'Disk quota exceeded'), 'the quota of the disk is used up: free some'),
+    (ValueError('RESOURCE_EXHAUSTED: writing: No space left on device'), 'the disk is full: free'),
+    (
+      OSError(errno.EROFS, 'Read-only file system', '/d/x'),
+      '/d/x is on a disk that can only be read',
+    ),
+  ],
+)
+def test_a_disk_that_takes_no_more_is_one_sentence(error, says):
+  assert cli.machine_fault(error).startswith(says)
+
+
+def test_a_fault_of_our_own_is_no_fault_of_the_machine():
+  assert cli.machine_fault(ValueError('shapes do not match')) is None
+
+
+def arguments_of(tree: ast.Module) -> dict[str, set[str]]:
+  """The fields and arguments of every class and function of a module, and the names of its bases."""
+  named = {}
+  for node in tree.body:
+    if isinstance(node, ast.ClassDef):
+      made = [f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == '__init__']
+      fields = {
+        f.target.id
+        for f in node.body
+        if isinstance(f, ast.AnnAssign) and isinstance(f.target, ast.Name)
+      }
+      bases = {base.id for base in node.bases if isinstance(base, ast.Name)}
+    elif isinstance(node, ast.FunctionDef):
+      made, fields, bases = [node], set(), set()
+    else:
+      continue
+    for function in made:
+      fields |= {a.arg for a in (*function.args.args, *function.args.kwonlyargs)}
+    named[node.name] = fields, bases
+  return named
+
+
+def test_every_binding_that_help_and_docs_name_exists():
+  named = {}
+  for path in sorted((ROOT / 'research').rglob('*.py')):
+    named.update(arguments_of(ast.parse(path.read_text())))
+
+  def has(owner, argument):
+    fields, bases = named.get(owner, (set(), set()))
+    return argument in fields or any(has(base, argument) for base in bases)
+
+  pages = [*(ROOT / 'research').glob('*.py'), *(ROOT / 'research' / 'core').glob('*.py')]
+  pages += [ROOT / 'README.md', *(ROOT / 'docs').glob('*.md')]
+  missing = {
+    f'{path.name}: --gin.{owner}.{argument}'
+    for path in pages
+    for owner, argument in re.findall(
+      r'--gin\.(?:\w+/)*(?!Class)([A-Z]\w+)\.(\w+)=', path.read_text()
+    )
+    if not has(owner, argument)
+  }
+  # The docs show what a misspelt name is answered with.
+  assert {name.partition(': ')[2] for name in missing} <= {'--gin.Run.stesp'}
