@@ -18,6 +18,7 @@ from research.core import gin_reader, moved, signatures
 from research.core.errors import Invalid, UserError, did_you_mean
 from research.core.gin_reader import ROOT, Binding, Macro, Names, find_file, shown
 from research.core.resolver import Resolver, call, place
+from research.core.text import one_line
 
 __all__ = ['ROOT', 'Config', 'find_file', 'load']
 
@@ -64,11 +65,11 @@ class Config:
 
   def read_binding(self, binding: str) -> None:
     """One `Class.argument=value` or `MACRO=value` of the command line."""
-    where = f'--gin.{binding}'
+    where = f'--gin.{one_line(binding)}'
     if not re.match(r'[\w./]+\s*=', binding):
       raise UserError(f'{where}: write it as --gin.Class.argument=value or --gin.MACRO=value.')
-    if '\n' in binding.strip() or '\0' in binding:
-      raise UserError(f'{where!r}: a binding of the command line is one line; use a gin file.')
+    if not binding.isprintable():
+      raise UserError(f'{where}: a binding of the command line is one line; use a gin file.')
     statements = list(gin_reader.statements(binding + '\n', where, one_line=True))
     for statement in statements:
       if not isinstance(statement, BindingStatement):
@@ -78,14 +79,14 @@ class Config:
       gin_reader.qualify(binding, lambda name: self._find(name, self._names, where))
     )
 
-  def _read(self, text: str, source: str) -> None:
+  def _read(self, content: str, source: str) -> None:
     names = Names()
     imports: dict[str, str] = {}  # the text of each name's import
-    text_lines = text.splitlines(keepends=True)
+    text_lines = content.splitlines(keepends=True)
     if text_lines and not text_lines[-1].endswith('\n'):
       text_lines[-1] += '\n'
     kept = 0
-    for statement in gin_reader.statements(text, source):
+    for statement in gin_reader.statements(content, source):
       line = statement.location.line_num
       where = f'{source}:{line}'
       match statement:

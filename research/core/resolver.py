@@ -120,7 +120,7 @@ def _mismatch(hint, value) -> str:
     with contextlib.suppress(ValueError, SyntaxError):
       if signatures.allows(hint, ast.literal_eval(value)):
         return f'{value!r} is a string; write {value} without quotes.'
-  return f'{value!r} is a {type(value).__name__} and {wanted} is wanted.'
+  return f'{value!r} is of type {type(value).__name__}, and {wanted} is wanted.'
 
 
 def _check_required(target, arguments, place: str) -> None:

@@ -27,3 +27,10 @@ def clock(seconds: float) -> str:
   minutes, seconds = divmod(round(seconds), 60)
   hours, minutes = divmod(minutes, 60)
   return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'
+
+
+def one_line(value: str, length: int = 200) -> str:
+  """What a person typed, for a message: what does not print is escaped, the middle of a long one cut out."""
+  shown = ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in value)
+  half = length // 2
+  return shown if len(shown) <= length else f'{shown[:half]}...{shown[-half:]}'
