@@ -134,7 +134,10 @@ def main() -> int:
       shutil.rmtree(continued / 'checkpoints' / str(STEPS))
       (continued / 'run.json').unlink()
       train(ROOT, continued, folder / 'after' / 'cache', case, files)
-      wrong += differences(f'{case}, continued', outcomes['before'], results(continued))
+      expected = outcomes['before']
+      # A row is a mean over the steps since the row before, and after a restart that is fewer steps.
+      expected.pop('metrics.jsonl')
+      wrong += differences(f'{case}, continued', expected, results(continued))
       loss = outcomes['after']['run.json']['loss']
       count = len(outcomes['after']['checkpoint'])
       print(

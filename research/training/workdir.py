@@ -5,7 +5,7 @@ import pathlib
 
 import jax
 
-from research.core import moved, storage
+from research.core import configs, moved, storage
 from research.core.errors import UserError
 from research.training.run import Run
 
@@ -21,7 +21,7 @@ def open_workdir(workdir: pathlib.Path, run: Run, config_text: str) -> None:
   path = workdir / 'config.txt'
   if path.exists():
     saved = _current_text(path.read_text())
-    if saved != identity:
+    if saved != identity and not _is_same_run(saved, identity, workdir / 'config.gin'):
       raise _other_run(workdir, saved, identity)
   if jax.process_index() == 0:
     storage.write_atomic(path, identity)
@@ -31,6 +31,21 @@ def open_workdir(workdir: pathlib.Path, run: Run, config_text: str) -> None:
 def _current_text(text: str) -> str:
   """A config.txt as this version would write it: an earlier one named modules otherwise and had Run.z_loss."""
   return moved.current_paths(text).replace('\nz_loss = 0.0\n', '\n')
+
+
+def _is_same_run(saved: str, identity: str, config_gin: pathlib.Path) -> bool:
+  """Whether an earlier version left this very run here: this version only has more knobs, all at their default.
+
+  Then every line that was written still stands, in the same order, and the gin file beside it, built by this
+  version, is the same run.
+  """
+  lines = iter(identity.splitlines())
+  if not all(line in lines for line in saved.splitlines()) or not config_gin.exists():
+    return False
+  try:
+    return configs.load(str(config_gin)).build().identity() == identity
+  except UserError:
+    return False
 
 
 def _other_run(workdir: pathlib.Path, saved: str, identity: str) -> UserError:
