@@ -77,7 +77,9 @@ def _write_empty(folder, shapes, leading, sums) -> pathlib.Path:
 def _open(state: pathlib.Path, path: Path, **mode) -> tensorstore.TensorStore:
   """An array of a checkpoint as Orbax lays it out."""
   name = '.'.join(map(str, ('params', *path)))
-  kvstore = {'driver': 'ocdbt', 'base': f'file://{state}', 'path': f'{name}/'}
+  # A driver and a path, not a URL, in which #, ? and % would mean something.
+  base = {'driver': 'file', 'path': f'{state}/'}
+  kvstore = {'driver': 'ocdbt', 'base': base, 'path': f'{name}/'}
   return tensorstore.open({'driver': 'zarr', 'kvstore': kvstore}, open=True, **mode).result()
 
 

@@ -60,11 +60,9 @@ GEMMA2 = (
   *(field for field in UNLIKE if field not in (ROPE, HEAD)),
   Head(soft_cap='final_logit_softcapping'),
   Optional('attn_logit_softcapping', 'attention.Attention.soft_cap'),
-  Field(
-    'query_pre_attn_scalar',
-    'attention.Attention.scale',
-    to_gin=lambda n: n**-0.5,
-    to_hf=lambda scale: _whole(round(scale**-2, 6)),
+  Derived(
+    lambda settings: {'attention.Attention.scale': settings['query_pre_attn_scalar'] ** -0.5},
+    lambda get: {'query_pre_attn_scalar': _whole(_squared_length(get))},
   ),
 )
 GEMMA2_WHEN = {
@@ -72,6 +70,12 @@ GEMMA2_WHEN = {
   'attention_bias': False,
   'use_bidirectional_attention': Options((False, None)),
 }
+
+
+def _squared_length(get: Resolved) -> float:
+  """What the logits are divided by, squared: the size of a head where nothing else is bound."""
+  scale = get('attention.Attention.scale')
+  return get('HEAD_DIM') if scale is None else round(scale**-2, 6)
 
 
 def _whole(number: float) -> float | int:

@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 from research.core.errors import UserError
-from research.huggingface.fields import Derived, Get, Raw
+from research.huggingface.fields import Derived, Get, Raw, head_dim
 from research.huggingface.settings import Settings
 
 # The kinds of scaling: our function, its arguments, and their keys.
@@ -63,6 +63,14 @@ def read_rope(settings: Settings, rope: Settings, scope: str = '') -> dict[str, 
     raise UserError(
       f'config.json: partial_rotary_factor = {fraction} of {settings.model_type} is not supported, only 1.0.'
     )
+  latent = 'qk_rope_head_dim' in settings.defaults
+  size = settings['qk_rope_head_dim'] if latent else head_dim(settings)
+  rotated = int(size * bindings.get(f'{name}.fraction', 1.0))
+  if bindings[f'{name}.base'] <= 0 or rotated % 2 or not 0 < rotated <= size:
+    raise UserError(
+      f'config.json: rotary positions of {rotated} of {size} channels and base {bindings[f"{name}.base"]} '
+      'are not supported: an even number of channels and a positive base are wanted.'
+    )
   if kind == 'default':
     return {**bindings, f'{name}.scaling': None}
   if kind not in SCALINGS:
@@ -74,6 +82,10 @@ def read_rope(settings: Settings, rope: Settings, scope: str = '') -> dict[str, 
   values = {ours: rope.get(theirs) for ours, theirs in keys.items()}
   for ours in REQUIRED[kind]:
     values[ours] = rope[keys[ours]]
+  if kind == 'llama3' and values['low'] >= values['high']:
+    raise UserError(
+      f'config.json: low_freq_factor = {values["low"]} must be below high_freq_factor = {values["high"]}.'
+    )
   if 'original_length' in values:
     outside = settings.get('original_max_position_embeddings')
     values['original_length'] = (

@@ -86,6 +86,7 @@ def _llama(rope):
 CASES = {
   'llama': _llama('llama3'),
   'llama-linear': _llama('linear'),
+  'llama-yarn': _llama('yarn'),
   'mistral': lambda: T.MistralConfig(**LLAMA, sliding_window=5),
   'mixtral': lambda: T.MixtralConfig(**LLAMA, num_local_experts=4, sliding_window=None),
   'qwen2': lambda: T.Qwen2Config(**LLAMA, tie_word_embeddings=True),
@@ -174,7 +175,8 @@ CASES = {
 }
 # Another member of a kind that is checked in full above: the slow suite has them.
 SLOW = (
-  'llama-linear', 'gptj', 'glm4', 'qwen3_moe', 'deepseek_v2', 'deepseek_v2-groups', 'mt5', 'gemma', 'mpt',
+  'llama-linear', 'llama-yarn', 'gptj', 'glm4', 'qwen3_moe', 'deepseek_v2', 'deepseek_v2-groups', 'mt5',
+  'gemma', 'mpt',
   'jamba', 't5-1.0', 'qwen3', 'mistral', 'phi', 'gpt_neox', 'qwen2_moe',
 )  # fmt: skip
 ENCODER_DECODERS = ('t5-1.0', 't5-1.1', 'mt5', 'switch')
