@@ -15,6 +15,13 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
+def pytest_addoption(parser):
+  parser.addoption(
+    '--model', action='append', default=[], metavar='FILE.gin',
+    help='hold the MODEL of this gin file to what must be true of every model (tests/model/test_model.py)',
+  )  # fmt: skip
+
+
 @pytest.fixture(scope='session')
 def shared_data() -> pathlib.Path:
   """The folder of public results that some tests compare with (docs/laws.md says what is in it)."""

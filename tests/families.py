@@ -32,8 +32,15 @@ ARGUMENTS = {
 
 
 def tiny(family: str, bindings=(), files=None):
-  """A partial that makes a model of this family with a few thousand parameters."""
-  files = files or [f'gin/models/{PRESETS[family]}.gin']
+  """A partial that makes a model of this family with a few thousand parameters.
+
+  Args:
+    family: of `PRESETS`, or the path of a gin file that defines a MODEL.
+    bindings: over those that make it small.
+    files: in place of the family's.
+  """
+  own = [family] if family.endswith('.gin') else None
+  files = files or own or [f'gin/models/{PRESETS[family]}.gin']
   gin = configs.load(files, root='MODEL')
   gin.tree()
   small = []

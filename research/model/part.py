@@ -14,6 +14,7 @@ import jax
 from flax import nnx
 
 from research.core.errors import UserError
+from research.parallel.axes import split_axes, splits
 
 # What gin binds for a part, a norm, a head: `factory(sizes that the parent gives, rngs=rngs)` makes the module.
 Factory = Callable[..., nnx.Module]
@@ -102,6 +103,40 @@ def check_part(part: nnx.Module) -> nnx.Module:
       'what it returns (Cost() for a part that does not mix tokens).'
     )
   return part
+
+
+def call_part(part: nnx.Module, x: jax.Array, context: Context) -> tuple[jax.Array, dict]:
+  """What a part makes of x, checked.
+
+  Raises:
+    UserError: the output is not like x (a smaller one would be broadcast without a word), or the part does not
+      run on this mesh.
+  """
+  name = f'{type(part).__module__}.{type(part).__name__}'
+  try:
+    result = part(x, context)
+  except Exception as error:
+    if isinstance(error, UserError) or not (splits() and _is_about_sharding(error)):
+      raise
+    why = str(error).strip().splitlines()[0].rstrip('.')
+    raise UserError(
+      f'{name} does not run on this mesh, which splits {", ".join(split_axes())}: {why}. Bring its arrays '
+      'where it needs them with axes.shard(x, ...) (docs/parts.md), or choose another mesh.'
+    ) from error
+  if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
+    raise UserError(f'{name} returned {type(result).__name__}; return (y, penalties by name).')
+  y = result[0]
+  if y.shape != x.shape or y.dtype != x.dtype:
+    raise UserError(
+      f'{name} returned {y.dtype}{list(y.shape)} for an input of {x.dtype}{list(x.shape)}; they must be alike.'
+    )
+  return result
+
+
+def _is_about_sharding(error: Exception) -> bool:
+  # jax exports no class for these: it raises a private ShardingTypeError, or a ValueError with such words.
+  said = f'{type(error).__name__} {error}'.lower()
+  return any(word in said for word in ('shard', 'partitionspec', 'mesh'))
 
 
 def cost_of(part: nnx.Module, length: int, encoder_length: int) -> Cost:

@@ -3,7 +3,7 @@
 import jax
 from flax import nnx
 
-from research.model.part import Context, Cost, Factory, check_part, cost_of
+from research.model.part import Context, Cost, Factory, call_part, check_part, cost_of
 
 
 def _add(*penalties: dict) -> dict:
@@ -29,7 +29,7 @@ class Residual(SideBySide):
     self.parts = nnx.List([check_part(part(embed, rngs=rngs)) for part in parts])
 
   def sum_of_parts(self, x, context):
-    ys, penalties = zip(*(part(x, context) for part in self.parts), strict=True)
+    ys, penalties = zip(*(call_part(part, x, context) for part in self.parts), strict=True)
     return sum(ys), _add(*penalties)
 
 
@@ -58,7 +58,8 @@ class PreNormEach(SideBySide):
 
   def __call__(self, x: jax.Array, context: Context):
     pairs = zip(self.parts, self.norms, strict=True)
-    ys, penalties = zip(*(part(norm(x), context) for part, norm in pairs), strict=True)
+    results = (call_part(part, norm(x), context) for part, norm in pairs)
+    ys, penalties = zip(*results, strict=True)
     return x + sum(ys), _add(*penalties)
 
 

@@ -16,9 +16,14 @@ def axis_size(name: str) -> int:
   return math.prod(sizes.get(axis, 1) for axis in as_tuple(rules.get(name)))
 
 
+def split_axes() -> list[str]:
+  """The names of the array axes that the mesh in use splits."""
+  return [name for name in _rules.get() or {} if axis_size(name) > 1]
+
+
 def splits() -> bool:
   """Whether the mesh in use splits anything."""
-  return any(axis_size(name) > 1 for name in _rules.get() or {})
+  return bool(split_axes())
 
 
 def on_each(size: int, name: str) -> int:

@@ -1,8 +1,15 @@
-"""What must hold of every family, over tiny versions of the presets."""
+"""What must hold of every model: over tiny versions of the presets, or of the gin files that `--model` names.
+
+    pytest tests/model/test_model.py --model=mixers/hawk.gin
+
+holds a model of your own to the same.
+"""
 
 import ast
 import functools
+import math
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +17,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from research.core.errors import UserError
 from research.model import counts
+from research.model.part import cost_of
 from research.parallel.hosts import place
 from research.parallel.mesh import Mesh
 from tests.families import PRESETS, tiny
@@ -21,13 +30,34 @@ FAST = ('llama', 'bert', 't5', 'mixtral', 'mamba2')
 FASTEST = ('mixtral',)
 # Tokens there compete for places.
 CAPACITY = ('switch',)
+# Routing is a choice: a rounded score can choose another expert, and then the output is another.
+ROUTED = ('mixtral', 'qwen3_moe', 'deepseek_v2', 'deepseek_v3', 'jamba', 'switch')
 COMPILE = {'xla_backend_optimization_level': 0}
 jit = functools.partial(jax.jit, compiler_options=COMPILE)
 
 
-def families(fast=FAST, without=()):
+def every_model(fast=FAST, without=(), own=True):
+  """The test runs for every family, some of them among the slow tests; with --model, for those gin files alone.
+
+  Args:
+    fast: families that the fast tests have.
+    without: families for which this is not so.
+    own: whether it must hold of any model; if not, there are no tests of it for those of `--model`.
+  """
   names = [name for name in PRESETS if name not in without]
-  return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
+  params = [n if n in fast else pytest.param(n, marks=pytest.mark.slow) for n in names]
+
+  def mark(test):
+    test.families, test.own = params, own
+    return test
+
+  return mark
+
+
+def pytest_generate_tests(metafunc):
+  if hasattr(metafunc.function, 'families'):
+    files, test = metafunc.config.getoption('--model'), metafunc.function
+    metafunc.parametrize('family', (files if test.own else []) if files else test.families)
 
 
 def make(model, seed=0):
@@ -81,7 +111,7 @@ def influence_of(family):
   return model, matrix
 
 
-@pytest.mark.parametrize('family', families())
+@every_model()
 def test_a_causal_model_sees_no_later_token(family):
   model, matrix = influence_of(family)
   sees = matrix(batch_of(model))
@@ -97,7 +127,7 @@ def test_a_causal_model_sees_no_later_token(family):
     assert (sees['encoder'] > 0).all()
 
 
-@pytest.mark.parametrize('family', families(without=CAPACITY))
+@every_model(without=CAPACITY)
 def test_packed_documents_do_not_see_each_other(family):
   model, matrix = influence_of(family)
   batch = batch_of(model)
@@ -114,7 +144,7 @@ def test_packed_documents_do_not_see_each_other(family):
 NO_PREFIX = ('mamba', 'mamba2', 'jamba', 'bert', 't5', 't5_1_0', 'mt5', 'byt5', 'ul2', 'switch')
 
 
-@pytest.mark.parametrize('family', families(without=NO_PREFIX))
+@every_model(without=NO_PREFIX, own=False)
 def test_a_prefix_sees_itself_both_ways_and_nothing_after_it(family):
   model, matrix = influence_of(family)
   batch = batch_of(model)
@@ -142,7 +172,7 @@ def step_of(model):
   return loss_and_gradient, params
 
 
-@pytest.mark.parametrize('family', families(FASTEST))
+@every_model(FASTEST)
 def test_the_mesh_does_not_change_the_loss_or_its_gradient_and_a_step_lowers_it(family):
   model = tiny(family)
   results = []
@@ -164,11 +194,68 @@ def test_the_mesh_does_not_change_the_loss_or_its_gradient_and_a_step_lowers_it(
     assert np.abs(a - b).max() < 1e-4 * scale
 
 
-# Routing is a choice: a rounded score can choose another expert, and then the output is another.
-ROUTED = ('mixtral', 'qwen3_moe', 'deepseek_v2', 'deepseek_v3', 'jamba', 'switch')
+MESHES = [Mesh(fsdp=2), Mesh(tensor=2), Mesh(context=2), Mesh(stage=2)]
 
 
-@pytest.mark.parametrize('family', families(('llama',), without=ROUTED))
+@every_model(('llama', 'mamba'))
+def test_every_mesh_is_run_on_or_refused_in_a_sentence(family):
+  model = tiny(family)
+  run = lambda key, batch: model(rngs=nnx.Rngs(params=key))(batch)[0]
+  for mesh in MESHES:
+    with mesh.use(jax.devices()[:2]):
+      batch = place(batch_of(model, rows=4))
+      try:
+        said = f'{jax.eval_shape(run, jax.random.key(0), batch).shape}'
+      except UserError as error:
+        said = str(error)
+    ran = said == f'(4, {LENGTH}, 64)'
+    assert ran or re.fullmatch(r'.*(does not run on this mesh|Mesh\.).*', said), said
+
+
+# At lengths this short a window is a mask, and hidden pairs are computed; projected relative positions are made
+# for more distances than a query sees. Tokens reach experts by neither products nor arithmetic.
+MORE_THAN_COUNTED = ('gemma2', 'gemma3', 'gopher', 'chinchilla', *ROUTED)
+
+
+@every_model(('llama', 'mamba', 't5'), without=MORE_THAN_COUNTED)
+def test_the_counts_are_of_the_program(family):
+  """No product is left out, and what is counted beyond products is arithmetic that the program does."""
+  model = tiny(family)
+  lengths = {'inputs': LENGTH, 'targets': LENGTH}
+  with Mesh().use(jax.devices()[:1]):
+    module, batch = counts.abstract(model), batch_of(model)
+    jaxpr = jax.make_jaxpr(lambda module, batch: module(batch)[0])(module, batch).jaxpr
+  cost = cost_of(module, LENGTH, LENGTH)
+  found = counts.count(model, lengths)
+  counted = found.flops_chinchilla / 3 * LENGTH - cost.softmax
+  counted -= 2 * cost.one_hot * len(model.func.inputs) * LENGTH
+  products, arithmetic = flops_of(jaxpr)
+  assert products <= counted * (1 + 1e-9)
+  assert counted <= products + arithmetic
+
+
+def flops_of(jaxpr) -> tuple[int, int]:
+  """FLOPs of the matrix products of a program, and of the rest of its arithmetic; of branches, the larger."""
+  products = arithmetic = 0
+  for equation in jaxpr.eqns:
+    sizes = [math.prod(getattr(x.aval, 'shape', ())) for x in equation.outvars]
+    inner = [flops_of(getattr(b, 'jaxpr', b)) for b in equation.params.get('branches', ())]
+    inner = [max(inner)] if inner else []
+    for value in equation.params.values():
+      value = getattr(value, 'jaxpr', value)
+      inner += [flops_of(value)] if hasattr(value, 'eqns') else []
+    trips = equation.params.get('length', 1) if equation.primitive.name == 'scan' else 1
+    products += trips * sum(p for p, _ in inner)
+    arithmetic += trips * sum(a for _, a in inner)
+    if equation.primitive.name == 'dot_general':
+      (contract, _), _ = equation.params['dimension_numbers']
+      products += 2 * sizes[0] * math.prod(equation.invars[0].aval.shape[i] for i in contract)
+    elif not inner:
+      arithmetic += sum(sizes)
+  return products, arithmetic
+
+
+@every_model(('llama',), without=ROUTED)
 def test_bfloat16_is_close_to_float32(family):
   model = tiny(family)
   owner = model.func.__name__
