@@ -18,6 +18,7 @@ FILE_BYTES = 5e9  # of a file to write, as transformers has it
 DTYPES = {'F64': 'float64', 'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}
 WIDTHS = {'BOOL': 1, 'U8': 1, 'I8': 1, 'U16': 2, 'I16': 2, 'U32': 4, 'I32': 4, 'U64': 8, 'I64': 8,
           'F8_E4M3': 1, 'F8_E5M2': 1, 'F64': 8, 'F32': 4, 'F16': 2, 'BF16': 2}  # fmt: skip
+RAW = {'U8': 'uint8', 'I8': 'int8', 'I16': 'int16', 'I32': 'int32', 'I64': 'int64'}
 ONE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 LONGEST_HEADER = 100_000_000  # bytes, as the safetensors package has it
 
@@ -79,11 +80,20 @@ class Tensors(Mapping):
       )
     return np.memmap(file, DTYPES[dtype], 'r', offset, self.shapes[name])
 
+  def raw(self, name: str) -> np.ndarray:
+    """A tensor of any type. What numpy has no type for (float8) comes as bytes."""
+    file, dtype, offset = self.places[name]
+    kind = DTYPES.get(dtype) or RAW.get(dtype, 'uint8')
+    return np.memmap(file, kind, 'r', offset, self.shapes[name])
+
   def same(self, name: str, other: str) -> bool:
     """Whether both tensors are there and equal."""
     if name not in self.places or other not in self.places:
       return False
     return self.shapes[name] == self.shapes[other] and bool((self[name] == self[other]).all())
+
+  def __contains__(self, name) -> bool:  # Mapping's own reads the tensor
+    return name in self.places
 
   def __iter__(self):
     return iter(self.places)

@@ -14,6 +14,7 @@ from research.huggingface.companions import keep_companions
 from research.huggingface.fields import Family, Options, Raw
 from research.huggingface.files import Tensors
 from research.huggingface.names import Tensor
+from research.huggingface.packed import unpack
 from research.huggingface.settings import Settings, is_same, read_json
 
 # What config.json can do to Python by being wrong: none of it is a reader's business to see.
@@ -137,9 +138,12 @@ def open_folder(folder: pathlib.Path) -> tuple[str, list[Tensor], Tensors]:
   if not (folder / 'config.json').is_file():
     raise UserError(f'{folder}: no config.json here (a folder of a downloaded model is wanted).')
   config = read_json(folder / 'config.json')
+  quantisation = config.pop('quantization_config', None)
   given = Tensors(folder)
   family, settings = family_of(config)
   given.rename(_canonical(family, given))
+  if quantisation is not None:
+    given = unpack(given, quantisation)
   settings.tensors, settings.same_tensors = frozenset(given), given.same
   text = gin_text(family, settings)
   gin = configs.Config('MODEL')

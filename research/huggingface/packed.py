@@ -121,14 +121,14 @@ def bitsandbytes_4bit(get: Callable[[str], np.ndarray], kind: str) -> np.ndarray
 
 def bitsandbytes_8bit(get: Callable[[str], np.ndarray]) -> np.ndarray:
   """bitsandbytes' int8: rows of int8 by their largest magnitude (SCB [out]), float32 [out, in]."""
-  magnitudes = np.asarray(get.beside('SCB')).astype(np.float32)
+  magnitudes = np.asarray(get('SCB')).astype(np.float32)
   return np.asarray(get('')).view(np.int8).astype(np.float32) * (magnitudes / 127)[:, None]
 
 
 def fp8_blocks(get: Callable[[str], np.ndarray], block: tuple[int, int]) -> np.ndarray:
   """float8_e4m3fn by blocks: weight_scale_inv [out / block, in / block] multiplies, float32 [out, in]."""
   weight = np.asarray(get('')).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
-  scales = np.asarray(get.beside('weight_scale_inv')).astype(np.float32)
+  scales = np.asarray(get('weight_scale_inv')).astype(np.float32)
   scales = np.repeat(np.repeat(scales, block[0], axis=0), block[1], axis=1)
   return weight * scales[: weight.shape[0], : weight.shape[1]]
 
@@ -139,9 +139,7 @@ def chatglm_int4(get: Callable[[str], np.ndarray]) -> np.ndarray:
   high = packed >> 4  # an arithmetic shift keeps the sign
   low = (packed << 4).astype(np.int8) >> 4
   numbers = np.stack([high, low], axis=-1).reshape(len(packed), -1)
-  return (
-    numbers.astype(np.float32) * np.asarray(get.beside('weight_scale')).astype(np.float32)[:, None]
-  )
+  return numbers.astype(np.float32) * np.asarray(get('weight_scale')).astype(np.float32)[:, None]
 
 
 class Suffixes:
@@ -153,21 +151,18 @@ class Suffixes:
     self.weight = weight
 
   def name(self, suffix: str) -> str:
-    # bitsandbytes hangs its tensors under the weight's own name, the others beside it.
+    # bitsandbytes puts its tensors under the weight's name, the others beside it.
     under = f'{self.weight}.{suffix}' if suffix else self.weight
     return under if under in self.tensors else f'{self.module}.{suffix}'
 
   def has(self, suffix: str) -> bool:
     return self.name(suffix) in self.tensors
 
-  def beside(self, suffix: str) -> np.ndarray:
-    return self.tensors[f'{self.module}.{suffix}']
-
   def __call__(self, suffix: str) -> np.ndarray:
     name = self.name(suffix)
     if name not in self.tensors:
-      raise UserError(f'{name} is missing, and without it {self.weight} cannot be unpacked.')
-    return self.tensors[name]
+      raise UserError(f'{name} is missing; {self.weight} cannot be unpacked without it.')
+    return self.tensors.raw(name)
 
 
 class Unpacked(Mapping):
@@ -203,6 +198,12 @@ class Unpacked(Mapping):
   def __getitem__(self, name: str) -> np.ndarray:
     return self.read(self.packed[name]) if name in self.packed else self.tensors[name]
 
+  def same(self, name: str, other: str) -> bool:
+    """Whether both tensors are there and equal."""
+    if name not in self.shapes or self.shapes[name] != self.shapes.get(other):
+      return False
+    return bool((self[name] == self[other]).all())
+
   def __iter__(self) -> Iterator[str]:
     return iter(self.shapes)
 
@@ -210,15 +211,14 @@ class Unpacked(Mapping):
     return len(self.shapes)
 
 
-def unpack(tensors, config: dict[str, Any]):
+def unpack(tensors, options: dict[str, Any]):
   """The tensors of a folder as floating-point matrices, by the `quantization_config` of its config.json.
 
   Raises:
     UserError: a format, or an option of one, that is not known; it names it.
   """
-  options = config.get('quantization_config')
-  if options is None:
-    return tensors
+  if not isinstance(options, dict):
+    raise UserError(f'config.json: quantization_config is {options!r}, and must be an object.')
   method = options.get('quant_method') or ('bitsandbytes' if 'load_in_4bit' in options else None)
   readers = {'gptq': _gptq, 'awq': _awq, 'bitsandbytes': _bitsandbytes, 'fp8': _fp8}
   if method not in readers:
@@ -232,10 +232,8 @@ def unpack(tensors, config: dict[str, Any]):
 def _require(options: dict, **allowed) -> None:
   for name, values in allowed.items():
     if name in options and options[name] not in values:
-      shown = ' or '.join(map(repr, values))
-      raise UserError(
-        f'config.json: quantization_config has {name} = {options[name]!r}; only {shown} can be read.'
-      )
+      shown = f'{name} = {options[name]!r}; only {" or ".join(map(repr, values))}'
+      raise UserError(f'config.json: quantization_config has {shown} can be read.')
 
 
 def _gptq(tensors, options: dict):

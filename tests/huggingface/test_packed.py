@@ -15,6 +15,9 @@ OUT, IN, GROUP = 16, 32, 8
 class Store(dict):
   """Tensors by name, with their shapes, as a folder of files has them."""
 
+  def raw(self, name):
+    return self[name]
+
   @property
   def shapes(self) -> dict:
     return {name: tuple(value.shape) for name, value in self.items()}
@@ -67,7 +70,7 @@ def test_gptq_with_both_kinds_of_zero_points_and_any_order_of_rows(quantised, la
   if reordered:
     store['a.g_idx'] = quantised['order']
   options = {'quant_method': 'gptq', 'bits': 4, 'sym': False, 'checkpoint_format': label}
-  tensors = packed.unpack(store, {'quantization_config': options})
+  tensors = packed.unpack(store, options)
   assert set(tensors) == {'a.weight', 'b.weight'}
   assert tensors.shapes['a.weight'] == (OUT, IN)
   np.testing.assert_array_equal(tensors['a.weight'], expected(quantised, group_of))
@@ -83,7 +86,7 @@ def test_a_symmetric_gptq_file_is_read_by_its_zero_points_and_not_by_its_label(q
   })  # fmt: skip
   wrong = 'gptq_v2' if stored == 7 else 'gptq'
   options = {'quant_method': 'gptq', 'bits': 4, 'sym': True, 'checkpoint_format': wrong}
-  tensors = packed.unpack(store, {'quantization_config': options})
+  tensors = packed.unpack(store, options)
   group_of = np.repeat(np.arange(IN // GROUP), GROUP)
   np.testing.assert_array_equal(tensors['a.weight'], expected(quantised, group_of))
 
@@ -96,7 +99,7 @@ def test_awq_with_its_order_of_columns_and_zero_points_of_nothing(quantised):
     'a.scales': quantised['scales'],
   })  # fmt: skip
   options = {'quant_method': 'awq', 'bits': 4, 'version': 'gemm', 'zero_point': True}
-  tensors = packed.unpack(store, {'quantization_config': options})
+  tensors = packed.unpack(store, options)
   group_of = np.repeat(np.arange(IN // GROUP), GROUP)
   assert tensors.shapes['a.weight'] == (OUT, IN)
   np.testing.assert_array_equal(tensors['a.weight'], expected(quantised, group_of))
@@ -113,7 +116,7 @@ def test_bitsandbytes_in_four_bits(kind, nested):
   store |= {f'a.weight.{k}': np.asarray(v) for k, v in state.as_dict(packed=True).items()}
   store = Store(store)
   options = {'quant_method': 'bitsandbytes', 'load_in_4bit': True, 'bnb_4bit_quant_type': kind}
-  tensors = packed.unpack(store, {'quantization_config': options})
+  tensors = packed.unpack(store, options)
   assert set(tensors) == {'a.weight'}
   assert tensors.shapes['a.weight'] == (48, 80)
   reference = bnb.dequantize_4bit(values, state).numpy()
@@ -127,7 +130,7 @@ def test_bitsandbytes_in_eight_bits():
     {'a.weight': numbers, 'a.SCB': largest.astype(np.float32), 'a.weight_format': np.uint8(0)}
   )
   options = {'quant_method': 'bitsandbytes', 'load_in_8bit': True}
-  tensors = packed.unpack(store, {'quantization_config': options})
+  tensors = packed.unpack(store, options)
   assert set(tensors) == {'a.weight'}
   reference = [[numbers[i, j] * largest[i] / 127 for j in range(6)] for i in range(4)]
   np.testing.assert_allclose(tensors['a.weight'], reference, rtol=1e-6)
@@ -139,7 +142,7 @@ def test_fp8_by_blocks_that_do_not_divide_the_matrix():
   scales = random.uniform(1, 2, (3, 2)).astype(np.float32)
   store = Store({'a.weight': weight, 'a.weight_scale_inv': scales})
   options = {'quant_method': 'fp8', 'fmt': 'e4m3', 'weight_block_size': [2, 4]}
-  tensors = packed.unpack(store, {'quantization_config': options})
+  tensors = packed.unpack(store, options)
   reference = [[float(weight[i, j]) * scales[i // 2, j // 4] for j in range(7)] for i in range(5)]
   np.testing.assert_allclose(tensors['a.weight'], reference, rtol=1e-6)
 
@@ -156,17 +159,68 @@ def test_fp8_by_blocks_that_do_not_divide_the_matrix():
 )
 def test_a_format_that_is_not_known_is_named(options, says):
   with pytest.raises(UserError, match=says):
-    packed.unpack(Store(), {'quantization_config': options})
+    packed.unpack(Store(), options)
 
 
 def test_a_missing_tensor_is_named(quantised):
   store = Store({'a.qweight': pack(quantised['numbers'].T).T})
-  tensors = packed.unpack(store, {'quantization_config': {'quant_method': 'gptq', 'bits': 4}})
+  tensors = packed.unpack(store, {'quant_method': 'gptq', 'bits': 4})
   with pytest.raises(UserError, match=r'a\.qzeros is missing'):
     tensors['a.weight']
 
 
-def test_a_folder_that_is_not_packed_is_left_alone():
-  store = Store({'a.weight': np.ones(3)})
-  assert packed.unpack(store, {}) is store
-  assert json.dumps(store.shapes) == '{"a.weight": [3]}'
+@pytest.mark.slow
+def test_a_packed_llama_is_the_llama_that_its_numbers_stand_for(tmp_path):
+  """A tiny LLaMA whose projections are in GPTQ's 4 bits converts to the dequantised folder's parameters."""
+  torch = pytest.importorskip('torch')
+  transformers = pytest.importorskip('transformers')
+  import jax
+  from safetensors.numpy import load_file, save_file
+
+  from research.huggingface import inwards
+
+  config = transformers.LlamaConfig(
+    vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2,
+  )  # fmt: skip
+  torch.manual_seed(0)
+  model = transformers.LlamaForCausalLM(config)
+  model.save_pretrained(tmp_path / 'plain')
+  tensors = load_file(tmp_path / 'plain' / 'model.safetensors')
+  quantised, plain = {}, {}
+  for name, weight in tensors.items():
+    if '_proj' not in name:
+      quantised[name] = plain[name] = weight
+      continue
+    columns = weight.T.reshape(-1, 8, weight.shape[0])  # groups of eight inputs
+    scales = (np.abs(columns).max(1) / 7).astype(np.float16)
+    numbers = np.clip(np.round(columns / scales[:, None].astype(np.float32)) + 8, 0, 15)
+    numbers = numbers.reshape(-1, weight.shape[0]).astype(int)
+    module = name.removesuffix('.weight')
+    quantised[f'{module}.qweight'] = np.ascontiguousarray(pack(numbers.T).T)
+    quantised[f'{module}.qzeros'] = pack(np.full((len(scales), weight.shape[0]), 7))
+    quantised[f'{module}.scales'] = np.ascontiguousarray(scales)
+    plain[name] = np.ascontiguousarray(
+      ((numbers.reshape(columns.shape) - 8) * scales[:, None].astype(np.float32))
+      .reshape(numbers.shape)
+      .T.astype(np.float32)
+    )
+  (tmp_path / 'packed').mkdir()
+  save_file(quantised, tmp_path / 'packed' / 'model.safetensors', metadata={'format': 'pt'})
+  save_file(plain, tmp_path / 'plain' / 'model.safetensors', metadata={'format': 'pt'})
+  settings = json.loads((tmp_path / 'plain' / 'config.json').read_text())
+  settings['quantization_config'] = {
+    'quant_method': 'gptq',
+    'bits': 4,
+    'group_size': 8,
+    'sym': True,
+  }
+  (tmp_path / 'packed' / 'config.json').write_text(json.dumps(settings))
+  text, params = inwards.load(tmp_path / 'packed')
+  plain_text, plain_params = inwards.load(
+    tmp_path / 'plain'
+  )  # whose logits are transformers': test_parity.py
+  assert text == plain_text
+  leaves = jax.tree.leaves(params)
+  for ours, reference in zip(leaves, jax.tree.leaves(plain_params), strict=True):
+    np.testing.assert_allclose(ours, reference, rtol=0, atol=1e-6)

@@ -105,7 +105,7 @@ def test_a_command_is_short_and_imported_by_nobody(command):
   'path', sorted((ROOT / 'research').rglob('*.py')), ids=lambda path: path.name
 )
 def test_a_file_is_short(path):
-  assert len(path.read_text().splitlines()) <= 300 or path.name == 'tables.py'
+  assert len(path.read_text().splitlines()) <= 300 or path.match('huggingface/tables.py')
 
 
 @pytest.mark.parametrize('name', sorted(MODULES))
