@@ -1,4 +1,4 @@
-"""FIXME: say what this module is."""
+"""Sequences that the mesh splits over devices: whether one is, and a token's neighbours across the seams."""
 
 import jax
 import jax.numpy as jnp
