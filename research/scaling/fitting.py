@@ -49,7 +49,7 @@ class Options:
   replicates: int = 1000
   level: float = 0.9
   seed: int = 0
-  rule: str = forecasting.DEFAULT
+  rule: str | None = None
 
   def of_the_law(self) -> dict:
     """The arguments of `law_fit.fit`."""
@@ -78,7 +78,7 @@ def fit_results(
   replicates: int = 1000,
   level: float = 0.9,
   seed: int = 0,
-  rule: str = forecasting.DEFAULT,
+  rule: str | None = None,
   conventions: bool = True,
   checkpoints: bool = False,
   strict: bool = False,
@@ -97,7 +97,8 @@ def fit_results(
       approach 2's asymptote too.
     resample: 'residual', 'pairs', 'cluster by run' or 'cluster by budget'; None: 'cluster by run' where runs
       have several rows, and else 'residual'.
-    rule: what a forecast is made by; see forecasting.RULES.
+    rule: what a forecast is made by; see forecasting.RULES. None: learned priors, or where a law was chosen or
+      parameters are held the mean of approaches, which has them.
     conventions: also fit every count of N and C that the rows hold, for the table of conventions.
     checkpoints: take every row of a run, and not only its last.
     strict: a doubt about the table raises RowError.
@@ -147,7 +148,8 @@ def analyse(seen: table.Observations, options: Options, curves: Mapping | None =
   _check_law(options.law, seen)
   cost = fit_cost(seen.params, seen.tokens, seen.flops)
   refusals: dict[str, str] = {}
-  forecasting.check(options.rule)
+  rule = options.rule or _default_rule(options)
+  forecasting.check(rule)
   envelope_of_curves = _approach1(curves, seen, cost, refusals)
   isoflop = _approach2(seen, cost, options, refusals)
   fit = _approach3(seen, options, refusals)
@@ -162,9 +164,15 @@ def analyse(seen: table.Observations, options: Options, curves: Mapping | None =
     )
   result = Analysis(
     seen, cost, envelope_of_curves, isoflop, fit, spread, refusals, level=options.level,
-    rule=options.rule,
+    rule=rule,
   )  # fmt: skip
   return dataclasses.replace(result, doubts=about_groups, notes=tuple(diagnostics.notes(result)))
+
+
+def _default_rule(options: Options) -> str:
+  """Learned priors have a law of their own, so that another one, or a held parameter, asks for another rule."""
+  chosen = options.law != _CHINCHILLA or options.fixed or options.tied
+  return 'mean of approaches' if chosen else forecasting.DEFAULT
 
 
 def _about_groups(seen, fit: fitted.Fit | None) -> tuple[str, ...]:

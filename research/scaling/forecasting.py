@@ -5,7 +5,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from research.core.errors import UserError, did_you_mean
+from research.scaling import bootstrap, planning, prior_fit
 from research.scaling.forecast import Forecast, NoForecast
+from research.scaling.laws.loss import GammaChinchilla
 
 
 class Mean:
@@ -82,8 +84,39 @@ class PowerLaw(Mean):
     return {'approach 2': 1.0}
 
 
-RULES: Mapping[str, Mean] = {rule.name: rule for rule in (Mean(), Law(), PowerLaw())}
-DEFAULT = 'mean of approaches'
+class Learned:
+  """A law with an outer exponent, priors from other public sweeps, and more weight on the larger budgets."""
+
+  name = 'learned priors'
+
+  def forecast(self, analysis, flops: float, params=None, tokens=None) -> Forecast:
+    rows = analysis.rows
+    fit = prior_fit.fit(rows.params, rows.tokens, rows.loss, prior_fit.LEARNED, rows.flops)
+    law, level = GammaChinchilla(), analysis.level
+    if params is None or tokens is None:
+      values = fit.natural(fit.theta)
+      drawn = {name: v[:, None] for name, v in fit.natural(fit.draws()).items()}
+      best = planning.optimum(law, values, flops, analysis.cost)[:2]
+      many = planning.optimum(law, drawn, np.array([flops]), analysis.cost)[:2]
+      spans = [tuple(map(float, bootstrap.interval(v[:, 0], level))) for v in many]
+    else:
+      best = params, tokens
+      spans = [(float(value), float(value)) for value in best]
+    n, d = map(float, best)
+    if not np.isfinite([n, d]).all():
+      raise NoForecast('The law has no optimum at this budget; ask for a run, params and tokens.')
+    low, high = fit.interval(n, d, level, flops)
+    return Forecast(
+      flops, n, d, float(np.exp(fit.predict(n, d, flops)[0][0])), float(low[0]), float(high[0]),
+      *spans[0], *spans[1], level, self.method(analysis), float(flops / rows.flops.max()),
+    )  # fmt: skip
+
+  def method(self, analysis) -> str:
+    return 'GammaChinchilla with priors learned from public sweeps'
+
+
+RULES: Mapping = {rule.name: rule for rule in (Learned(), Mean(), Law(), PowerLaw())}
+DEFAULT = 'learned priors'
 
 
 def check(name: str) -> None:

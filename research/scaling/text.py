@@ -47,7 +47,8 @@ def summary(a) -> str:
     )
     for name in ('approach 2', 'approach 3'):
       tried, share = [t for t in a.trials if t.approach == name], a.shares.get(name, 0)
-      lines.append(f'  {name}: {_errors(tried)}; its share in a forecast {share:.0%}')
+      weighed = f'; its share in a forecast {share:.0%}' if a.rule == 'mean of approaches' else ''
+      lines.append(f'  {name}: {_errors(tried)}{weighed}')
   lines += [f'Note: {note}' for note in a.notes]
   return '\n'.join(lines)
 

@@ -2,6 +2,7 @@
 "the command."""
 
 import dataclasses
+import functools
 import math
 import subprocess
 import sys
@@ -10,9 +11,11 @@ import numpy as np
 import pytest
 
 from research import scaling
-from research.scaling import Columns, NoForecast, RowError, fit_results, laws, planning, serial
+from research.scaling import Columns, NoForecast, RowError, laws, planning, serial
 from research.scaling.report import plots, sections
 
+# Of forecasts this tests how they are made of the two approaches; test_prior_fit.py has the default rule.
+fit_results = functools.partial(scaling.fit_results, rule='mean of approaches')
 TRUE = {'E': 1.2, 'A': 60.0, 'B': 120.0, 'alpha': 0.3, 'beta': 0.3}
 
 
