@@ -56,7 +56,7 @@ def _kyo(folder):
 
 
 def _misfitting(folder):
-  """Li et al. 2025, (Mis)Fitting: the best learning rate of each N and D."""
+  """Li et al. 2025, the misfitting study: the best learning rate of each N and D."""
   rows = _rows(folder / 'misfitting_best.csv')
   return {'best': table.observe(rows)} if rows else {}
 
