@@ -1,0 +1,73 @@
+"""What is written: transformers computes the same from it, and every preset of a known family is written."""
+
+import json
+
+import numpy as np
+import pytest
+
+from research.checkpoints import streamed
+from research.core import configs
+from research.core.errors import UserError
+from research.huggingface import inwards, outwards
+from tests.huggingface import test_parity
+
+torch = pytest.importorskip('torch')
+T = pytest.importorskip('transformers')
+
+# The presets that a family of Hugging Face can say, and the family.
+PRESETS = {
+  'baichuan/7b': 'llama', 'bert/base': 'bert', 'bloom/560m': 'bloom', 'byt5/small': 't5',
+  'deepseek/v2_lite': 'deepseek_v2', 'deepseek/v3': 'deepseek_v3',
+  'falcon/7b': 'falcon', 'falcon/40b': 'falcon',
+  'gemma/2b': 'gemma', 'gemma2/2b': 'gemma2', 'gemma3/1b': 'gemma3_text', 'gemma3/270m': 'gemma3_text',
+  'glm/4_9b': 'glm', 'glm/4_9b_0414': 'glm4', 'gpt2/124m': 'gpt2', 'gpt3/125m': 'gpt2',
+  'gpt_neox/20b': 'gpt_neox', 'jamba/52b': 'jamba', 'llama/7b': 'llama', 'llama/tiny': 'llama',
+  'llama2/70b': 'llama', 'llama3/8b': 'llama', 'mamba/130m': 'mamba', 'mamba2/130m': 'mamba2',
+  'mistral/7b': 'mistral', 'mixtral/8x7b': 'mixtral', 'mpt/7b': 'mpt', 'mt5/small': 'mt5', 'olmo2/7b': 'olmo2',
+  'opt/125m': 'opt', 'pythia/70m': 'gpt_neox', 'qwen/7b': 'qwen2', 'qwen2/0_5b': 'qwen2',
+  'qwen2_5/0_5b': 'qwen2', 'qwen3/0_6b': 'qwen3', 'qwen3/30b_a3b': 'qwen3_moe',
+  'switch/base_8': 'switch_transformers', 't5/1_0_small': 't5', 't5/1_1_small': 't5',
+}  # fmt: skip
+FAST = ('llama/tiny', 'gemma3/270m', 'gpt2/124m')
+
+
+@pytest.mark.parametrize(
+  'name', [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in PRESETS]
+)
+def test_a_preset_has_a_config_json(name):
+  gin = configs.load([f'gin/models/{name}.gin'], root='MODEL')
+  wanted, config = outwards.family_to_write(gin, PRESETS[name])
+  assert config['vocab_size'] > 0
+  assert len({tensor.name for tensor in wanted}) == len(wanted)
+
+
+def test_what_a_family_cannot_say_is_refused():
+  gin = configs.load(['gin/models/baichuan/13b.gin'], root='MODEL')  # ALiBi
+  with pytest.raises(UserError):
+    outwards.family_to_write(gin, 'llama')
+
+
+@pytest.mark.parametrize(
+  'name',
+  [n if n == 'gemma2' else pytest.param(n, marks=pytest.mark.slow) for n in test_parity.CASES],
+)
+def test_transformers_computes_the_same_from_what_is_written(name, tmp_path):
+  reference = test_parity._reference(name)
+  theirs = tmp_path / 'theirs'
+  reference.save_pretrained(theirs)
+  if name == 't5-1.1':
+    test_parity._save_with_head(theirs, reference.lm_head.weight)
+  config = json.loads((theirs / 'config.json').read_text())
+  config |= {'bos_token_id': 3, 'eos_token_id': 4, 'pad_token_id': 5}
+  (theirs / 'config.json').write_text(json.dumps(config))
+  ours, back = tmp_path / 'ours', tmp_path / 'back'
+  inwards.from_hf(theirs, ours)
+  gin = configs.load([str(ours / 'model.gin')], root='MODEL')
+  outwards.save(back, gin, streamed.Params(ours), config['model_type'], source=ours)
+  model = type(reference).from_pretrained(back, attn_implementation='eager', dtype=torch.float32)
+  _, batch, real = test_parity._batch(name)
+  with torch.no_grad():
+    want, got = (m.eval()(**batch).logits.numpy()[real] for m in (reference, model))
+  assert np.abs(got - want).max() < test_parity.TOLERANCE * np.abs(want).max()
+  loaded = model.config
+  assert (loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id) == (3, 4, 5)
