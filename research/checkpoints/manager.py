@@ -5,6 +5,7 @@ and a restore that does not match falls back to the previous good step and says 
 """
 
 import contextlib
+import logging
 import pathlib
 import shutil
 import time
@@ -77,6 +78,17 @@ def partial_checksum(x: np.ndarray, start: int) -> int:
   return total % 2**32
 
 
+class _NotOfFullDisk(logging.Filter):
+  """Leaves out the hundreds of lines that Orbax and asyncio log about a full disk: `Checkpoints` says it."""
+
+  def filter(self, record: logging.LogRecord) -> bool:
+    errors = [Exception(record.getMessage()), record.exc_info and record.exc_info[1]]
+    return not any(error and cli.machine_fault(error) for error in errors)
+
+
+_NOT_OF_FULL_DISK = _NotOfFullDisk()
+
+
 class Checkpoints:
   """The checkpoints of one run, in `folder`/<step>; the newest `keep` of them.
 
@@ -89,6 +101,8 @@ class Checkpoints:
       max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
     )
     handlers = {'state': ocp.StandardCheckpointHandler(), 'meta': ocp.JsonCheckpointHandler()}
+    for logger in ('absl', 'asyncio'):
+      logging.getLogger(logger).addFilter(_NOT_OF_FULL_DISK)  # the same one is added once
     plain = storage.plain_path(self.folder)
     self.manager = ocp.CheckpointManager(plain, options=options, item_handlers=handlers)
 

@@ -6,6 +6,7 @@ import errno
 import os
 import select
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 
@@ -67,7 +68,8 @@ def use_huge_pages() -> None:
   missing = {k: v for k, v in CPU_ENVIRONMENT.items() if k not in os.environ}
   if missing and sys.platform == 'linux':
     os.environ.update(missing)
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    with contextlib.suppress(OSError):  # this user may not start it; it is only faster
+      os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def run(main: Callable[..., int | None], *args) -> None:
@@ -136,6 +138,10 @@ def _prepare_terminal() -> None:
 
 
 def _excepthook(kind, error, trace) -> None:
+  # TensorStore's own threads call back into a save that a full disk has ended; the save has said why.
+  late = kind is RuntimeError and str(error) == 'Event loop is closed'
+  if late and threading.current_thread() is not threading.main_thread():
+    return
   if not issubclass(kind, KeyboardInterrupt):
     sys.__excepthook__(kind, error, trace)
     return

@@ -29,7 +29,7 @@ def local_cache(place) -> pathlib.Path:
   """The folder here for a cache that is a folder or a bucket's URL."""
   path = storage.place(place, SETTING)
   if storage.is_bucket(path):
-    return pathlib.Path(HOME).expanduser() / 'remote' / digest(str(place).rstrip('/'))
+    return storage.place(HOME, SETTING) / 'remote' / digest(str(place).rstrip('/'))
   return path
 
 

@@ -2,11 +2,13 @@
 
 import os
 import pathlib
+import pwd
 
 import pytest
 
 from research.core import storage
 from research.core.errors import UserError
+from research.data import cache
 
 # Each is taken by a glob or a URL for something else than itself.
 SPECIAL = ['a[1]', '[!x]', 'a*b', 'a?b', 'a#1', 'a%20b', 'a%b', 'a|b', 'a\\b', 'gs:', 'a\udcffb']
@@ -58,6 +60,19 @@ def test_a_tilde_is_the_home_of_the_user(monkeypatch):
   assert storage.place('runs/~') == pathlib.Path('runs/~')
   with pytest.raises(UserError, match='--workdir=~nobody-at-all/x: there is no such user'):
     storage.place('~nobody-at-all/x')
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
+  def nobody(uid):
+    raise KeyError(uid)
+
+  monkeypatch.delenv('HOME', raising=False)
+  monkeypatch.delenv('ISOFLOP_CACHE', raising=False)
+  monkeypatch.setattr(pwd, 'getpwuid', nobody)
+  with pytest.raises(
+    UserError, match=r'ISOFLOP_CACHE=~/.cache/isoflop: .* no home folder; name it without ~'
+  ):
+    cache.default_cache()
 
 
 def test_a_file_url_is_a_folder():
