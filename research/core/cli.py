@@ -6,13 +6,13 @@ import errno
 import os
 import select
 import sys
-import threading
 import traceback
 from collections.abc import Callable
 
 from research.core.errors import UserError, did_you_mean
 
 INTERRUPTED = 130  # what a shell expects of a program that SIGINT ended
+_running: list[Callable] = []  # the command that `run` is in the middle of
 PIPE_CLOSED = 141  # and of one that wrote to a pipe nobody reads any more
 
 # Fresh 4 KiB pages cost jax on CPU a third of its time; huge pages must be asked for before the process starts.
@@ -75,6 +75,7 @@ def use_huge_pages() -> None:
 def run(main: Callable[..., int | None], *args) -> None:
   """Runs `main` and exits: 2 with one sentence where the input or the machine was wrong."""
   _prepare_terminal()
+  _running.append(main)
   try:
     code = main(*args) or 0
     for stream in (sys.stdout, sys.stderr):
@@ -97,6 +98,8 @@ def run(main: Callable[..., int | None], *args) -> None:
     if sentence is None:
       raise
     sys.exit(_say(f'error: {sentence}', 2))
+  finally:
+    _running.clear()
 
 
 def machine_fault(error: BaseException) -> str | None:
@@ -138,9 +141,9 @@ def _prepare_terminal() -> None:
 
 
 def _excepthook(kind, error, trace) -> None:
-  # TensorStore's own threads call back into a save that a full disk has ended; the save has said why.
-  late = kind is RuntimeError and str(error) == 'Event loop is closed'
-  if late and threading.current_thread() is not threading.main_thread():
+  # TensorStore calls back into a save that a full disk has ended, and the save has said why. An error of the
+  # command itself does not come here before `run` has ended.
+  if _running and kind is RuntimeError and str(error) == 'Event loop is closed':
     return
   if not issubclass(kind, KeyboardInterrupt):
     sys.__excepthook__(kind, error, trace)
