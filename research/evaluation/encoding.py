@@ -1,0 +1,104 @@
+"""Text to token ids and back, without TensorFlow: the same ids as freezing gives for a vocabulary."""
+
+import json
+import pathlib
+from typing import Protocol
+
+from research.core.errors import UserError
+from research.data import vocabularies
+
+BYTE_OFFSET = 3  # ids 0 to 2 are padding, end of text and unknown
+
+
+class Encoding(Protocol):
+  """A tokenizer. `end` is the id of its end-of-text token, `size` one more than its highest id."""
+
+  end: int
+  size: int
+
+  def encode(self, text: str) -> list[int]:
+    """The ids of a text, no special tokens among them."""
+    ...
+
+  def decode(self, ids: list[int]) -> str:
+    """The text of ids, special ones left out."""
+    ...
+
+
+class ByteEncoding:
+  """UTF-8 bytes plus 3, as `vocabularies.Bytes`."""
+
+  end = 1
+  size = 256 + BYTE_OFFSET
+
+  def encode(self, text: str) -> list[int]:
+    return [byte + BYTE_OFFSET for byte in text.encode()]
+
+  def decode(self, ids: list[int]) -> str:
+    data = bytes(i - BYTE_OFFSET for i in ids if BYTE_OFFSET <= i < self.size)
+    return data.decode(errors='replace')
+
+
+class SentencePieceEncoding:
+  """A SentencePiece model's ids, as `vocabularies.SentencePiece`."""
+
+  def __init__(self, file: str):
+    import sentencepiece
+
+    self.model = sentencepiece.SentencePieceProcessor(model_file=str(file))
+    self.end, self.size = self.model.eos_id(), self.model.get_piece_size()
+
+  def encode(self, text: str) -> list[int]:
+    return self.model.encode(text)
+
+  def decode(self, ids: list[int]) -> str:
+    return self.model.decode([i for i in ids if 0 < i < self.size and not self.model.is_control(i)])
+
+
+class HuggingFaceEncoding:
+  """A tokenizer.json's ids, as `vocabularies.HuggingFaceTokenizer`: moved up by one where its 0 is text."""
+
+  def __init__(self, vocabulary: vocabularies.HuggingFaceTokenizer):
+    import tokenizers
+
+    self.tokenizer = tokenizers.Tokenizer.from_file(vocabulary.file)
+    settings = json.loads(pathlib.Path(vocabulary.file).read_text())
+    special = {t['id'] for t in settings.get('added_tokens', ()) if t.get('special')}
+    self.offset = 0 if 0 in special else 1
+    names = [vocabulary.eos] if vocabulary.eos else END_NAMES
+    ends = [i for name in names if (i := self.tokenizer.token_to_id(name)) is not None]
+    if not ends:
+      raise UserError(
+        f'{vocabulary.file}: no end-of-text token; name it: HuggingFaceTokenizer.eos.'
+      )
+    self.end = ends[0] + self.offset
+    self.size = self.offset + 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values())
+
+  def encode(self, text: str) -> list[int]:
+    return [i + self.offset for i in self.tokenizer.encode(text, add_special_tokens=False).ids]
+
+  def decode(self, ids: list[int]) -> str:
+    own = [i - self.offset for i in ids if self.offset <= i < self.size]
+    return self.tokenizer.decode(own, skip_special_tokens=True)
+
+
+# In this order, as freezing looks for them.
+END_NAMES = ('</s>', '<|endoftext|>', '<eos>', '<|end_of_text|>', '<|im_end|>', '[SEP]')
+
+
+def make_encoding(vocabulary: vocabularies.Vocabulary) -> Encoding:
+  """The tokenizer of a vocabulary.
+
+  Raises:
+    UserError: it is a SentencePiece model that freezing trains, whose file nobody named.
+  """
+  if isinstance(vocabulary, vocabularies.Bytes):
+    return ByteEncoding()
+  if isinstance(vocabulary, vocabularies.HuggingFaceTokenizer):
+    return HuggingFaceEncoding(vocabulary)
+  if vocabulary.file is None:
+    raise UserError(
+      'Suite.vocabulary: this run trained its own SentencePiece model; bind a '
+      'vocabularies.SentencePiece whose file is that model (in the data cache, vocabularies/*.model).'
+    )
+  return SentencePieceEncoding(vocabulary.file)

@@ -1,0 +1,152 @@
+"""A trained model from its folder: what it is, its parameters, its tokenizer.
+
+The folder is a run's (config.gin and checkpoints/) or a converted one's (model.gin and a checkpoint).
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+
+import jax
+import numpy as np
+from flax import nnx
+
+from research.checkpoints import streamed
+from research.checkpoints.manager import partial_checksum
+from research.core import configs
+from research.core.errors import UserError
+from research.data.vocabularies import Vocabulary
+from research.parallel import hosts
+from research.parallel.mesh import Mesh
+from research.training.run import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+  """What a folder says of a model, before any of its parameters are read.
+
+  Attributes:
+    model: makes it: `model(rngs=...)`.
+    run: the run that trained it; None for a converted model.
+    params: its newest checkpoint's.
+  """
+
+  path: pathlib.Path
+  model: object
+  run: Run | None
+  params: streamed.Params
+
+  @property
+  def step(self) -> int:
+    """The step of the checkpoint."""
+    return int(self.params.state.parent.name)
+
+
+def open_folder(path: str | pathlib.Path) -> Folder:
+  """Reads what a folder's model is.
+
+  Raises:
+    UserError: it holds no model, or no checkpoint.
+  """
+  path = pathlib.Path(path)
+  if not path.is_dir():
+    raise UserError(f'--checkpoint={path}: there is no such folder.')
+  if (path / 'config.gin').is_file():
+    run = configs.load(str(path / 'config.gin')).build()
+    return Folder(path, run.model, run, streamed.Params(path))
+  if (path / 'model.gin').is_file():
+    model = configs.load(str(path / 'model.gin'), root='MODEL').tree()
+    return Folder(path, model, None, streamed.Params(path))
+  raise UserError(
+    f'--checkpoint={path} holds no config.gin (of a run) and no model.gin (of a converted model).'
+  )
+
+
+def abstract_model(model) -> nnx.Module:
+  """The model with shapes in place of arrays."""
+  return jax.eval_shape(lambda: model(rngs=nnx.Rngs(params=jax.random.key(0))))
+
+
+def read_params(folder: Folder) -> dict:
+  """The parameters, on the mesh in use; the optimizer's state is not read.
+
+  Raises:
+    UserError: a parameter is missing, has another shape, or does not match its checksum.
+  """
+  abstract = nnx.to_pure_dict(nnx.state(abstract_model(folder.model)))
+  where = hosts.on_mesh(abstract)
+  expected = _checksums(folder.params.state.parent)
+  leaves, treedef = jax.tree.flatten_with_path(where)
+  arrays = []
+  for path, wanted in leaves:
+    keys = tuple(key.key for key in path)
+    name = '/'.join(map(str, keys))
+    value = np.asarray(folder.params.piece(keys, ()))
+    if value.shape != wanted.shape:
+      raise UserError(
+        f'{folder.path}: {name} is {value.shape} in the checkpoint, and {wanted.shape} in the model.'
+      )
+    total = expected.get(f'params/{name}')
+    if total is not None and partial_checksum(np.ascontiguousarray(value), 0) != total:
+      raise UserError(
+        f'{folder.path}: the checkpoint at step {folder.step} is damaged ({name}); delete it to use '
+        'the one before it.'
+      )
+    arrays.append(jax.device_put(value.astype(wanted.dtype), wanted.sharding))
+    folder.params.forget()
+  return jax.tree.unflatten(treedef, arrays)
+
+
+def _checksums(checkpoint: pathlib.Path) -> dict[str, int]:
+  path = checkpoint / 'meta' / 'metadata'
+  return json.loads(path.read_text()).get('checksums', {}) if path.is_file() else {}
+
+
+def vocabulary_of(run: Run | None) -> Vocabulary:
+  """The vocabulary that a run trained with.
+
+  Raises:
+    UserError: there is no run, or its streams are a registered task's.
+  """
+  stream = _first_stream(run) if run else None
+  if stream is None or stream.registered:
+    raise UserError('the checkpoint does not say its tokenizer: bind Suite.vocabulary.')
+  return stream.vocabulary
+
+
+def architecture_of(run: Run | None, model: nnx.Module) -> str:
+  """One of `rows.ARCHITECTURES`, by the model and by what it was trained on.
+
+  Raises:
+    UserError: an encoder has no likelihood of a text.
+  """
+  if 'encoder' in model.inputs:
+    return 'encoder_decoder'
+  if not model.causal:
+    raise UserError(
+      'this model sees both ways, so it gives no likelihood of a text: evaluate a decoder or an '
+      'encoder-decoder.'
+    )
+  stream = _first_stream(run) if run else None
+  names = ('prefix_lm', 'span_corruption', 'ul2')  # objectives whose context sees itself both ways
+  return 'prefix' if stream is not None and stream.name in names else 'decoder'
+
+
+def _first_stream(run: Run):
+  streams = getattr(run.train, 'streams', None)
+  return next(iter(streams.values())) if isinstance(streams, dict) else run.train
+
+
+def length_of(run: Run | None) -> int:
+  """The longest row that a run trained on; for a converted model, 1024."""
+  return max(run.train.lengths.values()) if run else 1024
+
+
+def mesh_for(model) -> Mesh:
+  """Data parallel; parameters that would fill a device are split over all of them."""
+  devices = jax.devices()
+  leaves = jax.tree.leaves(nnx.to_pure_dict(nnx.state(abstract_model(model))))
+  size = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
+  memory = (devices[0].memory_stats() or {}).get('bytes_limit')
+  return Mesh(data=1, fsdp=-1) if memory and size > 0.5 * memory else Mesh()

@@ -1,0 +1,291 @@
+"""Tasks judge answers as they should, and a suite keeps what is finished, tells what failed, and goes on."""
+
+import dataclasses
+import json
+import math
+import random
+import subprocess
+import sys
+
+import pytest
+
+from research.core import configs
+from research.core.errors import Invalid, UserError
+from research.data.corpora import TextFiles
+from research.evaluation import corpus_tasks, generated_tasks, suite
+from research.evaluation.encoding import ByteEncoding
+from research.evaluation.requests import (
+  Failed,
+  GenerateUntil,
+  Generation,
+  Likelihood,
+  LogLikelihood,
+)
+from research.evaluation.task import Item, Task, judge_choices
+
+KINDS = (
+  generated_tasks.Arithmetic(), generated_tasks.Arithmetic(operation='-', digits=3),
+  generated_tasks.ModularArithmetic(), generated_tasks.Copying(), generated_tasks.Sorting(),
+  generated_tasks.Brackets(),
+)  # fmt: skip
+
+
+def solve(question: str) -> str:
+  """The answer to a generated question, by other means than the task's."""
+  verb, _, rest = question.partition(' ')
+  word = rest.rstrip(':')
+  match verb:
+    case 'copy':
+      return word
+    case 'sort':
+      return ''.join(sorted(word))
+    case 'close':
+      while (shorter := word.replace('()', '').replace('<>', '')) != word:
+        word = shorter
+      return word[::-1].translate(str.maketrans('(<', ')>'))
+  return str(eval(question.rstrip('=')))  # an arithmetic expression of this file's own making
+
+
+@pytest.mark.parametrize('task', KINDS, ids=lambda task: task.name)
+def test_a_generated_problem_is_right(task):
+  chance = random.Random(1)
+  for _ in range(200):
+    problem = task.problem(chance)
+    assert problem.answer == solve(problem.question)
+    assert problem.answer
+  chain = dataclasses.replace(task, mode='chain', shots=2)
+  first, second = (chain.items()[0].requests[0] for _ in range(2))
+  assert first == second  # the same every time
+  *shots, question = first.context.split('\n')
+  assert len(shots) == 2
+  assert question not in [shot[: len(question)] for shot in shots]
+  for line in (*shots, question + first.continuation.strip()):
+    asked, _, given = line.partition('[')
+    assert given.rpartition(']')[2] == solve(asked)
+
+
+def test_the_columns_of_an_addition_are_its_chain():
+  problem = generated_tasks.Arithmetic(digits=2).problem(random.Random(5))
+  assert (problem.question, problem.steps, problem.answer) == ('89+42=', '9+2=11,8+4+1=13', '131')
+
+
+class Scripted:
+  """Answers from a function of the request, in place of an engine."""
+
+  def __init__(self, answer):
+    self.one, self.asked = answer, 0
+
+  def answer(self, requests, progress=lambda done, of: None):
+    self.asked += len(requests)
+    return [self.one(request) for request in requests]
+
+
+def knows(request):
+  """Knows every sum, and writes its chain."""
+  if isinstance(request, LogLikelihood):
+    return Likelihood(-0.5, len(request.continuation), True)
+  question = request.context.split('\n')[-1]
+  return Generation(f'[so]{solve(question)}', 5, True)
+
+
+def test_accuracy_is_of_the_answer_and_nats_are_beside_it():
+  direct = generated_tasks.Arithmetic(examples=20)
+  chain = dataclasses.replace(direct, mode='chain')
+  for task in (direct, chain):
+    result = suite.run_task(task, Scripted(knows))
+    assert result['metrics']['accuracy'] == 1.0
+    assert result['metrics']['nats'] == 0.5
+    wrong = suite.run_task(task, Scripted(lambda request: (
+      Likelihood(-9.0, 3, False) if isinstance(request, LogLikelihood) else Generation(']7', 2, True)
+    )))  # fmt: skip
+    assert wrong['metrics']['accuracy'] == 0.0
+  endless = suite.run_task(chain, Scripted(
+    lambda request: dataclasses.replace(a, stopped=False) if hasattr(a := knows(request), 'text') else a
+  ))  # fmt: skip
+  assert endless['metrics']['accuracy'] == 0.0
+
+
+def test_choices_by_likelihood_and_by_likelihood_per_byte():
+  answers = [Likelihood(math.log(p), 1, False) for p in (0.2, 0.3, 0.1)]
+  judged = judge_choices(answers, ['a' * 40, 'bb', 'c'], right=1)
+  assert judged == {
+    'accuracy': 1.0, 'accuracy_per_byte': 0.0, 'choice_nats': pytest.approx(math.log(2))
+  }  # fmt: skip
+
+
+def test_a_failed_request_is_in_no_mean_and_is_counted(tmp_path):
+  def some(request):
+    return Failed('too long.') if '1' in request.context else Likelihood(-1.0, 2, True)
+
+  task = generated_tasks.Arithmetic(examples=50)
+  failing = sum('1' in item.requests[0].context for item in task.items())
+  result = suite.run_task(task, Scripted(some))
+  assert (result['failed'], result['reasons']) == (failing, {'too long.': failing})
+  assert result['metrics']['accuracy'] == 1.0
+  assert f'  {failing} items failed: too long.' in suite.show(task.name, result)
+  nothing = suite.run_task(task, Scripted(lambda request: Failed('no.')))
+  assert (nothing['metrics'], nothing['failed']) == ({}, 50)
+  assert 'no item has an answer' in suite.show(task.name, nothing)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Missing(Task):
+  """A task without data."""
+
+  name = 'missing'
+
+  def items(self) -> list[Item]:
+    raise UserError('there is no file x.jsonl.')
+
+  def measure(self, item, answers):
+    raise AssertionError
+
+
+def test_a_suite_goes_on_where_it_was_and_past_a_task_without_data(tmp_path):
+  tasks = (generated_tasks.Copying(examples=4), Missing(), generated_tasks.Sorting(examples=4))
+  whole = suite.Suite(tasks=tasks)
+  calls, identity = [], {'checkpoint': 'runs/a', 'step': 7}
+
+  def dies(request):
+    calls.append(request)
+    if len(calls) > 6:
+      raise KeyboardInterrupt
+    return knows(request)
+
+  with pytest.raises(KeyboardInterrupt):
+    suite.run_suite(whole, Scripted(dies), tmp_path, identity)
+  engine = Scripted(knows)
+  summary = suite.run_suite(whole, engine, tmp_path, identity)
+  assert engine.asked == 4  # the sorting alone
+  row = json.loads((tmp_path / 'row.json').read_text())
+  assert row == summary['row']
+  assert row['step'] == 7
+  assert row['eval/copying-5-0shot-direct/accuracy'] == 1.0
+  assert row['eval/missing/error'] == 'there is no file x.jsonl.'
+  assert row['eval/sorting-5-0shot-direct/failed'] == 0
+  # Another checkpoint is another result.
+  engine = Scripted(knows)
+  suite.run_suite(whole, engine, tmp_path, {**identity, 'step': 8})
+  assert engine.asked == 8
+
+
+@pytest.mark.parametrize(
+  ('make', 'message'),
+  [
+    (lambda: suite.Suite(tasks=()), r'Suite\.tasks: must be one or more tasks'),
+    (
+      lambda: suite.Suite(tasks=2 * (generated_tasks.Copying(),)),
+      'two of them are named copying-5',
+    ),
+    (
+      lambda: generated_tasks.Copying(mode='cot'),
+      r"Copying\.mode: 'cot' is not one of direct, chain",
+    ),
+    (lambda: generated_tasks.Arithmetic(operation='*'), r"Arithmetic\.operation: '\*' is not"),
+    (lambda: generated_tasks.Sorting(length=0), r'Sorting\.length: 0 must be positive'),
+    (lambda: generated_tasks.Sorting(examples=0), r'Sorting\.examples: 0 must be positive'),
+  ],
+)
+def test_what_is_wrong_with_a_suite_is_told(make, message):
+  with pytest.raises(Invalid, match=message):
+    make()
+
+
+def test_every_suite_of_the_project_builds():
+  built = configs.load('gin/evaluation/quickstart.gin', root='EVALUATION').build()
+  assert len({task.name for task in built.tasks}) == len(built.tasks) == 9
+
+
+@pytest.fixture(scope='module')
+def corpus(text_file):
+  return TextFiles(files=str(text_file), validation_fraction=0.2)
+
+
+def test_a_line_is_asked_for_among_lines_of_its_document(corpus):
+  task = corpus_tasks.LineCloze(corpus=corpus, examples=5, context=200)
+  texts = corpus_tasks.documents(corpus, 100)
+  items = task.items()
+  assert len(items) == min(5, len(texts))
+  for item in items:
+    choices, right = item.target
+    context = item.requests[0].context
+    (text,) = [text for text in texts if context + choices[right] in text]
+    assert len(set(choices)) == 4
+    assert all(choice in text for choice in choices)
+    assert len(context) <= 200
+    assert [request.continuation for request in item.requests] == [c + '\n' for c in choices]
+  with pytest.raises(UserError, match='has 999 different lines of 12 characters; lower'):
+    corpus_tasks.LineCloze(corpus=corpus, choices=999).items()
+
+
+def test_perplexity_weighs_documents_by_their_tokens(corpus):
+  task = corpus_tasks.Perplexity(corpus=corpus, examples=2, longest=100)
+  assert [item.target for item in task.items()] == [100] * 2
+  rows = [{'nats': 2.0, 'tokens': 1, 'bytes': 4}, {'nats': 4.0, 'tokens': 2, 'bytes': 5}]
+  metrics = task.summarise(rows)
+  assert metrics['nats_per_token'] == 2.0
+  assert metrics['perplexity'] == pytest.approx(math.exp(2.0))
+  assert metrics['bits_per_byte'] == pytest.approx(6.0 / math.log(2) / 9)
+
+
+def test_bytes_are_the_ids_that_training_uses():
+  encoding = ByteEncoding()
+  assert encoding.encode('aé') == [100, 198, 172]
+  assert encoding.decode([0, 100, 198, 172, 1, 300]) == 'aé'
+  assert GenerateUntil('a').until == ('\n',)
+
+
+SUITE = """
+from __gin__ import dynamic_registration
+from research.data import corpora
+from research.evaluation import corpus_tasks
+from research.evaluation import generated_tasks
+from research.evaluation import suite
+EVALUATION = @suite.Suite
+suite.Suite:
+  tasks = (@corpus_tasks.Perplexity(), @generated_tasks.Copying())
+  batch_size = 4
+  stride = 8
+corpus_tasks.Perplexity:
+  corpus = @corpora.TextFiles()
+  examples = 4
+corpora.TextFiles:
+  files = '{files}'
+  validation_fraction = 0.2
+generated_tasks.Copying.examples = 8
+"""
+
+
+@pytest.mark.slow
+def test_the_command_evaluates_a_run(text_file, tmp_path, user_environment):
+  def command(*words):
+    return subprocess.run(
+      [sys.executable, '-m', *words], cwd=configs.ROOT, capture_output=True, text=True,
+      env=user_environment,
+    )  # fmt: skip
+
+  run = tmp_path / 'run'
+  done = command(
+    'research.train', '--gin_file=tests/gin/decoder.gin', f"--gin.FILES='{text_file}'",
+    '--gin.Run.steps=60', f'--workdir={run}',
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  (tmp_path / 'suite.gin').write_text(SUITE.format(files=text_file))
+  evaluate = ('research.evaluate', f'--gin_file={tmp_path / "suite.gin"}', f'--checkpoint={run}')
+  done = command(*evaluate)
+  assert done.returncode == 0, done.stderr
+  row = json.loads((run / 'evaluation' / 'suite' / 'row.json').read_text())
+  trained = json.loads((run / 'run.json').read_text())
+  # The run's own validation is of the same documents, in rows that begin anew.
+  ours = row['eval/perplexity-text_files/bits_per_byte']
+  assert ours == pytest.approx(trained['bits_per_byte'], rel=0.1)
+  assert (row['step'], row['length'], row['architecture']) == (60, 32, 'decoder')
+  assert row['eval/copying-5-0shot-direct/items'] == 8
+  again = command(*evaluate)
+  assert again.stdout == done.stdout
+  wrong = command(*evaluate, '--gin.Suite.batch_size=0')
+  assert wrong.returncode == 2
+  assert 'Traceback' not in wrong.stderr
+  missing = command(evaluate[0], evaluate[1], f'--checkpoint={tmp_path}')
+  assert missing.returncode == 2
+  assert 'holds no config.gin (of a run) and no model.gin' in missing.stderr
