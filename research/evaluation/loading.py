@@ -146,7 +146,8 @@ def length_of(run: Run | None) -> int:
 def mesh_for(model) -> Mesh:
   """Data parallel; parameters that would fill a device are split over all of them."""
   devices = jax.devices()
-  leaves = jax.tree.leaves(nnx.to_pure_dict(nnx.state(abstract_model(model))))
+  with Mesh().use(devices[:1]):  # shapes are asked for under some mesh
+    leaves = jax.tree.leaves(nnx.to_pure_dict(nnx.state(abstract_model(model))))
   size = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
   memory = (devices[0].memory_stats() or {}).get('bytes_limit')
   return Mesh(data=1, fsdp=-1) if memory and size > 0.5 * memory else Mesh()

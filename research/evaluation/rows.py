@@ -30,7 +30,8 @@ class Settings:
   Attributes:
     length: the most tokens of a row; of an encoder-decoder, of each side.
     architecture: 'decoder', 'prefix' (a decoder whose context sees itself both ways), 'encoder_decoder'.
-    begin: the id in front of every row; None for none (models that were trained without).
+    begin: the id in front of every row; None for none (models that were trained without). Then only a text
+      without any context begins with an end-of-text token, as in lm-eval.
     too_long: 'refuse' fails a request that does not fit; 'cut' leaves out the left of its context.
     stride: how many new tokens each window of a rolling log-likelihood scores; None is `length`, so that the
       windows touch. A smaller stride gives each token a longer context and costs more.
@@ -113,12 +114,8 @@ def _likelihood(number, request, encoding, settings) -> list[Row] | Failed:
   context, continuation = split_tokens(request.context, request.continuation, encoding)
   if not continuation:
     return Failed('the continuation has no tokens.')
-  if settings.begin is None and not context:
-    return Failed(
-      'the context has no tokens, and Settings.begin is None: nothing predicts the first.'
-    )
   tokens = context + continuation
-  begin = [] if settings.begin is None else [settings.begin]
+  begin = [settings.begin] if settings.begin is not None else [] if context else [encoding.end]
   sequence = begin + tokens
   # The last token is predicted and never read.
   over = len(sequence) - 1 - settings.length

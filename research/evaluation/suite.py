@@ -4,15 +4,13 @@ import collections
 import dataclasses
 import json
 import pathlib
-import time
 from collections.abc import Callable
 
 from research.core import storage
 from research.core.describe import describe
-from research.core.errors import Invalid, UserError
+from research.core.errors import Invalid
 from research.data.vocabularies import Vocabulary
 from research.evaluation.engine import Engine
-from research.evaluation.requests import Failed
 from research.evaluation.task import Task
 
 
@@ -72,7 +70,7 @@ def run_suite(
     key = {**identity, 'task': describe(task, 0)}
     result = _finished(path, key)
     if result is None:
-      result = run_task(task, engine, lambda done, of, task=task: progress(task.name, done, of))
+      result = task.run(engine, lambda done, of, task=task: progress(task.name, done, of))
       if 'error' not in result:
         storage.write_atomic(path, json.dumps({'of': key, **result}, indent=1) + '\n')
     results[task.name] = result
@@ -90,38 +88,6 @@ def _finished(path: pathlib.Path, key: dict) -> dict | None:
   except (FileNotFoundError, json.JSONDecodeError):
     return None
   return result if result.pop('of', None) == key else None
-
-
-def run_task(task: Task, engine: Engine, progress=lambda done, of: None) -> dict:
-  """One task's metrics, and how many of its items failed, and why; or {'error': why it could not start}.
-
-  An item with a failed request counts as failed and in no metric.
-  """
-  began = time.monotonic()
-  try:
-    items = task.items()
-  except UserError as error:
-    return {'error': str(error)}
-  requests = [request for item in items for request in item.requests]
-  answers = iter(engine.answer(requests, progress))
-  measures, reasons, cut = [], collections.Counter(), 0
-  for item in items:
-    own = [next(answers) for _ in item.requests]
-    failures = [answer.reason for answer in own if isinstance(answer, Failed)]
-    if failures:
-      reasons[failures[0]] += 1
-      continue
-    cut += any(answer.cut for answer in own)
-    measures.append(task.measure(item, own))
-  return {
-    'metrics': task.summarise(measures),
-    'items': len(items),
-    'failed': sum(reasons.values()),
-    'cut': cut,
-    'reasons': dict(reasons.most_common(5)),
-    'requests': len(requests),
-    'seconds': time.monotonic() - began,
-  }
 
 
 def row_of(identity: dict, results: dict[str, dict]) -> dict:

@@ -1,13 +1,16 @@
 """What a task is: items, each with its requests and what a right answer is, and measures of the answers."""
 
 import abc
+import collections
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from research.core.errors import Invalid
-from research.evaluation.requests import Answer, Likelihood, Request
+from research.core.errors import Invalid, UserError
+from research.evaluation.engine import Engine
+from research.evaluation.requests import Answer, Failed, Likelihood, Request
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +58,39 @@ class Task(abc.ABC):
   @abc.abstractmethod
   def measure(self, item: Item, answers: Sequence[Answer]) -> dict[str, float]:
     """What the answers to one item are worth; none of them is `Failed`."""
+
+  def run(
+    self, engine: Engine, progress: Callable[[int, int], None] = lambda done, of: None
+  ) -> dict:
+    """The task's metrics, how many of its items failed and why; or {'error': why it could not start}.
+
+    An item with a failed request counts as failed, and is in no metric.
+    """
+    began = time.monotonic()
+    try:
+      items = self.items()
+    except UserError as error:
+      return {'error': str(error)}
+    requests = [request for item in items for request in item.requests]
+    answers = iter(engine.answer(requests, progress))
+    measures, reasons, cut = [], collections.Counter(), 0
+    for item in items:
+      own = [next(answers) for _ in item.requests]
+      failures = [answer.reason for answer in own if isinstance(answer, Failed)]
+      if failures:
+        reasons[failures[0]] += 1
+        continue
+      cut += any(answer.cut for answer in own)
+      measures.append(self.measure(item, own))
+    return {
+      'metrics': self.summarise(measures),
+      'items': len(items),
+      'failed': sum(reasons.values()),
+      'cut': cut,
+      'reasons': dict(reasons.most_common(5)),
+      'requests': len(requests),
+      'seconds': time.monotonic() - began,
+    }
 
   def summarise(self, measures: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The task's metrics: means over its items, with the standard error of each mean."""

@@ -177,7 +177,7 @@ def test_what_does_not_fit_is_refused_or_cut_and_told(llama):
 @pytest.mark.parametrize(
   ('request_', 'settings', 'why'),
   [
-    (LogLikelihood('', 'a'), {'begin': None}, 'nothing predicts the first'),
+    (GenerateUntil('', max_tokens=4), {'begin': None}, 'nothing to start from'),
     (LogLikelihood('a', ''), {}, 'the continuation has no tokens'),
     (RollingLogLikelihood(''), {}, 'the text has no tokens'),
     (GenerateUntil('a', max_tokens=96), {}, 'leave no room for a context in 96'),

@@ -92,14 +92,14 @@ def test_accuracy_is_of_the_answer_and_nats_are_beside_it():
   direct = generated_tasks.Arithmetic(examples=20)
   chain = dataclasses.replace(direct, mode='chain')
   for task in (direct, chain):
-    result = suite.run_task(task, Scripted(knows))
+    result = task.run(Scripted(knows))
     assert result['metrics']['accuracy'] == 1.0
     assert result['metrics']['nats'] == 0.5
-    wrong = suite.run_task(task, Scripted(lambda request: (
+    wrong = task.run(Scripted(lambda request: (
       Likelihood(-9.0, 3, False) if isinstance(request, LogLikelihood) else Generation(']7', 2, True)
     )))  # fmt: skip
     assert wrong['metrics']['accuracy'] == 0.0
-  endless = suite.run_task(chain, Scripted(
+  endless = chain.run(Scripted(
     lambda request: dataclasses.replace(a, stopped=False) if hasattr(a := knows(request), 'text') else a
   ))  # fmt: skip
   assert endless['metrics']['accuracy'] == 0.0
@@ -119,11 +119,11 @@ def test_a_failed_request_is_in_no_mean_and_is_counted(tmp_path):
 
   task = generated_tasks.Arithmetic(examples=50)
   failing = sum('1' in item.requests[0].context for item in task.items())
-  result = suite.run_task(task, Scripted(some))
+  result = task.run(Scripted(some))
   assert (result['failed'], result['reasons']) == (failing, {'too long.': failing})
   assert result['metrics']['accuracy'] == 1.0
   assert f'  {failing} items failed: too long.' in suite.show(task.name, result)
-  nothing = suite.run_task(task, Scripted(lambda request: Failed('no.')))
+  nothing = task.run(Scripted(lambda request: Failed('no.')))
   assert (nothing['metrics'], nothing['failed']) == ({}, 50)
   assert 'no item has an answer' in suite.show(task.name, nothing)
 
