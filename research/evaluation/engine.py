@@ -32,7 +32,7 @@ from research.evaluation.requests import (
 )
 from research.evaluation.rows import Row, Settings, batch_of, bucket, rows_of
 from research.parallel.hosts import place
-from research.training.losses import default_chunks, token_losses
+from research.training.cross_entropy import default_chunks, token_losses
 
 # One program for each model and shape, however many engines there are.
 compiled_once = functools.partial(jax.jit, static_argnums=0)

@@ -19,7 +19,7 @@ from research.evaluation.requests import (
   RollingLogLikelihood,
 )
 from research.evaluation.rows import Settings
-from research.huggingface import conversion
+from research.huggingface import inwards
 from research.parallel.mesh import Mesh
 
 torch = pytest.importorskip('torch')
@@ -51,7 +51,7 @@ def llama(tmp_path_factory, mesh):
 
 
 def engine_of(folder):
-  text, params = conversion.load(folder)
+  text, params = inwards.load(folder)
   path = folder / 'model.gin'
   path.write_text(text)
   model = loading.abstract_model(configs.load(str(path), root='MODEL').tree())

@@ -14,7 +14,7 @@ from research.evaluation.encoding import make_encoding
 from research.evaluation.engine import Engine
 from research.evaluation.requests import GenerateUntil
 from research.evaluation.rows import Settings
-from research.huggingface import conversion
+from research.huggingface import inwards
 from research.parallel.mesh import Mesh
 
 TEXT = 'the law of this run is that loss falls with compute and data , as 12 + 34 = 46 .'
@@ -104,7 +104,7 @@ def test_the_same_numbers_as_the_hugging_face_backend(tasks, tmp_path, monkeypat
   )  # fmt: skip
   reference = transformers.LlamaForCausalLM(config).eval()
   reference.save_pretrained(tmp_path)
-  text, params = conversion.load(tmp_path)
+  text, params = inwards.load(tmp_path)
   (tmp_path / 'model.gin').write_text(text)
   encoding = make_encoding(HuggingFaceTokenizer(file=str(tmp_path / 'tokenizer.json')))
   settings = Settings(length=64, begin=None, too_long='cut')

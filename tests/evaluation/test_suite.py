@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 
@@ -235,6 +236,19 @@ def test_bytes_are_the_ids_that_training_uses():
   assert GenerateUntil('a').until == ('\n',)
 
 
+def test_the_task_and_the_suite_of_the_page_work(tmp_path, monkeypatch):
+  page = (configs.ROOT / 'docs' / 'evaluate.md').read_text()
+  for block in re.findall(r'```python\n(.*?)```', page, flags=re.S):
+    (tmp_path / re.match(r'# (\w+\.\w+)\n', block)[1]).write_text(block)
+  monkeypatch.syspath_prepend(tmp_path)
+  (task,) = configs.load(str(tmp_path / 'my_suite.gin'), root='EVALUATION').build().tasks
+  sys.modules.pop('my_task')
+  result = task.run(Scripted(lambda request: Likelihood(-2.0, 1, 'Rome' in request.continuation)))
+  assert result['metrics'] == {
+    'accuracy': 0.5, 'accuracy_stderr': 0.5, 'nats': 2.0, 'nats_stderr': 0.0
+  }  # fmt: skip
+
+
 SUITE = """
 from __gin__ import dynamic_registration
 from research.data import corpora
@@ -277,7 +291,7 @@ def test_the_command_evaluates_a_run(text_file, tmp_path, user_environment):
   row = json.loads((run / 'evaluation' / 'suite' / 'row.json').read_text())
   trained = json.loads((run / 'run.json').read_text())
   # The run's own validation is of the same documents, in rows that begin anew.
-  ours = row['eval/perplexity-text_files/bits_per_byte']
+  ours = row[f'eval/perplexity-{TextFiles.name}/bits_per_byte']
   assert ours == pytest.approx(trained['bits_per_byte'], rel=0.1)
   assert (row['step'], row['length'], row['architecture']) == (60, 32, 'decoder')
   assert row['eval/copying-5-0shot-direct/items'] == 8
