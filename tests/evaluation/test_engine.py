@@ -215,7 +215,7 @@ def test_an_encoder_decoder_equals_transformers(tmp_path, mesh):
   torch.manual_seed(0)
   config = transformers.T5Config(
     vocab_size=384, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0,
-    initializer_factor=2.0, feed_forward_proj='gated-gelu', tie_word_embeddings=False,
+    initializer_factor=2.0, feed_forward_proj='gated-gelu',
   )  # fmt: skip
   reference = transformers.T5ForConditionalGeneration(config).eval()
   reference.save_pretrained(tmp_path)
