@@ -12,8 +12,8 @@ from collections.abc import Callable
 from research.core.errors import UserError, did_you_mean
 
 INTERRUPTED = 130  # what a shell expects of a program that SIGINT ended
-_running: list[Callable] = []  # the command that `run` is in the middle of
 PIPE_CLOSED = 141  # and of one that wrote to a pipe nobody reads any more
+_running: list[Callable] = []  # the command of `run`, unless an error of its own ended it
 
 # Fresh 4 KiB pages cost jax on CPU a third of its time; huge pages must be asked for before the process starts.
 CPU_ENVIRONMENT = {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}
@@ -96,10 +96,9 @@ def run(main: Callable[..., int | None], *args) -> None:
   except Exception as error:
     sentence = machine_fault(error)
     if sentence is None:
+      _running.clear()
       raise
     sys.exit(_say(f'error: {sentence}', 2))
-  finally:
-    _running.clear()
 
 
 def machine_fault(error: BaseException) -> str | None:
@@ -142,7 +141,7 @@ def _prepare_terminal() -> None:
 
 def _excepthook(kind, error, trace) -> None:
   # TensorStore calls back into a save that a full disk has ended, and the save has said why. An error of the
-  # command itself does not come here before `run` has ended.
+  # command itself leaves nothing in `_running`.
   if _running and kind is RuntimeError and str(error) == 'Event loop is closed':
     return
   if not issubclass(kind, KeyboardInterrupt):
