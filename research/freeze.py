@@ -17,7 +17,8 @@ import pathlib
 from research.core import cli
 from research.core.errors import UserError
 from research.data.mixtures import Mixture
-from research.data.streams import Stream, from_spec
+from research.data.spec import from_spec
+from research.data.streams import Stream
 from tasks.freezing import freeze, left_out, say, writer
 
 ROOTS = ('RUN', 'SWEEP', 'STREAM')

@@ -6,6 +6,7 @@ import zlib
 
 import numpy as np
 
+from research.core.errors import UserError
 from research.data import cleaning
 
 _END = ('.', '!', '?', '"', '”')
@@ -16,11 +17,21 @@ _BULLETS = ('•', '*', '-', '–', '●', '‣')
 def clean(text: str, filters, dropped: collections.Counter) -> str | None:
   """`text` after every filter; None, counted in `dropped`, where one of them refuses it."""
   for rule in filters:
-    text, why = _RULES[type(rule)](rule, text)
+    text, why = _apply(rule, text)
     if why:
       dropped[f'{type(rule).__name__}: {why}'] += 1
       return None
   return text
+
+
+def _apply(rule, text: str) -> tuple[str, str]:
+  """A rule's own method, or ours for its class."""
+  if hasattr(rule, 'apply'):
+    return rule.apply(text)
+  for kind in type(rule).__mro__:
+    if kind in _RULES:
+      return _RULES[kind](rule, text)
+  raise UserError(f'{type(rule).__name__} needs a method apply(text): see docs/data.md.')
 
 
 def _length(rule, text):

@@ -1,8 +1,11 @@
 """Files opened, cut into documents, and complained about: what the readers share."""
 
+import bz2
 import collections
 import contextlib
 import gzip
+import json
+import lzma
 import re
 import sys
 import tempfile
@@ -11,8 +14,30 @@ from collections.abc import Iterator
 
 from research.core.errors import UserError, did_you_mean
 from research.data import corpora
+from research.data.vocabularies import LFS_POINTER
 
 BLOCK = 1 << 20
+
+# The first bytes of each compression, its usual suffix, and its name.
+_COMPRESSIONS = (
+  (re.compile(rb'\x1f\x8b'), '.gz', 'gzip'),
+  (re.compile(rb'BZh[1-9](1AY&SY|\x17rE8P\x90)'), '.bz2', 'bzip2'),
+  (re.compile(rb'\xfd7zXZ\0'), '.xz', 'xz'),
+  (re.compile(rb'\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18'), '.zst', 'zstd'),
+)
+# What is not opened here, by its first bytes: a file of these is refused by its kind's name.
+_OTHER_KINDS = (
+  (b'PK\x03\x04', 'a zip archive: unpack it'),
+  (b'7z\xbc\xaf\x27\x1c', 'a 7z archive: unpack it'),
+  (b'\x04\x22\x4d\x18', 'compressed with lz4: unpack it'),
+  (b'PAR1', 'a Parquet file: read it with corpora.Parquet'),
+  (b'ARROW1', 'an Arrow file: read it with corpora.HuggingFace'),
+  (LFS_POINTER, 'a Git LFS pointer and not the data: fetch it with git lfs pull'),
+)
+
+
+class Unreadable(Exception):
+  """Why a file, or the rest of it, cannot be read; the sentence goes on from 'FILE: '."""
 
 
 def files(corpus: corpora.Files) -> Iterator[tuple[str | None, str]]:
@@ -20,7 +45,7 @@ def files(corpus: corpora.Files) -> Iterator[tuple[str | None, str]]:
   rest = 'train' if corpus.validation_files else None
   for split, patterns in (('validation', corpus.validation_files), (rest, corpus.files)):
     for pattern in patterns:
-      for path in remote(pattern) if '://' in pattern else corpora.found(pattern):
+      for path in remote(pattern) if '://' in pattern else corpora.matching(pattern):
         yield split, path
 
 
@@ -29,7 +54,8 @@ def remote(pattern: str) -> list[str]:
   import tensorflow as tf
 
   try:
-    paths = sorted(tf.io.gfile.glob(pattern))
+    # A path that exists is that file, whatever brackets its name has.
+    paths = [pattern] if tf.io.gfile.exists(pattern) else sorted(tf.io.gfile.glob(pattern))
   except tf.errors.OpError as e:
     raise UserError(f'cannot list {pattern}: {e.message.splitlines()[0]}') from e
   if not paths:
@@ -37,14 +63,48 @@ def remote(pattern: str) -> list[str]:
   return paths
 
 
-def binary(path: str):
-  """A binary file object; .gz is decompressed."""
+def _open_raw(path: str):
   if '://' not in path:
-    return gzip.open(path) if path.endswith('.gz') else open(path, 'rb')
+    return open(path, 'rb')
   import tensorflow as tf
 
-  raw = tf.io.gfile.GFile(path, 'rb')
-  return gzip.GzipFile(fileobj=raw) if path.endswith('.gz') else raw
+  return tf.io.gfile.GFile(path, 'rb')
+
+
+def compression(path: str) -> str | None:
+  """'gzip', 'bzip2', 'xz', 'zstd' or None, by a file's first bytes.
+
+  Raises:
+    Unreadable: it is a kind that is not opened here, or its suffix promises a compression it has not.
+  """
+  with _open_raw(path) as file:
+    head = file.read(64)
+  for magic, what in _OTHER_KINDS:
+    if head.startswith(magic):
+      raise Unreadable(f'it is {what}')
+  for magic, suffix, name in _COMPRESSIONS:
+    if magic.match(head):
+      return name
+    if head and path.endswith(suffix):
+      raise Unreadable(f'it cannot be read (its name ends in {suffix}, and it is not {name})')
+  return None
+
+
+def binary(path: str):
+  """A binary file object; gzip, bzip2, xz and zstd are decompressed, whatever the file is called."""
+  kind = compression(path)
+  raw = _open_raw(path)
+  if kind == 'gzip':
+    return gzip.GzipFile(fileobj=raw)
+  if kind == 'bzip2':
+    return bz2.BZ2File(raw)
+  if kind == 'xz':
+    return lzma.LZMAFile(raw)
+  if kind == 'zstd':
+    import pyarrow
+
+    return pyarrow.CompressedInputStream(raw, 'zstd')
+  return raw
 
 
 @contextlib.contextmanager
@@ -91,16 +151,16 @@ def lines_of(path: str) -> Iterator[bytes]:
 
 def cut(document: bytes, longest: int) -> list[bytes]:
   """A document in parts of at most `longest` bytes, cut after a line where there is one."""
-  parts, at = [], 0
-  while len(document) - at > longest:
-    end = document.rfind(b'\n', at, at + longest) + 1
-    if end <= at:
-      end = at + longest
-      while end > at + 1 and document[end] & 0xC0 == 0x80:  # not inside a character
+  parts, start = [], 0
+  while len(document) - start > longest:
+    end = document.rfind(b'\n', start, start + longest) + 1
+    if end <= start:
+      end = start + longest
+      while end > start + 1 and document[end] & 0xC0 == 0x80:  # not inside a character
         end -= 1
-    parts.append(document[at:end])
-    at = end
-  return [*parts, document[at:]]
+    parts.append(document[start:end])
+    start = end
+  return [*parts, document[start:]]
 
 
 class Dropped(collections.Counter):
@@ -115,7 +175,9 @@ class Broken:
   """Refuses or counts what is broken in one file, as the corpus says."""
 
   def __init__(self, corpus, dropped: Dropped, path: str):
-    self.corpus, self.dropped, self.path = corpus, dropped, path
+    self.corpus = corpus
+    self.dropped = dropped
+    self.path = path
     self.line = 0  # the last that was read
 
   def __call__(self, what: str, kind: str):
@@ -137,25 +199,64 @@ class Broken:
       return False
     return True
 
+  def json(self, line: bytes, where: str) -> dict | None:
+    """The JSON object of a line; None when it is broken."""
+    try:
+      record = json.loads(line)
+    except json.JSONDecodeError as e:
+      place = f'{e.msg.removesuffix(" at")} at column {e.colno}'
+      self(f'{where} is not JSON ({place})', 'not JSON')
+    except RecursionError:
+      self(f'{where} is JSON that is nested too deeply to read', 'nested too deeply')
+    except Exception as e:  # whatever else Python's parser meets: an integer of 5,000 digits
+      self(f'{where} cannot be read as JSON ({_first_line(e)})', 'not JSON')
+    else:
+      if isinstance(record, dict):
+        return record
+      self(f'{where} is {json_type(record)} and not a JSON object', 'not a JSON object')
+    return None
+
   @contextlib.contextmanager
   def reading(self, *errors):
     """Within this an unreadable rest of the file is refused or counted."""
     tensorflow = sys.modules.get('tensorflow')  # imported by now, where a URL is read
-    known = (EOFError, OSError, zlib.error, *errors)
+    known = (EOFError, OSError, zlib.error, lzma.LZMAError, Unreadable, *errors)
     known += (tensorflow.errors.OpError,) if tensorflow else ()
     try:
       yield
+    except UserError:
+      raise
     except known as e:
-      # TensorFlow's errors name its operation as well.
-      why = getattr(e, 'strerror', None) or re.sub(r'{{.*?}}|\[Op:.*', '', str(e), flags=re.DOTALL)
-      why = ' '.join(why.split())[:200].rstrip('.') or type(e).__name__
-      if not isinstance(e, EOFError):
-        why = f'it cannot be read ({why})'
-      elif 'empty' not in why:
-        why = 'it ends in the middle: a truncated gzip file'
-      if self.line:
-        why = f'after line {self.line} {why}'
-      self(why, 'unreadable files')
+      why = self._why(e)
+      self(f'after line {self.line} {why}' if self.line else why, 'unreadable files')
+
+  def _why(self, error: Exception) -> str:
+    if isinstance(error, Unreadable):
+      return str(error)
+    # TensorFlow's errors name its operation as well.
+    text = getattr(error, 'strerror', None)
+    text = text or re.sub(r'{{.*?}}|\[Op:.*', '', str(error), flags=re.DOTALL)
+    text = ' '.join(text.split())[:200].rstrip('.') or type(error).__name__
+    if 'it is empty' in text:
+      return text
+    if isinstance(error, EOFError) or 'Truncated compressed stream' in text:
+      return f'it ends in the middle: a truncated {compression(self.path)} file'
+    return f'it cannot be read ({text})'
+
+
+def _first_line(error: Exception) -> str:
+  lines = str(error).strip().splitlines()
+  return lines[0].partition(';')[0].rstrip('.') if lines else type(error).__name__
+
+
+def json_type(value) -> str:
+  """What JSON calls a value, with its article: 'null', 'a string', 'an array'."""
+  if value is None:
+    return 'null'
+  if isinstance(value, bool):
+    return 'a boolean'
+  names = {dict: 'an object', list: 'an array', str: 'a string', int: 'a number', float: 'a number'}
+  return names.get(type(value), f'of type {type(value).__name__}')
 
 
 def example(data: bytes, broken: Broken, number: int) -> dict:
@@ -181,9 +282,14 @@ def fields(corpus, broken: Broken, split, record: dict, where: str):
         return
       value = value.decode()
     if not isinstance(value, str):
-      kind = f' It is of type {type(value).__name__}.'
-      hint = did_you_mean(name, record) if value is None else kind
-      broken(f'{where} has no text field {name!r}.{hint}'.rstrip('.'), f'no text field {name!r}')
+      what = f'{where} has no text field {name!r}'
+      if name not in record:
+        what += f'.{did_you_mean(name, record)}'
+      elif value is None:
+        what += ': it is null'
+      else:
+        what += f'. It is of type {type(value).__name__}.'
+      broken(what.rstrip('.'), f'no text field {name!r}')
       return
     texts.append(value)
   if corpus.prompt:

@@ -9,7 +9,8 @@ import seqio
 import t5.data.preprocessors as t5
 import tensorflow as tf
 
-from research.data import objectives
+from research.core.errors import Invalid
+from research.data import objectives, spans
 from research.data.streams import Stream
 from tasks import packing, preprocessors
 
@@ -59,8 +60,17 @@ class Recipe:
 
 
 def recipe(stream: Stream, vocabulary: seqio.Vocabulary) -> Recipe:
-  """The preprocessors and the converter of `stream`'s objective."""
-  return _RECIPES[type(stream.task)](stream, vocabulary)
+  """The preprocessors and the converter of `stream`'s objective.
+
+  An objective with a method `recipe` brings its own; a subclass of one of ours has its base's.
+  """
+  if hasattr(stream.task, 'recipe'):
+    return stream.task.recipe(stream, vocabulary)
+  for kind in type(stream.task).__mro__:
+    if kind in _RECIPES:
+      return _RECIPES[kind](stream, vocabulary)
+  why = f'{type(stream.task).__name__} needs a method recipe(stream, vocabulary): see docs/data.md.'
+  raise Invalid(Stream, 'task', why)
 
 
 def _two_sided(stream: Stream):
@@ -83,7 +93,7 @@ def _causal_lm(stream, vocabulary):
 def _corruption(stream, density: float, mean_span: float, mode: str | None = None) -> Part:
   lengths = dict(stream.lengths)
   if stream.architecture == 'decoder':
-    lengths['inputs'] = objectives.encoder_share(lengths, density, mean_span)
+    lengths['inputs'] = spans.encoder_share(lengths, density, mean_span)
   corrupt = functools.partial(
     t5.span_corruption,
     noise_density=density,

@@ -13,6 +13,8 @@ import seqio
 import tensorflow as tf
 
 OPEN_BINS = 32
+# seqio's converters that give a loss to every token of the targets that is not 0.
+_WEIGHTS_FROM_TOKENS = (seqio.LMFeatureConverter, seqio.EncDecFeatureConverter)
 
 # A column of a block: all its values in one flat array, and the length of each example's part.
 Column = tuple[np.ndarray, np.ndarray]
@@ -108,7 +110,10 @@ def gather(columns: Mapping[str, Column], chosen: np.ndarray) -> dict[str, Colum
 
 
 def pad(columns: Mapping[str, Column], limits: Mapping[str, int]):
-  """One example a row, trimmed or padded with 0: {key: (examples, limits[key]) int32}."""
+  """One example a row, trimmed or padded with 0: {key: (examples, limits[key]) int32}.
+
+  `key_filled` is 1 where a row holds a token, which may be 0 as well.
+  """
   singles = {k: (np.minimum(columns[k][1], m), m) for k, m in limits.items()}
   rows = {}
   for key, (size, limit) in singles.items():
@@ -117,6 +122,7 @@ def pad(columns: Mapping[str, Column], limits: Mapping[str, int]):
     rows[key] = np.zeros(grid.shape, np.int32)
     within = np.arange(size.sum()) - np.repeat(np.cumsum(size) - size, size)
     rows[key][grid] = values[within + np.repeat(np.cumsum(given) - given, size)]
+    rows[f'{key}_filled'] = grid
   return rows
 
 
@@ -150,12 +156,21 @@ def convert(converter: seqio.FeatureConverter, columns, lengths, open_bins=OPEN_
   total = max(lengths.values())
   limits = {k: lengths.get(k, total) for k in columns}
   rows = pack(columns, limits, open_bins) if converter.pack else pad(columns, limits)
+  filled = {
+    k: rows[f'{k}_segment_ids'] > 0 if converter.pack else rows.pop(f'{k}_filled') for k in limits
+  }
   flat = {k: tf.constant(v.reshape(-1)) for k, v in _end_to_end(rows, converter.pack).items()}
   converted = converter._convert_example(flat)
   out = {k: v.numpy().reshape(len(next(iter(rows.values()))), -1) for k, v in converted.items()}
   for key in out:
     if key.endswith('_segment_ids'):
       out[key] = rows[f'{"inputs" if key.startswith("encoder") else "targets"}_segment_ids']
+  if isinstance(converter, _WEIGHTS_FROM_TOKENS) and not hasattr(converter, 'sets_weights'):
+    # seqio takes every 0 for padding, and turns the weight of a token of id 0 into its opposite.
+    mistaken = filled['targets'] & (rows['targets'] == 0)
+    out['decoder_loss_weights'] = np.where(
+      mistaken, 1 - out['decoder_loss_weights'], out['decoder_loss_weights']
+    )
   return out
 
 

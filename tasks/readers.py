@@ -13,10 +13,13 @@ from collections.abc import Iterator
 from research.core.errors import UserError
 from research.data import corpora
 from research.data.corpora import PythonSources
+from research.data.vocabularies import LFS_POINTER
 from tasks.files import (
   Broken,
   Dropped,
+  Unreadable,
   blocks_of,
+  compression,
   cut,
   example,
   fields,
@@ -24,6 +27,9 @@ from tasks.files import (
   lines_of,
   local,
 )
+
+# What pyarrow raises besides its own errors, on files that are damaged in the middle.
+_ARROW_ERRORS = (ValueError, LookupError, TypeError, OverflowError, MemoryError)
 
 # Paths that are no text to learn Python from: tests, other packages' copies, what a tool wrote.
 _SKIP = re.compile(
@@ -140,16 +146,9 @@ def read_jsonl(corpus: corpora.JsonLines, dropped):
           continue
         if not broken.is_text(line, number):
           continue
-        try:
-          record = json.loads(line)
-        except json.JSONDecodeError as e:
-          where = f'{e.msg.removesuffix(" at")} at column {e.colno}'
-          broken(f'line {number} is not JSON ({where})', 'not JSON')
-          continue
-        if not isinstance(record, dict):
-          broken(f'line {number} is not a JSON object', 'not a JSON object')
-          continue
-        yield from fields(corpus, broken, split, record, f'line {number}')
+        record = broken.json(line, f'line {number}')
+        if record is not None:
+          yield from fields(corpus, broken, split, record, f'line {number}')
 
 
 def read_parquet(corpus: corpora.Parquet, dropped):
@@ -158,7 +157,8 @@ def read_parquet(corpus: corpora.Parquet, dropped):
 
   for split, path in files(corpus):
     broken = Broken(corpus, dropped, path)
-    with broken.reading(pyarrow.ArrowInvalid), local(path) as file:
+    with broken.reading(*_ARROW_ERRORS, pyarrow.ArrowException), local(path) as file:
+      refuse_pointer(file)
       table = pyarrow.parquet.ParquetFile(file)
       wanted = [c for c in (corpus.prompt, corpus.field) if c]
       columns = [c for c in wanted if c in table.schema_arrow.names]
@@ -171,24 +171,56 @@ def read_parquet(corpus: corpora.Parquet, dropped):
           yield from fields(corpus, broken, split, record, f'row {number}')
 
 
+def refuse_pointer(path: str):
+  """Raises `Unreadable` for an empty file or a Git LFS pointer, which every format's reader words otherwise."""
+  with open(path, 'rb') as file:
+    head = file.read(len(LFS_POINTER))
+  if not head:
+    raise EOFError('it is empty')
+  if head == LFS_POINTER:
+    raise Unreadable('it is a Git LFS pointer and not the data: fetch it with git lfs pull')
+
+
 def arrow_files(path: str) -> list[str]:
-  """The files of a data set: those its state.json names, for `datasets` leaves caches beside them."""
+  """The files of a data set: those its state.json names, for `datasets` leaves caches beside them.
+
+  Raises:
+    Unreadable: the folder holds no data set, or its state.json is damaged.
+  """
   folder = pathlib.Path(path)
   if '://' in path or not folder.is_dir():
     return [path]
   state = folder / 'state.json'
-  if state.exists():
-    return [str(folder / f['filename']) for f in json.loads(state.read_text())['_data_files']]
-  return sorted(map(str, folder.rglob('*.arrow')))
+  if not state.exists():
+    found = sorted(map(str, folder.rglob('*.arrow')))
+    if not found:
+      raise Unreadable('it is a folder without .arrow files, and no data set of Hugging Face')
+    return found
+  try:
+    names = [file['filename'] for file in json.loads(state.read_text())['_data_files']]
+    paths = [str(folder / name) for name in names]
+  except (ValueError, LookupError, TypeError, RecursionError) as e:
+    why = "its state.json is damaged or not that of datasets.save_to_disk (no list '_data_files')"
+    raise Unreadable(why) from e
+  missing = [file for file in paths if not pathlib.Path(file).is_file()]
+  if missing or not paths:
+    named = pathlib.Path(missing[0]).name if missing else 'no file'
+    raise Unreadable(f'its state.json names {named}, which is not there')
+  return paths
 
 
 def read_arrow(corpus: corpora.HuggingFace, dropped):
   import pyarrow
 
   for split, path in files(corpus):
-    for file in arrow_files(path):
+    folder = Broken(corpus, dropped, path)
+    found = []
+    with folder.reading():
+      found = arrow_files(path)
+    for file in found:
       broken = Broken(corpus, dropped, file)
-      with broken.reading(pyarrow.ArrowInvalid), local(file) as copy:
+      with broken.reading(*_ARROW_ERRORS, pyarrow.ArrowException), local(file) as copy:
+        refuse_pointer(copy)
         number = 0
         with pyarrow.memory_map(copy) as source:
           for batch in pyarrow.ipc.open_stream(source):
@@ -202,8 +234,8 @@ def read_tfrecord(corpus: corpora.TFRecords, dropped):
 
   for split, path in files(corpus):
     broken = Broken(corpus, dropped, path)
-    kind = 'GZIP' if path.endswith('.gz') else ''
     with broken.reading():
+      kind = 'GZIP' if compression(path) == 'gzip' else ''
       for number, data in enumerate(tf.data.TFRecordDataset(path, kind).as_numpy_iterator(), 1):
         yield from fields(corpus, broken, split, example(data, broken, number), f'record {number}')
 
@@ -262,4 +294,22 @@ def read(corpus, dropped: Dropped) -> Iterator[tuple[str | None, bytes]]:
   Raises:
     UserError: something is broken, and the corpus says to refuse it; names file and line.
   """
-  return READERS[type(corpus)](corpus, dropped)
+  if hasattr(corpus, 'documents'):
+    return _read_own(corpus)
+  for kind in type(corpus).__mro__:
+    if kind in READERS:
+      return READERS[kind](corpus, dropped)
+  raise UserError(f'{type(corpus).__name__} needs a method documents(): see docs/data.md.')
+
+
+def _read_own(corpus) -> Iterator[tuple[str | None, bytes]]:
+  """What a corpus of somebody else's gives: texts, or (split, text) pairs."""
+  name = type(corpus).__name__
+  for document in corpus.documents():
+    split, text = document if isinstance(document, tuple) else (None, document)
+    if not isinstance(text, str) or split not in (None, *corpora.SPLITS):
+      raise UserError(
+        f'{name}.documents() must yield a text, or a pair of a split (train, validation) and a text, '
+        f'and not {document!r:.80}.'
+      )
+    yield split, text.encode(errors='replace')

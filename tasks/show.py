@@ -5,11 +5,6 @@ import seqio
 
 from tasks.preprocessors import mark_id
 
-_MARKS = {
-  'ul2': ('[R]', '[S]', '[X]'),
-  'fim': ('<PRE>', '<SUF>', '<MID>'),
-  'masked_lm': ('<mask>',),
-}
 _LEGEND = (
   '(parts of an example do not see each other; ‹ › carries no loss; '
   'an input that is not shown is its target, one token late)'
@@ -37,11 +32,18 @@ def render(examples: dict[str, np.ndarray], vocabulary, stream) -> str:
 def _used(row, side) -> int:
   if f'{side}_segment_ids' in row:
     return int((row[f'{side}_segment_ids'] > 0).sum())
-  return int((row.get(f'{side}_target_tokens', row[f'{side}_input_tokens']) > 0).sum())
+  return int(_filled(row, side).sum())
+
+
+def _filled(row, side) -> np.ndarray:
+  """(length,) bool: what an unpacked row holds, up to its last token that is not 0 or carries a loss."""
+  tokens = row.get(f'{side}_target_tokens', row[f'{side}_input_tokens'])
+  used = (tokens > 0) | (row.get(f'{side}_loss_weights', 0) > 0)
+  return np.arange(len(tokens)) <= np.max(np.flatnonzero(used), initial=-1)
 
 
 def _side(row, side, ids, segment, vocabulary, stream):
-  here = ids == segment if ids is not None else np.ones(len(row[f'{side}_input_tokens']), bool)
+  here = ids == segment if ids is not None else _filled(row, side)
   targets = row.get(f'{side}_target_tokens')
   if targets is None or side == 'encoder' or stream.name == 'masked_lm':
     yield f'  {side} input   {text(row[f"{side}_input_tokens"][here], vocabulary, stream)}'
@@ -63,7 +65,7 @@ def _side(row, side, ids, segment, vocabulary, stream):
 def text(tokens: np.ndarray, vocabulary, stream) -> str:
   """Tokens as one line of text; padding is left out."""
   first = mark_id(vocabulary, 0) if vocabulary.extra_ids else vocabulary.vocab_size
-  marks = _MARKS.get(stream.name, ())
+  marks = () if stream.registered else stream.task.mark_names
   out, held = '', []
   for t in [*tokens.tolist(), None]:
     special = t is None or t == 0 or t == vocabulary.eos_id or t >= first
@@ -74,7 +76,7 @@ def text(tokens: np.ndarray, vocabulary, stream) -> str:
     held = []
     if t == vocabulary.eos_id:
       out += '<eos>'
-    elif t and t - first < len(marks):
+    elif t and first <= t < first + len(marks):
       out += marks[t - first]
     elif t:
       out += f'<extra_id_{vocabulary.vocab_size - 1 - t}>'

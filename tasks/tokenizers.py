@@ -10,9 +10,7 @@ import tensorflow as tf
 import tokenizers
 
 from research.core.errors import Invalid, did_you_mean
-from research.data.vocabularies import HuggingFaceTokenizer
-
-_EOS = ('</s>', '<|endoftext|>', '<eos>', '<|end_of_text|>', '<|im_end|>', '[SEP]')
+from research.data.vocabularies import EOS_NAMES, HuggingFaceTokenizer
 
 
 class TokenizerVocabulary(seqio.Vocabulary):
@@ -27,17 +25,21 @@ class TokenizerVocabulary(seqio.Vocabulary):
   def __init__(self, file: str, eos: str | None = None, extra_ids: int = 0):
     try:
       self.tokenizer = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as e:
-      raise Invalid(HuggingFaceTokenizer, 'file', f'{file} is no tokenizer.json: {e}.') from e
+      self.settings = json.loads(pathlib.Path(file).read_text())
+    except (KeyboardInterrupt, SystemExit):
+      raise
+    except BaseException as e:  # a panic of the library's Rust is no Exception
+      why = ' '.join(str(e).split())[:200]
+      raise Invalid(HuggingFaceTokenizer, 'file', f'{file} is no tokenizer.json: {why}.') from e
     self.file = str(file)
-    self.settings = json.loads(pathlib.Path(file).read_text())
-    self.special = {t['id'] for t in self.settings.get('added_tokens', ()) if t.get('special')}
+    added = self.settings.get('added_tokens') or ()
+    self.special = {t['id'] for t in added if t.get('special')}
     self.offset = 0 if 0 in self.special else 1
     self._eos = self._find_eos(eos)
     super().__init__(extra_ids=extra_ids)
 
   def _find_eos(self, eos: str | None) -> int:
-    names = [eos] if eos else _EOS
+    names = [eos] if eos else EOS_NAMES
     found = [self.tokenizer.token_to_id(n) for n in names]
     if all(i is None for i in found):
       known = [t['content'] for t in self.settings.get('added_tokens', ())]

@@ -4,24 +4,53 @@ import hashlib
 import io
 import os
 import pathlib
+import re
 
 import numpy as np
 import seqio
 
-from research.core.errors import Invalid
+from research.core.errors import Invalid, UserError
 from research.data import vocabularies
-from research.data.spec import digest, to_spec
+from research.data.spec import digest, outside_code, to_spec
 from tasks.tokenizers import TokenizerVocabulary
 
 
 def build(vocabulary, cache: pathlib.Path, store, log=print) -> seqio.Vocabulary:
-  """The seqio vocabulary; a SentencePiece model is trained on `store`'s text when it must be."""
-  if isinstance(vocabulary, vocabularies.Bytes):
-    return seqio.ByteVocabulary(vocabulary.extra_ids)
-  if isinstance(vocabulary, vocabularies.HuggingFaceTokenizer):
-    return TokenizerVocabulary(vocabulary.file, vocabulary.eos, vocabulary.extra_ids)
-  path = vocabulary.file or _trained(vocabulary, cache, store, log)
-  return seqio.SentencePieceVocabulary(str(path), extra_ids=vocabulary.extra_ids)
+  """The seqio vocabulary; a SentencePiece model is trained on `store`'s text when it must be.
+
+  A description with a method `build` (one of somebody else's) makes its own.
+
+  Raises:
+    Invalid: the file is no such vocabulary, or it has no token that ends a document.
+  """
+  kind = type(vocabulary)
+  if hasattr(vocabulary, 'build'):
+    made = vocabulary.build()
+  elif isinstance(vocabulary, vocabularies.Bytes):
+    made = seqio.ByteVocabulary(vocabulary.extra_ids)
+  elif isinstance(vocabulary, vocabularies.HuggingFaceTokenizer):
+    made = TokenizerVocabulary(vocabulary.file, vocabulary.eos, vocabulary.extra_ids)
+  elif isinstance(vocabulary, vocabularies.SentencePiece):
+    path = vocabulary.file or _trained(vocabulary, cache, store, log)
+    made = seqio.SentencePieceVocabulary(str(path), extra_ids=vocabulary.extra_ids)
+    _check_sentencepiece(made, path)
+  else:
+    raise UserError(f'{kind.__name__} needs a method build(): see docs/data.md.')
+  if not isinstance(made, seqio.Vocabulary):
+    raise UserError(
+      f'{kind.__name__}.build() must return a seqio.Vocabulary, and not {made!r:.80}.'
+    )
+  return made
+
+
+def _check_sentencepiece(vocabulary: seqio.SentencePieceVocabulary, path):
+  try:
+    eos = vocabulary.eos_id
+  except Exception as e:  # protobuf's and SentencePiece's own, none of them documented
+    raise Invalid(vocabularies.SentencePiece, 'file', f'{path} is no SentencePiece model.') from e
+  if eos is None or eos < 0:
+    why = f'{path} has no token that ends a document (eos_id is {eos}): train it with one.'
+    raise Invalid(vocabularies.SentencePiece, 'file', why)
 
 
 def _trained(vocabulary, cache: pathlib.Path, store, log) -> pathlib.Path:
@@ -73,15 +102,36 @@ def train(vocabulary, lines) -> bytes:
       minloglevel=2,
     )
   except RuntimeError as e:
-    why = f'{vocabulary.size} ids cannot be learned from this corpus: {e}'
-    raise Invalid(vocabularies.SentencePiece, 'size', ' '.join(why.split())) from e
+    raise Invalid(vocabularies.SentencePiece, 'size', _why_not_learned(vocabulary, str(e))) from e
   return model.getvalue()
 
 
-def identity(vocabulary: seqio.Vocabulary) -> str:
-  """Equal for two vocabularies that give equal tokens, wherever their files lie."""
+def _why_not_learned(vocabulary, error: str) -> str:
+  """SentencePiece's error about a size, in ids that count the extra ids as `size` does."""
+  extra = vocabulary.extra_ids
+  counted = f'the {extra} extra ids included'
+  if limit := re.search(r'too high.*<= *(\d+)', error, re.DOTALL):
+    most = int(limit[1]) + extra
+    return f'{vocabulary.size} is too many for this corpus, which gives at most {most}, {counted}.'
+  if limit := re.search(r'smaller than required_chars\D*\d+\D+(\d+)', error):
+    least = int(limit[1]) + extra
+    return (
+      f'{vocabulary.size} is too few for the characters of this corpus: {least} or more, {counted}.'
+    )
+  return ' '.join(f'{vocabulary.size} ids cannot be learned from this corpus: {error}'.split())
+
+
+def identity(vocabulary: seqio.Vocabulary, description=None) -> str:
+  """Equal for two vocabularies that give equal tokens, wherever their files lie.
+
+  Args:
+    vocabulary: what tokenises.
+    description: what it was built from, where that is somebody else's class: its fields and code count.
+  """
   content = ''
-  if isinstance(vocabulary, seqio.SentencePieceVocabulary):
+  if code := outside_code(spec := to_spec(description)):
+    content = digest([spec, code, description.signature()])
+  elif isinstance(vocabulary, seqio.SentencePieceVocabulary):
     content = hashlib.sha256(vocabulary.sp_model).hexdigest()[:16]
   elif isinstance(vocabulary, TokenizerVocabulary):
     file = hashlib.sha256(pathlib.Path(vocabulary.file).read_bytes()).hexdigest()[:16]
@@ -133,8 +183,10 @@ def _encode(vocabulary, texts: list[bytes]) -> list[np.ndarray]:
   texts = [t.decode() for t in texts]
   if isinstance(vocabulary, seqio.SentencePieceVocabulary):
     encoded = vocabulary.tokenizer.encode(texts, num_threads=2)
-  else:
+  elif isinstance(vocabulary, TokenizerVocabulary):
     encoded = vocabulary.encode_batch(texts)
+  else:
+    encoded = [vocabulary.encode(t) for t in texts]
   return [np.asarray(e, np.int32) for e in encoded]
 
 

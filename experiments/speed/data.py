@@ -81,18 +81,18 @@ def freeze_one(stream: Stream, size: int, cache: pathlib.Path, repeats: int = 3)
         documents.append(document)
         held += len(document)
   # Once on a little text, so that nothing is measured of what happens once in a process.
-  few = tokenizers.encode(writer.vocabulary, documents[:3], stream.task.pairs)
-  list(built.blocks(writer.made, few, stream.lengths, 0))
+  few = tokenizers.encode(writer.vocabulary, documents[:3], stream.task.reads == 'pairs')
+  list(built.blocks(writer.recipe, few, stream.lengths, 0))
   times = []
   for _ in range(repeats):
     clock, cpu = time.perf_counter(), time.process_time()
-    encoded = tokenizers.encode(writer.vocabulary, documents, stream.task.pairs)
+    encoded = tokenizers.encode(writer.vocabulary, documents, stream.task.reads == 'pairs')
     tokenized = time.process_time() - cpu
     with (
       tempfile.TemporaryDirectory() as folder,
       shards.Shard(pathlib.Path(folder), 0, 0, writer.token_bytes, True) as shard,
     ):
-      for rows in built.blocks(writer.made, encoded, stream.lengths, 1):
+      for rows in built.blocks(writer.recipe, encoded, stream.lengths, 1):
         shard.write(rows)
     times.append((time.process_time() - cpu, time.perf_counter() - clock, tokenized))
   cpu, clock, tokenized = map(min, zip(*times, strict=True))

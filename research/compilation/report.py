@@ -19,7 +19,6 @@ from research.training.program import make_program, mesh_of
 from research.training.run import Run
 
 GIB = chips.GIB
-PREFIXED = ('prefix_lm', 'span_corruption', 'ul2')  # tasks whose rows on one decoder have a prefix
 
 
 class DoesNotFit(UserError):
@@ -37,7 +36,7 @@ def batch_features(run: Run) -> dict[str, int]:
   if both:
     keys = ('input_tokens', 'segment_ids', 'positions')
     features |= {f'encoder_{key}': lengths['inputs'] for key in keys}
-  elif getattr(stream, 'name', '') in PREFIXED:
+  elif getattr(getattr(stream, 'task', None), 'prefixed', False):
     features['decoder_causal_attention'] = run.target_length
   return features
 

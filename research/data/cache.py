@@ -1,9 +1,10 @@
-"""FIXME: say what this module is."""
+"""Frozen streams by name: found in the cache, fetched from a bucket, or made by a process of their own."""
 
 import collections
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import threading
@@ -108,7 +109,9 @@ def _freeze(streams, cache: pathlib.Path, log):
   spec = json.dumps([s.spec() for s in streams])
   command = [sys.executable, '-m', 'research.freeze', f'--spec={spec}', f'--cache={cache}']
   root = str(pathlib.Path(__file__).resolve().parent.parent.parent)
-  paths = os.pathsep.join([root, os.getcwd(), os.environ.get('PYTHONPATH', '')])
+  # Modules of the user's, with an objective or a corpus, are found where this process found them.
+  own = [path for path in sys.path if path and not path.startswith((sys.prefix, sys.base_prefix))]
+  paths = os.pathsep.join([root, os.getcwd(), os.environ.get('PYTHONPATH', ''), *own])
   # The accelerator belongs to the run that waits for this stream.
   quiet = {'TF_CPP_MIN_LOG_LEVEL': '3', 'CUDA_VISIBLE_DEVICES': '', 'JAX_PLATFORMS': 'cpu'}
   env = os.environ | quiet | {'PYTHONPATH': paths.rstrip(os.pathsep)}
@@ -128,4 +131,14 @@ def _freeze(streams, cache: pathlib.Path, log):
   if child.returncode == 2 and errors:
     raise UserError(errors[-1].rstrip().removeprefix('error: '))
   if child.returncode:
-    raise RuntimeError(f'research.freeze ended with {child.returncode}:\n{"".join(errors)}')
+    raise UserError(_ended(child.returncode, [line.strip() for line in errors if line.strip()]))
+
+
+def _ended(code: int, errors: list[str]) -> str:
+  """A sentence about a freezing process that ended otherwise than with a sentence of its own."""
+  if code < 0:
+    name = signal.Signals(-code).name if -code in set(signal.Signals) else -code
+    hint = ' (out of memory?)' if code == -signal.SIGKILL else ''
+    return f'the process that freezes was ended by signal {name}{hint}: run again, it goes on from there.'
+  last = errors[-1] if errors else f'it ended with {code}'
+  return f'the process that freezes failed: {last}'

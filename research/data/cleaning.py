@@ -7,7 +7,11 @@ from research.core.errors import Invalid
 
 @dataclasses.dataclass(frozen=True)
 class Filter:
-  """Base of the rules that keep, change or drop a document by itself."""
+  """Base of the rules that keep, change or drop a document by itself.
+
+  A rule of your own has a method `apply(text) -> (text, why)`: the text to go on with, and why the document
+  is dropped ('' keeps it).
+  """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +105,3 @@ class Contamination:
   def __post_init__(self):
     if self.ngram < 1:
       raise Invalid(Contamination, 'ngram', f'{self.ngram} must be positive.')
-
-
-RULES = (Length, C4, Gopher, NearDuplicates, Contamination)

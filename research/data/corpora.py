@@ -59,10 +59,13 @@ class Corpus:
 
   name: ClassVar[str]
 
+  # Where a reader leaves the split open, a hash sends this share of the documents to validation.
+  validation_fraction: ClassVar[float] = 0.01
+
   @property
-  def pairs(self) -> bool:
-    """Whether it gives prompts and completions instead of plain text."""
-    return False
+  def gives(self) -> str:
+    """What its documents are: a key of `objectives.READS`."""
+    return 'text'
 
   def signature(self) -> list:
     """What outside these fields decides the text, for the cache's key."""
@@ -116,7 +119,8 @@ class Files(Corpus):
   """Base of the corpora that lie in files.
 
   Attributes:
-    files: path or glob, or several; local, or gs:// (with TensorFlow's file system). `.gz` is opened.
+    files: path or glob, or several; local, or gs:// (with TensorFlow's file system). gzip, bzip2, xz and
+      zstd are opened.
     validation_files: the validation split; without it the split is by a hash of each document.
     validation_fraction: the share of documents that the hash sends there.
     broken: 'refuse' stops at the first broken file or line and names it; 'skip' counts them.
@@ -141,12 +145,12 @@ class Files(Corpus):
       raise Invalid(type(self), 'validation_fraction', why)
     for field in ('files', 'validation_files'):
       for pattern in getattr(self, field):
-        if '://' not in pattern and not found(pattern):
+        if '://' not in pattern and not matching(pattern):
           raise Invalid(type(self), field, f'no file matches {pattern!r}.{_near(pattern)}')
 
   def signature(self) -> list:
     patterns = (*self.files, *self.validation_files)
-    return [file_signature(f) for p in patterns if '://' not in p for f in found(p)]
+    return [file_signature(f) for p in patterns if '://' not in p for f in matching(p)]
 
 
 def _check_broken(corpus):
@@ -155,14 +159,24 @@ def _check_broken(corpus):
     raise Invalid(type(corpus), 'broken', f'{corpus.broken!r} is not known.{hint}')
 
 
-def found(pattern: str) -> list[str]:
-  """Local files (or folders) that a path or a glob names, sorted."""
-  return sorted(glob.glob(str(pathlib.Path(pattern).expanduser()), recursive=True))
+def matching(pattern: str) -> list[str]:
+  """Local files (or folders) that a path or a glob names, sorted.
+
+  What exists under the very name is that file: brackets in the names of files and folders are no glob.
+  """
+  path = pathlib.Path(pattern).expanduser()
+  if path.exists():
+    return [str(path)]
+  literal = path
+  while not literal.exists() and literal != literal.parent:
+    literal = literal.parent
+  rest = path.relative_to(literal)
+  return sorted(glob.glob(str(pathlib.Path(glob.escape(str(literal))) / rest), recursive=True))
 
 
 def _near(pattern: str) -> str:
   path = pathlib.Path(pattern).expanduser()
-  if glob.has_magic(str(path.parent)):
+  if glob.has_magic(str(path.parent)) and not path.parent.is_dir():
     return ''
   if not path.parent.is_dir():
     return f' There is no folder {path.parent}.'
@@ -201,8 +215,8 @@ class _Records:
   prompt: str | None = None
 
   @property
-  def pairs(self) -> bool:
-    return self.prompt is not None
+  def gives(self) -> str:
+    return 'text' if self.prompt is None else 'pairs'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,7 +242,7 @@ class HuggingFace(_Records, Files):
   def __post_init__(self):
     super().__post_init__()
     for field in ('files', 'validation_files'):
-      for path in (f for p in getattr(self, field) if '://' not in p for f in found(p)):
+      for path in (f for p in getattr(self, field) if '://' not in p for f in matching(p)):
         if (pathlib.Path(path) / 'dataset_dict.json').is_file():
           why = f'{path} holds several splits: name one of its folders, such as {path}/train.'
           raise Invalid(HuggingFace, field, why)
@@ -271,15 +285,3 @@ class Tfds(_Records, Corpus):
     if not self.tfds_name:
       raise Invalid(Tfds, 'tfds_name', "set the data set's name, such as 'lm1b:1.1.0'.")
     _check_broken(self)
-
-
-CORPORA = (
-  PythonSources,
-  TextFiles,
-  JsonLines,
-  Parquet,
-  HuggingFace,
-  TFRecords,
-  ArrayRecords,
-  Tfds,
-)

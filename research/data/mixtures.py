@@ -1,4 +1,4 @@
-"""FIXME: say what this module is."""
+"""Mixtures of streams and curricula of batches: descriptions, checked where they are made."""
 
 import dataclasses
 

@@ -8,6 +8,15 @@ import dataclasses
 from typing import ClassVar
 
 from research.core.errors import Invalid
+from research.data.spans import encoder_share, span_lengths
+
+# What a corpus can give, in words for messages.
+READS = {
+  'text': 'plain text',
+  'pairs': 'pairs of prompt and completion (JsonLines with prompt=...)',
+  'conversations': 'conversations (corpora.Conversations)',
+  'preferences': 'preferences (corpora.Preferences)',
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,14 +26,23 @@ class Objective:
   Class attributes:
     name: the short name that `Stream.task` takes.
     architectures: which models it can feed, its usual one first.
-    pairs: whether it reads prompt-completion pairs instead of plain text.
+    reads: what it is made of, one of `READS`: a corpus that gives something else is refused.
     random: whether a second pass over the corpus differs from the first.
+    prefixed: whether the rows of a decoder have a prefix that sees itself both ways
+      (`decoder_causal_attention`).
+    mark_names: names of the ids that it takes from the lowest extra ids, for a reader.
+
+  An objective of your own is a subclass in a module that the gin file imports; its method
+  `recipe(stream, vocabulary)` returns a `tasks.objectives.Recipe`. A subclass of one of these inherits
+  its recipe.
   """
 
   name: ClassVar[str]
   architectures: ClassVar[tuple[str, ...]] = ('decoder',)
-  pairs: ClassVar[bool] = False
+  reads: ClassVar[str] = 'text'
   random: ClassVar[bool] = True
+  prefixed: ClassVar[bool] = False
+  mark_names: ClassVar[tuple[str, ...]] = ()
 
   def targets_length(self, inputs: int) -> int | None:
     """The targets' length that wastes nothing for this inputs' length, where there is one."""
@@ -44,27 +62,6 @@ class CausalLM(Objective):
   random: ClassVar[bool] = False
 
 
-def span_lengths(inputs: int, density: float, mean_span: float) -> tuple[int, int]:
-  """How much text one span-corruption example takes.
-
-  Raffel et al. (2020), arXiv:1910.10683, section 3.1.4: of n tokens, round(n density) are noise, in
-  spans of `mean_span` on average; each span costs one sentinel on either side, and both sides end in
-  EOS. Returns (n, length of the targets) for the largest n whose inputs fit into `inputs` tokens.
-  """
-
-  def lengths(n):
-    noise = round(n * density)
-    spans = round(noise / mean_span)
-    return n - noise + spans + 1, noise + spans + 1
-
-  n = inputs - 1
-  while lengths(n + 1)[0] <= inputs:
-    n += 1
-  got, targets = lengths(n)
-  # At a density of one half the two sides are meant to be equally long.
-  return (n - 1, targets - 1) if density == 0.5 and targets > got else (n, targets)
-
-
 def check_spans(stream, density, mean_span, reserved=0, owner=None):
   """Raises `Invalid` unless the lengths and the sentinels suffice for this corruption."""
   owner = owner or type(stream.task)
@@ -79,24 +76,10 @@ def check_spans(stream, density, mean_span, reserved=0, owner=None):
     why = f"'targets' is {stream.lengths['targets']}, and {stream.name} with 'inputs' of {inputs} "
     raise Invalid(type(stream), 'lengths', why + f'needs {targets}.')
   spans = max(1, round(round(n * density) / mean_span))
-  if stream.vocabulary.extra_ids - reserved_ids(stream.task) < spans:
+  if stream.vocabulary.extra_ids - len(stream.task.mark_names) < spans:
     why = f'{stream.vocabulary.extra_ids} sentinels are too few: this corruption uses {spans} '
-    why += f'(and {reserved_ids(stream.task)} ids are mode tokens).'
+    why += f'(and {len(stream.task.mark_names)} ids are mode tokens).'
     raise Invalid(type(stream.vocabulary), 'extra_ids', why)
-
-
-def encoder_share(lengths, density, mean_span) -> int:
-  """For a decoder of `lengths['targets']` tokens: the largest inputs whose two sides fit together."""
-  total = lengths['targets']
-  inputs = total
-  while inputs > 2 and inputs + span_lengths(inputs, density, mean_span)[1] > total:
-    inputs -= 1
-  return inputs
-
-
-def reserved_ids(task) -> int:
-  """Extra ids that are not sentinels: UL2's mode tokens, fill-in-the-middle's marks."""
-  return getattr(task, 'marks', 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +96,7 @@ class SpanCorruption(Objective):
 
   name: ClassVar[str] = 'span_corruption'
   architectures: ClassVar[tuple[str, ...]] = ('encoder_decoder', 'decoder')
+  prefixed: ClassVar[bool] = True
 
   def targets_length(self, inputs: int) -> int:
     return span_lengths(inputs, self.noise_density, self.mean_noise_span_length)[1]
@@ -136,6 +120,7 @@ class PrefixLM(Objective):
 
   name: ClassVar[str] = 'prefix_lm'
   architectures: ClassVar[tuple[str, ...]] = ('decoder', 'encoder_decoder')
+  prefixed: ClassVar[bool] = True
 
   def targets_length(self, inputs: int) -> int:
     return inputs
@@ -193,7 +178,8 @@ class UL2(Objective):
 
   name: ClassVar[str] = 'ul2'
   architectures: ClassVar[tuple[str, ...]] = ('encoder_decoder', 'decoder')
-  marks: ClassVar[int] = 3
+  mark_names: ClassVar[tuple[str, ...]] = ('[R]', '[S]', '[X]')
+  prefixed: ClassVar[bool] = True
 
   def __post_init__(self):
     object.__setattr__(self, 'denoisers', tuple(self.denoisers))
@@ -211,7 +197,7 @@ class UL2(Objective):
 
 def check_marks(stream):
   """Raises `Invalid` when the vocabulary has no ids for the objective's own marks."""
-  marks = reserved_ids(stream.task)
+  marks = len(stream.task.mark_names)
   if stream.vocabulary.extra_ids < marks:
     why = f'{stream.vocabulary.extra_ids} is too few: {stream.name} needs {marks} ids of its own.'
     raise Invalid(type(stream.vocabulary), 'extra_ids', why)
@@ -235,7 +221,7 @@ class MaskedLM(Objective):
 
   name: ClassVar[str] = 'masked_lm'
   architectures: ClassVar[tuple[str, ...]] = ('decoder', 'encoder')
-  marks: ClassVar[int] = 1
+  mark_names: ClassVar[tuple[str, ...]] = ('<mask>',)
 
   def check(self, stream):
     super().check(stream)
@@ -261,7 +247,7 @@ class FillInTheMiddle(Objective):
   spm_rate: float = 0.5
 
   name: ClassVar[str] = 'fim'
-  marks: ClassVar[int] = 3
+  mark_names: ClassVar[tuple[str, ...]] = ('<PRE>', '<SUF>', '<MID>')
 
   def check(self, stream):
     super().check(stream)
@@ -285,8 +271,12 @@ class Instructions(Objective):
 
   name: ClassVar[str] = 'instructions'
   architectures: ClassVar[tuple[str, ...]] = ('decoder', 'encoder_decoder')
-  pairs: ClassVar[bool] = True
+  reads: ClassVar[str] = 'pairs'
   random: ClassVar[bool] = False
+
+  @property
+  def prefixed(self) -> bool:
+    return self.bidirectional_prompt
 
 
 OBJECTIVES = {

@@ -1,9 +1,23 @@
-"""FIXME: say what this module is."""
+"""Dataclasses as JSON and back: what names a frozen stream, and what the freezing process is told.
+
+A class of the project stands in a spec by its bare name. A class of anybody else's stands there as
+'module:Class', so that the freezing process imports the module that the gin file imported.
+"""
 
 import dataclasses
 import hashlib
+import importlib
 import json
 import pathlib
+import sys
+
+from research.core.errors import UserError
+
+# Where bare names are looked up. Only names: these modules import this one.
+_MODULES = tuple(
+  f'research.data.{name}'
+  for name in ('streams', 'objectives', 'corpora', 'vocabularies', 'cleaning')
+)
 
 
 def digest(value) -> str:
@@ -11,11 +25,51 @@ def digest(value) -> str:
   return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def class_name(kind: type) -> str:
+  """How a spec names a class.
+
+  Raises:
+    UserError: the class stands in a script or notebook, which another process cannot import.
+  """
+  if kind.__module__ in _MODULES:
+    return kind.__name__
+  if kind.__module__ == '__main__' or '<locals>' in kind.__qualname__:
+    raise UserError(
+      f'{kind.__name__} is defined in a script, a notebook or a function, and the process that freezes '
+      'cannot import it: move it to the top of a module of its own.'
+    )
+  return f'{kind.__module__}:{kind.__qualname__}'
+
+
+def find_class(name: str) -> type:
+  """The class that `class_name` named; its module is imported.
+
+  Raises:
+    UserError: the module cannot be imported or has no such class.
+  """
+  module_name, _, qualified = name.rpartition(':')
+  if module_name:
+    try:
+      found = importlib.import_module(module_name)
+      for part in qualified.split('.'):
+        found = getattr(found, part)
+      return found
+    except (ImportError, AttributeError) as e:
+      raise UserError(
+        f'the freezing process cannot import {qualified} of {module_name}: {e}'
+      ) from e
+  for module_name in _MODULES:
+    module = importlib.import_module(module_name)
+    if hasattr(module, name):
+      return getattr(module, name)
+  raise UserError(f'{name!r} is no class of a stream.')
+
+
 def to_spec(value):
   """`value`, dataclasses and all, as JSON can hold it."""
   if dataclasses.is_dataclass(value):
     fields = {f.name: to_spec(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    return {'class': type(value).__name__, **fields}
+    return {'class': class_name(type(value)), **fields}
   if isinstance(value, list | tuple):
     return [to_spec(v) for v in value]
   if isinstance(value, dict):
@@ -23,3 +77,38 @@ def to_spec(value):
   if isinstance(value, pathlib.Path):
     return str(value)
   return value
+
+
+def from_spec(spec):
+  """The value that `to_spec` described; lists come back as tuples."""
+  if isinstance(spec, dict) and 'class' in spec:
+    fields = {k: from_spec(v) for k, v in spec.items() if k != 'class'}
+    return find_class(spec['class'])(**fields)
+  if isinstance(spec, list):
+    return tuple(from_spec(v) for v in spec)
+  if isinstance(spec, dict):
+    return {k: from_spec(v) for k, v in spec.items()}
+  return spec
+
+
+def outside_code(spec) -> dict[str, str]:
+  """{module: digest of its source} of the classes in a spec that are not the project's.
+
+  Their code decides what is frozen as much as their fields do, so it is part of a stream's key.
+  """
+  if isinstance(spec, list):
+    parts = spec
+  elif isinstance(spec, dict):
+    parts = [v for v in spec.values() if isinstance(v, list | dict)]
+  else:
+    return {}
+  code = {}
+  for part in parts:
+    code |= outside_code(part)
+  name = spec.get('class', '') if isinstance(spec, dict) else ''
+  if ':' in name:
+    module = name.rpartition(':')[0]
+    source = getattr(sys.modules.get(module), '__file__', None)
+    content = pathlib.Path(source).read_bytes() if source else b''
+    code[module] = hashlib.sha256(content).hexdigest()[:16]
+  return code

@@ -9,8 +9,8 @@ import dataclasses
 import importlib.util
 
 from research.core.errors import Invalid, did_you_mean
-from research.data import cleaning, corpora, objectives, vocabularies
-from research.data.spec import digest, to_spec
+from research.data import corpora, objectives, vocabularies
+from research.data.spec import digest, outside_code, to_spec
 
 # Part of every key: raise it when what a given corpus or Stream becomes on disk changes.
 FORMAT = 3
@@ -113,9 +113,8 @@ class Stream:
     if architecture not in self.task.architectures:
       why = f'{self.name} runs as {" or ".join(self.task.architectures)}, not as {architecture}.'
       raise Invalid(Stream, 'architecture', why)
-    if self.task.pairs != self.corpus.pairs:
-      wanted = 'pairs of prompt and completion (JsonLines with prompt=...)'
-      has, needs = (wanted, 'plain text') if self.corpus.pairs else ('plain text', wanted)
+    if self.task.reads != self.corpus.gives:
+      needs, has = objectives.READS[self.task.reads], objectives.READS[self.corpus.gives]
       raise Invalid(Stream, 'corpus', f'{self.name} needs {needs}, and this corpus gives {has}.')
     wanted = {'decoder': ['targets'], 'encoder': ['inputs']}.get(architecture)
     wanted = wanted or ['inputs', 'targets']
@@ -141,29 +140,6 @@ class Stream:
     else:
       spec['signature'] = self.corpus.signature()
       spec['vocabulary_signature'] = self.vocabulary.signature()
+      if code := outside_code(spec):
+        spec['code'] = code
     return f'{self.name}-{self.split}-{digest([FORMAT, spec])}'.replace('/', '_').replace(':', '_')
-
-
-def from_spec(spec: dict):
-  """The dataclass that `Stream.spec` (or a part of it) described."""
-  if isinstance(spec, dict) and 'class' in spec:
-    made = {k: from_spec(v) for k, v in spec.items() if k != 'class'}
-    return _CLASSES[spec['class']](**made)
-  if isinstance(spec, list):
-    return tuple(from_spec(v) for v in spec)
-  if isinstance(spec, dict):
-    return {k: from_spec(v) for k, v in spec.items()}
-  return spec
-
-
-_CLASSES = {
-  c.__name__: c
-  for c in (
-    Stream,
-    objectives.Denoiser,
-    *cleaning.RULES,
-    *corpora.CORPORA,
-    *vocabularies.VOCABULARIES,
-    *objectives.OBJECTIVES.values(),
-  )
-}

@@ -13,7 +13,8 @@ from research.core.errors import Invalid, UserError
 from research.data import batches, cache, objectives, shards
 from research.data.frozen import permuted
 from research.data.mixtures import Curriculum, Mixture
-from research.data.streams import Stream, from_spec
+from research.data.spec import from_spec
+from research.data.streams import Stream
 
 
 def frozen(tmp_path, sizes=(37, 20, 5), length=8, passes=1, examples=None, offset=0, prefix=False):
