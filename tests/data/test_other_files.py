@@ -220,9 +220,9 @@ def test_a_tokenizer_that_is_none_is_refused(tmp_path):
 def test_a_size_that_cannot_be_learned_is_told_in_ids_that_count_the_extra_ids():
   from tasks import vocabularies
 
-  lines = [
-    f'the words {i * 7919 % 997} of text {i * 104729 % 99991}, twice' for i in range(400)
-  ] * 2
+  draw = np.random.default_rng(0)
+  words = [''.join(draw.choice(list('abcdefghij'), 8)) for _ in range(60)]
+  lines = [' '.join(draw.choice(words, 6)) for _ in range(200)]
   with pytest.raises(Invalid, match=r'SentencePiece.size: 8192 is too many') as error:
     vocabularies.train(SentencePiece(size=8192, extra_ids=128), lines)
   most = int(re.search(r'at most (\d+), the 128 extra ids included', str(error.value))[1])
