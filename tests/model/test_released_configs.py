@@ -10,7 +10,7 @@ import inspect
 import pytest
 
 from research.core import configs
-from research.huggingface import conversion
+from research.huggingface import inwards
 from research.model.attention import Attention
 
 transformers = pytest.importorskip('transformers')
@@ -61,6 +61,6 @@ def test_preset_is_the_released_configuration(preset, tmp_path):
   name, changes = RELEASED[preset]
   config = getattr(transformers, f'{name}Config')(**changes).to_dict()
   path = tmp_path / 'model.gin'
-  path.write_text(conversion.gin_text(conversion.family_of(config), config))
+  path.write_text(inwards.gin_text(*inwards.family_of(config)))
   tree = lambda file: plain(configs.load(str(file), root='MODEL').tree())
   assert tree(f'gin/models/{preset}.gin') == tree(path)
