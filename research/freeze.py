@@ -10,6 +10,7 @@ Each shard is made from one piece of the corpus and written whole or not at all:
 goes on with the next shard and ends with the same bytes.
 """
 
+import collections
 import functools
 import json
 import pathlib
@@ -98,6 +99,11 @@ def report(frozen, cache: pathlib.Path, show: int):
       f'  {corpus["corpus"]}: {corpus["documents"]} documents, {corpus["bytes"]:,} bytes'
       + (f' (left out of the files: {dropped})' if dropped else '')
     )
+  counts = collections.Counter()
+  for facts in frozen.manifest['shards'][0]:
+    counts.update(facts.get('left_out', {}))
+  if counts:
+    print(f'  of the conversations: {left_out(counts)}')
   for length in sorted({shape[0] for shape, _ in frozen.features.values()}):
     names = (k for k, (shape, _) in frozen.features.items() if shape[0] == length)
     print(f'  of length {length}: {", ".join(names)}')

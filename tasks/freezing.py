@@ -204,13 +204,22 @@ class Ours(_Writer):
     # One tokenisation serves every objective and length.
     tokens = self.cache / 'tokens' / digest([self.identity, self.store.folder.name])
     split = self.stream.split
-    documents = vocabularies.encoded(self.vocabulary, self.store, split, piece, tokens, pairs)
+    left_out_here = {}
+    if self.recipe.encode:
+      documents, dropped = self.recipe.encode(self.store.documents(split, piece))
+      left_out_here = dict(sorted(dropped.items()))
+      for place in dropped.broken:
+        self.log(f'  {place}')
+    else:
+      documents = vocabularies.encoded(self.vocabulary, self.store, split, piece, tokens, pairs)
     name = f'piece {piece + 1} of {self.pieces}'
     if self.stream.passes > 1:
       name += f', pass {number + 1} of {self.stream.passes}'
     last = piece == self.pieces - 1
     seed = self.seed(number, piece)
     with shards.Shard(self.folder, number, piece, self.token_bytes, last) as shard:
+      if left_out_here:
+        shard.facts['left_out'] = left_out_here
       for rows in objectives.blocks(self.recipe, documents, self.stream.lengths, seed):
         self.progress(name, shard.write(rows))
     self.progress(name, 0, end=True)

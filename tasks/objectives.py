@@ -12,7 +12,8 @@ import tensorflow as tf
 from research.core.errors import Invalid
 from research.data import objectives, spans
 from research.data.streams import Stream
-from tasks import packing, preprocessors
+from tasks import chat, packing, preprocessors
+from tasks.files import Dropped
 
 # t5's preprocessors take a random chunk of this many tokens from a longer document and drop the rest;
 # longer documents are therefore cut here first, and nothing is dropped.
@@ -48,6 +49,8 @@ class Recipe:
     cut: examples are cut to this many tokens after the preprocessors; None leaves them.
     omit: model features that the model is not to see.
     rename: (from, to) in the model features' names.
+    encode: makes documents of the corpus's raw ones in place of the plain tokeniser, and counts what it
+      leaves out or shortens, by reason, with the first places: (documents, `tasks.files.Dropped`).
   """
 
   parts: list[Part]
@@ -57,6 +60,7 @@ class Recipe:
   cut: int | None = None
   omit: tuple[str, ...] = ()
   rename: tuple[str, str] | None = None
+  encode: Callable[[list[bytes]], tuple[list[Document], Dropped]] | None = None
 
 
 def recipe(stream: Stream, vocabulary: seqio.Vocabulary) -> Recipe:
@@ -192,7 +196,20 @@ def _instructions(stream, vocabulary):
   )
 
 
+def _conversation(stream, vocabulary):
+  length = stream.lengths['targets']
+  features = {
+    'targets': seqio.Feature(vocabulary, add_eos=False),
+    'learned': seqio.Feature(seqio.PassThroughVocabulary(2), add_eos=False),
+  }
+  part = Part([], dict.fromkeys(features, length))
+  converter = preprocessors.WeightedLMFeatureConverter(pack=stream.packing)
+  encode = functools.partial(chat.encode, vocabulary, stream.task.template, length)
+  return Recipe([part], features, converter, longest=None, encode=encode)
+
+
 _RECIPES = {
+  objectives.Conversation: _conversation,
   objectives.CausalLM: _causal_lm,
   objectives.PrefixLM: _prefix_lm,
   objectives.SpanCorruption: _span_corruption,

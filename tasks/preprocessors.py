@@ -121,6 +121,16 @@ def fill_in_the_middle(dataset, output_features, rate: float, spm_rate: float) -
 _SPEC = seqio.FeatureConverter.FeatureSpec(dtype=tf.int32)
 
 
+class WeightedLMFeatureConverter(seqio.LMFeatureConverter):
+  """seqio's LMFeatureConverter with the loss where the task feature `learned` is 1."""
+
+  TASK_FEATURES: ClassVar = dict.fromkeys(('targets', 'learned'), _SPEC)
+  sets_weights: ClassVar[bool] = True
+
+  def _convert_example(self, features):
+    return super()._convert_example(features) | {'decoder_loss_weights': features['learned']}
+
+
 class MaskedLMFeatureConverter(seqio.FeatureConverter):
   """seqio's EncoderFeatureConverter with the loss on every chosen token.
 

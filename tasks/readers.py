@@ -11,7 +11,7 @@ import sysconfig
 from collections.abc import Iterator
 
 from research.core.errors import UserError
-from research.data import corpora
+from research.data import conversations, corpora
 from research.data.corpora import PythonSources
 from research.data.vocabularies import LFS_POINTER
 from tasks.files import (
@@ -151,6 +151,28 @@ def read_jsonl(corpus: corpora.JsonLines, dropped):
           yield from fields(corpus, broken, split, record, f'line {number}')
 
 
+def read_conversations(corpus: corpora.Conversations, dropped):
+  """Each conversation as JSON, NUL, and its place: 'FILE: line N'."""
+  for split, path in files(corpus):
+    broken = Broken(corpus, dropped, path)
+    with broken.reading():
+      for number, line in enumerate(lines_of(path), 1):
+        broken.line = number
+        if not line.strip() or not broken.is_text(line, number):
+          continue
+        where = f'line {number}'
+        record = broken.json(line, where)
+        if record is None:
+          continue
+        try:
+          messages = conversations.read_messages(record)
+        except conversations.Unsuitable as e:
+          broken(f'{where} {e}', 'conversations that do not suit')
+          continue
+        text = json.dumps(messages, ensure_ascii=False).encode(errors='replace')
+        yield split, text + b'\0' + f'{path}: {where}'.encode(errors='replace')
+
+
 def read_parquet(corpus: corpora.Parquet, dropped):
   import pyarrow
   import pyarrow.parquet
@@ -278,6 +300,7 @@ READERS = {
   PythonSources: read_python,
   corpora.TextFiles: read_text,
   corpora.JsonLines: read_jsonl,
+  corpora.Conversations: read_conversations,
   corpora.Parquet: read_parquet,
   corpora.HuggingFace: read_arrow,
   corpora.TFRecords: read_tfrecord,

@@ -148,9 +148,9 @@ def encode(vocabulary: seqio.Vocabulary, documents: list[bytes], pairs=False) ->
   """
   if pairs:
     parts = [d.split(b'\0', 1) for d in documents]
-    sides = [_encode(vocabulary, [p[i] for p in parts]) for i in (0, 1)]
+    sides = [encode_texts(vocabulary, [p[i] for p in parts]) for i in (0, 1)]
     return [{'inputs': a, 'targets': b} for a, b in zip(*sides, strict=True)]
-  return [{'targets': ids} for ids in _encode(vocabulary, documents)]
+  return [{'targets': ids} for ids in encode_texts(vocabulary, documents)]
 
 
 def encoded(vocabulary, store, split: str, piece: int, folder: pathlib.Path, pairs=False) -> list:
@@ -177,7 +177,8 @@ def encoded(vocabulary, store, split: str, piece: int, folder: pathlib.Path, pai
   return documents
 
 
-def _encode(vocabulary, texts: list[bytes]) -> list[np.ndarray]:
+def encode_texts(vocabulary, texts: list[bytes]) -> list[np.ndarray]:
+  """Token ids (int32, no EOS) of UTF-8 texts."""
   if isinstance(vocabulary, seqio.ByteVocabulary):
     return [np.frombuffer(t, np.uint8).astype(np.int32) + 3 for t in texts]
   texts = [t.decode() for t in texts]

@@ -227,6 +227,22 @@ class JsonLines(_Records, Files):
 
 
 @dataclasses.dataclass(frozen=True)
+class Conversations(Files):
+  """A conversation as a JSON object on every line, in any shape of `conversations.read_messages`."""
+
+  name: ClassVar[str] = 'conversations'
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.filters:
+      raise Invalid(Conversations, 'filters', 'are for plain text: a conversation stays whole.')
+
+  @property
+  def gives(self) -> str:
+    return 'conversations'
+
+
+@dataclasses.dataclass(frozen=True)
 class Parquet(_Records, Files):
   """Parquet files, read by row group."""
 

@@ -5,6 +5,8 @@ freezes a stream; nothing here imports TensorFlow.
 """
 
 import dataclasses
+import hashlib
+import pathlib
 from typing import ClassVar
 
 from research.core.errors import Invalid
@@ -15,7 +17,6 @@ READS = {
   'text': 'plain text',
   'pairs': 'pairs of prompt and completion (JsonLines with prompt=...)',
   'conversations': 'conversations (corpora.Conversations)',
-  'preferences': 'preferences (corpora.Preferences)',
 }
 
 
@@ -43,6 +44,10 @@ class Objective:
   random: ClassVar[bool] = True
   prefixed: ClassVar[bool] = False
   mark_names: ClassVar[tuple[str, ...]] = ()
+
+  def signature(self) -> list:
+    """What outside these fields decides the examples (a template's text), for the cache's key."""
+    return []
 
   def targets_length(self, inputs: int) -> int | None:
     """The targets' length that wastes nothing for this inputs' length, where there is one."""
@@ -279,7 +284,46 @@ class Instructions(Objective):
     return self.bidirectional_prompt
 
 
+@dataclasses.dataclass(frozen=True)
+class Conversation(Objective):
+  """Predict the assistant's turns of a conversation; all other turns carry no loss.
+
+  A conversation longer than a row loses its last turns, whole ones, so that it ends with an assistant's turn;
+  one whose first exchange is longer is left out. Both are counted and told with file and line.
+
+  Attributes:
+    template: a tokenizer_config.json with a chat_template, or a file with a jinja2 template; None is
+      `research.data.conversations.render_plain`.
+  """
+
+  template: str | None = None
+
+  name: ClassVar[str] = 'conversation'
+  reads: ClassVar[str] = 'conversations'
+  random: ClassVar[bool] = False
+
+  def signature(self) -> list:
+    if self.template is None:
+      return []
+    return [hashlib.sha256(pathlib.Path(self.template).expanduser().read_bytes()).hexdigest()[:16]]
+
+  def check(self, stream):
+    super().check(stream)
+    if self.template is not None and not pathlib.Path(self.template).expanduser().is_file():
+      raise Invalid(Conversation, 'template', f'there is no file {self.template!r}.')
+
+
+# The short names that `Stream.task` takes.
 OBJECTIVES = {
   c.name: c
-  for c in (CausalLM, PrefixLM, SpanCorruption, UL2, MaskedLM, FillInTheMiddle, Instructions)
+  for c in (
+    CausalLM,
+    PrefixLM,
+    SpanCorruption,
+    UL2,
+    MaskedLM,
+    FillInTheMiddle,
+    Instructions,
+    Conversation,
+  )
 }

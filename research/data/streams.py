@@ -140,6 +140,8 @@ class Stream:
     else:
       spec['signature'] = self.corpus.signature()
       spec['vocabulary_signature'] = self.vocabulary.signature()
+      if signature := self.task.signature():
+        spec['task_signature'] = signature
       if code := outside_code(spec):
         spec['code'] = code
     return f'{self.name}-{self.split}-{digest([FORMAT, spec])}'.replace('/', '_').replace(':', '_')

@@ -1,0 +1,216 @@
+"""Conversations: the shapes in which files have them, and the templates that make them text.
+
+A conversation is a list of messages {'role': 'system' | 'user' | 'assistant' | 'tool', 'content': text}. A
+template makes it the text that a model reads, in segments: those that it must learn to write, which are the
+assistant's, and those that it is given.
+"""
+
+import json
+import pathlib
+from collections.abc import Callable
+
+from research.core.errors import UserError
+
+# Stands for the vocabulary's EOS in a template that is not of a tokenizer's own; no message may have it.
+EOS = '\0'
+
+# ShareGPT's names of the roles, and the usual ones.
+_ROLES = {
+  'system': 'system',
+  'user': 'user',
+  'human': 'user',
+  'assistant': 'assistant',
+  'gpt': 'assistant',
+  'tool': 'tool',
+}
+# Whose turn may follow whose; None is the start.
+_NEXT = {
+  None: ('system', 'user'),
+  'system': ('user',),
+  'user': ('assistant',),
+  'assistant': ('user', 'tool'),
+  'tool': ('assistant', 'tool'),
+}
+
+Messages = list[dict[str, str]]
+
+
+class Unsuitable(ValueError):
+  """Why a record is no conversation to learn from, as the end of a sentence."""
+
+
+def read_messages(record: dict) -> Messages:
+  """The messages of a JSON record in any of the usual shapes.
+
+  These are {'messages': [{'role', 'content'}]}, ShareGPT's {'conversations': [{'from', 'value'}]},
+  {'prompt', 'completion'} and Alpaca's {'instruction', 'input', 'output'}.
+
+  Raises:
+    Unsuitable: it has none of these shapes, roles out of order, or a turn that is empty.
+  """
+  if 'messages' in record:
+    messages = [_message(m, i, 'role', 'content') for i, m in _turns(record, 'messages')]
+  elif 'conversations' in record:
+    messages = [_message(m, i, 'from', 'value') for i, m in _turns(record, 'conversations')]
+  elif 'prompt' in record and 'completion' in record:
+    messages = _pair(record, 'prompt', 'completion')
+  elif 'instruction' in record and 'output' in record:
+    messages = _pair(record, 'instruction', 'output')
+    if record.get('input'):
+      messages[0]['content'] += '\n\n' + _text(record['input'], "'input'")
+  else:
+    names = ', '.join(map(repr, list(record)[:8]))
+    raise Unsuitable(
+      "has neither 'messages' nor 'conversations', 'prompt' and 'completion', or 'instruction' and "
+      f"'output' (it has {names or 'nothing'})"
+    )
+  check(messages)
+  return messages
+
+
+def _turns(record, name):
+  if not isinstance(record[name], list) or not record[name]:
+    raise Unsuitable(f'has no list of turns in {name!r}')
+  return enumerate(record[name], 1)
+
+
+def _pair(record, prompt, completion) -> Messages:
+  return [
+    {'role': 'user', 'content': _text(record[prompt], repr(prompt))},
+    {'role': 'assistant', 'content': _text(record[completion], repr(completion))},
+  ]
+
+
+def _text(value, what: str) -> str:
+  if not isinstance(value, str):
+    kind = 'null' if value is None else f'of type {type(value).__name__}'
+    raise Unsuitable(f'has {what} that is {kind} and not text')
+  if EOS in value:
+    raise Unsuitable(f'has {what} with a NUL character')
+  return value
+
+
+def _message(message, number: int, role: str, content: str) -> dict[str, str]:
+  if not isinstance(message, dict) or role not in message or content not in message:
+    raise Unsuitable(f'has turn {number} without {role!r} and {content!r}')
+  if message[role] not in _ROLES:
+    known = ', '.join(_ROLES)
+    raise Unsuitable(f'has turn {number} of the unknown role {message[role]!r} (known: {known})')
+  return {'role': _ROLES[message[role]], 'content': _text(message[content], f'turn {number}')}
+
+
+def check(messages: Messages):
+  """Raises `Unsuitable` where turns are out of order or empty, or the last is not the assistant's."""
+  last = None
+  for number, message in enumerate(messages, 1):
+    role = message['role']
+    if role not in _NEXT[last]:
+      after = f'after that of the {last}' if last else 'at the start'
+      raise Unsuitable(f'has roles out of order: turn {number} is of the {role}, {after}')
+    if role in ('user', 'assistant') and not message['content'].strip():
+      raise Unsuitable(f"has an empty turn: turn {number}, the {role}'s")
+    last = role
+  if last != 'assistant':
+    raise Unsuitable(f"ends with a turn of the {last} and not with the assistant's")
+
+
+def render_plain(messages: Messages, add_generation_prompt: bool = False) -> str:
+  """Our own template: each turn after its role's name; EOS ends the assistant's (that of Tülu 2).
+
+  Wang et al. (2023), arXiv:2306.04751, section 4.1.
+  """
+  parts = []
+  for number, message in enumerate(messages, 1):
+    end = EOS if message['role'] == 'assistant' else ''
+    newline = '' if end and number == len(messages) else '\n'
+    parts.append(f'<|{message["role"]}|>\n{message["content"]}{end}{newline}')
+  return ''.join(parts) + ('<|assistant|>\n' if add_generation_prompt else '')
+
+
+def template(path: str | None) -> Callable[..., str]:
+  """The function (messages, add_generation_prompt) -> text of a template.
+
+  Args:
+    path: a tokenizer_config.json with a chat_template, or a file with the jinja2 template itself; None is
+      `render_plain`.
+
+  Raises:
+    UserError: the file has no template, or jinja2 cannot read it.
+  """
+  if path is None:
+    return render_plain
+  source, tokens = _read_template(path)
+  try:
+    import jinja2
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+  except ImportError:
+    raise UserError(f'{path} is a jinja2 template: install the extra chat (jinja2).') from None
+
+  def refuse(message):
+    raise Unsuitable(f'is refused by the template: {message}')
+
+  environment = ImmutableSandboxedEnvironment(
+    trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols']
+  )
+  environment.globals['raise_exception'] = refuse
+  try:
+    compiled = environment.from_string(source)
+  except jinja2.TemplateError as e:
+    raise UserError(f'{path}: the chat template is not jinja2 ({e}).') from e
+
+  def render(messages, add_generation_prompt=False):
+    try:
+      return compiled.render(
+        messages=messages, add_generation_prompt=add_generation_prompt, **tokens
+      )
+    except Unsuitable:
+      raise
+    except Exception as e:  # a template is a program, and raises what programs raise
+      raise Unsuitable(f'is refused by the template: {e}') from e
+
+  return render
+
+
+def _read_template(path: str) -> tuple[str, dict[str, str]]:
+  """(jinja2 source, the special tokens that it may name)."""
+  try:
+    text = pathlib.Path(path).expanduser().read_text(encoding='utf-8')
+    if not path.endswith('.json'):
+      return text, {'bos_token': '', 'eos_token': EOS}
+    settings = json.loads(text)
+  except (OSError, ValueError) as e:
+    raise UserError(f'{path}: the chat template cannot be read ({e}).') from e
+  source = settings.get('chat_template') if isinstance(settings, dict) else None
+  if isinstance(source, list):  # several by name, in older files
+    source = next((t.get('template') for t in source if t.get('name') == 'default'), None)
+  if not isinstance(source, str):
+    raise UserError(f'{path} has no chat_template: name a jinja2 file, or leave the template out.')
+  tokens = {}
+  for name in ('bos_token', 'eos_token', 'unk_token', 'pad_token'):
+    value = settings.get(name)
+    value = value.get('content') if isinstance(value, dict) else value
+    if isinstance(value, str):
+      tokens[name] = value
+  return source, {'bos_token': '', 'eos_token': EOS} | tokens
+
+
+def segments(messages: Messages, render: Callable[..., str]) -> list[tuple[str, bool]]:
+  """(text, whether the model learns to write it) in turn; the learned ones are the assistant's.
+
+  What a model is given before an assistant's turn is exactly what it is given at generation.
+
+  Raises:
+    Unsuitable: the template changes earlier turns when later ones come, so that no such cut exists.
+  """
+  parts, done = [], ''
+  for number, message in enumerate(messages):
+    if message['role'] != 'assistant':
+      continue
+    before = render(messages[:number], add_generation_prompt=True)
+    after = render(messages[: number + 1], add_generation_prompt=False)
+    # A template may end the text otherwise than the middle: what both have in common stays.
+    if not before.startswith(done) or not after.startswith(before):
+      raise Unsuitable('is written by the template in a way that changes with later turns')
+    parts += [(before[len(done) :], False), (after[len(before) :], True)]
+    done = after
+  return parts
