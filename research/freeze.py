@@ -20,7 +20,8 @@ from research.core.errors import UserError
 from research.data.mixtures import Mixture
 from research.data.spec import from_spec
 from research.data.streams import Stream
-from tasks.freezing import freeze, left_out, say, writer
+from tasks.freezing import freeze, say
+from tasks.writers import left_out, writer
 
 ROOTS = ('RUN', 'SWEEP', 'STREAM')
 

@@ -22,7 +22,11 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from research.data import batches, corpora, vocabularies  # noqa: E402
+from research.data import (  # noqa: E402
+  batches,
+  corpora,
+  vocabularies,
+)
 from research.data.cache import (  # noqa: E402
   default_cache,
   open_stream,
@@ -69,11 +73,11 @@ def streams(cache: pathlib.Path, size: int):
 def freeze_one(stream: Stream, size: int, cache: pathlib.Path, repeats: int = 3) -> dict:
   """Tokens, and the least seconds that they took: of CPU, by the clock, of CPU in the tokenizer."""
   from research.data import shards
-  from tasks import freezing
   from tasks import objectives as built
   from tasks import vocabularies as tokenizers
+  from tasks import writers
 
-  writer = freezing.writer(stream, cache / 'unused', cache, lambda line: None)
+  writer = writers.writer(stream, cache / 'unused', cache, lambda line: None)
   documents, held = [], 0
   for piece in range(writer.pieces):
     for document in writer.store.documents('train', piece):

@@ -10,7 +10,8 @@ import pathlib
 from typing import ClassVar
 
 from research.core.errors import Invalid
-from research.data.spans import encoder_share, span_lengths
+from research.data.objective_checks import check_marks, check_spans, check_targets_hold_inputs
+from research.data.spans import span_lengths
 
 # What a corpus can give, in words for messages.
 READS = {
@@ -67,26 +68,6 @@ class CausalLM(Objective):
   random: ClassVar[bool] = False
 
 
-def check_spans(stream, density, mean_span, reserved=0, owner=None):
-  """Raises `Invalid` unless the lengths and the sentinels suffice for this corruption."""
-  owner = owner or type(stream.task)
-  if not 0 < density < 1:
-    raise Invalid(owner, 'noise_density', f'{density} must lie between 0 and 1.')
-  if mean_span < 1:
-    raise Invalid(owner, 'mean_noise_span_length', f'{mean_span} must be at least 1.')
-  joint = stream.architecture == 'decoder'
-  inputs = encoder_share(stream.lengths, density, mean_span) if joint else stream.lengths['inputs']
-  n, targets = span_lengths(inputs - reserved, density, mean_span)
-  if not joint and stream.lengths['targets'] < targets:
-    why = f"'targets' is {stream.lengths['targets']}, and {stream.name} with 'inputs' of {inputs} "
-    raise Invalid(type(stream), 'lengths', why + f'needs {targets}.')
-  spans = max(1, round(round(n * density) / mean_span))
-  if stream.vocabulary.extra_ids - len(stream.task.mark_names) < spans:
-    why = f'{stream.vocabulary.extra_ids} sentinels are too few: this corruption uses {spans} '
-    why += f'(and {len(stream.task.mark_names)} ids are mode tokens).'
-    raise Invalid(type(stream.vocabulary), 'extra_ids', why)
-
-
 @dataclasses.dataclass(frozen=True)
 class SpanCorruption(Objective):
   """Predict the spans that sentinels stand for (T5; Raffel et al. 2020, section 3.1.4).
@@ -137,14 +118,6 @@ class PrefixLM(Objective):
         PrefixLM, 'noise_density', f'{self.noise_density} must be above 0, at most 0.5.'
       )
     check_targets_hold_inputs(stream)
-
-
-def check_targets_hold_inputs(stream):
-  """Raises `Invalid` when an encoder-decoder's targets could be cut off."""
-  lengths = stream.lengths
-  if stream.architecture == 'encoder_decoder' and lengths['targets'] < lengths['inputs']:
-    why = f"'targets' is {lengths['targets']}: {stream.name} can hide as much as 'inputs' holds, "
-    raise Invalid(type(stream), 'lengths', why + f'so make it {lengths["inputs"]}.')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,14 +171,6 @@ class UL2(Objective):
     for d in self.denoisers:
       if d.mode != 'S':
         check_spans(stream, d.noise_density, d.mean_noise_span_length, 1, Denoiser)
-
-
-def check_marks(stream):
-  """Raises `Invalid` when the vocabulary has no ids for the objective's own marks."""
-  marks = len(stream.task.mark_names)
-  if stream.vocabulary.extra_ids < marks:
-    why = f'{stream.vocabulary.extra_ids} is too few: {stream.name} needs {marks} ids of its own.'
-    raise Invalid(type(stream.vocabulary), 'extra_ids', why)
 
 
 @dataclasses.dataclass(frozen=True)

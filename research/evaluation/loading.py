@@ -129,8 +129,9 @@ def architecture_of(run: Run | None, model: nnx.Module) -> str:
       'encoder-decoder.'
     )
   stream = _first_stream(run) if run else None
-  names = ('prefix_lm', 'span_corruption', 'ul2')  # objectives whose context sees itself both ways
-  return 'prefix' if stream is not None and stream.name in names else 'decoder'
+  if stream is None or stream.registered or not stream.task.prefixed(stream.architecture):
+    return 'decoder'
+  return 'prefix'
 
 
 def _first_stream(run: Run):

@@ -6,7 +6,7 @@ from flax import nnx
 from research.model.part import Context, Cost, Factory, call_part, check_part, cost_of
 
 
-def _add(*penalties: dict) -> dict:
+def add_to_stream(*penalties: dict) -> dict:
   names = dict.fromkeys(name for p in penalties for name in p)
   return {name: sum(p[name] for p in penalties if name in p) for name in names}
 
@@ -30,7 +30,7 @@ class Residual(SideBySide):
 
   def sum_of_parts(self, x, context):
     ys, penalties = zip(*(call_part(part, x, context) for part in self.parts), strict=True)
-    return sum(ys), _add(*penalties)
+    return sum(ys), add_to_stream(*penalties)
 
 
 class PreNorm(Residual):
@@ -60,7 +60,7 @@ class PreNormEach(SideBySide):
     pairs = zip(self.parts, self.norms, strict=True)
     results = (call_part(part, norm(x), context) for part, norm in pairs)
     ys, penalties = zip(*results, strict=True)
-    return x + sum(ys), _add(*penalties)
+    return x + sum(ys), add_to_stream(*penalties)
 
 
 class NormAfter(Residual):

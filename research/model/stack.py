@@ -12,7 +12,7 @@ from research.core.errors import Invalid, did_you_mean
 from research.model.parameters import check_sizes
 from research.model.part import Context, Cost, Factory, cost_of
 from research.model.pipeline import over_stages, pipelined, schedule_of
-from research.model.residual import _add
+from research.model.residual import add_to_stream
 
 # What the backward pass keeps of a layer's forward pass; the rest it computes again.
 _LAYER_INPUT = 'layer_input'
@@ -101,7 +101,7 @@ class Stack(nnx.Module):
       for sublayer in sublayers:
         x, penalty = sublayer(x, context)
         penalties.append(penalty)
-      return x, _add(*penalties)
+      return x, add_to_stream(*penalties)
 
     if self.remat != 'none':
       layer = jax.checkpoint(layer, policy=REMAT[self.remat], prevent_cse=not self.scan)
@@ -111,7 +111,7 @@ class Stack(nnx.Module):
     penalties = {}
     for sublayers in _unstack(stacked):
       x, penalty = layer(x, sublayers)
-      penalties = _add(penalties, penalty)
+      penalties = add_to_stream(penalties, penalty)
     return x, penalties
 
 
@@ -136,7 +136,7 @@ class Stacks(nnx.Module):
     for stack in self.stacks:
       x, penalty = stack(x, context)
       penalties.append(penalty)
-    return (self.norm(x) if self.norm is not None else x), _add(*penalties)
+    return (self.norm(x) if self.norm is not None else x), add_to_stream(*penalties)
 
 
 def _unstack(tree) -> list:

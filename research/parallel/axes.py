@@ -1,4 +1,4 @@
-"""FIXME: say what this module is."""
+"""Arrays and the axes of the mesh in use: how they are split, gathered and checked."""
 
 import math
 from collections.abc import Mapping
@@ -7,18 +7,18 @@ import jax
 from jax import P
 
 from research.core.errors import Invalid
-from research.parallel.mesh import _MAY_STAY_WHOLE, Mesh, _rules, as_tuple
+from research.parallel.mesh import MAY_STAY_WHOLE, Mesh, as_tuple, rules_in_use
 
 
 def axis_size(name: str) -> int:
   """Over how many devices the mesh in use splits the array axis `name`."""
-  rules, sizes = _rules.get() or {}, jax.sharding.get_abstract_mesh().shape
+  rules, sizes = rules_in_use.get() or {}, jax.sharding.get_abstract_mesh().shape
   return math.prod(sizes.get(axis, 1) for axis in as_tuple(rules.get(name)))
 
 
 def split_axes() -> list[str]:
   """The names of the array axes that the mesh in use splits."""
-  return [name for name in _rules.get() or {} if axis_size(name) > 1]
+  return [name for name in rules_in_use.get() or {} if axis_size(name) > 1]
 
 
 def splits() -> bool:
@@ -37,7 +37,7 @@ def spec(*names: str | None, shape: tuple[int, ...] | None = None) -> P:
   With `shape`, an axis whose size the mesh does not divide stays whole; of two names that claim one mesh axis
   the first has it. For parameters `check` makes errors of both. Outside any mesh everything is whole.
   """
-  rules = _rules.get() or {}
+  rules = rules_in_use.get() or {}
   sizes = dict(jax.sharding.get_abstract_mesh().shape)
   taken, parts = set(), []
   for i, name in enumerate(names):
@@ -61,7 +61,7 @@ def check(parameters: Mapping[str, tuple[tuple[str | None, ...], tuple[int, ...]
     Invalid: of `Mesh`: two axes of one parameter claim one mesh axis, or a size is not a multiple of the
       devices it is split over.
   """
-  rules, sizes = _rules.get() or {}, dict(jax.sharding.get_abstract_mesh().shape)
+  rules, sizes = rules_in_use.get() or {}, dict(jax.sharding.get_abstract_mesh().shape)
   for path, (names, shape) in parameters.items():
     taken = {}
     shown = 'x'.join(
@@ -80,7 +80,7 @@ def check(parameters: Mapping[str, tuple[tuple[str | None, ...], tuple[int, ...]
         )
       axes = [axis for axis in axes if axis not in taken]
       n = math.prod(sizes[axis] for axis in axes)
-      if size % n and name not in _MAY_STAY_WHOLE:
+      if size % n and name not in MAY_STAY_WHOLE:
         on = ' x '.join(f'{axis} {sizes[axis]}' for axis in axes)
         why = (
           f'{on} does not divide the {size} {name!r} of {path} [{shown}]; change Mesh.{axes[-1]} '
@@ -92,7 +92,7 @@ def check(parameters: Mapping[str, tuple[tuple[str | None, ...], tuple[int, ...]
 
 def shard(x: jax.Array, *names: str | None) -> jax.Array:
   """`x` moved to where the names of its axes say; its values are unchanged."""
-  if _rules.get() is None:
+  if rules_in_use.get() is None:
     return x
   return jax.sharding.reshard(x, spec(*names, shape=x.shape))
 
@@ -105,7 +105,7 @@ def gather(x: jax.Array, *names: str | None) -> jax.Array:
   `x` is gathered already it comes back as it is.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  if _rules.get() is None or jax.typeof(x).sharding.spec.reduced:
+  if rules_in_use.get() is None or jax.typeof(x).sharding.spec.reduced:
     return x
   if mesh.manual_axes:  # in a pipeline's stage, where jax knows no partial sums yet
     return shard(x, *names)
@@ -114,7 +114,7 @@ def gather(x: jax.Array, *names: str | None) -> jax.Array:
   gathered = {i: here[i] for i in range(x.ndim) if here[i] != to[i]}
   if any(to[i] for i in gathered):
     return shard(x, *names)
-  split = {axis for name in ('batch', 'length') for axis in as_tuple(_rules.get().get(name))}
+  split = {axis for name in ('batch', 'length') for axis in as_tuple(rules_in_use.get().get(name))}
   split = {axis for axis in split if mesh.shape[axis] > 1 and axis not in mesh.manual_axes}
   over = {axis for axes in gathered.values() for axis in axes}
   copies = tuple(split - over - {axis for axes in to for axis in axes})

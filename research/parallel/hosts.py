@@ -1,4 +1,4 @@
-"""FIXME: say what this module is."""
+"""What each host of a job does: its share of a batch, and arrays placed on the mesh."""
 
 import jax
 import numpy as np

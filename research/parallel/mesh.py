@@ -41,9 +41,9 @@ RULES = {
   'sequence': 'context',
 }
 # Grouped queries leave few keys: where they are fewer than the devices, each device holds all of them.
-_MAY_STAY_WHOLE = ('kv_heads',)
+MAY_STAY_WHOLE = ('kv_heads',)
 
-_rules = contextvars.ContextVar('rules', default=None)
+rules_in_use = contextvars.ContextVar('rules', default=None)
 _platform = contextvars.ContextVar('platform', default=None)
 _pipeline = contextvars.ContextVar('pipeline', default=(1, None))
 
@@ -161,13 +161,13 @@ class Mesh:
     """Within this, `spec` and `shard` mean this mesh, over `devices` (all of them by default)."""
     devices = jax.devices() if devices is None else devices
     mesh = self.arrange(devices)
-    token, platform = _rules.set(self.table), _platform.set(devices[0].platform)
+    token, platform = rules_in_use.set(self.table), _platform.set(devices[0].platform)
     pipeline = _pipeline.set((self.stage_rounds, self.stage_microbatches))
     try:
       with jax.set_mesh(mesh):
         yield mesh
     finally:
-      _rules.reset(token)
+      rules_in_use.reset(token)
       _platform.reset(platform)
       _pipeline.reset(pipeline)
 

@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import glob
 import importlib.util
-import ipaddress
 import itertools
 import os
 import socket
@@ -15,6 +14,7 @@ import time
 from collections.abc import Mapping
 
 from research.core.errors import UserError
+from research.parallel.addresses import split_address, unknown_name
 
 TIMEOUT = 300.0  # seconds that hosts wait for each other at start-up
 _count = itertools.count()  # a key can be set once in a job
@@ -104,35 +104,6 @@ def _whole(env: Mapping[str, str], name: str, default: int, least: int = 1) -> i
   return int(text)
 
 
-def split_address(address: str, setting: str) -> tuple[str, int]:
-  """'host:port' or '[IPv6 address]:port' in its parts.
-
-  Args:
-    address: of process 0.
-    setting: what set it, for messages.
-
-  Raises:
-    UserError: it is neither.
-  """
-  host, _, port = address.rpartition(':')
-  bare = host.removeprefix('[').removesuffix(']')
-  if not bare or bare.strip() != bare or '/' in bare:
-    raise UserError(f'{setting} must be host:port of process 0.')
-  if ':' in bare and (bare == host or not _is_ipv6(bare)):
-    raise UserError(f'{setting}: an IPv6 address stands in brackets, as in [::1]:8476.')
-  if not (port.isascii() and port.isdigit()) or not 0 < int(port) < 2**16:
-    raise UserError(f'{setting}: the port {port!r} must be a number from 1 to 65535.')
-  return bare, int(port)
-
-
-def _is_ipv6(host: str) -> bool:
-  try:
-    ipaddress.IPv6Address(host)
-  except ValueError:
-    return False
-  return True
-
-
 def _has_tpu() -> bool:
   chips = glob.glob('/dev/accel*') + glob.glob('/dev/vfio/[0-9]*')
   return bool(chips) and importlib.util.find_spec('libtpu') is not None
@@ -200,20 +171,11 @@ def meet(cluster: Cluster, timeout: float = TIMEOUT) -> None:
   wait = _wait_for_others if cluster.process == 0 else _go_to_first
   missing = wait(cluster, host, port, time.monotonic() + timeout)
   if missing:
-    name = _unknown_name(host)
+    name = unknown_name(host)
     raise UserError(
       f'process {missing} of {cluster.processes} did not come to {cluster.coordinator} within '
       f'{timeout:.0f} s ({cluster.source}{name}): look at its log.'
     )
-
-
-def _unknown_name(host: str) -> str:
-  """Says so where a host's name has no address."""
-  try:
-    socket.getaddrinfo(host, None)
-  except OSError as error:
-    return f'; {host}: {error.strerror}'
-  return ''
 
 
 def _wait_for_others(cluster: Cluster, host: str, port: int, end: float) -> str:

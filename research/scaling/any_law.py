@@ -9,10 +9,10 @@ import numpy as np
 from research.core.errors import did_you_mean
 from research.scaling import bootstrap, cells, fitted, law_fit
 from research.scaling import columns as columns_module
+from research.scaling.cells import RowError
 from research.scaling.fitting import Options
 from research.scaling.laws.base import Law, LawError
 from research.scaling.rows import DONE, Columns
-from research.scaling.tables import RowError
 
 DERIVED = {
   'flops': (('params', 'tokens'), lambda n, d: 6 * n * d),

@@ -4,6 +4,8 @@ import math
 import re
 from collections.abc import Iterable
 
+from research.core.errors import UserError
+
 PF_DAYS = 8.64e19  # 1e15 FLOP/s for a day
 BLANK = frozenset(('', '-', '--', '—', 'na', 'n/a', '#n/a', 'none', 'null', 'nil', '?', '.'))
 PREFIXES = {'k': 1e3, 'm': 1e6, 'g': 1e9, 'b': 1e9, 't': 1e12, 'p': 1e15, 'e': 1e18, 'z': 1e21}
@@ -104,3 +106,7 @@ def is_number(cell) -> bool:
   except ValueError:
     return False
   return True
+
+
+class RowError(UserError, ValueError):
+  """A table that cannot be fitted as it stands: the message names the row and the column."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from research.core.errors import did_you_mean
 from research.scaling import cells
-from research.scaling.tables import RowError
+from research.scaling.cells import RowError
 
 # N, C as this project writes them, in the order in which a convention is chosen by default.
 PARAMS = ('params_with_head', 'params_total', 'params_non_embedding')

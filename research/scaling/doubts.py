@@ -5,10 +5,9 @@ import math
 
 import numpy as np
 
-from research.scaling.cells import PF_DAYS
+from research.scaling.cells import PF_DAYS, RowError
 from research.scaling.laws.published import published
 from research.scaling.rows import Observations
-from research.scaling.tables import RowError
 
 # Names of columns that say how often the data were gone through, or how many tokens differ.
 EPOCHS = ('epochs', 'total_epochs', 'num_epochs', 'n_epochs')

@@ -12,8 +12,9 @@ import numpy as np
 
 from research.scaling import cells
 from research.scaling import columns as columns_module
+from research.scaling.cells import RowError
 from research.scaling.columns import FLOPS, PARAMS, Columns
-from research.scaling.tables import RowError, read_table
+from research.scaling.tables import read_table
 
 __all__ = [
   'CONVENTIONS',

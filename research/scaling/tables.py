@@ -9,13 +9,14 @@ import csv
 import dataclasses
 import gzip
 import io
-import json
 import lzma
 import pathlib
 import zlib
 
-from research.core.errors import UserError, did_you_mean
+from research.core.errors import did_you_mean
 from research.scaling import cells
+from research.scaling.cells import RowError
+from research.scaling.json_tables import read_json_rows
 
 SEPARATORS = {',': 'commas', ';': 'semicolons', '\t': 'tabs', '|': 'bars'}
 COMPRESSED = {
@@ -30,10 +31,6 @@ REFUSED = {
   b'version https://git-lfs': 'a pointer of Git LFS and not the file itself; run git lfs pull',
 }
 DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError)
-
-
-class RowError(UserError, ValueError):
-  """A table that cannot be fitted as it stands: the message names the row and the column."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +79,7 @@ def read(path) -> Table:
   if not text.strip():
     raise RowError(f'{path} is empty.')
   if text.lstrip()[:1] in ('[', '{') or path.suffix in ('.json', '.jsonl', '.ndjson'):
-    return Table(_read_json(path, text), _line(told))
+    return Table(read_json_rows(path, text), _line(told))
   return Table(_read_separated(path, text, told), _line(told))
 
 
@@ -124,79 +121,6 @@ def _decode(path, data: bytes, told: list[str]) -> str:
 
 
 # JSON.
-
-
-def _read_json(path, text: str) -> list[dict]:
-  lines = path.suffix in ('.jsonl', '.ndjson') or '.jsonl' in path.suffixes
-  if not lines:
-    try:
-      value = json.loads(text, object_pairs_hook=_object)
-    except (json.JSONDecodeError, RecursionError, ValueError) as error:
-      if not (isinstance(error, json.JSONDecodeError) and error.msg == 'Extra data'):
-        raise _not_json(path, getattr(error, 'lineno', 1), error) from None
-      lines = True  # several values: one a line
-    else:
-      return _rows_of(path, value)
-  rows = []
-  for i, line in enumerate(text.splitlines(), 1):
-    if not line.strip():
-      continue
-    try:
-      value = json.loads(line, object_pairs_hook=_object)
-    except (json.JSONDecodeError, RecursionError, ValueError) as error:
-      raise _not_json(path, i, error) from None
-    if not isinstance(value, dict):
-      raise RowError(f'{path}:{i} is {_kind(value)} and not an object {{column: value}}.')
-    rows.append(_flat(value))
-  return rows
-
-
-def _object(pairs: list[tuple]) -> dict:
-  value = dict(pairs)
-  if len(value) != len(pairs):
-    names = [name for name, _ in pairs]
-    twice = next(name for name in names if names.count(name) > 1)
-    raise ValueError(f'the key {twice!r} stands twice in one object')
-  return value
-
-
-def _not_json(path, line: int, error: Exception) -> RowError:
-  why = getattr(error, 'msg', None) or str(error) or type(error).__name__
-  return RowError(f'{path}:{line} is not JSON: {why}.')
-
-
-def _rows_of(path, value) -> list[dict]:
-  """A list of objects, or an object of columns (lists of one length)."""
-  if isinstance(value, dict) and value and all(isinstance(v, list) for v in value.values()):
-    if len({len(v) for v in value.values()}) != 1:
-      raise RowError(f'{path} holds columns of different lengths.')
-    return [dict(zip(value, cells, strict=True)) for cells in zip(*value.values(), strict=True)]
-  if isinstance(value, dict):
-    return [_flat(value)]
-  if not isinstance(value, list):
-    raise RowError(f'{path} holds {_kind(value)} and not a list of rows.')
-  for i, row in enumerate(value, 1):
-    if not isinstance(row, dict):
-      raise RowError(f'{path}: row {i} is {_kind(row)} and not an object {{column: value}}.')
-  return [_flat(row) for row in value]
-
-
-def _flat(row: dict, prefix: str = '') -> dict:
-  """{'eval': {'loss': 3}} as {'eval/loss': 3}."""
-  flat = {}
-  for name, value in row.items():
-    if isinstance(value, dict):
-      flat |= _flat(value, f'{prefix}{name}/')
-    else:
-      flat[prefix + name] = value
-  return flat
-
-
-def _kind(value) -> str:
-  if value is None:
-    return 'null'
-  names = {list: 'a list', str: 'a text', bool: 'a truth value', dict: 'an object'}
-  return names.get(type(value), 'a number')
 
 
 # CSV and its like.
