@@ -129,7 +129,7 @@ def architecture_of(run: Run | None, model: nnx.Module) -> str:
       'encoder-decoder.'
     )
   stream = _first_stream(run) if run else None
-  if stream is None or stream.registered or not stream.task.prefixed(stream.architecture):
+  if stream is None or stream.registered or not stream.task.prefixed:
     return 'decoder'
   return 'prefix'
 
