@@ -82,7 +82,7 @@ def read_rope(settings: Settings, rope: Settings, scope: str = '') -> dict[str, 
   values = {ours: rope.get(theirs) for ours, theirs in keys.items()}
   for ours in REQUIRED[kind]:
     values[ours] = rope[keys[ours]]
-  if kind == 'llama3' and values['low'] >= values['high']:
+  if 'low' in values and values['low'] >= values['high']:
     raise UserError(
       f'config.json: low_freq_factor = {values["low"]} must be below high_freq_factor = {values["high"]}.'
     )
