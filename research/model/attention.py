@@ -16,7 +16,7 @@ from research.model.layers import Linear
 from research.model.parameters import check_sizes, size
 from research.model.part import Context, Cost, Factory
 from research.model.positions import by_place
-from research.parallel.axes import shard
+from research.parallel.axes import shard, spec
 
 
 def visible(
@@ -55,6 +55,25 @@ def _whole(x):
   return shard(x, 'batch', None)
 
 
+def recalled(context: Context, window: int | None = None) -> tuple[jax.Array, jax.Array | None]:
+  """Who sees whom among recalled keys, and the bias, by the keys' positions.
+
+  Returns:
+    A mask [batch, 1, query, key], and the bias [batch, heads, query, key] or None.
+  """
+  keys = context.key_positions[:, None, :]
+  distance = context.positions[:, :, None] - keys
+  see = (keys >= 0) & (distance >= 0)
+  if window is not None:
+    see = see & (distance < window)
+  if context.bias is None:
+    return see[:, None], None
+  bias = shard(context.bias, 'heads', None)
+  place = jnp.maximum(bias.shape[1] // 2 - distance, 0)
+  bias = bias.at[:, place].get(out_sharding=spec('heads', 'batch', None, None))
+  return see[:, None], jnp.swapaxes(bias, 0, 1)
+
+
 def self_attention(
   query: jax.Array,
   key: jax.Array,
@@ -77,6 +96,9 @@ def self_attention(
   """
   segments, prefix, length = context.segments, context.prefix, query.shape[1]
   knobs = {'scale': scale, 'soft_cap': soft_cap}
+  if context.key_positions is not None:
+    mask, bias = recalled(context, window)
+    return dot_product_attention(query, key, value, mask=mask, bias=bias, **knobs)
   if is_split(length):
     return ring_attention(
       query, key, value, segments=segments, prefix=prefix, bias=context.bias, causal=context.causal,
@@ -155,6 +177,7 @@ class Attention(nnx.Module):
 
   def __call__(self, x: jax.Array, context: Context):
     q, k, v = self.project(x, x, context)
+    k, v, context = context.recall(k, v, window=self.window)
     y = self_attention(
       q, k, v, context, scale=self.scale, soft_cap=self.soft_cap, window=self.window
     )
@@ -198,6 +221,7 @@ class CrossAttention(Attention):
     lengths = (x.shape[1], context.encoded.shape[1])
     mask = visible(context.segments, context.encoded_segments, lengths, causal=False)
     q, k, v = self.project(x, context.encoded, context)
+    k, v = context.once(k, v)
     # Where lengths are split, every device takes its queries to all of the keys.
     k, v = (shard(y, 'batch', None, 'kv_heads', None) for y in (k, v))
     y = dot_product_attention(q, k, v, mask=mask, scale=self.scale, soft_cap=self.soft_cap)

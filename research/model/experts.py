@@ -52,15 +52,20 @@ class Experts(nnx.Module):
     self.inputs = nnx.List([matrices({'embed': embed}, {'mlp': mlp}) for _ in self.activations])
     self.output = matrices({'mlp': mlp}, {'embed': embed})
 
-  def __call__(self, x: jax.Array, weights: jax.Array, index: jax.Array) -> jax.Array:
-    """Sum over a token's choices of weight x expert(x); a choice of expert `experts` is of none."""
-    axes = ('expert', None, 'mlp')
+  def __call__(
+    self, x: jax.Array, weights: jax.Array, index: jax.Array, *, dropless: bool = False
+  ) -> jax.Array:
+    """Sum over a token's choices of weight x expert(x); a choice of expert `experts` is of none.
+
+    `dropless` leaves the capacity out of account: in decoding there is no sequence to share it among.
+    """
+    axes, capacity = ('expert', None, 'mlp'), None if dropless else self.capacity
     inputs = [shard(w[...].astype(x.dtype), *axes) for w in self.inputs]
     output = shard(self.output[...].astype(x.dtype), 'expert', 'mlp', None)
     if jax.sharding.get_abstract_mesh().empty:
-      return self.compute(x, weights, index, inputs, output, self.capacity)
+      return self.compute(x, weights, index, inputs, output, capacity)
     # With a capacity, a token's place depends on the sequence before it, so that sequences stay whole.
-    tokens = ('batch', 'length' if self.capacity is None else None, None)
+    tokens = ('batch', 'length' if capacity is None else None, None)
     here, there = spec(*tokens, shape=x.shape), spec(*axes, shape=inputs[0].shape)
     back = jax.P(there[0], there[2], None)
     used = {name for axis in here for name in _as_tuple(axis)}
@@ -72,8 +77,8 @@ class Experts(nnx.Module):
 
     def local(x, weights, index, inputs, output):
       index = _among(index, output.shape[0], peers, own)
-      send = self.in_rounds if peers and self.capacity is None else self.compute
-      y = send(x, weights, index, inputs, output, self.capacity, peers)
+      send = self.in_rounds if peers and capacity is None else self.compute
+      y = send(x, weights, index, inputs, output, capacity, peers)
       return jax.lax.psum(y, split) if split else y
 
     x, weights, index = (shard(y, *tokens) for y in (x, weights, index))

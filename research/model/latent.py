@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from research.model.attention import self_attention
+from research.model.attention import recalled, self_attention
+from research.model.kernels.dot_product import dot_product_attention
 from research.model.layers import Linear
 from research.model.parameters import check_sizes
 from research.model.part import Context, Cost, Factory
-from research.parallel.axes import spec
+from research.parallel.axes import shard, spec
 
 
 class LatentAttention(nnx.Module):
@@ -73,14 +74,32 @@ class LatentAttention(nnx.Module):
     )
     q, q_rotary = jnp.split(q, [self.head_dim], axis=-1)
     q = jnp.concatenate([q, self.rotary(q_rotary, context.positions)], axis=-1)
-    latent = self.key_norm(self.key_down(x))
+    latent, near = context.recall(self.key_norm(self.key_down(x)))
     k, v = self.key(latent), self.value(latent)
-    k_rotary = self.rotary(self.key_rotary(x)[:, :, None], context.positions)
+    k_rotary, near = context.recall(self.rotary(self.key_rotary(x)[:, :, None], context.positions))
+    if near.key_positions is not None:
+      return self.output(self.absorbed(q, latent, k_rotary, near)), {}
     shared = (*k.shape[:3], self.rotary_dim)
     where = spec('batch', 'length', 'heads', None, shape=shared)
     k = jnp.concatenate([k, jnp.broadcast_to(k_rotary, shared, out_sharding=where)], axis=-1)
-    y = self_attention(q, k, v, context, scale=self.scale)
+    y = self_attention(q, k, v, near, scale=self.scale)
     return self.output(y), {}
+
+  def absorbed(self, q, latent, k_rotary, context) -> jax.Array:
+    """The same for recalled tokens: W_K works on the queries and W_V on the result (section 2.1.2).
+
+    No head's keys and values are made again of every token that is kept.
+    """
+
+    def up(linear):
+      return shard(linear.kernel[...].astype(q.dtype), None, 'heads', None)
+
+    q, q_rotary = jnp.split(q, [self.head_dim], axis=-1)
+    q = jnp.concatenate([jnp.einsum('bqhd,rhd->bqhr', q, up(self.key)), q_rotary], axis=-1)
+    latent = latent[:, :, None]
+    k, (mask, bias) = jnp.concatenate([latent, k_rotary], axis=-1), recalled(context)
+    y = dot_product_attention(q, k, latent, mask=mask, bias=bias, scale=self.scale)
+    return jnp.einsum('bqhr,rhd->bqhd', y, up(self.value))
 
   def cost(self, length: int, encoder_length: int) -> Cost:
     """Two products, query key^T and weights value; decoding keeps the small vector and the rotated key."""

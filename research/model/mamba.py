@@ -96,16 +96,17 @@ class Mamba(nnx.Module):
 
   def __call__(self, x: jax.Array, context: Context):
     gate = self.gate(x)
-    x = jax.nn.silu(self.convolution(self.input(x), context.segments))
+    x = jax.nn.silu(self.convolution(self.input(x), context))
     step, b, c = self.step_down(x), self.b(x), self.c(x)
     if self.step_norm is not None:
       step, b, c = self.step_norm(step), self.b_norm(b), self.c_norm(c)
     step = jax.nn.softplus(self.step(step).astype(jnp.float32) + self.step_bias[...])
-    y = self.scan(x, step, b, c, context.segments)
+    y = self.scan(x, step, b, c, context)
     y = y + self.d[...].astype(x.dtype) * x
     return self.output(y * jax.nn.silu(gate)), {}
 
-  def scan(self, x, step, b, c, segments) -> jax.Array:
+  def scan(self, x, step, b, c, context) -> jax.Array:
+    segments = context.segments
     a = -jnp.exp(shard(self.log_a[...], 'channels', None))
     x, step = (shard(y, 'batch', None, 'channels') for y in (x, step))
     b, c = (shard(y.astype(jnp.float32), 'batch', None, None) for y in (b, c))
@@ -121,7 +122,7 @@ class Mamba(nnx.Module):
     shape = (x.shape[0], self.inner, self.state)
     h = jnp.zeros(shape, jnp.float32, out_sharding=spec('batch', 'channels', None, shape=shape))
     inputs = [_chunks(y, min(self.chunk, x.shape[1])) for y in (x, step, b, c, first)]
-    _, y = jax.lax.scan(jax.checkpoint(chunk), h, tuple(inputs))
+    y = context.carry(lambda h: jax.lax.scan(jax.checkpoint(chunk), h, tuple(inputs)), h)
     return shard(_whole(y, x.shape[1]), 'batch', 'length', 'mlp')
 
   def cost(self, length: int, encoder_length: int) -> Cost:

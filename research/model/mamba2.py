@@ -85,17 +85,18 @@ class Mamba2(nnx.Module):
     self.output = linear(channels, {'embed': embed}, bias=bias, rngs=rngs)
 
   def __call__(self, x: jax.Array, context: Context):
-    segments, gate = context.segments, self.gate(x)
+    gate = self.gate(x)
     step = jax.nn.softplus(self.step(x).astype(jnp.float32) + self.step_bias[...])
     if self.step_limits is not None:
       step = jnp.clip(step, *self.step_limits)
-    b = jax.nn.silu(self.b_convolution(self.b(x), segments))
-    c = jax.nn.silu(self.c_convolution(self.c(x), segments))
-    x = jax.nn.silu(self.input_convolution(self.input(x), segments))
-    y = self.scan(x, step, b, c, segments) + self.d[...].astype(x.dtype)[:, None] * x
+    b = jax.nn.silu(self.b_convolution(self.b(x), context))
+    c = jax.nn.silu(self.c_convolution(self.c(x), context))
+    x = jax.nn.silu(self.input_convolution(self.input(x), context))
+    y = self.scan(x, step, b, c, context) + self.d[...].astype(x.dtype)[:, None] * x
     return self.output(self.norm(y, gate)), {}
 
-  def scan(self, x, step, b, c, segments) -> jax.Array:
+  def scan(self, x, step, b, c, context) -> jax.Array:
+    segments = context.segments
     a = -jnp.exp(shard(self.log_a[...], 'channels'))
     if segments is None:
       segments = jnp.zeros(x.shape[:2], jnp.int32)
@@ -134,7 +135,12 @@ class Mamba2(nnx.Module):
     # Padding behind belongs to the last document and drives nothing.
     length = min(self.chunk, x.shape[1])
     inputs = [_chunks(y, length) for y in (x, step, b, c, segments)]
-    _, y = jax.lax.scan(jax.checkpoint(chunk), (h, segments[:, 0]), tuple(inputs))
+
+    def chunks(h):
+      (h, _), y = jax.lax.scan(jax.checkpoint(chunk), (h, segments[:, 0]), tuple(inputs))
+      return h, y
+
+    y = context.carry(chunks, h)
     return shard(_whole(y, x.shape[1]), 'batch', 'length', 'heads', None)
 
   def to_heads(self, y: jax.Array, axis: int) -> jax.Array:

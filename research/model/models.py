@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from research.model.parameters import check_sizes, size
-from research.model.part import Context, Cost, Factory, cost_of
+from research.model.part import Context, Cost, DecodingState, Factory, cost_of
 from research.model.weights import used_by_default
 from research.parallel.axes import spec
 
@@ -65,13 +65,14 @@ class LanguageModel(nnx.Module):
       stack = dataclasses.replace(stack, visible=stack.full)
     return _with_ends(stack, self.embedder, self.head, length, encoder_length)
 
-  def features(self, batch: dict[str, jax.Array]):
+  def features(self, batch: dict[str, jax.Array], state: DecodingState | None = None):
     positions = _positions(batch, 'decoder')
     context = Context(
       positions=positions,
       segments=batch.get('decoder_segment_ids'),
       prefix=_as_bool(batch.get('decoder_causal_attention')),
       causal=self.causal,
+      state=state,
     )
     return self.stack(self.embedder(batch['decoder_input_tokens'], positions, self.dtype), context)
 
@@ -107,7 +108,7 @@ class EncoderDecoder(nnx.Module):
     rngs: nnx.Rngs,
   ):
     check_sizes(EncoderDecoder, vocab=vocab, embed=embed)
-    self.vocab, self.dtype = vocab, jnp.dtype(dtype)
+    self.vocab, self.embed, self.dtype = vocab, embed, jnp.dtype(dtype)
     with used_by_default(weight):
       self.embedder = embedder(embed, vocab, rngs=rngs)
       self.encoder = encoder(embed, rngs=rngs)
@@ -128,9 +129,12 @@ class EncoderDecoder(nnx.Module):
     decoder = cost_of(self.decoder, length, encoder_length)
     return _with_ends(encoder + decoder, self.embedder, self.head, length, encoder_length)
 
-  def features(self, batch: dict[str, jax.Array]):
-    source, target = batch['encoder_input_tokens'], batch['decoder_input_tokens']
-    positions = _positions(batch, 'encoder')
+  def encode(self, batch: dict[str, jax.Array]):
+    """What the decoder reads: [batch, encoder length, embed], its segments, and penalties."""
+    if 'encoder_input_tokens' not in batch:  # a step of decoding, which has it all in its state
+      rows = batch['decoder_input_tokens'].shape[0]
+      return jnp.zeros((rows, 0, self.embed), self.dtype), jnp.zeros((rows, 0), jnp.int32), {}
+    source, positions = batch['encoder_input_tokens'], _positions(batch, 'encoder')
     # Unpacked rows have no segments; token 0 is padding, as everywhere in seqio.
     segments = (
       batch['encoder_segment_ids']
@@ -139,12 +143,19 @@ class EncoderDecoder(nnx.Module):
     )
     context = Context(positions=positions, segments=segments, causal=False)
     encoded, penalties = self.encoder(self.embedder(source, positions, self.dtype), context)
-    positions = _positions(batch, 'decoder')
+    return encoded, segments, penalties
+
+  def features(self, batch: dict[str, jax.Array], state: DecodingState | None = None):
+    encoded, segments, penalties = self.encode(batch)
+    target, positions = batch['decoder_input_tokens'], _positions(batch, 'decoder')
+    if state is not None:
+      (segments,) = state.once((segments,))
     context = Context(
       positions=positions,
       segments=batch.get('decoder_segment_ids'),
       encoded=encoded,
       encoded_segments=segments,
+      state=state,
     )
     x, more = self.decoder(self.embedder(target, positions, self.dtype), context)
     return x, {k: penalties.get(k, 0.0) + more.get(k, 0.0) for k in {**penalties, **more}}

@@ -188,7 +188,7 @@ class MoE(nnx.Module):
     weights, index, penalties = self.router(x, real)
     if real is not None:
       index = jnp.where(real[..., None], index, self.router.experts)
-    y = self.experts(x, weights, index)
+    y = self.experts(x, weights, index, dropless=context.state is not None)
     if self.shared is not None:
       shared, more = self.shared(x, context)
       penalties = {**penalties, **more}

@@ -31,6 +31,57 @@ class Context:
   bias: jax.Array | None = None  # [heads, 2 length - 1], by the distance key - query
   encoded: jax.Array | None = None  # [batch, encoder length, embed]
   encoded_segments: jax.Array | None = None  # [batch, encoder length]
+  state: 'DecodingState | None' = None  # in decoding: what the parts keep of the tokens before
+  key_positions: jax.Array | None = (
+    None  # [batch, keys], of recalled keys; negative where there is none
+  )
+
+  def recall(self, *new: jax.Array, window: int | None = None) -> tuple:
+    """Arrays with an entry per token, such as keys and values: in decoding, of the tokens before as well.
+
+    Args:
+      new: [batch, length, heads, ...] or [batch, length, ...], of these tokens.
+      window: only so many tokens back are ever asked for.
+
+    Returns:
+      The arrays and a context for them. In training both are what was given. In decoding, after the prompt,
+      the arrays have all the tokens that are kept, and the context's `key_positions` say which.
+    """
+    return (*new, self) if self.state is None else self.state.recall(new, self, window)
+
+  def carry(self, f: Callable, initial):
+    """y of f(state) -> (state, y), a recurrence: from `initial`, or in decoding from the state left before."""
+    return f(initial)[1] if self.state is None else self.state.carry(f, initial)
+
+  def once(self, *arrays: jax.Array) -> tuple:
+    """Arrays that do not change from token to token: in decoding, those of the first call."""
+    return arrays if self.state is None else self.state.once(arrays)
+
+  def reach(self, length: int) -> int:
+    """How far apart two tokens can be: the length; in decoding after the prompt, all the room."""
+    return length if self.state is None or self.state.first else self.state.room
+
+
+class DecodingState(Protocol):
+  """What the parts of a model keep from call to call (`inference.state.State`); `Context` asks it.
+
+  Attributes:
+    first: whether this is the call that reads the prompts.
+    room: the most tokens of a row.
+    asked: how often parts have asked it for anything in this call.
+  """
+
+  first: bool
+  room: int
+  asked: int
+
+  def recall(self, new: tuple, context: Context, window: int | None) -> tuple: ...
+
+  def carry(self, f: Callable, initial): ...
+
+  def once(self, arrays: tuple) -> tuple: ...
+
+  def through_layers(self, layer: Callable, x: jax.Array, stacked) -> jax.Array: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,9 +161,10 @@ def call_part(part: nnx.Module, x: jax.Array, context: Context) -> tuple[jax.Arr
 
   Raises:
     UserError: the output is not like x (a smaller one would be broadcast without a word), or the part does not
-      run on this mesh.
+      run on this mesh. In decoding also: it mixes tokens without asking for those before.
   """
   name = f'{type(part).__module__}.{type(part).__name__}'
+  asked = None if context.state is None else context.state.asked
   try:
     result = part(x, context)
   except Exception as error:
@@ -129,6 +181,11 @@ def call_part(part: nnx.Module, x: jax.Array, context: Context) -> tuple[jax.Arr
   if y.shape != x.shape or y.dtype != x.dtype:
     raise UserError(
       f'{name} returned {y.dtype}{list(y.shape)} for an input of {x.dtype}{list(x.shape)}; they must be alike.'
+    )
+  if asked is not None and context.state.asked == asked and cost_of(part, 2, 2).full:
+    raise UserError(
+      f'{name} mixes tokens and keeps none of them, so it cannot decode: let it ask its context '
+      '(context.recall or context.carry, docs/parts.md).'
     )
   return result
 

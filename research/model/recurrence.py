@@ -18,6 +18,8 @@ from flax import nnx
 
 from research.model.kernels.split_sequence import delayed, is_split
 from research.model.parameters import normal, param
+from research.model.part import Context
+from research.parallel.axes import spec_of
 
 
 def step_bias(smallest: float, largest: float):
@@ -50,7 +52,22 @@ class CausalConvolution(nnx.Module):
     self.kernel = param(rngs, shape, axes, init, kind='matrix')
     self.bias = param(rngs, shape[1:], axes[1:], zeros, kind='vector') if bias else None
 
-  def __call__(self, x: jax.Array, segments: jax.Array | None) -> jax.Array:
+  def __call__(self, x: jax.Array, context: Context) -> jax.Array:
+    if context.state is None:
+      return self.convolve(x, context.segments)
+    if context.segments is not None:  # padding, all of it before the first token
+      real = context.segments.reshape(*x.shape[:2], *[1] * (x.ndim - 2)) > 0
+      x = jnp.where(real, x, 0)
+    past = self.kernel.shape[0] - 1
+
+    def after(before):
+      y = jnp.concatenate([before, x], axis=1)
+      return y[:, x.shape[1] :], self.convolve(y, None)[:, past:]
+
+    shape = (x.shape[0], past, *x.shape[2:])
+    return context.carry(after, jnp.zeros(shape, x.dtype, out_sharding=spec_of(x)))
+
+  def convolve(self, x: jax.Array, segments: jax.Array | None) -> jax.Array:
     kernel, length = self.kernel[...].astype(x.dtype), x.shape[1]
     y = x * kernel[-1]
     for i in range(1, min(kernel.shape[0], length)):

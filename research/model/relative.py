@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from research.model.attention import Attention, visible
+from research.model.attention import Attention, recalled, visible
 from research.model.kernels.dot_product import dot_product_attention
 from research.model.layers import Linear
 from research.model.parameters import normal, param
@@ -51,9 +51,16 @@ class RelativeAttention(Attention):
 
   def __call__(self, x: jax.Array, context: Context):
     q, k, v = self.project(x, x, context)
+    k, v, context = context.recall(k, v, window=self.window)
     # Where lengths are split, every device takes its queries to all of the keys.
     k, v = (shard(y, 'batch', None, 'kv_heads', None) for y in (k, v))
     here = lambda y: shard(y[...].astype(x.dtype), 'heads', None)
+    if context.key_positions is not None:
+      mask, bias = recalled(context, self.window)
+      by_distance = self.at_distances(q + here(self.position_bias), context)
+      bias = by_distance if bias is None else by_distance + bias
+      q = q + here(self.content_bias)
+      return self.output(dot_product_attention(q, k, v, mask=mask, bias=bias, scale=self.scale)), {}
     bias = self.by_distance(q + here(self.position_bias))
     if context.bias is not None:
       bias = bias + by_place(context.bias, x.shape[1])[None]
@@ -63,6 +70,15 @@ class RelativeAttention(Attention):
     )
     q = q + here(self.content_bias)
     return self.output(dot_product_attention(q, k, v, mask=mask, bias=bias, scale=self.scale)), {}
+
+  def at_distances(self, q: jax.Array, context: Context) -> jax.Array:
+    """As `by_distance`, of a few queries [batch, length, heads, head_dim] and recalled keys."""
+    kernel = shard(self.position[...].astype(q.dtype), None, 'heads', None)
+    r = sinusoids(np.arange(context.state.room), kernel.shape[0]).astype(q.dtype)
+    q = jnp.einsum('bqhd,ehd->bqhe', q * self.scale, kernel)
+    logits = jnp.einsum('bqhe,ne->bhqn', q, r, preferred_element_type=jnp.float32)
+    distance = context.positions[:, :, None] - context.key_positions[:, None, :]
+    return jnp.take_along_axis(logits, jnp.clip(distance, 0, r.shape[0] - 1)[:, None], axis=3)
 
   def by_distance(self, q: jax.Array) -> jax.Array:
     """scale q_i W r_{i-j}: [batch, heads, query, key] from [batch, length, heads, head_dim]."""

@@ -77,14 +77,32 @@ class Stack(nnx.Module):
 
   def __call__(self, x: jax.Array, context: Context):
     if self.bias is not None:
-      context = dataclasses.replace(context, bias=self.bias(x.shape[1]))
+      context = dataclasses.replace(context, bias=self.bias(context.reach(x.shape[1])))
 
+    if context.state is not None:
+      x = self.decode(x, context)
+      return (self.norm(x) if self.norm is not None else x), {}
     schedule = schedule_of(self.repeats)
     if schedule is None:
       x, penalties = self.run(x, self.sublayers, context)
     else:
       x, penalties = pipelined(schedule, self.run, self.sublayers, x, context)
     return (self.norm(x) if self.norm is not None else x), penalties
+
+  def decode(self, x: jax.Array, context: Context) -> jax.Array:
+    """x after these layers in decoding: each keeps a state of its own, and nothing is computed again."""
+
+    def layer(x, sublayers, state):
+      own = dataclasses.replace(context, state=state)
+      for sublayer in sublayers:
+        x, _ = sublayer(x, own)
+      return x
+
+    if self.scan:
+      return context.state.through_layers(layer, x, self.sublayers)
+    for sublayers in _unstack(self.sublayers):
+      x = layer(x, sublayers, context.state)
+    return x
 
   def cost(self, length: int, encoder_length: int) -> Cost:
     """The layers' costs; a layer is asked as it is alone, without the axis of layers on its parameters."""

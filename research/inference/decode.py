@@ -1,0 +1,121 @@
+"""A model reads prompts once (`prefill`) and then a few tokens a step (`step`): all that decoding is made of.
+
+Both are pure functions to be compiled by the caller. The cache between them is a tree of arrays [batch, ...];
+a caller who compiles `step` donates it, so that it is changed in place.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from research.core.errors import Invalid, UserError
+from research.inference.state import State, pick
+from research.parallel.axes import axis_size, shard, spec_of
+from research.parallel.mesh import Mesh
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass, data_fields=('entries', 'length'), meta_fields=('room',)
+)
+@dataclasses.dataclass(frozen=True)
+class Cache:
+  """What a model keeps of the tokens that it has read.
+
+  Attributes:
+    entries: arrays [batch, ...], as `State.close` gives them.
+    length: [batch], the tokens of each row, which is the position of its next.
+    room: the most tokens of a row.
+  """
+
+  entries: tuple
+  length: jax.Array
+  room: int
+
+
+def check_decodes(model: nnx.Module) -> None:
+  """Raises where a model cannot decode as a whole, or not on the mesh in use."""
+  if not getattr(model, 'causal', True):
+    raise UserError(
+      'this model sees both ways, so it does not generate text: use a decoder or an encoder-decoder.'
+    )
+  for name, axis in (('length', 'context'), ('layers', 'stage')):
+    if axis_size(name) > 1:
+      why = f'decoding does not split {name} over devices; set Mesh.{axis} to 1.'
+      raise Invalid(Mesh, axis, why)
+
+
+def prefill(
+  model: nnx.Module,
+  batch: Mapping[str, jax.Array],
+  room: int,
+  *,
+  ahead: int = 1,
+  int8: bool = False,
+) -> tuple[jax.Array, Cache]:
+  """Reads the prompts.
+
+  Args:
+    model: a decoder or an encoder-decoder.
+    batch: as for training, a prompt in each row, padded (`decoder_segment_ids` 0) before or behind it.
+    room: the most tokens of a row, the prompt's included.
+    ahead: the most tokens of one later step.
+    int8: keys and values are kept as whole numbers.
+
+  Returns:
+    The logits [batch, vocab] after each prompt, and the cache.
+
+  Raises:
+    UserError: the prompts are longer than the room; a part of the model cannot decode.
+  """
+  check_decodes(model)
+  ours = {k: shard(x, 'batch', None) for k, x in batch.items() if k.startswith('decoder_')}
+  tokens = ours['decoder_input_tokens']
+  if tokens.shape[1] > room:
+    raise UserError(f'prompts of {tokens.shape[1]} tokens do not fit into a room of {room}.')
+  real = ours.get('decoder_segment_ids', jnp.ones_like(tokens)) > 0
+  order = jnp.argsort(real, axis=1, stable=True)  # padding first
+  ours = {k: pick(x, order) for k, x in ours.items()}
+  length = jnp.sum(real, axis=1, dtype=jnp.int32)
+  places = jnp.arange(tokens.shape[1]) - (tokens.shape[1] - length)[:, None]
+  ours['decoder_positions'] = jnp.maximum(places, 0)
+  ours = {k: shard(x, 'batch', 'length') for k, x in ours.items()}
+  state = State(room, ahead, int8=int8)
+  x, _ = model.features({**batch, **ours}, state)
+  x = shard(x, 'batch', None, None)[:, -1:]
+  return model.logits(x)[:, 0], Cache(state.close(), length, room)
+
+
+def step(model: nnx.Module, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+  """Reads the next tokens of every row.
+
+  Args:
+    tokens: [batch, length], at most as many as `prefill` was told by `ahead`.
+
+  Returns:
+    The logits [batch, length, vocab] after each of them, and the cache. The logits of a position past the
+    room are NaN: its token took the slot of an earlier one.
+  """
+  positions = cache.length[:, None] + jnp.arange(tokens.shape[1])
+  state = State(cache.room, entries=cache.entries)
+  batch = {'decoder_input_tokens': tokens, 'decoder_positions': positions}
+  x, _ = model.features(batch, state)
+  logits = jnp.where((positions < cache.room)[..., None], model.logits(x), jnp.nan)
+  return logits, Cache(state.close(), cache.length + tokens.shape[1], cache.room)
+
+
+def insert(cache: Cache, other: Cache, row: jax.Array | int) -> Cache:
+  """The cache with the rows of another in place of its own, from `row` on."""
+
+  def put(x, y):
+    return jax.lax.dynamic_update_slice_in_dim(x, y, row, 0)
+
+  return jax.tree.map(put, cache, other)
+
+
+def repeat(cache: Cache, times: int) -> Cache:
+  """The cache with every row so many times, one after another."""
+  return jax.tree.map(lambda x: jnp.repeat(x, times, 0, out_sharding=spec_of(x)), cache)
