@@ -190,7 +190,7 @@ def pick(x: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def _newest(last: jax.Array, slots: int) -> jax.Array:
-  """[batch, slots]: the newest position that each slot has had, by a row's last [batch, 1]; negative if none."""
+  """[batch, slots]: each slot's newest position, by a row's last position [batch, 1]; negative if none."""
   return last - (last - jnp.arange(slots)) % slots
 
 

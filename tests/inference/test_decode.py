@@ -112,7 +112,7 @@ def test_a_prefix_is_read_both_ways(family):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('family', ('llama', *FAST))
+@pytest.mark.parametrize('family', ['llama', *FAST])
 def test_layers_written_out(family):
   compare(family, bindings=('Stack.scan=False',))
 
@@ -210,7 +210,7 @@ def states_in(jaxpr_text: str) -> bool:
 
 @pytest.mark.parametrize('family', ['llama', 'gemma2', 'mixtral'])
 def test_training_has_no_decoding_state(family):
-  """A stack's forward pass in training has no slot, and asks no state (nothing to ask: the context has none)."""
+  """A stack's forward pass in training has no slot and asks no state: the context has none."""
   _, graphdef, params, batch = setup(family)
   text = str(jax.make_jaxpr(lambda p, b: nnx.merge(graphdef, p).features(b)[0])(params, batch))
   read = lambda p, b: decode.prefill(nnx.merge(graphdef, p), b, ROOM)[1]
