@@ -190,7 +190,7 @@ def pick(x: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def _newest(last: jax.Array, slots: int) -> jax.Array:
-  """[batch, slots]: each slot's newest position, by a row's last position [batch, 1]; negative if none."""
+  """[batch, slots]: the newest position of each slot, by a row's last [batch, 1]; negative if there is none."""
   return last - (last - jnp.arange(slots)) % slots
 
 

@@ -1,0 +1,339 @@
+"""Continuous batching: requests come to the slots of one cache and leave them, and no shape ever changes.
+
+A prompt is read alone, padded to one of a few lengths, a long one in chunks. Its row of the cache then takes
+the place of a free one, and every step generates a token for all the slots at work. So few programs are
+compiled, and a request's answer does not depend on its company (JetStream, and Yu et al. 2022, "Orca").
+
+    engine = Engine(graphdef, params, slots=8, room=512)
+    for completion in engine.run(requests):
+      ...
+"""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from research.core.errors import Invalid, UserError
+from research.inference import programs, sampling
+from research.inference.programs import Plan, Slots
+from research.inference.request import Completion, Request
+from research.inference.sampling import Sampling
+from research.inference.text import TextStream
+
+SHORTEST = 32  # the least length that a prompt is padded to
+
+
+@dataclasses.dataclass
+class _Work:
+  """A request in a slot."""
+
+  number: int
+  request: Request
+  completion: Completion
+  stream: TextStream | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+  """What one step did for a request: a token, its text as far as it is sure, and whether it ended."""
+
+  number: int
+  text: str
+  completion: Completion
+
+
+class Engine:
+  """Answers requests with a model. Use it under the mesh on which the parameters lie.
+
+  Args:
+    graphdef, params: the model, as `nnx.merge` takes it.
+    decode: token ids to text; None to answer with ids alone.
+    slots: how many requests are at work at a time.
+    room: the most tokens of a request, its prompt included.
+    chunk: the most tokens of a prompt that are read at once.
+    encoder_room: the most tokens that an encoder reads; 0 for a decoder.
+    prefix: prompts see themselves both ways (prefix-LM); they are read in one piece.
+    int8: keys and values are kept as whole numbers.
+  """
+
+  def __init__(
+    self,
+    graphdef: nnx.GraphDef,
+    params: dict,
+    *,
+    decode: Callable[[list[int]], str] | None = None,
+    slots: int = 8,
+    room: int = 512,
+    chunk: int = 256,
+    encoder_room: int = 0,
+    prefix: bool = False,
+    int8: bool = False,
+  ):
+    for field, value in {'slots': slots, 'room': room, 'chunk': chunk}.items():
+      if value < 1:
+        raise Invalid(Engine, field, f'{value!r} must be 1 or more.')
+    self.graphdef, self.params, self.decode = graphdef, params, decode
+    self.room, self.prefix, self.int8 = room, prefix, int8
+    self.chunk = room if prefix else min(chunk, room)
+    self.encoder_room = encoder_room
+    model = jax.eval_shape(lambda params: nnx.merge(graphdef, params), params)
+    self.vocab = model.vocab
+    self._check_model(model)
+    self._waiting: collections.deque[_Work] = collections.deque()
+    self._at_work: list[_Work | None] = [None] * slots
+    self._count = 0
+    self._last_read: tuple | None = None
+    self._changed()
+    self.slots = self._empty(slots)
+
+  def _check_model(self, model) -> None:
+    if ('encoder' in model.inputs) != bool(self.encoder_room):
+      why = 'an encoder-decoder needs it.' if 'encoder' in model.inputs else 'this is a decoder.'
+      raise Invalid(Engine, 'encoder_room', f'{self.encoder_room}: {why}')
+    learned = getattr(model.embedder, 'positions', None)
+    if learned is not None:
+      most = learned.shape[0] - model.embedder.position_offset
+      if self.room > most:
+        why = f'{self.room} is more than the {most} positions that the model has learned.'
+        raise Invalid(Engine, 'room', why)
+
+  def _empty(self, slots: int) -> Slots:
+    request = Request(prompt=(1,), encoder=(1,) if self.encoder_room else ())
+    batch = self._batch(request.prompt, request)
+    logits, cache = jax.eval_shape(
+      lambda params: programs.read(
+        self.graphdef, params, batch, room=self.room, ahead=self.chunk, int8=self.int8
+      ),
+      self.params,
+    )
+
+    def zeros(x):
+      return jnp.zeros((slots, *x.shape[1:]), x.dtype)
+
+    table = slots, self.vocab
+    return Slots(
+      logits=zeros(logits),
+      cache=jax.tree.map(zeros, cache),
+      seen=jnp.zeros(table, bool),
+      generated=jnp.zeros(table, jnp.int32),
+      number=jnp.zeros(slots, jnp.int32),
+    )
+
+  def submit(self, request: Request) -> int:
+    """Puts a request into the queue; its number.
+
+    Raises:
+      UserError: it does not fit the room, or names a token that the model does not have.
+    """
+    self._check(request)
+    stream = None
+    if self.decode is not None:
+      prompt = () if self.encoder_room else request.prompt
+      stream = TextStream(self.decode, prompt, request.stop)
+    work = _Work(self._count, request, Completion(), stream)
+    self._waiting.append(work)
+    self._count += 1
+    return work.number
+
+  def _check(self, request: Request) -> None:
+    for name, tokens in (('prompt', request.prompt), ('encoder', request.encoder)):
+      wrong = [t for t in tokens if not 0 <= t < self.vocab]
+      if wrong:
+        why = f'the model has no token {wrong[0]}: its ids are 0 to {self.vocab - 1}.'
+        raise Invalid(Request, name, why)
+    unknown = [t for t in request.sampling.logit_bias if not 0 <= t < self.vocab]
+    if unknown:
+      raise Invalid(Sampling, 'logit_bias', f'the model has no token {unknown[0]}.')
+    if request.top > self.vocab:
+      raise Invalid(
+        Request, 'top', f'{request.top} is more than the {self.vocab} tokens there are.'
+      )
+    if len(request.prompt) + request.max_tokens > self.room:
+      raise Invalid(
+        Request,
+        'prompt',
+        f'{len(request.prompt)} tokens and up to {request.max_tokens} more do not fit into a room of '
+        f'{self.room}; shorten it, ask for fewer, or make the room larger.',
+      )
+    if len(request.encoder) > self.encoder_room:
+      why = f'{len(request.encoder)} tokens do not fit into an encoder_room of {self.encoder_room}.'
+      raise Invalid(Request, 'encoder', why)
+    if self.encoder_room and not request.encoder:
+      raise Invalid(Request, 'encoder', 'it is empty, and the encoder needs something to read.')
+    if request.stop and self.decode is None:
+      raise Invalid(Request, 'stop', 'strings can be found only by an engine with a tokenizer.')
+
+  @property
+  def busy(self) -> bool:
+    """Whether any request is at work or waits."""
+    return bool(self._waiting) or any(self._at_work)
+
+  def step(self) -> list[Event]:
+    """Admits requests that wait, generates a token for each at work, and says what came of it."""
+    self._admit()
+    if not any(self._at_work):
+      return []
+    chosen = programs.choose(self.slots, self._rows, self._adjustment(), plan=self._plan)
+    active = np.array([work is not None for work in self._at_work])
+    # The next step is on its way while the host reads this one's tokens.
+    self.slots = programs.advance(
+      self.graphdef,
+      self.params,
+      self.slots,
+      chosen['tokens'],
+      active,
+      penalises=self._plan.penalises,
+    )
+    host = jax.device_get(chosen)
+    events = []
+    for slot, work in enumerate(self._at_work):
+      if work is None:
+        continue
+      text = self._record(work, {key: value[slot] for key, value in host.items()})
+      events.append(Event(work.number, text, work.completion))
+      if work.completion.finish:
+        self._at_work[slot] = None
+        self._changed()
+    return events
+
+  def run(self, requests: Sequence[Request]) -> list[Completion]:
+    """The answers, in the order of the requests."""
+    numbers = [self.submit(request) for request in requests]
+    done = {}
+    while self.busy:
+      done |= {event.number: event.completion for event in self.step()}
+    return [done[number] for number in numbers]
+
+  def stream(self, request: Request) -> Iterator[str]:
+    """The text of one request as it comes."""
+    number = self.submit(request)
+    while self.busy:
+      for event in self.step():
+        if event.number == number:
+          if event.completion.error:
+            raise UserError(event.completion.error)
+          yield event.text
+
+  def cancel(self, number: int) -> None:
+    """Forgets a request that waits or is at work."""
+    self._waiting = collections.deque(work for work in self._waiting if work.number != number)
+    for slot, work in enumerate(self._at_work):
+      if work is not None and work.number == number:
+        self._at_work[slot] = None
+        self._changed()
+
+  def _admit(self) -> None:
+    for slot, work in enumerate(self._at_work):
+      if work is None and self._waiting:
+        new = self._waiting.popleft()
+        logits, cache = self._read(new.request)
+        length = _padded(len(new.request.prompt), self.room)
+        tokens = np.full(length, -1, np.int32)
+        tokens[: len(new.request.prompt)] = new.request.prompt
+        self.slots = programs.admit(self.slots, slot, logits, cache, tokens)
+        self._at_work[slot] = new
+        self._changed()
+
+  def _read(self, request: Request):
+    """(logits [1, vocab], cache) after the prompt; samples of one prompt read it once."""
+    key = request.prompt, request.encoder
+    if self._last_read is not None and self._last_read[0] == key:
+      return self._last_read[1]
+    first = len(request.prompt) % self.chunk or self.chunk
+    batch = self._batch(request.prompt[:first], request)
+    logits, cache = programs.read(
+      self.graphdef, self.params, batch, room=self.room, ahead=self.chunk, int8=self.int8
+    )
+    for start in range(first, len(request.prompt), self.chunk):
+      tokens = np.array([request.prompt[start : start + self.chunk]], np.int32)
+      logits, cache = programs.read_more(self.graphdef, self.params, tokens, cache)
+    self._last_read = key, (logits, cache)
+    return logits, cache
+
+  def _batch(self, prompt: Sequence[int], request: Request) -> dict[str, np.ndarray]:
+    batch = _row('decoder', prompt, _padded(len(prompt), self.chunk))
+    if self.prefix:
+      batch['decoder_causal_attention'] = batch['decoder_segment_ids']
+    if self.encoder_room:
+      batch |= _row('encoder', request.encoder, self.encoder_room)
+    return batch
+
+  def _changed(self) -> None:
+    """What the steps need follows from the requests at work."""
+    requests = [work.request if work else None for work in self._at_work]
+    settings = [request.sampling if request else Sampling() for request in requests]
+    at_work = [request for request in requests if request]
+    self._rows = sampling.as_rows(settings)
+    self._plan = Plan(
+      draws=any(s.draws for s in settings),
+      filters=any(s.filters for s in settings),
+      penalises=any(s.penalises for s in settings),
+      adjusts=any(r.sampling.logit_bias or r.mask for r in at_work),
+      top=max((request.top for request in at_work), default=0),
+    )
+
+  def _adjustment(self) -> np.ndarray | None:
+    """[slots, vocab] to add to the logits."""
+    if not self._plan.adjusts:
+      return None
+    adjustment = np.zeros((len(self._at_work), self.vocab), np.float32)
+    for slot, work in enumerate(self._at_work):
+      if work is None:
+        continue
+      for token, bias in work.request.sampling.logit_bias.items():
+        adjustment[slot, token] += bias
+      if work.request.mask is not None:
+        allowed = np.asarray(work.request.mask(tuple(work.completion.tokens)))
+        if allowed.dtype != bool or allowed.shape != (self.vocab,):
+          why = f'it gave {allowed.dtype}{list(allowed.shape)}; bool[{self.vocab}] is wanted.'
+          raise Invalid(Request, 'mask', why)
+        adjustment[slot, ~allowed] = -np.inf
+    return adjustment
+
+  def _record(self, work: _Work, said: dict) -> str:
+    """Adds a token to a completion and ends it where it is to end; the text that is sure now."""
+    request, completion = work.request, work.completion
+    if not said['numbers']:
+      completion.finish = 'error'
+      completion.error = (
+        'the logits are not numbers (NaN or infinite), or no token is allowed: look at the checkpoint, or at '
+        'the mask and the biases.'
+      )
+      return ''
+    token, text = int(said['tokens']), ''
+    completion.tokens.append(token)
+    completion.logprobs.append(float(said['logprobs']))
+    pairs = zip(said['top_tokens'], said['top_logprobs'], strict=True)
+    completion.top.append([(int(t), float(p)) for t, p in pairs][: request.top])
+    if token in request.stop_tokens:
+      completion.finish = 'stop_token'
+    elif work.stream is not None:
+      text = work.stream.add(token)
+      if work.stream.stopped:
+        completion.finish = 'stop'
+    if not completion.finish and len(completion.tokens) == request.max_tokens:
+      completion.finish = 'length'
+    if work.stream is not None:
+      if completion.finish:
+        text += work.stream.finish()
+      completion.text = work.stream.text
+    return text
+
+
+def _padded(length: int, most: int) -> int:
+  """A power of two that is long enough, at most `most`: few lengths, so few programs."""
+  padded = SHORTEST
+  while padded < length:
+    padded *= 2
+  return min(padded, most)
+
+
+def _row(side: str, tokens: Sequence[int], length: int) -> dict[str, np.ndarray]:
+  padded, real = np.zeros((2, 1, length), np.int32)
+  padded[0, : len(tokens)], real[0, : len(tokens)] = tokens, 1
+  return {f'{side}_input_tokens': padded, f'{side}_segment_ids': real}
