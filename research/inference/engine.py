@@ -20,12 +20,12 @@ from flax import nnx
 
 from research.core.errors import Invalid, UserError
 from research.inference import programs, sampling
+from research.inference.padding import padded_length, padded_row
 from research.inference.programs import Plan, Slots
 from research.inference.request import Completion, Request
+from research.inference.request_check import check_request
 from research.inference.sampling import Sampling
 from research.inference.text import TextStream
-
-SHORTEST = 32  # the least length that a prompt is padded to
 
 
 @dataclasses.dataclass
@@ -130,7 +130,7 @@ class Engine:
     Raises:
       UserError: it does not fit the room, or names a token that the model does not have.
     """
-    self._check(request)
+    check_request(request, self.vocab, self.room, self.encoder_room, self.decode is not None)
     stream = None
     if self.decode is not None:
       prompt = () if self.encoder_room else request.prompt
@@ -139,34 +139,6 @@ class Engine:
     self._waiting.append(work)
     self._count += 1
     return work.number
-
-  def _check(self, request: Request) -> None:
-    for name, tokens in (('prompt', request.prompt), ('encoder', request.encoder)):
-      wrong = [t for t in tokens if not 0 <= t < self.vocab]
-      if wrong:
-        why = f'the model has no token {wrong[0]}: its ids are 0 to {self.vocab - 1}.'
-        raise Invalid(Request, name, why)
-    unknown = [t for t in request.sampling.logit_bias if not 0 <= t < self.vocab]
-    if unknown:
-      raise Invalid(Sampling, 'logit_bias', f'the model has no token {unknown[0]}.')
-    if request.top > self.vocab:
-      raise Invalid(
-        Request, 'top', f'{request.top} is more than the {self.vocab} tokens there are.'
-      )
-    if len(request.prompt) + request.max_tokens > self.room:
-      raise Invalid(
-        Request,
-        'prompt',
-        f'{len(request.prompt)} tokens and up to {request.max_tokens} more do not fit into a room of '
-        f'{self.room}; shorten it, ask for fewer, or make the room larger.',
-      )
-    if len(request.encoder) > self.encoder_room:
-      why = f'{len(request.encoder)} tokens do not fit into an encoder_room of {self.encoder_room}.'
-      raise Invalid(Request, 'encoder', why)
-    if self.encoder_room and not request.encoder:
-      raise Invalid(Request, 'encoder', 'it is empty, and the encoder needs something to read.')
-    if request.stop and self.decode is None:
-      raise Invalid(Request, 'stop', 'strings can be found only by an engine with a tokenizer.')
 
   @property
   def busy(self) -> bool:
@@ -232,7 +204,7 @@ class Engine:
       if work is None and self._waiting:
         new = self._waiting.popleft()
         logits, cache = self._read(new.request)
-        length = _padded(len(new.request.prompt), self.room)
+        length = padded_length(len(new.request.prompt), self.room)
         tokens = np.full(length, -1, np.int32)
         tokens[: len(new.request.prompt)] = new.request.prompt
         self.slots = programs.admit(self.slots, slot, logits, cache, tokens)
@@ -256,11 +228,11 @@ class Engine:
     return logits, cache
 
   def _batch(self, prompt: Sequence[int], request: Request) -> dict[str, np.ndarray]:
-    batch = _row('decoder', prompt, _padded(len(prompt), self.chunk))
+    batch = padded_row('decoder', prompt, padded_length(len(prompt), self.chunk))
     if self.prefix:
       batch['decoder_causal_attention'] = batch['decoder_segment_ids']
     if self.encoder_room:
-      batch |= _row('encoder', request.encoder, self.encoder_room)
+      batch |= padded_row('encoder', request.encoder, self.encoder_room)
     return batch
 
   def _changed(self) -> None:
@@ -323,17 +295,3 @@ class Engine:
         text += work.stream.finish()
       completion.text = work.stream.text
     return text
-
-
-def _padded(length: int, most: int) -> int:
-  """A power of two that is long enough, at most `most`: few lengths, so few programs."""
-  padded = SHORTEST
-  while padded < length:
-    padded *= 2
-  return min(padded, most)
-
-
-def _row(side: str, tokens: Sequence[int], length: int) -> dict[str, np.ndarray]:
-  padded, real = np.zeros((2, 1, length), np.int32)
-  padded[0, : len(tokens)], real[0, : len(tokens)] = tokens, 1
-  return {f'{side}_input_tokens': padded, f'{side}_segment_ids': real}

@@ -1,0 +1,35 @@
+"""Whether an engine can answer a request, asked before anything is computed."""
+
+from research.core.errors import Invalid
+from research.inference.request import Request
+from research.inference.sampling import Sampling
+
+
+def check_request(
+  request: Request, vocab: int, room: int, encoder_room: int, has_tokenizer: bool
+) -> None:
+  """Raises Invalid where an engine of these sizes cannot answer a request."""
+  for name, tokens in (('prompt', request.prompt), ('encoder', request.encoder)):
+    wrong = [t for t in tokens if not 0 <= t < vocab]
+    if wrong:
+      why = f'the model has no token {wrong[0]}: its ids are 0 to {vocab - 1}.'
+      raise Invalid(Request, name, why)
+  unknown = [t for t in request.sampling.logit_bias if not 0 <= t < vocab]
+  if unknown:
+    raise Invalid(Sampling, 'logit_bias', f'the model has no token {unknown[0]}.')
+  if request.top > vocab:
+    raise Invalid(Request, 'top', f'{request.top} is more than the {vocab} tokens there are.')
+  if len(request.prompt) + request.max_tokens > room:
+    raise Invalid(
+      Request,
+      'prompt',
+      f'{len(request.prompt)} tokens and up to {request.max_tokens} more do not fit into a room of '
+      f'{room}; shorten it, ask for fewer, or make the room larger.',
+    )
+  if len(request.encoder) > encoder_room:
+    why = f'{len(request.encoder)} tokens do not fit into an encoder_room of {encoder_room}.'
+    raise Invalid(Request, 'encoder', why)
+  if encoder_room and not request.encoder:
+    raise Invalid(Request, 'encoder', 'it is empty, and the encoder needs something to read.')
+  if request.stop and not has_tokenizer:
+    raise Invalid(Request, 'stop', 'strings can be found only by an engine with a tokenizer.')
