@@ -1,5 +1,6 @@
 """The workdir of a run: it belongs to one run only."""
 
+import collections
 import itertools
 import pathlib
 
@@ -36,11 +37,11 @@ def _current_text(text: str) -> str:
 def _is_same_run(saved: str, identity: str, config_gin: pathlib.Path) -> bool:
   """Whether an earlier version left this very run here: this version only has more knobs, all at their default.
 
-  Then every line that was written still stands, in the same order, and the gin file beside it, built by this
-  version, is the same run.
+  Then every line that was written still stands somewhere, and the gin file beside it, built by this version, is
+  the same run.
   """
-  lines = iter(identity.splitlines())
-  if not all(line in lines for line in saved.splitlines()) or not config_gin.exists():
+  missing = collections.Counter(saved.splitlines()) - collections.Counter(identity.splitlines())
+  if missing or not config_gin.exists():
     return False
   try:
     return configs.load(str(config_gin)).build().identity() == identity
