@@ -50,7 +50,7 @@ def _flags():
   flags = cli.parse(parser)
   if bool(flags.checkpoint) == bool(flags.hf):
     parser.error('give one of --checkpoint and --hf.')
-  if bool(flags.prompt) + bool(flags.prompts) + flags.interactive != 1:
+  if (flags.prompt is not None) + bool(flags.prompts) + flags.interactive != 1:
     parser.error('give one of --prompt, --prompts and --interactive.')
   if bool(flags.prompts) != bool(flags.out):
     parser.error('--prompts and --out go together.')
@@ -67,6 +67,7 @@ from research.evaluation.encoding import make_encoding
 from research.inference import answers, terminal, tokenizer
 from research.inference.generator import Generator, make_generator
 from research.inference.sampling import Sampling
+from research.parallel.mesh import Mesh
 
 CONVERTED_ROOM = 1024  # of a converted model, whose folder does not say what it was trained on
 
@@ -82,6 +83,8 @@ def load(
 ) -> Generator:
   """A model that generates, from a run's or a converted model's folder or from a Hugging Face folder.
 
+  Call it, and use the generator, under a mesh: `with Mesh().use(jax.devices()[:1]): ...`.
+
   Raises:
     UserError: there is no such model, it sees both ways, or the tokenizer is not its own.
   """
@@ -95,11 +98,11 @@ def load(
     config = configs.Config('MODEL')
     config._read(text, 'model.gin')
     model, run, folder = config.tree(), None, pathlib.Path(hf)
-    params = jax.tree.map(jnp.asarray, arrays)
+    params, source = jax.tree.map(jnp.asarray, arrays), hf
   else:
     opened = loading.open_folder(checkpoint)
     model, run, folder = opened.model, opened.run, opened.path / 'huggingface'
-    params = loading.read_params(opened)
+    params, source = loading.read_params(opened), f'{checkpoint} at step {opened.step}'
   abstract = loading.abstract_model(model)
   architecture = loading.architecture_of(run, abstract)
   length = room or (loading.length_of(run) if run else CONVERTED_ROOM)
@@ -110,38 +113,46 @@ def load(
     own = tokenizer.of_encoding(encoding, architecture == 'encoder_decoder')
   else:
     own = tokenizer.of_folder(folder)
-  return make_generator(abstract, params, own, architecture, room=length, slots=slots, int8=int8)
+  return make_generator(
+    abstract, params, own, architecture, room=length, slots=slots, int8=int8, source=source
+  )
 
 
 def main(flags) -> None:
-  """Answers as the flags say."""
+  """Answers as the flags say, on the first device."""
+  import logging
+
+  import jax
+
+  from research.training.program import keep_compiled
+
   sampling = Sampling(**{name: getattr(flags, name) for name in SAMPLING})
   settings = {
     'sampling': sampling, 'max_tokens': flags.max_tokens, 'stop': tuple(flags.stop), 'top': flags.top,
   }  # fmt: skip
   prompts = answers.read_prompts(pathlib.Path(flags.prompts)) if flags.prompts else []
-  generator = load(
-    flags.checkpoint, hf=flags.hf, tokenizer_file=flags.tokenizer, room=flags.room,
-    slots=flags.slots, int8=flags.int8,
-  )  # fmt: skip
-  if flags.interactive:
-    terminal.converse(generator, settings)
-  elif flags.prompt:
-    prompt = sys.stdin.read() if flags.prompt == '-' else flags.prompt
-    for request in generator.requests(prompt, flags.samples, **settings):
-      terminal.show(generator, prompt, {**settings, 'sampling': request.sampling})
-  else:
-    source = {'checkpoint': flags.checkpoint, 'hf': flags.hf, 'tokenizer': flags.tokenizer}
-    source |= {'samples': flags.samples, 'int8': flags.int8}
-    identity = answers.identity_of(settings | source)
-    out, count = pathlib.Path(flags.out), 0
-    for _ in answers.answer_all(
-      generator, prompts, out, identity, samples=flags.samples, **settings
-    ):
-      count += 1
-      if sys.stderr.isatty():
-        print(f'{count} prompts answered', end='\r', file=sys.stderr, flush=True)
-    print(f'{len(prompts)} prompts answered, {count} of them now: {out}')
+  keep_compiled()
+  logging.getLogger('absl').setLevel(logging.ERROR)  # Orbax tells what it does when it only reads
+  with Mesh().use(jax.devices()[:1]):
+    generator = load(
+      flags.checkpoint, hf=flags.hf, tokenizer_file=flags.tokenizer, room=flags.room,
+      slots=flags.slots, int8=flags.int8,
+    )  # fmt: skip
+    if flags.interactive:
+      terminal.converse(generator, settings)
+    elif flags.prompt is not None:
+      prompt = sys.stdin.read() if flags.prompt == '-' else flags.prompt
+      for request in generator.requests(prompt, flags.samples, **settings):
+        terminal.show(generator, prompt, {**settings, 'sampling': request.sampling})
+    else:
+      source = {'source': generator.source, 'tokenizer': flags.tokenizer, 'int8': flags.int8}
+      identity = answers.identity_of(settings | source | {'samples': flags.samples})
+      out = pathlib.Path(flags.out)
+      rows = answers.answer_all(
+        generator, prompts, out, identity, samples=flags.samples, **settings
+      )
+      now = sum(1 for _ in rows)
+      print(f'{len(prompts)} prompts answered, {now} of them now: {out}')
 
 
 if __name__ == '__main__':

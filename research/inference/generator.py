@@ -23,10 +23,11 @@ class Generator:
   Args:
     engine: with this tokenizer's `decode`.
     tokenizer: of the model.
+    source: where the parameters are from, in words.
   """
 
-  def __init__(self, engine: Engine, tokenizer: Tokenizer):
-    self.engine, self.tokenizer = engine, tokenizer
+  def __init__(self, engine: Engine, tokenizer: Tokenizer, source: str = ''):
+    self.engine, self.tokenizer, self.source = engine, tokenizer, source
 
   def request(self, prompt: str, **settings) -> Request:
     """The request of a prompt; `settings` are `Request`'s.
@@ -91,6 +92,7 @@ def make_generator(
   room: int,
   slots: int = 8,
   int8: bool = False,
+  source: str = '',
 ) -> Generator:
   """A generator of a model and its tokenizer.
 
@@ -99,6 +101,7 @@ def make_generator(
     params: its parameters.
     architecture: 'decoder', 'prefix' (the prompt sees itself both ways) or 'encoder_decoder'.
     room, slots, int8: as of `Engine`.
+    source: where the parameters are from, in words.
 
   Raises:
     UserError: the tokenizer does not belong to the model.
@@ -108,4 +111,4 @@ def make_generator(
     nnx.graphdef(model), params, decode=tokenizer.decode, slots=slots, room=room, int8=int8,
     encoder_room=room if architecture == 'encoder_decoder' else 0, prefix=architecture == 'prefix',
   )  # fmt: skip
-  return Generator(engine, tokenizer)
+  return Generator(engine, tokenizer, source)
