@@ -19,7 +19,9 @@ from research.parallel.mesh import Mesh
 
 
 @functools.partial(
-  jax.tree_util.register_dataclass, data_fields=('entries', 'length'), meta_fields=('room',)
+  jax.tree_util.register_dataclass,
+  data_fields=('entries', 'length'),
+  meta_fields=('room', 'forgets'),
 )
 @dataclasses.dataclass(frozen=True)
 class Cache:
@@ -29,11 +31,13 @@ class Cache:
     entries: arrays [batch, ...], as `State.close` gives them.
     length: [batch], the tokens of each row, which is the position of its next.
     room: the most tokens of a row.
+    forgets: whether a row's newest tokens can be taken back by making `length` smaller (no recurrence).
   """
 
   entries: tuple
   length: jax.Array
   room: int
+  forgets: bool = True
 
 
 def check_decodes(model: nnx.Module) -> None:
@@ -86,7 +90,7 @@ def prefill(
   state = State(room, ahead, int8=int8)
   x, _ = model.features({**batch, **ours}, state)
   x = shard(x, 'batch', None, None)[:, -1:]
-  return model.logits(x)[:, 0], Cache(state.close(), length, room)
+  return model.logits(x)[:, 0], Cache(state.close(), length, room, not state.carries)
 
 
 def step(model: nnx.Module, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
@@ -104,7 +108,8 @@ def step(model: nnx.Module, tokens: jax.Array, cache: Cache) -> tuple[jax.Array,
   batch = {'decoder_input_tokens': tokens, 'decoder_positions': positions}
   x, _ = model.features(batch, state)
   logits = jnp.where((positions < cache.room)[..., None], model.logits(x), jnp.nan)
-  return logits, Cache(state.close(), cache.length + tokens.shape[1], cache.room)
+  length = cache.length + tokens.shape[1]
+  return logits, Cache(state.close(), length, cache.room, cache.forgets)
 
 
 def insert(cache: Cache, other: Cache, row: jax.Array | int) -> Cache:

@@ -68,6 +68,7 @@ class State:
     self.room, self.ahead, self.int8, self.layer = room, ahead, int8, layer
     self.first = entries is None
     self.asked = 0
+    self.carries = False  # whether any part has a recurrence
     self._old = entries or ()
     self._new: list = []
 
@@ -114,6 +115,7 @@ class State:
 
   def carry(self, f: Callable, initial):
     """See `Context.carry`."""
+    self.carries = True
     if self.first:
       state, y = f(initial)
       self._make(state)
@@ -150,6 +152,7 @@ class State:
       state = State(self.room, self.ahead, int8=self.int8, entries=entries, layer=number)
       x = layer(x, parameters, state)
       left = state.close()
+      self.carries |= state.carries
       return ((x, None), left) if self.first else ((x, left), None)
 
     layers = jnp.arange(jax.tree.leaves(stacked)[0].shape[0])
