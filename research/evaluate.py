@@ -24,8 +24,8 @@ if __name__ == '__main__':
 
 from research.core import configs
 from research.core.errors import Invalid
+from research.data.encoding import make_encoding
 from research.evaluation import loading
-from research.evaluation.encoding import make_encoding
 from research.evaluation.engine import Engine
 from research.evaluation.rows import Settings
 from research.evaluation.suite import Suite, run_suite

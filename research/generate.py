@@ -62,8 +62,8 @@ if __name__ == '__main__':
   cli.use_huge_pages()
 
 from research.core import configs
+from research.data.encoding import make_encoding
 from research.evaluation import loading
-from research.evaluation.encoding import make_encoding
 from research.inference import answers, terminal, tokenizer
 from research.inference.generator import Generator, make_generator
 from research.inference.sampling import Sampling

@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 from research.core.errors import Invalid
-from research.evaluation.encoding import Encoding
+from research.data.encoding import Encoding
 from research.evaluation.requests import (
   Answer,
   Embed,

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from research.core.errors import Invalid
-from research.evaluation.encoding import Encoding
+from research.data.encoding import Encoding
 from research.evaluation.requests import (
   Embed,
   Failed,

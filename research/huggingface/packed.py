@@ -7,7 +7,6 @@ the one weight is back, computed when it is asked for, so that the families' tab
     AWQ             qweight, qzeros, scales              (Lin et al. 2024, arXiv:2306.00978)
     bitsandbytes    weight, absmax, quant_map, ...       (Dettmers et al. 2023, arXiv:2305.14314)
     fp8             weight, weight_scale_inv             (DeepSeek-V3, arXiv:2412.19437, section 3.3)
-    ChatGLM's int4  weight, weight_scale
 
 A weight is [out, in], as torch's Linear has it.
 """
@@ -131,15 +130,6 @@ def fp8_blocks(get: Callable[[str], np.ndarray], block: tuple[int, int]) -> np.n
   scales = np.asarray(get('weight_scale_inv')).astype(np.float32)
   scales = np.repeat(np.repeat(scales, block[0], axis=0), block[1], axis=1)
   return weight * scales[: weight.shape[0], : weight.shape[1]]
-
-
-def chatglm_int4(get: Callable[[str], np.ndarray]) -> np.ndarray:
-  """ChatGLM2-6B-int4: signed nibbles, the high one the even column; weight_scale [out], float32 [out, in]."""
-  packed = np.asarray(get('')).view(np.int8)
-  high = packed >> 4  # an arithmetic shift keeps the sign
-  low = (packed << 4).astype(np.int8) >> 4
-  numbers = np.stack([high, low], axis=-1).reshape(len(packed), -1)
-  return numbers.astype(np.float32) * np.asarray(get('weight_scale')).astype(np.float32)[:, None]
 
 
 class Suffixes:

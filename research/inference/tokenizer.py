@@ -8,9 +8,9 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Callable
-from typing import Protocol
 
 from research.core.errors import UserError
+from research.data.encoding import Encoding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,17 +30,6 @@ class Tokenizer:
   size: int
   ends: tuple[int, ...]
   start: tuple[int, ...] = ()
-
-
-class Encoding(Protocol):
-  """A vocabulary that data were frozen with, as `evaluation.encoding` makes it."""
-
-  end: int
-  size: int
-
-  def encode(self, text: str) -> list[int]: ...
-
-  def decode(self, ids: list[int]) -> str: ...
 
 
 def of_encoding(encoding: Encoding, two_sided: bool) -> Tokenizer:

@@ -8,8 +8,8 @@ import pytest
 from flax import nnx
 
 from research.core import configs
+from research.data.encoding import ByteEncoding
 from research.evaluation import loading
-from research.evaluation.encoding import ByteEncoding
 from research.evaluation.engine import Engine
 from research.evaluation.requests import (
   Embed,

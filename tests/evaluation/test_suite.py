@@ -13,8 +13,8 @@ import pytest
 from research.core import configs
 from research.core.errors import Invalid, UserError
 from research.data.corpora import TextFiles
+from research.data.encoding import ByteEncoding
 from research.evaluation import corpus_tasks, generated_tasks, suite
-from research.evaluation.encoding import ByteEncoding
 from research.evaluation.requests import (
   Failed,
   GenerateUntil,

@@ -65,7 +65,7 @@ class HuggingFaceEncoding:
     settings = json.loads(pathlib.Path(vocabulary.file).read_text())
     special = {t['id'] for t in settings.get('added_tokens', ()) if t.get('special')}
     self.offset = 0 if 0 in special else 1
-    names = [vocabulary.eos] if vocabulary.eos else END_NAMES
+    names = [vocabulary.eos] if vocabulary.eos else vocabularies.EOS_NAMES
     ends = [i for name in names if (i := self.tokenizer.token_to_id(name)) is not None]
     if not ends:
       raise UserError(
@@ -80,10 +80,6 @@ class HuggingFaceEncoding:
   def decode(self, ids: list[int]) -> str:
     own = [i - self.offset for i in ids if self.offset <= i < self.size]
     return self.tokenizer.decode(own, skip_special_tokens=True)
-
-
-# In this order, as freezing looks for them.
-END_NAMES = ('</s>', '<|endoftext|>', '<eos>', '<|end_of_text|>', '<|im_end|>', '[SEP]')
 
 
 def make_encoding(vocabulary: vocabularies.Vocabulary) -> Encoding:
