@@ -1,6 +1,6 @@
 """Weights that a Hugging Face folder holds in 4 or 8 bits, read as the matrices that they stand for.
 
-Each format names a few tensors in place of one `*.weight`. `unpack(tensors, config)` gives a mapping in which
+Each format names a few tensors in place of one `*.weight`. `unpack(tensors, options)` gives a mapping in which
 the one weight is back, computed when it is asked for, so that the families' tables know nothing of it:
 
     GPTQ            qweight, qzeros, scales, g_idx       (Frantar et al. 2023, arXiv:2210.17323)
