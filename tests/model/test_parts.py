@@ -207,7 +207,11 @@ def test_mamba2_is_its_recurrence_whatever_the_chunk(groups):
   x, step = rng.normal(size=(2, 20, 4, 2)), rng.uniform(0.1, 1, size=(2, 20, 4))
   b, c = rng.normal(size=(2, 2, 20, groups, 3))
   segments = np.where(np.arange(20) < 9, 1, 2)[None].repeat(2, 0).astype(np.int32)
-  scan = jit(lambda params, *args: nnx.merge(graphdef, params).scan(*args))
+
+  @jit
+  def scan(params, x, step, b, c, segments):
+    return nnx.merge(graphdef, params).scan(x, step, b, c, context(x, segments))
+
   y = scan(params, *(v.astype(np.float32) for v in (x, step, b, c)), segments)
   a = -np.exp(np.asarray(params['log_a'], np.float64))
   h = np.zeros((2, 4, 2, 3))
