@@ -1,0 +1,138 @@
+"""Repeated sampling: pass@k of counted successes, and its forecast from a beta-binomial distribution.
+
+A problem is attempted n times and solved c times. pass@k is the chance that at least one of k attempts
+solves it; coverage is its mean over problems.
+"""
+
+import dataclasses
+
+import numpy as np
+from scipy import optimize, special, stats
+
+from research.core.errors import UserError
+
+
+def pass_at_k(samples, correct, k) -> np.ndarray:
+  """The unbiased estimate of pass@k, 1 - C(n - c, k) / C(n, k) (Chen et al. 2021, equation 1).
+
+  The paper is arXiv:2107.03374. The ratio of binomial coefficients is a product of min(c, k) factors. Its
+  logarithm is summed by log1p, so that nothing overflows, and a small pass@k keeps all its digits.
+
+  Args:
+    samples: n, attempts at each problem; any shape.
+    correct: c, how many of them solved it; broadcasts against `samples`.
+    k: attempts that are allowed; broadcasts against both.
+
+  Returns:
+    The estimates, in [0, 1], of the broadcast shape.
+
+  Raises:
+    UserError: a count is no whole number, c is above n, or k is above n: n attempts say nothing about more.
+  """
+  n, c, k = np.broadcast_arrays(samples, correct, k)
+  _check_counts(n, c, k)
+  estimates = [_pass_at_k(*map(int, counts)) for counts in zip(n.flat, c.flat, k.flat, strict=True)]
+  return np.array(estimates).reshape(n.shape)
+
+
+def _pass_at_k(n: int, c: int, k: int) -> float:
+  if n - c < k:
+    return 1.0  # too few failures to fill k attempts
+  few, many = min(c, k), max(c, k)  # C(n - c, k) / C(n, k) is symmetric in c and k
+  return float(-np.expm1(np.log1p(-many / (n - np.arange(few))).sum()))
+
+
+def _check_counts(n, c, k) -> None:
+  for name, values in (('samples', n), ('correct', c), ('k', k)):
+    if not (np.isfinite(values) & (values == np.floor(values))).all():
+      raise UserError(f'pass@k: {name} must be whole numbers.')
+  for bad, why in (
+    (n < 1, 'samples must be 1 or more'),
+    (c < 0, 'correct must be 0 or more'),
+    (c > n, 'correct must not be above samples'),
+    (k < 1, 'k must be 1 or more'),
+    (k > n, 'k must not be above samples; a law of coverage extrapolates'),
+  ):
+    if bad.any():
+      i = int(np.flatnonzero(bad.ravel())[0])
+      counts = f'samples {n.flat[i]:g}, correct {c.flat[i]:g}, k {k.flat[i]:g}'
+      raise UserError(f'pass@k: {why} ({counts}).')
+
+
+def coverage_at(samples, correct, k) -> np.ndarray:
+  """Coverage at each k [ks]: the mean of `pass_at_k` over problems [problems]."""
+  ks = np.atleast_1d(k)
+  return np.array([pass_at_k(samples, correct, one).mean() for one in ks])
+
+
+def grid_of_k(most: int) -> np.ndarray:
+  """1, 2, 5, 10, 20, 50, ... up to `most`: evenly spread in ln k."""
+  decades = 10 ** np.arange(len(str(most)))
+  steps = np.outer(decades, (1, 2, 5)).ravel()
+  return steps[steps <= most]
+
+
+@dataclasses.dataclass(frozen=True)
+class BetaBinomial:
+  """Chances of success per attempt that differ from problem to problem as Beta(alpha, beta).
+
+  The mass near zero decides how coverage grows: -ln coverage falls as k^-alpha for large k where no problem is
+  hopeless (Schaeffer et al. 2025, arXiv:2502.17578).
+  """
+
+  alpha: float
+  beta: float
+
+  def pass_at(self, k) -> np.ndarray:
+    """Coverage at k attempts: 1 - B(alpha, beta + k) / B(alpha, beta)."""
+    k = np.asarray(k, np.float64)
+    return -np.expm1(
+      special.betaln(self.alpha, self.beta + k) - special.betaln(self.alpha, self.beta)
+    )
+
+  def exponent(self, ks) -> float:
+    """b of -ln coverage ~ k^-b: the slope of a straight line over these k, in logarithms."""
+    return exponent_of(ks, self.pass_at(ks))
+
+
+def exponent_of(ks, coverage) -> float:
+  """b of -ln coverage = a k^-b by least squares in logarithms; coverages of 0 and 1 are left out."""
+  ks, coverage = np.asarray(ks, np.float64), np.asarray(coverage, np.float64)
+  inside = (coverage > 0) & (coverage < 1)
+  if inside.sum() < 2:
+    raise UserError(
+      'An exponent of coverage needs at least two k whose coverage is between 0 and 1.'
+    )
+  slope, _ = np.polyfit(np.log(ks[inside]), np.log(-np.log(coverage[inside])), 1)
+  return float(-slope)
+
+
+def fit_beta_binomial(samples, correct) -> BetaBinomial:
+  """The Beta distribution of chances that makes the counts of all problems most likely.
+
+  Args:
+    samples, correct: n and c of each problem [problems].
+
+  Raises:
+    UserError: no problem, or every problem, was solved at each attempt: no distribution follows from that.
+  """
+  n, c = (np.asarray(values, np.float64) for values in (samples, correct))
+  _check_counts(n, c, np.ones_like(n))
+  rates = c / n
+  if np.ptp(rates) == 0:
+    raise UserError(
+      f'Every problem was solved in {rates[0]:.3g} of its attempts: a beta-binomial needs problems that differ.'
+    )
+
+  def surprise(z) -> float:
+    return -stats.betabinom.logpmf(c, n, *np.exp(z)).sum()
+
+  # Nelder-Mead needs no gradient of gamma functions; two parameters and two starts take milliseconds.
+  ends = [
+    optimize.minimize(
+      surprise, start, method='Nelder-Mead', options={'xatol': 1e-9, 'fatol': 1e-9, 'maxiter': 4000}
+    )
+    for start in ((-1.0, 1.0), (-2.0, 4.0))
+  ]
+  best = min(ends, key=lambda end: end.fun)
+  return BetaBinomial(*(float(value) for value in np.exp(best.x)))
