@@ -6,6 +6,7 @@ and the pieces are put in one by one; `Checkpoints` then restores it like any ot
 last piece is in, its checksums do not match, so a checkpoint cut short is found to be damaged.
 """
 
+import json
 import math
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
@@ -84,16 +85,20 @@ def _open(state: pathlib.Path, path: Path, **mode) -> tensorstore.TensorStore:
 
 
 class Params:
-  """The parameters in the newest checkpoint of a folder (a run's, or a folder of checkpoints), read by need.
+  """The parameters in a checkpoint of a folder (a run's, or a folder of checkpoints), read by need.
 
   A piece is read by itself where the checkpoint is chunked so; else its whole parameter is read and held
   until `forget`.
 
+  Args:
+    folder: of a run, or of checkpoints.
+    step: which checkpoint; None for the newest.
+
   Raises:
-    UserError: there is no checkpoint.
+    UserError: there is no such checkpoint.
   """
 
-  def __init__(self, folder: str | pathlib.Path):
+  def __init__(self, folder: str | pathlib.Path, step: int | None = None):
     folder = pathlib.Path(folder).absolute()
     # A run's checkpoints stand in its folder 'checkpoints'.
     folder = next((f for f in (folder / 'checkpoints', folder) if f.is_dir()), folder)
@@ -102,10 +107,13 @@ class Params:
     options = ocp.CheckpointManagerOptions(read_only=True)
     plain = storage.plain_path(folder)
     with ocp.CheckpointManager(plain, options=options) as manager:
-      step = manager.latest_step()
-    if step is None:
+      steps = sorted(manager.all_steps())
+    if not steps:
       raise UserError(f'--checkpoint: no checkpoint in {folder}.')
-    self.state = plain / str(step) / 'state'
+    if step not in (None, *steps):
+      raise UserError(f'{folder} has no checkpoint of step {step}; its steps are {steps}.')
+    self.step = steps[-1] if step is None else step
+    self.state = plain / str(self.step) / 'state'
     self.folder = folder
     self.held: dict[Path, np.ndarray] = {}
     self.arrays: dict[Path, tensorstore.TensorStore] = {}
@@ -128,6 +136,11 @@ class Params:
     if path not in self.held:
       self.held[path] = array.read().result()
     return self.held[path][index]
+
+  def checksums(self) -> dict[str, int]:
+    """The checksum of every array by name, 'params/...'; empty where none were written."""
+    path = self.state.parent / 'meta' / 'metadata'
+    return json.loads(path.read_text()).get('checksums', {}) if path.is_file() else {}
 
   def forget(self) -> None:
     """Frees what is held."""

@@ -51,13 +51,15 @@ def lower(run: Run, mesh: jax.sharding.Mesh):
 
   where = lambda x: x.sharding.spec if x.sharding is not None else jax.P()
   state = jax.eval_shape(lambda: program.init(jax.random.key(0)))
-  state = jax.tree.map(lambda x: at(x.shape, x.dtype, where(x)), state)
+  state, fixed = jax.tree.map(
+    lambda x: at(x.shape, x.dtype, where(x)), (state, program.abstract_fixed)
+  )
   batch = {
     key: at((run.batch_size, length), jnp.int32, axes.spec('batch', 'length'))
     for key, length in batch_features(run).items()
   }
   step = jax.jit(program.step, donate_argnums=0)
-  return step.lower(state, batch, at((), jnp.float32, jax.P())), state, batch
+  return step.lower(state, batch, at((), jnp.float32, jax.P()), fixed), state, batch
 
 
 def device_bytes(tree) -> int:

@@ -16,6 +16,8 @@ def describe(value, indent: int = 0) -> str:
   pad = '  ' * indent
   if dataclasses.is_dataclass(value) and not inspect.isclass(value):
     fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    # A checkpoint is what it holds, and not the folder where it lies.
+    fields = value.described() if hasattr(value, 'described') else fields
     name = type(value).__name__
   elif callable(value):
     target, given = (

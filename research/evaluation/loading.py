@@ -4,20 +4,17 @@ The folder is a run's (config.gin and checkpoints/) or a converted one's (model.
 """
 
 import dataclasses
-import json
 import math
 import pathlib
 
 import jax
-import numpy as np
 from flax import nnx
 
-from research.checkpoints import streamed
-from research.checkpoints.manager import partial_checksum
+from research.checkpoints import pretrained, streamed
+from research.checkpoints.pretrained import abstract_model
 from research.core import configs
 from research.core.errors import UserError
 from research.data.vocabularies import Vocabulary
-from research.parallel import hosts
 from research.parallel.mesh import Mesh
 from research.training.run import Run
 
@@ -40,7 +37,7 @@ class Folder:
   @property
   def step(self) -> int:
     """The step of the checkpoint."""
-    return int(self.params.state.parent.name)
+    return self.params.step
 
 
 def open_folder(path: str | pathlib.Path) -> Folder:
@@ -63,44 +60,13 @@ def open_folder(path: str | pathlib.Path) -> Folder:
   )
 
 
-def abstract_model(model) -> nnx.Module:
-  """The model with shapes in place of arrays."""
-  return jax.eval_shape(lambda: model(rngs=nnx.Rngs(params=jax.random.key(0))))
-
-
 def read_params(folder: Folder) -> dict:
   """The parameters, on the mesh in use; the optimizer's state is not read.
 
   Raises:
     UserError: a parameter is missing, has another shape, or does not match its checksum.
   """
-  abstract = nnx.to_pure_dict(nnx.state(abstract_model(folder.model)))
-  where = hosts.on_mesh(abstract)
-  expected = _checksums(folder.params.state.parent)
-  leaves, treedef = jax.tree.flatten_with_path(where)
-  arrays = []
-  for path, wanted in leaves:
-    keys = tuple(key.key for key in path)
-    name = '/'.join(map(str, keys))
-    value = np.asarray(folder.params.piece(keys, ()))
-    if value.shape != wanted.shape:
-      raise UserError(
-        f'{folder.path}: {name} is {value.shape} in the checkpoint, and {wanted.shape} in the model.'
-      )
-    total = expected.get(f'params/{name}')
-    if total is not None and partial_checksum(np.ascontiguousarray(value), 0) != total:
-      raise UserError(
-        f'{folder.path}: the checkpoint at step {folder.step} is damaged ({name}); delete it to use '
-        'the one before it.'
-      )
-    arrays.append(jax.device_put(value.astype(wanted.dtype), wanted.sharding))
-    folder.params.forget()
-  return jax.tree.unflatten(treedef, arrays)
-
-
-def _checksums(checkpoint: pathlib.Path) -> dict[str, int]:
-  path = checkpoint / 'meta' / 'metadata'
-  return json.loads(path.read_text()).get('checksums', {}) if path.is_file() else {}
+  return pretrained.read_params(folder.model, folder.params)
 
 
 def vocabulary_of(run: Run | None) -> Vocabulary:

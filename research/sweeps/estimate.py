@@ -81,10 +81,11 @@ def step_seconds(run: Run, repeats: int = 5) -> float:
       batch['encoder_input_tokens'] = draw(run.train.lengths['inputs'])
     batch, rate = hosts.place(batch), np.float32(1e-4)
     state = jax.jit(program.init)(jax.random.key(0))
+    fixed = program.fixed()
     step, walls = jax.jit(program.step, donate_argnums=0), []
     for _ in range(repeats + 1):
       began = time.perf_counter()
-      state, scalars = step(state, batch, rate)
+      state, scalars = step(state, batch, rate, fixed)
       jax.block_until_ready(scalars)
       walls.append(time.perf_counter() - began)
   return float(np.median(walls[1:]))

@@ -31,6 +31,7 @@ def check_fits(run: Run, vocab: int, inputs: tuple[str, ...], train: Frozen) -> 
     if key not in train.features:
       why = f'{type(run.loss).__name__} reads {key}, and the rows of {run.train.name} have none.'
       raise Invalid(Run, 'loss', why)
+  run.loss.check(vocab, run.train)
   check_divides(run)
 
 

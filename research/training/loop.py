@@ -93,6 +93,7 @@ class Loop:
     self.frozen = frozen
     self.validation = validation
     self.rates = rates([run])[0]
+    self.fixed = program.fixed()
     self.signal = TerminationSignal()
     # XLA compiles in the background while the checkpoint is read.
     self.compile(workdir)
@@ -111,10 +112,10 @@ class Loop:
     self.init_fn = background_jit.jit(self.program.init, *([] if resumes else [self.key()]))
     batch = place(batch_at(self.frozen, self.run.batches, self.run.seed, 0, *share))
     self.step_fn = background_jit.jit(
-      self.program.step, state, batch, self.rates[0], donate_argnums=0
+      self.program.step, state, batch, self.rates[0], self.fixed, donate_argnums=0
     )
     batch = place(next(eval_batches(self.validation, self.run.batch_size, *share)))
-    self.evaluate_fn = background_jit.jit(self.program.evaluate, state['params'], batch)
+    self.evaluate_fn = background_jit.jit(self.program.evaluate, state['params'], batch, self.fixed)
 
   def key(self) -> jax.Array:
     return jax.random.key(self.run.seed)
@@ -140,7 +141,7 @@ class Loop:
     step = record.start
     for step in range(record.start + 1, run.steps + 1):
       batch = place(next(batches))
-      self.state, scalars = self.step_fn(self.state, batch, self.rates[step - 1])
+      self.state, scalars = self.step_fn(self.state, batch, self.rates[step - 1], self.fixed)
       if pending is not None and not record.look(*pending):
         return record.row(step, 'nan')
       pending = step, scalars
@@ -155,14 +156,18 @@ class Loop:
         raise Interrupted(f'stopped at step {step:,} with a checkpoint; start again to go on')
     return record.row(step, 'finished')
 
-  def sum_losses(self, frozen) -> tuple[float, float]:
-    """Nats and target tokens of a whole stream, by the parameters of now."""
+  def sum_losses(self, frozen) -> dict[str, float]:
+    """Sums over a whole stream, by the parameters of now, as `Program.evaluate` names them."""
     batches = eval_batches(frozen, self.run.batch_size, *host_share())
-    sums = [self.evaluate_fn(self.state['params'], place(batch)) for batch in batches]
-    nats, tokens = zip(*jax.device_get(sums), strict=True)
-    # In float64: float32 would lose the small terms of a long sum.
-    return float(np.sum(nats, dtype=np.float64)), float(np.sum(tokens, dtype=np.float64))
+    params = self.state['params']
+    return total([self.evaluate_fn(params, place(batch), self.fixed) for batch in batches])
 
   def close(self) -> None:
     self.signal.restore()
     self.record.close()
+
+
+def total(sums: list[dict]) -> dict:
+  """The sums of several batches as one, float64: float32 would lose the small terms of a long sum."""
+  sums = jax.device_get(sums)
+  return {name: np.sum([part[name] for part in sums], axis=0, dtype=np.float64) for name in sums[0]}

@@ -2,8 +2,8 @@
 
 A loss is a frozen dataclass: its fields are its knobs, and calling it gives sums over a batch. Sums and not
 means, so that microbatches, and the parts of a batch on other devices, add up to the whole batch exactly.
-Bind one in a gin file: `run.Run.loss = @losses.CrossEntropy()`. A loss of your own is a class like these in a
-module of your own.
+A field may be another model (a teacher, a reference), which is read and does not learn. Bind a loss in a gin
+file: `run.Run.loss = @losses.CrossEntropy()`. A loss of your own is a class like these in a module of your own.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from research.checkpoints.pretrained import Pretrained
 from research.core.errors import Invalid
 from research.training.cross_entropy import cross_entropy
 
@@ -22,11 +23,17 @@ class Loss:
 
   Class attributes:
     reads: the keys of a batch that it needs.
+    nats: whether 'loss' is in nats per target token, so that it can be told in bits per byte of text.
+    reports: names of its terms and counts that stand in a run's row, beside 'loss'.
   """
 
   reads: ClassVar[tuple[str, ...]] = ('decoder_target_tokens', 'decoder_loss_weights')
+  nats: ClassVar[bool] = True
+  reports: ClassVar[tuple[str, ...]] = ()
 
-  def __call__(self, model, features: jax.Array, batch: dict, chunks: int) -> tuple[dict, dict]:
+  def __call__(
+    self, model, features: jax.Array, batch: dict, chunks: int, **models
+  ) -> tuple[dict, dict]:
     """Sums over a batch.
 
     Args:
@@ -34,12 +41,39 @@ class Loss:
       features: of the batch's targets, [batch, length, embed].
       batch: arrays [batch, length] by seqio's keys.
       chunks: wherever there are logits, the length is cut into so many parts; it divides the length.
+      **models: of its fields `models`, by name.
 
     Returns:
-      terms: by name, the sums that are minimised together. 'loss' is the one that a run is judged by.
-      counts: by name, sums that are only reported. 'weight' is what all terms are divided by.
+      terms: by name, the sums that are minimised together.
+      counts: by name, sums that are only reported. 'weight' is what all sums are divided by. One of the terms
+        or counts is 'loss', which a run is judged by.
     """
     raise NotImplementedError
+
+  @property
+  def evaluation(self) -> 'Loss':
+    """The loss that an evaluation sums; another one where validation rows lack what training reads."""
+    return self
+
+  @property
+  def models(self) -> dict[str, Pretrained]:
+    """The fields that are other models. They are no part of a run's state, and have no gradient."""
+    fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+    return {name: value for name, value in fields.items() if isinstance(value, Pretrained)}
+
+  def check(self, vocab: int, stream) -> None:
+    """Raises `Invalid` where the loss does not suit the model or a stream, beyond the keys that it reads.
+
+    Args:
+      vocab: how many logits the model has.
+      stream: of training.
+    """
+    for name, other in self.models.items():
+      if other.abstract.vocab != vocab:
+        why = (
+          f'it has {other.abstract.vocab} logits and the model {vocab}: both need one vocabulary.'
+        )
+        raise Invalid(type(self), name, why)
 
   @property
   def numbers(self) -> dict[str, float]:

@@ -24,6 +24,7 @@ from research.training import background_jit, checks, interrupt
 from research.training import program as program_module
 from research.training.alike import check_alike, inputs_of, with_inputs
 from research.training.interrupt import TerminationSignal
+from research.training.loop import total
 from research.training.member import Member
 from research.training.over_members import over_members
 from research.training.program import keep_compiled, make_program
@@ -99,6 +100,7 @@ class Population:
       for name, value in values.items()
       if len(set(value)) > 1
     }
+    self.fixed = self.program.fixed()
     self.signal = TerminationSignal()
     self.compile(workdirs, validation)
     self.evaluated: dict = {}
@@ -174,10 +176,11 @@ class Population:
     if own['inputs']:
       values = {**inputs_of(program.run), **own['inputs']}
       program = dataclasses.replace(program, run=with_inputs(program.run, values))
-    return program.step(own['state'], own['batch'] or shared['batch'], own['rate'])
+    batch = own['batch'] or shared['batch']
+    return program.step(own['state'], batch, own['rate'], shared['fixed'])
 
-  def evaluate(self, own: dict, shared: dict) -> tuple[jax.Array, jax.Array]:
-    return self.program.evaluate(own['params'], shared['batch'])
+  def evaluate(self, own: dict, shared: dict) -> dict:
+    return self.program.evaluate(own['params'], shared['batch'], shared['fixed'])
 
   # Arrays over the members.
 
@@ -185,7 +188,7 @@ class Population:
     return jax.device_put(x, jax.NamedSharding(jax.sharding.get_mesh(), jax.P(axis)))
 
   def shared(self, batch: dict) -> dict:
-    return {'batch': {k: self.place(v, None) for k, v in batch.items()}}
+    return {'batch': {k: self.place(v, None) for k, v in batch.items()}, 'fixed': self.fixed}
 
   def spread(self, values: Sequence, spare=None):
     """[places, ...] of a value of each member; `spare`, or the first one's again, where there is no member."""
@@ -281,14 +284,12 @@ class Population:
       if member.at == member.run.steps:
         member.end('finished')
 
-  def sum_losses(self, i: int, frozen) -> tuple[float, float]:
-    """Nats and target tokens of a whole stream, of member i; computed for all members in training at once."""
+  def sum_losses(self, i: int, frozen) -> dict[str, float]:
+    """Sums over a whole stream, of member i; computed for all members in training at once."""
     if id(frozen) not in self.evaluated:
       own = {'params': self.state['params'], 'active': self.active()}
       results = []
       for batch in eval_batches(frozen, self.batch_size):
         results.append(self.evaluate_fn(own, self.shared(batch)))
-      nats, tokens = np.asarray(jax.device_get(results), np.float64).sum(0)
-      self.evaluated[id(frozen)] = nats, tokens
-    nats, tokens = self.evaluated[id(frozen)]
-    return float(nats[i]), float(tokens[i])
+      self.evaluated[id(frozen)] = total(results)
+    return {name: value[i] for name, value in self.evaluated[id(frozen)].items()}

@@ -31,6 +31,7 @@ class Program:
 
   run: Run
   graphdef: nnx.GraphDef
+  others: dict[str, nnx.GraphDef]  # models that the loss reads
   vocab: int
   inputs: tuple[str, ...]
   routed: bool
@@ -57,21 +58,34 @@ class Program:
     """The shapes of the state, and where its arrays live."""
     return jax.eval_shape(self.init, jax.random.key(0))
 
-  def loss(self, params: dict, batch: dict) -> tuple[jax.Array, dict]:
+  @functools.cached_property
+  def abstract_fixed(self) -> dict:
+    """The shapes of `fixed`, and where its arrays live."""
+    return {name: other.shapes() for name, other in self.run.loss.models.items()}
+
+  def fixed(self) -> dict:
+    """What the step reads and does not change: parameters of the models that the loss reads, by name."""
+    return {name: other.params() for name, other in self.run.loss.models.items()}
+
+  def loss(self, params: dict, batch: dict, fixed: dict | None = None) -> tuple[jax.Array, dict]:
     """The sum of the run's loss over a batch, and the sums that it is made of."""
     model = nnx.merge(self.graphdef, params)
     features, penalties = model.features(batch)
     chunks = self.run.logits_chunks or choose_chunks(*features.shape[:2], model.vocab)
-    terms, counts = self.run.loss(model, features, batch, chunks)
+    others = {name: nnx.merge(self.others[name], fixed[name]) for name in self.run.loss.models}
+    terms, counts = self.run.loss(model, features, batch, chunks, **others)
     # Penalties are means over tokens. Weighted by tokens, microbatches add up to the batch.
     terms |= {name: value * counts['weight'] for name, value in penalties.items()}
     read = batch.get('decoder_segment_ids', batch['decoder_target_tokens']) > 0
     return sum(terms.values()), {**terms, **counts, 'read': jnp.sum(read, dtype=jnp.float32)}
 
-  def step(self, state: dict, batch: dict, rate: jax.Array) -> tuple[dict, dict]:
+  def step(
+    self, state: dict, batch: dict, rate: jax.Array, fixed: dict | None = None
+  ) -> tuple[dict, dict]:
     """One update at learning rate `rate`, by the mean loss over the batch, however the batch is cut."""
     gradient = jax.value_and_grad(self.loss, has_aux=True)
-    (_, sums), grads = self.over_parts(functools.partial(gradient, state['params']), batch)
+    of_part = functools.partial(gradient, state['params'], fixed=fixed)
+    (_, sums), grads = self.over_parts(of_part, batch)
     weight = jnp.maximum(sums.pop('weight'), 1.0)
     tokens = sums.pop('read')  # D counts tokens that are read, whether or not they carry a loss
     grads = jax.tree.map(lambda g: g / weight, grads)
@@ -81,10 +95,16 @@ class Program:
     scalars |= {'tokens': tokens, 'grad_norm': optax.tree.norm(grads)}
     return {'step': state['step'] + 1, 'params': params, 'opt': opt}, scalars
 
-  def evaluate(self, params: dict, batch: dict) -> tuple[jax.Array, jax.Array]:
-    """The sum of the loss over a batch, without penalties, and the weight that it is divided by."""
-    _, sums = self.over_parts(functools.partial(self.loss, params), batch)
-    return sums['loss'], sums['weight']
+  def evaluate(self, params: dict, batch: dict, fixed: dict | None = None) -> dict:
+    """Sums over a batch by name: the loss's terms and counts, and penalties.
+
+    'weight' is what the others are divided by.
+    """
+    run = dataclasses.replace(self.run, loss=self.run.loss.evaluation)
+    program = dataclasses.replace(self, run=run)
+    _, sums = self.over_parts(functools.partial(program.loss, params, fixed=fixed), batch)
+    del sums['read']
+    return sums
 
   def over_parts(self, f, batch: dict):
     """The sum of f(part) over the parts of a batch, which are gone through one by one."""
@@ -92,7 +112,8 @@ class Program:
     if n == 1:
       return f(batch)
     # Every part takes every n-th row, so that each has its rows on all the devices.
-    cut = lambda x: x.reshape(-1, n, x.shape[1], out_sharding=spec('batch', None, None))
+    where = lambda x: spec('batch', *[None] * x.ndim)
+    cut = lambda x: x.reshape(-1, n, *x.shape[1:], out_sharding=where(x))
     parts = {k: jnp.moveaxis(cut(x), 1, 0) for k, x in batch.items()}
     f = jax.jit(f)  # traced once, for its shapes and for the loop
 
@@ -127,7 +148,9 @@ def make_program(run: Run) -> Program:
   axes_module.check(parameters)
   routed = any('expert' in axes for axes, _ in parameters.values())
   inputs = tuple(abstract.inputs)
-  return Program(run, nnx.graphdef(abstract), abstract.vocab, inputs, routed, kinds(abstract))
+  others = {name: nnx.graphdef(other.abstract) for name, other in run.loss.models.items()}
+  graphdef = nnx.graphdef(abstract)
+  return Program(run, graphdef, others, abstract.vocab, inputs, routed, kinds(abstract))
 
 
 def choose_chunks(rows: int, length: int, vocab: int) -> int:

@@ -44,7 +44,7 @@ class Record:
       rates: the learning rate of every step, [steps].
       stream: where progress is shown.
       abstract: shapes and places of the state, to restore a checkpoint by.
-      sum_losses: gives (nats, target tokens) of a whole frozen stream by the parameters of now.
+      sum_losses: gives the sums of `Program.evaluate` over a whole frozen stream by the parameters of now.
     """
     self.run = run
     self.workdir = workdir
@@ -136,24 +136,32 @@ class Record:
     self.last_evaluation = evaluation
     named = {f'validation/{name}': value for name, value in evaluation.items()}
     self.rows.write({'step': step, 'tokens': self.tokens, **named})
-    self.progress.say(
-      f'step {step:,}: validation loss {evaluation["loss"]:.4f} nats/token, '
-      f'{evaluation["bits_per_byte"]:.4f} bits/byte'
-    )
+    told = f'step {step:,}: validation loss {evaluation["loss"]:.4f}'
+    if 'bits_per_byte' in evaluation:
+      told += f' nats/token, {evaluation["bits_per_byte"]:.4f} bits/byte'
+    for name in self.run.loss.evaluation.reports:
+      told += f', {name} {evaluation[name]:.4f}'
+    self.progress.say(told)
 
   def evaluate(self) -> dict[str, float]:
-    """The mean over all target tokens of the validation stream, in nats per token and in bits per byte.
+    """Means over all of the validation stream: the loss, in nats also as bits per byte, and its other sums.
 
     Of a mixture also the loss on each of its parts.
     """
     mixture = isinstance(self.validation, FrozenMixture)
     parts = self.validation.parts if mixture else {'': self.validation}
     sums = {name: self.sum_losses(part) for name, part in parts.items()}
-    nats = sum(part_nats for part_nats, _ in sums.values())
-    tokens = sum(part_tokens for _, part_tokens in sums.values())
-    size = sum(sums[name][1] * part.bytes_per_token for name, part in parts.items())
-    losses = {f'{name}/loss': n / t for name, (n, t) in sums.items()} if mixture else {}
-    return {'loss': nats / tokens, 'bits_per_byte': nats / math.log(2) / size, **losses}
+    total = {key: sum(part[key] for part in sums.values()) for key in next(iter(sums.values()))}
+    weight = total.pop('weight')
+    nats = total.pop('loss')
+    evaluation = {'loss': float(nats / weight)}
+    if self.run.loss.evaluation.nats:
+      size = sum(float(sums[n]['weight']) * part.bytes_per_token for n, part in parts.items())
+      evaluation['bits_per_byte'] = float(nats / math.log(2) / size)
+    evaluation |= {name: float(value / weight) for name, value in total.items()}
+    if mixture:
+      evaluation |= {f'{n}/loss': float(s['loss'] / s['weight']) for n, s in sums.items()}
+    return evaluation
 
   # How it ends.
 
@@ -180,6 +188,8 @@ class Record:
       'loss': evaluation.get('loss'),
       'bits_per_byte': evaluation.get('bits_per_byte'),
       **{name: value for name, value in evaluation.items() if name.endswith('/loss')},
+      **{name: evaluation.get(name) for name in run.loss.evaluation.reports},
+      **{f'{name}/{k}': v for name, m in run.loss.models.items() for k, v in m.row().items()},
       'steps': step,
       'batch_size': run.batch_size,
       'length': run.target_length,

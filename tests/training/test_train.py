@@ -216,9 +216,9 @@ def test_microbatches_are_one_batch(text_file, monkeypatch):
       program = make_program(the_run)
       assert program.parts(batch) == parts
       state = jax.jit(program.init)(jax.random.key(0))
-      nll, tokens = jax.jit(program.evaluate)(state['params'], batch)
+      sums = jax.jit(program.evaluate)(state['params'], batch)
       state, scalars = jax.jit(program.step)(state, batch, 1e-3)
-    numbers = scalars['loss'], scalars['grad_norm'], nll, tokens
+    numbers = scalars['loss'], scalars['grad_norm'], sums['loss'], sums['weight']
     results.append((jax.tree.leaves(jax.device_get(state['params'])), [float(x) for x in numbers]))
   whole, *others = results
   for parameters, numbers in others:
