@@ -5,8 +5,8 @@
 
 trains the quickstart's smallest run, a T5 and a Mixtral for a few steps with each version, in processes and
 data caches of their own. It compares frozen streams (every byte), checkpoints (every bit of every array), rows
-of metrics and the run's row (every number but times; rows may gain names). Then this version continues from the other's checkpoint
-in the middle of the run, and must end the same. Exit status 1 where anything differs.
+of metrics and the run's row (every number but times; rows may gain names). Then this version continues from the
+other's checkpoint in the middle of the run, and must end the same. Exit status 1 where anything differs.
 """
 
 import argparse
