@@ -1,11 +1,12 @@
-"""What one GPU does: a step of a LLaMA of 1.2 billion parameters beside compiled PyTorch's, and populations on it.
+"""What one GPU does: a step of a LLaMA of 1.2 billion parameters beside compiled PyTorch's, and populations.
 
     python experiments/speed/gpu.py [--repeats 3] [--part step] [--small]
 
-It needs no hands, no data and no network: one call prints the whole table. Every measurement is a process of its
-own, in turns. A step is the whole update (loss, gradients, clipping to norm 1, AdamW; float32 parameters, bfloat16
-activations), timed over a stretch of steps that the device works off without waiting for the host. Needs jax with
-CUDA (the extra `cuda`) and, for the comparison, torch with CUDA. `--small` tries the script out on a CPU.
+It needs no hands, no data and no network: one call prints the whole table. Every measurement is a process of
+its own, in turns. A step is the whole update (loss, gradients, clipping to norm 1, AdamW; float32 parameters,
+bfloat16 activations), timed over a stretch of steps that the device works off without waiting for the host.
+Needs jax with CUDA (the extra `cuda`) and, for the comparison, torch with CUDA. `--small` tries the script out
+on a CPU.
 """
 
 import argparse
@@ -290,7 +291,8 @@ def told(part: str, results: dict[str, list[dict]]) -> str:
     else:
       mfu = flops / ms * 1e3 / PEAK if flops else float('nan')
       lines.append(
-        f'{variant:16} {ms:9.1f} ms {row["tokens"] / ms * 1e3:9,.0f} tokens/s  MFU {mfu:6.1%}  {row["gib"]:5.1f} GiB'
+        f'{variant:16} {ms:9.1f} ms {row["tokens"] / ms * 1e3:9,.0f} tokens/s  MFU {mfu:6.1%}'
+        f'  {row["gib"]:5.1f} GiB'
         f'  first step {row["first_step_s"]:5.1f} s  {row["params"]:,} parameters  loss {row["loss"]:.3f}'
         f'  {row["device"]}, {row["version"]}'
       )

@@ -1,4 +1,4 @@
-"""The GPU benchmark's LLaMA in PyTorch, as one writes it there: fused attention, autocast to bfloat16, fused AdamW."""
+"""The GPU benchmark's LLaMA in PyTorch, as one writes it there: fused attention, bfloat16, fused AdamW."""
 
 import torch
 from torch import nn
