@@ -57,6 +57,22 @@ def text_file(tmp_path_factory) -> pathlib.Path:
   return folder / '*.txt'
 
 
+@pytest.fixture(scope='session')
+def smollm2() -> pathlib.Path:
+  """The trained SmolLM2-135M-Instruct as a Hugging Face folder (see tests/trained.py)."""
+  from tests import trained
+
+  return trained.smollm2()
+
+
+@pytest.fixture(scope='session')
+def gemma3() -> pathlib.Path:
+  """The trained Gemma 3 270M as a Hugging Face folder (see tests/trained.py)."""
+  from tests import trained
+
+  return trained.gemma3()
+
+
 @pytest.fixture
 def one_device(monkeypatch):
   """Most of what is tested here does not depend on the mesh, and one device compiles much faster."""
