@@ -1,8 +1,8 @@
-"""Models that somebody trained, small enough for a laptop, from packages of the Python index: nothing else is downloaded.
+"""Models that somebody trained, small enough for a laptop: nothing but packages of the Python index is needed.
 
-The packages carry GGUF files. `smollm2` and `gemma3` write them once, dequantised to float32, as a Hugging Face
-folder (config.json, model.safetensors, tokenizer.json) below `ISOFLOP_TRAINED`, or the system's temporary folder.
-The packages are the group `trained` of pyproject.toml:
+The packages carry GGUF files. `smollm2` and `gemma3` write them once, dequantised to float32, as a folder of
+Hugging Face's kind (config.json, model.safetensors, tokenizer.json) below `ISOFLOP_TRAINED`, or the system's
+temporary folder. The packages are the group `trained` of pyproject.toml:
 
     uv sync --group trained
 
