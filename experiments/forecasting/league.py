@@ -4,8 +4,9 @@
 
 Of every sweep the cheapest 80% of the runs, and then the cheapest 60%, forecast the loss of each dearer run
 at its own N and D. A rule that learns (priors, recency, drift) learns from the other sources alone: leave one
-source out. `--cache` keeps the forecasts of the other rules, which take a quarter of an hour of CPU; `--learn`
-prints the prior of all sources, which `prior_fit.LEARNED` holds.
+source out. Intervals of the other rules count as those of a normal as wide. The log score is the mean ln of
+the density that a rule gives to ln L. `--cache` keeps the forecasts of the other rules, which take most of the
+time; `--learn` prints the prior of all sources, which `prior_fit.LEARNED` holds.
 """
 
 import argparse
@@ -15,18 +16,20 @@ import pathlib
 import sys
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 import sources
 
-from research.scaling import fitting, law_fit, laws, prior_fit
+from research.scaling import bootstrap, fitting, law_fit, laws, prior_fit
 
 SHARES = (0.8, 0.6)
 # What one learns from when nothing is known: any floor, exponents of .1 to .8, an outer exponent of .5 to 2.
 VAGUE = prior_fit.Prior((0.3, -1.1, -1.1, 0.0), (1.5, 0.8, 0.8, 0.7))
 RECENCY = (0.5, 0.75, 1.0)
-DRIFT = (0.0, 0.002, 0.004, 0.006, 0.008, 0.012, 0.016, 0.02, 0.03)
+LEAST_REACH = 0.3  # e-folds of C
+REPLICATES = 60  # of the bootstraps of the other rules
+OURS = 'learned priors'
 COORDINATES = [prior_fit.NAMES.index(name) for name in ('ln_E', 'ln_p', 'ln_q', 'ln_gamma')]
 NEAREST = 0.15  # no source is taken to be surer of another's parameter than this
 
@@ -47,31 +50,37 @@ def splits(sweeps):
 
 
 def by_law(law):
-  """A rule: the law alone, as it comes from the rows."""
+  """A rule: the law alone, as it comes from the rows, with a residual bootstrap."""
 
   def forecast(seen, unseen) -> dict:
     fit = law_fit.fit(law, seen.inputs, seen.loss, check=False)
-    return {
-      'error': np.log(
-        fit.predict(params=unseen.params, tokens=unseen.tokens) / unseen.loss
-      ).tolist()
-    }
+    at = {'params': unseen.params, 'tokens': unseen.tokens}
+    drawn = bootstrap.bootstrap(fit, replicates=REPLICATES)
+    values = {name: many[:, None] for name, many in drawn.parameters.items()}
+    losses = np.log(law(values, **at))
+    losses += np.random.default_rng(0).choice(drawn.spread, losses.shape)
+    return told_by(fit.predict(**at), *np.exp(np.percentile(losses, [5, 95], axis=0)), unseen)
 
   return forecast
 
 
 def by_mean(seen, unseen) -> dict:
   """A rule: the mean of approaches 2 and 3, with its 90% interval."""
-  analysis = fitting.analyse(seen, fitting.Options(replicates=60, rule='mean of approaches'))
+  analysis = fitting.analyse(
+    seen, fitting.Options(replicates=REPLICATES, rule='mean of approaches')
+  )
   told = [
     analysis.forecast(c, params=n, tokens=d)
     for n, d, c in zip(unseen.params, unseen.tokens, unseen.flops, strict=True)
   ]
-  inside = [f.loss_low <= x <= f.loss_high for f, x in zip(told, unseen.loss, strict=True)]
-  return {
-    'error': [float(np.log(f.loss / x)) for f, x in zip(told, unseen.loss, strict=True)],
-    'inside': [bool(x) for x in inside],
-  }
+  column = lambda name: np.array([getattr(forecast, name) for forecast in told])
+  return told_by(column('loss'), column('loss_low'), column('loss_high'), unseen)
+
+
+def told_by(loss, low, high, unseen) -> dict:
+  """The errors of ln L, and the standard deviation of the normal whose 90% interval is as wide."""
+  scale = np.log(high / low) / (2 * stats.norm.ppf(0.95))
+  return {'error': np.log(loss / unseen.loss).tolist(), 'scale': scale.tolist()}
 
 
 OLD = {
@@ -94,86 +103,99 @@ def learn(fits: dict, without: str | None = None) -> tuple[tuple, tuple]:
 
 
 def by_priors(every, fits, recency: float) -> dict[str, dict]:
-  """Split -> errors, deviations without drift, and reach, with priors of the other sources."""
+  """Split -> errors, their scale without drift, and reach, with priors of the other sources."""
   told = {}
   for name, source, seen, unseen in every:
     prior = prior_fit.Prior(*learn(fits, source), recency=recency)
     fit = prior_fit.fit(seen.params, seen.tokens, seen.loss, prior, seen.flops)
-    middle, deviation = fit.predict(unseen.params, unseen.tokens, unseen.flops)
+    middle, scale = fit.predict(unseen.params, unseen.tokens, unseen.flops)
     told[name] = {
-      'error': (middle - np.log(unseen.loss)).tolist(),
-      'deviation': deviation.tolist(),
-      'reach': np.maximum(np.log(unseen.flops / fit.largest), 0).tolist(),
-      'freedom': max(len(seen) - 6, 3),
+      'error': middle - np.log(unseen.loss),
+      'scale': scale,
+      'reach': np.maximum(np.log(unseen.flops / fit.largest), 0),
     }
   return told
 
 
-def inside(told: dict, drift: float, level: float = 0.9) -> np.ndarray:
-  """Which held-out runs lie within the interval."""
-  error, deviation, reach = (np.array(told[k]) for k in ('error', 'deviation', 'reach'))
-  half = stats.t.ppf((1 + level) / 2, told['freedom']) * np.hypot(deviation, drift * reach)
-  return np.abs(error) <= half
-
-
 def miss(told: dict) -> float:
+  """The median error of the loss, %."""
   return 100 * float(np.median(np.abs(told['error'])))
+
+
+def over_sources(values: dict[str, float], owner: dict[str, str], without: str | None = None):
+  """The mean over sources of the mean over their splits: every source counts once."""
+  groups = collections.defaultdict(list)
+  for name, value in values.items():
+    if owner[name] != without:
+      groups[owner[name]].append(value)
+  return float(np.mean([np.mean(members) for members in groups.values()]))
 
 
 def choose(
   tried: dict[float, dict], owner: dict[str, str], without: str | None
 ) -> tuple[float, float]:
-  """(recency, drift): of the lowest mean error over sources, and the least that covers 90% of their runs."""
+  """(recency, drift) by the other sources: that of the lowest mean error, and the drift seen with it."""
+  errors = {r: {name: miss(t) for name, t in tried[r].items()} for r in RECENCY}
+  recency = min(RECENCY, key=lambda r: over_sources(errors[r], owner, without))
+  return recency, drift_of(tried[recency], owner, without)
 
-  def mean(values: dict[str, float]) -> float:
-    groups = collections.defaultdict(list)
-    for name, value in values.items():
-      if owner[name] != without:
-        groups[owner[name]].append(value)
-    return float(np.mean([np.mean(members) for members in groups.values()]))
 
-  recency = min(RECENCY, key=lambda r: mean({name: miss(t) for name, t in tried[r].items()}))
-  covers = lambda drift: mean({n: inside(t, drift).mean() for n, t in tried[recency].items()})
-  return recency, next((drift for drift in DRIFT if covers(drift) >= 0.9), DRIFT[-1])
+def drift_of(told: dict[str, dict], owner: dict[str, str], without: str | None) -> float:
+  """The most likely scale of the Student t that the splits' drifts come from.
+
+  A split's drift is the slope of its errors on reach, ln(C / the largest C fitted). The runs of a split share
+  it, so that a split counts once and not once for every run. Splits that hardly reach beyond the fitted budgets
+  tell nothing of it.
+  """
+  slopes = {
+    name: float(t['error'] @ t['reach'] / (t['reach'] @ t['reach']))
+    for name, t in told.items()
+    if t['reach'].mean() > LEAST_REACH
+  }
+
+  def improbable(ln_scale: float) -> float:
+    density = lambda slope: stats.t.logpdf(slope, prior_fit.FREEDOM, scale=np.exp(ln_scale))
+    return -over_sources({n: density(slope) for n, slope in slopes.items()}, owner, without)
+
+  found = optimize.minimize_scalar(improbable, bounds=np.log([1e-4, 0.3]), method='bounded')
+  return float(np.exp(found.x))
+
+
+def with_drift(told: dict, drift: float) -> dict:
+  return {**told, 'scale': np.hypot(told['scale'], drift * told['reach'])}
 
 
 def show(results: dict[str, dict[str, dict]], owner: dict[str, str]) -> None:
+  """Prints the three tables: errors, coverage by source, coverage and log score of all."""
   names = sorted(set(owner.values()))
-  print(
-    'median error of the loss at held-out runs, %: the mean over splits, by source; then over all splits'
-  )
-  print(f'{"rule":20}' + ''.join(f'{name:>12}' for name in names) + f'{"median":>9}{"mean":>8}')
+  heads = ''.join(f'{name:>12}' for name in names)
+  print('median error of the loss, %: the mean over splits, by source; then over all splits')
+  print(f'{"rule":20}{heads}{"median":>9}{"mean":>8}')
   for rule, told in results.items():
     cells = [np.mean([miss(told[n]) for n in told if owner[n] == name]) for name in names]
     every = [miss(t) for t in told.values()]
-    print(
-      f'{rule:20}'
-      + ''.join(f'{x:12.2f}' for x in cells)
-      + f'{np.median(every):9.2f}{np.mean(every):8.2f}'
-    )
-  print('share of held-out runs within the 90% interval, %; then pooled')
+    numbers = ''.join(f'{x:12.2f}' for x in cells)
+    print(f'{rule:20}{numbers}{np.median(every):9.2f}{np.mean(every):8.2f}')
+  print('share of held-out runs within the 90% interval, %; pooled, within 80% and 50%; log score')
+  print(f'{"rule":20}{heads}{"90%":>7}{"80%":>6}{"50%":>6}{"log":>7}')
   for rule, told in results.items():
-    if not all('inside' in t for t in told.values()):
-      continue
-    within = {
-      name: np.concatenate([t['inside'] for n, t in told.items() if owner[n] == name])
-      for name in names
-    }
-    pooled = np.concatenate(list(within.values()))
-    print(
-      f'{rule:20}'
-      + ''.join(f'{100 * x.mean():12.0f}' for x in within.values())
-      + f'{100 * pooled.mean():9.0f}'
+    freedom = prior_fit.FREEDOM if rule == OURS else np.inf
+    far = {n: np.abs(t['error']) / np.array(t['scale']) for n, t in told.items()}
+    within = lambda level, name=None, far=far, freedom=freedom: np.mean(
+      np.concatenate([x for n, x in far.items() if name in (None, owner[n])])
+      <= stats.t.ppf((1 + level) / 2, freedom)
     )
+    densities = {
+      n: np.mean(stats.t.logpdf(t['error'], freedom, scale=t['scale'])) for n, t in told.items()
+    }
+    cells = ''.join(f'{100 * within(0.9, name):12.0f}' for name in names)
+    pooled = f'{100 * within(0.9):7.0f}{100 * within(0.8):6.0f}{100 * within(0.5):6.0f}'
+    print(f'{rule:20}{cells}{pooled}{over_sources(densities, owner):7.2f}')
   counts = collections.Counter()
-  some = next(iter(results.values()))
-  for name, told in some.items():
+  for name, told in results[OURS].items():
     counts[owner[name]] += len(told['error'])
-  print(
-    f'{"held-out runs":20}'
-    + ''.join(f'{counts[name]:12}' for name in names)
-    + f'{sum(counts.values()):9}'
-  )
+  numbers = ''.join(f'{counts[name]:12}' for name in names)
+  print(f'{"held-out runs":20}{numbers}{sum(counts.values()):7}')
 
 
 def main() -> None:
@@ -204,11 +226,11 @@ def main() -> None:
   learned = {}
   for source in sorted(set(owner.values())):
     recency, drift = choose(tried, owner, source)
-    print(f'{source}: without it, recency {recency} and drift {drift} were chosen')
+    print(f'{source}: without it, recency {recency} and drift {drift:.4f} were learned')
     for name, told in tried[recency].items():
       if owner[name] == source:
-        learned[name] = {**told, 'inside': inside(told, drift).tolist()}
-  show({'learned priors': learned, **{rule: known[rule] for rule in OLD}}, owner)
+        learned[name] = with_drift(told, drift)
+  show({OURS: learned, **{rule: known[rule] for rule in OLD}}, owner)
 
 
 if __name__ == '__main__':

@@ -8,7 +8,17 @@ import functools
 
 import numpy as np
 
-from research.scaling import allocation, bootstrap, fitted, forecasting, planning, rollout, text
+from research.scaling import (
+  allocation,
+  bootstrap,
+  comparison,
+  fitted,
+  forecasting,
+  planning,
+  prior_fit,
+  rollout,
+  text,
+)
 from research.scaling import rows as table
 from research.scaling.cost import Cost
 from research.scaling.forecast import Forecast, NoForecast, Optimum
@@ -42,6 +52,17 @@ class Analysis:
     if self.approach2 is None or self.approach3 is None:
       return ()
     return rollout.roll_out(self.rows, self.cost, self.approach2, self.approach3)
+
+  @functools.cached_property
+  def learned(self) -> prior_fit.PriorFit:
+    """The fit with learned priors, which the default rule forecasts with."""
+    rows = self.rows
+    return prior_fit.fit(rows.params, rows.tokens, rows.loss, prior_fit.LEARNED, rows.flops)
+
+  @functools.cached_property
+  def compared(self) -> tuple[comparison.Compared, ...]:
+    """Chinchilla, TiedChinchilla and GammaChinchilla by AICc, best first; empty of too few rows."""
+    return tuple(comparison.compare(self.rows))
 
   @property
   def shares(self) -> dict[str, float]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from research.scaling import allocation, approaches, forecast, law_fit, planning
+from research.scaling import allocation, approaches, comparison, forecast, law_fit, planning
 from research.scaling import rows as table
 from research.scaling.fitted import Fit, NotIdentifiable
 from research.scaling.laws.base import Law
@@ -71,6 +71,10 @@ def notes(a) -> list[str]:
       f'off the law by more than 10 robust standard deviations ({odd.sum()}): {runs}. '
       'A diverged run wants a status of its own, or --drop_highest.'
     )
+  if a.approach3 is not None:
+    gap = np.log(a.approach3.fitted / a.rows.loss)
+    if (found := comparison.misfit(a.rows, gap)) is not None:
+      out.append(comparison.describe(found))
   apart = repeated(a.rows)
   if apart and max(apart) > 0.03:
     out.append(
@@ -110,8 +114,7 @@ def delta_sweep(fit: Fit, deltas: Iterable[float] = (1e-4, 1e-3, 1e-2, 1e-1)) ->
 
 
 def outliers(fit: Fit, counts: Sequence[int] = (0, 1, 3, 5)) -> list[dict]:
-  """The fit without the k highest losses, and without the k largest residuals: both answers, side "
-  "by side."""
+  """The fit without the k highest losses, and without the k largest residuals: both answers."""
   out = []
   for rule, order in (
     ('highest losses', np.argsort(-fit.observed, kind='stable')),

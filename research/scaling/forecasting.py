@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from research.core.errors import UserError, did_you_mean
-from research.scaling import bootstrap, planning, prior_fit
+from research.scaling import bootstrap, planning
 from research.scaling.forecast import Forecast, NoForecast
 from research.scaling.laws.loss import GammaChinchilla
 
@@ -90,8 +90,7 @@ class Learned:
   name = 'learned priors'
 
   def forecast(self, analysis, flops: float, params=None, tokens=None) -> Forecast:
-    rows = analysis.rows
-    fit = prior_fit.fit(rows.params, rows.tokens, rows.loss, prior_fit.LEARNED, rows.flops)
+    fit = analysis.learned
     law, level = GammaChinchilla(), analysis.level
     if params is None or tokens is None:
       values = fit.natural(fit.theta)
@@ -108,7 +107,7 @@ class Learned:
     low, high = fit.interval(n, d, level, flops)
     return Forecast(
       flops, n, d, float(np.exp(fit.predict(n, d, flops)[0][0])), float(low[0]), float(high[0]),
-      *spans[0], *spans[1], level, self.method(analysis), float(flops / rows.flops.max()),
+      *spans[0], *spans[1], level, self.method(analysis), float(flops / analysis.rows.flops.max()),
     )  # fmt: skip
 
   def method(self, analysis) -> str:

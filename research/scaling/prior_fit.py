@@ -13,14 +13,18 @@ import numpy as np
 from scipy import stats
 
 NAMES = ('ln_E', 'ln_A', 'ln_B', 'ln_p', 'ln_q', 'ln_gamma')
-FREEDOM = 4.0  # of the Student t of the rows' scatter: diverged runs are there
+FREEDOM = 4.0  # of the Student t of the rows' scatter (diverged runs are there) and of a forecast's error
+# Rows that follow the law to this scatter of ln L show no misfit, so that none is foreseen beyond them.
+# It is a third of the least scatter of any public sweep.
+EXACT = 3e-4
 
 
 @dataclasses.dataclass(frozen=True)
 class Prior:
   """Normal priors of ln E (nats), ln p, ln q and ln gamma, and what the law leaves unexplained beyond the rows.
 
-  `drift`: standard deviation of ln L that is added for every e-fold of C beyond the largest fitted.
+  `drift`: scale of the error of ln L that is added for every e-fold of C beyond the largest fitted, in
+  proportion less where the rows scatter by less than EXACT.
   `recency`: a row counts as (C / largest C)^recency: the law is least wrong near what it is to forecast.
   """
 
@@ -78,18 +82,19 @@ class PriorFit:
   prior: Prior
 
   def predict(self, params, tokens, flops=None) -> tuple[np.ndarray, np.ndarray]:
-    """(ln L, its standard deviation for one new run) at places; `flops` is 6 N D by default."""
+    """(ln L, the scale of its error for one new run) at places; `flops` is 6 N D by default."""
     params, tokens = (np.atleast_1d(np.asarray(v, np.float64)) for v in (params, tokens))
     flops = 6 * params * tokens if flops is None else np.asarray(flops, np.float64)
     point = evaluate(self.theta, np.log(params) - self.center[0], np.log(tokens) - self.center[1])
     variance = np.einsum('ni,ij,nj->n', point.slopes, self.covariance, point.slopes)
     reach = np.maximum(np.log(flops / self.largest), 0.0)
-    return point.value, np.sqrt(variance + self.scatter**2 + (self.prior.drift * reach) ** 2)
+    drift = self.prior.drift * min(self.scatter / EXACT, 1.0)
+    return point.value, np.sqrt(variance + self.scatter**2 + (drift * reach) ** 2)
 
   def interval(self, params, tokens, level: float, flops=None) -> tuple[np.ndarray, np.ndarray]:
-    """Of the loss of one new run."""
+    """(low, high) of the loss of one new run: Student's t of FREEDOM degrees around the forecast."""
     middle, deviation = self.predict(params, tokens, flops)
-    half = stats.t.ppf((1 + level) / 2, max(self.rows - 6, 3)) * deviation
+    half = stats.t.ppf((1 + level) / 2, FREEDOM) * deviation
     return np.exp(middle - half), np.exp(middle + half)
 
   def draws(self, count: int = 400, seed: int = 0) -> np.ndarray:
@@ -110,7 +115,7 @@ class PriorFit:
     }
 
 
-def fit(params, tokens, loss, prior: Prior, flops=None, rounds: int = 100) -> PriorFit:
+def fit(params, tokens, loss, prior: Prior, flops=None, rounds: int = 400) -> PriorFit:
   """The maximum a posteriori by damped Gauss-Newton steps from several starts; scatter by iterated reweighting.
 
   Args:
@@ -159,7 +164,9 @@ def _descend(theta, x, z, y, counts, prior: Prior, rounds: int):
         weight = counts * (FREEDOM + 1) / (FREEDOM + (residual / scatter) ** 2)
         spare = max(counts.sum() * (1 - 5 / rows), 1)
         scatter = max(float(np.sqrt((weight * residual**2).sum() / spare)), 1e-6)
-      value = _objective(theta, residual, scatter, counts, mean, precision)
+      before, value = value, _objective(theta, residual, scatter, counts, mean, precision)
+      if abs(before - value) < 1e-9 * (1 + abs(value)):
+        break
     weight = counts * (FREEDOM + 1) / (FREEDOM + (residual / scatter) ** 2) / scatter**2
     matrix = (point.slopes * weight[:, None]).T @ point.slopes + np.diag(precision)
     gradient = point.slopes.T @ (weight * residual) + precision * (theta - mean)
@@ -187,6 +194,6 @@ def _objective(theta, residual, scatter, counts, mean, precision) -> float:
 
 # From all the sources of experiments/forecasting by `league.py --learn`; the league itself leaves one out.
 LEARNED = Prior(
-  mean=(0.0886, -1.4418, -1.2663, -0.7291), deviation=(0.8891, 0.3975, 0.5799, 0.4448),
-  drift=0.012, recency=0.75,
+  mean=(-0.0400, -1.4473, -1.2764, -0.7365), deviation=(1.2125, 0.4112, 0.5989, 0.4438),
+  drift=0.0070, recency=0.75,
 )  # fmt: skip

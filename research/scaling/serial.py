@@ -12,6 +12,7 @@ from research.scaling import (
   allocation,
   any_law,
   bootstrap,
+  comparison,
   cost,
   fitted,
   forecasting,
@@ -83,7 +84,7 @@ def from_json(text: str, extra_laws: Iterable[Law] = ()) -> Analysis:
 
 
 def analysis_to_dict(a: Analysis) -> dict:
-  return {'format': FORMAT, **plain(a), 'trials': plain(a.trials)}
+  return {'format': FORMAT, **plain(a), 'trials': plain(a.trials), 'compared': plain(a.compared)}
 
 
 def analysis_from_dict(d: dict, extra_laws: Iterable[Law] = ()) -> Analysis:
@@ -108,6 +109,8 @@ def analysis_from_dict(d: dict, extra_laws: Iterable[Law] = ()) -> Analysis:
   )
   if 'trials' in d:  # where a cached property keeps its value
     vars(analysis)['trials'] = tuple(rollout.RollOut(*t) for t in d['trials'])
+  if 'compared' in d:
+    vars(analysis)['compared'] = tuple(comparison.Compared(*line) for line in d['compared'])
   return analysis
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from research.scaling import fitted
+from research.scaling import comparison, fitted
 
 
 def summary(a) -> str:
@@ -32,6 +32,8 @@ def summary(a) -> str:
       low, high = spread[name]
       lines.append(f'  {name:6s} {value:<11.5g} [{low:.4g}, {high:.4g}]')
     lines += fitted.show_minima(fit)
+    if told := comparison.sentence(a.compared):
+      lines.append(f'  {told}')
   for name, why in a.refusals.items():
     lines.append(f'{name} refused: {why}')
   lines.append(f'Exponents, with {a.level:.0%} intervals (N* ~ C^a, D* ~ C^b):')

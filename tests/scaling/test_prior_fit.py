@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from research.core.errors import UserError
-from research.scaling import forecasting, laws, planning, prior_fit, rows, serial
+from research.scaling import forecasting, laws, planning, prior_fit, rows, serial, tables
 from research.scaling.fitting import fit_results
 
 TRUE = {'E': 1.69, 'A': 406.4, 'B': 410.7, 'alpha': 0.34, 'beta': 0.28}
@@ -86,3 +86,33 @@ def test_it_is_the_default_and_the_others_can_be_chosen(analysis):
 def test_a_parameter_that_is_held_asks_for_a_rule_that_has_it(analysis):
   held = fit_results(analysis.rows, fixed={'E': 1.69}, replicates=20)
   assert held.rule == 'mean of approaches'
+
+
+def test_an_exact_surface_is_forecast_within_a_tenth_of_a_percent_and_surely():
+  """Exponents far from the prior's too, at ten and at a hundred times the largest budget."""
+  for true in (TRUE, {'E': 0.5, 'A': 60.0, 'B': 5.0, 'alpha': 0.25, 'beta': 0.08}):
+    c, k = np.meshgrid(np.geomspace(1e18, 1e20, 6), np.geomspace(0.25, 4, 7))
+    n = planning.optimum(laws.Chinchilla(), true, c.ravel())[0] * k.ravel()
+    d = c.ravel() / (6 * n)
+    loss = laws.Chinchilla()(true, params=n, tokens=d)
+    fit = prior_fit.fit(n, d, loss, prior_fit.LEARNED, c.ravel())
+    for reach in (10, 100):
+      *at, best = planning.optimum(laws.Chinchilla(), true, reach * c.max())
+      low, high = fit.interval(*at, 0.9)
+      assert float(np.exp(fit.predict(*at)[0][0])) == pytest.approx(float(best), rel=1e-3)
+      assert low < best < high < low * 1.01
+
+
+def test_an_exact_drifting_grid_is_forecast_within_a_tenth_of_a_percent(shared_data):
+  """The mean of approaches is 8.6% off the loss of this one: its exponents lie far apart (.465, .155)."""
+  seen = rows.observe(tables.read(shared_data / 'cases' / 'asymmetric_drift.csv').rows)
+  fit = prior_fit.fit(seen.params, seen.tokens, seen.loss, prior_fit.LEARNED, seen.flops)
+  true = {'E': 1.69, 'A': 406.4, 'B': 410.7, 'alpha': 0.465, 'beta': 0.155}
+  *at, best = planning.optimum(laws.Chinchilla(), true, 10 * seen.flops.max())
+  low, high = fit.interval(*at, 0.9)
+  assert float(np.exp(fit.predict(*at)[0][0])) == pytest.approx(float(best), rel=1e-3)
+  assert low < best < high < low * 1.01
+  drawn = planning.optimum(
+    laws.GammaChinchilla(), fit.natural(fit.theta), 10 * seen.flops.max()
+  )
+  assert float(drawn[1]) == pytest.approx(float(at[1]), rel=1e-3)
