@@ -96,9 +96,7 @@ def sentence(compared: list[Compared]) -> str | None:
   if len(compared) < 2:
     return None
   first, others = compared[0], compared[1:]
-  gaps = ', '.join(
-    f'{c.law} {c.aicc - first.aicc:+.1f} ({100 * c.rms:.2g}% rms)' for c in others
-  )
+  gaps = ', '.join(f'{c.law} {c.aicc - first.aicc:+.1f} ({100 * c.rms:.2g}% rms)' for c in others)
   sure = 'clearly' if others[0].aicc - first.aicc > 6 else 'not clearly'
   return (
     f'AICc is lowest for {first.law} ({100 * first.rms:.2g}% rms), {sure}: {gaps}; '

@@ -13,7 +13,9 @@ import numpy as np
 from scipy import stats
 
 NAMES = ('ln_E', 'ln_A', 'ln_B', 'ln_p', 'ln_q', 'ln_gamma')
-FREEDOM = 4.0  # of the Student t of the rows' scatter (diverged runs are there) and of a forecast's error
+FREEDOM = (
+  4.0  # of the Student t of the rows' scatter (diverged runs are there) and of a forecast's error
+)
 # Rows that follow the law to this scatter of ln L show no misfit, so that none is foreseen beyond them.
 # It is a third of the least scatter of any public sweep.
 EXACT = 3e-4

@@ -66,7 +66,9 @@ def test_a_misfit_is_told_along_its_axis(design):
   told = comparison.describe(comparison.misfit(seen, 0.001 * noise + 0.02 * bend / bend.max()))
   assert told.startswith('the law misses a trend along N: it lies')
   assert comparison.misfit(seen, 0.003 * noise) is None
-  assert comparison.misfit(seen, 1e-5 * noise + 2e-4 * bend / bend.max()) is None  # too small to matter
+  assert (
+    comparison.misfit(seen, 1e-5 * noise + 2e-4 * bend / bend.max()) is None
+  )  # too small to matter
 
 
 def test_few_rows_compare_nothing(design):

@@ -112,7 +112,5 @@ def test_an_exact_drifting_grid_is_forecast_within_a_tenth_of_a_percent(shared_d
   low, high = fit.interval(*at, 0.9)
   assert float(np.exp(fit.predict(*at)[0][0])) == pytest.approx(float(best), rel=1e-3)
   assert low < best < high < low * 1.01
-  drawn = planning.optimum(
-    laws.GammaChinchilla(), fit.natural(fit.theta), 10 * seen.flops.max()
-  )
+  drawn = planning.optimum(laws.GammaChinchilla(), fit.natural(fit.theta), 10 * seen.flops.max())
   assert float(drawn[1]) == pytest.approx(float(at[1]), rel=1e-3)
