@@ -22,9 +22,9 @@ SPLIT = ('residual', 'pairs', 'cluster by run', 'cluster by budget')
 CHOICES = {
   'loss_unit': (None, ('nats', 'bits', 'perplexity'), 'of the loss, per token (default nats)'),
   'profile': ('parabola', ('parabola', 'cubic', 'akima'), "approach 2's curve"),
-  'robust': ('huber', ('huber', 'l1', 'l2'), 'loss on the residuals'),
+  'robust': (None, ('huber', 'l1', 'l2'), "loss on the residuals (default the law's own, mostly huber)"),
   'starts': ('grid', ('grid', 'projected'), 'the whole grid, or linear parameters solved for'),
-  'residuals': ('log', ('log', 'linear'), 'of ln L (default) or of L'),
+  'residuals': (None, ('log', 'linear'), "of ln L or of L (default the law's own, mostly log)"),
   'resample': (None, SPLIT, 'what the bootstrap redraws (default: runs with several rows, else residuals)'),
 }  # fmt: skip
 NUMBERS = {

@@ -107,6 +107,15 @@ def bootstrap(
   return Bootstrap(kind, values, objective, spread, float(max(independent - p, 1)))
 
 
+def refits(fit: fitted.Fit, y: np.ndarray, kind: str, freedom: float) -> Bootstrap:
+  """`fit` again on outputs [replicates, rows] that the caller drew, in the fit's own residuals."""
+  starts = [m for m in fit.minima[:2] if m.kind != 'unconverged'] or [fit.minima[0]]
+  z, objective = _refit(fit, y, fit.weights[None], starts, len(y))
+  values = fit.problem.values(z.T, fit.data['center'], np.exp)
+  values = {k: np.broadcast_to(np.asarray(v, np.float64), len(y)) for k, v in values.items()}
+  return Bootstrap(kind, values, objective, -fit.residuals, freedom)
+
+
 def _refit(fit: fitted.Fit, y, w, starts, replicates):
   """The lowest end of each replicate over `starts` -> z [replicates, free], objective [replicates]."""
   center = fit.data['center']

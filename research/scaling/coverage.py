@@ -34,9 +34,9 @@ def coverage(
   replications: int = 200,
   replicates: int = 200,
   level: float = 0.9,
-  robust: str = 'huber',
+  robust: str | None = None,
   delta: float = 1e-3,
-  residuals: str = 'log',
+  residuals: str | None = None,
   seed: int = 0,
 ) -> dict[str, float]:
   """How often residual-bootstrap intervals of made-up sweeps hold the parameters that made them.
@@ -46,6 +46,7 @@ def coverage(
   is two queues of the solver. Returns parameter -> share of the `replications` intervals that hold it.
   """
   rng = np.random.default_rng(seed)
+  robust, residuals = robust or law.robust, residuals or law.residuals
   problem = solver.Problem(law, robust, residuals)
   data, clean = law_fit.make_data(law, inputs, law(values, **inputs))
   target = np.log(clean) if residuals == 'log' else clean

@@ -117,7 +117,7 @@ def unidentified(result: Fit) -> list[str]:
     return reasons
   low, high = result.problem.bounds()
   for name, z, a, b in zip(result.problem.free, result.z, low, high, strict=True):
-    if z - a < 1e-6 or b - z < 1e-6:
+    if (z - a < 1e-6 or b - z < 1e-6) and not result.law.parameters[name].limits:
       value = result.parameters[name]
       reasons.append(f'{name} ran to its bound ({value:.3g})')
   if reasons:

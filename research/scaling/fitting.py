@@ -38,11 +38,11 @@ class Options:
   profile: str = 'parabola'
   noise: float | None = None
   drop_highest: int = 0
-  robust: str = 'huber'
+  robust: str | None = None
   delta: float = 1e-3
   tau: float = 0.5
   starts: str | Mapping = 'grid'
-  residuals: str = 'log'
+  residuals: str | None = None
   fixed: Mapping[str, float] | None = None
   tied: Mapping[str, str] | None = None
   resample: str | None = None
@@ -67,11 +67,11 @@ def fit_results(
   curves: Mapping | None = None,
   role: str | None = 'fit',
   drop_highest: int = 0,
-  robust: str = 'huber',
+  robust: str | None = None,
   delta: float = 1e-3,
   tau: float = 0.5,
   starts='grid',
-  residuals: str = 'log',
+  residuals: str | None = None,
   fixed: Mapping[str, float] | None = None,
   tied: Mapping[str, str] | None = None,
   resample: str | None = None,

@@ -8,6 +8,7 @@ import numpy as np
 
 from research.core.errors import did_you_mean
 from research.scaling import projection, solver
+from research.scaling.fit_data import make_data
 from research.scaling.fitted import Fit, Minimum, NotIdentifiable, cure, near_zero, unidentified
 from research.scaling.laws.base import Law, LawError, precise
 
@@ -26,10 +27,10 @@ def fit(
   loss: np.ndarray,
   *,
   weights: np.ndarray | None = None,
-  robust: str = 'huber',
+  robust: str | None = None,
   delta: float = 1e-3,
   tau: float = 0.5,
-  residuals: str = 'log',
+  residuals: str | None = None,
   fixed: Mapping[str, float] | None = None,
   tied: Mapping[str, str] | None = None,
   starts: Mapping[str, np.ndarray] | str = 'grid',
@@ -39,18 +40,25 @@ def fit(
 
   Args:
     law: what to fit; `inputs` holds an array [rows] for each of its inputs, `loss` [rows] what it predicts.
-    robust: 'huber' (quadratic within `delta`), 'l1' or 'l2'; `tau` other than 1/2 makes it asymmetric.
-    residuals: 'log' (of predicted over observed) or 'linear' (predicted minus observed).
+    robust: 'huber' (quadratic within `delta`), 'l1' or 'l2'; None: the law's own, `law.robust`. `tau` other
+      than 1/2 makes it asymmetric.
+    residuals: 'log' (of predicted over observed) or 'linear' (predicted minus observed); None: the law's own.
     fixed: parameters held at a natural value; tied: parameters that take another's value.
     starts: 'grid' (the law's own), 'projected' (of the parameters that are not linear; the others are solved
       for: fewer starts, `projection.py`), or natural values, an array [starts] for every parameter.
     check: raise NotIdentifiable where the rows cannot tell the parameters (see `unidentified`).
   """
+  robust = law.robust if robust is None else robust
+  residuals = law.residuals if residuals is None else residuals
   problem = solver.Problem(
     law, robust, residuals, _pairs(law, fixed or {}), _pairs(law, tied or {}, names=True)
   )
   _check_choice('robust', robust, LOSS_NAMES)
   _check_choice('residuals', residuals, RESIDUALS)
+  if residuals == 'log' and law.output in law.plain:
+    raise LawError(
+      f"{law.name}: {law.output} may be zero or negative, so residuals must be 'linear'."
+    )
   data, y = make_data(law, inputs, loss)
   w = np.ones_like(y) if weights is None else np.asarray(weights, np.float64)
   if len(y) < len(problem.free):
@@ -123,25 +131,6 @@ def refit(fitted: Fit, keep=slice(None), **changes) -> Fit:
   return fit(fitted.law, x, fitted.observed[keep], check=False, **options)
 
 
-def make_data(law: Law, inputs: Mapping, loss) -> tuple[dict, np.ndarray]:
-  """Rows as the solver wants them, and the observed loss."""
-  y = np.atleast_1d(np.asarray(loss, np.float64))
-  x = {}
-  for name in law.inputs:
-    if name not in inputs:
-      raise LawError(f'{law.name} needs the input {name!r}.{did_you_mean(name, inputs)}')
-    x[name] = np.broadcast_to(np.asarray(inputs[name], np.float64), y.shape)
-  for name, values in {**x, law.output: y}.items():
-    bad = ~np.isfinite(values) if name in law.plain else ~(np.isfinite(values) & (values > 0))
-    if bad.any():
-      row = int(np.flatnonzero(bad)[0])
-      raise LawError(f'{law.name}: {name} is {values[row]} in row {row}; it must be positive.')
-  logs = {f'ln_{name}': np.log(v) for name, v in x.items() if name not in law.plain}
-  center = {name: float(logs[f'ln_{name}'].mean()) for name in law.inputs if name not in law.plain}
-  center['output'] = float(np.log(y).mean())
-  return {'x': {**x, **logs}, 'center': center, 'ones': np.ones((len(y), 1))}, y
-
-
 def minimise(problem, data, z0, target, w, rows, delta, tau, **options) -> solver.Solution:
   """`solver.solve`, with L1 as the limit of Huber losses whose delta vanishes."""
   if problem.loss != 'l1':
@@ -185,7 +174,10 @@ def _distinct(problem, data, solution: solver.Solution, counts, most: int = 24):
     raise LawError(f'{problem.law.name}: no start could be evaluated; check the inputs.')
   with precise():
     predicted = np.asarray(jax.vmap(lambda z: problem.predict(z, data))(solution.z[order]))
-  predicted = np.log(np.maximum(predicted, 1e-300))
+  if problem.residuals == 'log':
+    predicted = np.log(np.maximum(predicted, 1e-300))
+  else:
+    predicted = predicted / np.exp(data['center']['output'])
   left, groups = np.ones(len(order), bool), []
   while left.any() and len(groups) < most:
     i = int(np.argmax(left))

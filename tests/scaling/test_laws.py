@@ -17,6 +17,7 @@ from research.scaling import (
   rows,
   solver,
 )
+from tests.scaling.later_cases import LATER_CASES
 
 RNG = np.random.default_rng(0)
 N = np.exp(RNG.uniform(np.log(1e7), np.log(1e10), 60))
@@ -106,14 +107,15 @@ CASES = {
   'AccuracyOfLoss': (
     {'floor': 0.25, 'ceiling': 0.9, 'k': 6.0, 'L_half': 3.0},
     {'loss': LOSS},
-    {'residuals': 'linear', 'robust': 'l2'},
+    {},
   ),
   'ErrorOfLoss': (
     {'epsilon': 0.86, 'k': 2.0, 'gamma': 0.7},
     {'loss': LOSS},
-    {'residuals': 'linear', 'robust': 'l2'},
+    {},
   ),
   'LossOfCompute': ({'a': 0.9, 'b': 0.06}, {'flops': C}, {}),
+  **LATER_CASES,
 }
 
 
@@ -146,9 +148,9 @@ def check_recovery(name):
 def test_intervals_cover_the_truth(name):
   """90% residual-bootstrap intervals on 200 made-up sweeps; 85-95% is what 200 replications tell from 90%."""
   true, inputs, options = CASES[name]
-  options = {'robust': 'l2', **options}
-  noise = 0.002 if name in ('AccuracyOfLoss', 'ErrorOfLoss') else 0.003
-  shares = coverage.coverage(laws.by_name(name), true, inputs, noise=noise, **options)
+  law, options = laws.by_name(name), {'robust': 'l2', **options}
+  noise = 0.002 if law.residuals == 'linear' else 0.003
+  shares = coverage.coverage(law, true, inputs, noise=noise, **options)
   assert 0.85 <= np.mean(list(shares.values())) <= 0.95, shares
 
 

@@ -1,8 +1,20 @@
 """Every law, by name."""
 
 from research.core.errors import did_you_mean
-from research.scaling.laws.base import Law, LawError, Parameter, coefficient, exponent
-from research.scaling.laws.downstream import AccuracyOfLoss, ErrorOfLoss, LossOfCompute
+from research.scaling.laws.alignment import (
+  BestOfNReward,
+  ReinforcementReward,
+  RewardOfCompute,
+  kl_of_best_of_n,
+)
+from research.scaling.laws.base import Law, LawError, Parameter, coefficient, exponent, share
+from research.scaling.laws.downstream import (
+  AccuracyOfCompute,
+  AccuracyOfLoss,
+  CoverageOfSamples,
+  ErrorOfLoss,
+  LossOfCompute,
+)
 from research.scaling.laws.hyper import (
   BatchOfCompute,
   CriticalBatch,
@@ -19,27 +31,41 @@ from research.scaling.laws.kaplan import (
   KaplanTokens,
 )
 from research.scaling.laws.loss import Chinchilla, GammaChinchilla, TiedChinchilla, hoffmann_starts
+from research.scaling.laws.precision import (
+  PostTrainingQuantization,
+  Precision,
+  QuantizationAwareTraining,
+)
 from research.scaling.laws.published import PUBLISHED, published
 from research.scaling.laws.regimes import (
   BrokenPower,
   ComputeOptimal,
   DataConstrained,
   OverTraining,
-  PostTrainingQuantization,
-  Precision,
   Routed,
 )
 from research.scaling.laws.schedule import MultiPower
+from research.scaling.laws.tuning import (
+  DataTransferred,
+  Distillation,
+  MultiplicativeTuning,
+  RectifiedTuning,
+)
 
 __all__ = [
   'PUBLISHED',
+  'AccuracyOfCompute',
   'AccuracyOfLoss',
   'BatchOfCompute',
+  'BestOfNReward',
   'BrokenPower',
   'Chinchilla',
   'ComputeOptimal',
+  'CoverageOfSamples',
   'CriticalBatch',
   'DataConstrained',
+  'DataTransferred',
+  'Distillation',
   'ErrorOfLoss',
   'GammaChinchilla',
   'Kaplan',
@@ -52,10 +78,15 @@ __all__ = [
   'LearningRateOfCompute',
   'LossOfCompute',
   'MultiPower',
+  'MultiplicativeTuning',
   'OverTraining',
   'Parameter',
   'PostTrainingQuantization',
   'Precision',
+  'QuantizationAwareTraining',
+  'RectifiedTuning',
+  'ReinforcementReward',
+  'RewardOfCompute',
   'Routed',
   'StepLawBatch',
   'StepLawLearningRate',
@@ -65,7 +96,9 @@ __all__ = [
   'coefficient',
   'exponent',
   'hoffmann_starts',
+  'kl_of_best_of_n',
   'published',
+  'share',
   'standard',
 ]
 

@@ -30,6 +30,11 @@ def precise():
     yield
 
 
+# Stands for ln 0: minus infinity would make the gradient of exp(exponent * ln x) NaN, and exp(-1e6 * exponent)
+# is 0 in float64 from an exponent of 1e-3 on.
+LN_ZERO = -1e6
+
+
 class LawError(UserError, ValueError):
   """A law that cannot be used as asked: a parameter or an input that it does not have."""
 
@@ -44,6 +49,7 @@ class Parameter:
   `start`: values to start from, in those units at the data's geometric mean, so that they need no scale.
   `positive`: fitted through its logarithm. `low`, `high`: bounds; of the logarithm where positive.
   `linear`: the law is linear in it (at fixed other parameters), which variable projection uses.
+  `limits`: the bounds are the law's own and not a guard: a share is at most 1. A fit may end at them.
   """
 
   meaning: str
@@ -53,6 +59,12 @@ class Parameter:
   low: float = -14.0
   high: float = 14.0
   linear: bool = False
+  limits: bool = False
+
+
+def share(meaning, start) -> Parameter:
+  """A number between 0 and 1, both included, such as an accuracy."""
+  return Parameter(meaning, start=start, positive=False, low=0.0, high=1.0, limits=True)
 
 
 def coefficient(meaning, start=(0.03, 0.3, 1.0), **units) -> Parameter:
@@ -78,8 +90,15 @@ class Law:
   form: ClassVar[str]
   output: ClassVar[str] = 'loss'
   inputs: ClassVar[tuple[str, ...]]
-  # Inputs that may be zero or are labels: no logarithm is taken of them, and they have no units.
+  # Inputs that are labels or may have any sign: no logarithm is taken of them, and they have no units.
+  # An output that may be zero or negative (an accuracy, a reward) stands here too; it keeps its unit.
   plain: ClassVar[tuple[str, ...]] = ()
+  # Inputs that may be zero; `x.ln_NAME` is LN_ZERO there, whose exponential is zero for any exponent.
+  zeros: ClassVar[tuple[str, ...]] = ()
+  # How a fit measures misses unless it is told otherwise (see `law_fit.fit`). An accuracy has errors of
+  # its own size everywhere, so that its residuals are no logarithms.
+  robust: ClassVar[str] = 'huber'
+  residuals: ClassVar[str] = 'log'
   parameters: ClassVar[Mapping[str, Parameter]]
 
   def __init_subclass__(cls, **kwargs):
@@ -106,8 +125,19 @@ class Law:
     if missing:
       raise LawError(f'{self.name} needs {", ".join(self.inputs)}: missing {", ".join(missing)}.')
     x = {name: np.asarray(inputs[name], np.float64) for name in self.inputs}
-    logs = {f'ln_{k}': np.log(v) for k, v in x.items() if k not in self.plain}
-    return types.SimpleNamespace(**x, **logs)
+    return types.SimpleNamespace(**x, **self.logarithms(x))
+
+  def logarithms(self, x: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """`ln_NAME` of every input that has one."""
+    logs = {}
+    for name, values in x.items():
+      if name in self.zeros:
+        logs[f'ln_{name}'] = np.where(
+          values > 0, np.log(np.where(values > 0, values, 1.0)), LN_ZERO
+        )
+      elif name not in self.plain:
+        logs[f'ln_{name}'] = np.log(values)
+    return logs
 
   def check_names(self, parameters) -> None:
     for name in parameters:

@@ -16,7 +16,9 @@ from research.scaling.laws.kaplan import (
   KaplanTokens,
 )
 from research.scaling.laws.loss import Chinchilla
+from research.scaling.laws.precision import QuantizationAwareTraining
 from research.scaling.laws.regimes import DataConstrained, Routed
+from research.scaling.laws.tuning import DataTransferred
 
 PUBLISHED: dict[str, tuple[type[Law], dict[str, float]]] = {
   'hoffmann 2022': (Chinchilla, {'E': 1.69, 'A': 406.4, 'B': 410.7, 'alpha': 0.34, 'beta': 0.28}),
@@ -51,6 +53,20 @@ PUBLISHED: dict[str, tuple[type[Law], dict[str, float]]] = {
   'deepseek 2024, batch': (BatchOfCompute, {'c': 0.2920, 'a': 0.3271}),
   'step law 2025, learning rate': (StepLawLearningRate, {'c': 1.79, 'a': 0.713, 'b': 0.307}),
   'step law 2025, batch': (StepLawBatch, {'c': 0.58, 'b': 0.571}),
+  'hernandez 2021, text to python': (DataTransferred, {'k': 1.9e4, 'a': 0.18, 'b': 0.38}),
+  'hernandez 2021, text and code to python': (DataTransferred, {'k': 2.1e5, 'a': 0.096, 'b': 0.38}),
+  'chen 2025, W4A4': (
+    QuantizationAwareTraining,
+    {'k': 0.1582, 'g_N': 0.2186, 'g_D': 0.0745, 'g_G': 0.7779},
+  ),
+  'chen 2025, W4A16': (
+    QuantizationAwareTraining,
+    {'k': 0.2522, 'g_N': 0.3589, 'g_D': 0.1610, 'g_G': 0.3533},
+  ),
+  'chen 2025, W16A4': (
+    QuantizationAwareTraining,
+    {'k': 0.1004, 'g_N': 0.1816, 'g_D': 0.0331, 'g_G': 0.9812},
+  ),
 }
 
 

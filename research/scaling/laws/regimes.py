@@ -1,4 +1,4 @@
-"""Laws of the loss in other regimes: repeated data, over-training, routed models, low precision, breaks."""
+"""Laws of the loss in other regimes: repeated data, over-training, routed models, breaks."""
 
 import jax.numpy as jnp
 
@@ -84,49 +84,6 @@ class Routed(Law):
     base = jnp.log(10.0)
     log_n, log_x = x.ln_params / base, ln_x / base
     return jnp.exp(base * (p.a * log_n + p.b * log_x + p.c * log_n * log_x + p.d))
-
-
-class Precision(Law):
-  """Chinchilla with N_eff = N (1 - exp(-bits / g)) for weights, activations and the KV cache (Kumar "
-  "et al. 2024)."""
-
-  source = 'Kumar et al. 2024, arXiv:2411.04330, equations 3 and 4'
-  form = 'E + A / N_eff^alpha + B / D^beta'
-  inputs = ('params', 'tokens', 'weight_bits', 'activation_bits', 'kv_bits')
-  E = coefficient('irreducible loss, nats per token', (0.2, 0.7))
-  A = coefficient('size of the finite-model term', (0.1, 0.4), params='alpha')
-  B = coefficient('size of the finite-data term', (0.1, 0.4), tokens='beta')
-  alpha = exponent('exponent of N_eff', (0.2, 0.5))
-  beta = exponent('exponent of D', (0.2, 0.5))
-  g_weight = Parameter(
-    'bits over which weights lose their worth', start=(1.0, 3.0), low=-4.0, high=4.0
-  )
-  g_activation = Parameter('the same for activations', start=(1.0, 3.0), low=-4.0, high=4.0)
-  g_kv = Parameter('the same for the KV cache', start=(1.0,), low=-4.0, high=4.0)
-
-  def predict(self, p, x):
-    bits = ((x.weight_bits, p.g_weight), (x.activation_bits, p.g_activation), (x.kv_bits, p.g_kv))
-    ln_n = x.ln_params + sum(jnp.log(-jnp.expm1(-b / g)) for b, g in bits)
-    return p.E + p.A * jnp.exp(-p.alpha * ln_n) + p.B * jnp.exp(-p.beta * x.ln_tokens)
-
-
-class PostTrainingQuantization(Law):
-  """The loss added by rounding trained weights: C D^g_D / N^g_N exp(-bits / g) (Kumar et al. 2024, equation 2).
-
-  It grows with D: a model trained on more tokens is hurt more by the same rounding.
-  """
-
-  source = 'Kumar et al. 2024, arXiv:2411.04330, equation 2'
-  form = 'C D^g_D / N^g_N exp(-bits / g)'
-  output = 'loss_increase'
-  inputs = ('params', 'tokens', 'bits')
-  C = Parameter('size', {'output': 1, 'params': 'g_N', 'tokens': '-g_D'}, (1.0, 100.0), linear=True)
-  g_D = exponent('exponent of D', (0.3, 0.7))
-  g_N = exponent('exponent of N', (0.3, 0.7))
-  g = Parameter('bits over which the harm falls e-fold', start=(0.5, 2.0), low=-4.0, high=4.0)
-
-  def predict(self, p, x):
-    return p.C * jnp.exp(p.g_D * x.ln_tokens - p.g_N * x.ln_params - x.bits / p.g)
 
 
 class BrokenPower(Law):
