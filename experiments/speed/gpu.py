@@ -23,7 +23,7 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 PARTS = ('step', 'attention', 'population')
 VARIANTS = {
-  'step': ('isoflop', 'isoflop-dots', 'isoflop-unfused', 'torch-compiled'),
+  'step': ('isoflop', 'isoflop-scanned', 'isoflop-dots', 'isoflop-unfused', 'torch-compiled'),
   'attention': ('cudnn',),
   'population': ('together', 'alone'),
 }
@@ -87,8 +87,12 @@ def our_program(file: str, bindings: list[str], axis: str | None = None):
 
 
 def our_step(variant: str, flags) -> dict:
-  """Our update, with layers' activations kept, or all but products recomputed, or attention not fused."""
-  bindings = ["stack.Stack.remat = 'dots'"] if variant == 'isoflop-dots' else []
+  """Our update: layers written out, or scanned; then all but products recomputed, or attention not fused."""
+  bindings = (
+    [] if variant == 'isoflop' else ['stack.Stack.scan = True', 'run.Run.logits_chunks = None']
+  )
+  bindings += ["stack.Stack.remat = 'dots'"] if variant == 'isoflop-dots' else []
+  bindings += flags.gin
   if flags.small:
     bindings += [f'{k.upper()} = {v}' for k, v in SMALL.items()] + ['HEAD_DIM = 16']
     bindings += ['run.Run.batch_size = 2', "streams.Stream.lengths = {'targets': 64}"]
@@ -257,6 +261,7 @@ def in_process(part: str, variant: str, flags) -> dict:
     str(flags.steps),
   ]
   command += ['--small'] if flags.small else []
+  command += [f'--gin.{binding}' for binding in flags.gin]
   environment = {**os.environ, 'XLA_PYTHON_CLIENT_MEM_FRACTION': '.95'}
   done = subprocess.run(
     command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False
@@ -309,7 +314,8 @@ def main() -> None:
     '--small', action='store_true', help='tiny shapes on a CPU, to try the script'
   )
   parser.add_argument('--measure', help=argparse.SUPPRESS)
-  flags = parser.parse_args()
+  flags = parser.parse_args([a for a in sys.argv[1:] if not a.startswith('--gin.')])
+  flags.gin = [a.removeprefix('--gin.') for a in sys.argv[1:] if a.startswith('--gin.')]
   if flags.measure:
     print(json.dumps(measure(flags.part[0], flags.measure, flags)))
     return
