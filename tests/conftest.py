@@ -33,10 +33,20 @@ def shared_data() -> pathlib.Path:
 
 @pytest.fixture(scope='session')
 def text_file(tmp_path_factory) -> pathlib.Path:
-  """A small text: lines that a small model learns something of. The session's data cache is its own."""
-  folder = tmp_path_factory.mktemp('text')
-  os.environ['ISOFLOP_CACHE'] = str(folder / 'cache')
-  words = (
+  """A small text: lines that a small model learns something of. The session's data cache is its own.
+
+  Workers of one session have the same text and share its frozen streams, so that each is frozen once.
+  They do not share compiled programs: jax writes those in place, and another worker would read half of one.
+  """
+  base = tmp_path_factory.getbasetemp()
+  shared = base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base
+  folder = shared / 'text'
+  folder.mkdir(exist_ok=True)
+  cache = tmp_path_factory.mktemp('cache')
+  (shared / 'streams').mkdir(exist_ok=True)
+  (cache / 'streams').symlink_to(shared / 'streams')
+  os.environ['ISOFLOP_CACHE'] = str(cache)
+  words = [
     'the',
     'law',
     'of',
@@ -49,11 +59,14 @@ def text_file(tmp_path_factory) -> pathlib.Path:
     'compute',
     'and',
     'data',
-  )
+  ]
   choose = random.Random(0).choice
   for i in range(40):
     text = '\n'.join(' '.join(choose(words) for _ in range(12)) for _ in range(20))
-    (folder / f'{i:02}.txt').write_text(text)
+    # Whole or not at all: another worker may be reading it.
+    partial = base / f'{i:02}.partial'
+    partial.write_text(text)
+    partial.replace(folder / f'{i:02}.txt')
   return folder / '*.txt'
 
 

@@ -1,8 +1,4 @@
-"""Frozen streams opened, and their examples in batches, each a pure function of (seed, step).
-
-No TensorFlow here: a stream that is not on disk yet is frozen by `python -m research.freeze`, started in
-a process of its own.
-"""
+"""Batches of the examples of a frozen stream. Each batch is a pure function of (seed, step)."""
 
 import queue
 import threading
@@ -15,33 +11,36 @@ from research.data.mixtures import Curriculum
 
 
 def shortened(batch: Batch, cut: int) -> Batch:
-  """Every row as `cut` shorter rows. A document that a cut goes through starts again at position 0."""
+  """The batch with every row cut into `cut` shorter rows. A document that is cut restarts at position 0."""
   if cut == 1:
     return batch
   sides = {k.split('_')[0] for k in batch}
   length = batch[next(iter(batch))].shape[1]
   if len(sides) > 1 or length % cut:
-    raise UserError(f'rows of {length} cannot be cut into {cut}: only one stack, in equal parts.')
+    why = 'an encoder-decoder has no shorter rows' if len(sides) > 1 else 'choose a divisor'
+    raise UserError(f'rows of {length} tokens cannot be cut into {cut} equal parts: {why}.')
   out = {k: v.reshape(-1, length // cut) for k, v in batch.items()}
   side = sides.pop()
-  ids, positions = (out.get(f'{side}_{k}') for k in ('segment_ids', 'positions'))
+  ids = out.get(f'{side}_segment_ids')
+  positions = out.get(f'{side}_positions')
   if positions is not None:
-    same = ids == ids[:, :1]
-    out[f'{side}_positions'] = np.where(same & (ids > 0), positions - positions[:, :1], positions)
+    # Only the first document of a row can have lost its beginning to the cut.
+    in_first = (ids == ids[:, :1]) & (ids > 0)
+    out[f'{side}_positions'] = np.where(in_first, positions - positions[:, :1], positions)
   return out
 
 
 def batch_at(
   frozen, batch_size: int | Curriculum, seed: int, index: int, share: int = 0, shares: int = 1
 ) -> Batch:
-  """Batch `index` of the endless, shuffled stream; of it the share `share` of `shares` equal ones."""
+  """Batch `index` of the endless, shuffled stream: of its `shares` equal shares, share number `share`."""
   if not isinstance(batch_size, Curriculum):
     batch_size = Curriculum(batch_size)
-  first, size, cut = batch_size.at(index)
+  first, size, cut = batch_size.at_step(index)
   if size % shares:
-    raise UserError(f'a batch of {size} cannot be shared by {shares} processes equally.')
+    raise UserError(f'a batch of {size} does not divide equally among {shares} processes.')
   part = size // shares
-  return shortened(frozen.at(seed, first + share * part + np.arange(part)), cut)
+  return shortened(frozen.examples_at(seed, first + share * part + np.arange(part)), cut)
 
 
 def batches(
@@ -53,61 +52,65 @@ def batches(
   process_count: int = 1,
   prefetch: int = 2,
 ):
-  """Batches without end, from batch `start` on; this process's rows of each.
+  """This process's rows of every batch from batch `start` on, without end.
 
-  Batch i of the whole job is a function of (frozen, batch_size, seed, i) alone; process p gets its
-  p-th contiguous share. So a job resumes anywhere, on any number of processes, from the one integer i.
+  Batch i of the whole job depends on (frozen, batch_size, seed, i) alone, and process p gets the p-th
+  contiguous share of its rows. So the integer i is all that a job needs to resume, on any number of
+  processes.
 
   Args:
     frozen: the stream.
-    batch_size: examples in the whole job's batch, or how that number grows.
-    seed: of the order of examples; every epoch has another order.
+    batch_size: examples in a batch of the whole job, or a curriculum of batch sizes.
+    seed: of the order of examples, which differs from epoch to epoch.
     start: index of the first batch.
-    process_index: which share to give.
-    process_count: into how many shares a batch is cut.
-    prefetch: batches made ahead, in a thread; 0 makes each when asked.
+    process_index: which share of a batch to give.
+    process_count: how many shares a batch has.
+    prefetch: how many batches a thread prepares ahead; 0 prepares each batch on demand.
 
   Yields:
     {key: (batch_size / process_count, length) int32}.
   """
-  batch_at(frozen, batch_size, seed, start, process_index, process_count)  # an error is met here
+  # A wrong size is an error at the call, and not at the first batch, perhaps in a thread.
+  batch_at(frozen, batch_size, seed, start, process_index, process_count)
 
-  def made():
-    i = start
+  def generate():
+    index = start
     while True:
-      yield batch_at(frozen, batch_size, seed, i, process_index, process_count)
-      i += 1
+      yield batch_at(frozen, batch_size, seed, index, process_index, process_count)
+      index += 1
 
-  return prefetched(made(), prefetch) if prefetch else made()
+  return prefetched(generate(), prefetch) if prefetch else generate()
 
 
 def eval_batches(
   frozen: Frozen | FrozenMixture, batch_size: int, process_index: int = 0, process_count: int = 1
 ):
-  """All examples once, in order; the last batch is filled up with rows of zero loss weight."""
+  """All examples once, in order. Rows of loss weight 0 fill up the last batch."""
   if batch_size % process_count:
     raise UserError(
-      f'a batch of {batch_size} cannot be shared by {process_count} processes equally.'
+      f'a batch of {batch_size} does not divide equally among {process_count} processes.'
     )
   share = batch_size // process_count
   n = len(frozen)
   for first in range(0, n, batch_size):
-    at = first + process_index * share + np.arange(share)
-    batch = frozen.examples(np.minimum(at, n - 1))
+    indices = first + process_index * share + np.arange(share)
+    batch = frozen.examples(np.minimum(indices, n - 1))
     for key in batch:
       if key.endswith('_loss_weights'):
-        batch[key] = np.where(at[:, None] < n, batch[key], 0)
+        batch[key] = np.where(indices[:, None] < n, batch[key], 0)
     yield batch
 
 
 def prefetched(items, ahead: int):
-  """The same items, made up to `ahead` of them early in a thread; an error comes where its item would."""
-  made, stop = queue.Queue(ahead), threading.Event()
+  """The same items, up to `ahead` of them prepared early by a thread. An error comes in its item's place."""
+  ready = queue.Queue(ahead)
+  stop = threading.Event()
 
   def put(item):
+    # With a timeout, so that the thread ends when nobody reads on.
     while not stop.is_set():
       try:
-        return made.put(item, timeout=0.2)
+        return ready.put(item, timeout=0.2)
       except queue.Full:
         continue
 
@@ -124,7 +127,7 @@ def prefetched(items, ahead: int):
   threading.Thread(target=work, daemon=True).start()
   try:
     while True:
-      item, error = made.get()
+      item, error = ready.get()
       if isinstance(error, StopIteration):
         return
       if error is not None:

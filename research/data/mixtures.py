@@ -1,4 +1,4 @@
-"""Mixtures of streams and curricula of batches: descriptions, checked where they are made."""
+"""Descriptions of mixtures of streams and of curricula of batches. Each checks itself when it is made."""
 
 import dataclasses
 
@@ -8,45 +8,47 @@ from research.data.streams import Stream
 
 @dataclasses.dataclass(frozen=True)
 class Curriculum:
-  """Batches that grow, of rows that are short at first, over one order of examples.
+  """Batches that grow in size and in length of rows, over one order of examples.
 
   Attributes:
-    batch_size: examples per step, once all stages are over.
-    stages: (steps, batch size, cut) of each stage before that. Every example of length L counts as
-      `cut` rows of L / cut, so a stage's batch is `batch size x cut` shorter rows.
+    batch_size: examples per step after the last stage.
+    stages: (steps, batch size, cut) of each stage. A stage cuts every example of length L into `cut` rows
+      of length L / cut, so its batch has `batch size x cut` rows.
   """
 
   batch_size: int
   stages: tuple[tuple[int, int, int], ...] = ()
 
-  def at(self, step: int) -> tuple[int, int, int]:
-    """(first example, batch size, cut) of a step, the first of which is 0."""
+  def at_step(self, step: int) -> tuple[int, int, int]:
+    """(first example, batch size, cut) of a step; steps count from 0."""
     first = 0
     for steps, size, cut in self.stages:
       if step < steps:
         return first + step * size, size, cut
-      first, step = first + steps * size, step - steps
+      first += steps * size
+      step -= steps
     return first + step * self.batch_size, self.batch_size, 1
 
   def examples(self, steps: int) -> int:
-    """How many examples so many steps take."""
-    return self.at(steps)[0]
+    """How many examples the first `steps` steps read."""
+    return self.at_step(steps)[0]
 
   def sizes(self) -> list[tuple[int, int]]:
-    """(batch size, cut) of every stage, and of the steps after them."""
+    """(batch size, cut) of every stage, and of the steps after the last."""
     return [*((size, cut) for _, size, cut in self.stages), (self.batch_size, 1)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-  """Several streams of one shape as one stream of training, each with its share of the examples.
+  """Several streams of one shape mixed into one training stream, each with a share of the examples.
 
   Attributes:
     streams: {name: Stream}, all with the same lengths, architecture and vocabulary.
-    rates: {name: weight}; None takes each stream's number of examples.
-    temperature: the weights are raised to 1/temperature (Raffel et al. 2020, section 3.5.2): 1 is
-      proportional, large is equal.
-    maximum: a weight counts as at most this before that (their artificial limit K); None for none.
+    rates: {name: weight}; None weighs each stream by its number of examples.
+    temperature: the weights are raised to 1/temperature (Raffel et al. 2020, section 3.5.2): 1 leaves them,
+      a large temperature makes them equal.
+    maximum: larger weights count as this, before the temperature (the paper's artificial limit K); None for
+      no limit.
   """
 
   streams: dict[str, Stream]
@@ -61,7 +63,7 @@ class Mixture:
       for name in self.rates:
         if name not in self.streams:
           hint = did_you_mean(name, self.streams)
-          raise Invalid(Mixture, 'rates', f'{name!r} is no stream here.{hint}')
+          raise Invalid(Mixture, 'rates', f'{name!r} is not a stream of the mixture.{hint}')
       bad = [n for n in self.streams if not self.rates.get(n, 0) > 0]
       if bad:
         raise Invalid(Mixture, 'rates', f'{bad[0]!r} needs a rate above 0.')
@@ -70,9 +72,10 @@ class Mixture:
     first, *others = self.streams
     for other in others:
       for field in ('lengths', 'architecture'):
-        got, want = (getattr(self.streams[n], field) for n in (other, first))
-        if got != want:
-          why = f'{other!r} has {field} {got}, and {first!r} has {want}.'
+        value = getattr(self.streams[other], field)
+        expected = getattr(self.streams[first], field)
+        if value != expected:
+          why = f'{other!r} has {field} {value}, and {first!r} has {expected}.'
           raise Invalid(Mixture, 'streams', why)
 
   @property
@@ -84,7 +87,7 @@ class Mixture:
     return next(iter(self.streams.values())).lengths
 
   def shares(self, examples: dict[str, int]) -> dict[str, float]:
-    """{name: share} that sum to 1, given how many examples each stream has."""
+    """{name: share of the examples}, which sum to 1; `examples` is each stream's number of examples."""
     weights = {n: float((self.rates or examples)[n]) for n in self.streams}
     if self.maximum is not None:
       weights = {n: min(w, self.maximum) for n, w in weights.items()}

@@ -1,7 +1,9 @@
-"""Dataclasses as JSON and back: what names a frozen stream, and what the freezing process is told.
+"""Dataclasses as JSON and back: the spec of a stream.
 
-A class of the project stands in a spec by its bare name. A class of anybody else's stands there as
-'module:Class', so that the freezing process imports the module that the gin file imported.
+It names the stream's frozen files, and it tells the freezing process what to make.
+
+A spec names a class of this project by its bare name. It names a class from outside as 'module:Class', so
+that the freezing process imports the same module as the gin file.
 """
 
 import dataclasses
@@ -13,7 +15,7 @@ import sys
 
 from research.core.errors import UserError
 
-# Where bare names are looked up. Only names: these modules import this one.
+# Where bare names are looked up. Module names and not modules, because these modules import this one.
 _MODULES = tuple(
   f'research.data.{name}'
   for name in ('streams', 'objectives', 'corpora', 'vocabularies', 'cleaning')
@@ -21,15 +23,15 @@ _MODULES = tuple(
 
 
 def digest(value) -> str:
-  """16 hexadecimal digits that differ when the JSON-able `value` does."""
+  """A hash of a JSON-able value: 16 hexadecimal digits."""
   return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def class_name(kind: type) -> str:
-  """How a spec names a class.
+  """The name of a class in a spec.
 
   Raises:
-    UserError: the class stands in a script or notebook, which another process cannot import.
+    UserError: the class is in a script, a notebook or a function, so no other process can import it.
   """
   if kind.__module__ in _MODULES:
     return kind.__name__
@@ -42,7 +44,7 @@ def class_name(kind: type) -> str:
 
 
 def find_class(name: str) -> type:
-  """The class that `class_name` named; its module is imported.
+  """The class with this name in a spec; imports its module.
 
   Raises:
     UserError: the module cannot be imported or has no such class.
@@ -50,10 +52,10 @@ def find_class(name: str) -> type:
   module_name, _, qualified = name.rpartition(':')
   if module_name:
     try:
-      found = importlib.import_module(module_name)
+      value = importlib.import_module(module_name)
       for part in qualified.split('.'):
-        found = getattr(found, part)
-      return found
+        value = getattr(value, part)
+      return value
     except (ImportError, AttributeError) as e:
       raise UserError(
         f'the freezing process cannot import {qualified} of {module_name}: {e}'
@@ -62,11 +64,11 @@ def find_class(name: str) -> type:
     module = importlib.import_module(module_name)
     if hasattr(module, name):
       return getattr(module, name)
-  raise UserError(f'{name!r} is no class of a stream.')
+  raise UserError(f'a stream spec names the class {name!r}, which this version does not have.')
 
 
 def to_spec(value):
-  """`value`, dataclasses and all, as JSON can hold it."""
+  """A value made of dataclasses, containers and scalars as JSON-able data."""
   if dataclasses.is_dataclass(value):
     fields = {f.name: to_spec(getattr(value, f.name)) for f in dataclasses.fields(value)}
     return {'class': class_name(type(value)), **fields}
@@ -80,7 +82,7 @@ def to_spec(value):
 
 
 def from_spec(spec):
-  """The value that `to_spec` described; lists come back as tuples."""
+  """The value that `to_spec` described. Lists become tuples."""
   if isinstance(spec, dict) and 'class' in spec:
     fields = {k: from_spec(v) for k, v in spec.items() if k != 'class'}
     return find_class(spec['class'])(**fields)
@@ -92,9 +94,9 @@ def from_spec(spec):
 
 
 def outside_code(spec) -> dict[str, str]:
-  """{module: digest of its source} of the classes in a spec that are not the project's.
+  """{module: digest of its source} of the classes in a spec that come from outside the project.
 
-  Their code decides what is frozen as much as their fields do, so it is part of a stream's key.
+  Their code decides what is frozen just as their fields do, so it is part of a stream's key.
   """
   if isinstance(spec, list):
     parts = spec

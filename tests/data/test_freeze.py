@@ -446,7 +446,7 @@ def test_two_corpora_mix_when_their_tokens_mean_the_same(tmp_path):
   }
   assert both.bytes_per_token == total['target_bytes'] / total['target_tokens']
   assert next(batches.batches(both, 8, 0))['decoder_target_tokens'].shape == (8, 64)
-  with pytest.raises(Invalid, match="'bb' has another vocabulary than 'a'"):
+  with pytest.raises(Invalid, match="'bb' and 'a' have different vocabularies"):
     mixed(Bytes(extra_ids=0))
 
 

@@ -62,13 +62,14 @@ def pytest_generate_tests(metafunc):
 
 def make(model, seed=0):
   """The graph of a model and random parameters, on the mesh in use."""
-  graphdef = nnx.graphdef(counts.abstract(model))
-  init = lambda key: nnx.to_pure_dict(nnx.state(model(rngs=nnx.Rngs(params=key))))
-  params = jit(init)(jax.random.key(seed))
-  # Biases and scales of norms that are not 0 and 1.
-  return graphdef, jax.tree.map(
-    lambda x: x + 0.02 * jnp.cos(jnp.arange(x.size).reshape(x.shape)), params
-  )
+
+  @jit
+  def init(key):
+    params = nnx.to_pure_dict(nnx.state(model(rngs=nnx.Rngs(params=key))))
+    # Biases and scales of norms that are not 0 and 1.
+    return jax.tree.map(lambda x: x + 0.02 * jnp.cos(jnp.arange(x.size).reshape(x.shape)), params)
+
+  return nnx.graphdef(counts.abstract(model)), init(jax.random.key(seed))
 
 
 def batch_of(model, rows=1, seed=0):
@@ -157,6 +158,13 @@ def test_a_prefix_sees_itself_both_ways_and_nothing_after_it(family):
   assert (sees[later] == 0).all()
 
 
+@jit
+def descend(params, gradient):
+  """Parameters moved by 0.02 along the direction of steepest descent."""
+  length = jnp.sqrt(sum(jnp.sum(g * g) for g in jax.tree.leaves(gradient)))
+  return jax.tree.map(lambda p, g: p - 0.02 / length * g, params, gradient)
+
+
 def step_of(model):
   graphdef, params = make(model)
 
@@ -181,9 +189,7 @@ def test_the_mesh_does_not_change_the_loss_or_its_gradient_and_a_step_lowers_it(
       step, params = step_of(model)
       batch = place(batch_of(model, rows=4))
       loss, gradient = step(params, batch)
-      length = jnp.sqrt(sum(jnp.sum(g * g) for g in jax.tree.leaves(gradient)))
-      moved = jax.tree.map(lambda p, g, rate=0.02 / length: p - rate * g, params, gradient)
-      after, _ = step(moved, batch)
+      after, _ = step(descend(params, gradient), batch)
       results.append(jax.tree.map(np.asarray, (loss, after, gradient)))
   (loss, after, gradient), (loss8, after8, gradient8) = results
   assert after < loss

@@ -1,6 +1,7 @@
 """A sweep: its plan, its workers, and a forecast that is registered before it is tested."""
 
 import dataclasses
+import functools
 import html
 import io
 import json
@@ -16,12 +17,14 @@ import pytest
 
 from research.core import configs
 from research.core.errors import Invalid, UserError
+from research.model import counts
 from research.scaling import laws
 from research.sweeps import estimate, findings, report, status
 from research.sweeps.folder import Folder
 from research.sweeps.forecast import register_forecast
 from research.sweeps.sweep import check_data, make_folder, make_plan
 from research.sweeps.worker import Worker, populations
+from research.training import loop, population
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 DESIGNS = sorted(path.stem for path in (ROOT / 'gin/sweeps').glob('*.gin'))
@@ -53,40 +56,60 @@ batch_size/plan.Rule.value = 8
 """
 
 
+def write_sweep(
+  folder, files, budgets=(4e10, 8e10, 1.6e11), sizes=5, widths=(8, 128, 8), min_steps=10
+) -> str:
+  """Writes the gin file of a small sweep over a text; returns its path."""
+  path = folder / 'sweep.gin'
+  path.write_text(
+    SWEEP.format(files=files, budgets=budgets, sizes=sizes, widths=widths, min_steps=min_steps)
+  )
+  return str(path)
+
+
 @pytest.fixture
 def make(tmp_path, text_file):
-  def make(budgets=(4e10, 8e10, 1.6e11), sizes=5, widths=(8, 128, 8), min_steps=10) -> str:
-    path = tmp_path / 'sweep.gin'
-    path.write_text(
-      SWEEP.format(
-        files=text_file, budgets=budgets, sizes=sizes, widths=widths, min_steps=min_steps
-      )
-    )
-    return str(path)
+  return functools.partial(write_sweep, tmp_path, text_file)
 
-  return make
+
+@pytest.fixture(scope='module')
+def plan(tmp_path_factory, text_file):
+  """(sweep, its sizes, its runs, their base run): planned once, since every size is counted."""
+  the_sweep = build(write_sweep(tmp_path_factory.mktemp('plan'), text_file))
+  return the_sweep, *make_plan(the_sweep)
+
+
+@pytest.fixture(scope='module')
+def counted():
+  """Counts of a run's model, of each model once."""
+  known = {}
+
+  def count(run):
+    key = repr(run.model), repr(run.train.lengths)
+    if key not in known:
+      known[key] = counts.count(run.model, run.train.lengths)
+    return known[key]
+
+  return count
 
 
 @pytest.fixture
-def trained(monkeypatch):
+def trained(monkeypatch, counted):
   """Training by formula: the loss is a known law of N and D, at once."""
-  from research.training import loop, population
-
   done = []
 
   def fake(run, workdir, text, stream):
-    from research.model import counts
-
-    c = counts.count(run.model, run.train.lengths)
+    count = counted(run)
     tokens = run.steps * run.batch_size * run.target_length
-    n = c.params_with_head
+    n = count.params_with_head
     loss = LAW['E'] + LAW['A'] / n ** LAW['alpha'] + LAW['B'] / tokens ** LAW['beta']
     done.append(workdir.name)
     row = {
       'status': 'finished', 'loss': loss, 'tokens': tokens, 'seconds': 1.0,
-      'params_with_head': n, 'params_non_embedding': c.params_non_embedding, 'params_total': c.params_total,
-      'flops_6n_with_head': c.flops_6n_with_head * tokens,
-      'flops_6n_non_embedding': c.flops_6n_non_embedding * tokens,
+      'params_with_head': n, 'params_non_embedding': count.params_non_embedding,
+      'params_total': count.params_total,
+      'flops_6n_with_head': count.flops_6n_with_head * tokens,
+      'flops_6n_non_embedding': count.flops_6n_non_embedding * tokens,
     }  # fmt: skip
     (workdir / 'run.json').write_text(json.dumps(row))
     return row
@@ -99,6 +122,13 @@ def trained(monkeypatch):
   return done
 
 
+@pytest.fixture
+def few_replicates(monkeypatch):
+  """Intervals of 50 redraws: the rows have no noise, and it is not the intervals that are tested."""
+  quick = functools.partial(findings.fit_results, replicates=50)
+  monkeypatch.setattr(findings, 'fit_results', quick)
+
+
 def build(file):
   return configs.load(file, root='SWEEP').build()
 
@@ -107,9 +137,10 @@ def work(the_sweep, folder, runs=None, peers=1):
   Worker(the_sweep, folder, peers).work(folder.plan() if runs is None else runs, poll=0.05)
 
 
-def test_the_law_is_found_and_its_forecast_comes_before_the_run(make, trained, tmp_path):
-  the_sweep = build(make())
-  rungs, runs, base = make_plan(the_sweep)
+def test_the_law_is_found_and_its_forecast_comes_before_the_run(
+  plan, trained, few_replicates, tmp_path
+):
+  the_sweep, rungs, runs, base = plan
   folder = Folder(tmp_path)
   folder.register(runs)
   work(the_sweep, folder)
@@ -137,9 +168,9 @@ def test_the_law_is_found_and_its_forecast_comes_before_the_run(make, trained, t
   assert (tmp_path / 'results.csv').read_text().count('\n') == 1 + len(rows) + 1
 
 
-def test_what_is_known_of_the_law_is_held(make, trained, tmp_path):
-  the_sweep = dataclasses.replace(build(make()), fixed={'E': LAW['E']})
-  _, runs, _ = make_plan(the_sweep)
+def test_what_is_known_of_the_law_is_held(plan, trained, few_replicates, tmp_path):
+  the_sweep, _, runs, _ = plan
+  the_sweep = dataclasses.replace(the_sweep, fixed={'E': LAW['E']})
   work(the_sweep, Folder(tmp_path), runs)
   found = findings.conclude(Folder(tmp_path), the_sweep, runs)
   assert found.approach3.parameters['E'] == found.approach2.loss.floor == LAW['E']
@@ -158,15 +189,15 @@ def test_what_is_known_of_the_law_is_held(make, trained, tmp_path):
     ({'law': laws.TiedChinchilla(), 'fixed': {'beta': 1.0}}, r"TiedChinchilla has no 'beta'"),
   ],
 )
-def test_a_law_that_a_sweep_cannot_fit_is_refused_at_once(change, message, make):
+def test_a_law_that_a_sweep_cannot_fit_is_refused_at_once(change, message, plan):
   with pytest.raises(Invalid, match=message):
-    dataclasses.replace(build(make()), **change)
+    dataclasses.replace(plan[0], **change)
 
 
-def test_the_law_of_a_sweep_is_what_its_plan_and_its_rows_are_fitted_to(make, monkeypatch):
+def test_the_law_of_a_sweep_is_what_its_plan_and_its_rows_are_fitted_to(plan, monkeypatch):
   prior, law = {'E': 1.2, 'A': 60.0, 'B': 60.0, 'alpha': 0.3}, laws.TiedChinchilla()
-  the_sweep = dataclasses.replace(build(make()), law=law, prior=prior, noise=0.0)
-  _, runs, _ = make_plan(the_sweep)
+  the_sweep, _, runs, _ = plan
+  the_sweep = dataclasses.replace(the_sweep, law=law, prior=prior, noise=0.0)
   asked = []
 
   def fit_results(rows, **options):
@@ -186,9 +217,8 @@ def test_the_law_of_a_sweep_is_what_its_plan_and_its_rows_are_fitted_to(make, mo
   assert options['law'] == asked[1][1]['law'] == law
 
 
-def test_finished_runs_are_not_done_again_and_a_held_one_is_left_alone(make, trained, tmp_path):
-  the_sweep = build(make())
-  _, runs, _ = make_plan(the_sweep)
+def test_finished_runs_are_not_done_again_and_a_held_one_is_left_alone(plan, trained, tmp_path):
+  the_sweep, _, runs, _ = plan
   folder = Folder(tmp_path)
   worker, other = Worker(the_sweep, folder), Worker(the_sweep, folder)
   assert worker.do(runs[0])
@@ -201,12 +231,9 @@ def test_finished_runs_are_not_done_again_and_a_held_one_is_left_alone(make, tra
 
 
 def test_a_failed_run_is_tried_again_then_a_row_with_its_reason_and_the_rest_goes_on(
-  make, trained, tmp_path, monkeypatch
+  plan, trained, tmp_path, monkeypatch
 ):
-  from research.training import loop
-
-  the_sweep = build(make())
-  _, runs, _ = make_plan(the_sweep)
+  the_sweep, _, runs, _ = plan
   folder, fake = Folder(tmp_path), loop.train
 
   tried = []
@@ -231,9 +258,8 @@ def test_a_failed_run_is_tried_again_then_a_row_with_its_reason_and_the_rest_goe
   assert len(analysis.rows) == len(runs) - 1
 
 
-def test_a_run_whose_worker_vanishes_again_and_again_is_given_up(make, trained, tmp_path):
-  the_sweep = build(make())
-  _, runs, _ = make_plan(the_sweep)
+def test_a_run_whose_worker_vanishes_again_and_again_is_given_up(plan, trained, tmp_path):
+  the_sweep, _, runs, _ = plan
   folder = Folder(tmp_path)
   gone = subprocess.Popen(['true'])
   gone.wait()
@@ -249,26 +275,21 @@ def test_a_run_whose_worker_vanishes_again_and_again_is_given_up(make, trained, 
   assert folder.row(runs[1])['status'] == 'finished'
 
 
-def test_a_mistake_in_a_run_is_not_tried_again(make, trained, tmp_path, monkeypatch):
-  from research.training import loop
-
+def test_a_mistake_in_a_run_is_not_tried_again(plan, trained, tmp_path, monkeypatch):
   def wrong(run, workdir, text, stream):
     tried.append(workdir.name)
     raise UserError('the vocabulary is too small.')
 
   tried = []
   monkeypatch.setattr(loop, 'train', wrong)
-  the_sweep = build(make())
-  _, runs, _ = make_plan(the_sweep)
+  the_sweep, _, runs, _ = plan
   folder = Folder(tmp_path)
   work(the_sweep, folder, runs[:1])
   assert folder.row(runs[0])['reason'] == 'the vocabulary is too small.'
   assert tried == [runs[0].name]
 
 
-def test_a_mistake_in_one_member_is_not_the_others(make, trained, tmp_path, monkeypatch):
-  from research.training import loop, population
-
+def test_a_mistake_in_one_member_is_not_the_others(plan, trained, tmp_path, monkeypatch):
   fake = loop.train
 
   def wrong(run, workdir, text, stream):
@@ -281,17 +302,14 @@ def test_a_mistake_in_one_member_is_not_the_others(make, trained, tmp_path, monk
 
   monkeypatch.setattr(population, 'train_population', together)
   monkeypatch.setattr(loop, 'train', wrong)
-  the_sweep = build(make())
-  _, runs, _ = make_plan(the_sweep)
+  the_sweep, _, runs, _ = plan
   rates = [dataclasses.replace(runs[0], name=f'rate-{i}', learning_rate=0.01 * i) for i in (1, 2)]
   folder = Folder(tmp_path)
   work(the_sweep, folder, rates)
   assert [folder.row(run)['status'] for run in rates] == ['failed', 'finished']
 
 
-def test_runs_of_one_shape_are_trained_together(make, trained, tmp_path, monkeypatch):
-  from research.training import population
-
+def test_runs_of_one_shape_are_trained_together(plan, trained, tmp_path, monkeypatch):
   groups, together = [], population.train_population
 
   def note(runs, workdirs, texts, streams):
@@ -299,8 +317,7 @@ def test_runs_of_one_shape_are_trained_together(make, trained, tmp_path, monkeyp
     return together(runs, workdirs, texts, streams)
 
   monkeypatch.setattr(population, 'train_population', note)
-  the_sweep = build(make())
-  _, runs, _ = make_plan(the_sweep)
+  the_sweep, _, runs, _ = plan
   rates = [
     dataclasses.replace(runs[0], name=f'rate-{i}', learning_rate=0.001 * (i + 1), settings=settings)
     for i, settings in enumerate(
@@ -315,18 +332,16 @@ def test_runs_of_one_shape_are_trained_together(make, trained, tmp_path, monkeyp
   assert [len(group) for group in groups] == [2, 2]
 
 
-def test_how_many_populations_runs_make(make):
-  the_sweep = dataclasses.replace(build(make()), population=3)
-  _, (first, *_), _ = make_plan(the_sweep)
+def test_how_many_populations_runs_make(plan):
+  the_sweep, _, (first, *_), _ = plan
+  the_sweep = dataclasses.replace(the_sweep, population=3)
   seeds = [dataclasses.replace(first, name=f'seed-{i}') for i in range(7)]
   longer = dataclasses.replace(first, name='longer', steps=2 * first.steps)
   branches = [dataclasses.replace(first, name=f'b{i}', parent='longer') for i in range(2)]
   assert populations(the_sweep, [*seeds, longer, *branches]) == [3, 3, 1, 1, 1, 1]
 
 
-def test_runs_of_one_shape_are_divided_only_where_others_would_wait(make, tmp_path, monkeypatch):
-  from research.training import loop, population
-
+def test_runs_of_one_shape_are_divided_only_where_others_would_wait(plan, tmp_path, monkeypatch):
   sizes = []
 
   def note(runs, workdirs, texts, streams):
@@ -338,8 +353,7 @@ def test_runs_of_one_shape_are_divided_only_where_others_would_wait(make, tmp_pa
   monkeypatch.setattr(
     loop, 'train', lambda run, workdir, text, stream: note([run], [workdir], 0, 0)
   )
-  the_sweep = build(make())
-  _, runs, _ = make_plan(the_sweep)
+  the_sweep, _, runs, _ = plan
   alike = [
     dataclasses.replace(
       runs[0], name=f'{n}-{seed}', steps=n, tokens=n, settings=(f'Run.seed={seed}',)
@@ -352,9 +366,8 @@ def test_runs_of_one_shape_are_divided_only_where_others_would_wait(make, tmp_pa
   assert sizes == [4, 4, 2, 1, 1, 2, 1, 1]
 
 
-def test_a_branch_starts_from_its_trunk(make, trained, tmp_path):
-  the_sweep = build(make())
-  _, runs, _ = make_plan(the_sweep)
+def test_a_branch_starts_from_its_trunk(plan, trained, tmp_path):
+  the_sweep, _, runs, _ = plan
   folder = Folder(tmp_path)
   trunk = dataclasses.replace(runs[0], name='trunk', role='trunk')
   branch = dataclasses.replace(runs[0], name='branch', parent='trunk', fork=5)
@@ -377,10 +390,9 @@ def test_a_branch_starts_from_its_trunk(make, trained, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_scheduler_costs_less_than_a_millisecond_a_run(make, tmp_path, monkeypatch):
+def test_the_scheduler_costs_less_than_a_millisecond_a_run(plan, tmp_path, monkeypatch):
   """Ten thousand runs whose training is nothing: leases, rows and looking for the next run are what is left."""
-  the_sweep = build(make())
-  _, runs, _ = make_plan(the_sweep)
+  the_sweep, _, runs, _ = plan
   n = 10_000
   many = [dataclasses.replace(runs[0], name=f'run-{i}', steps=100 + i) for i in range(n)]
   folder = Folder(tmp_path)
@@ -450,9 +462,8 @@ def test_a_ladder_needs_width_and_depth(make, tmp_path):
     make_plan(config.build())
 
 
-def test_status_says_how_far_the_runs_are(make, trained, tmp_path, capsys):
-  the_sweep = build(make())
-  _, runs, _ = make_plan(the_sweep)
+def test_status_says_how_far_the_runs_are(plan, trained, tmp_path, capsys):
+  the_sweep, _, runs, _ = plan
   folder = Folder(tmp_path)
   with pytest.raises(UserError, match=r'holds no sweep'):
     status.show_status(the_sweep, folder)
@@ -470,9 +481,8 @@ def test_status_says_how_far_the_runs_are(make, trained, tmp_path, capsys):
   assert re.search(r'no law of 2 runs yet: \w+', said)
 
 
-def test_a_plan_is_the_same_when_read_back(make, tmp_path):
-  the_sweep = build(make())
-  _, runs, _ = make_plan(the_sweep)
+def test_a_plan_is_the_same_when_read_back(plan, tmp_path):
+  _, _, runs, _ = plan
   folder = Folder(tmp_path)
   folder.register(runs)
   assert folder.plan() == runs
