@@ -1,4 +1,4 @@
-"""Frozen streams by name: found in the cache, fetched from a bucket, or made by a process of their own."""
+"""Opens frozen streams: from the cache, from a bucket, or freshly frozen by a process of its own."""
 
 import collections
 import json
@@ -22,12 +22,12 @@ SETTING = 'ISOFLOP_CACHE'
 
 
 def default_cache() -> pathlib.Path:
-  """$ISOFLOP_CACHE, or ~/.cache/isoflop; of a URL the folder that it is copied to."""
+  """The local data cache: $ISOFLOP_CACHE or ~/.cache/isoflop, or the local copy of a bucket."""
   return local_cache(os.environ.get('ISOFLOP_CACHE') or HOME)
 
 
 def local_cache(place) -> pathlib.Path:
-  """The folder here for a cache that is a folder or a bucket's URL."""
+  """The local folder of a cache, which is a folder or the URL of a bucket."""
   path = storage.place(place, SETTING)
   if storage.is_bucket(path):
     return storage.place(HOME, SETTING) / 'remote' / digest(str(place).rstrip('/'))
@@ -35,24 +35,25 @@ def local_cache(place) -> pathlib.Path:
 
 
 def open_stream(stream: Stream | Mixture, cache_dir=None, log=print) -> Frozen | FrozenMixture:
-  """The frozen form of a stream or a mixture, made first where it is missing."""
+  """Opens a stream or a mixture. Freezes it first where it is missing."""
   return open_streams([stream], cache_dir, log)[0]
 
 
 def open_streams(streams: list, cache_dir=None, log=print) -> list[Frozen | FrozenMixture]:
-  """Frozen forms of several streams or mixtures; all that is missing is frozen in one process.
+  """Opens several streams or mixtures. One process freezes all that are missing.
 
   Args:
     streams: what to open.
-    cache_dir: where frozen streams lie; None is `default_cache()`. From a URL such as gs://bucket/data
-      they are fetched to a folder here; what is made here is sent there.
+    cache_dir: the folder of frozen streams; None is `default_cache()`. From a URL such as gs://bucket/data
+      streams are copied to a local folder, and streams that are frozen now are copied back.
     log: called with lines of progress.
 
   Raises:
-    UserError: the stream cannot be made, or its files were altered; says which.
+    UserError: a stream cannot be made, or its files were altered; names it.
   """
   place = cache_dir or os.environ.get('ISOFLOP_CACHE') or HOME
-  shared, cache = storage.place(place, SETTING), local_cache(place)
+  shared = storage.place(place, SETTING)
+  cache = local_cache(place)
   folders = {}
 
   def folder(stream):
@@ -61,8 +62,8 @@ def open_streams(streams: list, cache_dir=None, log=print) -> list[Frozen | Froz
       folders[key] = cache / 'streams' / stream.key()
     return folders[key]
 
-  flat = [p for s in streams for p in (s.streams.values() if isinstance(s, Mixture) else [s])]
-  missing = [s for s in flat if not complete(folder(s), s.passes, s.examples)]
+  parts = [p for s in streams for p in (s.streams.values() if isinstance(s, Mixture) else [s])]
+  missing = [s for s in parts if not complete(folder(s), s.passes, s.examples)]
   if missing and storage.is_bucket(shared):
     for s in missing:
       _fetch(shared / 'streams' / s.key(), folder(s), log)
@@ -72,34 +73,35 @@ def open_streams(streams: list, cache_dir=None, log=print) -> list[Frozen | Froz
   if missing and storage.is_bucket(shared):
     for s in missing:
       _send(folder(s), shared / 'streams' / s.key(), log)
-  load = lambda s: Frozen(folder(s), s)
-  return [
-    FrozenMixture(s, {name: load(part) for name, part in s.streams.items()})
-    if isinstance(s, Mixture)
-    else load(s)
-    for s in streams
-  ]
+
+  def load(stream):
+    if isinstance(stream, Mixture):
+      return FrozenMixture(stream, {name: load(part) for name, part in stream.streams.items()})
+    return Frozen(folder(stream), stream)
+
+  return [load(stream) for stream in streams]
 
 
 def _rank(name: str) -> int:
-  """A stream is there when its header is, and a shard when its facts are: those are copied last."""
+  """The order to copy a file in: a header completes its stream and a JSON file its shard, so they come last."""
   return 2 if name == 'header.json' else 1 if name.endswith('.json') else 0
 
 
 def _fetch(source, target: pathlib.Path, log) -> None:
-  """Copies the files of a stream in a bucket that are not here yet."""
+  """Copies the files of a stream from a bucket that the local folder lacks."""
   missing = storage.names(source) - storage.names(target)
   storage.copy_files(source, target, sorted(missing, key=_rank), log)
 
 
 def _send(source: pathlib.Path, target, log) -> None:
-  """Copies the files of a stream that its bucket does not have."""
+  """Copies the files of a stream to a bucket that the bucket lacks."""
   files = {name for name in storage.names(source) if name.endswith(('.bin', '.json'))}
   missing = files - storage.names(target) - {'verified.json'}
   storage.copy_files(source, target, sorted(missing, key=_rank), log)
 
 
 def _freeze(streams, cache: pathlib.Path, log):
+  """Freezes streams in a process of its own, so that this one never imports TensorFlow."""
   try:
     cache.mkdir(parents=True, exist_ok=True)
   except OSError as e:
@@ -109,9 +111,9 @@ def _freeze(streams, cache: pathlib.Path, log):
   spec = json.dumps([s.spec() for s in streams])
   command = [sys.executable, '-m', 'research.freeze', f'--spec={spec}', f'--cache={cache}']
   root = str(pathlib.Path(__file__).resolve().parent.parent.parent)
-  # Modules of the user's, with an objective or a corpus, are found where this process found them.
-  own = [path for path in sys.path if path and not path.startswith((sys.prefix, sys.base_prefix))]
-  paths = os.pathsep.join([root, os.getcwd(), os.environ.get('PYTHONPATH', ''), *own])
+  # The child finds the user's modules, with an objective or a corpus, where this process finds them.
+  outside = [p for p in sys.path if p and not p.startswith((sys.prefix, sys.base_prefix))]
+  paths = os.pathsep.join([root, os.getcwd(), os.environ.get('PYTHONPATH', ''), *outside])
   # The accelerator belongs to the run that waits for this stream.
   quiet = {'TF_CPP_MIN_LOG_LEVEL': '3', 'CUDA_VISIBLE_DEVICES': '', 'JAX_PLATFORMS': 'cpu'}
   env = os.environ | quiet | {'PYTHONPATH': paths.rstrip(os.pathsep)}
@@ -135,10 +137,12 @@ def _freeze(streams, cache: pathlib.Path, log):
 
 
 def _ended(code: int, errors: list[str]) -> str:
-  """A sentence about a freezing process that ended otherwise than with a sentence of its own."""
+  """A sentence about a freezing process that failed without one."""
   if code < 0:
     name = signal.Signals(-code).name if -code in set(signal.Signals) else -code
     hint = ' (out of memory?)' if code == -signal.SIGKILL else ''
-    return f'the process that freezes was ended by signal {name}{hint}: run again, it goes on from there.'
-  last = errors[-1] if errors else f'it ended with {code}'
-  return f'the process that freezes failed: {last}'
+    return (
+      f'signal {name} ended the freezing process{hint}: run again to continue from its last shard.'
+    )
+  last = errors[-1] if errors else f'exit status {code}'
+  return f'the freezing process failed: {last}'

@@ -1,4 +1,4 @@
-"""What is taken out of a corpus before anything is made of it: plain dataclasses, run by `tasks.cleaning`."""
+"""Rules that clean a corpus before it is tokenised: dataclasses, which `tasks.cleaning` applies."""
 
 import dataclasses
 
@@ -7,10 +7,10 @@ from research.core.errors import Invalid
 
 @dataclasses.dataclass(frozen=True)
 class Filter:
-  """Base of the rules that keep, change or drop a document by itself.
+  """Base of the rules that look at one document at a time, and keep, change or drop it.
 
-  A rule of your own has a method `apply(text) -> (text, why)`: the text to go on with, and why the document
-  is dropped ('' keeps it).
+  To add one, write a subclass with a method `apply(text) -> (text, why)`: the new text, and the reason to drop
+  the document ('' keeps it).
   """
 
 
@@ -30,8 +30,8 @@ class Length(Filter):
 class C4(Filter):
   """C4's rules that need no word list (Raffel et al. 2020, arXiv:1910.10683, section 2.2).
 
-  Lines without final punctuation, of under `line_words` words, or with 'javascript' go; then pages
-  with 'lorem ipsum', with a curly bracket, or of under `sentences` sentences.
+  Drops lines without final punctuation, with fewer than `line_words` words, or with 'javascript'. Then drops
+  pages with 'lorem ipsum', with a curly bracket, or with fewer than `sentences` sentences.
   """
 
   line_words: int = 5
@@ -43,7 +43,7 @@ class Gopher(Filter):
   """MassiveText's quality and repetition rules (Rae et al. 2021, arXiv:2112.11446, table A1, A.1.1).
 
   Attributes:
-    repetition: whether the repetition rules apply as well.
+    repetition: whether to apply the repetition rules too.
   """
 
   low_words: int = 50
@@ -59,7 +59,7 @@ class NearDuplicates:
   1 - (1 - J^rows)^bands, and are duplicates when `threshold` of their hashes agree.
 
   Attributes:
-    threshold: similarity from which a document is a duplicate.
+    threshold: the least similarity of a duplicate.
     permutations: hashes per document; the estimate's standard error is sqrt(J(1-J)/permutations).
     shingle: words per shingle.
   """
@@ -77,7 +77,7 @@ class NearDuplicates:
 
   @property
   def rows(self) -> int:
-    """Hashes per band: the most for which a pair at the threshold is a candidate at 95% or more."""
+    """Hashes per band: the most for which a pair at the threshold is a candidate with probability .95."""
     fits = [1]
     for rows in (r for r in range(2, self.permutations + 1) if self.permutations % r == 0):
       if self.candidate(self.threshold, rows) >= 0.95:
@@ -85,18 +85,18 @@ class NearDuplicates:
     return max(fits)
 
   def candidate(self, similarity: float, rows: int | None = None) -> float:
-    """The chance that a pair of this similarity shares a band."""
+    """The probability that a pair of this similarity shares a band."""
     rows = rows or self.rows
     return 1 - (1 - similarity**rows) ** (self.permutations // rows)
 
 
 @dataclasses.dataclass(frozen=True)
 class Contamination:
-  """Validation text that training repeats: shared n-grams of words (Brown et al. 2020, appendix C).
+  """Finds training documents that repeat validation text: shared n-grams (Brown et al. 2020, appendix C).
 
   Attributes:
-    ngram: words that must be equal in a row.
-    drop: whether training documents that share one are taken out; otherwise they are only counted.
+    ngram: words in a row that must be equal.
+    drop: whether to drop such training documents; otherwise they are only counted.
   """
 
   ngram: int = 13

@@ -1,8 +1,7 @@
-"""Conversations: the shapes in which files have them, and the templates that make them text.
+"""Conversations: their shapes in files, and the templates that turn them into text.
 
 A conversation is a list of messages {'role': 'system' | 'user' | 'assistant' | 'tool', 'content': text}. A
-template makes it the text that a model reads, in segments: those that it must learn to write, which are the
-assistant's, and those that it is given.
+template turns it into segments of text. The assistant's segments carry loss; the others are context.
 """
 
 import json
@@ -11,10 +10,10 @@ from collections.abc import Callable
 
 from research.core.errors import UserError
 
-# Stands for the vocabulary's EOS in a template that is not of a tokenizer's own; no message may have it.
+# The vocabulary's EOS in a template that does not come with a tokenizer. No message may contain it.
 EOS = '\0'
 
-# ShareGPT's names of the roles, and the usual ones.
+# Roles by their usual names and by ShareGPT's.
 _ROLES = {
   'system': 'system',
   'user': 'user',
@@ -23,7 +22,7 @@ _ROLES = {
   'gpt': 'assistant',
   'tool': 'tool',
 }
-# Whose turn may follow whose; None is the start.
+# The roles that may follow each role; None is the start.
 _NEXT = {
   None: ('system', 'user'),
   'system': ('user',),
@@ -36,7 +35,7 @@ Messages = list[dict[str, str]]
 
 
 class Unsuitable(ValueError):
-  """Why a record is no conversation to learn from, as the end of a sentence."""
+  """Why a record is not a conversation to learn from: the end of a sentence about it."""
 
 
 def read_messages(record: dict) -> Messages:
@@ -94,8 +93,8 @@ def _message(message, number: int, role: str, content: str) -> dict[str, str]:
   if not isinstance(message, dict) or role not in message or content not in message:
     raise Unsuitable(f'has turn {number} without {role!r} and {content!r}')
   if message[role] not in _ROLES:
-    known = ', '.join(_ROLES)
-    raise Unsuitable(f'has turn {number} of the unknown role {message[role]!r} (known: {known})')
+    roles = ', '.join(_ROLES)
+    raise Unsuitable(f'has turn {number} of the unknown role {message[role]!r} (known: {roles})')
   return {'role': _ROLES[message[role]], 'content': _text(message[content], f'turn {number}')}
 
 
@@ -115,7 +114,7 @@ def check(messages: Messages):
 
 
 def render_plain(messages: Messages, add_generation_prompt: bool = False) -> str:
-  """Our own template: each turn after its role's name; EOS ends the assistant's (that of Tülu 2).
+  """The template of Tülu 2: each turn follows the name of its role, and EOS ends the assistant's turns.
 
   Wang et al. (2023), arXiv:2306.04751, section 4.1.
   """
@@ -172,7 +171,7 @@ def template(path: str | None) -> Callable[..., str]:
 
 
 def _read_template(path: str) -> tuple[str, dict[str, str]]:
-  """(jinja2 source, the special tokens that it may name)."""
+  """(jinja2 source, {name: special token} that the source may use)."""
   try:
     text = pathlib.Path(path).expanduser().read_text(encoding='utf-8')
     if not path.endswith('.json'):
@@ -195,22 +194,23 @@ def _read_template(path: str) -> tuple[str, dict[str, str]]:
 
 
 def segments(messages: Messages, render: Callable[..., str]) -> list[tuple[str, bool]]:
-  """(text, whether the model learns to write it) in turn; the learned ones are the assistant's.
+  """(text, whether it carries loss) of each segment in order; the assistant's segments carry loss.
 
-  What a model is given before an assistant's turn is exactly what it is given at generation.
+  The context before an assistant's turn is exactly the prompt of the same turn at generation.
 
   Raises:
-    Unsuitable: the template changes earlier turns when later ones come, so that no such cut exists.
+    Unsuitable: the template changes earlier turns when later ones follow, so that it has no segments.
   """
-  parts, done = [], ''
+  parts = []
+  rendered = ''
   for number, message in enumerate(messages):
     if message['role'] != 'assistant':
       continue
     before = render(messages[:number], add_generation_prompt=True)
     after = render(messages[: number + 1], add_generation_prompt=False)
-    # A template may end the text otherwise than the middle: what both have in common stays.
-    if not before.startswith(done) or not after.startswith(before):
+    # The text so far must be a beginning of the longer one, and the prompt a beginning of the answer.
+    if not before.startswith(rendered) or not after.startswith(before):
       raise Unsuitable('is written by the template in a way that changes with later turns')
-    parts += [(before[len(done) :], False), (after[len(before) :], True)]
-    done = after
+    parts += [(before[len(rendered) :], False), (after[len(before) :], True)]
+    rendered = after
   return parts

@@ -1,6 +1,6 @@
-"""Where text comes from: plain dataclasses; `tasks.readers` reads them, `tasks.store` keeps the text.
+"""Where text comes from: dataclasses. `tasks.readers` reads them, and `tasks.store` keeps the text.
 
-`signature()` is what the cache is keyed by: cheap, and different when the text may have changed.
+The cache is keyed by `signature()`, which is cheap and changes whenever the text may have changed.
 """
 
 import dataclasses
@@ -26,10 +26,10 @@ class Corpus:
 
   Attributes:
     filters: rules of `research.data.cleaning`, in order, such as (Length(200), Gopher()).
-    near_duplicates: takes near-duplicate documents out; exact ones always go.
-    contamination: counts, or takes out, training documents that repeat validation text.
-    piece_bytes: text per piece of the training split, from which one shard is made; validation
-      pieces are a quarter of that.
+    near_duplicates: drops near-duplicate documents; exact duplicates are always dropped.
+    contamination: counts or drops training documents that repeat validation text.
+    piece_bytes: bytes of text per piece of the training split; a piece makes one shard. Pieces of the
+      validation split are a quarter of that.
   """
 
   filters: tuple[cleaning.Filter, ...] = ()
@@ -39,16 +39,16 @@ class Corpus:
 
   name: ClassVar[str]
 
-  # Where a reader leaves the split open, a hash sends this share of the documents to validation.
+  # Where a reader does not name the split, a hash sends this fraction of the documents to validation.
   validation_fraction: ClassVar[float] = 0.01
 
   @property
   def gives(self) -> str:
-    """What its documents are: a key of `objectives.READS`."""
+    """The kind of its documents, a key of `objectives.READS`."""
     return 'text'
 
   def signature(self) -> list:
-    """What outside these fields decides the text, for the cache's key."""
+    """What else decides the text besides these fields, for the key of the cache."""
     return []
 
 
@@ -56,15 +56,15 @@ class Corpus:
 class PythonSources(Corpus):
   """The Python sources of the packages that this project's lock installs, and the standard library.
 
-  Real text without a download. Left out: tests, vendored and generated code, tables of data, files
-  over `max_bytes`. The comment with the licence at the head of a file is cut off. No package, and
-  no file's content, is in both splits.
+  Real text without a download. It leaves out tests, vendored and generated code, tables of data, files over
+  `max_bytes`, and the licence comment at the head of a file. The splits share no package and no file's
+  content.
 
   Attributes:
     packages: distributions of the training split.
     validation: distributions of the validation split.
     stdlib: whether the standard library joins the training split.
-    max_bytes: the largest file taken.
+    max_bytes: the size of the largest file to take.
   """
 
   packages: tuple[str, ...] = TRAIN_PACKAGES
@@ -76,9 +76,9 @@ class PythonSources(Corpus):
   def __post_init__(self):
     object.__setattr__(self, 'packages', tuple(self.packages))
     object.__setattr__(self, 'validation', tuple(self.validation))
-    both = sorted(set(self.packages) & set(self.validation))
-    if both:
-      raise Invalid(PythonSources, 'validation', f'{both[0]!r} is in the training split as well.')
+    shared = sorted(set(self.packages) & set(self.validation))
+    if shared:
+      raise Invalid(PythonSources, 'validation', f'{shared[0]!r} is in the training split as well.')
 
   def signature(self) -> list:
     names = (*self.packages, *self.validation)
@@ -96,15 +96,15 @@ def version(package: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Files(Corpus):
-  """Base of the corpora that lie in files.
+  """Base of the corpora that are files.
 
   Attributes:
-    files: path or glob, or several; local, or gs:// (with TensorFlow's file system). gzip, bzip2, xz and
-      zstd are opened.
-    validation_files: the validation split; without it the split is by a hash of each document.
-    validation_fraction: the share of documents that the hash sends there.
-    broken: 'refuse' stops at the first broken file or line and names it; 'skip' counts them.
-    longest: a longer document, in bytes, is cut at line ends.
+    files: a path or glob, or several; local or gs:// (through TensorFlow's file system); plain or compressed
+      with gzip, bzip2, xz or zstd.
+    validation_files: the validation split; without it, a hash of each document decides its split.
+    validation_fraction: the fraction of documents that the hash sends to validation.
+    broken: 'refuse' stops at the first broken file or line and names it; 'skip' skips and counts them.
+    longest: bytes; longer documents are cut at line ends.
   """
 
   files: str | tuple[str, ...] = ()
@@ -142,7 +142,7 @@ def _check_broken(corpus):
 def matching(pattern: str) -> list[str]:
   """Local files (or folders) that a path or a glob names, sorted.
 
-  What exists under the very name is that file: brackets in the names of files and folders are no glob.
+  A pattern that is the path of an existing file means that file, even with brackets in its name.
   """
   path = pathlib.Path(pattern).expanduser()
   if path.exists():
@@ -150,8 +150,9 @@ def matching(pattern: str) -> list[str]:
   literal = path
   while not literal.exists() and literal != literal.parent:
     literal = literal.parent
-  rest = path.relative_to(literal)
-  return sorted(glob.glob(str(pathlib.Path(glob.escape(str(literal))) / rest), recursive=True))
+  # Brackets in the names of existing folders are literal; only what follows them is a pattern.
+  pattern = pathlib.Path(glob.escape(str(literal))) / path.relative_to(literal)
+  return sorted(glob.glob(str(pattern), recursive=True))
 
 
 def _near(pattern: str) -> str:
@@ -169,8 +170,8 @@ class TextFiles(Files):
   """UTF-8 text files.
 
   Attributes:
-    separator: what stands between documents in a file, such as a newline or '<|endoftext|>'; None
-      makes every file a document.
+    separator: text between the documents of a file, such as a newline or '<|endoftext|>'; None makes every
+      file one document.
   """
 
   separator: str | None = None
@@ -179,12 +180,14 @@ class TextFiles(Files):
   def __post_init__(self):
     super().__post_init__()
     if self.separator == '':
-      raise Invalid(TextFiles, 'separator', "'' stands nowhere: None makes a file one document.")
+      raise Invalid(
+        TextFiles, 'separator', "'' separates nothing: use None to make each file one document."
+      )
 
 
 @dataclasses.dataclass(frozen=True)
 class _Records:
-  """What corpora of records have besides: which field is the text.
+  """What corpora of records add: the field of the text.
 
   Attributes:
     field: the field with the text (with `prompt`: with the completion).
@@ -215,7 +218,9 @@ class Conversations(Files):
   def __post_init__(self):
     super().__post_init__()
     if self.filters:
-      raise Invalid(Conversations, 'filters', 'are for plain text: a conversation stays whole.')
+      raise Invalid(
+        Conversations, 'filters', 'apply to plain text, and not to conversations: leave them empty.'
+      )
 
   @property
   def gives(self) -> str:
@@ -231,7 +236,7 @@ class Parquet(_Records, Files):
 
 @dataclasses.dataclass(frozen=True)
 class HuggingFace(_Records, Files):
-  """What `datasets` wrote with `save_to_disk`: `files` are its folders, one split each, or .arrow files."""
+  """What `save_to_disk` of `datasets` wrote: `files` are folders of one split each, or .arrow files."""
 
   name: ClassVar[str] = 'huggingface'
 
@@ -240,7 +245,7 @@ class HuggingFace(_Records, Files):
     for field in ('files', 'validation_files'):
       for path in (f for p in getattr(self, field) if '://' not in p for f in matching(p)):
         if (pathlib.Path(path) / 'dataset_dict.json').is_file():
-          why = f'{path} holds several splits: name one of its folders, such as {path}/train.'
+          why = f'{path} has several splits: name the folder of one, such as {path}/train.'
           raise Invalid(HuggingFace, field, why)
 
 
@@ -260,7 +265,7 @@ class ArrayRecords(_Records, Files):
 
 @dataclasses.dataclass(frozen=True)
 class Tfds(_Records, Corpus):
-  """A TensorFlow Datasets data set, already prepared under `data_dir` (nothing is downloaded).
+  """A TensorFlow Datasets data set that is already prepared under `data_dir`; nothing is downloaded.
 
   Attributes:
     tfds_name: such as 'lm1b:1.1.0'; the version is part of the name.

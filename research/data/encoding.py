@@ -1,4 +1,4 @@
-"""Text to token ids and back, without TensorFlow: the same ids as freezing gives for a vocabulary."""
+"""Text to token ids and back, without TensorFlow, with the same ids as in frozen streams."""
 
 import json
 import pathlib
@@ -17,11 +17,11 @@ class Encoding(Protocol):
   size: int
 
   def encode(self, text: str) -> list[int]:
-    """The ids of a text, no special tokens among them."""
+    """The ids of a text, without special tokens."""
     ...
 
   def decode(self, ids: list[int]) -> str:
-    """The text of ids, special ones left out."""
+    """The text of ids, without special tokens."""
     ...
 
 
@@ -46,7 +46,8 @@ class SentencePieceEncoding:
     import sentencepiece
 
     self.model = sentencepiece.SentencePieceProcessor(model_file=str(file))
-    self.end, self.size = self.model.eos_id(), self.model.get_piece_size()
+    self.end = self.model.eos_id()
+    self.size = self.model.get_piece_size()
 
   def encode(self, text: str) -> list[int]:
     return self.model.encode(text)
@@ -56,20 +57,21 @@ class SentencePieceEncoding:
 
 
 class HuggingFaceEncoding:
-  """A tokenizer.json's ids, as `vocabularies.HuggingFaceTokenizer`: moved up by one where its 0 is text."""
+  """The ids of a tokenizer.json, as `vocabularies.HuggingFaceTokenizer`: one higher where its id 0 is text."""
 
   def __init__(self, vocabulary: vocabularies.HuggingFaceTokenizer):
     import tokenizers
 
     self.tokenizer = tokenizers.Tokenizer.from_file(vocabulary.file)
     settings = json.loads(pathlib.Path(vocabulary.file).read_text())
+    # Id 0 pads rows, so it must not be text. Freezing shifts by the same rule.
     special = {t['id'] for t in settings.get('added_tokens', ()) if t.get('special')}
     self.offset = 0 if 0 in special else 1
     names = [vocabulary.eos] if vocabulary.eos else vocabularies.EOS_NAMES
     ends = [i for name in names if (i := self.tokenizer.token_to_id(name)) is not None]
     if not ends:
       raise UserError(
-        f'{vocabulary.file}: no end-of-text token; name it: HuggingFaceTokenizer.eos.'
+        f'{vocabulary.file} has no known end-of-text token: set HuggingFaceTokenizer.eos to its name.'
       )
     self.end = ends[0] + self.offset
     self.size = self.offset + 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values())
@@ -78,15 +80,15 @@ class HuggingFaceEncoding:
     return [i + self.offset for i in self.tokenizer.encode(text, add_special_tokens=False).ids]
 
   def decode(self, ids: list[int]) -> str:
-    own = [i - self.offset for i in ids if self.offset <= i < self.size]
-    return self.tokenizer.decode(own, skip_special_tokens=True)
+    unshifted = [i - self.offset for i in ids if self.offset <= i < self.size]
+    return self.tokenizer.decode(unshifted, skip_special_tokens=True)
 
 
 def make_encoding(vocabulary: vocabularies.Vocabulary) -> Encoding:
   """The tokenizer of a vocabulary.
 
   Raises:
-    UserError: it is a SentencePiece model that freezing trains, whose file nobody named.
+    UserError: the vocabulary is a SentencePiece model without a file: freezing trained it.
   """
   if isinstance(vocabulary, vocabularies.Bytes):
     return ByteEncoding()

@@ -1,11 +1,11 @@
-"""Whether the lengths and the vocabulary of a stream can serve its objective."""
+"""Checks that the lengths and the vocabulary of a stream suit its objective."""
 
 from research.core.errors import Invalid
 from research.data.spans import encoder_share, span_lengths
 
 
 def check_spans(stream, density, mean_span, reserved=0, owner=None):
-  """Raises `Invalid` unless the lengths and the sentinels suffice for this corruption."""
+  """Raises `Invalid` where this corruption needs longer targets or more sentinels."""
   owner = owner or type(stream.task)
   if not 0 < density < 1:
     raise Invalid(owner, 'noise_density', f'{density} must lie between 0 and 1.')
@@ -25,16 +25,20 @@ def check_spans(stream, density, mean_span, reserved=0, owner=None):
 
 
 def check_targets_hold_inputs(stream):
-  """Raises `Invalid` when an encoder-decoder's targets could be cut off."""
+  """Raises `Invalid` where the targets of an encoder-decoder are shorter than its inputs."""
   lengths = stream.lengths
   if stream.architecture == 'encoder_decoder' and lengths['targets'] < lengths['inputs']:
-    why = f"'targets' is {lengths['targets']}: {stream.name} can hide as much as 'inputs' holds, "
+    why = (
+      f"'targets' is {lengths['targets']}: {stream.name} can move all of 'inputs' to the targets, "
+    )
     raise Invalid(type(stream), 'lengths', why + f'so make it {lengths["inputs"]}.')
 
 
 def check_marks(stream):
-  """Raises `Invalid` when the vocabulary has no ids for the objective's own marks."""
+  """Raises `Invalid` where the vocabulary has too few extra ids for the marks of the objective."""
   marks = len(stream.task.mark_names)
   if stream.vocabulary.extra_ids < marks:
-    why = f'{stream.vocabulary.extra_ids} is too few: {stream.name} needs {marks} ids of its own.'
+    why = (
+      f'{stream.vocabulary.extra_ids} is too few: {stream.name} needs {marks} ids for its marks.'
+    )
     raise Invalid(type(stream.vocabulary), 'extra_ids', why)

@@ -1,7 +1,7 @@
-"""Which tokens a model sees and which it must predict: the objectives, as plain dataclasses.
+"""The objectives: which tokens a model sees, and which it must predict.
 
-Each is the description alone. `tasks.objectives` makes seqio preprocessors of it, in the process that
-freezes a stream; nothing here imports TensorFlow.
+Each is a dataclass that only describes. `tasks.objectives` makes seqio preprocessors of it in the freezing
+process; this module never imports TensorFlow.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from research.core.errors import Invalid
 from research.data.objective_checks import check_marks, check_spans, check_targets_hold_inputs
 from research.data.spans import span_lengths
 
-# What a corpus can give, in words for messages.
+# The kinds of documents that a corpus can give, in words for messages.
 READS = {
   'text': 'plain text',
   'pairs': 'pairs of prompt and completion (JsonLines with prompt=...)',
@@ -27,16 +27,16 @@ class Objective:
 
   Class attributes:
     name: the short name that `Stream.task` takes.
-    architectures: which models it can feed, its usual one first.
-    reads: what it is made of, one of `READS`: a corpus that gives something else is refused.
+    architectures: the models that it can feed, the usual one first.
+    reads: the kind of documents that it needs, a key of `READS`; a corpus of another kind is an error.
     random: whether a second pass over the corpus differs from the first.
-    prefixed: whether the rows of a decoder have a prefix that sees itself both ways
+    prefixed: whether the rows of a decoder have a prefix with bidirectional attention
       (`decoder_causal_attention`).
-    mark_names: names of the ids that it takes from the lowest extra ids, for a reader.
+    mark_names: names to print for the lowest extra ids, which the objective uses as marks.
 
-  An objective of your own is a subclass in a module that the gin file imports; its method
-  `recipe(stream, vocabulary)` returns a `tasks.objectives.Recipe`. A subclass of one of these inherits
-  its recipe.
+  To add one, write a subclass in a module that the gin file imports, with a method
+  `recipe(stream, vocabulary)` that returns a `tasks.objectives.Recipe`. A subclass of one of the objectives
+  below inherits its recipe.
   """
 
   name: ClassVar[str]
@@ -47,22 +47,26 @@ class Objective:
   mark_names: ClassVar[tuple[str, ...]] = ()
 
   def signature(self) -> list:
-    """What outside these fields decides the examples (a template's text), for the cache's key."""
+    """What else decides the examples besides these fields (a template's text), for the key of the cache."""
     return []
 
   def targets_length(self, inputs: int) -> int | None:
-    """The targets' length that wastes nothing for this inputs' length, where there is one."""
+    """The length of targets that fits inputs of this length without waste; None where there is none."""
     del inputs
 
   def check(self, stream) -> None:
-    """Raises `Invalid` when the stream's lengths or vocabulary cannot serve this objective."""
+    """Raises `Invalid` where the lengths or the vocabulary of a stream do not suit this objective."""
     if stream.passes > 1 and not self.random:
-      raise Invalid(type(stream), 'passes', f'{self.name} has no randomness: every pass is equal.')
+      raise Invalid(
+        type(stream),
+        'passes',
+        f'{self.name} is not random, so every pass would be the same: set it to 1.',
+      )
 
 
 @dataclasses.dataclass(frozen=True)
 class CausalLM(Objective):
-  """Predict every token from the ones before it, document by document; EOS ends a document."""
+  """Predict every token from those before it in its document; EOS ends each document."""
 
   name: ClassVar[str] = 'causal_lm'
   random: ClassVar[bool] = False
@@ -70,11 +74,11 @@ class CausalLM(Objective):
 
 @dataclasses.dataclass(frozen=True)
 class SpanCorruption(Objective):
-  """Predict the spans that sentinels stand for (T5; Raffel et al. 2020, section 3.1.4).
+  """Predict the spans that sentinels replace (T5; Raffel et al. 2020, section 3.1.4).
 
   Attributes:
-    noise_density: the share of tokens that is hidden.
-    mean_noise_span_length: tokens per hidden span, on average.
+    noise_density: the fraction of tokens to replace.
+    mean_noise_span_length: mean tokens per replaced span.
   """
 
   noise_density: float = 0.15
@@ -94,12 +98,12 @@ class SpanCorruption(Objective):
 
 @dataclasses.dataclass(frozen=True)
 class PrefixLM(Objective):
-  """Predict the rest of a segment from a prefix of random length that sees itself both ways.
+  """Predict the rest of a segment from a prefix of random length with bidirectional attention.
 
   Raffel et al. (2020), section 3.2.3; Liu et al. (2018), arXiv:1801.10198.
 
   Attributes:
-    noise_density: the share of tokens that is predicted, on average; at most one half.
+    noise_density: the mean fraction of tokens to predict, at most one half.
   """
 
   noise_density: float = 0.5
@@ -122,7 +126,7 @@ class PrefixLM(Objective):
 
 @dataclasses.dataclass(frozen=True)
 class Denoiser:
-  """One of UL2's: `mode` 'R', 'X' (span corruption) or 'S' (prefix LM), and its share of the tokens."""
+  """One denoiser of UL2: `mode` 'R' or 'X' (span corruption) or 'S' (prefix LM), and its relative `rate`."""
 
   mode: str
   mean_noise_span_length: float
@@ -131,7 +135,7 @@ class Denoiser:
 
   def __post_init__(self):
     if self.mode not in ('R', 'S', 'X'):
-      raise Invalid(Denoiser, 'mode', f"{self.mode!r} is none of 'R', 'S' and 'X'.")
+      raise Invalid(Denoiser, 'mode', f"{self.mode!r} is not 'R', 'S' or 'X'.")
     if self.rate <= 0:
       raise Invalid(Denoiser, 'rate', f'{self.rate} must be positive.')
 
@@ -140,8 +144,8 @@ class Denoiser:
 class UL2(Objective):
   """A mixture of denoisers, each announced by a mode token (Tay et al. 2022, arXiv:2205.05131).
 
-  The default seven are those of its table 1: R (mean 3 and 8 at 15%), X (3, 8, 64 at 50% and 64 at
-  15%), S (a quarter predicted, on average). The mode tokens are the three lowest extra ids: R, S, X.
+  The defaults are the seven of its table 1: R (mean spans of 3 and 8 at 15%), X (3, 8 and 64 at 50%, and 64
+  at 15%) and S (predicts a quarter on average). The mode tokens are the three lowest extra ids: R, S, X.
   """
 
   denoisers: tuple[Denoiser, ...] = (
@@ -177,13 +181,13 @@ class UL2(Objective):
 class MaskedLM(Objective):
   """Predict chosen tokens in place: BERT (Devlin et al. 2019, arXiv:1810.04805, section 3.1).
 
-  Of the chosen tokens 80% become the mask (the lowest extra id), 10% a random token, 10% stay. As a
-  'decoder' the features have the names that a model of one stack reads (decoder_input_tokens, ...; the
-  inputs are not shifted); as an 'encoder' they have seqio's (encoder_input_tokens, ...).
+  Of the chosen tokens 80% become the mask (the lowest extra id), 10% a random token, and 10% stay. With the
+  architecture 'decoder', features have the names that a model of one stack reads (decoder_input_tokens, ...),
+  with inputs that are not shifted; with 'encoder', they have seqio's names (encoder_input_tokens, ...).
 
   Attributes:
-    noise_density: the chance of a token (or word) to be chosen.
-    whole_word: whether the tokens of a word are chosen together.
+    noise_density: the probability that a token (or word) is chosen.
+    whole_word: whether to choose all tokens of a word together.
   """
 
   noise_density: float = 0.15
@@ -202,15 +206,15 @@ class MaskedLM(Objective):
 
 @dataclasses.dataclass(frozen=True)
 class FillInTheMiddle(Objective):
-  """Causal LM in which a share of the segments has its middle moved to the end.
+  """Causal LM that moves the middle of some segments to their end.
 
-  Bavarian et al. (2022), arXiv:2207.14255: at the level of the context, cut at token positions; in
-  the order prefix-suffix-middle (PSM) or suffix-prefix-middle (SPM, variant 2). The marks <PRE>,
-  <SUF>, <MID> are the three lowest extra ids; the loss is on all tokens.
+  Bavarian et al. (2022), arXiv:2207.14255, at the level of the context and with cuts at token positions, in
+  the order prefix-suffix-middle (PSM) or suffix-prefix-middle (SPM, variant 2). The marks <PRE>, <SUF>, <MID>
+  are the three lowest extra ids. All tokens carry loss.
 
   Attributes:
-    rate: the share of segments that is rearranged.
-    spm_rate: the share of those that is in SPM order.
+    rate: the fraction of segments to rearrange.
+    spm_rate: the fraction of these to put in SPM order.
   """
 
   rate: float = 0.5
@@ -231,10 +235,10 @@ class FillInTheMiddle(Objective):
 
 @dataclasses.dataclass(frozen=True)
 class Instructions(Objective):
-  """Predict a completion from its prompt; the prompt carries no loss. Pairs that do not fit are dropped.
+  """Predict a completion from its prompt, which carries no loss. Drops pairs that do not fit.
 
   Attributes:
-    bidirectional_prompt: on a decoder, whether the prompt's tokens see each other both ways.
+    bidirectional_prompt: on a decoder, whether attention within the prompt is bidirectional.
   """
 
   bidirectional_prompt: bool = False
@@ -251,10 +255,10 @@ class Instructions(Objective):
 
 @dataclasses.dataclass(frozen=True)
 class Conversation(Objective):
-  """Predict the assistant's turns of a conversation; all other turns carry no loss.
+  """Predict the assistant's turns of a conversation. The other turns carry no loss.
 
-  A conversation longer than a row loses its last turns, whole ones, so that it ends with an assistant's turn;
-  one whose first exchange is longer is left out. Both are counted and told with file and line.
+  A conversation longer than a row loses whole turns at its end, so that its last turn is the assistant's. One
+  whose first exchange is longer than a row is left out. Both are counted and reported with file and line.
 
   Attributes:
     template: a tokenizer_config.json with a chat_template, or a file with a jinja2 template; None is

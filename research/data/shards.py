@@ -1,7 +1,8 @@
 """Frozen streams on disk: rows of the smallest unsigned integers, in shards with their facts beside them.
 
-A shard is NAME.bin, rows one after the other, and NAME.json, written after it: a shard is there when its
-JSON is. Shards are numbered by pass and piece; a stream is the shards 0, 1, ... of each pass.
+A shard is two files: NAME.bin holds the rows one after the other, and NAME.json the facts about them. The
+JSON file is written last, so a shard is complete when it exists. Shards are numbered by pass and piece; a
+stream is the shards 0, 1, ... of each pass.
 """
 
 import contextlib
@@ -17,12 +18,12 @@ from research.core.errors import UserError
 
 
 def shard_name(number: int, piece: int) -> str:
-  """The file of pass `number` over piece `piece`."""
+  """The file name of pass `number` over piece `piece`."""
   return f'pass{number}-{piece:05d}.bin'
 
 
 def write_json(path: pathlib.Path, value):
-  """Whole or not at all."""
+  """Writes a JSON file whole or not at all."""
   partial = path.with_name(f'{path.name}.{os.getpid()}')
   partial.write_text(json.dumps(value, indent=1))
   os.replace(partial, path)
@@ -30,13 +31,13 @@ def write_json(path: pathlib.Path, value):
 
 @contextlib.contextmanager
 def locked(path: pathlib.Path, log):
-  """One writer at a time; the system releases the lock of a process that dies."""
+  """Holds a lock file, so that one process writes at a time. The system releases the lock of a dead process."""
   path.parent.mkdir(parents=True, exist_ok=True)
   with open(path, 'w') as f:
     try:
       fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-      log(f'another process is writing {path.stem}: waiting for it')
+      log(f'waiting for another process that writes {path.stem}')
       fcntl.flock(f, fcntl.LOCK_EX)
     yield
 
@@ -46,7 +47,8 @@ def facts_of(folder: pathlib.Path, number: int, examples: int | None) -> list[di
 
   None where some of them are not written yet.
   """
-  shards, found = [], 0
+  shards = []
+  examples_so_far = 0
   while True:
     path = folder / shard_name(number, len(shards))
     try:
@@ -54,54 +56,57 @@ def facts_of(folder: pathlib.Path, number: int, examples: int | None) -> list[di
     except FileNotFoundError:
       return None
     shards.append(facts | {'file': path.name})
-    found += facts['examples']
-    if facts['last'] or (examples is not None and found >= examples):
+    examples_so_far += facts['examples']
+    if facts['last'] or (examples is not None and examples_so_far >= examples):
       return shards
 
 
 def complete(folder: pathlib.Path, passes: int, examples: int | None) -> bool:
-  """Whether every pass of a stream has all the shards that it needs."""
+  """Whether a stream has all the shards of every pass."""
   if not (folder / 'header.json').exists():
     return False
   return all(facts_of(folder, number, examples) is not None for number in range(passes))
 
 
 def row_dtype(features: dict[str, int], vocab_size: int) -> np.dtype:
-  """One example on disk: {feature: length} in the smallest unsigned integers, one after the other."""
+  """The record of one example on disk: features of these lengths, each in the smallest unsigned integers."""
 
-  def small(key, length):
+  def smallest(key, length):
     if key.endswith('_tokens'):
       return np.uint16 if vocab_size <= 1 << 16 else np.uint32
     if key.endswith(('_segment_ids', '_positions')):
       return np.uint16 if length <= 1 << 16 else np.uint32
     return np.uint8
 
-  return np.dtype([(k, small(k, n), (n,)) for k, n in sorted(features.items())])
+  return np.dtype([(k, smallest(k, n), (n,)) for k, n in sorted(features.items())])
 
 
 class Shard:
-  """One shard while it is written; a context manager that leaves it whole or not there.
+  """One shard being written. A context manager: on an error the shard does not come to exist.
 
   Args:
     folder: of the stream.
-    number, piece: which shard.
+    number: the pass.
+    piece: the piece of text.
     token_bytes: (vocab_size,) bytes of text that each id stands for.
-    last: whether no piece follows.
+    last: whether this is the last piece of the pass.
   """
 
   def __init__(self, folder: pathlib.Path, number: int, piece: int, token_bytes, last: bool):
     self.path = folder / shard_name(number, piece)
     self.partial = self.path.with_suffix('.partial')
-    self.token_bytes, self.hash = token_bytes, hashlib.sha256()
+    self.token_bytes = token_bytes
+    self.hash = hashlib.sha256()
     self.facts = {'examples': 0, 'target_tokens': 0, 'target_bytes': 0, 'positions': 0}
-    self.last, self.dtype = last, None
+    self.last = last
+    self.dtype = None  # known from the first rows
 
   def __enter__(self):
     self.file = open(self.partial, 'wb')
     return self
 
   def write(self, rows: dict[str, np.ndarray]) -> int:
-    """Appends rows {feature: (n, length)}; returns how many target tokens they hold."""
+    """Appends rows {feature: (n, length)}; returns their number of target tokens."""
     if self.dtype is None:
       lengths = {k: v.shape[1] for k, v in rows.items()}
       self.dtype = row_dtype(lengths, len(self.token_bytes))
@@ -110,9 +115,10 @@ class Shard:
     for key, value in rows.items():
       low, high = value.min(initial=0), value.max(initial=0)
       if low < 0 or high > np.iinfo(self.dtype[key].base).max:
-        raise UserError(f'{key} goes from {low} to {high} and cannot be stored.')
+        raise UserError(f'cannot store {key}: its values go from {low} to {high}.')
       table[key] = value
     data = table.tobytes()
+    # Hashed on the way to the disk: the file need not be read again.
     self.file.write(data)
     self.hash.update(data)
     side = 'encoder' if 'encoder_target_tokens' in rows else 'decoder'

@@ -1,8 +1,9 @@
-"""What a data stream is: frozen dataclasses, checked where they are made, that import nothing heavy.
+"""The description of a data stream: a frozen dataclass that checks itself and imports nothing heavy.
 
     Stream = objective x corpus x vocabulary x lengths
 
-`research.freeze` turns a `Stream` into files and `research.data.batches` reads them; both use `Stream.key()`.
+`research.freeze` turns a `Stream` into files, and `research.data.batches` reads them. `Stream.key()` names
+the files.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ from research.core.errors import Invalid, did_you_mean
 from research.data import corpora, objectives, vocabularies
 from research.data.spec import digest, outside_code, to_spec
 
-# Part of every key: raise it when what a given corpus or Stream becomes on disk changes.
+# Part of every key: raise it when the same corpus or Stream gets other bytes on disk.
 FORMAT = 3
 
 ARCHITECTURES = ('decoder', 'encoder_decoder', 'encoder')
@@ -28,14 +29,14 @@ class Stream:
     lengths: tokens per example, by seqio task feature. A decoder has one length, 'targets', which
       also holds its prefix; an encoder-decoder has 'inputs' and 'targets'; an encoder has 'inputs'.
       With a registered task these are seqio's task_feature_lengths, unchanged.
-    corpus: where the text comes from (not used by a registered task).
-    vocabulary: how text becomes tokens (not used by a registered task).
+    corpus: where the text comes from (a registered task has its own).
+    vocabulary: how text becomes tokens (a registered task has its own).
     split: 'train' or 'validation', or a registered task's own.
-    examples: at most so many packed examples are frozen; None freezes the whole split.
-    passes: how often the corpus is gone through with fresh random corruption. Epoch e of training
+    examples: freeze at most so many packed examples; None freezes the whole split.
+    passes: how many times to freeze the corpus, each time with other random corruption. Epoch e of training
       reads pass e modulo `passes`.
-    packing: several short documents in one example, kept apart by segment ids.
-    architecture: 'decoder', 'encoder_decoder' or 'encoder'; None is the objective's own.
+    packing: whether an example holds several short documents, separated by segment ids.
+    architecture: 'decoder', 'encoder_decoder' or 'encoder'; None is the objective's first.
     seed: of the shuffling and of the corruption.
     module: Python module to import before looking `task` up in seqio's registries.
   """
@@ -61,7 +62,7 @@ class Stream:
 
   @property
   def registered(self) -> bool:
-    """Whether `task` names a seqio Task or Mixture of somebody else's."""
+    """Whether `task` names a seqio Task or Mixture that `module` registers."""
     return isinstance(self.task, str)
 
   @property
@@ -92,15 +93,17 @@ class Stream:
         'If it is a seqio task, set Stream.module to the module that registers it.',
       )
     try:
-      found = importlib.util.find_spec(self.module) is not None
+      exists = importlib.util.find_spec(self.module) is not None
     except (ImportError, ValueError):
-      found = False
-    if not found:
-      raise Invalid(Stream, 'module', f'there is no Python module {self.module!r} to import.')
+      exists = False
+    if not exists:
+      raise Invalid(
+        Stream, 'module', f'there is no Python module {self.module!r}: is its folder in PYTHONPATH?'
+      )
 
   def _check_ours(self):
     if not isinstance(self.task, objectives.Objective):
-      raise Invalid(Stream, 'task', f'{self.task!r} is neither an objective nor a name.')
+      raise Invalid(Stream, 'task', f'{self.task!r} is neither an objective nor the name of one.')
     if not isinstance(self.corpus, corpora.Corpus):
       raise Invalid(Stream, 'corpus', f'{self.corpus!r} is not a corpus, such as PythonSources().')
     if not isinstance(self.vocabulary, vocabularies.Vocabulary):
@@ -116,26 +119,30 @@ class Stream:
     if self.task.reads != self.corpus.gives:
       needs, has = objectives.READS[self.task.reads], objectives.READS[self.corpus.gives]
       raise Invalid(Stream, 'corpus', f'{self.name} needs {needs}, and this corpus gives {has}.')
-    wanted = {'decoder': ['targets'], 'encoder': ['inputs']}.get(architecture)
-    wanted = wanted or ['inputs', 'targets']
+    sides = {
+      'decoder': ['targets'],
+      'encoder': ['inputs'],
+      'encoder_decoder': ['inputs', 'targets'],
+    }
+    features = sides[architecture]
     if architecture == 'encoder_decoder' and set(self.lengths) == {'inputs'}:
       targets = self.task.targets_length(self.lengths['inputs'])
       if targets:
         self.lengths['targets'] = targets
-    if sorted(self.lengths) != wanted:
-      why = f'{self.name} on a {architecture} wants exactly {wanted}, not {sorted(self.lengths)}.'
+    if sorted(self.lengths) != features:
+      why = f'{self.name} on a {architecture} wants exactly {features}, not {sorted(self.lengths)}.'
       raise Invalid(Stream, 'lengths', why)
     self.task.check(self)
 
   def spec(self) -> dict:
-    """A JSON-able dict from which `from_spec` makes an equal Stream."""
+    """A JSON-able dict; `from_spec` makes an equal Stream of it."""
     return to_spec(self)
 
   def key(self) -> str:
-    """Names the frozen files: what the stream is, except `examples`, which only says how much."""
+    """The name of the frozen files. It leaves out `examples`, which only says how many of them there are."""
     spec = self.spec() | {'examples': None}
     if self.registered:
-      # Nothing of these reaches a registered task.
+      # A registered task reads neither.
       spec |= {'corpus': None, 'vocabulary': None}
     else:
       spec['signature'] = self.corpus.signature()

@@ -1,7 +1,7 @@
-"""How text becomes tokens: plain dataclasses; `tasks.vocabularies` makes seqio's of them.
+"""How text becomes tokens: dataclasses. `tasks.vocabularies` makes seqio vocabularies of them.
 
-Rows are padded with 0, as seqio and t5 do it; segment ids and loss weights say what is padding, so that 0 may
-be a token as well. The highest `extra_ids` ids are T5's sentinels, counted downwards from the last.
+Rows are padded with 0, as in seqio and t5. Segment ids and loss weights mark the padding, so that 0 may also
+be a token. The highest `extra_ids` ids are T5's sentinels, counted downwards from the last.
 """
 
 import dataclasses
@@ -12,10 +12,10 @@ from typing import ClassVar
 
 from research.core.errors import Invalid, did_you_mean
 
-# How a file begins that stands for one in Git's large file storage.
+# The first bytes of a pointer to a file in Git's large file storage.
 LFS_POINTER = b'version https://git-lfs.github.com/spec/'
 
-# The token that ends a document, where a tokenizer.json does not say: the first of these that it has.
+# A tokenizer.json does not say which token ends a document: it is the first of these that it has.
 EOS_NAMES = ('</s>', '<|endoftext|>', '<eos>', '<|end_of_text|>', '<|im_end|>', '[SEP]')
 
 
@@ -23,14 +23,14 @@ EOS_NAMES = ('</s>', '<|endoftext|>', '<eos>', '<|end_of_text|>', '<|im_end|>', 
 class Vocabulary:
   """Base of the vocabularies.
 
-  One of your own is a subclass in a module that the gin file imports; its method `build()` returns a
-  `seqio.Vocabulary`, in the process that freezes.
+  To add one, write a subclass in a module that the gin file imports. The freezing process calls its method
+  `build()`, which returns a `seqio.Vocabulary`.
   """
 
   name: ClassVar[str]
 
   def signature(self) -> list:
-    """What outside these fields decides the tokens (a file's size and time), for the cache's key."""
+    """What else decides the tokens besides these fields (a file's size and time), for the key of the cache."""
     return []
 
 
@@ -41,10 +41,10 @@ def _check_extra_ids(self):
 
 @dataclasses.dataclass(frozen=True)
 class Bytes(Vocabulary):
-  """UTF-8 bytes plus 3; 0 padding, 1 EOS, 2 unknown (ByT5; Xue et al. 2021, arXiv:2105.13626).
+  """UTF-8 bytes plus 3: 0 is padding, 1 EOS, 2 unknown (ByT5; Xue et al. 2021, arXiv:2105.13626).
 
   Attributes:
-    extra_ids: sentinels after the 259. ByT5's own 125 make 384, a multiple of 128.
+    extra_ids: sentinels after these 259 ids. ByT5's 125 make 384 ids, a multiple of 128.
   """
 
   extra_ids: int = 125
@@ -56,17 +56,17 @@ class Bytes(Vocabulary):
 
 @dataclasses.dataclass(frozen=True)
 class SentencePiece(Vocabulary):
-  """A SentencePiece model: trained on the corpus at first use and kept, or read from `file`.
+  """A SentencePiece model: trained on the corpus at first use, or read from `file`.
 
-  A trained one is lossless: identity normalisation, no dummy prefix, runs of spaces kept, and bytes
-  for characters outside it, so that bits per byte are exact.
+  A model trained here is lossless, so that bits per byte are exact: it normalises nothing, adds no dummy
+  prefix, keeps runs of spaces, and falls back to bytes for unknown characters.
 
   Attributes:
-    size: ids in all, with `extra_ids`; for a `file` it must be left None.
+    size: number of ids, with `extra_ids`; leave it None for a `file`.
     model_type: 'bpe' or 'unigram' (Kudo & Richardson 2018, arXiv:1808.06226).
     extra_ids: sentinels.
     file: path of an existing .model.
-    train_bytes: how much text of the training split the model is trained on.
+    train_bytes: bytes of the training split to train the model on.
   """
 
   size: int | None = None
@@ -104,13 +104,13 @@ class SentencePiece(Vocabulary):
 class HuggingFaceTokenizer(Vocabulary):
   """Any fast tokenizer's `tokenizer.json`.
 
-  Where a tokenizer gives id 0 to text (GPT-2 to "!"), every id is moved up by one, and so is its model's
-  embedding; `Frozen.manifest['vocabulary']` says by how much. Where 0 is a special token (the EOS of GPT-NeoX,
-  Pythia and MPT), ids stay as they are.
+  Where id 0 is text ("!" in GPT-2), every id moves up by one, and so do the rows of the model's embedding;
+  `Frozen.manifest['vocabulary']` has the offset. Where id 0 is a special token (the EOS of GPT-NeoX, Pythia and
+  MPT), ids stay as they are.
 
   Attributes:
     file: path of the tokenizer.json.
-    eos: the token that ends a document; None looks for the usual names.
+    eos: the token that ends a document; None takes the first of `EOS_NAMES` that the tokenizer has.
     extra_ids: sentinels after the tokenizer's own ids.
   """
 
@@ -129,7 +129,7 @@ class HuggingFaceTokenizer(Vocabulary):
 
 
 def file_signature(path: str) -> list:
-  """Size and time of a file: cheap, and different once the file was written to."""
+  """Path, size and time of a file: cheap to read, and changed by every write."""
   stat = pathlib.Path(path).stat()
   return [str(path), stat.st_size, stat.st_mtime_ns]
 

@@ -165,7 +165,7 @@ def test_a_data_set_of_hugging_face_is_one_split_and_not_its_caches(tmp_path):
   shutil.copy(folder / 'data-00000-of-00001.arrow', folder / 'cache-1234.arrow')
   assert len(list(readers.read(corpus, files.Dropped()))) == 60
   (tmp_path / 'dataset_dict.json').write_text('{"splits": ["train"]}')
-  with pytest.raises(Invalid, match=r'holds several splits: name one of its folders, such as'):
+  with pytest.raises(Invalid, match=r'has several splits: name the folder of one, such as'):
     HuggingFace(files=str(tmp_path))
 
 
