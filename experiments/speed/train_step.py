@@ -1,10 +1,11 @@
 """The train step against PyTorch's on a CPU: medians of steps, side by side.
 
     python experiments/speed/train_step.py [--workload W2] [--repeats 3]
+    python experiments/speed/train_step.py --before=CHECKOUT    # ours now and in another version
 
 Every measurement is a process of its own, one at a time and in turns, so that a busy machine slows all alike. A
-step is the whole update: loss, gradients, clipping to norm 1, AdamW. Ours is `research.train`'s own step.
-Needs torch and, for W3, transformers (docs/contributing.md).
+step is the whole update: loss, gradients, clipping to norm 1, AdamW. Ours is the step of `research.train`.
+PyTorch's needs torch and, for W3, transformers (docs/contributing.md).
 """
 
 import argparse
@@ -20,6 +21,7 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 VARIANTS = ('isoflop', 'torch', 'torch-compiled')
+BEFORE = 'isoflop-before'  # the step of another checkout, measured by its own copy of this script
 WORKLOADS = {  # sequences in a batch, input length of an encoder (0: a decoder), target length, vocabulary
   'W1': (8, 0, 512, 32000),
   'W2': (32, 0, 128, 512),
@@ -116,7 +118,11 @@ def measure(variant: str, workload: str, steps: int, bindings: list[str], packed
 
 def in_process(variant: str, workload: str, flags: argparse.Namespace) -> dict:
   """`measure` in a fresh process, with the huge pages that `research.core.cli` asks for, for PyTorch too."""
-  command = [sys.executable, __file__, '--workload', workload, '--steps', str(flags.steps)]
+  script = pathlib.Path(__file__).resolve()
+  if variant == BEFORE:
+    variant = 'isoflop'
+    script = flags.before.resolve() / script.relative_to(ROOT)
+  command = [sys.executable, str(script), '--workload', workload, '--steps', str(flags.steps)]
   command += ['--measure', variant, *(f'--gin.{b}' for b in flags.gin)]
   command += ['--packed'] if flags.packed else []
   if flags.cores:
@@ -129,10 +135,12 @@ def in_process(variant: str, workload: str, flags: argparse.Namespace) -> dict:
 
 
 def table(workload: str, results: dict[str, list[dict]]) -> str:
-  """Medians over the repeats; a ratio is of our speed to theirs, so above 1 is faster than PyTorch."""
+  """Medians over the repeats; a ratio above 1 means that ours is faster than the variant of that line."""
   sizes = {variant: rows[0]['params'] for variant, rows in results.items()}
   if len(set(sizes.values())) > 1:
     sys.exit(f'{workload}: these are not the same model, they have {sizes} parameters')
+  if BEFORE in results and results[BEFORE][0]['loss'] != results['isoflop'][0]['loss']:
+    sys.exit(f'{workload}: the first losses differ, so the two versions do not compute the same')
   batch, _, length, _ = WORKLOADS[workload]
   tokens = batch * length
   median = lambda variant, key: statistics.median(r[key] for r in results[variant])
@@ -156,7 +164,10 @@ def table(workload: str, results: dict[str, list[dict]]) -> str:
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
   parser.add_argument('--workload', action='append', choices=WORKLOADS, help='default: all')
-  parser.add_argument('--variant', action='append', choices=VARIANTS, help='default: all')
+  parser.add_argument(
+    '--variant', action='append', choices=VARIANTS, help='default: all; with --before: ours'
+  )
+  parser.add_argument('--before', type=pathlib.Path, help='a checkout of another version')
   parser.add_argument('--repeats', type=int, default=3, help='processes of each')
   parser.add_argument('--steps', type=int, default=20, help='timed, after 5')
   parser.add_argument('--cores', help="taskset's list, such as 0: everything on one core")
@@ -169,11 +180,15 @@ def main() -> None:
     result = measure(flags.measure, flags.workload[0], flags.steps, flags.gin, flags.packed)
     print(json.dumps(result))
     return
+  wanted = flags.variant or (['isoflop'] if flags.before else list(VARIANTS))
+  wanted += [BEFORE] if flags.before else []
   for workload in flags.workload or WORKLOADS:
-    results = {variant: [] for variant in VARIANTS if variant in (flags.variant or VARIANTS)}
-    for _ in range(flags.repeats):
-      for variant, rows in results.items():
-        rows.append(in_process(variant, workload, flags))
+    results = {variant: [] for variant in wanted}
+    for repeat in range(flags.repeats):
+      # There and back, so that no variant is always the first.
+      order = wanted if repeat % 2 == 0 else wanted[::-1]
+      for variant in order:
+        results[variant].append(in_process(variant, workload, flags))
     print(table(workload, results), flush=True)
 
 
