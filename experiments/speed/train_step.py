@@ -128,10 +128,12 @@ def in_process(variant: str, workload: str, flags: argparse.Namespace) -> dict:
   if flags.cores:
     command = ['taskset', '-c', flags.cores, *command]
   environment = {'JAX_PLATFORMS': 'cpu'} | os.environ | {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}
-  done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-  if done.returncode:
-    sys.exit(f'{" ".join(command)} failed:\n{done.stderr}')
-  return json.loads(done.stdout.splitlines()[-1])
+  # In the root of its version: gin files are looked up from there first.
+  root = script.parents[2]
+  process = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+  if process.returncode:
+    sys.exit(f'{" ".join(command)} failed:\n{process.stderr}')
+  return json.loads(process.stdout.splitlines()[-1])
 
 
 def table(workload: str, results: dict[str, list[dict]]) -> str:

@@ -1,4 +1,4 @@
-"""Ablations: a product of choices at every size, and what each choice changes."""
+"""Ablations: a product of choices at every size, and the effect of each choice on the loss."""
 
 import collections
 import dataclasses
@@ -15,17 +15,20 @@ from research.designs.plan import Planned, Size
 
 
 def ablation(runs: list[Planned], rows: list[dict]) -> Answer:
-  """The mean loss of every variant (all settings but the last) over its seeds, and what it changes."""
+  """The mean loss over seeds of every variant, and its difference from the base."""
   from research.designs.charts import differences
 
-  found = collections.defaultdict(lambda: collections.defaultdict(list))
+  # size -> variant -> losses. The last setting of a run is its seed; the others make its variant.
+  by_size = collections.defaultdict(lambda: collections.defaultdict(list))
   for run, loss in losses(runs, rows):
-    found[run.size.name][' '.join(run.settings[:-1]) or 'base'].append(loss)
-  lines, changes = [], collections.defaultdict(dict)
-  for size, variants in found.items():
+    by_size[run.size.name][' '.join(run.settings[:-1]) or 'base'].append(loss)
+  lines = []
+  changes = collections.defaultdict(dict)
+  for size, variants in by_size.items():
     base = float(np.mean(next(iter(variants.values()))))
     for variant, values in variants.items():
-      mean, n = float(np.mean(values)), len(values)
+      mean = float(np.mean(values))
+      n = len(values)
       error = float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else math.nan
       shown = f' +- {error:.4f}' if n > 1 else ''
       lines.append(f'{size} {variant}: {mean:.4f}{shown} ({mean - base:+.4f})')
@@ -38,11 +41,11 @@ def ablation(runs: list[Planned], rows: list[dict]) -> Answer:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ablation(Picked):
-  """A product of gin bindings at every size: what each choice is worth.
+  """A product of gin bindings at every size: the effect of each choice.
 
   Attributes:
-    axes: of each choice its alternatives, each a binding as on a command line, or '' for none; the first is the
-      base.
+    axes: the alternatives of each choice. Each is a binding as on a command line, or '' for none; the first is
+      the base.
     ratio: tokens per parameter.
     seeds: runs of each, with Run.seed 0, 1, ...
   """
@@ -62,18 +65,20 @@ class Ablation(Picked):
   def plan(self, rungs: list[Size], length: int) -> list[Planned]:
     runs = []
     choices = itertools.product(*(range(len(axis)) for axis in self.axes))
-    for size, which, seed in itertools.product(self.sizes(rungs), list(choices), range(self.seeds)):
-      name = f'fit-{size.name}-{self.variant(which)}-s{seed}'
-      bindings = [self.axes[i][k] for i, k in enumerate(which)]
+    for size, alternatives, seed in itertools.product(
+      self.sizes(rungs), list(choices), range(self.seeds)
+    ):
+      name = f'fit-{size.name}-{self.variant(alternatives)}-s{seed}'
+      bindings = [self.axes[i][k] for i, k in enumerate(alternatives)]
       settings = (*filter(None, bindings), f'Run.seed={seed}')
       tokens = self.ratio * size.params
       runs.append(self.train_for(tokens, size, length, name, settings=settings))
     return self.long_enough(runs, 'ratio')
 
   @staticmethod
-  def variant(which: tuple[int, ...]) -> str:
+  def variant(alternatives: tuple[int, ...]) -> str:
     """'a0b1': the first alternative of the first choice, the second of the second."""
-    return ''.join(f'{string.ascii_lowercase[i]}{k}' for i, k in enumerate(which))
+    return ''.join(f'{string.ascii_lowercase[i]}{k}' for i, k in enumerate(alternatives))
 
   def answer(self, runs: list[Planned], rows: list[dict]) -> Answer:
     return ablation(runs, rows)

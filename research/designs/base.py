@@ -1,6 +1,6 @@
-"""What every design has: sizes by a ladder, hyper-parameters by rules, a plan and perhaps an answer.
+"""The base of every design: sizes from a ladder, hyper-parameters by rules, a plan, and for some an answer.
 
-A design yields `Planned` runs; it knows sizes and counts, and nothing of gin, training or machines.
+A design yields `Planned` runs. It knows sizes and counts, but not gin, training or machines.
 """
 
 import dataclasses
@@ -14,12 +14,12 @@ from research.scaling.rows import CONVENTIONS
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-  """What a design says in the end.
+  """The answer of a design to its question.
 
   Attributes:
     text: for a terminal.
-    figures: (matplotlib Figure, caption) by name.
-    fit: what was fitted, as JSON values.
+    figures: {name: (matplotlib Figure, caption)}.
+    fit: the fitted values, JSON-able.
   """
 
   text: str
@@ -31,7 +31,13 @@ class Answer:
 
 
 class Design(Protocol):
-  """Yields the runs of a sweep. `law`: whether they ask for a law of N and D; else `answer` is asked."""
+  """The runs of a sweep.
+
+  Attributes:
+    flops: the convention of C; it decides which parameters N counts.
+    law: whether the rows are fitted by a law of N and D; otherwise `answer` reads them.
+    repeats: whether a run may read its data more than once.
+  """
 
   flops: str
   law: bool
@@ -46,13 +52,13 @@ class Design(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sized:
-  """What designs share: sizes by a ladder, hyper-parameters by rules.
+  """A design with sizes from a ladder and hyper-parameters by rules.
 
   Attributes:
-    ladder: where the sizes come from.
+    ladder: the sizes.
     learning_rate, batch_size: rules; batch_size in examples.
-    flops: a FLOP convention of results rows; it says which parameters N counts.
-    min_steps: a run with fewer updates is left out: it says more about warm-up than about size.
+    flops: the convention of C, a column of the results; it decides which parameters N counts.
+    min_steps: runs with fewer updates are left out, because they measure the warm-up more than the size.
   """
 
   ladder: Ladder
@@ -61,18 +67,19 @@ class Sized:
   flops: str = 'flops_6n_with_head'
   min_steps: int = 50
   law: ClassVar[bool] = True
-  repeats: ClassVar[bool] = False  # whether the data are gone through more than once
+  repeats: ClassVar[bool] = False
 
   def __post_init__(self):
     if self.flops not in CONVENTIONS:
       raise Invalid(type(self), 'flops', f'{self.flops!r} is not one of {", ".join(CONVENTIONS)}.')
 
   def rungs(self, count: Callable[[dict], object]) -> list[Size]:
-    """The ladder counted. `count(macros)` gives `counts.Counts` of that size."""
+    """The sizes of the ladder with their counts. `count(macros)` gives the `counts.Counts` of a size."""
     sizes = []
     for macros in self.macros():
-      c = count(macros)
-      sizes.append(Size(macros, getattr(c, CONVENTIONS[self.flops]), getattr(c, self.flops)))
+      counts = count(macros)
+      params = getattr(counts, CONVENTIONS[self.flops])
+      sizes.append(Size(macros, params, flops_per_token=getattr(counts, self.flops)))
     return sizes
 
   def macros(self) -> list[dict[str, int]]:
@@ -81,7 +88,7 @@ class Sized:
   def train_for(
     self, tokens: float, size: Size, length: int, name: str, role: str = 'fit', **knobs
   ) -> Planned:
-    """One run of `size` on `tokens`, to the nearest step; `knobs` replace fields of `Planned`."""
+    """A run of `size` on `tokens`, rounded to whole steps; `knobs` replace fields of `Planned`."""
     facts = {'params': size.params, 'tokens': tokens, 'flops': tokens * size.flops_per_token}
     batch = knobs.pop('batch_size', max(1, round(self.batch_size(**facts))))
     steps = knobs.pop('steps', max(1, round(tokens / (batch * length))))
@@ -92,19 +99,19 @@ class Sized:
 
   def long_enough(self, runs: list[Planned], field: str) -> list[Planned]:
     """The runs of `min_steps` or more."""
-    kept = [run for run in runs if run.steps >= self.min_steps]
-    if not kept:
+    long = [run for run in runs if run.steps >= self.min_steps]
+    if not long:
       why = f'no run has {self.min_steps} steps or more; raise it, or lower batch_size.'
       raise Invalid(type(self), field, why)
-    return kept
+    return long
 
   def answer(self, runs: list[Planned], rows: list[dict]) -> Answer:
-    """What the rows say, for a design whose question is not the law of N and D."""
+    """The answer in the rows of a design that asks for no law of N and D."""
     raise NotImplementedError
 
 
 def positive(design, **fields) -> None:
-  """Raises Invalid for a tuple of numbers that is empty or not of positive ones."""
+  """Raises Invalid for a field that is not a tuple of one or more positive numbers."""
   for field, values in fields.items():
     if not isinstance(values, tuple) or not values or not all(v > 0 for v in values):
       why = f'{values!r} must be one or more positive numbers, in parentheses.'
@@ -112,17 +119,17 @@ def positive(design, **fields) -> None:
 
 
 def losses(runs: list[Planned], rows: list[dict]) -> list[tuple[Planned, float]]:
-  """The runs that have a loss, with it."""
-  found = {row['run']: row.get('loss') for row in rows}
-  return [(run, found[run.name]) for run in runs if found.get(run.name) is not None]
+  """(run, its loss) of the runs that have a loss."""
+  loss_of = {row['run']: row.get('loss') for row in rows}
+  return [(run, loss_of[run.name]) for run in runs if loss_of.get(run.name) is not None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Picked(Sized):
-  """A design of some sizes of its ladder.
+  """A design of chosen sizes of its ladder.
 
   Attributes:
-    params: N; the nearest rungs of the ladder are taken, each once.
+    params: N; each takes the nearest size of the ladder, and no size is taken twice.
   """
 
   params: tuple[float, ...]

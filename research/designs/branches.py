@@ -9,17 +9,17 @@ from research.designs.plan import Planned, Size
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Branches(Picked):
-  """Many horizons of one run: a trunk at a constant rate, and from its checkpoints a decay for each horizon.
+  """Many horizons of one run: a trunk at a constant rate, and a decay from its checkpoints for each horizon.
 
-  k horizons cost the longest's stable phase and k decays (Hu et al. 2024, arXiv:2404.06395; Hägele et al. 2024,
-  arXiv:2405.18392). A branch is to the bit the run trained alone on the same schedule, which must be
+  k horizons cost the stable phase of the longest and k decays (Hu et al. 2024, arXiv:2404.06395; Hägele et al.
+  2024, arXiv:2405.18392). A branch equals, to the bit, the same run trained alone. The schedule must be
   `schedules.warmup_stable_decay`.
 
   Attributes:
     shortest: tokens per parameter of the first horizon.
     horizons: the stable phases as whole multiples of the first.
-    decay: share of a horizon that is the decay.
-    warmup: share of the first horizon that is the warm-up.
+    decay: the fraction of a horizon that is decay.
+    warmup: the fraction of the first horizon that is warm-up.
   """
 
   shortest: float
@@ -42,29 +42,32 @@ class Branches(Picked):
       if first.steps < self.min_steps:
         raise Invalid(Branches, 'shortest', f'{size.name} gets {first.steps} steps; raise it.')
       unit = max(1, round(first.steps * (1 - self.decay)))
-      warmup = max(1, round(self.warmup * first.steps))
-      schedule = lambda decay, warmup=warmup: (
+      runs += self._trunk_and_branches(first, unit, length)
+    return runs
+
+  def _trunk_and_branches(self, first: Planned, unit: int, length: int) -> list[Planned]:
+    """The runs of one size. `unit`: the stable steps of the first horizon."""
+    size = first.size
+    warmup = max(1, round(self.warmup * first.steps))
+    trunk = f'trunk-{size.name}'
+
+    def run(name: str, steps: int, decay: float, *settings: str, **fields) -> Planned:
+      settings = (
         f'warmup_stable_decay.warmup={warmup}',
         f'warmup_stable_decay.decay={decay}',
+        *settings,
       )
-      # The same rate and batch for all: they are one run as long as they are together.
-      same = {'learning_rate': first.learning_rate, 'batch_size': first.batch_size}
-      at = lambda steps, size=size, first=first: {
-        'tokens': steps * first.batch_size * length, 'size': size, 'length': length, 'steps': steps
-      }  # fmt: skip
-      saved = (f'Run.checkpoint_every={unit}', f'Run.keep_checkpoints={max(self.horizons)}')
-      trunk = f'trunk-{size.name}'
-      stable = unit * max(self.horizons)
-      settings = (*schedule(0.0), *saved)
-      runs.append(self.train_for(**at(stable), name=trunk, role='trunk', settings=settings, **same))
-      for horizon in self.horizons:
-        fork = unit * horizon
-        steps = max(fork + 1, round(fork / (1 - self.decay)))
-        decay = (steps - fork) / steps
-        runs.append(
-          self.train_for(
-            **at(steps), name=f'fit-{size.name}-{horizon}', settings=schedule(decay), parent=trunk,
-            fork=fork, **same,
-          )
-        )  # fmt: skip
+      # One rate and one batch size for all: up to the fork, a branch is the trunk.
+      return self.train_for(
+        steps * first.batch_size * length, size, length, name, steps=steps, settings=settings,
+        learning_rate=first.learning_rate, batch_size=first.batch_size, **fields,
+      )  # fmt: skip
+
+    saved = (f'Run.checkpoint_every={unit}', f'Run.keep_checkpoints={max(self.horizons)}')
+    runs = [run(trunk, unit * max(self.horizons), 0.0, *saved, role='trunk')]
+    for horizon in self.horizons:
+      fork = unit * horizon
+      steps = max(fork + 1, round(fork / (1 - self.decay)))
+      name = f'fit-{size.name}-{horizon}'
+      runs.append(run(name, steps, (steps - fork) / steps, parent=trunk, fork=fork))
     return runs

@@ -1,4 +1,4 @@
-"""Figures of the designs that have an answer of their own. Each returns a matplotlib Figure."""
+"""Figures of the designs whose answer is no law of N and D. Each function returns a matplotlib Figure."""
 
 from collections.abc import Mapping
 
@@ -8,16 +8,16 @@ from research.scaling.report.charts import LOSS, colors_of
 from research.scaling.report.figure import ACCENT, INK, MAP, SECOND, log_scale, new_figure
 
 
-def rates(found: Mapping[str, dict], line: tuple[float, float, float] | None):
+def rates(best_of: Mapping[str, dict], line: tuple[float, float, float] | None):
   """Loss against learning rate for every size, and the best rates against N.
 
   Args:
-    found: size -> its `answers.best_rate`.
+    best_of: {size: its `rates.best_rate`}.
     line: (value, at, exponent) of the fitted law of the best rate, if there is one.
   """
   figure, (curves, law) = new_figure(2)
   highest = 0.0
-  for (name, size), color in zip(found.items(), colors_of(found).values(), strict=True):
+  for (name, size), color in zip(best_of.items(), colors_of(best_of).values(), strict=True):
     for batch, points in size['points'].items():
       x, y = np.array(points).T
       best = batch == size['batch']
@@ -32,15 +32,16 @@ def rates(found: Mapping[str, dict], line: tuple[float, float, float] | None):
     star = {'color': ACCENT, 'markersize': 11, 'markeredgecolor': 'white'}
     curves.plot(size['rate'], 0.0, '*', **star)
     law.plot(size['params'], size['rate'], '*', **star)
-  # What diverged is above the frame.
+  # A diverged run would hide the others, so it lies above the frame.
   curves.set_ylim(top=min(curves.get_ylim()[1], max(4 * highest, 1e-3)))
   if line:
-    value, at, exponent = line
-    n = np.geomspace(*(f(s['params'] for s in found.values()) for f in (min, max)), 20)
-    label = f'{value:.3g} (N / {at:.3g})^{exponent:.3f}'
-    law.plot(n, value * (n / at) ** exponent, color=SECOND, label=label)
+    value, centre, exponent = line
+    sizes = [size['params'] for size in best_of.values()]
+    n = np.geomspace(min(sizes), max(sizes), 20)
+    label = f'{value:.3g} (N / {centre:.3g})^{exponent:.3f}'
+    law.plot(n, value * (n / centre) ** exponent, color=SECOND, label=label)
     law.legend(frameon=False, fontsize=8)
-  several = any(len(size['points']) > 1 for size in found.values())
+  several = any(len(size['points']) > 1 for size in best_of.values())
   title = 'Every size' + ('; faint: other batch sizes' if several else '')
   curves.set(
     xlabel='learning rate', ylabel="loss over the size's best (nats per token)", title=title
@@ -49,23 +50,26 @@ def rates(found: Mapping[str, dict], line: tuple[float, float, float] | None):
   curves.legend(fontsize=7, frameon=False)
   log_scale(curves, 'x')
   if law.lines:
-    log_scale(law, 'x'), log_scale(law, 'y')
+    log_scale(law, 'x')
+    log_scale(law, 'y')
   return figure
 
 
 def shapes(losses: Mapping[tuple[int, int], float]):
   """Losses of (width, depth) as a map, the lowest marked."""
   figure, (ax,) = new_figure(size=(6.0, 4.2))
-  widths, depths = (sorted({key[i] for key in losses}) for i in (0, 1))
+  widths = sorted({width for width, _ in losses})
+  depths = sorted({depth for _, depth in losses})
   cells = np.array([[losses.get((w, d), np.nan) for w in widths] for d in depths])
   picture = ax.imshow(cells, cmap=MAP, origin='lower', aspect='auto')
   best = min(losses, key=losses.get)
   for (width, depth), loss in losses.items():
-    at = widths.index(width), depths.index(depth)
+    cell = widths.index(width), depths.index(depth)
     weight = 'bold' if (width, depth) == best else 'normal'
     color = 'white' if loss < (np.nanmin(cells) + np.nanmax(cells)) / 2 else INK
-    ax.text(*at, f'{loss:.4f}', ha='center', va='center', color=color, weight=weight, fontsize=9)
-  x, y = widths.index(best[0]), depths.index(best[1])
+    ax.text(*cell, f'{loss:.4f}', ha='center', va='center', color=color, weight=weight, fontsize=9)
+  x = widths.index(best[0])
+  y = depths.index(best[1])
   from matplotlib.patches import Rectangle
 
   ax.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor=ACCENT, linewidth=2.5))
@@ -77,13 +81,14 @@ def shapes(losses: Mapping[tuple[int, int], float]):
   return figure
 
 
-def differences(found: Mapping[str, Mapping[str, tuple[float, float]]]):
-  """What each variant changes: size -> variant -> (loss over the base's, its standard error)."""
-  most = max(map(len, found.values()))
-  figure, (ax,) = new_figure(size=(7.0, 1.2 + 0.35 * most * len(found)))
-  ticks, labels = [], []
-  for name, color in colors_of(found).items():
-    for variant, (change, error) in found[name].items():
+def differences(changes: Mapping[str, Mapping[str, tuple[float, float]]]):
+  """Bars of the changes: {size: {variant: (loss minus the base's, its standard error)}}."""
+  variants = max(map(len, changes.values()))
+  figure, (ax,) = new_figure(size=(7.0, 1.2 + 0.35 * variants * len(changes)))
+  ticks = []
+  labels = []
+  for name, color in colors_of(changes).items():
+    for variant, (change, error) in changes[name].items():
       ticks.append(-len(ticks))
       labels.append(f'{name}  {variant}')
       error = None if np.isnan(error) else error
@@ -95,7 +100,7 @@ def differences(found: Mapping[str, Mapping[str, tuple[float, float]]]):
 
 
 def epochs(rows: Mapping[str, np.ndarray], predict=None):
-  """Loss against epochs, a panel for every size and a colour for every number of unique tokens.
+  """Loss against epochs: a panel for every size, a colour for every number of unique tokens.
 
   Args:
     rows: arrays params, tokens, unique_tokens, loss [runs].
@@ -111,7 +116,8 @@ def epochs(rows: Mapping[str, np.ndarray], predict=None):
       mine = (rows['params'] == params) & (unique == u)
       if not mine.any():
         continue
-      x, order = rows['tokens'][mine] / u, np.argsort(rows['tokens'][mine])
+      x = rows['tokens'][mine] / u
+      order = np.argsort(x)
       style = 'o' if predict else 'o-'
       ax.plot(x[order], rows['loss'][mine][order], style, color=color, markersize=4)
       ax.plot([], [], 'o-', color=color, markersize=4, label=f'{u:.3g}')

@@ -1,4 +1,4 @@
-"""IsoFLOP: for every budget, sizes about the expected optimum."""
+"""IsoFLOP: sizes around the expected optimum of every budget."""
 
 import dataclasses
 import math
@@ -10,17 +10,17 @@ from research.designs.plan import Planned, Size, nearest
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class IsoFlop(Sized):
-  """Budgets x sizes: for every budget, sizes around the expected optimum, each trained for what is left.
+  """Budgets x sizes around the expected optimum of each budget, trained for as many tokens as the budget buys.
 
-  The expected optimum has `ratio` tokens per parameter (Hoffmann 2022: about 20); the sizes are the rungs
-  nearest to it times `spread`^-1 .. `spread`, evenly in the logarithm. The first fit may well move it: look
-  whether every budget's minimum lies inside its sizes.
+  The expected optimum has `ratio` tokens per parameter (Hoffmann 2022: about 20). The sizes are those of the
+  ladder nearest to the optimum times `spread`^-1 .. `spread`, evenly in the logarithm. The first fit may move
+  the optimum: check that the minimum of every budget lies inside its sizes.
 
   Attributes:
     budgets: C in FLOPs, by the convention `flops`.
-    sizes: how many per budget.
-    seeds: how often every run is done, from seeds 0, 1, ..; one number, or one for each budget. A forecast
-      leans on the ends of the budgets, the largest most: there a second seed is worth most.
+    sizes: number of sizes per budget.
+    seeds: number of runs of each size, with Run.seed 0, 1, ...; one number, or one for each budget. A second
+      seed helps a forecast most at the largest budget.
   """
 
   budgets: tuple[float, ...]

@@ -1,4 +1,4 @@
-"""What a sweep plans with: rungs of a ladder of sizes, rules for hyper-parameters, planned runs."""
+"""The parts of a plan: a ladder of sizes, rules for hyper-parameters, planned runs."""
 
 import dataclasses
 import math
@@ -9,7 +9,7 @@ from research.core.errors import Invalid
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-  """A rung of the ladder: the macros that make it, and what it counts."""
+  """A size of the ladder: the macros that make it, and its counts."""
 
   macros: Mapping[str, int]
   params: int
@@ -22,15 +22,15 @@ class Size:
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-  """A run to do. Macros, values and settings are what its gin file is given; the rest is what to expect of it.
+  """A run to do: what to bind in its gin file, and the counts to expect.
 
-  `settings` are more gin bindings, as on a command line. A run with a `parent` starts from that one's
-  checkpoint at step `fork`, and `steps` and `tokens` count from the parent's start.
+  `settings` are more gin bindings, as on a command line. A run with a `parent` starts from the parent's
+  checkpoint at step `fork`; its `steps` and `tokens` count from the start of the parent.
   """
 
   name: str
   role: str  # 'fit', 'forecast', or 'trunk' of what branches from it
-  budget: float | None  # FLOPs that it shares with other runs, if the design is one of budgets
+  budget: float | None  # in FLOPs, for a design with budgets
   size: Size
   tokens: int
   steps: int
@@ -42,16 +42,16 @@ class Planned:
 
   @property
   def flops(self) -> float:
-    """Of the run as its row counts it, its parent's part included."""
+    """Training FLOPs in the run's row, including those of its parent."""
     return self.size.flops_per_token * self.tokens
 
   @property
   def cost(self) -> float:
-    """FLOPs that are left to spend on it when its parent is done."""
+    """Training FLOPs of the run itself, without those of its parent."""
     return self.flops * (1 - self.fork / self.steps)
 
   def bindings(self) -> list[str]:
-    """What its gin file is given, as on a command line."""
+    """The bindings of the run, as on a command line."""
     values = {
       **self.size.macros,
       'LEARNING_RATE': self.learning_rate,
@@ -63,7 +63,7 @@ class Planned:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rule:
-  """value * (x / at) ** exponent, for x the run's parameters, tokens or FLOPs; kept within [low, high]."""
+  """value * (x / at) ** exponent, clipped to [low, high]; x is the run's parameters, tokens or FLOPs."""
 
   value: float
   at: float = 1.0
@@ -85,15 +85,15 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ladder:
-  """Sizes of one shape: widths in even steps, depth in proportion to width.
+  """Sizes of one shape: evenly spaced widths, and a depth in proportion to the width.
 
   Attributes:
     widths: (first, last, step) of the widths of the residual stream.
     head_dim: the width of a head; widths are multiples of it.
-    heads: so many heads at every width instead; widths are multiples of twice that.
+    heads: the number of heads at every width, instead of `head_dim`; widths are multiples of twice that.
     aspect: width per layer.
-    min_layers: at least so many layers, however narrow.
-    mlp_ratio: width of the MLP over the model's, rounded to a multiple of 8.
+    min_layers: the least number of layers.
+    mlp_ratio: MLP width / model width; the MLP width is rounded to a multiple of 8.
   """
 
   widths: tuple[int, int, int]
@@ -128,5 +128,5 @@ class Ladder:
 
 
 def nearest(rungs: list[Size], params: float) -> Size:
-  """The rung whose parameters are nearest, by ratio."""
+  """The size whose number of parameters is nearest to `params`, by ratio."""
   return min(rungs, key=lambda size: abs(math.log(size.params / params)))

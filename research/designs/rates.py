@@ -1,4 +1,4 @@
-"""Learning rates and batch sizes: the runs that ask for the best, and the law of the best rate."""
+"""Learning rates and batch sizes: a grid of runs, and the power law of the best rate."""
 
 import collections
 import dataclasses
@@ -12,14 +12,17 @@ from research.designs.plan import Planned, Size
 
 
 def best_rate(members: list[tuple[Planned, float]]) -> dict:
-  """The best learning rate of one size's runs, given with their losses.
+  """The best learning rate of the runs of one size.
 
-  At the batch with the lowest loss: the vertex of a parabola in ln rate, by least squares through the best rate
-  and up to two neighbours on each side. A loss counts as the mean of its seeds.
+  At the batch size with the lowest loss: the vertex of a parabola in ln rate, by least squares through the best
+  rate and up to two neighbours on each side. A loss is the mean of its seeds.
+
+  Args:
+    members: a (run, loss) each.
 
   Returns:
-    params, rate, batch, loss; `note`, '' or why the rate is not to be trusted; `points`, (rate, loss) by batch;
-    `parabola`, its coefficients in ln rate, or None; `fitted`, the first and last rate of it.
+    params, rate, batch, loss; `note`, why the rate is doubtful, or ''; `points`, {batch: [(rate, loss)]};
+    `parabola`, its coefficients in ln rate, or None; `fitted`, its first and last rate.
   """
   cells = collections.defaultdict(list)
   for run, loss in members:
@@ -30,19 +33,20 @@ def best_rate(members: list[tuple[Planned, float]]) -> dict:
   batch, (rate, loss) = min(
     ((batch, point) for batch, row in points.items() for point in row), key=lambda m: m[1][1]
   )
-  found = {'params': members[0][0].size.params, 'rate': rate, 'batch': batch, 'loss': loss}
-  found |= {'points': dict(points), 'parabola': None, 'note': ''}
+  best = {'params': members[0][0].size.params, 'rate': rate, 'batch': batch, 'loss': loss}
+  best |= {'points': dict(points), 'parabola': None, 'note': ''}
   row = points[batch]
   i = [r for r, _ in row].index(rate)
   if i in (0, len(row) - 1):
-    return found | {'note': ' (the best rate is at the end of the grid)'}
+    return best | {'note': ' (the best rate is at the end of the grid)'}
   x, y = np.array(row[max(0, i - 2) : i + 3]).T
   a, b, c = np.polyfit(np.log(x), y, 2)
   if a <= 0:
-    return found | {'note': ' (the losses have no minimum over the rates)'}
-  rate, loss = float(np.exp(-b / (2 * a))), float(c - b * b / (4 * a))
-  found['fitted'] = float(x[0]), float(x[-1])
-  return found | {'rate': rate, 'loss': loss, 'parabola': (float(a), float(b), float(c))}
+    return best | {'note': ' (the losses have no minimum over the rates)'}
+  rate = float(np.exp(-b / (2 * a)))
+  loss = float(c - b * b / (4 * a))
+  best['fitted'] = float(x[0]), float(x[-1])
+  return best | {'rate': rate, 'loss': loss, 'parabola': (float(a), float(b), float(c))}
 
 
 def rates(runs: list[Planned], rows: list[dict]) -> Answer:
@@ -52,18 +56,18 @@ def rates(runs: list[Planned], rows: list[dict]) -> Answer:
   groups = collections.defaultdict(list)
   for run, loss in losses(runs, rows):
     groups[run.size.name].append((run, loss))
-  found = {name: best_rate(members) for name, members in groups.items()}
+  best_of = {name: best_rate(members) for name, members in groups.items()}
   lines = [
     f'{name}: N = {s["params"]:,}, rate {s["rate"]:.3g}, batch {s["batch"]}: {s["loss"]:.4f}{s["note"]}'
-    for name, s in found.items()
+    for name, s in best_of.items()
   ]
-  best = [(s['params'], s['rate']) for s in found.values() if not s['note']]
+  best = [(s['params'], s['rate']) for s in best_of.values() if not s['note']]
   line = None
   if len(best) >= 2:
     n, rate = np.log(np.array(best, np.float64)).T
-    slope, at = np.polyfit(n, rate, 1)
+    slope, intercept = np.polyfit(n, rate, 1)
     centre = float(np.exp(n.mean()))
-    line = float(np.exp(at + slope * n.mean())), centre, float(slope)
+    line = float(np.exp(intercept + slope * n.mean())), centre, float(slope)
     value, _, slope = line
     lines.append(
       f'learning rate = {value:.3g} (N / {centre:.3g})^{slope:.3f}, from {len(best)} sizes:\n'
@@ -76,14 +80,14 @@ def rates(runs: list[Planned], rows: list[dict]) -> Answer:
   caption = (
     'Each point is a run (the mean of its seeds); stars are the vertices of parabolas in ln rate.'
   )
-  figures = {'rates': (charts.rates(found, line), caption)} if found else {}
+  figures = {'rates': (charts.rates(best_of, line), caption)} if best_of else {}
   rule = dict(zip(('value', 'at', 'exponent'), line, strict=True)) if line else None
-  return Answer('\n'.join(lines), figures, {'sizes': found, 'rule': rule})
+  return Answer('\n'.join(lines), figures, {'sizes': best_of, 'rule': rule})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LearningRateBatch(Picked):
-  """Learning rates x batch sizes at every size, and the law of the best: a `Rule` for the next sweep.
+  """Learning rates x batch sizes at every size. The law of the best rate is a `Rule` for the next sweep.
 
   Attributes:
     ratio: tokens per parameter.

@@ -1,4 +1,4 @@
-"""Repeated data: unique tokens by epochs, and the law of what a repeat is worth."""
+"""Repeated data: unique tokens by epochs, and the law of the value of a repeat."""
 
 import dataclasses
 import itertools
@@ -13,34 +13,42 @@ from research.scaling.rows import CONVENTIONS
 
 
 def repeats(runs: list[Planned], rows: list[dict], flops: str) -> Answer:
-  """The data-constrained law of Muennighoff et al. 2023, in its widest form that the rows determine.
+  """The data-constrained law of Muennighoff et al. 2023, in the widest form that the rows determine.
 
-  Unique tokens are a row's tokens over its epochs. The forms: all seven parameters free; alpha = beta, as in
-  the paper; and R_N = R_D besides.
+  The unique tokens of a row are its tokens / epochs. The forms are: all seven parameters free; alpha = beta, as
+  in the paper; and R_N = R_D too.
   """
   from research.designs.charts import epochs
 
-  done = [row for row in rows if row.get('status') == 'finished']
-  if not done:
+  finished = [row for row in rows if row.get('status') == 'finished']
+  if not finished:
     return Answer('no run has a loss.')
-  column = lambda key: np.array([float(row[key]) for row in done])
+
+  def column(key: str) -> np.ndarray:
+    return np.array([float(row[key]) for row in finished])
+
   data = {'params': column(CONVENTIONS[flops]), 'tokens': column('tokens')}
   data['unique_tokens'] = data['tokens'] / np.maximum(column('epochs'), 1e-9)
-  loss, law, refused = column('loss'), laws.DataConstrained(), []
+  loss = column('loss')
+  law = laws.DataConstrained()
+  refused = []
   forms = {'': {}, ', alpha = beta': {'beta': 'alpha'}}
   forms[', alpha = beta, R_N = R_D'] = {'beta': 'alpha', 'R_N': 'R_D'}
-  found = None
+  fit = None
   for form, tied in forms.items():
     try:
-      found = law_fit.fit(law, data, loss, tied=tied)
+      fit = law_fit.fit(law, data, loss, tied=tied)
       break
     except (fitted.NotIdentifiable, laws.LawError) as error:
       refused.append(f'{law.name}{form} refused: {error}')
   predict = None
-  if found:
-    predict = lambda n, d, u: found.predict(params=n, tokens=d, unique_tokens=u)
-    values = found.parameters
-    spread = bootstrap.bootstrap(found, 'residual', replicates=400).intervals(0.9)
+  if fit:
+
+    def predict(n, d, unique):
+      return fit.predict(params=n, tokens=d, unique_tokens=unique)
+
+    values = fit.parameters
+    spread = bootstrap.bootstrap(fit, 'residual', replicates=400).intervals(0.9)
     low, high = spread['R_D']
     lines = [
       f'after {values["R_D"]:.3g} [{low:.3g}, {high:.3g}] repeats one more is worth 1/e of new tokens.',
@@ -49,25 +57,25 @@ def repeats(runs: list[Planned], rows: list[dict], flops: str) -> Answer:
         f'  {k:5} {v:<9.4g} [{spread[k][0]:.4g}, {spread[k][1]:.4g}]  {law.parameters[k].meaning}'
         for k, v in values.items()
       ),
-      f'fitted over observed loss: within {np.abs(np.expm1(found.residuals)).max():.2%}',
+      f'fitted over observed loss: within {np.abs(np.expm1(fit.residuals)).max():.2%}',
     ]
   else:
     lines = ['no law of repeated data was fitted: the runs do not determine one.']
   caption = 'Points are runs' + (
-    '; lines the fitted law, dotted: had every token been new.' if found else '.'
+    '; lines the fitted law, dotted: had every token been new.' if fit else '.'
   )
   figure = epochs({**data, 'loss': loss}, predict)
-  fit = {'law': law.name, 'tied': tied, 'parameters': found.parameters} if found else None
-  return Answer('\n'.join([*lines, *refused]), {'epochs': (figure, caption)}, fit)
+  fitted_values = {'law': law.name, 'tied': tied, 'parameters': fit.parameters} if fit else None
+  return Answer('\n'.join([*lines, *refused]), {'epochs': (figure, caption)}, fitted_values)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Repeats(Picked):
-  """Unique tokens x epochs at every size, for the worth of repeated data (Muennighoff 2023, arXiv:2305.16264).
+  """Unique tokens x epochs at every size: the value of repeated data (Muennighoff 2023, arXiv:2305.16264).
 
   Attributes:
     unique: tokens of the training stream.
-    epochs: how often they are gone through.
+    epochs: how often a run reads them.
   """
 
   unique: tuple[float, ...]

@@ -1,4 +1,4 @@
-"""Width against depth at one budget: which shape is best."""
+"""Width against depth at one budget: the best shape."""
 
 import dataclasses
 from typing import ClassVar
@@ -11,18 +11,23 @@ def shapes(runs: list[Planned], rows: list[dict]) -> Answer:
   """The loss of every width and depth, and the best of them."""
   from research.designs import charts
 
-  macros = lambda run: (run.size.macros['EMBED'], run.size.macros['LAYERS'])
-  found = {macros(run): loss for run, loss in losses(runs, rows)}
-  widths, depths = (sorted({macros(run)[i] for run in runs}) for i in (0, 1))
-  show = lambda loss: f'{loss:8.4f}' if loss is not None else f'{"-":>8}'
-  lines = ['width    ' + ''.join(f'{d:6} L ' for d in depths)]
-  lines += [f'{w:8}' + ' '.join(show(found.get((w, d))) for d in depths) for w in widths]
-  if not found:
+  def shape(run: Planned) -> tuple[int, int]:
+    return run.size.macros['EMBED'], run.size.macros['LAYERS']
+
+  loss_of = {shape(run): loss for run, loss in losses(runs, rows)}
+  widths = sorted({shape(run)[0] for run in runs})
+  depths = sorted({shape(run)[1] for run in runs})
+  lines = ['width    ' + ''.join(f'{depth:6} L ' for depth in depths)]
+  for width in widths:
+    cells = [loss_of.get((width, depth)) for depth in depths]
+    shown = [f'{"-":>8}' if loss is None else f'{loss:8.4f}' for loss in cells]
+    lines.append(f'{width:8}' + ' '.join(shown))
+  if not loss_of:
     return Answer('\n'.join(lines))
-  (width, depth), loss = min(found.items(), key=lambda item: item[1])
+  (width, depth), loss = min(loss_of.items(), key=lambda item: item[1])
   lines.append(f'best: {width} wide, {depth} layers ({width / depth:.3g} wide a layer): {loss:.4f}')
   caption = 'Every run spends the same compute: a larger model sees fewer tokens.'
-  return Answer('\n'.join(lines), {'shapes': (charts.shapes(found), caption)})
+  return Answer('\n'.join(lines), {'shapes': (charts.shapes(loss_of), caption)})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

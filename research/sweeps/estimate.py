@@ -1,4 +1,4 @@
-"""What a sweep will cost, and what its rows will tell, before any compute is spent."""
+"""The cost of a sweep and the precision of its law, estimated before any compute is spent."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ ALPHA, BETA = 0.348, 0.366
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-  """A step takes `overhead` seconds + its FLOPs / `flops_per_second`, on `chips` chips of `hardware`."""
+  """The time of a step: `overhead` seconds + its FLOPs / `flops_per_second`, on `chips` of `hardware`."""
 
   overhead: float
   flops_per_second: float
@@ -36,7 +36,7 @@ class Speed:
   hardware: str
 
   def seconds(self, run: Planned) -> float:
-    """How long a planned run trains, without the time to start and to compile."""
+    """Seconds that a planned run trains, without start-up and compilation."""
     steps = run.steps - run.fork
     return steps * self.overhead + run.cost / self.flops_per_second
 
@@ -67,11 +67,15 @@ def measured(sweep: Sweep, runs: list[Planned]) -> Speed:
 
 def step_seconds(run: Run, repeats: int = 5) -> float:
   """Median wall time of a run's compiled train step on this machine, the first call left out."""
-  random, length = np.random.default_rng(0), run.target_length
+  random = np.random.default_rng(0)
+  length = run.target_length
   keep_compiled()
   with mesh_of(run, jax.devices()).use():
     program = make_program(run)
-    draw = lambda n: random.integers(2, 64, (run.batch_size, n), np.int32)
+
+    def draw(length: int) -> np.ndarray:
+      return random.integers(2, 64, (run.batch_size, length), np.int32)
+
     batch = {
       'decoder_target_tokens': draw(length),
       'decoder_input_tokens': draw(length),
@@ -79,10 +83,12 @@ def step_seconds(run: Run, repeats: int = 5) -> float:
     }
     if 'inputs' in run.train.lengths and len(run.train.lengths) > 1:
       batch['encoder_input_tokens'] = draw(run.train.lengths['inputs'])
-    batch, rate = hosts.place(batch), np.float32(1e-4)
+    batch = hosts.place(batch)
+    rate = np.float32(1e-4)
     state = jax.jit(program.init)(jax.random.key(0))
     fixed = program.fixed()
-    step, walls = jax.jit(program.step, donate_argnums=0), []
+    step = jax.jit(program.step, donate_argnums=0)
+    walls = []
     for _ in range(repeats + 1):
       began = time.perf_counter()
       state, scalars = step(state, batch, rate, fixed)
@@ -125,14 +131,15 @@ def usual_law(runs: list[Planned]) -> dict[str, float]:
 def simulated_rows(
   runs: list[Planned], flops: str, law: laws.Law, parameters: Mapping, noise: float, seed: int
 ) -> list[dict]:
-  """Rows as the runs would leave them if their losses followed a law, with log-normal noise.
+  """The rows of runs whose losses follow a law with log-normal noise.
 
   Args:
     flops: the FLOP convention of the rows.
     parameters: of the law.
     noise: standard deviation of ln loss between seeds.
   """
-  random, rows = np.random.default_rng(seed), []
+  random = np.random.default_rng(seed)
+  rows = []
   for run in runs:
     n, d = run.size.params, run.tokens
     loss = float(law(parameters, params=n, tokens=d)) * math.exp(noise * random.standard_normal())
@@ -142,19 +149,20 @@ def simulated_rows(
 
 
 def informative(sweep: Sweep, runs: list[Planned], draws: int = 3) -> str:
-  """What a fit of the runs' rows would say of the exponents, by simulation: one line for each.
+  """The exponents that a fit of the runs would give, by simulation: a line for each.
 
-  The losses are made by `Sweep.prior` and `Sweep.law`, or without a prior by `usual_law`; then `Sweep.law` is
-  fitted to them as it will be to the sweep's own rows.
+  The losses follow `Sweep.law` with the parameters `Sweep.prior`, or without a prior `usual_law`. `Sweep.law`
+  is then fitted to them just as it will be to the real rows.
 
   Args:
-    draws: how many sweeps are simulated; the interval of middle width is shown.
+    draws: how many sweeps to simulate; the line shows the interval of median width.
   """
   runs = [run for run in runs if run.role == 'fit']
   truth = sweep.law if sweep.prior else laws.Chinchilla()
   parameters = sweep.prior or usual_law(runs)
   options = {'columns': findings.columns(sweep), 'law': sweep.law, 'fixed': sweep.fixed}
-  drawn, why = [], ''
+  drawn = []
+  why = ''
   for seed in range(draws):
     rows = simulated_rows(runs, sweep.design.flops, truth, parameters, sweep.noise, seed)
     try:
@@ -175,12 +183,12 @@ def informative(sweep: Sweep, runs: list[Planned], draws: int = 3) -> str:
       f'  N* ~ C^a with {name}: {value:.3f} [{low:.3f}, {high:.3f}], +-{(high - low) / 2:.3f}'
     )
   if len(drawn) < draws:
-    lines.append(f'  in {draws - len(drawn)} of {draws} simulated sweeps nothing: {why}')
+    lines.append(f'  in {draws - len(drawn)} of {draws} simulated sweeps no fit: {why}')
   return '\n'.join(lines)
 
 
 def show_estimate(flags, sweep: Sweep, runs: list[Planned]) -> None:
-  """Prints what --plan says beside the runs: how long they take, and what they would tell."""
+  """Prints what --plan adds to the list of runs: their time, and the precision of the law."""
   speed = None
   if flags.measure:
     speed = measured(sweep, runs)

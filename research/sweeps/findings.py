@@ -1,4 +1,4 @@
-"""What a sweep found: the law of its rows, its design's answer, or the reason why there is neither."""
+"""The result of a sweep: the law of its rows, its design's answer, or the reason why there is neither."""
 
 import csv
 import dataclasses
@@ -32,7 +32,7 @@ class Refused:
 
 
 def write_results(folder: Folder, rows: list[dict]) -> None:
-  """Writes results.csv: a line for every row, a column for every key of any of them."""
+  """Writes results.csv, with a column for every key of any row."""
   columns = list(dict.fromkeys(key for row in rows for key in row))
   file = io.StringIO()
   writer = csv.DictWriter(file, columns, lineterminator='\n')
@@ -42,9 +42,9 @@ def write_results(folder: Folder, rows: list[dict]) -> None:
 
 
 def conclude(folder: Folder, sweep: Sweep, runs: list[Planned]) -> Analysis | Answer | Refused:
-  """The law of the runs, or the answer of a design that asks for no law, or why there is none.
+  """The law of the runs; the answer of a design without a law; or why there is neither.
 
-  Writes results.csv in any case, fit.json where something was fitted, and summary.txt for an answer.
+  Always writes results.csv; writes fit.json where something was fitted, and summary.txt with an answer.
   """
   rows = folder.rows(runs)
   write_results(folder, rows)
@@ -63,7 +63,7 @@ def conclude(folder: Folder, sweep: Sweep, runs: list[Planned]) -> Analysis | An
 
 
 def columns(sweep: Sweep) -> Columns:
-  """Which columns of a sweep's rows hold N, D, C and the loss: its design's convention says."""
+  """The columns of N, D, C and the loss in the rows of a sweep, by the convention of its design."""
   flops = sweep.design.flops
   return Columns(params=CONVENTIONS[flops], tokens='tokens', flops=flops, loss='loss')
 
@@ -71,8 +71,8 @@ def columns(sweep: Sweep) -> Columns:
 def fit(sweep: Sweep, rows: list[dict], **options) -> Analysis:
   """Fits the sweep's law to its rows of role 'fit'; `options` are those of `fit_results`.
 
-  Where budgets are no part of the design, the final losses of the runs of one size are its curve for
-  approach 1. Losses on the way are not: the learning rate has not come down yet, so they are too high.
+  Where the design has no budgets, the final losses of the runs of one size are its curve for approach 1.
+  Losses during a run would be too high, because the learning rate has not decayed yet.
 
   Raises:
     UserError: the rows do not determine a law.
@@ -98,29 +98,29 @@ def fit(sweep: Sweep, rows: list[dict], **options) -> Analysis:
 
 
 def provisional_law(sweep: Sweep, rows: list[dict]) -> str:
-  """What a fit says of the rows so far, or why it says nothing yet."""
-  done = sum(row['status'] == 'finished' and row['role'] == 'fit' for row in rows)
+  """The law of the rows so far, in a line, or why there is none yet."""
+  count = sum(row['status'] == 'finished' and row['role'] == 'fit' for row in rows)
   try:
     analysis = fit(sweep, rows, replicates=200, conventions=False)
   except UserError as error:
-    return f'no law of {done} runs yet: {error}'
+    return f'no law of {count} runs yet: {error}'
   exponents = [
     f'{name}: {value:.3f}' + (f' [{low:.3f}, {high:.3f}]' if math.isfinite(low) else '')
     for name, (value, low, high) in analysis.exponents().items()
     if name.startswith('a,')
   ]
-  return f'so far, of {done} runs: N* ~ C^a with {"; ".join(exponents)}'
+  return f'so far, of {count} runs: N* ~ C^a with {"; ".join(exponents)}'
 
 
 def isoflop_so_far(sweep: Sweep, rows: list[dict]) -> str:
   """The power law through the minima of the budgets that have one yet; '' where fewer than two have.
 
-  The parametric law is left out: to fit it while the workers train would take their time.
+  It leaves out the parametric law, whose fit would take processor time from the workers.
   """
   try:
-    seen = observe(rows, columns(sweep))
-    cost = fit_cost(seen.params, seen.tokens, seen.flops)
-    isoflop = approaches.isoflop(seen, cost, replicates=200)
+    observed = observe(rows, columns(sweep))
+    cost = fit_cost(observed.params, observed.tokens, observed.flops)
+    isoflop = approaches.isoflop(observed, cost, replicates=200)
   except UserError:
     return ''
   low, high = isoflop.interval('a')

@@ -1,7 +1,6 @@
-"""A sweep's folder: its plan, and of every run a directory that says how far the run is.
+"""The folder of a sweep: its plan, and a directory with the state of each run.
 
-There is no other state, so that workers and readers need nothing of each other but this folder, which may be a
-bucket.
+A sweep has no other state. So workers and readers share nothing but this folder, which may be in a bucket.
 """
 
 import dataclasses
@@ -15,18 +14,18 @@ from research.designs.plan import Planned, Size
 
 
 class Folder:
-  """The state of a sweep. Any number of workers, wherever they were started, may share it."""
+  """The state of a sweep. Any number of workers on any hosts may share it."""
 
   def __init__(self, path: pathlib.Path):
     self.path = path
-    self._rows: dict[str, dict] = {}  # of runs that are over: rows do not change
+    self._rows: dict[str, dict] = {}  # a cache: the row of a run that is over does not change
 
   def run(self, planned: Planned) -> pathlib.Path:
-    """The directory of a run, which need not exist."""
+    """The directory of a run; it may not exist yet."""
     return self.path / 'runs' / planned.name
 
   def row(self, planned: Planned) -> dict | None:
-    """The row of a run that is over, finished or failed, with what the sweep knows of it; else None."""
+    """The row of a run that finished or failed, with its role and budget; None while it is not over."""
     if planned.name not in self._rows:
       try:
         row = json.loads((self.run(planned) / 'run.json').read_text())
@@ -37,7 +36,7 @@ class Folder:
     return self._rows[planned.name]
 
   def fail(self, planned: Planned, reason: str) -> None:
-    """Ends a run without a result; `reason` is told in its row."""
+    """Ends a run without a result; its row gives the `reason`."""
     self.run(planned).mkdir(parents=True, exist_ok=True)
     row = json.dumps({'status': 'failed', 'reason': reason})
     storage.write_atomic(self.run(planned) / 'run.json', row)
@@ -47,7 +46,7 @@ class Folder:
     return max(saved_steps(self.run(planned) / 'checkpoints'), default=0)
 
   def plan(self) -> list[Planned]:
-    """The runs of this sweep, those that test the forecast among them once it is registered."""
+    """The runs of this sweep, including those that test a registered forecast."""
     path = self.path / 'plan.json'
     if not path.exists():
       return []
@@ -62,15 +61,15 @@ class Folder:
     """Adds runs to the plan.
 
     Raises:
-      UserError: a run of that name is there with other settings.
+      UserError: the plan has a run of the same name with other settings.
     """
     old = {run.name: run for run in self.plan()}
     for run in runs:
-      known = old.setdefault(run.name, run)
+      existing = old.setdefault(run.name, run)
       # A budget only labels a run: it changes nothing about its training.
-      if run != dataclasses.replace(known, budget=run.budget):
+      if run != dataclasses.replace(existing, budget=run.budget):
         raise UserError(
-          f'{self.path} holds a sweep in which {run.name} is another run; choose another --workdir.'
+          f'{self.path} holds a sweep in which {run.name} is another run: choose another --workdir.'
         )
     plan = json.dumps([dataclasses.asdict(run) for run in old.values()], indent=1)
     storage.write_atomic(self.path / 'plan.json', plan)
@@ -80,5 +79,5 @@ class Folder:
     return [row for row in map(self.row, runs) if row]
 
   def curve(self, planned: Planned) -> list[dict]:
-    """What a run has logged so far, in the order of its steps."""
+    """The rows of metrics of a run so far, in the order of its steps."""
     return storage.read_rows(self.run(planned) / 'metrics.jsonl')

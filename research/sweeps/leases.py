@@ -1,8 +1,9 @@
-"""Which worker does which run: leases that workers take, renew and lose, in a folder or in a bucket.
+"""Leases decide which worker trains which run. They are files in a folder or a bucket.
 
-A lease is one small file beside its run. It is written only if nobody else wrote it meanwhile (TensorStore's
-conditional write: a lock file in a folder, a generation match in gs://). It expires unless its owner renews it,
-and an owner renews it only while the run makes progress; so a worker that died, hangs or was cut off loses it.
+A lease is one small file beside its run. A write succeeds only if nobody else wrote the file meanwhile
+(TensorStore's conditional write: a lock file in a folder, a generation match in gs://). A lease expires unless
+its owner renews it, and the owner renews it only while the run makes progress. So a worker that died, hangs or
+lost its connection loses the lease.
 """
 
 import dataclasses
@@ -19,13 +20,13 @@ from research.core import storage
 
 
 def _host() -> str:
-  """A name for this machine since it was started, or for this container: process ids are unique within it."""
+  """A name for this machine since its last boot, or for this container. Process ids are unique within it."""
   boot = pathlib.Path('/proc/sys/kernel/random/boot_id')
   return f'{socket.gethostname()}/{boot.read_text().strip() if boot.exists() else ""}'
 
 
 def _born(pid: int) -> str:
-  """When a process was started, in the kernel's ticks. Its id alone may be another process's by now."""
+  """The start time of a process in kernel ticks. A process id alone may have been reused since."""
   try:
     return pathlib.Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]
   except OSError:
@@ -33,7 +34,7 @@ def _born(pid: int) -> str:
 
 
 def _is_dead(entry: dict) -> bool:
-  """Whether the owner is known to be gone; of a process on another machine that is never known."""
+  """Whether the owner is certainly dead. Of a process on another machine nobody can say."""
   if entry['host'] != _host():
     return False
   try:
@@ -47,15 +48,15 @@ def _is_dead(entry: dict) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-  """What a lease file says.
+  """The content of a lease file.
 
   Attributes:
-    owner: a worker, '' when nobody has the run.
-    host, pid, born: the owner's machine, its process id there, and when that process was started.
+    owner: a worker; '' when nobody has the run.
+    host, pid, born: the machine, the process id and the start time of the owner.
     expires: seconds since the epoch.
-    failures: attempts at this run that ended in an error, or made no progress.
+    failures: attempts at this run that raised an error or made no progress.
     reason: why the last of them failed.
-    step: the run's newest checkpoint when the lease was taken.
+    step: the newest checkpoint of the run when the lease was taken.
   """
 
   owner: str
@@ -73,7 +74,7 @@ class Entry:
 
 
 class Lost(Exception):
-  """The lease is another worker's by now."""
+  """Another worker has taken the lease."""
 
 
 class Leases:
@@ -81,18 +82,19 @@ class Leases:
 
   Args:
     place: a folder or a URL.
-    seconds: how long a lease lasts without renewal; far more than the clocks of the hosts differ.
+    seconds: how long a lease lasts without renewal. It must be much longer than the clocks of hosts differ.
   """
 
   def __init__(self, place: str | pathlib.Path, seconds: float = 60.0):
     self.store = storage.key_value_store(storage.place(place))
     self.seconds = seconds
     self.me = f'{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}'
-    self.host, self.born = _host(), _born(os.getpid())
+    self.host = _host()
+    self.born = _born(os.getpid())
     self.absent = self.store.read('absent').result().stamp.generation
 
   def read(self, run: str) -> Entry | None:
-    """What the lease file of a run says; None where there is none."""
+    """The lease file of a run; None where there is none."""
     entry, _ = self._read(run)
     return entry and Entry(**entry)
 
@@ -104,14 +106,16 @@ class Leases:
     """The lease of a run, or None while another worker has it.
 
     Args:
-      step: the run's newest checkpoint. If the last owner vanished at that same step, the run failed once more.
+      step: the newest checkpoint of the run. If the last owner vanished without a newer one, that counts as a
+        failure of the run.
     """
     lease = Lease(self, run, self.absent, 0, '', step)
-    if lease.try_renew():  # nobody ever had it, which is the usual case
+    if lease.try_renew():  # nobody had it before: the usual case, and a single request
       return lease
     entry, lease.generation = self._read(run)
     if entry:
-      lease.failures, lease.reason = entry['failures'], entry['reason']
+      lease.failures = entry['failures']
+      lease.reason = entry['reason']
       if entry['owner']:
         if not (_is_dead(entry) or time.time() > entry['expires']):
           return None
@@ -122,24 +126,28 @@ class Leases:
 
 
 class Lease:
-  """The lease of one run, which this worker has unless another took it.
+  """This worker's lease of one run, unless another worker took it meanwhile.
 
   Attributes:
     failures, reason: of the run so far, as in `Entry`.
-    over: whether this worker gave it up.
+    over: whether this worker gave the lease up.
   """
 
   def __init__(self, leases: Leases, run: str, generation, failures: int, reason: str, step: int):
-    self.leases, self.run, self.generation = leases, run, generation
-    self.failures, self.reason, self.step = failures, reason, step
+    self.leases = leases
+    self.run = run
+    self.generation = generation
+    self.failures = failures
+    self.reason = reason
+    self.step = step
     self.over = False
 
   def _write(self, value: bytes | None) -> None:
     key = f'{self.run}/lease.json'
-    done = self.leases.store.write(key, value, if_equal=self.generation).result()
-    if not done.generation:
+    stamp = self.leases.store.write(key, value, if_equal=self.generation).result()
+    if not stamp.generation:  # the condition failed, so nothing was written
       raise Lost(self.run)
-    self.generation = done.generation
+    self.generation = stamp.generation
 
   def _entry(self, owner: str, expires: float) -> bytes:
     leases = self.leases
@@ -149,7 +157,7 @@ class Lease:
     return json.dumps(dataclasses.asdict(entry)).encode()
 
   def renew(self) -> None:
-    """Lets the lease last for another `Leases.seconds`.
+    """Extends the lease to `Leases.seconds` from now.
 
     Raises:
       Lost: another worker took it.
@@ -157,7 +165,7 @@ class Lease:
     self._write(self._entry(self.leases.me, time.time() + self.leases.seconds))
 
   def try_renew(self) -> bool:
-    """Renews the lease; False where it is another worker's."""
+    """Renews the lease; False where another worker has it."""
     try:
       self.renew()
     except Lost:
@@ -165,7 +173,7 @@ class Lease:
     return True
 
   def release(self) -> None:
-    """Deletes the lease, and with it the run's count of failures.
+    """Deletes the lease and the count of failures in it.
 
     Raises:
       Lost: another worker took it.
@@ -179,42 +187,49 @@ class Lease:
     Raises:
       Lost: another worker took it.
     """
-    self.failures, self.reason = self.failures + 1, reason
+    self.failures += 1
+    self.reason = reason
     self._write(self._entry('', 0.0))
     self.over = True
 
 
 class Heartbeat:
-  """Renews leases from a thread while their runs make progress.
+  """A thread that renews leases while their runs make progress.
 
   Args:
     leases: of the runs that this worker trains.
-    progress: returns something that changes while the runs make progress, such as sizes of metrics files.
-    patience: seconds without a change after which this worker counts as hung, and renews no more.
-    lost: called when a lease is another worker's.
+    progress: returns a value that changes while the runs make progress, such as the sizes of metrics files.
+    patience: seconds without a change after which this worker counts as hung and stops renewing.
+    lost: called when another worker has taken a lease.
   """
 
   def __init__(
     self, leases: list[Lease], progress: Callable, patience: float, lost: Callable[[], None]
   ):
-    self.leases, self.progress, self.patience, self.lost = leases, progress, patience, lost
+    self.leases = leases
+    self.progress = progress
+    self.patience = patience
+    self.lost = lost
     self.stop = threading.Event()
     self.thread = threading.Thread(target=self._beat, daemon=True)
 
   def _beat(self) -> None:
-    seen, since = self.progress(), time.monotonic()
+    last = self.progress()
+    last_change = time.monotonic()
+    # Four times within its duration, so that a lease survives renewals that fail.
     while not self.stop.wait(self.leases[0].leases.seconds / 4):
-      if (now := self.progress()) != seen:
-        seen, since = now, time.monotonic()
-      if time.monotonic() - since > self.patience:
+      if (now := self.progress()) != last:
+        last = now
+        last_change = time.monotonic()
+      if time.monotonic() - last_change > self.patience:
         continue
       try:
         for lease in self.leases:
           lease.renew()
       except Lost:
         return self.lost()
-      # A store that cannot be reached: either the next renewal comes in time, or the lease expires.
       except Exception:
+        # The store cannot be reached. Either the next renewal succeeds in time, or the lease expires.
         continue
 
   def __enter__(self):

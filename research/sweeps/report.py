@@ -104,21 +104,21 @@ def _figures(sweep, analysis, expected, outcome) -> dict:
 
 
 def _raw(sweep, rows) -> dict[str, tuple]:
-  """The runs as they are, where no law goes through them."""
+  """A figure of the runs themselves, where no law was fitted to them."""
   from research.scaling.report import charts
 
   try:
-    seen = observe(rows, findings.columns(sweep))
+    observed = observe(rows, findings.columns(sweep))
   except UserError:  # not one run with a loss
     return {}
-  return {'sizes': (charts.sizes(seen), 'Each point is a run; lines join the runs of a size.')}
+  return {'sizes': (charts.sizes(observed), 'Each point is a run; lines join the runs of a size.')}
 
 
 def _design(sweep: Sweep, runs: list[Planned]) -> str:
-  """What was done: the design in a sentence, and its sizes."""
+  """The section on the design: a sentence, and a table of its sizes."""
   from research.scaling.report import page
 
-  design, span = sweep.design, lambda values: _span([*values])
+  design = sweep.design
   about = (type(design).__doc__ or '').split('\n\n')[0].replace('\n', ' ')
   groups = {}
   for run in runs:
@@ -127,8 +127,9 @@ def _design(sweep: Sweep, runs: list[Planned]) -> str:
   table = [
     (
       f'{len(members)} {role}', size, f'{members[0].size.params:,}',
-      span(m.tokens for m in members), span(m.flops for m in members), span(m.steps for m in members),
-      span(m.batch_size for m in members), span(m.learning_rate for m in members),
+      _span([m.tokens for m in members]), _span([m.flops for m in members]),
+      _span([m.steps for m in members]), _span([m.batch_size for m in members]),
+      _span([m.learning_rate for m in members]),
     )
     for (role, size), members in groups.items()
   ]  # fmt: skip
@@ -143,35 +144,40 @@ def _span(values: list[float]) -> str:
 
 
 def _endings(runs, rows) -> str:
-  """How the runs ended, and the reason of every one that failed."""
+  """How many runs finished, and why each of the others failed."""
   from research.scaling.report import page
 
   states = [row['status'] for row in rows]
   counted = ', '.join(f'{states.count(s)} {s}' for s in dict.fromkeys(states)) or 'none is over'
-  bad = [
+  unfinished = [
     (row['run'], row.get('reason') or 'the loss was no number')
     for row in rows
     if row['status'] != 'finished'
   ]
   summary = f'<p>{len(runs)} runs: {page.text(counted)}.</p>'
-  return summary + (page.table(('run', 'why it did not finish'), bad[:100]) if bad else '')
+  return summary + (
+    page.table(('run', 'why it did not finish'), unfinished[:100]) if unfinished else ''
+  )
 
 
 def _curves(folder: Folder, runs, most: int = 200) -> tuple[dict, dict]:
   """({run: its training curve}, {run: N}) of at most `most` runs, evenly chosen."""
   runs = runs[:: -(-len(runs) // most)]
-  points = lambda run: [(r['tokens'], r['loss']) for r in folder.curve(run) if 'loss' in r]
-  curves = {run.name: curve for run in runs if (curve := points(run))}
+  curves = {}
+  for run in runs:
+    curve = [(row['tokens'], row['loss']) for row in folder.curve(run) if 'loss' in row]
+    if curve:
+      curves[run.name] = curve
   return curves, {run.name: run.size.params for run in runs}
 
 
 def _cost(sweep: Sweep, runs, rows) -> dict:
-  """What the runs that are over have cost, as lines of a table."""
+  """The cost of the runs that are over, as lines of a table."""
   seconds = {row['run']: row.get('seconds') or 0.0 for row in rows}
-  flops, spent = sum(run.cost for run in runs if seconds.get(run.name)), sum(seconds.values())
+  flops = sum(run.cost for run in runs if seconds.get(run.name))
   return {
     'training FLOPs': f'{flops:.3g} by {sweep.design.flops}',
-    'time of training, added up over processes': clock(spent),
+    'time of training, summed over processes': clock(sum(seconds.values())),
     'devices of a run': _span([row['devices'] for row in rows if 'devices' in row] or [1]),
   }
 
@@ -191,7 +197,7 @@ def _reproduction(folder: Folder, forecast: dict | None) -> str:
 
 
 def _version() -> str:
-  """The commit this is, or the installed release."""
+  """The version of the project: its commit, or the installed release."""
   try:
     command = ['git', '-C', str(configs.ROOT), 'describe', '--always', '--dirty']
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -19,7 +19,7 @@ from research.sweeps.sweep import Sweep
 
 
 def tail(path: pathlib.Path, size: int = 4096) -> list[dict]:
-  """The last rows of a metrics file, without reading all of it."""
+  """The last rows of a metrics file, read from its last `size` bytes."""
   try:
     with path.open('rb') as file:
       file.seek(max(0, file.seek(0, os.SEEK_END) - size))
@@ -52,55 +52,58 @@ def state(folder: Folder, run: Planned) -> tuple[str, str, str]:
 
 
 class Table:
-  """The live table of runs on a terminal; where there is none, a line whenever a run ends.
+  """A live table of runs on a terminal. Elsewhere it prints a line whenever a run ends.
 
   Args:
-    law: given the runs, says what those that are over tell so far. On a terminal it is called whenever another
-      run is over.
+    law: a function of the runs that says what their results tell so far. On a terminal it is called whenever
+      another run is over.
   """
 
-  most = 40  # rows of the live table; the other runs are only counted
+  max_rows = 40  # of the live table; the other runs are only counted
 
   def __init__(
     self, folder: Folder, stream=sys.stderr, law: Callable[[list[Planned]], str] = lambda runs: ''
   ):
-    self.folder, self.stream, self.law = folder, stream, law
-    self.over: set[str] = set()  # names of the runs that are over, each told once
-    self.told_law, self.law_text = (
-      0,
-      '',
-    )  # how many were over when the law was last asked, its answer
+    self.folder = folder
+    self.stream = stream
+    self.law = law
+    self.over: set[str] = set()  # names of the runs that are over, each printed once
+    self.law_text = ''  # the last answer of `law`, and how many runs were over then
+    self.runs_of_law = 0
     self.live = None
     if stream.isatty():
       self.live = Live(console=Console(file=stream), refresh_per_second=2)
       self.live.start()
 
   def __call__(self, runs: list[Planned], last: bool = False) -> None:
-    """Shows the runs as they are now; `last` shows all of them, since no more calls follow."""
+    """Shows the state of the runs. `last`: no call follows, so that all of them are shown."""
     for run in runs:
       if run.name not in self.over and self.folder.row(run):
         self.over.add(run.name)
         if self.live is None:
           status, loss, when = state(self.folder, run)
-          done = f'[{len(self.over)}/{len(runs)}] {run.name}: {status}'
-          self.stream.write(f'{done}, loss {loss or "none"} ({when})\n')
+          count = f'[{len(self.over)}/{len(runs)}]'
+          self.stream.write(f'{count} {run.name}: {status}, loss {loss or "none"} ({when})\n')
           self.stream.flush()
     if self.live is not None:
       self.live.update(self.rich(runs, last))
 
   def rich(self, runs: list, last: bool):
-    """The table as rich draws it."""
+    """The table, for rich to draw."""
     table = RichTable('run', 'C', 'N', 'D', 'steps', 'status', 'loss', 'time')
-    # A long sweep shows the runs that are not over yet.
-    shown = runs if last or len(runs) <= self.most else [r for r in runs if r.name not in self.over]
-    for run in shown[: self.most]:
+    shown = runs
+    if len(runs) > self.max_rows and not last:
+      shown = [run for run in runs if run.name not in self.over]
+    shown = shown[: self.max_rows]
+    for run in shown:
       status, loss, when = state(self.folder, run)
       numbers = map(text.si, (run.flops, run.size.params, run.tokens))
       table.add_row(run.name, *numbers, f'{run.steps:,}', status, loss, when)
-    if len(runs) > len(shown[: self.most]):
+    if len(runs) > len(shown):
       table.add_row(f'{len(self.over)} of {len(runs)} are over')
-    if len(self.over) != self.told_law:
-      self.told_law, self.law_text = len(self.over), self.law(runs)
+    if len(self.over) != self.runs_of_law:
+      self.runs_of_law = len(self.over)
+      self.law_text = self.law(runs)
     captions = ['' if last else time_left(self.folder, runs), self.law_text]
     table.caption = '\n'.join(filter(None, captions))
     return table
@@ -113,7 +116,7 @@ class Table:
 
 
 def show_runs(runs: list, flops: str) -> None:
-  """Prints the runs, one a line, and the FLOPs of all."""
+  """Prints a line for each run, and their FLOPs in total."""
   width = max([20, *(len(run.name) for run in runs)])
   print(
     f'{"run":{width}} {"C":>8} {"N":>8} {"D":>8} {"D/N":>7} {"steps":>7} {"batch":>6} {"rate":>8}'
@@ -121,11 +124,11 @@ def show_runs(runs: list, flops: str) -> None:
   for run in runs:
     c, n, d = map(text.si, (run.flops, run.size.params, run.tokens))
     ratio = run.tokens / run.size.params
-    more = f'  {" ".join(run.settings)}' if run.settings else ''
-    more += f'  from step {run.fork:,} of {run.parent}' if run.parent else ''
+    notes = f'  {" ".join(run.settings)}' if run.settings else ''
+    notes += f'  from step {run.fork:,} of {run.parent}' if run.parent else ''
     print(
       f'{run.name:{width}} {c:>8} {n:>8} {d:>8} {ratio:7.1f} {run.steps:7,} {run.batch_size:6} '
-      f'{run.learning_rate:8.2g}{more}'
+      f'{run.learning_rate:8.2g}{notes}'
     )
   total = sum(run.cost for run in runs)
   print(f'{len(runs)} runs, {text.si(total, "FLOPs")} by {flops}')
@@ -141,25 +144,25 @@ def show_states(folder, runs: list, stream=None) -> dict[str, int]:
     counted[status] = counted.get(status, 0) + 1
     print(f'{run.name:{width}} {status:9} {loss:>8}  {when}', file=stream)
   print(', '.join(f'{n} {status}' for status, n in counted.items()), file=stream)
-  if told := time_left(folder, runs):
-    print(told, file=stream)
+  if time := time_left(folder, runs):
+    print(time, file=stream)
   return counted
 
 
 def time_left(folder: Folder, runs: list[Planned]) -> str:
-  """How long training took so far and the rest will take, in proportion to FLOPs; '' while no run is over."""
-  done = [(run, row) for run in runs if (row := folder.row(run)) and row.get('seconds')]
+  """The time of training so far and still to come, in proportion to FLOPs; '' while no run is over."""
+  trained = [(run, row) for run in runs if (row := folder.row(run)) and row.get('seconds')]
   waiting = [run for run in runs if folder.row(run) is None]
-  spent, flops = sum(row['seconds'] for _, row in done), sum(run.cost for run, _ in done)
+  spent = sum(row['seconds'] for _, row in trained)
+  flops = sum(run.cost for run, _ in trained)
   if not (flops and waiting):
     return ''
   left = sum(run.cost for run in waiting) * spent / flops
-  clock = text.clock
-  return f'{clock(spent)} of training so far, about {clock(left)} to go, added up over the workers'
+  return f'{text.clock(spent)} of training so far, about {text.clock(left)} to go, summed over the workers'
 
 
 def show_plan(sweep: Sweep, runs: list[Planned]) -> None:
-  """Prints what a sweep is going to do."""
+  """Prints the runs that a sweep will do."""
   show_runs(runs, sweep.design.flops)
   if sweep.forecast:
     largest = max(sweep.design.budgets) * sweep.forecast
@@ -167,14 +170,16 @@ def show_plan(sweep: Sweep, runs: list[Planned]) -> None:
 
 
 def show_status(sweep: Sweep, folder: Folder) -> None:
-  """Prints how far a sweep is, and what its rows tell so far.
+  """Prints the state of a sweep, and the law of its rows so far.
 
   Raises:
     UserError: the folder holds no sweep.
   """
   runs = folder.plan()
   if not runs:
-    raise UserError(f'{folder.path} holds no sweep: no plan.json; start it, or give its --workdir.')
+    raise UserError(
+      f'{folder.path} holds no sweep (no plan.json): start one, or name its folder with --workdir.'
+    )
   show_states(folder, runs)
   if sweep.design.law:
     print(findings.provisional_law(sweep, folder.rows(runs)))

@@ -1,7 +1,7 @@
-"""A worker of a sweep: takes the lease of a run, trains it, leaves its row, and takes the next.
+"""A worker of a sweep: takes the lease of a run, trains the run, writes its row, and takes the next.
 
-Any number of workers may share a sweep's folder. A run has a directory there, with a lease while some worker
-does it and a row when it is over; workers know of each other only by these.
+Any number of workers may share the folder of a sweep. Each run has a directory there, with a lease while a
+worker trains it and a row when it is over. Workers know of each other through these files alone.
 """
 
 import collections
@@ -24,22 +24,26 @@ from research.training import interrupt
 
 
 def populations(sweep: Sweep, runs: list[Planned]) -> list[int]:
-  """The numbers of members of the populations that `runs` make; 1 for a run that is trained alone."""
+  """The sizes of the populations that `runs` form; a run that trains alone counts as 1."""
   alike = collections.Counter(run.name if run.parent else Worker.kind(run) for run in runs)
   return [
-    min(sweep.population, n - i) for n in alike.values() for i in range(0, n, sweep.population)
+    min(sweep.population, count - start)
+    for count in alike.values()
+    for start in range(0, count, sweep.population)
   ]
 
 
 class Worker:
-  """One of the workers that share a sweep's folder.
+  """One of the workers that share the folder of a sweep.
 
   Args:
-    peers: how many workers share the runs, this one among them.
+    peers: how many workers share the runs, including this one.
   """
 
   def __init__(self, sweep: Sweep, folder: Folder, peers: int = 1):
-    self.sweep, self.folder, self.peers = sweep, folder, peers
+    self.sweep = sweep
+    self.folder = folder
+    self.peers = peers
     self.leases = leases.Leases(folder.path / 'runs', sweep.lease)
     self.alike: dict[tuple, list[Planned]] = {}
     self.shares_cores = False
@@ -47,30 +51,33 @@ class Worker:
   def work(self, runs: list[Planned], poll: float = 1.0) -> None:
     """Works until every run is over.
 
-    Takes the most expensive runs first, so that the last ones are short and the workers end at about the same
-    time. Waits for the runs of other workers, which may lose them.
+    Takes the most expensive runs first, so that the last ones are short and all workers end at about the same
+    time. Waits for the runs of other workers, because another worker may lose one.
 
     Args:
-      poll: seconds to wait when there was nothing to do.
+      poll: seconds to wait when no run is free.
     """
     for run in runs:
       self.alike.setdefault(self.kind(run), []).append(run)
     runs = sorted(runs, key=lambda run: -run.cost)
     while runs := [run for run in runs if self.folder.row(run) is None]:
-      done, left, seen = 0, sum(run.cost for run in runs), collections.Counter()
+      trained_any = False
+      flops_left = sum(run.cost for run in runs)
+      position = collections.Counter()  # of a run among those of its shape
       for planned in runs:
-        kind, whole = self.kind(planned), self.whole(planned, left)
-        # All workers begin a population at the same run of its shape, so that a late one finds its lease taken
+        kind = self.kind(planned)
+        whole = self.whole(planned, flops_left)
+        # All workers begin a population at the same run of its shape. So a late worker finds its lease taken
         # and goes on to another shape, instead of splitting this one.
-        if not whole or seen[kind] % self.sweep.population == 0:
-          done += self.do(planned, whole)
-        seen[kind] += 1
-        left -= planned.cost
-      if not done:
+        if not whole or position[kind] % self.sweep.population == 0:
+          trained_any |= self.do(planned, whole)
+        position[kind] += 1
+        flops_left -= planned.cost
+      if not trained_any:
         time.sleep(poll)
 
   def share_cores(self, runs: list[Planned]) -> None:
-    """Makes each core of this process a device, where `runs` make populations whose members use them."""
+    """Makes each core of this process a device, where `runs` form populations, whose members can use them."""
     waiting = [run for run in runs if self.folder.row(run) is None]
     largest = max(populations(self.sweep, waiting), default=1)
     if largest > 1:
@@ -78,14 +85,14 @@ class Worker:
 
   @staticmethod
   def kind(run: Planned) -> tuple:
-    """What runs of one shape have in common, cheaply known; `companions` compares whole runs."""
+    """A quick guess at the shape of a run; `companions` compares the whole runs."""
     return run.size.name, run.steps, run.batch_size, run.parent
 
   def whole(self, planned: Planned, left: float) -> bool:
     """Whether this worker takes a whole population of the run's shape, so that no other compiles for it.
 
-    Towards the end of a sweep the workers divide a population instead: of the FLOPs that are `left`, those
-    without a share in it would have too few to do meanwhile.
+    Towards the end of a sweep the workers divide a population instead. Otherwise the workers without a share
+    in it would run out of work, out of the FLOPs that are `left`.
     """
     if planned.parent:
       return False
@@ -93,7 +100,7 @@ class Worker:
     return self.peers * members * planned.cost <= left
 
   def do(self, planned: Planned, whole: bool = False) -> bool:
-    """Does a run and others of its shape; False where the run is over, not ready, or another worker's."""
+    """Trains a run and others of its shape. False where the run is over, not ready, or another worker's."""
     if self.folder.row(planned) or not self.ready(planned):
       return False
     lease = self.take(planned)
@@ -104,14 +111,14 @@ class Worker:
       self.attempt(members)
     finally:
       for _, lease in members:
-        # If it cannot be released (it is lost, or the disk is full), the lease expires in time.
+        # A lease that cannot be released (it is lost, or the disk is full) expires by itself.
         with contextlib.suppress(Exception):
           if not lease.over:
             lease.release()
     return True
 
   def ready(self, planned: Planned) -> bool:
-    """Whether the run can start: a branch needs its trunk's checkpoint, and fails if that cannot come."""
+    """Whether the run can start. A branch needs a checkpoint of its trunk, and fails where the trunk failed."""
     if planned.parent is None or self.folder.step(planned):
       return True
     trunk = dataclasses.replace(planned, name=planned.parent)
@@ -120,12 +127,12 @@ class Worker:
     if row := self.folder.row(trunk):
       why = row.get('reason') or 'it has no such checkpoint'
       self.folder.fail(
-        planned, f'{planned.parent}, whose step {planned.fork} it starts from: {why}'
+        planned, f'it starts from step {planned.fork} of {planned.parent}, which failed: {why}'
       )
     return False
 
   def take(self, planned: Planned):
-    """The run's lease; None where another worker has it, or where the run has failed too often."""
+    """The lease of the run; None where another worker has it, or where the run failed too often."""
     lease = self.leases.take(planned.name, self.folder.step(planned))
     if lease is None:
       return None
@@ -139,48 +146,53 @@ class Worker:
     return lease
 
   def companions(self, planned: Planned, lease, whole: bool) -> list[tuple]:
-    """(run, lease) of the runs to train together with this one: all of its shape, or this worker's share."""
+    """(run, lease) of the runs to train with this one: all of its shape, or this worker's share of them."""
     alike = [run for run in self.alike.get(self.kind(planned), []) if run is not planned]
-    # A run that has failed before is tried alone, so that it cannot spoil the others.
+    # A run that failed before is retried alone, so that it cannot fail the others.
     if self.sweep.population == 1 or lease.failures or planned.parent or not alike:
       return []
     alike = [run for run in alike if self.folder.row(run) is None]
-    most = self.sweep.population
+    largest = self.sweep.population
     if not whole:
-      most = min(most, math.ceil((len(alike) + 1) / self.peers))
-    run, companions = self.sweep.config(planned).build(), []
-    if not alike_module.possible(run):
+      largest = min(largest, math.ceil((len(alike) + 1) / self.peers))
+    built = self.sweep.config(planned).build()
+    if not alike_module.possible(built):
       return []
-    shape = alike_module.shape(run)
+    shape = alike_module.shape(built)
+    companions = []
     for run in alike:
-      if len(companions) + 1 >= most:
+      if len(companions) + 1 >= largest:
         break
       if alike_module.shape(self.sweep.config(run).build()) != shape:
         continue
       if other := self.take(run):
-        if other.failures:
+        if other.failures:  # it is retried alone, too
           other.release()
         else:
           companions.append((run, other))
     return companions
 
   def attempt(self, members: list[tuple]) -> None:
-    """Trains the runs whose leases these are. Notes a failure, and after too many ends the run.
+    """Trains runs whose leases this worker holds. Records a failure, and ends a run that failed too often.
 
     Args:
-      members: (run, lease) each.
+      members: a (run, lease) each.
     """
     folders = [self.folder.run(run) for run, _ in members]
     files = [f / name for f in folders for name in ('metrics.jsonl', 'log.txt')]
-    progress = lambda: [storage.size(file) for file in files]
-    taken = [lease for _, lease in members]
+
+    def progress() -> list[int]:
+      return [storage.size(file) for file in files]
+
     try:
-      with leases.Heartbeat(taken, progress, self.sweep.patience, lost=_give_up):
+      with leases.Heartbeat(
+        [lease for _, lease in members], progress, self.sweep.patience, lost=_give_up
+      ):
         self.train(members)
     except interrupt.Interrupted:
       raise
     except Exception as error:
-      # A wrong input would be wrong again. Among several members it is not known whose it is.
+      # A wrong input stays wrong, so there is no retry. Among several members nobody knows whose it is.
       if isinstance(error, UserError) and len(members) == 1:
         return self.folder.fail(members[0][0], str(error))
       reason = f'{type(error).__name__}: {(str(error).splitlines() or [""])[0]}'
@@ -194,31 +206,35 @@ class Worker:
           self.folder.fail(run, f'{reason} ({lease.failures} attempts)')
 
   def train(self, members: list[tuple]) -> None:
-    """Trains the members to their ends: one alone, several as a population."""
+    """Trains the members to the end: one by itself, several as a population."""
     from research.training import loop, population  # Orbax and more: only in a process that trains
 
     with contextlib.ExitStack() as stack:
-      made, logs = [], []
+      configs = []
+      logs = []
       for run, _ in members:
         workdir = self.folder.run(run)
         workdir.mkdir(parents=True, exist_ok=True)
         if run.parent and not self.folder.step(run):
           self.branch(run)
         logs.append(stack.enter_context(storage.appending(workdir / 'log.txt')))
-        made.append(self.sweep.config(run))
+        configs.append(self.sweep.config(run))
       workdirs = [self.folder.run(run) for run, _ in members]
-      with made[0].explains():
-        runs, texts = [config.build() for config in made], [config.text for config in made]
-        # Where each core is a device (`share_cores`), a run that is alone is a population of one: it uses one.
+      with configs[0].explains():
+        runs = [config.build() for config in configs]
+        texts = [config.text for config in configs]
+        # Where each core is a device (`share_cores`), a single run would spread over all of them. As a
+        # population of one it uses one.
         if len(runs) == 1 and not (self.shares_cores and alike_module.possible(runs[0])):
           loop.train(runs[0], workdirs[0], texts[0], stream=logs[0])
         else:
           population.train_population(runs, workdirs, texts, logs)
 
   def branch(self, planned: Planned) -> None:
-    """Copies the checkpoint that a branch starts from into its folder, so that the branch resumes from it."""
+    """Copies the trunk's checkpoint into the folder of a branch, so that the branch resumes from it."""
     trunk = self.folder.run(dataclasses.replace(planned, name=planned.parent))
-    run, saved = self.folder.run(planned), f'checkpoints/{planned.fork}'
+    run = self.folder.run(planned)
+    saved = f'checkpoints/{planned.fork}'
     curve = [r for r in storage.read_rows(trunk / 'metrics.jsonl') if r['step'] <= planned.fork]
     lines = ''.join(json.dumps(row) + '\n' for row in curve if 'loss' in row)
     storage.write_atomic(run / 'metrics.jsonl', lines)
@@ -226,5 +242,5 @@ class Worker:
 
 
 def _give_up() -> None:
-  """Ends the process at once: another worker has its run, so it may not write one more byte there."""
+  """Ends the process at once. Another worker has its run, so this one must not write to it any more."""
   os._exit(75)

@@ -386,7 +386,9 @@ def test_a_branch_starts_from_its_trunk(plan, trained, tmp_path):
   folder.fail(trunk, 'out of cheese')
   late = dataclasses.replace(branch, name='late', fork=10)
   worker.work([late])
-  assert folder.row(late)['reason'] == 'trunk, whose step 10 it starts from: out of cheese'
+  assert (
+    folder.row(late)['reason'] == 'it starts from step 10 of trunk, which failed: out of cheese'
+  )
 
 
 @pytest.mark.slow
