@@ -1,4 +1,4 @@
-"""Files opened, cut into documents, and complained about: what the readers share."""
+"""Opens files, cuts them into documents, and reports what is broken in them, for all readers."""
 
 import bz2
 import collections
@@ -25,7 +25,7 @@ _COMPRESSIONS = (
   (re.compile(rb'\xfd7zXZ\0'), '.xz', 'xz'),
   (re.compile(rb'\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18'), '.zst', 'zstd'),
 )
-# What is not opened here, by its first bytes: a file of these is refused by its kind's name.
+# Kinds of files that are refused, by their first bytes.
 _OTHER_KINDS = (
   (b'PK\x03\x04', 'a zip archive: unpack it'),
   (b'7z\xbc\xaf\x27\x1c', 'a 7z archive: unpack it'),
@@ -37,24 +37,27 @@ _OTHER_KINDS = (
 
 
 class Unreadable(Exception):
-  """Why a file, or the rest of it, cannot be read; the sentence goes on from 'FILE: '."""
+  """Why a file, or the rest of it, cannot be read: the end of a sentence that starts with 'FILE: '."""
 
 
 def files(corpus: corpora.Files) -> Iterator[tuple[str | None, str]]:
-  """(split, path) of a corpus's files; the split is None where a hash of each document decides."""
-  rest = 'train' if corpus.validation_files else None
-  for split, patterns in (('validation', corpus.validation_files), (rest, corpus.files)):
+  """(split, path) of the files of a corpus; the split is None where a hash of each document decides it."""
+  split_of_files = 'train' if corpus.validation_files else None
+  for split, patterns in (
+    ('validation', corpus.validation_files),
+    (split_of_files, corpus.files),
+  ):
     for pattern in patterns:
       for path in remote(pattern) if '://' in pattern else corpora.matching(pattern):
         yield split, path
 
 
 def remote(pattern: str) -> list[str]:
-  """Files that TensorFlow's file system finds, such as gs://bucket/*.jsonl.gz."""
+  """The files that a URL names for the file system of TensorFlow, such as gs://bucket/*.jsonl.gz."""
   import tensorflow as tf
 
   try:
-    # A path that exists is that file, whatever brackets its name has.
+    # A path that exists means that file, even with brackets in its name.
     paths = [pattern] if tf.io.gfile.exists(pattern) else sorted(tf.io.gfile.glob(pattern))
   except tf.errors.OpError as e:
     raise UserError(f'cannot list {pattern}: {e.message.splitlines()[0]}') from e
@@ -75,7 +78,7 @@ def compression(path: str) -> str | None:
   """'gzip', 'bzip2', 'xz', 'zstd' or None, by a file's first bytes.
 
   Raises:
-    Unreadable: it is a kind that is not opened here, or its suffix promises a compression it has not.
+    Unreadable: the kind of file is not supported, or the compression is not that of the suffix.
   """
   with _open_raw(path) as file:
     head = file.read(64)
@@ -91,7 +94,7 @@ def compression(path: str) -> str | None:
 
 
 def binary(path: str):
-  """A binary file object; gzip, bzip2, xz and zstd are decompressed, whatever the file is called."""
+  """A binary file object. It decompresses gzip, bzip2, xz and zstd, whatever the name of the file."""
   kind = compression(path)
   raw = _open_raw(path)
   if kind == 'gzip':
@@ -109,7 +112,7 @@ def binary(path: str):
 
 @contextlib.contextmanager
 def local(path: str) -> Iterator[str]:
-  """A path for a reader that opens local files only; what lies behind a URL is copied meanwhile."""
+  """A local path, for a reader that opens no URLs: of a URL, a temporary copy."""
   if '://' not in path:
     yield path
     return
@@ -124,7 +127,7 @@ def local(path: str) -> Iterator[str]:
 def blocks_of(path: str) -> Iterator[bytes]:
   """The bytes of a file, at most a megabyte at a time."""
   with binary(path) as f:
-    # Of a gzip file that ends in the middle, one read at a time gives all that is there.
+    # `read` of a truncated gzip file loses the text before its end; `read1` returns it.
     read = getattr(f, 'read1', f.read)
     first = read(BLOCK)
     if not first:
@@ -136,21 +139,21 @@ def blocks_of(path: str) -> Iterator[bytes]:
 
 def lines_of(path: str) -> Iterator[bytes]:
   """The lines of a file, without their ends."""
-  held = []
+  partial = []  # the pieces of a line that spans blocks
   for block in blocks_of(path):
-    first, *rest = block.split(b'\n')
-    held.append(first)
-    if rest:
-      yield b''.join(held)
-      *whole, last = rest
+    first, *others = block.split(b'\n')
+    partial.append(first)
+    if others:
+      yield b''.join(partial)
+      *whole, last = others
       yield from whole
-      held = [last]
-  if any(held):
-    yield b''.join(held)
+      partial = [last]
+  if any(partial):
+    yield b''.join(partial)
 
 
 def cut(document: bytes, longest: int) -> list[bytes]:
-  """A document in parts of at most `longest` bytes, cut after a line where there is one."""
+  """A document cut into parts of at most `longest` bytes, at ends of lines where possible."""
   parts, start = [], 0
   while len(document) - start > longest:
     end = document.rfind(b'\n', start, start + longest) + 1
@@ -164,7 +167,7 @@ def cut(document: bytes, longest: int) -> list[bytes]:
 
 
 class Dropped(collections.Counter):
-  """How much was left out of a corpus, by reason; `broken` has the first places where input was broken."""
+  """Counts of what was left out of a corpus, by reason; `broken` has the first places of broken input."""
 
   def __init__(self):
     super().__init__()
@@ -172,16 +175,16 @@ class Dropped(collections.Counter):
 
 
 class Broken:
-  """Refuses or counts what is broken in one file, as the corpus says."""
+  """Refuses or counts broken input in one file, as `Corpus.broken` says."""
 
   def __init__(self, corpus, dropped: Dropped, path: str):
     self.corpus = corpus
     self.dropped = dropped
     self.path = path
-    self.line = 0  # the last that was read
+    self.line = 0  # the number of the last line that was read
 
   def __call__(self, what: str, kind: str):
-    """`what` is wrong; `kind` is the name that it is counted under."""
+    """Reports a fault. `what` describes it; faults are counted by `kind`."""
     if self.corpus.broken == 'refuse':
       hint = f" (to go on without it: {type(self.corpus).__name__}.broken = 'skip')"
       raise UserError(f'{self.path}: {what}{hint}.')
@@ -208,7 +211,7 @@ class Broken:
       self(f'{where} is not JSON ({place})', 'not JSON')
     except RecursionError:
       self(f'{where} is JSON that is nested too deeply to read', 'nested too deeply')
-    except Exception as e:  # whatever else Python's parser meets: an integer of 5,000 digits
+    except Exception as e:  # such as an integer of 5,000 digits, which Python refuses to convert
       self(f'{where} cannot be read as JSON ({_first_line(e)})', 'not JSON')
     else:
       if isinstance(record, dict):
@@ -218,22 +221,22 @@ class Broken:
 
   @contextlib.contextmanager
   def reading(self, *errors):
-    """Within this an unreadable rest of the file is refused or counted."""
-    tensorflow = sys.modules.get('tensorflow')  # imported by now, where a URL is read
-    known = (EOFError, OSError, zlib.error, lzma.LZMAError, Unreadable, *errors)
-    known += (tensorflow.errors.OpError,) if tensorflow else ()
+    """A context that refuses or counts an unreadable rest of the file."""
+    tensorflow = sys.modules.get('tensorflow')  # loaded only where a URL is read
+    expected = (EOFError, OSError, zlib.error, lzma.LZMAError, Unreadable, *errors)
+    expected += (tensorflow.errors.OpError,) if tensorflow else ()
     try:
       yield
     except UserError:
       raise
-    except known as e:
+    except expected as e:
       why = self._why(e)
       self(f'after line {self.line} {why}' if self.line else why, 'unreadable files')
 
   def _why(self, error: Exception) -> str:
     if isinstance(error, Unreadable):
       return str(error)
-    # TensorFlow's errors name its operation as well.
+    # Errors of TensorFlow also name its operation.
     text = getattr(error, 'strerror', None)
     text = text or re.sub(r'{{.*?}}|\[Op:.*', '', str(error), flags=re.DOTALL)
     text = ' '.join(text.split())[:200].rstrip('.') or type(error).__name__
@@ -250,7 +253,7 @@ def _first_line(error: Exception) -> str:
 
 
 def json_type(value) -> str:
-  """What JSON calls a value, with its article: 'null', 'a string', 'an array'."""
+  """The JSON type of a value with its article: 'null', 'a string', 'an array'."""
   if value is None:
     return 'null'
   if isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""seqio Tasks for `research.data.objectives`: t5's and seqio's own preprocessors over tokenised documents."""
+"""seqio Tasks for `research.data.objectives`: the preprocessors of t5 and seqio over tokenised documents."""
 
 import dataclasses
 import functools
@@ -15,13 +15,13 @@ from research.data.streams import Stream
 from tasks import chat, packing, preprocessors
 from tasks.files import Dropped
 
-# t5's preprocessors take a random chunk of this many tokens from a longer document and drop the rest;
-# longer documents are therefore cut here first, and nothing is dropped.
+# The preprocessors of t5 take a random chunk of so many tokens from a longer document and drop the rest. So
+# longer documents are cut first, and nothing is dropped.
 LONGEST = 65536
 # Task examples that are packed and converted at a time.
 BLOCK = 8192
-# A causal LM's documents pass through seqio in chunks of about so many tokens, cut to length after:
-# what seqio costs, it costs per example.
+# The documents of a causal LM pass through seqio in chunks of about so many tokens and are cut to length later,
+# because the cost of seqio is per example.
 CHUNK = 8192
 
 # One document: its tokens, or the tokens of a prompt and of its completion.
@@ -30,7 +30,7 @@ Document = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-  """One seqio Task: preprocessors, the sequence_length that they see, its share of the text."""
+  """One seqio Task: its preprocessors, the sequence_length that they see, its share of the text."""
 
   preprocessors: list[Callable]
   lengths: Mapping[str, int]
@@ -39,18 +39,18 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """How one objective is built.
+  """How seqio makes the examples of one objective.
 
   Attributes:
-    parts: the tasks whose examples are mixed; every document goes to one of them.
-    features: their features, each with its vocabulary.
+    parts: tasks; each document goes to one of them, and their examples are mixed.
+    features: the features of the tasks, each with its vocabulary.
     converter: the seqio feature converter.
-    longest: documents of more tokens are cut here first; None where the preprocessors take any.
-    cut: examples are cut to this many tokens after the preprocessors; None leaves them.
-    omit: model features that the model is not to see.
-    rename: (from, to) in the model features' names.
-    encode: makes documents of the corpus's raw ones in place of the plain tokeniser, and counts what it
-      leaves out or shortens, by reason, with the first places: (documents, `tasks.files.Dropped`).
+    longest: cut documents into so many tokens before the preprocessors; None where they take any length.
+    cut: cut examples into so many tokens after the preprocessors; None leaves them.
+    omit: model features to leave out.
+    rename: (old, new) text in the names of model features.
+    encode: tokenises raw documents instead of the plain tokeniser. Returns (documents, `tasks.files.Dropped`),
+      the counts of what it left out or shortened by reason, with the first places.
   """
 
   parts: list[Part]
@@ -66,7 +66,7 @@ class Recipe:
 def recipe(stream: Stream, vocabulary: seqio.Vocabulary) -> Recipe:
   """The preprocessors and the converter of `stream`'s objective.
 
-  An objective with a method `recipe` brings its own; a subclass of one of ours has its base's.
+  An objective with a method `recipe` has that one, and a subclass of one of ours the recipe of its base.
   """
   if hasattr(stream.task, 'recipe'):
     return stream.task.recipe(stream, vocabulary)
@@ -113,12 +113,15 @@ def _corruption(stream, density: float, mean_span: float, mode: str | None = Non
 def _prefix(stream, density: float, mode: str | None = None) -> Part:
   lengths = dict(stream.lengths)
   if stream.architecture == 'decoder':
-    # The two sides are one segment; its length leaves room for what is added below.
+    # A segment holds both sides; one token is left for the EOS below.
     lengths['inputs'] = lengths['targets'] - 1
   marked = [functools.partial(preprocessors.prepend_mode, mode=mode)] if mode else []
-  seen = lengths | {'inputs': lengths['inputs'] - len(marked)}
-  cut = lambda dataset, output_features: t5.prefix_lm(dataset, seen, output_features, density)
-  return Part([cut, *marked, seqio.preprocessors.append_eos_after_trim], lengths)
+  unmarked = lengths | {'inputs': lengths['inputs'] - len(marked)}
+
+  def prefix_lm(dataset, output_features):
+    return t5.prefix_lm(dataset, unmarked, output_features, density)
+
+  return Part([prefix_lm, *marked, seqio.preprocessors.append_eos_after_trim], lengths)
 
 
 def _sides(stream, vocabulary, inputs_eos=True):
@@ -135,7 +138,7 @@ def _span_corruption(stream, vocabulary):
 
 
 def _prefix_lm(stream, vocabulary):
-  # On a decoder, an EOS between prefix and rest would tell a model where the prefix ends.
+  # On a decoder, an EOS after the prefix would show the model where the prefix ends.
   features = _sides(stream, vocabulary, inputs_eos=stream.architecture == 'encoder_decoder')
   return Recipe([_prefix(stream, stream.task.noise_density)], features, _two_sided(stream))
 
@@ -153,7 +156,8 @@ def _ul2(stream, vocabulary):
 
 
 def _masked_lm(stream, vocabulary):
-  task, (length,) = stream.task, stream.lengths.values()
+  task = stream.task
+  (length,) = stream.lengths.values()
   corrupt = functools.partial(
     preprocessors.masked_lm, noise_density=task.noise_density, whole_word=task.whole_word
   )
@@ -169,7 +173,8 @@ def _masked_lm(stream, vocabulary):
 
 
 def _fim(stream, vocabulary):
-  task, length = stream.task, stream.lengths['targets']
+  task = stream.task
+  length = stream.lengths['targets']
   move = functools.partial(preprocessors.fill_in_the_middle, rate=task.rate, spm_rate=task.spm_rate)
   split = functools.partial(t5.split_tokens, max_tokens_per_segment=length - 4)
   part = Part([preprocessors.append_eos, split, move], {'targets': length})
@@ -220,10 +225,10 @@ _RECIPES = {
 }
 
 
-# Nothing here branches on a tensor's value in Python, and to look for it takes AutoGraph seconds.
+# Without AutoGraph, which would take seconds to search this code for branches on tensors. There are none.
 @tf.autograph.experimental.do_not_convert
-def task_dataset(made: Recipe, part: Part, documents: list[Document], seed: int):
-  """A part's examples {feature: (tokens,) int32} over `documents`, as a tf.data.Dataset."""
+def task_dataset(recipe: Recipe, part: Part, documents: list[Document], seed: int):
+  """The examples of a part over `documents`, as a tf.data.Dataset of {feature: (tokens,) int32}."""
 
   def source(split, shuffle_files, seed=None):
     del split, shuffle_files, seed
@@ -238,7 +243,7 @@ def task_dataset(made: Recipe, part: Part, documents: list[Document], seed: int)
   task = seqio.Task(
     'isoflop',
     source=seqio.FunctionDataSource(source, splits=['train']),
-    output_features=made.features,
+    output_features=recipe.features,
     preprocessors=part.preprocessors,
   )
   with seqio.map_seed_manager(seed):
@@ -246,20 +251,21 @@ def task_dataset(made: Recipe, part: Part, documents: list[Document], seed: int)
 
 
 def share_out(documents: list[Document], rates: list[float]) -> list[list[Document]]:
-  """Every document to the part that is furthest behind its share of the tokens so far."""
-  shares, held = [[] for _ in rates], np.zeros(len(rates))
+  """The documents of each part. A document goes to the part that is furthest behind its share of the tokens."""
+  shares = [[] for _ in rates]
+  tokens = np.zeros(len(rates))
   for document in documents:
-    i = int(np.argmin(held / rates)) if len(rates) > 1 else 0
-    held[i] += sum(map(len, document.values()))
+    i = int(np.argmin(tokens / rates)) if len(rates) > 1 else 0
+    tokens[i] += sum(map(len, document.values()))
     shares[i].append(document)
   return shares
 
 
-def blocks(made: Recipe, documents: list[Document], lengths, seed: int) -> Iterator[dict]:
+def blocks(recipe: Recipe, documents: list[Document], lengths, seed: int) -> Iterator[dict]:
   """Model features of `documents`, shuffled, packed and converted, in blocks of rows.
 
   Args:
-    made: the recipe.
+    recipe: of the objective.
     documents: token ids without EOS.
     lengths: tokens per packed example.
     seed: of the corruption and of the shuffle.
@@ -267,29 +273,30 @@ def blocks(made: Recipe, documents: list[Document], lengths, seed: int) -> Itera
   Yields:
     {model feature: (rows, length) int32}.
   """
-  if made.longest:
-    step = made.longest
+  if recipe.longest:
+    step = recipe.longest
     documents = [
       {k: v[i : i + step] for k, v in d.items()}
       for d in documents
       for i in range(0, max(map(len, d.values())), step)
     ]
-  shares = share_out(documents, [p.rate for p in made.parts])
-  found = []
-  for i, (part, share) in enumerate(zip(made.parts, shares, strict=True)):
+  shares = share_out(documents, [p.rate for p in recipe.parts])
+  batches = []
+  for i, (part, share) in enumerate(zip(recipe.parts, shares, strict=True)):
     if share:
-      found += task_dataset(made, part, share, seed + i).ragged_batch(BLOCK)
-  if not found:
+      batches += task_dataset(recipe, part, share, seed + i).ragged_batch(BLOCK)
+  if not batches:
     return
   columns = {}
-  for key in found[0]:
-    values = np.concatenate([f[key].values.numpy() for f in found])
-    columns[key] = values, np.concatenate([f[key].row_lengths().numpy() for f in found])
-  if made.cut:
-    columns = packing.cut(columns, made.cut)
+  for key in batches[0]:
+    values = np.concatenate([batch[key].values.numpy() for batch in batches])
+    lengths_of_key = np.concatenate([batch[key].row_lengths().numpy() for batch in batches])
+    columns[key] = values, lengths_of_key
+  if recipe.cut:
+    columns = packing.cut(columns, recipe.cut)
   order = np.random.default_rng(seed).permutation(len(next(iter(columns.values()))[1]))
   for i in range(0, len(order), BLOCK):
     chosen = packing.gather(columns, order[i : i + BLOCK])
-    rows = packing.convert(made.converter, chosen, lengths)
-    names = {k: k.replace(*made.rename) if made.rename else k for k in rows}
-    yield {names[k]: v for k, v in rows.items() if k not in made.omit}
+    rows = packing.convert(recipe.converter, chosen, lengths)
+    names = {k: k.replace(*recipe.rename) if recipe.rename else k for k in rows}
+    yield {names[k]: v for k, v in rows.items() if k not in recipe.omit}

@@ -1,9 +1,9 @@
-"""Packing and conversion in blocks: seqio's results, several times as fast.
+"""Packs and converts examples in blocks, with the results of seqio and several times as fast.
 
-seqio's feature converters work on one example at a time and pack in a TensorFlow while loop; that
-loop is most of what freezing costs. Here a block of examples is packed with NumPy and converted by
-the same converter's own code in one call. With `open_bins=1` the packing is
-`seqio.trim_and_pack_dataset`'s to the token; with more, first fit leaves less padding.
+The feature converters of seqio convert one example at a time and pack in a TensorFlow loop, which takes most of
+the time of freezing. This module packs a block of examples with NumPy, and then calls the code of the same
+converter once. With `open_bins=1` the packing equals `seqio.trim_and_pack_dataset` to the token; with more open
+bins, first fit leaves less padding.
 """
 
 from collections.abc import Mapping
@@ -13,10 +13,10 @@ import seqio
 import tensorflow as tf
 
 OPEN_BINS = 32
-# seqio's converters that give a loss to every token of the targets that is not 0.
+# The converters of seqio that give a loss weight to every target token but 0.
 _WEIGHTS_FROM_TOKENS = (seqio.LMFeatureConverter, seqio.EncDecFeatureConverter)
 
-# A column of a block: all its values in one flat array, and the length of each example's part.
+# A column of a block: the values of all examples in one flat array, and the length of each example.
 Column = tuple[np.ndarray, np.ndarray]
 
 
@@ -32,10 +32,13 @@ def first_fit(lengths: np.ndarray, limits: np.ndarray, open_bins: int):
     (bins, starts, count): (examples,) bin of each example, (examples, features) tokens that were in
     that bin before it, and how many bins there are.
   """
-  bins, starts = np.zeros(len(lengths), np.int64), np.zeros_like(lengths)
-  used, waiting, limits = [], [], limits.tolist()
+  bins = np.zeros(len(lengths), np.int64)
+  starts = np.zeros_like(lengths)
+  limits = limits.tolist()
+  used = []  # tokens in each bin, by feature
+  waiting = []  # the open bins, oldest first
   for i, sizes in enumerate(lengths.tolist()):
-    if sizes == limits:  # most of a long document's parts: no need to look for room
+    if sizes == limits:  # as most parts of a long document: it fills a bin of its own
       bins[i] = len(used)
       used.append(sizes)
       if open_bins == 1:
@@ -72,10 +75,11 @@ def pack(columns: Mapping[str, Column], limits: Mapping[str, int], open_bins=OPE
   segments[order] = np.arange(len(bins)) - first[bins[order]] + 1
   packed = {}
   for f, (key, limit) in enumerate(limits.items()):
-    values, given = columns[key]
+    values, lengths = columns[key]
     size = sizes[:, f]
+    # For every token that stays: its position in its example, in the flat column, and in the flat bins.
     within = np.arange(size.sum()) - np.repeat(np.cumsum(size) - size, size)
-    source = within + np.repeat(np.cumsum(given) - given, size)
+    source = within + np.repeat(np.cumsum(lengths) - lengths, size)
     target = within + np.repeat(bins * limit + starts[:, f], size)
     for name, flat in (
       (key, values[source]),
@@ -103,31 +107,32 @@ def gather(columns: Mapping[str, Column], chosen: np.ndarray) -> dict[str, Colum
   """The `chosen` examples, in that order."""
   out = {}
   for key, (values, lengths) in columns.items():
-    starts, size = (np.cumsum(lengths) - lengths)[chosen], lengths[chosen]
+    starts = (np.cumsum(lengths) - lengths)[chosen]
+    size = lengths[chosen]
     within = np.arange(size.sum()) - np.repeat(np.cumsum(size) - size, size)
     out[key] = values[np.repeat(starts, size) + within], size
   return out
 
 
 def pad(columns: Mapping[str, Column], limits: Mapping[str, int]):
-  """One example a row, trimmed or padded with 0: {key: (examples, limits[key]) int32}.
+  """Rows of one example each, trimmed or padded with 0: {key: (examples, limits[key]) int32}.
 
-  `key_filled` is 1 where a row holds a token, which may be 0 as well.
+  `key_filled` marks the tokens of a row, because a token may be 0 too.
   """
   singles = {k: (np.minimum(columns[k][1], m), m) for k, m in limits.items()}
   rows = {}
   for key, (size, limit) in singles.items():
-    values, given = columns[key]
+    values, lengths = columns[key]
     grid = np.arange(limit)[None] < size[:, None]
     rows[key] = np.zeros(grid.shape, np.int32)
     within = np.arange(size.sum()) - np.repeat(np.cumsum(size) - size, size)
-    rows[key][grid] = values[within + np.repeat(np.cumsum(given) - given, size)]
+    rows[key][grid] = values[within + np.repeat(np.cumsum(lengths) - lengths, size)]
     rows[f'{key}_filled'] = grid
   return rows
 
 
 def join(columns: Mapping[str, Column]) -> dict[str, Column]:
-  """Inputs and targets end to end, with the inputs' width, as PrefixLMFeatureConverter wants them."""
+  """Concatenates inputs and targets and adds the width of the inputs, as PrefixLMFeatureConverter wants."""
   (inputs, a), (targets, b) = columns['inputs'], columns['targets']
   whole = np.empty(len(inputs) + len(targets), np.int32)
   from_inputs = np.repeat(np.tile([True, False], len(a)), np.stack([a, b], 1).ravel())
@@ -141,12 +146,12 @@ def join(columns: Mapping[str, Column]) -> dict[str, Column]:
 
 
 def convert(converter: seqio.FeatureConverter, columns, lengths, open_bins=OPEN_BINS):
-  """Model features of a block of task examples: what `converter(ds, lengths)` gives, stacked.
+  """Model features of a block of task examples: the stacked results of `converter(ds, lengths)`.
 
   Args:
     converter: an LM, PrefixLM or EncDec feature converter, or `MaskedLMFeatureConverter`.
     columns: {task feature: Column}.
-    lengths: tokens per packed example; a decoder's whole length stands under 'targets'.
+    lengths: tokens per packed example; 'targets' is the whole length of a decoder.
 
   Returns:
     {model feature: (rows, length) int32}.
@@ -166,7 +171,7 @@ def convert(converter: seqio.FeatureConverter, columns, lengths, open_bins=OPEN_
     if key.endswith('_segment_ids'):
       out[key] = rows[f'{"inputs" if key.startswith("encoder") else "targets"}_segment_ids']
   if isinstance(converter, _WEIGHTS_FROM_TOKENS) and not hasattr(converter, 'sets_weights'):
-    # seqio takes every 0 for padding, and turns the weight of a token of id 0 into its opposite.
+    # seqio takes every 0 for padding, so it inverts the loss weight of a token of id 0.
     mistaken = filled['targets'] & (rows['targets'] == 0)
     out['decoder_loss_weights'] = np.where(
       mistaken, 1 - out['decoder_loss_weights'], out['decoder_loss_weights']
@@ -175,10 +180,10 @@ def convert(converter: seqio.FeatureConverter, columns, lengths, open_bins=OPEN_
 
 
 def _end_to_end(rows, packed: bool):
-  """Rows changed so that, laid end to end, they are one example to a converter.
+  """Rows that a converter takes for one example when they are concatenated.
 
-  A sequence starts where the segment id changes, so no id may be in two rows; without packing every
-  row is its own segment, and the converter counts positions from the first row's start.
+  A converter starts a sequence where the segment id changes, so no two rows may share an id. Without packing,
+  every row is a segment, and the converter counts positions from the start of the first row.
   """
   rows = dict(rows)
   for key, row in rows.items():

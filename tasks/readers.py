@@ -1,4 +1,4 @@
-"""Corpora read: (split, text) of every document, in any order; the store shuffles."""
+"""Reads corpora: (split, text) of every document, in any order, because the store shuffles."""
 
 import base64
 import csv
@@ -30,7 +30,7 @@ from tasks.record_readers import (
   read_tfrecord,
 )
 
-# Paths that are no text to learn Python from: tests, other packages' copies, what a tool wrote.
+# Paths to leave out: tests, copies of other packages, generated files.
 _SKIP = re.compile(
   r'(^|/)(tests?|testing|test_data|testdata|_?vendor(ed)?|externals?|extern|idlelib|encodings'
   r'|pydoc_data|lib2to3|_unicode_data|config-[^/]*|site-packages|_api)/'
@@ -43,9 +43,9 @@ _LETTERS = bytes(range(ord('a'), ord('z') + 1)) + bytes(range(ord('A'), ord('Z')
 
 
 def python_files(corpus: PythonSources) -> Iterator[tuple[str, str, pathlib.Path, str, int]]:
-  """(split, name, path, sha256, bytes) of every candidate file, without reading the packages'.
+  """(split, name, path, sha256, bytes) of every candidate file.
 
-  Every wheel's RECORD holds its files' sizes and hashes; the standard library's are read.
+  The RECORD of a wheel has the sizes and hashes of its files; only the files of the standard library are read.
   """
   for split, packages in (('validation', corpus.validation), ('train', corpus.packages)):
     for package in packages:
@@ -68,7 +68,7 @@ def python_files(corpus: PythonSources) -> Iterator[tuple[str, str, pathlib.Path
 
 
 def is_code(data: bytes) -> bool:
-  """Whether a file reads like something written by a person: not generated, no table of data."""
+  """Whether a file looks written by a person, and not generated or a table of data."""
   if _GENERATED.search(data[:2000]):
     return False
   lines = data.split(b'\n')
@@ -78,7 +78,7 @@ def is_code(data: bytes) -> bool:
 
 
 def without_licence(data: bytes) -> bytes:
-  """The file without the comment at its head, where that states a copyright or a licence."""
+  """The file without the comment at its head, where that comment has a copyright or a licence."""
   end = 0
   for line in data.splitlines(keepends=True):
     if line.strip() and not line.startswith(b'#'):
@@ -89,16 +89,16 @@ def without_licence(data: bytes) -> bytes:
 
 def read_python(corpus: PythonSources, dropped: Dropped):
   """Documents of `PythonSources`."""
-  seen = set()
+  hashes = set()
   for split, name, path, sha, size in python_files(corpus):
     if _SKIP.search(name):
       dropped['tests, vendored or generated, by path'] += 1
     elif not 200 <= size <= corpus.max_bytes:
       dropped[f'under 200 or over {corpus.max_bytes} bytes'] += 1
-    elif sha in seen:
+    elif sha in hashes:
       dropped['exact duplicates'] += 1
     else:
-      seen.add(sha)
+      hashes.add(sha)
       try:
         data = path.read_bytes()
         data.decode()
@@ -116,23 +116,25 @@ def read_python(corpus: PythonSources, dropped: Dropped):
 def read_text(corpus: corpora.TextFiles, dropped):
   separator = corpus.separator.encode() if corpus.separator is not None else None
   for split, path in files(corpus):
-    held, line_number = b'', 1
+    remainder = b''  # the document that the last block did not finish
+    line_number = 1
     broken = Broken(corpus, dropped, path)
     with broken.reading():
       for block in blocks_of(path):
-        whole, held = [], held + block
+        whole = []
+        remainder += block
         if separator is not None:
-          *whole, held = held.split(separator)
-        if len(held) > corpus.longest:
-          *parts, held = cut(held, corpus.longest)
+          *whole, remainder = remainder.split(separator)
+        if len(remainder) > corpus.longest:
+          *parts, remainder = cut(remainder, corpus.longest)
           whole += parts
         for document in whole:
           if broken.is_text(document, line_number):
             yield from ((split, part) for part in cut(document, corpus.longest))
           line_number += document.count(b'\n') + (separator or b'').count(b'\n')
           broken.line = line_number - 1
-      if held.strip() and broken.is_text(held, line_number):
-        yield from ((split, part) for part in cut(held, corpus.longest))
+      if remainder.strip() and broken.is_text(remainder, line_number):
+        yield from ((split, part) for part in cut(remainder, corpus.longest))
 
 
 def read_jsonl(corpus: corpora.JsonLines, dropped):
@@ -151,7 +153,7 @@ def read_jsonl(corpus: corpora.JsonLines, dropped):
 
 
 def read_conversations(corpus: corpora.Conversations, dropped):
-  """Each conversation as JSON, NUL, and its place: 'FILE: line N'."""
+  """Each conversation as JSON, then NUL, then its place: 'FILE: line N'."""
   for split, path in files(corpus):
     broken = Broken(corpus, dropped, path)
     with broken.reading():
@@ -186,23 +188,23 @@ READERS = {
 
 
 def read(corpus, dropped: Dropped) -> Iterator[tuple[str | None, bytes]]:
-  """(split, UTF-8 text) of every document; a split of None is for a hash of the text to decide.
+  """(split, UTF-8 text) of every document. Where the split is None, a hash of the text decides it.
 
-  `dropped` counts what was left out, by reason, and has the first places of what is broken.
+  `dropped` counts what is left out by reason, and takes the first places of broken input.
 
   Raises:
-    UserError: something is broken, and the corpus says to refuse it; names file and line.
+    UserError: the input is broken and `Corpus.broken` is 'refuse'; names file and line.
   """
   if hasattr(corpus, 'documents'):
-    return _read_own(corpus)
+    return _read_outside(corpus)
   for kind in type(corpus).__mro__:
     if kind in READERS:
       return READERS[kind](corpus, dropped)
   raise UserError(f'{type(corpus).__name__} needs a method documents(): see docs/data.md.')
 
 
-def _read_own(corpus) -> Iterator[tuple[str | None, bytes]]:
-  """What a corpus of somebody else's gives: texts, or (split, text) pairs."""
+def _read_outside(corpus) -> Iterator[tuple[str | None, bytes]]:
+  """Documents of a corpus from outside the project: texts, or (split, text) pairs."""
   name = type(corpus).__name__
   for document in corpus.documents():
     split, text = document if isinstance(document, tuple) else (None, document)

@@ -1,8 +1,8 @@
-"""The text of a corpus, read once and kept: cleaned, without duplicates, shuffled, in pieces.
+"""The stored text of a corpus: read once, cleaned, without duplicates, shuffled, in pieces.
 
-Documents lie in the order of a hash of their content, cut into pieces. So each piece is a uniform
-sample of the whole corpus, whatever the order of the files, and a run that needs a tenth of the text
-reads a tenth of the pieces.
+Documents are sorted by a hash of their content and then cut into pieces. So each piece is a uniform sample of
+the whole corpus, whatever the order of the files, and a run that needs a tenth of the text reads a tenth of
+the pieces.
 """
 
 import hashlib
@@ -21,15 +21,15 @@ from research.data.streams import FORMAT
 from tasks import cleaning, readers
 from tasks.files import Dropped
 
-# Bytes of text that are sorted in memory; more goes through files.
+# A spool sorts so many bytes of text in memory; more goes through files.
 IN_MEMORY = 1 << 30
 
 
 class Store:
-  """The kept text of one corpus.
+  """The stored text of one corpus.
 
   Attributes:
-    manifest: documents, bytes, pieces and fingerprint by split; what was dropped and why.
+    manifest: documents, bytes, pieces and fingerprint of each split; counts of dropped documents by reason.
   """
 
   def __init__(self, folder: pathlib.Path):
@@ -43,7 +43,7 @@ class Store:
     return self.manifest['splits'][split]['fingerprint']
 
   def documents(self, split: str, piece: int) -> list[bytes]:
-    """UTF-8 documents of one piece, in the store's order."""
+    """The UTF-8 documents of one piece, in stored order."""
     stem = self.folder / f'{split}-{piece:05d}'
     text = stem.with_suffix('.txt').read_bytes()
     ends = np.load(stem.with_suffix('.npy'))
@@ -51,7 +51,7 @@ class Store:
 
 
 def open_store(corpus, cache: pathlib.Path, log=print) -> Store:
-  """The store of `corpus` under `cache`, built when it is not there. Call it under the cache's lock."""
+  """Opens the store of `corpus` under `cache`; builds it where it is missing. Hold the cache's lock."""
   key = digest([FORMAT, to_spec(corpus), corpus.signature()])
   folder = cache / 'corpora' / f'{corpus.name}-{key}'
   if not (folder / 'manifest.json').exists():
@@ -65,27 +65,28 @@ def open_store(corpus, cache: pathlib.Path, log=print) -> Store:
 
 
 def build(corpus, folder: pathlib.Path, log) -> dict:
-  """Reads `corpus` into the pieces under `folder`; returns the manifest."""
+  """Reads `corpus` into pieces under `folder`; returns the manifest."""
   dropped = Dropped()
   spools = {split: Spool(folder / f'{split}.spool') for split in SPLITS}
-  total, said = 0, time.monotonic()
+  total = 0
+  last_logged = time.monotonic()
   for split, text in readers.read(corpus, dropped):
     if corpus.filters:
       text = cleaning.clean(text.decode(), corpus.filters, dropped)
       text = text and text.encode()
     if not text:
       continue
-    # A conversation's place stands behind it: equal ones are equal wherever they lie.
+    # A conversation's file and line follow it. They are no part of the content that duplicates share.
     content = text.partition(b'\0')[0] if corpus.gives == 'conversations' else text
     key = hashlib.blake2b(content, digest_size=16).digest()
     if split is None:
-      # Bits that the order below does not use.
+      # From the half of the hash that does not decide the order, so that the two are independent.
       uniform = int.from_bytes(key[8:], 'big') / 2**64
       split = 'validation' if uniform < corpus.validation_fraction else 'train'
     spools[split].add(key, text)
     total += len(text)
-    if time.monotonic() - said > 2:
-      said = time.monotonic()
+    if time.monotonic() - last_logged > 2:
+      last_logged = time.monotonic()
       log(f'reading {corpus.name}: {total / 1e6:.0f} MB')
   screen = Screen(corpus, dropped)
   splits = {}
@@ -103,19 +104,22 @@ def build(corpus, folder: pathlib.Path, log) -> dict:
   manifest['dropped'] = dict(sorted(dropped.items()))
   manifest['broken'] = dropped.broken
   if screen.overlap:
-    manifest['contamination'] = found = screen.overlap.report()
+    overlap = screen.overlap.report()
+    manifest['contamination'] = overlap
     log(
-      f'contamination: {found["documents"]} of {found["of_documents"]} validation documents share '
+      f'contamination: {overlap["documents"]} of {overlap["of_documents"]} validation documents share '
       f'{corpus.contamination.ngram} words in a row with training'
     )
   return manifest
 
 
 class Screen:
-  """Duplicates within and between the splits; validation goes first."""
+  """Finds duplicates within and between the splits. Screen the validation split first."""
 
   def __init__(self, corpus, dropped):
-    self.dropped, self.keys, self.last = dropped, set(), None
+    self.dropped = dropped
+    self.keys = set()  # of the validation split
+    self.last = None
     self.near = cleaning.MinHash(corpus.near_duplicates) if corpus.near_duplicates else None
     self.overlap = cleaning.Overlap(corpus.contamination) if corpus.contamination else None
 
@@ -143,69 +147,82 @@ class Screen:
 
 
 class Spool:
-  """Documents by key, given back in the order of the keys, without holding all of them in memory."""
+  """Documents with keys; iteration gives them sorted by key, without holding all of them in memory."""
 
   def __init__(self, folder: pathlib.Path):
-    self.folder, self.held, self.size, self.all = folder, [], 0, 0
+    self.folder = folder
+    self.in_memory = []
+    self.size = 0  # bytes of text in memory
+    self.total = 0
 
   def add(self, key: bytes, text: bytes):
-    self.held.append((key, text))
+    self.in_memory.append((key, text))
     self.size += len(text)
-    self.all += len(text)
+    self.total += len(text)
     if self.size > IN_MEMORY:
       self._flush()
 
   def _flush(self):
     self.folder.mkdir(exist_ok=True)
-    self.held.sort(key=lambda item: item[0][0])
+    # A file for every first byte of the keys, so that each is small enough to be sorted in memory.
+    self.in_memory.sort(key=lambda item: item[0][0])
     files = {}
-    for key, text in self.held:
+    for key, text in self.in_memory:
       if key[0] not in files:
         files[key[0]] = open(self.folder / f'{key[0]:03d}', 'ab')  # noqa: SIM115
       files[key[0]].write(key + struct.pack('<Q', len(text)) + text)
     for file in files.values():
       file.close()
-    self.held, self.size = [], 0
+    self.in_memory = []
+    self.size = 0
 
   def __iter__(self) -> Iterator[tuple[bytes, bytes]]:
     if not self.folder.exists():
-      yield from sorted(self.held)
+      yield from sorted(self.in_memory)
       return
     self._flush()
     for path in sorted(self.folder.iterdir()):
-      data, at, found = path.read_bytes(), 0, []
-      while at < len(data):
-        (n,) = struct.unpack_from('<Q', data, at + 16)
-        found.append((data[at : at + 16], data[at + 24 : at + 24 + n]))
-        at += 24 + n
-      yield from sorted(found)
+      data = path.read_bytes()
+      documents = []
+      start = 0
+      while start < len(data):  # a key of 16 bytes, the length in 8, the text
+        (length,) = struct.unpack_from('<Q', data, start + 16)
+        text = start + 24
+        documents.append((data[start : start + 16], data[text : text + length]))
+        start = text + length
+      yield from sorted(documents)
     shutil.rmtree(self.folder)
 
 
 def _write(folder: pathlib.Path, split: str, spool: Spool, screen: Screen, corpus) -> dict:
-  # A validation stream is short, and its pieces are made whole: they are small.
+  # A validation stream is short, and a stream reads whole pieces: smaller ones waste less.
   size = corpus.piece_bytes // (4 if split == 'validation' else 1)
-  pieces = max(1, round(spool.all / size))
+  pieces = max(1, round(spool.total / size))
   documents = size = 0
   whole = hashlib.sha256()
-  by_piece, at = [], 0
+  by_piece = []
+  piece = 0
 
   def close():
-    stem = folder / f'{split}-{at:05d}'
+    stem = folder / f'{split}-{piece:05d}'
     stem.with_suffix('.txt').write_bytes(b''.join(by_piece))
     np.save(stem.with_suffix('.npy'), np.cumsum([len(t) for t in by_piece], dtype=np.int64))
 
   for key, text in spool:
     if not screen.keeps(split, key, text):
       continue
-    while at < int.from_bytes(key[:8], 'big') * pieces >> 64:
+    # The key, read as a fraction of 1, names the piece.
+    while piece < int.from_bytes(key[:8], 'big') * pieces >> 64:
       close()
-      by_piece, at = [], at + 1
+      by_piece = []
+      piece += 1
     by_piece.append(text)
-    documents, size = documents + 1, size + len(text)
+    documents += 1
+    size += len(text)
     whole.update(key)
-  while at < pieces:
+  while piece < pieces:
     close()
-    by_piece, at = [], at + 1
+    by_piece = []
+    piece += 1
   fingerprint = whole.hexdigest()[:16]
   return {'documents': documents, 'bytes': size, 'pieces': pieces, 'fingerprint': fingerprint}

@@ -1,4 +1,4 @@
-"""What writes the shards of a stream: an objective over a corpus, or a registered seqio task."""
+"""Writers of the shards of a stream: of an objective over a corpus, or of a registered seqio task."""
 
 import contextlib
 import hashlib
@@ -17,12 +17,12 @@ REGISTERED_SHARD = 16384
 
 
 def writer(stream: Stream, folder: pathlib.Path, cache: pathlib.Path, log):
-  """What writes the shards of this stream."""
+  """The writer of this stream."""
   return (Registered if stream.registered else Ours)(stream, folder, cache, log)
 
 
 class _Writer:
-  """A stream being written; `vocabulary` is seqio's, `token_bytes` its bytes per id."""
+  """Base of the writers. `vocabulary` is a seqio vocabulary, `token_bytes` the bytes of text of each id."""
 
   def __init__(self, stream: Stream, folder: pathlib.Path, cache: pathlib.Path, log):
     self.stream = stream
@@ -30,7 +30,7 @@ class _Writer:
     self.cache = cache
     self.log = log
     self.start = time.monotonic()
-    self.said = 0.0  # when progress was last told
+    self.last_logged = 0.0
     self.tokens = 0
     self.open()
     from tasks import vocabularies
@@ -48,15 +48,15 @@ class _Writer:
     }
 
   def seed(self, number: int, piece: int) -> int:
-    """Of one shard: different for every pass, piece and split."""
+    """The seed of one shard; it differs for every pass, piece and split."""
     key = json.dumps([self.stream.seed, number, piece, self.stream.split])
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], 'big') >> 1
 
   def progress(self, shard: str, tokens: int, end=False):
     self.tokens += tokens
     now = time.monotonic()
-    if end or now - self.said > 2:
-      self.said = now
+    if end or now - self.last_logged > 2:
+      self.last_logged = now
       rate = self.tokens / max(now - self.start, 1e-9)
       self.log(
         f'freezing {self.stream.name} {self.stream.split}: {self.tokens:,} tokens, '
@@ -65,7 +65,7 @@ class _Writer:
 
 
 class Ours(_Writer):
-  """An objective over a corpus: one shard for every pass over every piece of the text."""
+  """Writes an objective over a corpus: a shard for every pass over every piece of the text."""
 
   def open(self):
     from tasks import store
@@ -82,8 +82,8 @@ class Ours(_Writer):
     from tasks import objectives, vocabularies
 
     with shards.locked(self.cache / 'vocabularies.lock', self.log):
-      wanted = self.stream.vocabulary
-      self.vocabulary = vocabularies.build(wanted, self.cache, self.store, self.log)
+      description = self.stream.vocabulary
+      self.vocabulary = vocabularies.build(description, self.cache, self.store, self.log)
     self.recipe = objectives.recipe(self.stream, self.vocabulary)
     _check_padding(self.stream, self.vocabulary)
 
@@ -97,7 +97,7 @@ class Ours(_Writer):
     from tasks import objectives, vocabularies
 
     pairs = self.stream.task.reads == 'pairs'
-    # One tokenisation serves every objective and length.
+    # Every objective and length shares one tokenisation.
     tokens = self.cache / 'tokens' / digest([self.identity, self.store.folder.name])
     split = self.stream.split
     left_out_here = {}
@@ -122,7 +122,7 @@ class Ours(_Writer):
 
 
 def _check_padding(stream: Stream, vocabulary):
-  """Raises `Invalid` where a model would take the end of an unpacked input for padding."""
+  """Raises `Invalid` where a model could not tell the end of an unpacked input from padding."""
   if vocabulary.eos_id == 0 and not stream.packing and 'inputs' in stream.lengths:
     why = (
       'False tells padding by its id 0, which ends documents in this vocabulary: set it to True.'
@@ -131,7 +131,7 @@ def _check_padding(stream: Stream, vocabulary):
 
 
 class Registered(_Writer):
-  """A seqio Task or Mixture of somebody else's, through seqio's own feature converters."""
+  """Writes a registered seqio Task or Mixture, with the feature converters of seqio."""
 
   def open(self):
     import importlib
@@ -142,7 +142,7 @@ class Registered(_Writer):
       importlib.import_module(self.stream.module)
     except UserError:
       raise
-    except Exception as e:  # the module is somebody else's
+    except Exception as e:  # a module from outside may raise anything
       why = f'{self.stream.module!r} cannot be imported: {_sentence(e)}'
       raise Invalid(Stream, 'module', why) from e
     names = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
@@ -187,17 +187,17 @@ class Registered(_Writer):
         seed=seed,
         verbose=False,
       )
-    # An iterator that was lost with its process is gone through again: it is a function of the seed.
+    # A new process repeats the iterator from its start: it is a function of the seed.
     return dataset.skip(piece * REGISTERED_SHARD).batch(256).as_numpy_iterator()
 
   @contextlib.contextmanager
   def _seqio(self, verb: str):
-    """Within this whatever the task's own code raises is told in a sentence."""
+    """A context that turns any error of the task's code into a sentence."""
     try:
       yield
     except UserError:
       raise
-    except Exception as e:  # the task is somebody else's code, run by seqio and TensorFlow
+    except Exception as e:  # code from outside, run by seqio and TensorFlow, may raise anything
       raise UserError(f'seqio cannot {verb} {self.stream.task}: {_sentence(e)}') from e
 
   def _next(self):
@@ -210,25 +210,25 @@ class Registered(_Writer):
       with self._seqio('build'):
         self.iterator = self.rows(number, piece)
       self.number = number
-      self.held = self._next()
-    wanted = REGISTERED_SHARD // 256
+      self.upcoming = self._next()
+    blocks_left = REGISTERED_SHARD // 256
     with shards.Shard(self.folder, number, piece, self.token_bytes, False) as shard:
-      while self.held is not None and wanted:
+      while self.upcoming is not None and blocks_left:
         with self._seqio('give the features that a model reads from'):
-          tokens = shard.write(self.held)
+          tokens = shard.write(self.upcoming)
         self.progress(f'shard {piece + 1}', tokens)
-        self.held = self._next()
-        wanted -= 1
-      shard.last = self.held is None
+        self.upcoming = self._next()
+        blocks_left -= 1
+      shard.last = self.upcoming is None
     self.next = piece + 1
 
 
 def _sentence(error: Exception) -> str:
-  """What an error of TensorFlow's or of somebody's generator says, without its stack and graph nodes."""
+  """The message of an error of TensorFlow or of a generator, without stacks and graph nodes."""
   text = getattr(error, 'message', None) or str(error)
   raised = re.findall(r'^(?:\w+\.)*(\w+(?:Error|Exception)): (.+)$', text, re.MULTILINE)
   if raised and 'Traceback' in text:
-    # A generator's own error, printed by TensorFlow with the stack that led to it: its last line counts.
+    # TensorFlow prints the stack of an error of a generator; the message is in the last line.
     name, text = raised[-1]
     return f'{text.strip().rstrip(".")} ({name}).'
   text = re.sub(r'\{\{.*?\}\}|\[\[.*?\]\]|\[Op:.*?\]', ' ', text, flags=re.DOTALL)
@@ -237,5 +237,5 @@ def _sentence(error: Exception) -> str:
 
 
 def left_out(dropped: dict[str, int]) -> str:
-  """Counts by reason, as a manifest has them, in words."""
+  """{reason: count} in words."""
   return '; '.join(f'{n} {why}' for why, n in dropped.items())

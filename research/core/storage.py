@@ -1,7 +1,7 @@
-"""Where things are written: a folder, or a bucket by its URL (gs://..., s3://...).
+"""Files in a local folder or in a bucket (gs://..., s3://...): the only module that tells them apart.
 
-Both are paths with pathlib's methods, from `place`. An object of a bucket appears whole when its writing ends
-and cannot be added to, and a folder there is only the first part of names; what follows from that stands here.
+`place` makes paths with the methods of pathlib for both. An object of a bucket appears when its write ends and
+cannot be appended to, and a folder of a bucket is only a prefix of names.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from research.core.errors import UserError
 
 # The package through which each kind of bucket is read.
 PACKAGES = {'gs': 'gcsfs', 's3': 's3fs'}
-# What a glob or a URL takes for something else than itself; and `name:`, which looks like the start of a URL.
+# Characters with a meaning in globs or URLs; and `name:`, which looks like the start of a URL.
 _SPECIAL = re.compile(r'[\[\]*?#%|\\\ud800-\udfff]|:(?=/|$)')
 
 
@@ -26,22 +26,22 @@ def place(name, setting: str = '--workdir'):
   """The path that a flag or a variable names.
 
   Args:
-    name: a folder, `~` being the user's own, or a URL; a path as it comes from here is given back.
-    setting: what set it, for messages.
+    name: a folder (`~` is the home folder) or a URL; a path that this function made is returned unchanged.
+    setting: the flag or the variable, for messages.
 
   Returns:
     A `pathlib.Path`, or for a bucket an `etils.epath.Path`, which Orbax takes too.
 
   Raises:
-    UserError: it is no path or no such kind of bucket, or the package that reads such URLs is not installed.
+    UserError: the name is no path, the kind of bucket is unknown, or its package is not installed.
   """
   if not isinstance(name, str):
     return _expanded(name, setting) if isinstance(name, pathlib.Path) else name
-  scheme, separator, rest = name.partition('://')
+  scheme, separator, location = name.partition('://')
   if not name.strip() or '\0' in name:
     raise UserError(f'{setting}={name!r} names no folder.')
   if scheme == 'file' and separator:
-    return _expanded(pathlib.Path(rest), setting)
+    return _expanded(pathlib.Path(location), setting)
   if not separator:
     if name.startswith(tuple(f'{kind}:' for kind in PACKAGES)):
       raise UserError(
@@ -50,7 +50,7 @@ def place(name, setting: str = '--workdir'):
     return _expanded(pathlib.Path(name), setting)
   if scheme not in PACKAGES:
     raise UserError(f'{setting}={name}: a URL of gs:// or s3:// is wanted, or a folder.')
-  if special := _SPECIAL.search(rest):
+  if special := _SPECIAL.search(location):
     raise UserError(
       f'{setting}={name}: a folder of a bucket cannot have {special[0]!r} in its name.'
     )
@@ -67,14 +67,14 @@ def _expanded(path: pathlib.Path, setting: str) -> pathlib.Path:
 
 
 def _bucket(url: str, scheme: str, setting: str):
-  os.environ['EPATH_USE_TF'] = 'false'  # or a training process imports TensorFlow
+  os.environ['EPATH_USE_TF'] = 'false'  # otherwise etils imports TensorFlow into a training process
   try:
     import fsspec
     from etils import epath
     from etils.epath import gpath
 
-    gpath._is_tf_installed.cache_clear()  # it was asked before the line above
-    # Listings are other processes' news: never yesterday's.
+    gpath._is_tf_installed.cache_clear()  # its answer may be older than the line above
+    # Other processes write to the bucket too, so a listing must not come from a cache.
     fsspec.config.conf.setdefault(scheme, {})['use_listings_cache'] = False
     fsspec.get_filesystem_class(scheme)
   except ImportError:
@@ -86,16 +86,15 @@ def _bucket(url: str, scheme: str, setting: str):
 
 
 def is_bucket(path) -> bool:
-  """Whether a path is of a bucket."""
+  """Whether a path is in a bucket."""
   return not isinstance(path, pathlib.Path)
 
 
 def plain_path(folder):
-  """A path to the same folder that globs and URLs take as it is written.
+  """A path to the same folder without characters that are special in globs and URLs.
 
-  Orbax and TensorStore make globs and URLs of paths, so that they lose what lies under 'runs[1]' or 'a#b'.
-  Where a path has such a character this makes the folder and a link to it, of a name that every process
-  finds alike.
+  Orbax and TensorStore make globs and URLs of paths, and then do not find files under 'runs[1]' or 'a#b'. For
+  such a path this makes the folder, and a link to it with the same name in every process.
 
   Raises:
     UserError: the link cannot be made.
@@ -106,11 +105,15 @@ def plain_path(folder):
   links = pathlib.Path(tempfile.gettempdir()) / f'isoflop-{os.getuid()}'
   link = links / hashlib.sha256(target).hexdigest()[:16]
   try:
-    folder.mkdir(parents=True, exist_ok=True)  # what is made under a link to nothing is an error
+    folder.mkdir(
+      parents=True, exist_ok=True
+    )  # a link to a folder that does not exist cannot be used
     links.mkdir(mode=0o700, exist_ok=True)
     if links.stat().st_uid != os.getuid() or _SPECIAL.search(str(link)):
       raise PermissionError(1, f'{links} cannot be used')
-    with contextlib.suppress(FileExistsError):  # its name is made of what it points to
+    with contextlib.suppress(
+      FileExistsError
+    ):  # its name is a hash of its target, so it is the same link
       os.symlink(target, os.fsencode(link))
   except OSError as error:
     special = _SPECIAL.search(str(folder.absolute()))[0]
@@ -122,18 +125,18 @@ def plain_path(folder):
 
 
 def make(workdir, setting: str = '--workdir') -> None:
-  """Makes a folder that can be written.
+  """Makes a folder, and checks that it can be written.
 
   Raises:
-    UserError: it cannot; no such bucket, no rights.
+    UserError: it cannot be made or written, such as without the rights or without the bucket.
   """
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     if is_bucket(workdir):
-      (workdir / '.writable').write_text('\n')  # only writing tells
+      (workdir / '.writable').write_text('\n')  # a bucket has no other way to find out
     elif not os.access(workdir, os.W_OK):
       raise PermissionError(13, 'not writable')
-  except Exception as error:  # each kind of bucket has errors of its own
+  except Exception as error:  # every kind of bucket raises its own classes of errors
     if not is_bucket(workdir) and not isinstance(error, OSError):
       raise
     raise UserError(
@@ -142,15 +145,15 @@ def make(workdir, setting: str = '--workdir') -> None:
 
 
 def _why(error: Exception, path) -> str:
-  """What a store says is wrong, in a clause."""
+  """The reason in an error of a store, as a clause."""
   if isinstance(error, FileNotFoundError) and is_bucket(path):
     return 'no such bucket'
-  said = getattr(error, 'strerror', None) or str(error).strip()
-  return (said.splitlines() or [''])[0].rstrip('.') or type(error).__name__
+  text = getattr(error, 'strerror', None) or str(error).strip()
+  return (text.splitlines() or [''])[0].rstrip('.') or type(error).__name__
 
 
 def size(path) -> int:
-  """Bytes of a file, -1 where there is none."""
+  """The size of a file in bytes; -1 where there is none."""
   try:
     stat = path.stat()
   except FileNotFoundError:
@@ -166,7 +169,7 @@ def append(path, text: str) -> None:
 
 @contextlib.contextmanager
 def appending(path):
-  """A text file open for adding to; in a bucket it gets there when it is closed."""
+  """A text file open for appending; in a bucket the text is written when the file is closed."""
   if not is_bucket(path):
     with path.open('a', encoding='utf-8') as file:
       yield file
@@ -179,7 +182,7 @@ def appending(path):
 
 
 def write_atomic(path, content: str | bytes) -> None:
-  """The file is either the old one or the whole new one, whatever dies."""
+  """Writes a file whole or not at all, whatever dies meanwhile."""
   data = content.encode() if isinstance(content, str) else content
   if is_bucket(path):
     path.write_bytes(data)
@@ -188,13 +191,13 @@ def write_atomic(path, content: str | bytes) -> None:
   try:
     temporary.write_bytes(data)
     temporary.replace(path)
-  except OSError:  # the disk is full: leave it no fuller
+  except OSError:  # on a full disk, the partial file would take the last room
     temporary.unlink(missing_ok=True)
     raise
 
 
 def read_rows(path) -> list[dict]:
-  """The rows of a JSON-lines file; a last line cut by a kill is left out."""
+  """The rows of a JSON-lines file, without a last line that a kill cut off."""
   if not path.exists():
     return []
   rows = []
@@ -207,12 +210,12 @@ def read_rows(path) -> list[dict]:
 
 
 def names(folder) -> set[str]:
-  """The names of what lies in a folder; none where it does not exist.
+  """The names of the files in a folder; none where it does not exist.
 
   Raises:
-    UserError: it cannot be read.
+    UserError: the folder cannot be read.
   """
-  with _told(f'cannot read {folder}', folder):
+  with _explained(f'cannot read {folder}', folder):
     try:
       return {path.name for path in folder.iterdir()}
     except FileNotFoundError:
@@ -220,46 +223,46 @@ def names(folder) -> set[str]:
 
 
 def copy_files(source, target, files: Iterable[str], log: Callable[[str], None] = print) -> None:
-  """Copies files of a folder to another in the order given, each of them whole or not at all.
+  """Copies files from one folder to another in the given order, each whole or not at all.
 
   Args:
-    source, target: folders; either may be of a bucket.
-    files: their names.
-    log: told of each as it begins.
+    source, target: folders; either may be in a bucket.
+    files: names of the files.
+    log: called with a line as each copy begins.
 
   Raises:
-    UserError: one could not be read or written.
+    UserError: a file could not be read or written.
   """
   verb, bucket = ('sending', target) if is_bucket(target) else ('fetching', source)
-  with _told(f'cannot write {target}', target):
+  with _explained(f'cannot write {target}', target):
     target.mkdir(parents=True, exist_ok=True)
   for name in files:
     log(f'{verb} {bucket / name}')
-    with _told(f'cannot read {source / name}', source):
+    with _explained(f'cannot read {source / name}', source):
       data = (source / name).read_bytes()
-    with _told(f'cannot write {target / name}', target):
+    with _explained(f'cannot write {target / name}', target):
       write_atomic(target / name, data)
 
 
 @contextlib.contextmanager
-def _told(what: str, path):
-  """Turns what a store raises into one sentence that starts with `what`."""
+def _explained(what: str, path):
+  """Turns an error of a store into a sentence that starts with `what`."""
   try:
     yield
-  except Exception as error:  # each kind of bucket has errors of its own
+  except Exception as error:  # every kind of bucket raises its own classes of errors
     if not is_bucket(path) and not isinstance(error, OSError):
       raise
     raise UserError(f'{what}: {_why(error, path)}.') from error
 
 
 def key_value_store(folder):
-  """The TensorStore key-value store of a folder or a bucket: its writes can be conditional."""
+  """The TensorStore key-value store of a folder or a bucket, for conditional writes."""
   import tensorstore
 
   if is_bucket(folder):
     return tensorstore.KvStore.open(f'{folder}/').result()
   folder.mkdir(parents=True, exist_ok=True)
-  # What is written here need not survive a power cut: whoever wrote it did not either.
+  # No fsync: a lease need not survive a power cut, which its worker would not survive either.
   context = {'file_io_sync': False}
   path = f'{plain_path(folder).absolute()}/'
   return tensorstore.KvStore.open({'driver': 'file', 'path': path, 'context': context}).result()

@@ -1,4 +1,4 @@
-"""Arrays and the axes of the mesh in use: how they are split, gathered and checked."""
+"""Arrays on the mesh in use: how their axes are split, gathered and checked."""
 
 import math
 from collections.abc import Mapping
@@ -11,8 +11,9 @@ from research.parallel.mesh import MAY_STAY_WHOLE, Mesh, as_tuple, rules_in_use
 
 
 def axis_size(name: str) -> int:
-  """Over how many devices the mesh in use splits the array axis `name`."""
-  rules, sizes = rules_in_use.get() or {}, jax.sharding.get_abstract_mesh().shape
+  """The number of devices that the mesh in use splits the array axis `name` over."""
+  rules = rules_in_use.get() or {}
+  sizes = jax.sharding.get_abstract_mesh().shape
   return math.prod(sizes.get(axis, 1) for axis in as_tuple(rules.get(name)))
 
 
@@ -27,19 +28,20 @@ def splits() -> bool:
 
 
 def on_each(size: int, name: str) -> int:
-  """How much of so large an array axis `name` one device has, at least 1."""
+  """The part of an array axis `name` of this size that one device has, at least 1."""
   return max(1, size // axis_size(name))
 
 
 def spec(*names: str | None, shape: tuple[int, ...] | None = None) -> P:
   """`spec('batch', 'length', None)`: the PartitionSpec of an array with these axes under the mesh in use.
 
-  With `shape`, an axis whose size the mesh does not divide stays whole; of two names that claim one mesh axis
-  the first has it. For parameters `check` makes errors of both. Outside any mesh everything is whole.
+  With `shape`, an axis whose size the mesh does not divide stays whole. Where two names claim one mesh axis,
+  the first gets it. For parameters `check` makes both an error. Outside any mesh every axis is whole.
   """
   rules = rules_in_use.get() or {}
   sizes = dict(jax.sharding.get_abstract_mesh().shape)
-  taken, parts = set(), []
+  taken = set()
+  parts = []
   for i, name in enumerate(names):
     axes = tuple(
       axis for axis in as_tuple(rules.get(name)) if sizes.get(axis, 1) > 1 and axis not in taken
@@ -52,16 +54,16 @@ def spec(*names: str | None, shape: tuple[int, ...] | None = None) -> P:
 
 
 def check(parameters: Mapping[str, tuple[tuple[str | None, ...], tuple[int, ...]]]) -> None:
-  """Raises Invalid where a parameter does not go onto the mesh in use as the rules say.
+  """Raises Invalid where the rules cannot put a parameter onto the mesh in use.
 
   Args:
     parameters: path -> (names of the axes, shape).
 
   Raises:
-    Invalid: of `Mesh`: two axes of one parameter claim one mesh axis, or a size is not a multiple of the
-      devices it is split over.
+    Invalid: of `Mesh`: two axes of one parameter claim one mesh axis, or the devices do not divide a size.
   """
-  rules, sizes = rules_in_use.get() or {}, dict(jax.sharding.get_abstract_mesh().shape)
+  rules = rules_in_use.get() or {}
+  sizes = dict(jax.sharding.get_abstract_mesh().shape)
   for path, (names, shape) in parameters.items():
     taken = {}
     shown = 'x'.join(
@@ -91,33 +93,33 @@ def check(parameters: Mapping[str, tuple[tuple[str | None, ...], tuple[int, ...]
 
 
 def shard(x: jax.Array, *names: str | None) -> jax.Array:
-  """`x` moved to where the names of its axes say; its values are unchanged."""
+  """`x` resharded by the names of its axes."""
   if rules_in_use.get() is None:
     return x
   return jax.sharding.reshard(x, spec(*names, shape=x.shape))
 
 
 def gather(x: jax.Array, *names: str | None) -> jax.Array:
-  """A parameter whole on every device, but for the axes that `names` say: what FSDP does before its use.
+  """A parameter that is whole on every device except along `names`, as FSDP gathers it before use.
 
-  Its gradient is a reduce-scatter to where `x` lives: every device adds up its own examples' part, without a
-  collective (its type says `unreduced`), and the sum is taken here, once for as many uses as there were. Where
-  `x` is gathered already it comes back as it is.
+  Its gradient is a reduce-scatter to the sharding of `x`. Every device first adds up the gradients of its own
+  examples without a collective (their type is `unreduced`), so that any number of uses costs one sum. A
+  parameter that is gathered already is returned unchanged.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if rules_in_use.get() is None or jax.typeof(x).sharding.spec.reduced:
     return x
   if mesh.manual_axes:  # in a pipeline's stage, where jax knows no partial sums yet
     return shard(x, *names)
-  here = [as_tuple(axes) for axes in axes_of(x)]
-  to = [as_tuple(axes) for axes in spec(*names, shape=x.shape)]
-  gathered = {i: here[i] for i in range(x.ndim) if here[i] != to[i]}
-  if any(to[i] for i in gathered):
+  source = [as_tuple(axes) for axes in axes_of(x)]
+  target = [as_tuple(axes) for axes in spec(*names, shape=x.shape)]
+  gathered = {i: source[i] for i in range(x.ndim) if source[i] != target[i]}
+  if any(target[i] for i in gathered):
     return shard(x, *names)
   split = {axis for name in ('batch', 'length') for axis in as_tuple(rules_in_use.get().get(name))}
   split = {axis for axis in split if mesh.shape[axis] > 1 and axis not in mesh.manual_axes}
   over = {axis for axes in gathered.values() for axis in axes}
-  copies = tuple(split - over - {axis for axes in to for axis in axes})
+  copies = tuple(split - over - {axis for axes in target for axis in axes})
   if not over and not copies:
     return x
 
@@ -127,27 +129,28 @@ def gather(x: jax.Array, *names: str | None) -> jax.Array:
       x = jax.lax.all_gather(x, axes, axis=i, tiled=True, to='reduced')
     return x
 
-  out = P(*(axes or None for axes in to), reduced=over | set(copies))
-  return jax.shard_map(collect, in_specs=P(*(axes or None for axes in here)), out_specs=out)(x)
+  in_specs = P(*(axes or None for axes in source))
+  out_specs = P(*(axes or None for axes in target), reduced=over | set(copies))
+  return jax.shard_map(collect, in_specs=in_specs, out_specs=out_specs)(x)
 
 
 def per_device(f, *, in_specs, out_specs):
-  """`f` as every device runs it on its own parts, with collectives of its own; `jax.shard_map` over all axes.
+  """`jax.shard_map` over all mesh axes: every device runs `f` on its own parts, with explicit collectives.
 
-  Inside another such function (a pipeline's stage) it is over the axes that are left.
+  Inside another such function (a stage of a pipeline) it maps over the remaining axes.
   """
   mesh = jax.sharding.get_abstract_mesh()
   left = set(mesh.axis_names) - set(mesh.manual_axes)
-  # Trip counts and branches may differ between devices, which the check for varying values does not know.
+  # No check for varying values: trip counts and branches may differ between devices.
   return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, axis_names=left, check_vma=False)
 
 
 def spec_of(x: jax.Array) -> P | None:
-  """Where `x` lives, as an `out_sharding`; None outside any mesh."""
+  """The sharding of `x`, for an `out_sharding`; None outside any mesh."""
   sharding = jax.typeof(x).sharding
   return None if sharding.mesh.empty else sharding.spec
 
 
 def axes_of(x: jax.Array) -> tuple:
-  """What splits each axis of `x`, as in the entries of a PartitionSpec: one for every axis."""
+  """The mesh axes that split each axis of `x`: an entry of a PartitionSpec for every axis."""
   return (*jax.typeof(x).sharding.spec.partitions, *[None] * x.ndim)[: x.ndim]

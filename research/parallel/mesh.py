@@ -1,8 +1,8 @@
-"""Names of array axes, and where on the device mesh each name lives.
+"""The device mesh: the names of array axes, and the mesh axes that split them.
 
-Every array of a model is declared by the names of its axes (`'batch'`, `'embed'`, `'mlp'`, ...). A `Mesh`
-says how many devices each mesh axis has and which name is split over which mesh axis; nothing else in the
-project mentions a mesh axis. The mesh is explicit: the type of every array says where it lives.
+A model declares every array by the names of its axes (`'batch'`, `'embed'`, `'mlp'`, ...). A `Mesh` says how
+many devices each mesh axis has, and which array axis is split over which mesh axis. No other module of the
+project names a mesh axis. The mesh is explicit: the type of every array says how it is sharded.
 """
 
 import contextlib
@@ -15,15 +15,15 @@ import jax
 
 from research.core.errors import Invalid, did_you_mean
 
-# Outermost first: neighbours in the last axes are neighbours in the slice, where links are short.
+# Outermost first: neighbours along the last axes are neighbours in the slice, with the fastest links.
 MESH_AXES = ('data', 'stage', 'fsdp', 'expert', 'context', 'tensor')
 ARRAY_AXES = (
   'batch', 'length', 'embed', 'heads', 'kv_heads', 'head_dim', 'mlp', 'vocab', 'expert', 'layers', 'state',
   'channels', 'sequence',
 )  # fmt: skip
-# Batches are split over every axis that has its own examples, and sequences over context. A parameter is split
-# by 'embed' over the axes that would else hold copies of it (ZeRO-3; data does hold copies), and over tensor by
-# the axis that is not contracted with the residual stream (Megatron); experts live on an axis of their own.
+# Batches are split over every mesh axis with examples of its own, and sequences over context. The 'embed' axis
+# of a parameter is split over the mesh axes that would otherwise hold copies (ZeRO-3; data has copies). The
+# axis that is not contracted with the residual stream is split over tensor (Megatron), and experts over expert.
 RULES = {
   'batch': ('data', 'fsdp', 'expert'),
   'length': 'context',
@@ -34,13 +34,13 @@ RULES = {
   'vocab': 'tensor',
   'expert': 'expert',
   'layers': 'stage',
-  # Of what carries a state along the sequence, which is whole there.
+  # The channels of parts that carry a state along the sequence: each device has the whole sequence.
   'channels': ('tensor', 'context'),
   # The length of the residual stream, between parts. ('context', 'tensor') is Megatron's sequence parallelism
   # (arXiv:2205.05198): tensor devices then keep a part of each activation, not a copy.
   'sequence': 'context',
 }
-# Grouped queries leave few keys: where they are fewer than the devices, each device holds all of them.
+# Grouped queries have few key heads. With fewer of them than devices, each device holds all of them.
 MAY_STAY_WHOLE = ('kv_heads',)
 
 rules_in_use = contextvars.ContextVar('rules', default=None)
@@ -50,23 +50,23 @@ _pipeline = contextvars.ContextVar('pipeline', default=(1, None))
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-  """How many devices along each mesh axis, and which array axis is split over which of them.
+  """The number of devices along each mesh axis, and the rules that split array axes over mesh axes.
 
-  One size may be -1: as many as there are devices left. Sizes are of one slice; several slices, joined by a
-  slower network (DCN), multiply `data` by `dcn_data` and `stage` by `dcn_stage`.
+  One size may be -1, for all the devices that are left. The sizes are of one slice. Several slices, connected
+  by a slower network (DCN), multiply `data` by `dcn_data` and `stage` by `dcn_stage`.
 
   Attributes:
     data: copies of the parameters, each with its own examples.
-    fsdp: own examples; parameters and optimizer state are split (ZeRO-3) and gathered layer by layer.
-    tensor: heads, MLP and vocabulary are split (Megatron).
-    context: sequences are split.
-    expert: experts are split, and so are the examples.
-    stage: layers are split (a pipeline: `model/pipeline.py`).
-    stage_rounds: how often a microbatch passes all the stages.
-    stage_microbatches: of a batch in the pipeline, at least as many as stages, which is the default.
-    dcn_data, dcn_stage: how many slices; dcn_data -1 is all that there are.
-    rules: replace entries of `RULES`; None keeps an axis whole. Of a tuple of mesh axes an array takes those
-      that its other axes leave free; a single one must be free.
+    fsdp: splits examples, and parameters and optimizer state (ZeRO-3), which are gathered layer by layer.
+    tensor: splits heads, MLPs and the vocabulary (Megatron).
+    context: splits sequences.
+    expert: splits experts, and examples.
+    stage: splits layers (a pipeline: `model/pipeline.py`).
+    stage_rounds: how often a microbatch passes through all stages.
+    stage_microbatches: microbatches of a batch in the pipeline; None, the least, is as many as stages.
+    dcn_data, dcn_stage: numbers of slices; dcn_data -1 is all of them.
+    rules: replace entries of `RULES`; None keeps an axis whole. From a tuple of mesh axes an array takes those
+      that its other axes do not use; a single mesh axis must not be used by another.
   """
 
   data: int = -1
@@ -101,23 +101,24 @@ class Mesh:
 
   @property
   def table(self) -> dict:
-    """Which mesh axes every array axis is split over: name -> None, one, or several."""
+    """{array axis: the mesh axes that split it: None, one, or a tuple}."""
     return {**RULES, **self.rules}
 
   def shape(self, devices: int, slices: int = 1) -> dict[str, int]:
-    """The size of every mesh axis on this many devices, in all slices together."""
-    within, across = self._within(devices // slices), self._across(slices)
+    """The size of every mesh axis on this many devices, over all slices."""
+    within = self._within(devices // slices)
+    across = self._across(slices)
     return {axis: size * across.get(axis, 1) for axis, size in within.items()}
 
   def _within(self, devices: int) -> dict[str, int]:
     sizes = {axis: getattr(self, axis) for axis in MESH_AXES}
-    known = math.prod(size for size in sizes.values() if size != -1)
-    filled = {axis: devices // known if size == -1 else size for axis, size in sizes.items()}
+    stated = math.prod(size for size in sizes.values() if size != -1)
+    filled = {axis: devices // stated if size == -1 else size for axis, size in sizes.items()}
     if math.prod(filled.values()) != devices:
-      asked = ' x '.join(f'{axis} {size}' for axis, size in sizes.items() if size != 1)
+      shape = ' x '.join(f'{axis} {size}' for axis, size in sizes.items() if size != 1)
       largest = max(sizes, key=sizes.get)
-      needs = f'a multiple of {known}' if -1 in sizes.values() else f'{known}'
-      why = f'a mesh of {asked} needs {needs} devices and there are {devices} here; '
+      needs = f'a multiple of {stated}' if -1 in sizes.values() else f'{stated}'
+      why = f'a mesh of {shape} needs {needs} devices and there are {devices} here; '
       raise Invalid(Mesh, largest, why + f'change Mesh.{largest} or set one axis to -1.')
     return filled
 
@@ -130,19 +131,18 @@ class Mesh:
     return {'data': data, 'stage': self.dcn_stage}
 
   def batch_shards(self, devices: int, slices: int = 1) -> int:
-    """Over how many devices a batch is split: the batch size must be a multiple of it."""
+    """The number of devices that a batch is split over; the batch size must be a multiple of it."""
     sizes = self.shape(devices, slices)
     return math.prod(sizes[axis] for axis in as_tuple(self.table['batch']))
 
   def arrange(self, devices) -> jax.sharding.Mesh:
-    """The devices in this shape, neighbours in the network as neighbours in the mesh."""
+    """A jax mesh of this shape. Neighbours in the mesh are neighbours in the network."""
     from jax.experimental import mesh_utils
 
     slices = count_slices(devices)
     sizes = self.shape(len(devices), slices)
-    split = {
-      'allow_split_physical_axes': True
-    }  # an axis may take a part of a slice's side: 8 of 4x4x4
+    # A mesh axis may take part of a side of the slice: 8 devices of 4x4x4.
+    split = {'allow_split_physical_axes': True}
     if slices == 1:
       grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, **split)
     else:
@@ -158,54 +158,55 @@ class Mesh:
 
   @contextlib.contextmanager
   def use(self, devices=None):
-    """Within this, `spec` and `shard` mean this mesh, over `devices` (all of them by default)."""
+    """A context in which `spec` and `shard` use this mesh over `devices` (by default all of them)."""
     devices = jax.devices() if devices is None else devices
     mesh = self.arrange(devices)
-    token, platform = rules_in_use.set(self.table), _platform.set(devices[0].platform)
+    rules = rules_in_use.set(self.table)
+    platform = _platform.set(devices[0].platform)
     pipeline = _pipeline.set((self.stage_rounds, self.stage_microbatches))
     try:
       with jax.set_mesh(mesh):
         yield mesh
     finally:
-      rules_in_use.reset(token)
+      rules_in_use.reset(rules)
       _platform.reset(platform)
       _pipeline.reset(pipeline)
 
 
 def platform() -> str:
-  """'cpu', 'gpu' or 'tpu': what the devices in use are."""
+  """The kind of the devices in use: 'cpu', 'gpu' or 'tpu'."""
   return _platform.get() or jax.default_backend()
 
 
 def cores() -> int:
-  """Those of the CPU that this process may use."""
+  """The number of CPU cores that this process may use."""
   return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
 
 def threads() -> int:
-  """How many of them jax divides a product over: all, unless it is told otherwise."""
+  """The number of cores that jax uses for a product: all, unless PJRT_NPROC says otherwise."""
   return int(os.environ.get('PJRT_NPROC') or cores())
 
 
 def count_slices(devices) -> int:
-  """How many slices (of TPUs, joined by DCN) these devices are; 1 where there is no such thing."""
+  """The number of TPU slices (connected by DCN) of these devices; 1 for other devices."""
   return len({getattr(device, 'slice_index', None) for device in devices})
 
 
 def describe(mesh: jax.sharding.Mesh) -> str:
-  """'data 2 x fsdp 4': the axes that split anything."""
+  """The mesh axes with more than one device, as in 'data 2 x fsdp 4'."""
   return ' x '.join(f'{axis} {n}' for axis, n in mesh.shape.items() if n > 1) or 'of one device'
 
 
 def default_mesh(state_bytes: int, device_bytes: int | None) -> Mesh:
   """The mesh of a run that names none: data parallel where the state is small, FSDP where it is not.
 
-  Copies of the state cost one all-reduce a step and FSDP three collectives a layer; so parameters and optimizer
-  are copied while they take at most a quarter of a device's memory.
+  Data parallelism costs one all-reduce a step, FSDP three collectives a layer. So every device has a copy of
+  the state while that takes at most a quarter of its memory.
 
   Args:
     state_bytes: of parameters and optimizer state.
-    device_bytes: memory of a device; None where it is the machine's own (CPU), which copies would only fill.
+    device_bytes: memory of a device; None for CPUs, which share the machine's memory.
   """
   small = device_bytes is None or state_bytes <= device_bytes / 4
   return Mesh() if small else Mesh(data=1, fsdp=-1)
@@ -216,5 +217,5 @@ def as_tuple(axes) -> tuple:
 
 
 def pipeline_shape() -> tuple[int, int | None]:
-  """How many rounds and microbatches the mesh in use asks of a pipeline."""
+  """(rounds, microbatches) of a pipeline on the mesh in use; microbatches may be None."""
   return _pipeline.get()

@@ -1,6 +1,7 @@
-"""Many processes as one job: who they are, that all are there, and that they have what they should.
+"""Several processes as one job: they find each other, wait for each other, and compare their devices.
 
-`initialize` comes before anything that asks jax for devices. Every wait has a limit and says who is missing.
+Call `initialize` before anything that asks jax for devices. Every wait has a limit, after which it names the
+processes that are missing.
 """
 
 import contextlib
@@ -17,18 +18,20 @@ from research.core.errors import UserError
 from research.parallel.addresses import split_address, unknown_name
 
 TIMEOUT = 300.0  # seconds that hosts wait for each other at start-up
-_count = itertools.count()  # a key can be set once in a job
+_count = itertools.count()  # makes every key different: a job can set a key only once
 
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-  """How processes find each other; without a coordinator jax asks the cluster (Slurm, TPU VM, GKE).
+  """How the processes of a job find each other.
+
+  Without a coordinator jax asks the cluster (Slurm, TPU VM, GKE).
 
   Attributes:
-    source: where this was read.
+    source: where these facts come from, for messages.
     coordinator: host:port of process 0.
-    processes: how many.
-    process: which this is.
+    processes: the number of processes.
+    process: the number of this one.
   """
 
   source: str
@@ -43,9 +46,9 @@ def find(
   process: int | None = None,
   env: Mapping[str, str] | None = None,
 ) -> Cluster | None:
-  """The cluster that flags or the environment describe; None for a process by itself.
+  """The cluster that flags or the environment describe; None for a single process.
 
-  Flags come first (`--num_processes=1` is a process by itself), then what Ray Train and torchrun set
+  Flags come first (`--num_processes=1` means a single process), then the variables of Ray Train and torchrun
   (MASTER_ADDR, MASTER_PORT, WORLD_SIZE, RANK), then a Slurm step of several tasks, then a TPU.
 
   Raises:
@@ -76,7 +79,7 @@ def find(
 
 
 def _of_torchrun(env: Mapping[str, str]) -> Cluster:
-  """The cluster that Ray Train's and torchrun's variables describe."""
+  """The cluster that the variables of Ray Train and torchrun describe."""
   count = _whole(env, 'WORLD_SIZE', 1)
   missing = [name for name in ('MASTER_ADDR', 'MASTER_PORT', 'RANK') if not env.get(name)]
   if missing:
@@ -87,8 +90,9 @@ def _of_torchrun(env: Mapping[str, str]) -> Cluster:
   rank = _whole(env, 'RANK', 0, least=0)
   if rank >= count:
     raise UserError(f'RANK={rank} must be from 0 to {count - 1}, for WORLD_SIZE={count}.')
-  host, port = env['MASTER_ADDR'], env['MASTER_PORT']
-  # torchrun gives an IPv6 address as it is; in host:port it stands in brackets.
+  host = env['MASTER_ADDR']
+  port = env['MASTER_PORT']
+  # torchrun gives a bare IPv6 address; host:port needs it in brackets.
   address = f'[{host}]:{port}' if ':' in host and not host.startswith('[') else f'{host}:{port}'
   split_address(address, f'MASTER_ADDR={host}, MASTER_PORT={port}')
   return Cluster('WORLD_SIZE and RANK', address, count, rank)
@@ -110,15 +114,15 @@ def _has_tpu() -> bool:
 
 
 def initialize(cluster: Cluster | None, timeout: float = TIMEOUT, log=print) -> None:
-  """Joins the job, and checks it: all processes there, with as many devices of one kind each.
+  """Joins the job, and checks that all processes came and have equal devices.
 
   Args:
-    cluster: from `find`; None only checks the devices here.
+    cluster: from `find`; None only checks the devices of this process.
     timeout: seconds to wait for the others.
-    log: told what was found.
+    log: called with a line about the job.
 
   Raises:
-    UserError: who is missing, or which host has other devices than the rest.
+    UserError: a process is missing, or a host has other devices; names it.
   """
   if cluster is not None:
     _join(cluster, timeout)
@@ -129,11 +133,11 @@ def initialize(cluster: Cluster | None, timeout: float = TIMEOUT, log=print) -> 
   if jax.process_count() > 1:
     mine = f'{jax.local_device_count()} x {kind}'
     hosts = exchange('devices', f'{socket.gethostname()}|{mine}', timeout)
-    names, found = zip(*(host.split('|') for host in hosts), strict=True)
-    for i, there in enumerate(found):
-      if there != found[0]:
+    names, devices = zip(*(host.split('|') for host in hosts), strict=True)
+    for i, theirs in enumerate(devices):
+      if theirs != devices[0]:
         raise UserError(
-          f'process {i} on {names[i]} has {there} and process 0 on {names[0]} has {found[0]}: every host '
+          f'process {i} on {names[i]} has {theirs} and process 0 on {names[0]} has {devices[0]}: every host '
           'must have the same devices.'
         )
     log(f'{len(hosts)} processes, {mine} each ({cluster.source}): {", ".join(sorted(set(names)))}')
@@ -144,7 +148,7 @@ def _join(cluster: Cluster, timeout: float) -> None:
 
   if jax.distributed.is_initialized():
     return
-  given = {
+  arguments = {
     'coordinator_address': cluster.coordinator,
     'num_processes': cluster.processes,
     'process_id': cluster.process,
@@ -152,7 +156,7 @@ def _join(cluster: Cluster, timeout: float) -> None:
   if cluster.coordinator is not None:
     meet(cluster, timeout)
   try:
-    jax.distributed.initialize(**given, initialization_timeout=int(timeout))
+    jax.distributed.initialize(**arguments, initialization_timeout=int(timeout))
   except (RuntimeError, ValueError) as error:
     place = cluster.coordinator or 'the coordinator'
     raise UserError(
@@ -162,10 +166,10 @@ def _join(cluster: Cluster, timeout: float) -> None:
 
 
 def meet(cluster: Cluster, timeout: float = TIMEOUT) -> None:
-  """Waits at the coordinator until all processes are there. (jax aborts without a word of who is not.)
+  """Waits until all processes have come to the coordinator. (jax would abort without naming the missing ones.)
 
   Raises:
-    UserError: in every process that came, naming those that did not.
+    UserError: in every process that came; names those that did not.
   """
   host, port = split_address(cluster.coordinator, f'--coordinator={cluster.coordinator}')
   wait = _wait_for_others if cluster.process == 0 else _go_to_first
@@ -179,7 +183,8 @@ def meet(cluster: Cluster, timeout: float = TIMEOUT) -> None:
 
 
 def _wait_for_others(cluster: Cluster, host: str, port: int, end: float) -> str:
-  others, came = {*range(1, cluster.processes)}, {}
+  others = {*range(1, cluster.processes)}
+  came = {}  # process number -> its connection
   try:
     server = _listen(port)
   except OSError as error:
@@ -190,20 +195,20 @@ def _wait_for_others(cluster: Cluster, host: str, port: int, end: float) -> str:
   with server, contextlib.ExitStack() as stack:
     while others - {*came} and time.monotonic() < end:
       server.settimeout(max(end - time.monotonic(), 0.1))
-      with contextlib.suppress(OSError, ValueError):  # time is up, or a stranger
+      with contextlib.suppress(OSError, ValueError):  # a timeout, or a program that is none of ours
         connection, _ = server.accept()
         stack.enter_context(connection).settimeout(5)
         came[int(connection.recv(16))] = connection
     missing = ', '.join(map(str, sorted(others - {*came})))
     for connection in came.values():
-      with contextlib.suppress(OSError):  # it went away: jax will say so
+      with contextlib.suppress(OSError):  # the process died: jax will report it
         connection.sendall(f'{missing}.'.encode())
-        connection.recv(1)  # the other side closes first, which leaves the port free for jax
+        connection.recv(1)  # the other side closes first, so that the port is free for jax
   return missing
 
 
 def _listen(port: int) -> socket.socket:
-  """A server on every address of this host, of IPv6 too where it has that."""
+  """A server on every address of this host, IPv6 included where the host has it."""
   if socket.has_dualstack_ipv6():
     with contextlib.suppress(OSError):  # a kernel without IPv6
       return socket.create_server(('', port), family=socket.AF_INET6, dualstack_ipv6=True)
@@ -223,7 +228,7 @@ def _go_to_first(cluster: Cluster, host: str, port: int, end: float) -> str:
 
 
 def check_platform(backend: str, env: Mapping[str, str] | None = None) -> None:
-  """Raises UserError where this machine has an accelerator and jax went on without it."""
+  """Raises UserError where jax does not use the accelerator of this machine."""
   env = os.environ if env is None else env
   if backend != 'cpu' or env.get('JAX_PLATFORMS'):
     return
@@ -236,9 +241,9 @@ def check_platform(backend: str, env: Mapping[str, str] | None = None) -> None:
 
 
 def exchange(name: str, value: str, timeout: float = TIMEOUT) -> list[str]:
-  """Every process's value under this name, in order: a barrier with a limit that says who did not come.
+  """The values of all processes under this name, in order. A barrier that names the processes that do not come.
 
-  All processes must come to the same exchanges in the same order. With one process it is [value].
+  All processes must make the same exchanges in the same order. A single process gets [value].
 
   Raises:
     UserError: naming the processes that did not come in time.
@@ -252,7 +257,9 @@ def exchange(name: str, value: str, timeout: float = TIMEOUT) -> list[str]:
   client = distributed.global_state.client
   key = f'isoflop/{name}/{next(_count)}'
   client.key_value_set(f'{key}/{jax.process_index()}', value)
-  end, values, missing = time.monotonic() + timeout, [], []
+  end = time.monotonic() + timeout
+  values = []
+  missing = []
   for i in range(jax.process_count()):
     wait = max(int(1000 * (end - time.monotonic())), 100)
     try:
