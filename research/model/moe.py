@@ -17,7 +17,7 @@ SCORES = {'softmax': jax.nn.softmax, 'sigmoid': jax.nn.sigmoid}
 
 
 class Router(nnx.Module):
-  """Which experts a token goes to, and with what weights; in float32 throughout.
+  """Chooses the experts of every token, and their weights, in float32.
 
   scores = softmax(x W) or sigmoid(x W); the `active` best are chosen; their scores are the weights.
 
@@ -180,7 +180,7 @@ class MoE(nnx.Module):
     self.shared_gate = param(rngs, (embed,), (None,), init, kind='vector') if shared_gate else None
 
   def cost(self, length: int, encoder_length: int) -> Cost:
-    """Nothing beyond its parameters: the fraction of the experts that a token visits is said by them."""
+    """Nothing beyond its parameters, which say themselves what fraction a token uses."""
     return cost_of(self.shared, length, encoder_length) if self.shared is not None else Cost()
 
   def __call__(self, x: jax.Array, context: Context):
@@ -190,8 +190,8 @@ class MoE(nnx.Module):
       index = jnp.where(real[..., None], index, self.router.experts)
     y = self.experts(x, weights, index, dropless=context.state is not None)
     if self.shared is not None:
-      shared, more = self.shared(x, context)
-      penalties = {**penalties, **more}
+      shared, shared_penalties = self.shared(x, context)
+      penalties = {**penalties, **shared_penalties}
       if self.shared_gate is not None:
         gate = jnp.sum(x.astype(jnp.float32) * self.shared_gate[...], axis=-1, keepdims=True)
         shared = shared * jax.nn.sigmoid(gate).astype(x.dtype)

@@ -19,19 +19,20 @@ from research.parallel.mesh import as_tuple
 
 Initializer = Callable[..., jax.Array]
 
-# What a parameter does with a token. Weight decay and muP's rates follow from it:
-#   matrix: multiplies its channels, so that each output is a sum over inputs (a convolution's taps too);
-#   table: has a row for each token, position or distance, which is looked up;
-#   vector: scales channels or adds to them one by one (norms, biases, decay rates), whatever its rank.
+# The use of a parameter, from which weight decay and the learning rates of muP follow:
+#   matrix: multiplies channels, so that each output is a sum over inputs (the taps of a convolution too);
+#   table: has a row to look up for each token, position or distance;
+#   vector: scales or shifts single channels (norms, biases, decay rates), whatever its rank.
 Kind = Literal['matrix', 'table', 'vector']
 
 
 def normal(key, shape, dtype=jnp.float32, out_sharding=None, *, stddev: float = 0.02) -> jax.Array:
   """An initializer: normal with this standard deviation, whatever the shape (GPT-2, BERT)."""
-  # Axes that are not split are drawn as one with the axis before them: the same numbers, but XLA compiles the
-  # generator of a flat array several times faster than that of a deep one.
+  # An axis that is not split is drawn as one with the axis before it. The numbers are the same, but XLA
+  # compiles the generator of a flat array several times faster.
   split = out_sharding or (None,) * len(shape)
-  sizes, axes = [], []
+  sizes = []
+  axes = []
   for size, axis in zip(shape, split, strict=True):
     if axis is None and sizes:
       sizes[-1] *= size
@@ -46,14 +47,14 @@ def normal(key, shape, dtype=jnp.float32, out_sharding=None, *, stddev: float = 
 def param(
   rngs: nnx.Rngs, shape, axes, init: Initializer, *, kind: Kind, active: float = 1.0
 ) -> nnx.Param:
-  """A float32 parameter, made where the names of its axes say.
+  """Makes a float32 parameter, sharded by the names of its axes.
 
   Args:
-    shape: its sizes.
-    axes: their names (None for an axis that is never split).
-    init: makes the numbers.
+    shape: sizes.
+    axes: names of the axes (None for an axis that is never split).
+    init: the initializer.
     kind: 'matrix', 'table' or 'vector' (`Kind`).
-    active: the fraction that one token visits; below 1 for the experts of a mixture.
+    active: the fraction that one token uses; below 1 for the experts of a mixture.
 
   Returns:
     The parameter. It keeps `axes`, `kind` and `active` as metadata.
@@ -65,12 +66,12 @@ def param(
 
 
 def all_parameters(module: nnx.Module) -> Iterator[tuple[tuple, nnx.Param]]:
-  """Path and parameter, of every parameter of a module."""
+  """(path, parameter) of every parameter of a module."""
   yield from nnx.to_flat_state(nnx.state(module, nnx.Param))
 
 
 def size(module: nnx.Module, kind: Kind | None = None) -> float:
-  """How many parameters of this kind one token visits in a module (all kinds when None)."""
+  """The number of parameters of this kind (None: of any) that one token uses in a module."""
   return sum(
     math.prod(value.shape) * value.active
     for _, value in all_parameters(module)
@@ -79,7 +80,7 @@ def size(module: nnx.Module, kind: Kind | None = None) -> float:
 
 
 def kinds(module: nnx.Module) -> dict:
-  """The kind of every parameter, in dicts nested as those of the parameters."""
+  """The kind of every parameter, in a tree like that of the parameters."""
   tree: dict = {}
   for path, value in all_parameters(module):
     node = tree
@@ -90,7 +91,7 @@ def kinds(module: nnx.Module) -> dict:
 
 
 def named_axes(module: nnx.Module) -> dict[str, tuple[tuple[str | None, ...], tuple[int, ...]]]:
-  """Path of every parameter -> (names of its axes, shape); a stack's first axis is 'layers'."""
+  """{path: (names of the axes, shape)} of every parameter; the first axis in a stack is 'layers'."""
   parameters = {}
   for path, value in all_parameters(module):
     stacked = len(value.shape) - len(value.axes)
@@ -99,7 +100,7 @@ def named_axes(module: nnx.Module) -> dict[str, tuple[tuple[str | None, ...], tu
 
 
 def check_sizes(owner: type, **sizes: int | None) -> None:
-  """Raise `Invalid` for a size that is not a positive integer (None is allowed: not given)."""
+  """Raises `Invalid` for a size that is neither a positive integer nor None."""
   for field, size in sizes.items():
     if size is not None and (not isinstance(size, int) or size < 1):
       raise Invalid(owner, field, f'{size!r} is not a size; it must be a positive integer.')
@@ -115,24 +116,24 @@ def project(
   transposed: bool = False,
   dtype=None,
 ) -> jax.Array:
-  """x times a kernel over the last `contract` axes of x, which are the first of the kernel ([inputs, outputs]).
+  """The product of x and a kernel: contracts the last `contract` axes of x with the first of the kernel.
 
-  FSDP: the kernel is gathered over 'embed' for its use, forward and backward; what 'tensor' splits stays split.
+  FSDP: the kernel is gathered over 'embed' for the product, forward and backward; it stays split over 'tensor'.
 
   Args:
     x: [..., inputs].
-    kernel: a parameter; it is cast to the dtype of x.
-    axes: the names of the kernel's axes.
-    to: the names of the result's axes.
-    transposed: the kernel is [outputs, inputs], as a table of token vectors is for its logits.
-    dtype: of the result; that of x by default.
+    kernel: a parameter [inputs, outputs]; it is cast to the dtype of x.
+    axes: names of the axes of the kernel.
+    to: names of the axes of the result.
+    transposed: the kernel is [outputs, inputs], such as a table of token vectors that makes logits.
+    dtype: of the result; None is that of x.
   """
   n = kernel.ndim - contract if transposed else contract
   order = tuple(range(n)), tuple(range(n, kernel.ndim))
   ins, outs = order[::-1] if transposed else order
-  # What lay between parts comes as this product wants it: with 'length', and not 'sequence', of its own.
+  # Between parts the length is split as 'sequence'; within a part, and so in this product, as 'length'.
   x = shard(x, *to[: x.ndim - contract], *(_whole(axes)[i] for i in ins))
-  # One key head (multi-query) stays whole where 'tensor' would split it.
+  # With its shape, because a single key head (multi-query) must stay whole where 'tensor' would split it.
   shape = (*x.shape[: x.ndim - contract], *(kernel.shape[i] for i in outs))
   return _project(ins, outs, _whole(axes), spec(*to, shape=shape), dtype or x.dtype, x, kernel)
 
@@ -151,19 +152,20 @@ def _project_forward(ins, outs, whole, to, dtype, x, kernel):
 
 def _project_backward(ins, outs, whole, to, dtype, residuals, dy):
   x, kernel = residuals
-  lead, dy = x.ndim - len(ins), dy.astype(x.dtype)
+  lead = x.ndim - len(ins)
+  dy = dy.astype(x.dtype)
   gathered, back = jax.vjp(lambda kernel: gather(kernel.astype(x.dtype), *whole), kernel)
   dx = _dot(dy, gathered, (tuple(range(lead, dy.ndim)), outs), spec_of(x), x.dtype)
-  # A CPU writes the operand that comes first anew, in transposed order: let that be the smaller one. Its small
-  # result is turned afterwards, behind a barrier: XLA would turn the large operands instead.
-  size = lambda axes: math.prod(kernel.shape[i] for i in axes)
-  pair, order = ((x, dy), ins + outs) if size(ins) <= size(outs) else ((dy, x), outs + ins)
-  where = spec_of(gathered)
-  if (
-    where is not None
-  ):  # FSDP: every device has the part of its own examples, and `back` adds them up
-    where = jax.P(*(where.partitions[i] for i in order), unreduced=where.reduced)
-  dkernel = _dot(*pair, (tuple(range(lead)),) * 2, where, x.dtype)
+  # A CPU first transposes its first operand, so the smaller one comes first. The gradient is transposed after
+  # the product and behind a barrier, because XLA would otherwise transpose the large operands instead.
+  inputs = math.prod(kernel.shape[i] for i in ins)
+  outputs = math.prod(kernel.shape[i] for i in outs)
+  pair, order = ((x, dy), ins + outs) if inputs <= outputs else ((dy, x), outs + ins)
+  sharding = spec_of(gathered)
+  if sharding is not None:
+    # FSDP: every device has the gradient of its own examples, and `back` adds them up.
+    sharding = jax.P(*(sharding.partitions[i] for i in order), unreduced=sharding.reduced)
+  dkernel = _dot(*pair, (tuple(range(lead)),) * 2, sharding, x.dtype)
   if order != tuple(sorted(order)):
     dkernel = jax.lax.optimization_barrier(dkernel)
     dkernel = jnp.transpose(dkernel, np.argsort(order))
@@ -174,29 +176,35 @@ _project.defvjp(_project_forward, _project_backward)
 
 
 def look_up(table: jax.Array, rows: str | None, index: jax.Array) -> jax.Array:
-  """Rows [batch, length, embed] of a table [rows, embed], made where 'batch' and 'sequence' live.
+  """Rows [batch, length, embed] of a table [rows, embed], sharded by 'batch' and 'sequence'.
 
-  Every device gathers 'embed' for its own tokens; where the mesh splits the rows (a vocabulary over 'tensor'),
-  it looks up those it has, and the sum over the devices has them all. An index past the end is the last row.
+  Every device gathers 'embed' and looks up its own tokens. Where the mesh splits the rows (a vocabulary over
+  'tensor'), a device looks up the rows that it has, and a sum over the devices completes them. An index past
+  the end means the last row.
   """
-  home, where = spec(rows, 'embed', shape=table.shape), spec('batch', 'length')
-  if not any((*home, *where)):
+  table_spec = spec(rows, 'embed', shape=table.shape)
+  index_spec = spec('batch', 'length')
+  if not any((*table_spec, *index_spec)):
     return table.at[index].get(mode='clip')
-  split, over, use = as_tuple(home[0]), as_tuple(home[1]), as_tuple(where[0]) + as_tuple(where[1])
+  row_axes = as_tuple(table_spec[0])
+  embed_axes = as_tuple(table_spec[1])
+  token_axes = as_tuple(index_spec[0]) + as_tuple(index_spec[1])
 
   def local(table, index):
-    table = jax.lax.pcast(table, tuple(set(use) - {*over, *split}), to='varying')
-    if over:
-      table = jax.lax.all_gather(table, over, axis=1, tiled=True)
-    if not split:
+    table = jax.lax.pcast(table, tuple(set(token_axes) - {*embed_axes, *row_axes}), to='varying')
+    if embed_axes:
+      table = jax.lax.all_gather(table, embed_axes, axis=1, tiled=True)
+    if not row_axes:
       return table.at[index].get(mode='clip')
-    index = index - jax.lax.axis_index(split) * table.shape[0]
-    found = table.at[jnp.where(index < 0, table.shape[0], index)].get(mode='fill', fill_value=0)
-    return jax.lax.psum(found, split)
+    index = index - jax.lax.axis_index(row_axes) * table.shape[0]
+    # A negative index would count from the end: past the end it gives 0, as for the rows of later devices.
+    index = jnp.where(index < 0, table.shape[0], index)
+    vectors = table.at[index].get(mode='fill', fill_value=0)
+    return jax.lax.psum(vectors, row_axes)
 
   index = shard(jnp.minimum(index, table.shape[0] - 1), 'batch', 'length')
-  here = jax.P(*where, None)
-  x = jax.shard_map(local, in_specs=(home, where), out_specs=here)(table, index)
+  in_specs = (table_spec, index_spec)
+  x = jax.shard_map(local, in_specs=in_specs, out_specs=jax.P(*index_spec, None))(table, index)
   return shard(x, 'batch', 'sequence', None)
 
 

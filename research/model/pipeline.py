@@ -1,9 +1,9 @@
-"""Layers split over devices: a pipeline of stages that microbatches go round.
+"""Pipeline parallelism: layers split over stages, through which microbatches circulate.
 
-The schedule is circular (interleaved in Narayanan et al. 2021, arXiv:2104.04473, section 2.2): the layers
-are cut into stages x rounds blocks, stage s has the blocks s, s + stages, ..., and every microbatch passes all
-stages once per round. Of ticks = rounds x microbatches + stages - 1 a stage works in rounds x microbatches, so
-the bubble is (stages - 1) / ticks of the time; the backward pass is the same in reverse.
+The schedule is circular (interleaved in Narayanan et al. 2021, arXiv:2104.04473, section 2.2). The layers are
+cut into stages x rounds blocks, stage s has the blocks s, s + stages, ..., and every microbatch passes all
+stages once per round. A stage works in rounds x microbatches of the rounds x microbatches + stages - 1 ticks,
+so the bubble is (stages - 1) / ticks of the time. The backward pass is the same in reverse.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ _ROWS = ('positions', 'segments', 'prefix', 'encoded', 'encoded_segments')  # wi
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-  """Who works on what when; `axis` is the mesh axis of the stages."""
+  """The schedule of a pipeline; `axis` is the mesh axis of the stages."""
 
   axis: str
   stages: int
@@ -45,12 +45,12 @@ def over_stages(x: jax.Array) -> jax.Array:
   """[layers, ...] with its layers split over the stages of the mesh in use."""
   if jax.typeof(x).sharding.mesh.empty:
     return x
-  rest = axes_of(x)[1:]
-  return jax.sharding.reshard(x, jax.P(spec('layers', shape=x.shape[:1])[0], *rest))
+  stages = spec('layers', shape=x.shape[:1])[0]
+  return jax.sharding.reshard(x, jax.P(stages, *axes_of(x)[1:]))
 
 
 def schedule_of(layers: int) -> Schedule | None:
-  """How the mesh in use pipelines a stack of so many layers; None when it does not.
+  """The schedule of a stack of so many layers on the mesh in use; None where the mesh has no stages.
 
   Raises:
     Invalid: the layers are not a multiple of stages x rounds, or there are too few microbatches.
@@ -62,7 +62,9 @@ def schedule_of(layers: int) -> Schedule | None:
   rounds, microbatches = pipeline_shape()
   microbatches = stages if microbatches is None else microbatches
   if microbatches < stages:
-    why = f'{microbatches} microbatches are less than the {stages} stages, of which some would never work.'
+    why = (
+      f'{microbatches} microbatches are less than the {stages} stages, some of which would be idle.'
+    )
     raise Invalid(Mesh, 'stage_microbatches', why)
   if layers % (stages * rounds):
     why = f'a stack of {layers} layers does not go into {stages} stages x {rounds} rounds of equal blocks; '
@@ -81,18 +83,18 @@ def pipelined(
 ) -> tuple[jax.Array, dict]:
   """x after all the layers, and their penalties.
 
-  Where the stages do more than one round, their parameters are exchanged first (and the gradients after):
-  parameters lie in order, as in a checkpoint, and a stage's blocks do not follow each other.
+  With more than one round, the stages first exchange parameters (and their gradients afterwards), because
+  parameters are stored in the order of the layers, and the blocks of a stage are not consecutive.
 
   Args:
     block: `block(x, layers of one block, context) -> (x, penalties)`.
     layers: a tree of arrays [layers, ...], the first axis split over the stages.
-    x: [batch, length, embed]; the same on all stages, as is the result.
-    context: its arrays by row are cut as x is.
+    x: [batch, length, embed]; equal on all stages, like the result.
+    context: its arrays with a batch axis are cut into microbatches like x.
 
   Returns:
-    x, and the means over the microbatches of every penalty, weighted by their tokens: what is not linear in the
-    tokens (a load balance) is of a microbatch, as it is with `Run.microbatches`.
+    x, and every penalty as the mean over microbatches, weighted by their tokens. A penalty that is not linear
+    in the tokens (a load balance) is that of a microbatch, as with `Run.microbatches`.
   """
   n = schedule.microbatches
   shards = math.prod(
@@ -105,89 +107,98 @@ def pipelined(
   rows = {name: _cut(value, n) for name, value in rows.items() if value is not None}
   shared = dataclasses.replace(context, bias=None, **dict.fromkeys(_ROWS))
 
-  def run(here, layers, xs, rows, bias):
-    near = dataclasses.replace(shared, bias=bias)
-    return _stage(schedule, block, here[0], layers, xs, rows, near)
+  def run(stage, layers, xs, rows, bias):
+    context = dataclasses.replace(shared, bias=bias)
+    return _stage(schedule, block, stage[0], layers, xs, rows, context)
 
-  split, whole = jax.P(schedule.axis), jax.P()
-  here = jax.sharding.reshard(jnp.arange(schedule.stages), split)
+  split = jax.P(schedule.axis)
+  whole = jax.P()
+  stage_numbers = jax.sharding.reshard(jnp.arange(schedule.stages), split)
   mapped = jax.shard_map(
     run, in_specs=(split, split, whole, whole, whole), out_specs=(whole, whole),
     axis_names={schedule.axis}, check_vma=False,
   )  # fmt: skip
-  ys, penalties = mapped(here, layers, _cut(x, n), rows, context.bias)
+  ys, penalties = mapped(stage_numbers, layers, _cut(x, n), rows, context.bias)
   ys = jnp.moveaxis(ys, 0, 1).reshape(x.shape, out_sharding=jax.P(*axes_of(x)))
   return ys, penalties
 
 
 def _cut(x: jax.Array, n: int) -> jax.Array:
-  """[microbatches, rows, ...]: every microbatch takes every n-th row, so that all devices have rows of each."""
-  rows, *rest = axes_of(x)
-  x = x.reshape(-1, n, *x.shape[1:], out_sharding=jax.P(rows, None, *rest))
+  """[microbatches, rows, ...]. A microbatch takes every n-th row, so that all devices have rows of each."""
+  rows, *others = axes_of(x)
+  x = x.reshape(-1, n, *x.shape[1:], out_sharding=jax.P(rows, None, *others))
   return jnp.moveaxis(x, 1, 0)
 
 
-def _at(tree, i):
+def _take(tree, i):
   return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), tree)
 
 
-def _stage(schedule, block, here, layers, xs, rows, context):
-  """What the devices of stage `here` do."""
-  stages, n, last = schedule.stages, schedule.microbatches, schedule.rounds * schedule.microbatches
-  blocks = jax.tree.map(lambda w: _blocks(schedule, here, w), layers)
+def _stage(schedule, block, stage, layers, xs, rows, context):
+  """The work of stage number `stage`, as its devices run it."""
+  stages = schedule.stages
+  n = schedule.microbatches
+  tasks = schedule.rounds * n  # a task is one block for one microbatch
+  blocks = jax.tree.map(lambda w: _blocks(schedule, stage, w), layers)
   around = [(s, (s + 1) % stages) for s in range(stages)]
   weights = _weights(rows, n)
 
   def keep(waiting, arriving, t):
-    """What comes from the last stage waits at the first for its next round; the first `stages` are nothing."""
+    """Stores what the last stage sent until its next round. The first `stages` ticks send nothing."""
     slot = (t - stages) % n
-    new = jnp.where(t >= stages, arriving, _at(waiting, slot))
+    new = jnp.where(t >= stages, arriving, _take(waiting, slot))
     return jax.lax.dynamic_update_index_in_dim(waiting, new, slot, 0)
 
   def tick(carry, t):
     waiting, arriving = carry
     waiting = keep(waiting, arriving, t)
-    i = jnp.clip(
-      t - here, 0, last - 1
-    )  # which of its tasks; before and after those it works for nothing
-    x = jnp.where(here == 0, _at(waiting, i % n), arriving)
-    near = dataclasses.replace(context, **_at(rows, i % n))
-    y, penalties = block(x, _at(blocks, i // n), near)
-    weight = jnp.where(t - here == i, weights[i % n], 0.0)
+    # Before its first task and after its last a stage repeats that one, and its result is discarded.
+    i = jnp.clip(t - stage, 0, tasks - 1)
+    x = jnp.where(stage == 0, _take(waiting, i % n), arriving)
+    of_microbatch = dataclasses.replace(context, **_take(rows, i % n))
+    y, penalties = block(x, _take(blocks, i // n), of_microbatch)
+    weight = jnp.where(t - stage == i, weights[i % n], 0.0)
     penalties = jax.tree.map(lambda p: jnp.sum(p) * weight, penalties)
     return (waiting, jax.lax.ppermute(y, schedule.axis, around)), penalties
 
   start = (xs, jnp.zeros_like(xs[0]))
   (waiting, arriving), penalties = jax.lax.scan(tick, start, jnp.arange(schedule.ticks))
   ys = keep(waiting, arriving, schedule.ticks)
-  total = lambda y: jax.lax.psum(y, schedule.axis)
+
+  def total(y):
+    return jax.lax.psum(y, schedule.axis)
+
   penalties = jax.tree.map(lambda p: total(jnp.sum(p)), penalties)
-  return total(jnp.where(here == 0, ys, 0)), penalties
+  return total(jnp.where(stage == 0, ys, 0)), penalties
 
 
 def _weights(rows: dict, n: int) -> jax.Array:
-  """[microbatches]: the part of the tokens that each has."""
+  """[microbatches]: the fraction of the tokens in each."""
   if 'segments' not in rows:
     return jnp.full(n, 1 / n)
   tokens = jnp.sum(rows['segments'] > 0, axis=(1, 2), dtype=jnp.float32)
   return tokens / jnp.maximum(jnp.sum(tokens), 1.0)
 
 
-def _blocks(schedule: Schedule, here, w: jax.Array) -> jax.Array:
-  """[rounds, layers of a block, ...] of stage `here`, from its part of the layers in order."""
-  stages, rounds = schedule.stages, schedule.rounds
+def _blocks(schedule: Schedule, stage, w: jax.Array) -> jax.Array:
+  """[rounds, layers of a block, ...] of a stage, from its consecutive part of the layers."""
+  stages = schedule.stages
+  rounds = schedule.rounds
   w = w.reshape(rounds, -1, *w.shape[1:], out_sharding=jax.P(None, None, *axes_of(w)[1:]))
   if rounds == 1:
     return w
-  # all_to_all of equal parts: `wide` blocks from every stage to every stage, not all of which are of use.
-  wide = -(-rounds // stages)
-  send, take = np.zeros((stages, stages, wide), np.int32), np.zeros((stages, rounds), np.int32)
+  # An all_to_all has equal parts: every stage sends `width` blocks to every stage, though not all are needed.
+  width = -(-rounds // stages)
+  send = np.zeros((stages, stages, width), np.int32)
+  take = np.zeros((stages, rounds), np.int32)
   used = np.zeros((stages, stages), np.int32)
   for number in range(stages * rounds):
-    (source, i), (turn, to) = divmod(number, rounds), divmod(number, stages)
-    slot = used[source, to]
-    send[source, to, slot], take[to, turn] = i, source * wide + slot
-    used[source, to] += 1
-  w = jnp.take(w, jnp.asarray(send)[here].reshape(-1), axis=0)
+    source, i = divmod(number, rounds)
+    turn, target = divmod(number, stages)
+    slot = used[source, target]
+    send[source, target, slot] = i
+    take[target, turn] = source * width + slot
+    used[source, target] += 1
+  w = jnp.take(w, jnp.asarray(send)[stage].reshape(-1), axis=0)
   w = jax.lax.all_to_all(w, schedule.axis, 0, 0, tiled=True)
-  return jnp.take(w, jnp.asarray(take)[here], axis=0)
+  return jnp.take(w, jnp.asarray(take)[stage], axis=0)

@@ -1,12 +1,12 @@
-"""State-space mixers, scanned in chunks.
+"""What state-space mixers share: a causal convolution, and scans over chunks.
 
-Both carry a state along the sequence and forget it where a packed document begins. Of the states inside a
-chunk none outlives its chunk: the forward pass keeps one state per chunk, the backward pass computes the rest
-again, so memory is linear in length with one state per token of a single chunk as its largest piece.
+The mixers carry a state along the sequence and reset it where a packed document begins. The forward pass keeps
+one state per chunk, and the backward pass computes the states inside a chunk again. So memory is linear in the
+length, and its largest part is one state per token of a single chunk.
 
-Where the mesh splits sequences over devices, the scan alone has them whole and splits the channels instead: an
-all_to_all there and one back (as DeepSpeed-Ulysses does with heads, arXiv:2309.14509), and no device waits for
-the state of another.
+Where the mesh splits sequences, the scan has whole sequences and splits the channels instead, by an all_to_all
+before and one after it (as DeepSpeed-Ulysses does with heads, arXiv:2309.14509). So no device waits for the
+state of another.
 """
 
 import functools
@@ -44,18 +44,20 @@ def log_range(axis: int):
 
 
 class CausalConvolution(nnx.Module):
-  """y[t] = sum over i of x[t - i] kernel[width - 1 - i] + bias, each channel for itself and its document."""
+  """y[t] = sum over i of x[t - i] kernel[width - 1 - i] + bias, by channel and within a document."""
 
   def __init__(self, channels: dict[str, int], *, width: int, bias: bool, rngs: nnx.Rngs):
-    shape, axes = (width, *channels.values()), (None, *channels)
-    init, zeros = functools.partial(normal, stddev=width**-0.5), nnx.initializers.zeros
+    shape = (width, *channels.values())
+    axes = (None, *channels)
+    init = functools.partial(normal, stddev=width**-0.5)
+    zeros = nnx.initializers.zeros
     self.kernel = param(rngs, shape, axes, init, kind='matrix')
     self.bias = param(rngs, shape[1:], axes[1:], zeros, kind='vector') if bias else None
 
   def __call__(self, x: jax.Array, context: Context) -> jax.Array:
     if context.state is None:
       return self.convolve(x, context.segments)
-    if context.segments is not None:  # padding, all of it before the first token
+    if context.segments is not None:  # padding at generation is all before the first token
       real = context.segments.reshape(*x.shape[:2], *[1] * (x.ndim - 2)) > 0
       x = jnp.where(real, x, 0)
     past = self.kernel.shape[0] - 1
@@ -68,13 +70,14 @@ class CausalConvolution(nnx.Module):
     return context.carry(after, jnp.zeros(shape, x.dtype, out_sharding=spec_of(x)))
 
   def convolve(self, x: jax.Array, segments: jax.Array | None) -> jax.Array:
-    kernel, length = self.kernel[...].astype(x.dtype), x.shape[1]
+    kernel = self.kernel[...].astype(x.dtype)
+    length = x.shape[1]
     y = x * kernel[-1]
     for i in range(1, min(kernel.shape[0], length)):
       past = _delay(x, i)
       if segments is not None:
-        same = _delay(segments, i) == segments
-        past = jnp.where(same.reshape(*same.shape, *[1] * (x.ndim - 2)), past, 0)
+        inside = _delay(segments, i) == segments
+        past = jnp.where(inside.reshape(*inside.shape, *[1] * (x.ndim - 2)), past, 0)
       y = y + past * kernel[-1 - i]
     return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
@@ -87,7 +90,7 @@ def _delay(x: jax.Array, steps: int) -> jax.Array:
 
 
 def _chunks(x: jax.Array, chunk: int) -> jax.Array:
-  """[batch, length, ...] to [chunks, batch, chunk, ...], with zeros behind."""
+  """[batch, length, ...] to [chunks, batch, chunk, ...], padded with zeros at the end."""
   n = -(-x.shape[1] // chunk)
   x = jnp.pad(x, ((0, 0), (0, n * chunk - x.shape[1]), *[(0, 0)] * (x.ndim - 2)))
   return jnp.moveaxis(x.reshape(x.shape[0], n, chunk, *x.shape[2:]), 1, 0)

@@ -21,13 +21,13 @@ from research.parallel.axes import shard, spec
 class RelativeAttention(Attention):
   """Multi-head attention whose logits also depend on a projection of the distance (Dai et al. 2019).
 
-  logits[i, j] = scale ((q_i + u) k_j + (q_i + v) W r_{i-j}) with r the sinusoids of the distance and u, v
-  learned per head (arXiv:1901.02860, section 3.3). W [embed, heads, head_dim] is as large as the queries'
-  projection. Memory between segments, the other half of that paper, is left out.
+  logits[i, j] = scale ((q_i + u) k_j + (q_i + v) W r_{i-j}), where r are the sinusoids of the distance and u, v
+  are learned for each head (arXiv:1901.02860, section 3.3). W is [embed, heads, head_dim]. The paper's memory
+  between segments is left out.
 
   Knobs:
     window: as in `Attention`.
-    weight: makes W (see `weights`); None is the model's choice.
+    weight: makes W (see `weights`); None takes the model's choice.
   """
 
   def __init__(
@@ -42,37 +42,43 @@ class RelativeAttention(Attention):
     rngs: nnx.Rngs,
   ):
     super().__init__(embed, heads=heads, head_dim=head_dim, window=window, linear=linear, rngs=rngs)
-    shape, zeros = (heads, head_dim), nnx.initializers.zeros
+    shape = (heads, head_dim)
     init = functools.partial(normal, stddev=embed**-0.5)
     position = Matrix((embed, *shape), ('embed', 'heads', 'head_dim'), init)
     self.position = make_weight(position, weight, rngs=rngs)
-    bias = lambda: param(rngs, shape, ('heads', 'head_dim'), zeros, kind='vector')
-    self.content_bias, self.position_bias = bias(), bias()
+    make_bias = functools.partial(
+      param, rngs, shape, ('heads', 'head_dim'), nnx.initializers.zeros, kind='vector'
+    )
+    self.content_bias = make_bias()
+    self.position_bias = make_bias()
 
   def __call__(self, x: jax.Array, context: Context):
     q, k, v = self.project(x, x, context)
     k, v, context = context.recall(k, v, window=self.window)
-    # Where lengths are split, every device takes its queries to all of the keys.
+    # Where lengths are split, every device compares its queries with all keys.
     k, v = (shard(y, 'batch', None, 'kv_heads', None) for y in (k, v))
-    here = lambda y: shard(y[...].astype(x.dtype), 'heads', None)
+    content_bias, position_bias = (
+      shard(y[...].astype(x.dtype), 'heads', None) for y in (self.content_bias, self.position_bias)
+    )
     if context.key_positions is not None:
       mask, bias = recalled(context, self.window)
-      by_distance = self.at_distances(q + here(self.position_bias), context)
+      by_distance = self.at_distances(q + position_bias, context)
       bias = by_distance if bias is None else by_distance + bias
-      q = q + here(self.content_bias)
+      q = q + content_bias
       return self.output(dot_product_attention(q, k, v, mask=mask, bias=bias, scale=self.scale)), {}
-    bias = self.by_distance(q + here(self.position_bias))
+    bias = self.by_distance(q + position_bias)
     if context.bias is not None:
       bias = bias + by_place(context.bias, x.shape[1])[None]
-    segments, lengths = context.segments, (x.shape[1], x.shape[1])
+    segments = context.segments
+    lengths = (x.shape[1], x.shape[1])
     mask = visible(
       segments, segments, lengths, causal=context.causal, prefix=context.prefix, window=self.window
     )
-    q = q + here(self.content_bias)
+    q = q + content_bias
     return self.output(dot_product_attention(q, k, v, mask=mask, bias=bias, scale=self.scale)), {}
 
   def at_distances(self, q: jax.Array, context: Context) -> jax.Array:
-    """As `by_distance`, of a few queries [batch, length, heads, head_dim] and recalled keys."""
+    """`by_distance` for generation: few queries [batch, length, heads, head_dim], and keys of the state."""
     kernel = shard(self.position[...].astype(q.dtype), None, 'heads', None)
     r = sinusoids(np.arange(context.state.room), kernel.shape[0]).astype(q.dtype)
     q = jnp.einsum('bqhd,ehd->bqhe', q * self.scale, kernel)
@@ -83,19 +89,21 @@ class RelativeAttention(Attention):
   def by_distance(self, q: jax.Array) -> jax.Array:
     """scale q_i W r_{i-j}: [batch, heads, query, key] from [batch, length, heads, head_dim]."""
     batch, length, heads, _ = q.shape
-    q = shard(q, 'batch', None, 'heads', None)  # rows of different lengths are read below
+    q = shard(q, 'batch', None, 'heads', None)  # the reshapes below move entries between rows
     kernel = shard(self.position[...].astype(q.dtype), None, 'heads', None)
     r = sinusoids(np.arange(length - 1, -length, -1), kernel.shape[0]).astype(q.dtype)
     r = jnp.einsum('ne,ehd->nhd', r, kernel)
     logits = jnp.einsum('bqhd,nhd->bhqn', q * self.scale, r, preferred_element_type=jnp.float32)
-    # Row i holds distances length - 1 down to 1 - length and wants i down to i + 1 - length. With a column put
-    # before it, reading rows one shorter moves each a step further: pad, drop the first `length`, read again.
-    where = lambda shape: {'out_sharding': spec('batch', 'heads', None, None, shape=shape)}
+
+    def reshape(x, *shape):
+      return x.reshape(shape, out_sharding=spec('batch', 'heads', None, None, shape=shape))
+
+    # Row i has the distances length - 1 down to 1 - length, and needs i down to i + 1 - length. In rows that
+    # are one entry shorter, each row starts one entry further on: pad a column, drop the first `length`,
+    # reshape.
     logits = jnp.pad(logits, ((0, 0), (0, 0), (0, 0), (1, 0)))
-    shape = (batch, heads, 2 * length, length)
-    logits = logits.reshape(shape, **where(shape))[:, :, 1:]
-    shape = (batch, heads, length, 2 * length - 1)
-    logits = logits.reshape(shape, **where(shape))[..., :length]
+    logits = reshape(logits, batch, heads, 2 * length, length)[:, :, 1:]
+    logits = reshape(logits, batch, heads, length, 2 * length - 1)[..., :length]
     return shard(logits, 'batch', 'heads', 'length', None)
 
   def cost(self, length: int, encoder_length: int) -> Cost:
