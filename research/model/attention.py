@@ -1,5 +1,6 @@
-"""Attention: who may see whom, and the part around the product."""
+"""Attention: masks, and the parts around the product."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -30,8 +31,8 @@ def visible(
 ) -> jax.Array | None:
   """[batch or 1, 1, query, key] bool: may the query see the key? None: every query sees every key.
 
-  Causal means no later key, except that two tokens of one prefix see each other; a window of w means no key
-  w or more places back; a segment sees only itself.
+  A causal query sees no later key, except that two tokens of one prefix see each other. A window of w hides
+  keys w or more tokens away. A query sees only keys of its own segment.
   """
   distance = np.arange(length[0])[:, None] - np.arange(length[1])[None, :]
   see = None
@@ -40,23 +41,23 @@ def visible(
     if prefix is not None:
       see = see | (prefix[:, :, None] & _whole(prefix)[:, None, :])
   if window is not None:
-    near = jnp.asarray(np.abs(distance) < window)[None]
-    see = near if see is None else see & near
+    in_window = jnp.asarray(np.abs(distance) < window)[None]
+    see = in_window if see is None else see & in_window
   if key_segments is not None:
-    if query_segments is None:  # unpacked: one document a row, padding behind it
+    if query_segments is None:  # unpacked rows: one document each, then padding
       query_segments = jnp.ones((1, length[0]), key_segments.dtype)
-    same = query_segments[:, :, None] == _whole(key_segments)[:, None, :]
-    see = same if see is None else see & same
+    same_segment = query_segments[:, :, None] == _whole(key_segments)[:, None, :]
+    see = same_segment if see is None else see & same_segment
   return None if see is None else see[:, None]
 
 
 def _whole(x):
-  """[batch, length] of keys: all of the length, of which a device may have only its part of the queries."""
+  """[batch, length] of keys, whole on every device, which may have only a part of the queries."""
   return shard(x, 'batch', None)
 
 
 def recalled(context: Context, window: int | None = None) -> tuple[jax.Array, jax.Array | None]:
-  """Who sees whom among recalled keys, and the bias, by the keys' positions.
+  """The mask and the bias for the keys of a decoding state, by their positions.
 
   Returns:
     A mask [batch, 1, query, key], and the bias [batch, heads, query, key] or None.
@@ -69,8 +70,8 @@ def recalled(context: Context, window: int | None = None) -> tuple[jax.Array, ja
   if context.bias is None:
     return see[:, None], None
   bias = shard(context.bias, 'heads', None)
-  place = jnp.maximum(bias.shape[1] // 2 - distance, 0)
-  bias = bias.at[:, place].get(out_sharding=spec('heads', 'batch', None, None))
+  index = jnp.maximum(bias.shape[1] // 2 - distance, 0)
+  bias = bias.at[:, index].get(out_sharding=spec('heads', 'batch', None, None))
   return see[:, None], jnp.swapaxes(bias, 0, 1)
 
 
@@ -84,17 +85,19 @@ def self_attention(
   soft_cap: float | None = None,
   window: int | None = None,
 ) -> jax.Array:
-  """The product of a sequence with itself, in a ring of devices where they split its length.
+  """Attention of a sequence to itself; a ring of devices computes it where the mesh splits the length.
 
   Args:
     query: [batch, length, heads, head_dim]; key, value: [batch, length, kv_heads, head_dim].
-    context: who sees whom, and the bias.
+    context: segments, prefix, causality and the bias.
     window: as in `visible`.
 
   Returns:
     [batch, length, heads, head_dim of value].
   """
-  segments, prefix, length = context.segments, context.prefix, query.shape[1]
+  segments = context.segments
+  prefix = context.prefix
+  length = query.shape[1]
   knobs = {'scale': scale, 'soft_cap': soft_cap}
   if context.key_positions is not None:
     mask, bias = recalled(context, window)
@@ -114,7 +117,8 @@ def self_attention(
   mask = visible(
     segments, segments, (length, length), causal=context.causal, prefix=prefix, window=window
   )
-  causal = context.causal and prefix is None  # every later key is hidden, whatever the batch holds
+  # Without a prefix no query sees a later key, so the product may skip those.
+  causal = context.causal and prefix is None
   key, value = (shard(y, 'batch', None, 'kv_heads', None) for y in (key, value))
   bias = None if context.bias is None else by_place(context.bias, length)[None]
   return dot_product_attention(query, key, value, mask=mask, bias=bias, causal=causal, **knobs)
@@ -129,9 +133,9 @@ class Attention(nnx.Module):
     rotary: rotates queries and keys by position (`positions.rotary`).
     qk_norm: a norm of queries and keys, over head_dim (Qwen 3);
     qk_norm_heads: over all heads together (OLMo 2).
-    scale: of the logits; head_dim^-1/2 by default. T5 takes 1 and starts its queries smaller by that factor.
+    scale: of the logits; None is head_dim^-1/2. T5 has 1, and initialises its queries smaller by that factor.
     window: a query sees itself and the window - 1 keys before it (Mistral).
-    clip: queries, keys and values are clipped to [-clip, clip] as they come from their projections (MPT).
+    clip: queries, keys and values are clipped to [-clip, clip] after their projections (MPT).
   """
 
   def __init__(
@@ -157,22 +161,26 @@ class Attention(nnx.Module):
     kv_heads = kv_heads or heads
     if heads % kv_heads:
       raise Invalid(type(self), 'kv_heads', f'{kv_heads} does not divide the {heads} heads.')
-    self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
-    self.rotary, self.soft_cap, self.window = rotary, soft_cap, window
+    self.heads = heads
+    self.kv_heads = kv_heads
+    self.head_dim = head_dim
+    self.rotary = rotary
+    self.soft_cap = soft_cap
+    self.window = window
     self.clip = clip
     self.scale = head_dim**-0.5 if scale is None else scale
     query_scale = (head_dim**-0.5 / self.scale) ** 2
-    make = lambda axis, n, scale=1.0: linear(
-      {'embed': embed}, {axis: n, 'head_dim': head_dim}, bias=qkv_bias, init_scale=scale, rngs=rngs
-    )
-    self.query = make('heads', heads, query_scale)
-    self.key, self.value = make('kv_heads', kv_heads), make('kv_heads', kv_heads)
+    make = functools.partial(linear, {'embed': embed}, bias=qkv_bias, rngs=rngs)
+    self.query = make({'heads': heads, 'head_dim': head_dim}, init_scale=query_scale)
+    self.key = make({'kv_heads': kv_heads, 'head_dim': head_dim}, init_scale=1.0)
+    self.value = make({'kv_heads': kv_heads, 'head_dim': head_dim}, init_scale=1.0)
     self.output = linear(
       {'heads': heads, 'head_dim': head_dim}, {'embed': embed}, bias=output_bias, rngs=rngs
     )
-    over = lambda n: head_dim * n if qk_norm_heads else head_dim
-    self.query_norm = qk_norm(over(heads), rngs=rngs) if qk_norm else None
-    self.key_norm = qk_norm(over(kv_heads), rngs=rngs) if qk_norm else None
+    self.query_norm = self.key_norm = None
+    if qk_norm:
+      self.query_norm = qk_norm(head_dim * (heads if qk_norm_heads else 1), rngs=rngs)
+      self.key_norm = qk_norm(head_dim * (kv_heads if qk_norm_heads else 1), rngs=rngs)
     self.qk_norm_heads = qk_norm_heads
 
   def __call__(self, x: jax.Array, context: Context):
@@ -184,14 +192,16 @@ class Attention(nnx.Module):
     return self.output(y), {}
 
   def project(self, x, source, context):
-    """Queries of x, keys and values of the source: normalised and rotated."""
+    """Queries of x, and keys and values of `source`; normalised and rotated."""
     q, k, v = self.query(x), self.key(source), self.value(source)
     if self.clip is not None:
       q, k, v = (jnp.clip(y, -self.clip, self.clip) for y in (q, k, v))
     if self.query_norm is not None:
-      q, k = self.norm(self.query_norm, q, 'heads'), self.norm(self.key_norm, k, 'kv_heads')
+      q = self.norm(self.query_norm, q, 'heads')
+      k = self.norm(self.key_norm, k, 'kv_heads')
     if self.rotary is not None:
-      q, k = self.rotary(q, context.positions), self.rotary(k, context.positions)
+      q = self.rotary(q, context.positions)
+      k = self.rotary(k, context.positions)
     return q, k, v
 
   def norm(self, norm, x, axis):
@@ -201,10 +211,11 @@ class Attention(nnx.Module):
     return shard(norm(flat).reshape(x.shape), 'batch', 'length', axis, None)
 
   def cost(self, length: int, encoder_length: int) -> Cost:
-    """Two products, query key^T and weights value, and the keys and values that decoding keeps."""
+    """The products query key^T and weights value; decoding keeps keys and values."""
     window = min(self.window or length, length)
     # The causal mask leaves a band of `window` keys without the corner before the first token.
-    pairs, visible = length * window, length * window - window * (window - 1) // 2
+    pairs = length * window
+    visible = pairs - window * (window - 1) // 2
     per_pair = 4 * self.heads * self.head_dim
     return Cost(
       full=pairs * per_pair,
@@ -215,20 +226,20 @@ class Attention(nnx.Module):
 
 
 class CrossAttention(Attention):
-  """Attention from the decoder to the encoder's output: no position bias, nothing hidden but padding."""
+  """Attention from the decoder to the encoder's output, without a position bias; it hides only padding."""
 
   def __call__(self, x: jax.Array, context: Context):
     lengths = (x.shape[1], context.encoded.shape[1])
     mask = visible(context.segments, context.encoded_segments, lengths, causal=False)
     q, k, v = self.project(x, context.encoded, context)
     k, v = context.once(k, v)
-    # Where lengths are split, every device takes its queries to all of the keys.
+    # Where lengths are split, every device compares its queries with all keys.
     k, v = (shard(y, 'batch', None, 'kv_heads', None) for y in (k, v))
     y = dot_product_attention(q, k, v, mask=mask, scale=self.scale, soft_cap=self.soft_cap)
     return self.output(y), {}
 
   def cost(self, length: int, encoder_length: int) -> Cost:
-    """As `Attention`'s, but the keys are the encoder's tokens, and none of them is hidden."""
+    """As for `Attention`, but the keys are the tokens of the encoder, and all are visible."""
     pairs = length * encoder_length
     flops = 4 * pairs * self.heads * self.head_dim
     of_encoder = (self.key, self.value)

@@ -1,4 +1,4 @@
-"""Tokens to vectors: the first layer of every model."""
+"""The first layer of every model: from tokens to vectors."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from research.model.part import Cost, Factory
 from research.model.weights import Matrix, make_weight, rows
 from research.parallel.axes import gather, shard
 
-# A number, or how it follows from `embed`: then it is right at every width of a ladder.
+# A number, or a function of `embed`, which is right at every width of a ladder.
 Scale = float | Callable[[int], float]
 
 
@@ -20,16 +20,16 @@ def inverse_sqrt(embed: int) -> float:
 
 
 class Embedder(nnx.Module):
-  """Tokens (and, where learned, positions and a type) to vectors.
+  """Vectors of tokens, plus learned or fixed positions and types where there are any.
 
   Knobs:
-    positions: how many learned positions there are (GPT-2, BERT); None for none.
-    position_offset: the row of position 0 (OPT has 2 rows before it, so its table has 2 more).
-    fixed_positions: added too, `positions.sinusoidal`.
-    types: how many token types (BERT); tokens are of type 0.
+    positions: number of learned positions (GPT-2, BERT); None for none.
+    position_offset: the row of position 0 (the table of OPT has 2 rows before it).
+    fixed_positions: a function of positions to add, such as `positions.sinusoidal`.
+    types: number of token types (BERT); all tokens are of type 0.
     scale: of the token vectors, a number or a function of embed (Gemma: `math.sqrt`).
     norm: after the sum (BERT, BLOOM).
-    weight: makes the table of token vectors (see `weights`); None is the model's choice.
+    weight: makes the table of token vectors (see `weights`); None takes the model's choice.
   """
 
   def __init__(
@@ -49,7 +49,8 @@ class Embedder(nnx.Module):
   ):
     check_sizes(Embedder, positions=positions, types=types)
     self.scale = scale(embed) if callable(scale) else scale
-    self.position_offset, self.fixed_positions = position_offset, fixed_positions
+    self.position_offset = position_offset
+    self.fixed_positions = fixed_positions
     self.one_hot = vocab * embed
     tokens = Matrix((vocab, embed), ('vocab', 'embed'), init, kind='table')
     self.tokens = make_weight(tokens, weight, rngs=rngs)
@@ -73,7 +74,7 @@ class Embedder(nnx.Module):
     return self.norm(x) if self.norm is not None else x
 
   def weights(self, dtype) -> jax.Array:
-    """The token vectors [vocab, embed], gathered to multiply with."""
+    """The token vectors [vocab, embed], gathered for a product."""
     return gather(self.tokens[...].astype(dtype), 'vocab', None)
 
   def cost(self, length: int, encoder_length: int) -> Cost:

@@ -34,7 +34,7 @@ def _against(x: jax.Array, table: jax.Array) -> jax.Array:
 
 
 def _kernel(embed: int, vocab: int, init: Initializer | None, weight: Factory | None, rngs):
-  """A head's own matrix [embed, vocab], of variance 1/embed by default."""
+  """The matrix [embed, vocab] of an untied head, by default of variance 1/embed."""
   init = init or functools.partial(normal, stddev=embed**-0.5)
   return make_weight(Matrix((embed, vocab), ('embed', 'vocab'), init), weight, rngs=rngs)
 
@@ -44,7 +44,7 @@ def _bias(vocab: int, rngs: nnx.Rngs) -> nnx.Param:
 
 
 class Head(nnx.Module):
-  """What all heads share: a matrix of embed x vocab, their own or the embedder's, multiplies every token."""
+  """Base of the heads: a matrix of embed x vocab, its own or the embedder's, multiplies every token."""
 
   def __init__(self, embed: int, vocab: int):
     self.logits = embed * vocab
@@ -82,10 +82,12 @@ class TiedHead(Head):
 
 
 class UntiedHead(Head):
-  """Logits by a matrix of their own; with `bias` in GPT-J and Phi, `scale` and `soft_cap` as in
-  `TiedHead`.
+  """Logits by a matrix of their own.
 
-  `weight` makes the matrix (see `weights`); None is the model's choice.
+  Knobs:
+    bias: adds a bias (GPT-J, Phi).
+    scale, soft_cap: as in `TiedHead`.
+    weight: makes the matrix (see `weights`); None takes the model's choice.
   """
 
   def __init__(
@@ -117,7 +119,7 @@ class UntiedHead(Head):
 
 
 class NormalisedHead(Head):
-  """Logits by a matrix whose column for every token has length one (Baichuan 2, arXiv:2309.10305).
+  """Logits by a matrix whose columns are normalised to length 1 (Baichuan 2, arXiv:2309.10305).
 
   `weight` as in `UntiedHead`.
   """
@@ -144,9 +146,9 @@ class NormalisedHead(Head):
 
 
 class MaskedHead(Head):
-  """BERT's: logits of norm(activation(dense(x))) against the token vectors, plus a bias.
+  """The head of BERT: logits of norm(activation(dense(x))) against the token vectors, plus a bias.
 
-  Devlin et al. 2018, arXiv:1810.04805, as released. With `tied` False the vectors are a matrix of its own.
+  Devlin et al. 2018, arXiv:1810.04805, as released. Without `tied` the head has a matrix of its own.
   """
 
   def __init__(

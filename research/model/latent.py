@@ -1,5 +1,6 @@
-"""Multi-head latent attention, whose keys and values are made from one small vector per token."""
+"""Multi-head latent attention: keys and values are projections of one small vector per token."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -17,15 +18,15 @@ from research.parallel.axes import shard, spec
 class LatentAttention(nnx.Module):
   """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1 and appendix C).
 
-  Keys and values are projections of one small vector per token, and the rotated part of a key is shared by all
-  heads; those two are all that decoding must keep.
+  Keys and values are projections of one small vector per token, and all heads share the rotated part of a key.
+  Decoding keeps only these two.
 
   Knobs:
-    heads: each has queries and keys of head_dim + rotary_dim and values of value_dim.
-    key_rank, query_rank: widths of the small vectors (query_rank None: queries straight from the stream).
+    heads: number of heads; queries and keys have head_dim + rotary_dim channels, values value_dim.
+    key_rank, query_rank: widths of the small vectors (query_rank None projects queries directly).
     norm: of the small vectors.
-    rotary: as in `Attention`, of the rotary_dim channels.
-    scale: (head_dim + rotary_dim)^-1/2 by default; YaRN as DeepSeek uses it multiplies that.
+    rotary: as in `Attention`, for the rotary_dim channels.
+    scale: of the logits; None is (head_dim + rotary_dim)^-1/2, which DeepSeek's YaRN multiplies.
   """
 
   def __init__(
@@ -48,12 +49,18 @@ class LatentAttention(nnx.Module):
       LatentAttention, heads=heads, head_dim=head_dim, rotary_dim=rotary_dim, value_dim=value_dim,
       key_rank=key_rank, query_rank=query_rank,
     )  # fmt: skip
-    self.heads, self.head_dim = heads, head_dim
-    self.rotary_dim, self.value_dim = rotary_dim, value_dim
-    self.key_rank, self.rotary = key_rank, rotary
+    self.heads = heads
+    self.head_dim = head_dim
+    self.rotary_dim = rotary_dim
+    self.value_dim = value_dim
+    self.key_rank = key_rank
+    self.rotary = rotary
     self.scale = (head_dim + rotary_dim) ** -0.5 if scale is None else scale
-    make = lambda inputs, outputs: linear(inputs, outputs, rngs=rngs)
-    per_head = lambda size: {'heads': heads, 'head_dim': size}
+    make = functools.partial(linear, rngs=rngs)
+
+    def per_head(size: int) -> dict[str, int]:
+      return {'heads': heads, 'head_dim': size}
+
     query = per_head(head_dim + rotary_dim)
     self.query = None if query_rank else make({'embed': embed}, query)
     self.query_down = make({'embed': embed}, {'rank': query_rank}) if query_rank else None
@@ -67,28 +74,30 @@ class LatentAttention(nnx.Module):
     self.output = make(per_head(value_dim), {'embed': embed})
 
   def __call__(self, x: jax.Array, context: Context):
-    q = (
-      self.query(x)
-      if self.query_down is None
-      else self.query_up(self.query_norm(self.query_down(x)))
-    )
+    if self.query_down is None:
+      q = self.query(x)
+    else:
+      q = self.query_up(self.query_norm(self.query_down(x)))
     q, q_rotary = jnp.split(q, [self.head_dim], axis=-1)
     q = jnp.concatenate([q, self.rotary(q_rotary, context.positions)], axis=-1)
-    latent, near = context.recall(self.key_norm(self.key_down(x)))
-    k, v = self.key(latent), self.value(latent)
-    k_rotary, near = context.recall(self.rotary(self.key_rotary(x)[:, :, None], context.positions))
-    if near.key_positions is not None:
-      return self.output(self.absorbed(q, latent, k_rotary, near)), {}
+    latent, _ = context.recall(self.key_norm(self.key_down(x)))
+    k = self.key(latent)
+    v = self.value(latent)
+    k_rotary = self.rotary(self.key_rotary(x)[:, :, None], context.positions)
+    k_rotary, recalled_context = context.recall(k_rotary)
+    if recalled_context.key_positions is not None:
+      return self.output(self.absorbed(q, latent, k_rotary, recalled_context)), {}
     shared = (*k.shape[:3], self.rotary_dim)
-    where = spec('batch', 'length', 'heads', None, shape=shared)
-    k = jnp.concatenate([k, jnp.broadcast_to(k_rotary, shared, out_sharding=where)], axis=-1)
-    y = self_attention(q, k, v, near, scale=self.scale)
+    sharding = spec('batch', 'length', 'heads', None, shape=shared)
+    k_rotary = jnp.broadcast_to(k_rotary, shared, out_sharding=sharding)
+    k = jnp.concatenate([k, k_rotary], axis=-1)
+    y = self_attention(q, k, v, recalled_context, scale=self.scale)
     return self.output(y), {}
 
   def absorbed(self, q, latent, k_rotary, context) -> jax.Array:
-    """The same for recalled tokens: W_K works on the queries and W_V on the result (section 2.1.2).
+    """Attention to a decoding state: W_K multiplies the queries and W_V the result (section 2.1.2).
 
-    No head's keys and values are made again of every token that is kept.
+    So a step does not compute the keys and values of all earlier tokens again.
     """
 
     def up(linear):
@@ -97,13 +106,15 @@ class LatentAttention(nnx.Module):
     q, q_rotary = jnp.split(q, [self.head_dim], axis=-1)
     q = jnp.concatenate([jnp.einsum('bqhd,rhd->bqhr', q, up(self.key)), q_rotary], axis=-1)
     latent = latent[:, :, None]
-    k, (mask, bias) = jnp.concatenate([latent, k_rotary], axis=-1), recalled(context)
+    k = jnp.concatenate([latent, k_rotary], axis=-1)
+    mask, bias = recalled(context)
     y = dot_product_attention(q, k, latent, mask=mask, bias=bias, scale=self.scale)
     return jnp.einsum('bqhr,rhd->bqhd', y, up(self.value))
 
   def cost(self, length: int, encoder_length: int) -> Cost:
-    """Two products, query key^T and weights value; decoding keeps the small vector and the rotated key."""
-    pairs, visible = length * length, length * (length + 1) // 2
+    """The products query key^T and weights value; decoding keeps the small vector and the rotated key."""
+    pairs = length * length
+    visible = length * (length + 1) // 2
     per_pair = 2 * self.heads * (self.head_dim + self.rotary_dim + self.value_dim)
     return Cost(
       full=pairs * per_pair,

@@ -1,7 +1,6 @@
-"""What parts are made of: projections and norms.
+"""The layers that parts are made of: projections and norms.
 
-The dtype of the activations is the dtype of the computation: parameters stay float32 and are cast where they
-are used.
+They compute in the dtype of the activations. Parameters are float32, and are cast where they are used.
 """
 
 import functools
@@ -22,8 +21,8 @@ class Linear(nnx.Module):
   """y[..., outputs] = sum over inputs of x[..., inputs] kernel[inputs, outputs] (+ bias[outputs]).
 
   `inputs` and `outputs` map axis names to sizes; each may have several, as in {'heads': 8, 'head_dim': 64}.
-  The default initialisation is normal with variance 1/fan_in; `init_scale` multiplies that variance. `weight`
-  makes the kernel (see `weights`); None is the model's choice.
+  The default initialisation is normal with variance 1/fan_in, which `init_scale` multiplies. `weight` makes the
+  kernel (see `weights`); None takes the model's choice.
   """
 
   def __init__(
@@ -37,14 +36,17 @@ class Linear(nnx.Module):
     weight: Factory | None = None,
     rngs: nnx.Rngs,
   ):
-    self.inputs, self.outputs = tuple(inputs), tuple(outputs)
+    self.inputs = tuple(inputs)
+    self.outputs = tuple(outputs)
     fan_in = math.prod(inputs.values())
     init = init or functools.partial(normal, stddev=math.sqrt(init_scale / fan_in))
     shape = (*inputs.values(), *outputs.values())
     kernel = Matrix(shape, (*inputs, *outputs), init, inputs=len(inputs))
     self.kernel = make_weight(kernel, weight, rngs=rngs)
-    shape, zeros = tuple(outputs.values()), nnx.initializers.zeros
-    self.bias = param(rngs, shape, self.outputs, zeros, kind='vector') if bias else None
+    self.bias = None
+    if bias:
+      zeros = nnx.initializers.zeros
+      self.bias = param(rngs, tuple(outputs.values()), self.outputs, zeros, kind='vector')
 
   def __call__(self, x: jax.Array) -> jax.Array:
     n = len(self.inputs)
@@ -66,7 +68,8 @@ class RMSNorm(nnx.Module):
   def __init__(
     self, embed: int, *, epsilon: float = 1e-6, scale_offset: float = 0.0, rngs: nnx.Rngs
   ):
-    self.epsilon, self.scale_offset = epsilon, scale_offset
+    self.epsilon = epsilon
+    self.scale_offset = scale_offset
     init = nnx.initializers.constant(1.0 - scale_offset)
     self.scale = param(rngs, (embed,), (None,), init, kind='vector')
 
@@ -89,9 +92,9 @@ class LayerNorm(nnx.Module):
     rngs: nnx.Rngs,
   ):
     self.epsilon = epsilon
-    vector = lambda init: param(rngs, (embed,), (None,), init, kind='vector')
-    self.scale = vector(nnx.initializers.ones) if scale else None
-    self.bias = vector(nnx.initializers.zeros) if bias else None
+    vector = functools.partial(param, rngs, (embed,), (None,), kind='vector')
+    self.scale = vector(init=nnx.initializers.ones) if scale else None
+    self.bias = vector(init=nnx.initializers.zeros) if bias else None
 
   def __call__(self, x: jax.Array) -> jax.Array:
     y = x.astype(jnp.float32)

@@ -1,4 +1,6 @@
-"""Mamba, the selective state space: a state per channel, carried along the sequence."""
+"""Mamba, the selective state space: every channel carries a state along the sequence."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +21,9 @@ from research.parallel.axes import shard, spec
 
 
 def _token_by_token(a, h, x, step, b, c, first):
-  """A chunk of Mamba's recurrence: the last state [batch, mlp, state], and C h [batch, chunk, mlp].
+  """A chunk of the recurrence: its last state [batch, mlp, state], and C h [batch, chunk, mlp].
 
-  A CPU's caches hold the states of one token, not those of a chunk: four times as fast as all at once there.
+  For CPUs, whose caches hold the states of one token but not of a chunk: four times as fast as the scan below.
   """
 
   def token(h, inputs):
@@ -36,10 +38,13 @@ def _token_by_token(a, h, x, step, b, c, first):
 
 
 def _all_tokens_at_once(a, h, x, step, b, c, first):
-  """The same by an associative scan: logarithmically few steps, for chips with work for every one of them."""
+  """The same by an associative scan, in logarithmically few steps, for chips that run each in parallel."""
   decay = jnp.where(first[..., None, None], 0.0, jnp.exp(step[..., None] * a))
   drive = (step * x)[..., None] * b[:, :, None]
-  join = lambda left, right: (left[0] * right[0], left[1] * right[0] + right[1])
+
+  def join(left, right):
+    return left[0] * right[0], left[1] * right[0] + right[1]
+
   decay, states = jax.lax.associative_scan(join, (decay, drive), axis=1)
   states = states + decay * h[:, None]
   return states[:, -1], jnp.einsum('blms,bls->blm', states, c)
@@ -51,11 +56,13 @@ class Mamba(nnx.Module):
   h[t] = exp(dt A) h[t-1] + dt B x[t];  y[t] = C h[t] + D x[t];  output(y silu(z)), with dt, B, C from x[t].
 
   Knobs:
-    inner: channels, 2 embed by default; state: of each channel.
-    rank: of dt's projection, embed / 16 by default, rounded up.
-    width: of the convolution; bias: of the projections in and out.
+    inner: number of channels; None is 2 embed.
+    rank: of the projection of dt; None is embed / 16, rounded up.
+    state: size of the state of each channel.
+    width: of the convolution.
+    bias: whether the projections in and out have biases.
     norm: of dt (before its second projection), B and C (Jamba, arXiv:2403.19887).
-    chunk: tokens whose states are held at once.
+    chunk: tokens whose states are in memory at once.
   """
 
   def __init__(
@@ -74,32 +81,40 @@ class Mamba(nnx.Module):
     rngs: nnx.Rngs,
   ):
     check_sizes(Mamba, inner=inner, rank=rank, state=state, width=width, chunk=chunk)
-    inner, rank = inner or 2 * embed, rank or -(-embed // 16)
-    self.inner, self.state, self.width, self.chunk = inner, state, width, chunk
-    make = lambda inputs, outputs, bias=False, **knobs: linear(
-      inputs, outputs, bias=bias, rngs=rngs, **knobs
-    )
-    self.input, self.gate = (make({'embed': embed}, {'mlp': inner}, bias) for _ in range(2))
+    inner = inner or 2 * embed
+    rank = rank or -(-embed // 16)
+    self.inner = inner
+    self.state = state
+    self.width = width
+    self.chunk = chunk
+    make = functools.partial(linear, rngs=rngs)
+    self.input = make({'embed': embed}, {'mlp': inner}, bias=bias)
+    self.gate = make({'embed': embed}, {'mlp': inner}, bias=bias)
     self.convolution = CausalConvolution(
       {'mlp': inner}, width=width, bias=convolution_bias, rngs=rngs
     )
-    self.step_down = make({'mlp': inner}, {'rank': rank})
-    self.b, self.c = (make({'mlp': inner}, {'state': state}) for _ in range(2))
-    self.step = make({'rank': rank}, {'mlp': inner}, init_scale=1 / 3)
-    vector = lambda init: param(rngs, (inner,), ('mlp',), init, kind='vector')
-    self.step_bias = vector(step_bias(1e-3, 1e-1))
+    self.step_down = make({'mlp': inner}, {'rank': rank}, bias=False)
+    self.b = make({'mlp': inner}, {'state': state}, bias=False)
+    self.c = make({'mlp': inner}, {'state': state}, bias=False)
+    self.step = make({'rank': rank}, {'mlp': inner}, bias=False, init_scale=1 / 3)
+    vector = functools.partial(param, rngs, (inner,), ('mlp',), kind='vector')
+    self.step_bias = vector(init=step_bias(1e-3, 1e-1))
     self.log_a = param(rngs, (inner, state), ('mlp', None), log_range(1), kind='vector')
-    self.d = vector(nnx.initializers.ones)
-    self.output = make({'mlp': inner}, {'embed': embed}, bias)
+    self.d = vector(init=nnx.initializers.ones)
+    self.output = make({'mlp': inner}, {'embed': embed}, bias=bias)
     norms = [norm(size, rngs=rngs) for size in (rank, state, state)] if norm else None
     self.step_norm, self.b_norm, self.c_norm = norms or (None, None, None)
 
   def __call__(self, x: jax.Array, context: Context):
     gate = self.gate(x)
     x = jax.nn.silu(self.convolution(self.input(x), context))
-    step, b, c = self.step_down(x), self.b(x), self.c(x)
+    step = self.step_down(x)
+    b = self.b(x)
+    c = self.c(x)
     if self.step_norm is not None:
-      step, b, c = self.step_norm(step), self.b_norm(b), self.c_norm(c)
+      step = self.step_norm(step)
+      b = self.b_norm(b)
+      c = self.c_norm(c)
     step = jax.nn.softplus(self.step(step).astype(jnp.float32) + self.step_bias[...])
     y = self.scan(x, step, b, c, context)
     y = y + self.d[...].astype(x.dtype) * x
@@ -122,7 +137,11 @@ class Mamba(nnx.Module):
     shape = (x.shape[0], self.inner, self.state)
     h = jnp.zeros(shape, jnp.float32, out_sharding=spec('batch', 'channels', None, shape=shape))
     inputs = [_chunks(y, min(self.chunk, x.shape[1])) for y in (x, step, b, c, first)]
-    y = context.carry(lambda h: jax.lax.scan(jax.checkpoint(chunk), h, tuple(inputs)), h)
+
+    def chunks(h):
+      return jax.lax.scan(jax.checkpoint(chunk), h, tuple(inputs))
+
+    y = context.carry(chunks, h)
     return shard(_whole(y, x.shape[1]), 'batch', 'length', 'mlp')
 
   def cost(self, length: int, encoder_length: int) -> Cost:

@@ -1,4 +1,6 @@
-"""Mamba-2: state-space duality, a recurrence computed as masked products inside chunks."""
+"""Mamba-2: state-space duality, a recurrence computed by masked products within chunks."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ from research.parallel.axes import shard, spec
 
 
 def _sums(x: jax.Array, segments: jax.Array) -> jax.Array:
-  """Cumulative sums [batch, length, heads] that begin anew in every document, so that none rounds another."""
+  """Cumulative sums [batch, length, heads] that restart in every document, so that none rounds another."""
   first = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))[..., None]
   first = jnp.broadcast_to(first, x.shape, out_sharding=jax.typeof(x).sharding.spec)
 
@@ -26,14 +28,15 @@ def _sums(x: jax.Array, segments: jax.Array) -> jax.Array:
 class Mamba2(nnx.Module):
   """State-space duality: a scalar A per head (Dao & Gu 2024, arXiv:2405.21060, section 7 and listing 1).
 
-  Inside a chunk the recurrence is a masked product of C, B and x, as in attention; between chunks a state
-  [heads, head_dim, state] is carried.
+  Within a chunk the recurrence is a masked product of C, B and x, as in attention. A state
+  [heads, head_dim, state] carries over from chunk to chunk.
 
   Knobs:
-    heads, head_dim: heads x head_dim is the inner width, 2 embed by default.
-    state: of each channel; groups: heads of one group share B and C.
-    step_limits: the steps dt are clipped to this range.
-    norm_epsilon: of the gated RMSNorm before the output, which is over each group's channels.
+    heads, head_dim: heads x head_dim is the inner width; heads None makes that 2 embed.
+    state: size of the state of each channel.
+    groups: the heads of a group share B and C.
+    step_limits: the range to clip the steps dt to.
+    norm_epsilon: of the gated RMSNorm before the output, over the channels of each group.
   """
 
   def __init__(
@@ -62,26 +65,34 @@ class Mamba2(nnx.Module):
       heads = 2 * embed // head_dim
     if heads % groups:
       raise Invalid(Mamba2, 'groups', f'{groups} does not divide the {heads} heads.')
-    self.heads, self.head_dim, self.state, self.groups = heads, head_dim, state, groups
-    self.width, self.chunk, self.epsilon = width, chunk, norm_epsilon
+    self.heads = heads
+    self.head_dim = head_dim
+    self.state = state
+    self.groups = groups
+    self.width = width
+    self.chunk = chunk
+    self.epsilon = norm_epsilon
     self.step_limits = step_limits
-    channels, shared = (
-      {'heads': heads, 'head_dim': head_dim},
-      {'groups': groups, 'state': state},
-    )
-    make = lambda outputs: linear({'embed': embed}, outputs, bias=bias, rngs=rngs)
-    self.gate, self.input, self.b, self.c = map(make, (channels, channels, shared, shared))
+    channels = {'heads': heads, 'head_dim': head_dim}
+    shared = {'groups': groups, 'state': state}
+    make = functools.partial(linear, {'embed': embed}, bias=bias, rngs=rngs)
+    self.gate = make(channels)
+    self.input = make(channels)
+    self.b = make(shared)
+    self.c = make(shared)
     self.step = make({'heads': heads})
-    convolve = lambda axes: CausalConvolution(axes, width=width, bias=convolution_bias, rngs=rngs)
-    self.input_convolution, self.b_convolution, self.c_convolution = map(
-      convolve, (channels, shared, shared)
+    convolution = functools.partial(
+      CausalConvolution, width=width, bias=convolution_bias, rngs=rngs
     )
-    vector = lambda init: param(rngs, (heads,), ('heads',), init, kind='vector')
-    self.step_bias = vector(step_bias(1e-3, 1e-1))
-    self.log_a = vector(log_range(0))
-    self.d = vector(nnx.initializers.ones)
-    shape, ones = (heads, head_dim), nnx.initializers.ones
-    self.norm_scale = param(rngs, shape, ('heads', None), ones, kind='vector')
+    self.input_convolution = convolution(channels)
+    self.b_convolution = convolution(shared)
+    self.c_convolution = convolution(shared)
+    vector = functools.partial(param, rngs, (heads,), ('heads',), kind='vector')
+    self.step_bias = vector(init=step_bias(1e-3, 1e-1))
+    self.log_a = vector(init=log_range(0))
+    self.d = vector(init=nnx.initializers.ones)
+    ones = nnx.initializers.ones
+    self.norm_scale = param(rngs, (heads, head_dim), ('heads', None), ones, kind='vector')
     self.output = linear(channels, {'embed': embed}, bias=bias, rngs=rngs)
 
   def __call__(self, x: jax.Array, context: Context):
@@ -100,7 +111,8 @@ class Mamba2(nnx.Module):
     a = -jnp.exp(shard(self.log_a[...], 'channels'))
     if segments is None:
       segments = jnp.zeros(x.shape[:2], jnp.int32)
-    x, step = shard(x, 'batch', None, 'channels', None), shard(step, 'batch', None, 'channels')
+    x = shard(x, 'batch', None, 'channels', None)
+    step = shard(step, 'batch', None, 'channels')
     b, c = (shard(y, 'batch', None, None, None) for y in (b, c))
     segments = shard(segments, 'batch', None)
 
@@ -132,7 +144,7 @@ class Mamba2(nnx.Module):
     shape = (x.shape[0], self.heads, self.head_dim, self.state)
     where = spec('batch', 'channels', None, None, shape=shape)
     h = jnp.zeros(shape, jnp.float32, out_sharding=where)
-    # Padding behind belongs to the last document and drives nothing.
+    # The padding of the last chunk is 0, and so adds nothing to a state.
     length = min(self.chunk, x.shape[1])
     inputs = [_chunks(y, length) for y in (x, step, b, c, segments)]
 
@@ -144,7 +156,7 @@ class Mamba2(nnx.Module):
     return shard(_whole(y, x.shape[1]), 'batch', 'length', 'heads', None)
 
   def to_heads(self, y: jax.Array, axis: int) -> jax.Array:
-    """Repeats the axis of groups to heads."""
+    """Repeats the groups axis to heads."""
     y = jnp.repeat(y, self.heads // self.groups, axis=axis)
     names = ['batch', None, None, None]
     names[axis] = 'channels'
@@ -161,8 +173,9 @@ class Mamba2(nnx.Module):
     return (y * jax.lax.rsqrt(square + self.epsilon) * self.norm_scale[...]).astype(dtype)
 
   def cost(self, length: int, encoder_length: int) -> Cost:
-    """The chunked products, every pair of a chunk counted."""
-    chunk, inner = min(self.chunk, length), self.heads * self.head_dim
+    """The products within chunks, with all pairs of a chunk."""
+    chunk = min(self.chunk, length)
+    inner = self.heads * self.head_dim
     pairs = 2 * chunk * (self.groups * self.state + inner)
     flops = length * (pairs + 4 * inner * self.state)
     return Cost(full=flops, visible=flops)

@@ -1,7 +1,7 @@
-"""Whole models: a batch in, logits out.
+"""Whole models: from a batch to logits.
 
-A model has `features(batch) -> (x [batch, length, embed], penalties)` and `logits(x)`; the two are apart so
-that a loss need never hold the logits of a whole batch. The keys of a batch are seqio's.
+A model has `features(batch) -> (x [batch, length, embed], penalties)` and `logits(x)`. They are separate, so
+that a loss need not hold the logits of a whole batch at once. Batches have the keys of seqio.
 """
 
 import dataclasses
@@ -19,21 +19,21 @@ from research.parallel.axes import spec
 
 
 def _positions(batch: dict, name: str) -> jax.Array:
-  tokens = batch[f'{name}_input_tokens']
-  default = lambda: jnp.broadcast_to(
-    np.arange(tokens.shape[1], dtype=np.int32), tokens.shape, out_sharding=spec('batch', None)
-  )
-  return batch[f'{name}_positions'] if f'{name}_positions' in batch else default()
+  if f'{name}_positions' in batch:
+    return batch[f'{name}_positions']
+  shape = batch[f'{name}_input_tokens'].shape
+  positions = np.arange(shape[1], dtype=np.int32)
+  return jnp.broadcast_to(positions, shape, out_sharding=spec('batch', None))
 
 
 class LanguageModel(nnx.Module):
   """One stack: GPT, LLaMA, Mamba when `causal`; BERT when not; GLM by the batch's prefix.
 
   Args:
-    vocab: logits; at least the vocabulary of the data.
+    vocab: number of logits; at least the vocabulary of the data.
     embed: width of the residual stream.
-    weight: makes every matrix of the model (see `weights`); None for plain parameters.
-    dtype: of the activations and so of the computation; parameters, logits and loss are float32.
+    weight: makes every matrix of the model (see `weights`); None makes plain parameters.
+    dtype: of activations and so of the computation. Parameters, logits and loss are float32.
   """
 
   inputs = ('decoder',)
@@ -52,14 +52,16 @@ class LanguageModel(nnx.Module):
     rngs: nnx.Rngs,
   ):
     check_sizes(LanguageModel, vocab=vocab, embed=embed)
-    self.vocab, self.causal, self.dtype = vocab, causal, jnp.dtype(dtype)
+    self.vocab = vocab
+    self.causal = causal
+    self.dtype = jnp.dtype(dtype)
     with used_by_default(weight):
       self.embedder = embedder(embed, vocab, rngs=rngs)
       self.stack = stack(embed, rngs=rngs)
       self.head = head(embed, vocab, rngs=rngs)
 
   def cost(self, length: int, encoder_length: int) -> Cost:
-    """What the model costs on a sequence; `visible` is `full` where nothing is hidden."""
+    """The cost of a sequence; without a causal mask, `visible` is `full`."""
     stack = cost_of(self.stack, length, encoder_length)
     if not self.causal:
       stack = dataclasses.replace(stack, visible=stack.full)
@@ -77,7 +79,7 @@ class LanguageModel(nnx.Module):
     return self.stack(self.embedder(batch['decoder_input_tokens'], positions, self.dtype), context)
 
   def readout(self) -> Callable[[jax.Array], jax.Array]:
-    """Features to logits; the head's matrix is gathered here, once for all the calls."""
+    """A function of features that gives logits. It gathers the matrix of the head once, for all its calls."""
     weights = self.head.weights(self.embedder, self.dtype)
     return lambda x: self.head(x, weights)
 
@@ -90,7 +92,7 @@ class LanguageModel(nnx.Module):
 
 
 class EncoderDecoder(nnx.Module):
-  """An encoder that sees both ways and a causal decoder that also reads it (T5)."""
+  """A bidirectional encoder, and a causal decoder with attention to its output (T5)."""
 
   inputs = ('encoder', 'decoder')
 
@@ -108,7 +110,9 @@ class EncoderDecoder(nnx.Module):
     rngs: nnx.Rngs,
   ):
     check_sizes(EncoderDecoder, vocab=vocab, embed=embed)
-    self.vocab, self.embed, self.dtype = vocab, embed, jnp.dtype(dtype)
+    self.vocab = vocab
+    self.embed = embed
+    self.dtype = jnp.dtype(dtype)
     with used_by_default(weight):
       self.embedder = embedder(embed, vocab, rngs=rngs)
       self.encoder = encoder(embed, rngs=rngs)
@@ -116,9 +120,9 @@ class EncoderDecoder(nnx.Module):
       self.head = head(embed, vocab, rngs=rngs)
 
   def cost(self, length: int, encoder_length: int) -> Cost:
-    """What the model costs on a pair of sequences, target and input."""
+    """The cost of a pair of sequences, target and input."""
     encoder = cost_of(self.encoder, encoder_length, encoder_length)
-    # The encoder sees both ways, keeps nothing for decoding, and works on input tokens alone.
+    # The encoder is bidirectional, keeps nothing for decoding, and its parameters see only input tokens.
     encoder = dataclasses.replace(
       encoder,
       visible=encoder.full,
@@ -161,7 +165,7 @@ class EncoderDecoder(nnx.Module):
     return x, {k: penalties.get(k, 0.0) + more.get(k, 0.0) for k in {**penalties, **more}}
 
   def readout(self) -> Callable[[jax.Array], jax.Array]:
-    """Features to logits; the head's matrix is gathered here, once for all the calls."""
+    """A function of features that gives logits. It gathers the matrix of the head once, for all its calls."""
     weights = self.head.weights(self.embedder, self.dtype)
     return lambda x: self.head(x, weights)
 

@@ -1,6 +1,6 @@
-"""Where a token stands: rotations of queries and keys, or biases on their products.
+"""Positions: rotations of queries and keys, and biases on their products.
 
-Learned positions are added by `models.Embedder`; a model without any of these has none.
+`embedder.Embedder` adds learned positions.
 """
 
 import math
@@ -13,7 +13,7 @@ from flax import nnx
 
 from research.model.parameters import check_sizes, normal, param
 
-# What a scaling of rotary frequencies gives: the frequencies [rotated / 2] to use, and a factor of cos and sin.
+# The result of scaling rotary frequencies: the new frequencies [rotated / 2], and a factor of cos and sin.
 Scaled = tuple[np.ndarray, float]
 
 
@@ -32,24 +32,27 @@ def rotary(
     x: [batch, length, heads, head_dim].
     positions: [batch, length].
     base: the longest wavelength is 2 pi base.
-    fraction: of head_dim that is rotated; the rest passes.
+    fraction: of head_dim to rotate; the other channels are unchanged.
     interleaved: pairs are (0, 1), (2, 3), ... as in the paper, GPT-J, GLM and DeepSeek; otherwise
       (0, n/2), (1, n/2 + 1), ... as in GPT-NeoX and LLaMA.
-    scaling: of the frequencies, for a longer context than was trained on (`linear_scaling` and the others).
+    scaling: of the frequencies, for a longer context than in training (`linear_scaling` and the others).
   """
   rotated = int(x.shape[-1] * fraction)
   frequency = base ** (-np.arange(0, rotated, 2, dtype=np.float32) / rotated)
   frequency, magnitude = scaling(frequency) if scaling else (frequency, 1.0)
   angle = positions.astype(jnp.float32)[..., None, None] * frequency.astype(np.float32)
-  cos, sin = jnp.cos(angle) * magnitude, jnp.sin(angle) * magnitude
+  cos = jnp.cos(angle) * magnitude
+  sin = jnp.sin(angle) * magnitude
   y = x[..., :rotated]
   if interleaved:
     y = y.reshape(*y.shape[:-1], rotated // 2, 2)
-    a, b = y[..., 0], y[..., 1]
+    a = y[..., 0]
+    b = y[..., 1]
   else:
     a, b = jnp.split(y, 2, axis=-1)
-  # In float32, half by half: nothing of the size of x is ever in float32.
-  a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+  # In float32, but one half at a time: no array of the size of x is in float32.
+  a = a.astype(jnp.float32)
+  b = b.astype(jnp.float32)
   pair = (a * cos - b * sin).astype(x.dtype), (a * sin + b * cos).astype(x.dtype)
   if interleaved:
     y = jnp.stack(pair, axis=-1).reshape(x[..., :rotated].shape)
@@ -66,7 +69,7 @@ def linear_scaling(frequency: np.ndarray, *, factor: float) -> Scaled:
 def ntk_scaling(frequency: np.ndarray, *, factor: float) -> Scaled:
   """NTK-aware interpolation (see arXiv:2309.00071, section 3.1): base x factor^(d / (d - 2)).
 
-  So the highest frequency is kept and the lowest is divided by the factor.
+  So the highest frequency stays, and the lowest is divided by the factor.
   """
   n = len(frequency)
   return frequency * factor ** (-np.arange(n) / max(n - 1, 1)), 1.0
@@ -80,10 +83,10 @@ def llama3_scaling(
   high: float = 4.0,
   original_length: int = 8192,
 ) -> Scaled:
-  """Llama 3.1's scaling: by how often a pair turns within the original length.
+  """The scaling of Llama 3.1, which depends on how often a pair turns within the original length.
 
-  Pairs that turn more than `high` times keep their frequency, those that turn less than `low` times are
-  divided by the factor, and between them it is interpolated.
+  Pairs that turn more than `high` times keep their frequency, and those that turn less than `low` times are
+  divided by the factor. Between the two the frequency is interpolated.
   """
   turns = original_length * frequency / (2 * np.pi)
   keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
@@ -102,17 +105,23 @@ def yarn_scaling(
 ) -> Scaled:
   """YaRN (Peng et al. 2023, arXiv:2309.00071, section 3.2 and equation 22).
 
-  As `llama3_scaling`, with the interpolation linear in the index of the pair, from the last that turns `fast`
-  times to the first that turns `slow` times; with `truncate` both are rounded to whole pairs. cos and sin
-  grow by `magnitude`, 0.1 ln factor + 1 by default.
+  As `llama3_scaling`, but the interpolation is linear in the index of the pair, from the last that turns `fast`
+  times to the first that turns `slow` times. `truncate` rounds both to whole pairs. `magnitude` multiplies cos
+  and sin; None is 0.1 ln factor + 1.
   """
   n = len(frequency)
   step = math.log(frequency[0] / frequency[-1]) / max(n - 1, 1)  # of the log frequency, per pair
-  index = lambda turns: math.log(original_length * frequency[0] / (2 * math.pi * turns)) / step
-  first, last = index(fast), index(slow)
+
+  def index(turns: float) -> float:
+    return math.log(original_length * frequency[0] / (2 * math.pi * turns)) / step
+
+  first = index(fast)
+  last = index(slow)
   if truncate:
-    first, last = math.floor(first), math.ceil(last)
-  first, last = max(first, 0), min(last, 2 * n - 1)
+    first = math.floor(first)
+    last = math.ceil(last)
+  first = max(first, 0)
+  last = min(last, 2 * n - 1)
   divide = np.clip((np.arange(n) - first) / ((last - first) or 0.001), 0.0, 1.0)
   magnitude = 0.1 * math.log(factor) + 1 if magnitude is None else magnitude
   return frequency * (1 - divide) + frequency / factor * divide, magnitude
@@ -130,7 +139,7 @@ def sinusoidal(positions: jax.Array, embed: int, *, base: float = 10_000.0) -> j
 
 def by_place(bias: jax.Array, length: int) -> jax.Array:
   """[..., query, key] of `length` each from [..., 2 length - 1] by the distance key - query."""
-  # Rows of one more than there are distances, read as rows of as many: each is a step further than the last.
+  # Rows with one entry more than there are distances, read as rows without it: each starts one entry earlier.
   bias = jnp.pad(bias, [(0, 0)] * (bias.ndim - 1) + [(0, 1)])
   rows = jnp.broadcast_to(bias[..., None, :], (*bias.shape[:-1], length, 2 * length))
   flat = rows.reshape(*bias.shape[:-1], -1)[..., : length * (2 * length - 1)]
@@ -140,9 +149,9 @@ def by_place(bias: jax.Array, length: int) -> jax.Array:
 class RelativePositionBias(nnx.Module):
   """T5's learned bias per head and bucket of distance (Raffel et al. 2020, arXiv:1910.10683, section 2.1).
 
-  Half of the buckets are exact distances, the rest grow logarithmically up to `max_distance`. Called with a
-  length it gives [heads, 2 length - 1], for every distance key - query from 1 - length on (`by_place`): packed
-  documents are contiguous, so the distance of two tokens of one is that of their places in the row.
+  Half of the buckets are single distances; the others grow logarithmically up to `max_distance`. A call with a
+  length gives [heads, 2 length - 1]: a bias for every distance key - query from 1 - length on (`by_place`).
+  Packed documents are contiguous, so two tokens of one are as far apart as their places in the row.
   """
 
   def __init__(
@@ -155,12 +164,15 @@ class RelativePositionBias(nnx.Module):
     rngs: nnx.Rngs,
   ):
     check_sizes(RelativePositionBias, heads=heads, buckets=buckets, max_distance=max_distance)
-    self.buckets, self.max_distance, self.bidirectional = buckets, max_distance, bidirectional
+    self.buckets = buckets
+    self.max_distance = max_distance
+    self.bidirectional = bidirectional
     self.table = param(rngs, (buckets, heads), (None, 'heads'), normal, kind='table')
 
   def __call__(self, length: int) -> jax.Array:
     distance = np.arange(1 - length, length)  # key - query
-    buckets, first = self.buckets, np.zeros_like(distance)
+    buckets = self.buckets
+    first = np.zeros_like(distance)
     if self.bidirectional:
       buckets //= 2
       first = np.where(distance > 0, buckets, 0)
@@ -169,7 +181,7 @@ class RelativePositionBias(nnx.Module):
       distance = np.maximum(-distance, 0)
     exact = buckets // 2
     scale = (buckets - exact) / math.log(self.max_distance / exact)
-    # float32, as the reference computes it: a bucket's edge must fall on the same side.
+    # In float32 like the reference, so that distances at the edge of a bucket round to the same bucket.
     ratio = np.maximum(distance, 1).astype(np.float32) / np.float32(exact)
     far = exact + (np.log(ratio) * np.float32(scale)).astype(np.int32)
     index = first + np.where(distance < exact, distance, np.minimum(far, buckets - 1))
@@ -184,8 +196,8 @@ def _heads_spec(table):
 class ALiBi(nnx.Module):
   """A fixed bias of -slope x distance per head (Press et al. 2022, arXiv:2108.12409).
 
-  The slopes are the paper's geometric sequence; for a number of heads that is not a power of two, those of
-  the power below and then every other one of the power above (the authors' code).
+  The slopes are the geometric sequence of the paper. Where the number of heads is no power of two, they are
+  those of the next lower power, and then every second one of the next higher power (the code of the authors).
   """
 
   def __init__(self, *, heads: int, rngs: nnx.Rngs):
@@ -193,12 +205,12 @@ class ALiBi(nnx.Module):
     self.heads = heads
 
   def __call__(self, length: int) -> jax.Array:
-    distance = np.arange(1 - length, length)  # key - query: what comes later is hidden
+    distance = np.arange(1 - length, length)  # key - query; later keys are masked
     return jnp.asarray(np.asarray(alibi_slopes(self.heads))[:, None] * distance, jnp.float32)
 
 
 def alibi_slopes(heads: int) -> list[float]:
   power = 2 ** math.floor(math.log2(heads))
   slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
-  more = [2 ** (-4 * (i + 1) / power) for i in range(0, 2 * power, 2)]
-  return slopes + more[: heads - power]
+  extra = [2 ** (-4 * (i + 1) / power) for i in range(0, 2 * power, 2)]
+  return slopes + extra[: heads - power]

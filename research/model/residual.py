@@ -1,4 +1,4 @@
-"""Wirings: how the parts of a layer meet the residual stream, and where the norms stand."""
+"""Wirings: how the parts of a layer add to the residual stream, and the places of the norms."""
 
 import jax
 from flax import nnx
@@ -7,12 +7,13 @@ from research.model.part import Context, Cost, Factory, call_part, check_part, c
 
 
 def add_to_stream(*penalties: dict) -> dict:
+  """Sums of penalties by name."""
   names = dict.fromkeys(name for p in penalties for name in p)
   return {name: sum(p[name] for p in penalties if name in p) for name in names}
 
 
 class SideBySide(nnx.Module):
-  """What all wirings share: `parts` side by side on one stream, whose costs add up."""
+  """Base of the wirings: `parts` side by side on one stream, whose costs add up."""
 
   parts: nnx.List
 
@@ -22,7 +23,7 @@ class SideBySide(nnx.Module):
 
 
 class Residual(SideBySide):
-  """A wiring with one norm before or after its parts. Subclasses say where."""
+  """A wiring with one norm; subclasses place it before or after the parts."""
 
   def __init__(self, embed: int, parts: tuple[Factory, ...], *, norm: Factory, rngs: nnx.Rngs):
     self.norm = norm(embed, rngs=rngs)

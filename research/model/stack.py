@@ -1,4 +1,4 @@
-"""How parts meet the residual stream, and how layers are repeated."""
+"""Stacks of layers: repetition, recomputation, and pipelines."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from research.model.part import Context, Cost, Factory, cost_of
 from research.model.pipeline import over_stages, pipelined, schedule_of
 from research.model.residual import add_to_stream
 
-# What the backward pass keeps of a layer's forward pass; the rest it computes again.
+# What the backward pass keeps from the forward pass of a layer; it computes everything else again.
 _LAYER_INPUT = 'layer_input'
 REMAT = {
   'none': None,
@@ -28,19 +28,19 @@ REMAT = {
 
 
 class Stack(nnx.Module):
-  """`repeats` of the same `parts` in a row, with stacked parameters [layers, ...].
+  """The same `parts`, `repeats` times in sequence, with stacked parameters [layers, ...].
 
   `parts = (Attention, Mlp)` is a decoder layer; `((Attention, Mlp),)` puts them side by side;
-  `(Attention, CrossAttention, Mlp)` is T5's decoder. A longer tuple is a longer period.
+  `(Attention, CrossAttention, Mlp)` is T5's decoder. A longer tuple makes a period of several layers.
 
   Knobs:
     residual: the wiring (`PreNorm`, `PostNorm`, ...).
     norm: after the last layer.
-    bias: a position bias that all the layers share, made from the length.
-    scan: one compiled layer in a loop (compiles fast, whatever the depth), or all of them written out
-      (runs faster when small). The parameters are the same.
-    remat: what the backward pass keeps ('none' recomputes nothing, 'full' everything, 'dots' all but matmuls;
-      'offload' everything, from layers' inputs that wait in the host's memory).
+    bias: a position bias that all layers share, made from the length.
+    scan: whether to compile one layer and loop over it, which compiles fast at any depth. Without it all layers
+      are unrolled, which runs faster in a small model. The parameters are the same.
+    remat: what the backward pass computes again: 'none' nothing, 'full' everything, 'dots' all but matrix
+      products; 'offload' everything, from layer inputs that are kept in the memory of the host.
   """
 
   def __init__(
@@ -59,7 +59,9 @@ class Stack(nnx.Module):
     check_sizes(Stack, repeats=repeats)
     if remat not in REMAT:
       raise Invalid(Stack, 'remat', f'no policy {remat!r}.{did_you_mean(remat, REMAT)}')
-    self.repeats, self.scan, self.remat = repeats, scan, remat
+    self.repeats = repeats
+    self.scan = scan
+    self.remat = remat
 
     def build(key, part):
       parts = part if isinstance(part, tuple | list) else (part,)
@@ -90,12 +92,12 @@ class Stack(nnx.Module):
     return (self.norm(x) if self.norm is not None else x), penalties
 
   def decode(self, x: jax.Array, context: Context) -> jax.Array:
-    """x after these layers in decoding: each keeps a state of its own, and nothing is computed again."""
+    """x after these layers in decoding, where each layer has a state of its own. Nothing is recomputed."""
 
     def layer(x, sublayers, state):
-      own = dataclasses.replace(context, state=state)
+      of_layer = dataclasses.replace(context, state=state)
       for sublayer in sublayers:
-        x, _ = sublayer(x, own)
+        x, _ = sublayer(x, of_layer)
       return x
 
     if self.scan:
@@ -105,13 +107,13 @@ class Stack(nnx.Module):
     return x
 
   def cost(self, length: int, encoder_length: int) -> Cost:
-    """The layers' costs; a layer is asked as it is alone, without the axis of layers on its parameters."""
+    """The cost of all layers. A layer is costed without the layers axis of its stacked parameters."""
     layer = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), self.sublayers)
     costs = [cost_of(sublayer, length, encoder_length) for sublayer in layer]
     return sum(costs, Cost()).times(self.repeats)
 
   def run(self, x: jax.Array, stacked, context: Context):
-    """x after these layers, all or some of the stack's, and their penalties."""
+    """x after these layers (all or some of the stack), and their penalties."""
 
     def layer(x, sublayers):
       penalties = []
@@ -134,7 +136,7 @@ class Stack(nnx.Module):
 
 
 class Stacks(nnx.Module):
-  """Stacks one after another, where not all layers are alike.
+  """Stacks in sequence, for models whose layers differ.
 
   DeepSeek-V2 begins with a dense layer; Gemma 3 1B ends with a part of its period.
   """
@@ -158,8 +160,8 @@ class Stacks(nnx.Module):
 
 
 def _unstack(tree) -> list:
-  """The slices of every array's first axis. One `split` each: its gradient is one concatenation."""
+  """A tree for every index of the first axis. One `split` per array, whose gradient is one concatenation."""
   leaves, treedef = jax.tree.flatten(tree)
   n = leaves[0].shape[0]
   slices = [[s[0] for s in jax.lax.split(leaf, (1,) * n)] for leaf in leaves]
-  return [jax.tree.unflatten(treedef, one) for one in zip(*slices, strict=True)]
+  return [jax.tree.unflatten(treedef, layer) for layer in zip(*slices, strict=True)]
