@@ -42,11 +42,8 @@ class Unreadable(Exception):
 
 def files(corpus: corpora.Files) -> Iterator[tuple[str | None, str]]:
   """(split, path) of the files of a corpus; the split is None where a hash of each document decides it."""
-  split_of_files = 'train' if corpus.validation_files else None
-  for split, patterns in (
-    ('validation', corpus.validation_files),
-    (split_of_files, corpus.files),
-  ):
+  other = 'train' if corpus.validation_files else None
+  for split, patterns in (('validation', corpus.validation_files), (other, corpus.files)):
     for pattern in patterns:
       for path in remote(pattern) if '://' in pattern else corpora.matching(pattern):
         yield split, path

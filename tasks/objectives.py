@@ -156,8 +156,7 @@ def _ul2(stream, vocabulary):
 
 
 def _masked_lm(stream, vocabulary):
-  task = stream.task
-  (length,) = stream.lengths.values()
+  task, (length,) = stream.task, stream.lengths.values()
   corrupt = functools.partial(
     preprocessors.masked_lm, noise_density=task.noise_density, whole_word=task.whole_word
   )
@@ -186,9 +185,9 @@ def _fim(stream, vocabulary):
 def _instructions(stream, vocabulary):
   decoder = stream.architecture == 'decoder'
   lengths = dict(stream.lengths)
-  total = lengths['targets'] if decoder else None
+  total = None
   if decoder:
-    lengths['inputs'] = lengths['targets']
+    total = lengths['inputs'] = lengths['targets']
   fits = functools.partial(preprocessors.drop_too_long, total=total)
   part = Part([seqio.preprocessors.append_eos, fits], lengths)
   hide = decoder and not stream.task.bidirectional_prompt
@@ -290,8 +289,7 @@ def blocks(recipe: Recipe, documents: list[Document], lengths, seed: int) -> Ite
   columns = {}
   for key in batches[0]:
     values = np.concatenate([batch[key].values.numpy() for batch in batches])
-    lengths_of_key = np.concatenate([batch[key].row_lengths().numpy() for batch in batches])
-    columns[key] = values, lengths_of_key
+    columns[key] = values, np.concatenate([batch[key].row_lengths().numpy() for batch in batches])
   if recipe.cut:
     columns = packing.cut(columns, recipe.cut)
   order = np.random.default_rng(seed).permutation(len(next(iter(columns.values()))[1]))

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from research.core.text import si
 from research.data.corpora import SPLITS
 from research.data.spec import digest, to_spec
 from research.data.streams import FORMAT
@@ -87,14 +88,14 @@ def build(corpus, folder: pathlib.Path, log) -> dict:
     total += len(text)
     if time.monotonic() - last_logged > 2:
       last_logged = time.monotonic()
-      log(f'reading {corpus.name}: {total / 1e6:.0f} MB')
+      log(f'reading {corpus.name}: {si(total, "B")}')
   screen = Screen(corpus, dropped)
   splits = {}
   for split in ('validation', 'train'):
     splits[split] = _write(folder, split, spools[split], screen, corpus)
     log(
       f'{corpus.name} {split}: {splits[split]["documents"]} documents, '
-      f'{splits[split]["bytes"] / 1e6:.1f} MB'
+      f'{si(splits[split]["bytes"], "B")}'
     )
   for why, n in dropped.most_common():
     log(f'  left out: {n} {why}')

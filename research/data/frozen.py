@@ -4,13 +4,14 @@
 shuffled stream. It depends on the seed and the positions alone, and every position costs the same to read.
 """
 
+import contextlib
 import hashlib
 import json
-import os
 import pathlib
 
 import numpy as np
 
+from research.core import storage
 from research.core.errors import Invalid, UserError
 from research.data.mixtures import Mixture
 from research.data.shards import facts_of
@@ -119,12 +120,9 @@ class Frozen:
             raise UserError(f'shard {path} was altered since it was written: {remedy}')
         newly_verified[shard['file']] = state
     if newly_verified:
-      partial = stamp.with_name(f'{stamp.name}.{os.getpid()}')
-      try:
-        partial.write_text(json.dumps(verified | newly_verified))
-        os.replace(partial, stamp)
-      except OSError:
-        pass  # A cache without write permission can still be read; it is only checked again next time.
+      # A cache without write permission can still be read; it is only checked again next time.
+      with contextlib.suppress(OSError):
+        storage.write_atomic(stamp, json.dumps(verified | newly_verified))
 
   def per_example(self, key: str) -> float:
     """Mean of a shard fact, such as 'target_tokens', over the examples."""

@@ -14,6 +14,7 @@ import pathlib
 
 import numpy as np
 
+from research.core import storage
 from research.core.errors import UserError
 
 
@@ -24,9 +25,7 @@ def shard_name(number: int, piece: int) -> str:
 
 def write_json(path: pathlib.Path, value):
   """Writes a JSON file whole or not at all."""
-  partial = path.with_name(f'{path.name}.{os.getpid()}')
-  partial.write_text(json.dumps(value, indent=1))
-  os.replace(partial, path)
+  storage.write_atomic(path, json.dumps(value, indent=1))
 
 
 @contextlib.contextmanager
