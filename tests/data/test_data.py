@@ -212,7 +212,7 @@ def test_an_altered_or_missing_shard_is_named(tmp_path):
   with pytest.raises(UserError, match=r'pass0-00001.bin was altered'):
     batches.Frozen(stream.folder, stream.stream)
   path.write_bytes(good[:-1])
-  with pytest.raises(UserError, match=r'pass0-00001.bin is damaged: it has 159 bytes, not 160'):
+  with pytest.raises(UserError, match=r'pass0-00001.bin is damaged: it has 479 bytes, not 480'):
     batches.Frozen(stream.folder, stream.stream)
   path.unlink()
   with pytest.raises(UserError, match=r'pass0-00001.bin is missing'):
