@@ -1,4 +1,4 @@
-"""Conversations as tokens: each turn whole, the loss on the assistant's alone."""
+"""Tokenises conversations by whole turns, with loss on the assistant's turns alone."""
 
 import json
 
@@ -21,7 +21,7 @@ def encode(
     vocabulary: what tokenises; segments of a template are tokenised one by one, as at generation.
     template: see `research.data.conversations.template`.
     length: tokens of a row.
-    documents: JSON messages, NUL, and the place where they stood.
+    documents: JSON messages, then NUL, then their file and line.
 
   Returns:
     ([{'targets': (tokens,) int32, 'learned': (tokens,) 0 or 1}], what was left out or shortened, by reason).
@@ -31,7 +31,8 @@ def encode(
   """
   render = conversations.template(template)
   special = _special_tokens(vocabulary)
-  encoded, dropped = [], Dropped()
+  encoded = []
+  dropped = Dropped()
   for document in documents:
     text, _, place = document.decode().partition('\0')
     messages = json.loads(text)
@@ -41,15 +42,15 @@ def encode(
     except conversations.Unsuitable as e:
       raise UserError(f'{place} {e}.') from e
     tokens = [_tokens(vocabulary, part, learned) for part, learned in parts]
-    kept = _fitting(tokens, length)
-    if kept < len(tokens):
-      what = 'shortened by whole turns' if kept else 'left out, for the first exchange is longer'
+    fitting = _fitting(tokens, length)
+    if fitting < len(tokens):
+      what = 'shortened by whole turns' if fitting else 'left out, for the first exchange is longer'
       total = sum(len(ids) for ids, _ in tokens)
-      dropped[f'{what} than a row of {length}' if not kept else what] += 1
+      dropped[f'{what} than a row of {length}' if not fitting else what] += 1
       if len(dropped.broken) < 10:
         dropped.broken.append(f'{place}: {total} tokens are more than a row of {length}: {what}')
-    if kept:
-      ids, learned = (np.concatenate(side) for side in zip(*tokens[:kept], strict=True))
+    if fitting:
+      ids, learned = (np.concatenate(side) for side in zip(*tokens[:fitting], strict=True))
       encoded.append({'targets': ids, 'learned': learned})
   return encoded, dropped
 

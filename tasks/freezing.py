@@ -1,7 +1,7 @@
-"""Freezing: what is missing of a stream is written, shard by shard, in a process that has TensorFlow.
+"""Freezes streams: writes their missing shards, in a process that imports TensorFlow.
 
-A shard is a function of the stream, the pass and the piece of text, so it does not matter which process
-writes it, or in which order, or how often one was killed.
+A shard is a function of the stream, the pass and the piece of text. So any process may write it, in any order,
+and a killed process loses only the shard in hand.
 """
 
 import concurrent.futures
@@ -24,7 +24,7 @@ def say(line: str):
 
 
 def freeze(streams: list[Stream], cache: pathlib.Path, log=say, workers: int = 1):
-  """Writes what is missing of every stream under `cache`.
+  """Writes the missing shards of every stream under `cache`.
 
   Args:
     streams: what to freeze.
@@ -41,7 +41,7 @@ def freeze(streams: list[Stream], cache: pathlib.Path, log=say, workers: int = 1
   for stream in missing:
     folder = cache / 'streams' / stream.key()
     with shards.locked(folder.with_suffix('.lock'), log):
-      if not _is_complete(stream, cache):  # the process that held the lock may have written it
+      if not _is_complete(stream, cache):  # another process may have written it meanwhile
         _write(stream, folder, cache, log, workers)
 
 
@@ -50,7 +50,7 @@ def _is_complete(stream: Stream, cache: pathlib.Path) -> bool:
 
 
 def _import_and_read(streams, cache):
-  """TensorFlow's ten seconds of import, while another process reads the corpora."""
+  """Imports TensorFlow, which takes ten seconds, while other processes read the corpora."""
   spawn = multiprocessing.get_context('spawn')
   specs = {json.dumps(s.spec()['corpus']): s.spec() for s in streams if not s.registered}
   readers = [spawn.Process(target=read, args=(spec, cache)) for spec in specs.values()]
@@ -63,7 +63,7 @@ def _import_and_read(streams, cache):
 
 
 def read(spec: dict, cache: pathlib.Path):
-  """Makes the store of a stream's corpus; an error is met again, and told, by the writer."""
+  """Builds the store of a stream's corpus. It ignores errors, which the writer meets again and reports."""
   from tasks import store
 
   with contextlib.suppress(UserError), shards.locked(cache / 'corpora.lock', say):
@@ -80,7 +80,7 @@ def _write(stream, folder, cache, log, workers):
     return
   for number in range(stream.passes):
     while shards.facts_of(folder, number, stream.examples) is None:
-      # The first that is missing: workers that were killed may have left a gap.
+      # The first missing piece, because killed workers may have left a gap.
       new.shard(number, next(p for p in itertools.count() if not _is_written(folder, number, p)))
 
 
@@ -89,7 +89,7 @@ def _is_written(folder: pathlib.Path, number: int, piece: int) -> bool:
 
 
 def _write_with(workers: int, stream, new, cache, log):
-  """The same shards, `workers` at a time; up to `workers` - 1 more than are needed."""
+  """Writes the shards with `workers` processes, and so up to `workers` - 1 more than necessary."""
   spawn = multiprocessing.get_context('spawn')
   with concurrent.futures.ProcessPoolExecutor(
     workers, spawn, initializer=_start_worker, initargs=(stream.spec(), new.folder, cache)

@@ -1,6 +1,6 @@
-"""seqio preprocessors that t5 does not have, and the converter for masked language models.
+"""seqio preprocessors that t5 lacks, and the converter for masked language models.
 
-All act on tokenised {'targets': (tokens,) int32} datasets, with seqio's own seeds where they draw.
+All take tokenised {'targets': (tokens,) int32} datasets, and use the seeds of seqio for random numbers.
 """
 
 from typing import ClassVar
@@ -59,8 +59,8 @@ def word_starts(vocabulary: seqio.Vocabulary) -> list[bool]:
       p.startswith('▁') or not p[:1].isalnum() or model.is_byte(i) for i, p in enumerate(pieces)
     ]
   if isinstance(vocabulary, seqio.ByteVocabulary):
-    inside = lambda b: b >= 128 or chr(b).isalnum()
-    return [not (3 <= i < 259 and inside(i - 3)) for i in range(n)]
+    in_word = [byte >= 128 or chr(byte).isalnum() for byte in range(256)]
+    return [not (3 <= i < 259 and in_word[i - 3]) for i in range(n)]
   texts = [str(vocabulary.decode([i])) for i in range(n)]
   return [not t[:1].isalnum() for t in texts]
 

@@ -14,7 +14,7 @@ from research.data.vocabularies import EOS_NAMES, HuggingFaceTokenizer
 
 
 class TokenizerVocabulary(seqio.Vocabulary):
-  """A fast tokenizer; ids are its own plus `offset`, which is 1 where its id 0 stands for text.
+  """A fast tokenizer. `offset` is added to its ids: 1 where its id 0 is text, and otherwise 0.
 
   Args:
     file: path of the tokenizer.json.
@@ -39,13 +39,13 @@ class TokenizerVocabulary(seqio.Vocabulary):
     super().__init__(extra_ids=extra_ids)
 
   def _find_eos(self, eos: str | None) -> int:
-    names = [eos] if eos else EOS_NAMES
-    found = [self.tokenizer.token_to_id(n) for n in names]
-    if all(i is None for i in found):
-      known = [t['content'] for t in self.settings.get('added_tokens', ())]
-      why = f'{eos!r} is not in {self.file}.{did_you_mean(eos or "", known)}'
-      raise Invalid(HuggingFaceTokenizer, 'eos', why)
-    return next(i for i in found if i is not None) + self.offset
+    for name in [eos] if eos else EOS_NAMES:
+      i = self.tokenizer.token_to_id(name)
+      if i is not None:
+        return i + self.offset
+    special = [t['content'] for t in self.settings.get('added_tokens', ())]
+    why = f'{eos!r} is not in {self.file}.{did_you_mean(eos or "", special)}'
+    raise Invalid(HuggingFaceTokenizer, 'eos', why)
 
   @property
   def eos_id(self) -> int:
@@ -61,7 +61,7 @@ class TokenizerVocabulary(seqio.Vocabulary):
 
   @property
   def _base_vocab_size(self) -> int:
-    # Ids need not be dense: the highest counts.
+    # Ids may have gaps, so the highest decides.
     return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1 + self.offset
 
   def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
@@ -73,15 +73,19 @@ class TokenizerVocabulary(seqio.Vocabulary):
     return self.encode_batch([s])[0].tolist()
 
   def _decode(self, ids):
-    own = [i - self.offset for i in ids if self.offset <= i < self._base_vocab_size and i]
-    return self.tokenizer.decode(own, skip_special_tokens=True)
+    unshifted = [i - self.offset for i in ids if self.offset <= i < self._base_vocab_size and i]
+    return self.tokenizer.decode(unshifted, skip_special_tokens=True)
 
   def _encode_tf(self, s):
-    encode = lambda b: np.array(self._encode(np.asarray(b).item().decode()), np.int32)
+    def encode(text):
+      return np.array(self._encode(np.asarray(text).item().decode()), np.int32)
+
     return tf.ensure_shape(tf.numpy_function(encode, [s], tf.int32), [None])
 
   def _decode_tf(self, ids):
-    decode = lambda row: self._decode(np.asarray(row).tolist()).encode()
+    def decode(row):
+      return self._decode(np.asarray(row).tolist()).encode()
+
     if ids.shape.rank == 1:
       return tf.numpy_function(decode, [ids], tf.string)
     return tf.map_fn(self._decode_tf, ids, fn_output_signature=tf.string)

@@ -1,4 +1,4 @@
-"""seqio vocabularies for `research.data.vocabularies`, and the bytes of text that each token stands for."""
+"""seqio vocabularies for `research.data.vocabularies`, and the bytes of text of each token."""
 
 import hashlib
 import io
@@ -16,37 +16,38 @@ from tasks.tokenizers import TokenizerVocabulary
 
 
 def build(vocabulary, cache: pathlib.Path, store, log=print) -> seqio.Vocabulary:
-  """The seqio vocabulary; a SentencePiece model is trained on `store`'s text when it must be.
+  """The seqio vocabulary of a description.
 
-  A description with a method `build` (one of somebody else's) makes its own.
+  It trains a SentencePiece model on the text of `store` where the description names no file.
+  A description from outside the project has a method `build`.
 
   Raises:
-    Invalid: the file is no such vocabulary, or it has no token that ends a document.
+    Invalid: the file is not a vocabulary of this kind, or it has no token that ends a document.
   """
   kind = type(vocabulary)
   if hasattr(vocabulary, 'build'):
-    made = vocabulary.build()
+    built = vocabulary.build()
   elif isinstance(vocabulary, vocabularies.Bytes):
-    made = seqio.ByteVocabulary(vocabulary.extra_ids)
+    built = seqio.ByteVocabulary(vocabulary.extra_ids)
   elif isinstance(vocabulary, vocabularies.HuggingFaceTokenizer):
-    made = TokenizerVocabulary(vocabulary.file, vocabulary.eos, vocabulary.extra_ids)
+    built = TokenizerVocabulary(vocabulary.file, vocabulary.eos, vocabulary.extra_ids)
   elif isinstance(vocabulary, vocabularies.SentencePiece):
     path = vocabulary.file or _trained(vocabulary, cache, store, log)
-    made = seqio.SentencePieceVocabulary(str(path), extra_ids=vocabulary.extra_ids)
-    _check_sentencepiece(made, path)
+    built = seqio.SentencePieceVocabulary(str(path), extra_ids=vocabulary.extra_ids)
+    _check_sentencepiece(built, path)
   else:
     raise UserError(f'{kind.__name__} needs a method build(): see docs/data.md.')
-  if not isinstance(made, seqio.Vocabulary):
+  if not isinstance(built, seqio.Vocabulary):
     raise UserError(
-      f'{kind.__name__}.build() must return a seqio.Vocabulary, and not {made!r:.80}.'
+      f'{kind.__name__}.build() must return a seqio.Vocabulary, and not {built!r:.80}.'
     )
-  return made
+  return built
 
 
 def _check_sentencepiece(vocabulary: seqio.SentencePieceVocabulary, path):
   try:
     eos = vocabulary.eos_id
-  except Exception as e:  # protobuf's and SentencePiece's own, none of them documented
+  except Exception as e:  # protobuf and SentencePiece document no class of errors
     raise Invalid(vocabularies.SentencePiece, 'file', f'{path} is no SentencePiece model.') from e
   if eos is None or eos < 0:
     why = f'{path} has no token that ends a document (eos_id is {eos}): train it with one.'
@@ -126,7 +127,7 @@ def identity(vocabulary: seqio.Vocabulary, description=None) -> str:
 
   Args:
     vocabulary: what tokenises.
-    description: what it was built from, where that is somebody else's class: its fields and code count.
+    description: what it was built from; of a class from outside the project, its fields and code count.
   """
   content = ''
   if code := outside_code(spec := to_spec(description)):
@@ -154,14 +155,14 @@ def encode(vocabulary: seqio.Vocabulary, documents: list[bytes], pairs=False) ->
 
 
 def encoded(vocabulary, store, split: str, piece: int, folder: pathlib.Path, pairs=False) -> list:
-  """`encode` of a store's piece; what takes a tokenizer long is kept under `folder`."""
+  """`encode` of a piece of a store. The result of a slow tokenizer is stored under `folder`."""
   if isinstance(vocabulary, seqio.ByteVocabulary) or pairs:
     return encode(vocabulary, store.documents(split, piece), pairs)
   path = folder / f'{split}-{piece:05d}.npz'
   if path.exists():
-    with np.load(path) as kept:
-      parts = np.split(kept['tokens'].astype(np.int32), kept['ends'][:-1])
-      return [{'targets': p} for p in parts] if len(kept['ends']) else []
+    with np.load(path) as stored:
+      parts = np.split(stored['tokens'].astype(np.int32), stored['ends'][:-1])
+      return [{'targets': p} for p in parts] if len(stored['ends']) else []
   documents = encode(vocabulary, store.documents(split, piece))
   small = np.uint16 if vocabulary.vocab_size <= 1 << 16 else np.uint32
   folder.mkdir(parents=True, exist_ok=True)
