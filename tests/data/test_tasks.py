@@ -190,7 +190,9 @@ def test_causal_lm_is_every_document_with_one_eos(seqio):
   np.testing.assert_array_equal(np.sort(tokens[tokens > 0]), everything)
 
 
-@pytest.mark.parametrize('task', ['span_corruption', 'prefix_lm'])
+@pytest.mark.parametrize(
+  'task', ['prefix_lm', pytest.param('span_corruption', marks=pytest.mark.slow)]
+)
 def test_t5s_own_objectives_token_for_token(seqio, task):
   import t5.data.preprocessors as t5
 
