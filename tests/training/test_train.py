@@ -206,7 +206,7 @@ def test_a_run_that_diverges_stops_with_its_last_good_checkpoint(text_file, one_
 
 
 def test_microbatches_are_one_batch(text_file, monkeypatch):
-  """Those of `Run.microbatches`, on two devices, and those that a single core makes: updates and evaluations."""
+  """Those of `Run.microbatches`, on two devices, and those that a single core makes."""
   config = load('encoder_decoder', text_file, LAYERS=1, **{'Run.batch_size': 32})
   frozen = cache.open_stream(config.build().train, log=lambda _: None)
   # Compiling is nearly all of the time here, and most of that is optimising.
