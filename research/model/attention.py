@@ -177,10 +177,10 @@ class Attention(nnx.Module):
     self.output = linear(
       {'heads': heads, 'head_dim': head_dim}, {'embed': embed}, bias=output_bias, rngs=rngs
     )
-    self.query_norm = self.key_norm = None
-    if qk_norm:
-      self.query_norm = qk_norm(head_dim * (heads if qk_norm_heads else 1), rngs=rngs)
-      self.key_norm = qk_norm(head_dim * (kv_heads if qk_norm_heads else 1), rngs=rngs)
+    query_width = head_dim * (heads if qk_norm_heads else 1)
+    key_width = head_dim * (kv_heads if qk_norm_heads else 1)
+    self.query_norm = qk_norm(query_width, rngs=rngs) if qk_norm else None
+    self.key_norm = qk_norm(key_width, rngs=rngs) if qk_norm else None
     self.qk_norm_heads = qk_norm_heads
 
   def __call__(self, x: jax.Array, context: Context):

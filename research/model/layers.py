@@ -43,10 +43,8 @@ class Linear(nnx.Module):
     shape = (*inputs.values(), *outputs.values())
     kernel = Matrix(shape, (*inputs, *outputs), init, inputs=len(inputs))
     self.kernel = make_weight(kernel, weight, rngs=rngs)
-    self.bias = None
-    if bias:
-      zeros = nnx.initializers.zeros
-      self.bias = param(rngs, tuple(outputs.values()), self.outputs, zeros, kind='vector')
+    shape, zeros = tuple(outputs.values()), nnx.initializers.zeros
+    self.bias = param(rngs, shape, self.outputs, zeros, kind='vector') if bias else None
 
   def __call__(self, x: jax.Array) -> jax.Array:
     n = len(self.inputs)
