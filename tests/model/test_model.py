@@ -27,8 +27,6 @@ from tests.families import PRESETS, tiny
 LENGTH = 12
 # A family of each kind; the slow suite has them all.
 FAST = ('llama', 'bert', 't5', 'mixtral', 'mamba2')
-# On a mesh; tests/parallel has a mixture of experts on meshes.
-FASTEST = ('llama',)
 # Tokens there compete for places.
 CAPACITY = ('switch',)
 # Routing is a choice: a rounded score can choose another expert, and then the output is another.
@@ -181,7 +179,8 @@ def step_of(model):
   return loss_and_gradient, params
 
 
-@every_model(FASTEST)
+# The fast tests of tests/parallel have a decoder and a mixture of experts on meshes.
+@every_model(())
 def test_the_mesh_does_not_change_the_loss_or_its_gradient_and_a_step_lowers_it(family):
   model = tiny(family)
   results = []
