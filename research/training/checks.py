@@ -1,4 +1,4 @@
-"""Whether model, data, loss and devices go together, asked before anything is compiled."""
+"""Checks that model, data, loss and devices fit together, before anything is compiled."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from research.training.run import Run
 
 
 def check_fits(run: Run, vocab: int, inputs: tuple[str, ...], train: Frozen) -> None:
-  """Raises Invalid where model, data and devices do not go together."""
+  """Raises Invalid where model, data, loss and devices do not fit together."""
   if vocab < train.vocab_size:
     owner = getattr(run.model, 'func', run.model)
     raise Invalid(
@@ -37,7 +37,8 @@ def check_fits(run: Run, vocab: int, inputs: tuple[str, ...], train: Frozen) -> 
 
 def check_divides(run: Run) -> None:
   """Raises Invalid where the mesh in use does not divide the run's batches."""
-  devices, (_, hosts) = axis_size('batch') * run.microbatches, host_share()
+  devices = axis_size('batch') * run.microbatches
+  _, hosts = host_share()
   parts = axis_size('sequence')
   field = 'batch_size'
   for size, cut in reversed(run.batches.sizes()):
@@ -47,7 +48,7 @@ def check_divides(run: Run) -> None:
         'times the microbatches.',
       )  # fmt: skip
     if size % hosts:
-      raise Invalid(Run, field, f'{size} examples cannot be shared by {hosts} hosts equally.')
+      raise Invalid(Run, field, f'{size} examples do not divide equally among {hosts} hosts.')
     for name, length in run.train.lengths.items():
       if length // cut % parts:
         why = f'{parts} does not divide the length {length // cut} of the {name}; '
@@ -57,12 +58,17 @@ def check_divides(run: Run) -> None:
 
 
 def count_of(run: Run) -> counts.Counts:
-  """What the run's model counts; FLOPs per token are the mean over the run, for shorter rows cost less."""
-  of = lambda cut: counts.count(run.model, {k: n // cut for k, n in run.train.lengths.items()})
-  whole, total = of(1), run.batches.examples(run.steps)
+  """The counts of the run's model. FLOPs per token are the mean over the run: shorter rows cost less."""
+
+  def count(cut: int) -> counts.Counts:
+    return counts.count(run.model, {k: n // cut for k, n in run.train.lengths.items()})
+
+  whole = count(1)
+  total = run.batches.examples(run.steps)
   flops = {k: v for k, v in vars(whole).items() if k.startswith('flops_')}
   for steps, size, cut in run.curriculum:
     if cut > 1:
-      short, share = of(cut), steps * size / total
+      short = count(cut)
+      share = steps * size / total
       flops = {k: v + share * (getattr(short, k) - getattr(whole, k)) for k, v in flops.items()}
   return dataclasses.replace(whole, **flops)

@@ -111,9 +111,12 @@ class Program:
     n = self.parts(batch)
     if n == 1:
       return f(batch)
-    # Every part takes every n-th row, so that each has its rows on all the devices.
-    where = lambda x: spec('batch', *[None] * x.ndim)
-    cut = lambda x: x.reshape(-1, n, *x.shape[1:], out_sharding=where(x))
+
+    # A part takes every n-th row, so that all devices have rows of each part.
+    def cut(x):
+      sharding = spec('batch', *[None] * x.ndim)
+      return x.reshape(-1, n, *x.shape[1:], out_sharding=sharding)
+
     parts = {k: jnp.moveaxis(cut(x), 1, 0) for k, x in batch.items()}
     f = jax.jit(f)  # traced once, for its shapes and for the loop
 
@@ -132,9 +135,12 @@ class Program:
     if platform() != 'cpu' or threads() > 1 or splits() or self.routed:
       return n
     inputs = [x for name, x in batch.items() if name.endswith('_input_tokens')]
-    rows, length = len(inputs[0]) // n, sum(x.shape[1] for x in inputs)
-    fits = lambda k: rows % k == 0 and rows // k * length <= CACHED_TOKENS
-    return n * next((k for k in range(1, rows) if fits(k)), rows)
+    rows = len(inputs[0]) // n
+    length = sum(x.shape[1] for x in inputs)
+    for k in range(1, rows):
+      if rows % k == 0 and rows // k * length <= CACHED_TOKENS:
+        return n * k
+    return n * rows
 
 
 def make_program(run: Run) -> Program:
@@ -187,7 +193,11 @@ def keep_compiled() -> None:
 
 def rates(runs: list[Run]) -> list[np.ndarray]:
   """The learning rate of every step of each run, float32 [steps]."""
-  # As one program: op by op, or run by run, takes a second to compile.
   schedules = [run.schedule(run.steps) for run in runs]
-  of = jax.jit(lambda *steps: [jax.vmap(f)(x) for f, x in zip(schedules, steps, strict=True)])
-  return [np.asarray(x, np.float32) for x in of(*(jnp.arange(run.steps) for run in runs))]
+
+  # As one program: op by op, or run by run, takes a second to compile.
+  @jax.jit
+  def evaluate(*steps):
+    return [jax.vmap(f)(x) for f, x in zip(schedules, steps, strict=True)]
+
+  return [np.asarray(x, np.float32) for x in evaluate(*(jnp.arange(run.steps) for run in runs))]
