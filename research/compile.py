@@ -1,8 +1,10 @@
 """Compile a run's train step for devices that need not exist here: what it holds, moves and costs.
 
-Compiles the same step as `research.train`, with shapes in place of arrays; nothing is allocated or run. Slices
-of TPUs need libtpu (any Linux machine will do), `cpu:8` and `here` need nothing. Memory is what XLA says; times
-are a roofline: the largest of the times for arithmetic, memory and network, each at the chip's peak.
+Compiles the same step as `research.train`, with shapes in place of arrays; nothing is allocated or run. With
+--decode it compiles what generates text with the run's model: the prefill of prompts, and one step.
+
+Slices of TPUs need libtpu (any Linux machine will do), `cpu:8` and `here` need nothing. Memory is what XLA says;
+times are a roofline: the largest of the times for arithmetic, memory and network, each at the chip's peak.
 """
 
 import json
@@ -23,13 +25,29 @@ if __name__ == '__main__':
     action='store_true',
     help='try meshes, microbatches and rematerialisation, and rank what fits',
   )
+  _parser.add_argument('--decode', action='store_true', help='decoding in place of training')
+  _parser.add_argument('--batch', type=int, help='of --decode: rows')
+  _parser.add_argument('--room', type=int, help='of --decode: the most tokens of a row')
+  _parser.add_argument(
+    '--prompt',
+    type=int,
+    default=0,
+    help='of --decode: tokens of a prompt (default half of the room)',
+  )
   FLAGS = cli.parse(_parser)
+  if FLAGS.decode and not (FLAGS.batch and FLAGS.room):
+    _parser.error('--decode needs --batch and --room.')
+  if FLAGS.decode and (FLAGS.search or FLAGS.hlo):
+    _parser.error('--decode goes with neither --search nor --hlo.')
+  if not FLAGS.decode and (FLAGS.batch or FLAGS.room or FLAGS.prompt):
+    _parser.error('--batch, --room and --prompt are of --decode; a train step has Run.batch_size.')
   try:
     chips.prepare(FLAGS.topology)
   except UserError as error:
     sys.exit(f'error: {error}')
 
 
+from research.compilation import decoding
 from research.compilation.report import compile_run, show
 from research.compilation.search import search, show_rows
 from research.core import configs
@@ -42,6 +60,11 @@ def main(flags) -> int:
     if flags.search:
       report = search(run, flags)
       print(show_rows(report))
+    elif flags.decode:
+      report = decoding.compile_decode(
+        run, flags.topology, flags.slices, batch=flags.batch, room=flags.room, prompt=flags.prompt
+      )
+      print(decoding.show(report))
     else:
       report = compile_run(run, flags.topology, flags.slices, flags.hlo)
       print(show(report))

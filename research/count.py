@@ -9,7 +9,8 @@ from research.core import cli
 from research.core.errors import UserError
 
 EXAMPLES = """
-It prints N by each counting convention, FLOPs per token by each convention, and bytes of cache per token.
+It prints N by each counting convention, FLOPs per token by each convention, bytes of cache per token, and what
+the last token of a sequence costs to generate (decode_...).
 research/model/counts.py says what each line means.
 
   python -m research.count --gin_file=gin/models/llama/7b.gin --length=2048
@@ -45,13 +46,13 @@ def parser() -> argparse.ArgumentParser:
   return p
 
 
-def table(counts) -> str:
+def table(counts, prefix: str = '') -> str:
   """The counts as lines of text, with digits grouped and a short form beside."""
   lines = []
   for name, value in dataclasses.asdict(counts).items():
     scale = max(0, min(5, (len(str(round(value))) - 1) // 3))
     short = f'{value / 1000**scale:.4g}{["", "K", "M", "B", "T", "P"][scale]}'
-    lines.append(f'{name:28}{round(value):>24,}  {short:>8}')
+    lines.append(f'{prefix + name:28}{round(value):>24,}  {short:>8}')
   return '\n'.join(lines)
 
 
@@ -80,23 +81,25 @@ def main(flags: argparse.Namespace) -> None:
   paths = None if flags.gin_file else whole_models(flags.presets)
   # jax starts here, after the flags are known to be right.
   from research.core import configs
-  from research.model.counts import count
+  from research.model.counts import abstract, count, count_decoding
 
   lengths = {'targets': flags.length, 'inputs': flags.inputs or flags.length}
 
-  def counted(files: list[str]):
-    config = configs.load(files, flags.gin, root='MODEL')
+  if paths is None:
+    config = configs.load(flags.gin_file, flags.gin, root='MODEL')
     model = config.tree()
     with config.explains():
-      return count(model, lengths)
-
-  if paths is None:
-    print(f'{" ".join(flags.gin_file)}, length {flags.length:,}')
-    print(table(counted(flags.gin_file)))
+      print(f'{" ".join(flags.gin_file)}, length {flags.length:,}')
+      print(table(count(model, lengths)))
+      if getattr(abstract(model), 'causal', True):
+        print(table(count_decoding(model, lengths), prefix='decode_'))
     return
   print(f'{"":32}' + ''.join(f'{name:>20}' for name in COLUMNS))
   for path in paths:
-    print(row(path, counted([path])), flush=True)
+    config = configs.load([path], flags.gin, root='MODEL')
+    model = config.tree()
+    with config.explains():
+      print(row(path, count(model, lengths)), flush=True)
 
 
 if __name__ == '__main__':

@@ -186,23 +186,85 @@ _FREE = (
   'parameter', 'tuple', 'get-tuple-element', 'bitcast', 'constant', 'while', 'conditional', 'iota',
   'opt-barrier', 'after-all',
 )  # fmt: skip
+# Operations that change a part of their first operand, and which operand is that part.
+_IN_PLACE = {'dynamic-update-slice': 1, 'scatter': 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+  """One line of HLO: the text of its result's type, its operation, and the names of its operands."""
+
+  type: str
+  operation: str
+  operands: tuple[str, ...]
+  calls: str | None
+
+  @property
+  def bytes(self) -> int:
+    return sum(size(*shape) for shape in shapes(self.type))
 
 
 def moved_bytes(text: str) -> int:
   """Bytes to and from a device's memory in a step, if every result is written once and read once.
 
-  A slice that is written into a stacked array counts as the slice; what fusions hold inside is free.
+  An update in place (a slice of a stacked array, an entry of a cache) counts as what it writes and not as the
+  whole array. Where XLA cannot update in place it writes a `copy` first, which counts. What fusions hold
+  inside is free; so are the program's arguments, which are read where a result needs them.
   """
   found, _ = computations(text)
   times, total = trip_counts(text), 0
-  for name, lines in found.items():
+  read = {name: _instructions(lines) for name, lines in found.items()}
+  for name, (instructions, _) in read.items():
     if 'fus' in name or not times.get(name):
       continue
-    for line in lines:
-      match = re.match(r'\s*(?:ROOT )?(%?[\w.\-]+) = (.*?) ([\w\-]+)\(', line)
-      if not match or match[3] in _FREE or match[3].endswith('-done'):
-        continue
-      stacked = 'dynamic-update-slice' in match[1] or 'dynamic_update_slice' in match[1]
-      for kind, dims in shapes(match[2]):
-        total += 2 * times[name] * size(kind, dims[1:] if stacked and len(dims) > 1 else dims)
+    for instruction in instructions.values():
+      if instruction.operation not in _FREE and not instruction.operation.endswith('-done'):
+        total += 2 * times[name] * _written(instruction, instructions, read)
   return total
+
+
+def _instructions(lines: list[str]) -> tuple[dict[str, _Instruction], _Instruction | None]:
+  """{name: instruction} of a computation, and its root."""
+  instructions, root = {}, None
+  for line in lines:
+    match = re.match(r'\s*(ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\(', line)
+    if not match:
+      continue
+    # Operands end where the bracket closes; what follows are attributes.
+    depth, end = 1, match.end()
+    while depth and end < len(line):
+      depth += {'(': 1, ')': -1}.get(line[end], 0)
+      end += 1
+    operands = tuple(re.findall(r'%([\w.\-]+)', line[match.end() : end]))
+    calls = re.search(r'calls=%?([\w.\-]+)', line[end:])
+    instruction = _Instruction(match[3], match[4], operands, calls[1] if calls else None)
+    instructions[match[2]] = instruction
+    if match[1]:
+      root = instruction
+  return instructions, root
+
+
+def _written(instruction: _Instruction, beside: dict[str, _Instruction], read, fused=False) -> int:
+  """Bytes that an instruction writes.
+
+  Args:
+    beside: the instructions of its computation, by name.
+    read: `_instructions` of every computation.
+    fused: whether it is inside of a fusion.
+  """
+  if fused and instruction.operation in ('bitcast', 'tuple'):
+    results = [beside[name] for name in instruction.operands if name in beside]
+    return sum(_written(result, beside, read, fused) for result in results)
+  inside, root = read.get(instruction.calls or '', ({}, None))
+  if instruction.operation == 'fusion' and root is not None:
+    return _written(root, inside, read, fused=True)
+  place = _IN_PLACE.get(instruction.operation)
+  if place is None or len(instruction.operands) <= place:
+    return instruction.bytes
+  whole, part = (beside.get(instruction.operands[i]) for i in (0, place))
+  while fused and whole is not None and whole.operation == 'bitcast':
+    whole = beside.get(whole.operands[0])
+  # A fusion that makes the array which it updates writes all of it.
+  if part is None or (fused and (whole is None or whole.operation != 'parameter')):
+    return instruction.bytes
+  return part.bytes

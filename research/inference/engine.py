@@ -11,19 +11,21 @@ compiled, and a request's answer does not depend on its company (JetStream, and 
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from research.core.errors import Invalid, UserError
+from research.core.errors import Invalid
+from research.inference import decode as decoding
 from research.inference import programs, sampling
+from research.inference.answering import Answering, Event
 from research.inference.padding import padded_length, padded_row
 from research.inference.programs import Plan, Slots
 from research.inference.request import Completion, Request
-from research.inference.request_check import check_request
+from research.inference.request_check import check_model, check_request
 from research.inference.sampling import Sampling
 from research.inference.text import TextStream
 
@@ -38,16 +40,7 @@ class _Work:
   stream: TextStream | None
 
 
-@dataclasses.dataclass(frozen=True)
-class Event:
-  """What one step did for a request: a token, its text as far as it is sure, and whether it ended."""
-
-  number: int
-  text: str
-  completion: Completion
-
-
-class Engine:
+class Engine(Answering):
   """Answers requests with a model. Use it under the mesh on which the parameters lie.
 
   Args:
@@ -77,30 +70,24 @@ class Engine:
     for field, value in {'slots': slots, 'room': room, 'chunk': chunk}.items():
       if value < 1:
         raise Invalid(Engine, field, f'{value!r} must be 1 or more.')
-    self.graphdef, self.params, self.decode = graphdef, params, decode
+    self._given, self.decode = graphdef, decode
+    self.load(params)
     self.room, self.prefix, self.int8 = room, prefix, int8
     self.chunk = room if prefix else min(chunk, room)
     self.encoder_room = encoder_room
     model = jax.eval_shape(lambda params: nnx.merge(graphdef, params), params)
     self.vocab = model.vocab
-    self._check_model(model)
+    check_model(Engine, model, room, encoder_room)
     self._waiting: collections.deque[_Work] = collections.deque()
     self._at_work: list[_Work | None] = [None] * slots
     self._count = 0
-    self._last_read: tuple | None = None
     self._changed()
     self.slots = self._empty(slots)
 
-  def _check_model(self, model) -> None:
-    if ('encoder' in model.inputs) != bool(self.encoder_room):
-      why = 'an encoder-decoder needs it.' if 'encoder' in model.inputs else 'this is a decoder.'
-      raise Invalid(Engine, 'encoder_room', f'{self.encoder_room}: {why}')
-    learned = getattr(model.embedder, 'positions', None)
-    if learned is not None:
-      most = learned.shape[0] - model.embedder.position_offset
-      if self.room > most:
-        why = f'{self.room} is more than the {most} positions that the model has learned.'
-        raise Invalid(Engine, 'room', why)
+  def load(self, params: dict) -> None:
+    """Takes other parameters of the same model for all the tokens to come."""
+    self.graphdef, self.params = decoding.for_backend(self._given, params)
+    self._last_read: tuple | None = None
 
   def _empty(self, slots: int) -> Slots:
     request = Request(prompt=(1,), encoder=(1,) if self.encoder_room else ())
@@ -125,11 +112,6 @@ class Engine:
     )
 
   def submit(self, request: Request) -> int:
-    """Puts a request into the queue; its number.
-
-    Raises:
-      UserError: it does not fit the room, or names a token that the model does not have.
-    """
     check_request(request, self.vocab, self.room, self.encoder_room, self.decode is not None)
     stream = None
     if self.decode is not None:
@@ -142,7 +124,6 @@ class Engine:
 
   @property
   def busy(self) -> bool:
-    """Whether any request is at work or waits."""
     return bool(self._waiting) or any(self._at_work)
 
   def step(self) -> list[Event]:
@@ -172,24 +153,6 @@ class Engine:
         self._at_work[slot] = None
         self._changed()
     return events
-
-  def run(self, requests: Sequence[Request]) -> list[Completion]:
-    """The answers, in the order of the requests."""
-    numbers = [self.submit(request) for request in requests]
-    done = {}
-    while self.busy:
-      done |= {event.number: event.completion for event in self.step()}
-    return [done[number] for number in numbers]
-
-  def stream(self, request: Request) -> Iterator[str]:
-    """The text of one request as it comes."""
-    number = self.submit(request)
-    while self.busy:
-      for event in self.step():
-        if event.number == number:
-          if event.completion.error:
-            raise UserError(event.completion.error)
-          yield event.text
 
   def cancel(self, number: int) -> None:
     """Forgets a request that waits or is at work."""

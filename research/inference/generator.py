@@ -11,7 +11,9 @@ from collections.abc import Iterator, Sequence
 from flax import nnx
 
 from research.core.errors import Invalid, UserError
+from research.inference.answering import Answering
 from research.inference.engine import Engine
+from research.inference.one_by_one import Beams, OneByOne, Speculation
 from research.inference.request import Completion, Request
 from research.inference.sampling import Sampling
 from research.inference.tokenizer import Tokenizer, check_belongs
@@ -21,12 +23,12 @@ class Generator:
   """Generates text.
 
   Args:
-    engine: with this tokenizer's `decode`.
+    engine: answers requests, with this tokenizer's `decode`.
     tokenizer: of the model.
     source: where the parameters are from, in words.
   """
 
-  def __init__(self, engine: Engine, tokenizer: Tokenizer, source: str = ''):
+  def __init__(self, engine: Answering, tokenizer: Tokenizer, source: str = ''):
     self.engine, self.tokenizer, self.source = engine, tokenizer, source
 
   def request(self, prompt: str, **settings) -> Request:
@@ -92,6 +94,8 @@ def make_generator(
   room: int,
   slots: int = 8,
   int8: bool = False,
+  beams: Beams | None = None,
+  speculation: Speculation | None = None,
   source: str = '',
 ) -> Generator:
   """A generator of a model and its tokenizer.
@@ -101,14 +105,20 @@ def make_generator(
     params: its parameters.
     architecture: 'decoder', 'prefix' (the prompt sees itself both ways) or 'encoder_decoder'.
     room, slots, int8: as of `Engine`.
+    beams, speculation: answers one request at a time in this way, without slots.
     source: where the parameters are from, in words.
 
   Raises:
     UserError: the tokenizer does not belong to the model.
   """
   check_belongs(tokenizer, model.vocab)
-  engine = Engine(
-    nnx.graphdef(model), params, decode=tokenizer.decode, slots=slots, room=room, int8=int8,
-    encoder_room=room if architecture == 'encoder_decoder' else 0, prefix=architecture == 'prefix',
-  )  # fmt: skip
+  knobs = {
+    'decode': tokenizer.decode, 'room': room,
+    'encoder_room': room if architecture == 'encoder_decoder' else 0, 'prefix': architecture == 'prefix',
+  }  # fmt: skip
+  method = beams or speculation
+  if method:
+    engine = OneByOne(method, **knobs)
+  else:
+    engine = Engine(nnx.graphdef(model), params, slots=slots, int8=int8, **knobs)
   return Generator(engine, tokenizer, source)

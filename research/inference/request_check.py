@@ -1,5 +1,7 @@
 """Whether an engine can answer a request, asked before anything is computed."""
 
+from flax import nnx
+
 from research.core.errors import Invalid
 from research.inference.request import Request
 from research.inference.sampling import Sampling
@@ -33,3 +35,16 @@ def check_request(
     raise Invalid(Request, 'encoder', 'it is empty, and the encoder needs something to read.')
   if request.stop and not has_tokenizer:
     raise Invalid(Request, 'stop', 'strings can be found only by an engine with a tokenizer.')
+
+
+def check_model(owner: type, model: nnx.Module, room: int, encoder_room: int) -> None:
+  """Raises Invalid, of what answers requests, where a model and these sizes do not go together."""
+  if ('encoder' in model.inputs) != bool(encoder_room):
+    why = 'an encoder-decoder needs it.' if 'encoder' in model.inputs else 'this is a decoder.'
+    raise Invalid(owner, 'encoder_room', f'{encoder_room}: {why}')
+  learned = getattr(model.embedder, 'positions', None)
+  if learned is not None:
+    most = learned.shape[0] - model.embedder.position_offset
+    if room > most:
+      why = f'{room} is more than the {most} positions that the model has learned.'
+      raise Invalid(owner, 'room', why)

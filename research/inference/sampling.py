@@ -46,7 +46,8 @@ class Sampling:
   repetition_penalty: float = 1.0
   presence_penalty: float = 0.0
   frequency_penalty: float = 0.0
-  logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
+  # A mapping has no hash; settings with another bias are still not equal.
+  logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict, hash=False)
   seed: int = 0
 
   def __post_init__(self):

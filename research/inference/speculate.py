@@ -55,6 +55,7 @@ def speculate(
   settings: Sampling,
   guesses: int = 4,
   ends: tuple[int, ...] = (),
+  seeds: jax.Array | None = None,
 ) -> Continuations:
   """Continues every prompt.
 
@@ -65,6 +66,7 @@ def speculate(
     settings: how tokens are chosen.
     guesses: how many tokens are guessed for each step of the model.
     ends: ids that end a text.
+    seeds: [batch] uint32, of each row; by default they count up from the seed of `settings`.
 
   Raises:
     UserError: a model cannot forget tokens, the vocabularies differ, or the settings have a penalty or a bias.
@@ -74,7 +76,8 @@ def speculate(
   rows, room = prompts.shape[0], prompts.shape[1] + max_tokens + guesses + 1
   logits, cache = _prefill(model, batch, room, guesses)
   own = _prefill(draft, batch, room, guesses)[1] if isinstance(draft, nnx.Module) else None
-  seeds = jnp.arange(rows, dtype=jnp.uint32) + settings.seed
+  if seeds is None:
+    seeds = jnp.arange(rows, dtype=jnp.uint32) + settings.seed
   probabilities = functools.partial(_probabilities, settings)
 
   def keys(position, purpose: int):
@@ -119,11 +122,36 @@ def speculate(
   return Continuations(tokens, _length(text, first, max_tokens, count, ends), steps)
 
 
-def _check(model, draft, settings: Sampling, guesses: int) -> None:
+@functools.partial(
+  jax.jit,
+  static_argnames=('graphdef', 'draft', 'max_tokens', 'settings', 'guesses', 'ends'),
+)
+def compiled(
+  graphdef: nnx.GraphDef,
+  params: dict,
+  draft: nnx.GraphDef | Ngram,
+  draft_params: dict | None,
+  batch: Mapping[str, jax.Array],
+  max_tokens: int,
+  seeds: jax.Array,
+  **knobs,
+) -> Continuations:
+  """`speculate`, compiled, of a model's graph and parameters and those of its draft."""
+  guesser = draft if isinstance(draft, Ngram) else nnx.merge(draft, draft_params)
+  model = nnx.merge(graphdef, params)
+  return speculate(model, guesser, batch, max_tokens, seeds=seeds, **knobs)
+
+
+def check_settings(settings: Sampling, guesses: int) -> None:
+  """Raises where the settings go with no draft, or there is nothing to guess."""
   if settings.penalises or settings.logit_bias:
     raise UserError('a draft goes with no penalty and no logit_bias: generate without one.')
   if guesses < 1:
     raise UserError(f'{guesses} guesses: choose 1 or more.')
+
+
+def _check(model, draft, settings: Sampling, guesses: int) -> None:
+  check_settings(settings, guesses)
   if isinstance(draft, nnx.Module) and draft.vocab != model.vocab:
     raise UserError(
       f'the draft has {draft.vocab} logits and the model {model.vocab}: they need one vocabulary.'

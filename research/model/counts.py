@@ -107,6 +107,45 @@ def count(model: Callable[..., nnx.Module], lengths: Mapping[str, int]) -> Count
   )
 
 
+@dataclasses.dataclass(frozen=True)
+class DecodingCounts:
+  """What it costs to generate one token behind a text, for one row.
+
+  Attributes:
+    flops: of the forward pass. The token meets every parameter of the decoder that it visits, the matrix of the
+      logits, and all the tokens before it that its windows leave.
+    params_bytes: of those parameters, in the model's dtype; all the rows of a step read them together.
+    cache_bytes: of what is kept of the tokens before, which every row reads for itself; the most that it can
+      be, since a window keeps fewer tokens. A recurrence's state is not in it.
+  """
+
+  flops: float
+  params_bytes: float
+  cache_bytes: float
+
+
+def count_decoding(model: Callable[..., nnx.Module], lengths: Mapping[str, int]) -> DecodingCounts:
+  """What the last token of a text of these lengths costs to generate; arguments as of `count`.
+
+  Raises:
+    UserError: as of `count`; and of an encoder alone, which generates nothing.
+  """
+  module = abstract(model)
+  if not getattr(module, 'causal', True):
+    raise UserError('a model that sees both ways does not generate, so decoding has no cost.')
+  targets, inputs = _check_lengths(module, lengths)
+  cost = cost_of(module, targets, inputs)
+  # The encoder, and the keys and values made of its output, are computed once, before the first token.
+  of_encoder = cost_of(module.encoder, inputs, inputs).full if inputs else 0
+  params = size(module) - _sizes(module).outside - cost.encoder_params + cost.logits
+  itemsize = module.dtype.itemsize
+  return DecodingCounts(
+    flops=2 * params + (cost.full - of_encoder) / targets,
+    params_bytes=params * itemsize,
+    cache_bytes=(targets * cost.cached + inputs * cost.cached_encoder) * itemsize,
+  )
+
+
 def _check_lengths(module, lengths) -> tuple[int, int]:
   """Tokens of the target, and of the input (0 without an encoder)."""
   if 'encoder' in module.inputs:

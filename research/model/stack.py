@@ -74,6 +74,7 @@ class Stack(nnx.Module):
       return jax.tree.map(over_stages, layers)
 
     self.sublayers = nnx.List([repeated(part) for part in parts])
+    self.layers = None  # see `separate_layers`
     self.norm = norm(embed, rngs=rngs) if norm else None
     self.bias = bias(rngs=rngs) if bias else None
 
@@ -100,15 +101,18 @@ class Stack(nnx.Module):
         x, _ = sublayer(x, of_layer)
       return x
 
-    if self.scan:
+    if self.scan and self.layers is None:
       return context.state.through_layers(layer, x, self.sublayers)
-    for sublayers in _unstack(self.sublayers):
+    for sublayers in self.layers or _unstack(self.sublayers):
       x = layer(x, sublayers, context.state)
     return x
 
   def cost(self, length: int, encoder_length: int) -> Cost:
     """The cost of all layers. A layer is costed without the layers axis of its stacked parameters."""
-    layer = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), self.sublayers)
+    if self.layers is not None:
+      layer = self.layers[0]
+    else:
+      layer = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), self.sublayers)
     costs = [cost_of(sublayer, length, encoder_length) for sublayer in layer]
     return sum(costs, Cost()).times(self.repeats)
 
@@ -125,11 +129,11 @@ class Stack(nnx.Module):
 
     if self.remat != 'none':
       layer = jax.checkpoint(layer, policy=REMAT[self.remat], prevent_cse=not self.scan)
-    if self.scan:
+    if self.scan and self.layers is None:
       x, penalties = jax.lax.scan(layer, x, stacked)
       return x, jax.tree.map(jnp.sum, penalties)
     penalties = {}
-    for sublayers in _unstack(stacked):
+    for sublayers in self.layers or _unstack(stacked):
       x, penalty = layer(x, sublayers)
       penalties = add_to_stream(penalties, penalty)
     return x, penalties
@@ -157,6 +161,21 @@ class Stacks(nnx.Module):
       x, penalty = stack(x, context)
       penalties.append(penalty)
     return (self.norm(x) if self.norm is not None else x), add_to_stream(*penalties)
+
+
+def separate_layers(module: nnx.Module) -> None:
+  """Gives every layer of the stacks in a module parameters of its own, in place of stacked ones.
+
+  A program that slices stacked parameters copies them. In training that is little beside the products of a
+  batch; in decoding it is as much as all of a step, which reads every parameter once. Call this outside of
+  the step.
+  """
+  if isinstance(module, Stack) and module.layers is None:
+    module.layers = nnx.List([nnx.List(list(layer)) for layer in _unstack(module.sublayers)])
+    module.sublayers = nnx.List([])
+  for _, child in nnx.iter_children(module):
+    if isinstance(child, nnx.Pytree):
+      separate_layers(child)
 
 
 def _unstack(tree) -> list:

@@ -43,6 +43,7 @@ class Cost:
 
 
 SIX_ND = Cost()
+TWO_ND = Cost(2.0)  # of the forward pass alone
 
 
 def fit_cost(params, tokens, flops) -> Cost:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from research.scaling.cost import SIX_ND, Cost
+from research.scaling.cost import SIX_ND, TWO_ND, Cost
 from research.scaling.laws.base import Law, LawError, precise
 
 
@@ -87,14 +87,31 @@ class Plan:
 
 
 def inference_aware(
-  law: Law, parameters: Mapping, loss: float, inference_tokens: float, cost: Cost = SIX_ND
+  law: Law,
+  parameters: Mapping,
+  loss: float,
+  inference_tokens: float,
+  cost: Cost = SIX_ND,
+  inference_cost: Cost = TWO_ND,
 ) -> Plan:
   """The cheapest model of a given loss over its life (Sardana et al. 2024, arXiv:2401.00448, equation 3).
 
-  Minimises C(N, D) + 2 N D_inference subject to L(N, D) = `loss`: with much inference, smaller models trained
-  for longer. Raises LawError where the law cannot reach the loss.
+  Minimises C(N, D) + C_inference(N, D_inference) subject to L(N, D) = `loss`: with much inference, smaller
+  models trained for longer.
+
+  Args:
+    inference_tokens: D_inference, the tokens that the model generates in its life.
+    cost: of training.
+    inference_cost: of inference. `fit_cost` fits one to a family's real counts (`model.counts.count_decoding`),
+      where a head that does not grow with N, and attention to a long context, cost more than 2 N.
+
+  Raises:
+    LawError: the law cannot reach the loss.
   """
-  total = lambda n, d: cost.flops(n, d) + 2 * n * inference_tokens
+
+  def total(n, d):
+    return cost.flops(n, d) + inference_cost.flops(n, inference_tokens)
+
   grid = np.geomspace(1e3, 1e16, 4001)
   for _ in range(4):  # the minimum is unique: zoom in on the grid's best
     tokens = isoloss(law, parameters, loss, grid)
@@ -104,7 +121,8 @@ def inference_aware(
     grid = np.geomspace(grid[max(k - 1, 0)], grid[min(k + 1, len(grid) - 1)], 401)
   n, d = grid[np.argmin(total(grid, isoloss(law, parameters, loss, grid)))], None
   d = float(isoloss(law, parameters, loss, n)[0])
-  return Plan(float(n), d, float(loss), float(cost.flops(n, d)), float(2 * n * inference_tokens))
+  inference = float(inference_cost.flops(n, inference_tokens))
+  return Plan(float(n), d, float(loss), float(cost.flops(n, d)), inference)
 
 
 def waste(law: Law, parameters: Mapping, params, tokens, cost: Cost = SIX_ND) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The example of docs/laws.md runs as it stands, and is as short as it says."""
+"""The examples of docs/laws.md run as they stand, and are as short as it says."""
 
 import pathlib
 import re
@@ -9,8 +9,33 @@ import pytest
 PAGE = pathlib.Path(__file__).resolve().parent.parent.parent / 'docs' / 'laws.md'
 
 
+def example(word: str) -> str:
+  """The one Python example of the page that has this word."""
+  blocks = re.findall(r'```python\n(.*?)```', PAGE.read_text(), flags=re.S)
+  (code,) = [block for block in blocks if word in block]
+  return code
+
+
+def test_the_example_of_inference_in_the_laws_runs(monkeypatch, capsys):
+  """It prints the figures that its comments have."""
+  code, names = example('inference_aware'), {}
+  monkeypatch.chdir(PAGE.parent.parent)
+  exec(code, names)
+  printed = capsys.readouterr().out.splitlines()
+  assert printed[0].startswith('C = (6.286 N + 2.19e+09) D')
+  assert 'C = (2.183 N + 1.25e+09) D' in printed[0]
+  for line, field in ((1, 'params'), (2, 'tokens')):
+    comment = re.findall(r'# ([\d.e+ ]+)$', code, flags=re.M)[line - 1].split()
+    assert [f'{float(x):.3g}' for x in printed[line].split()] == [
+      f'{float(x):.3g}' for x in comment
+    ]
+  # Sardana et al.: with much inference, smaller and for longer.
+  assert names['busy'].params < 0.6 * names['idle'].params
+  assert names['busy'].tokens > 2 * names['idle'].tokens
+
+
 def test_the_example_of_a_new_law_runs():
-  (code,) = re.findall(r'```python\n(.*?)```', PAGE.read_text(), flags=re.S)
+  code = example('class Depth')
   law = code[code.index('class Depth') : code.index('found =')]
   assert len([line for line in law.splitlines() if line.strip()]) <= 15
   rng = np.random.default_rng(0)
@@ -27,7 +52,7 @@ def test_the_example_is_fitted_from_a_table_outside_the_repository(tmp_path, mon
   """As the page says: a file of one's own, --law=depth.Depth, and an input mapped to a column."""
   from research import fit
 
-  (code,) = re.findall(r'```python\n(.*?)```', PAGE.read_text(), flags=re.S)
+  code = example('class Depth')
   (tmp_path / 'depth.py').write_text(code[: code.index('found =')])
   rng = np.random.default_rng(0)
   n, layers = np.exp(rng.uniform(16, 23, 40)), rng.integers(2, 64, 40)

@@ -1,0 +1,177 @@
+"""The report of decoding, compiled for devices that need not exist here: prefill, one step, memory, a roofline.
+
+The programs are those of `inference.decode`, of a batch of rows that share one room. As for a train step
+(`report`), memory and collectives are read from what XLA made, and times are computed from the chip's peaks.
+"""
+
+import time
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from research.compilation import chips, hlo
+from research.compilation.report import GIB, DoesNotFit, device_bytes, network
+from research.core.errors import Invalid, UserError
+from research.inference import decode
+from research.model import counts
+from research.parallel import axes
+from research.training.program import mesh_of
+from research.training.run import Run
+
+
+def compile_decode(
+  run: Run, topology: str, slices: int = 1, *, batch: int, room: int, prompt: int = 0
+) -> dict:
+  """The report of decoding with a run's model on its mesh, as a dict of JSON values.
+
+  Args:
+    batch: rows, over all devices.
+    room: the most tokens of a row; the step is that of a full one.
+    prompt: the tokens of each prompt; 0 for half of the room.
+
+  Raises:
+    Invalid: the mesh, the batch and the devices do not go together.
+    DoesNotFit: prefill or the step needs more memory than a device has.
+  """
+  prompt = prompt or max(room // 2, 1)
+  if not 1 <= prompt < room:
+    raise UserError(f'--prompt={prompt} and --room={room}: a room has its prompt and a token more.')
+  if batch < 1:
+    raise UserError(f'--batch={batch}: ask for 1 or more rows.')
+  devices, chip = chips.devices_of(topology, slices)
+  with mesh_of(run, devices, chip and chip.hbm_bytes).use(devices) as mesh:
+    began = time.monotonic()
+    programs = lower(run, mesh, batch, room, prompt)
+    params, cache = programs.pop('params'), programs.pop('cache')
+    report = {
+      'topology': topology, 'slices': slices, 'devices': len(devices), 'mesh': dict(mesh.shape),
+      'batch': batch, 'room': room, 'prompt': prompt,
+      'memory': {
+        'parameters': device_bytes(params), 'cache': device_bytes(cache), 'limit': chip and chip.hbm_bytes,
+      },
+    }  # fmt: skip
+    for name, lowered in programs.items():
+      report[name] = _program_report(lowered, mesh, chip, topology)
+    report['compile_s'] = time.monotonic() - began
+  lengths = {'targets': room, 'inputs': run.train.lengths.get('inputs', 0)}
+  step = counts.count_decoding(run.model, lengths)
+  whole = counts.count(run.model, {**lengths, 'targets': prompt})
+  report['step']['flops'] = batch * step.flops
+  # Of the head only the last token of a prompt is asked for; the layers read all of them.
+  head = 2 * (whole.params_with_head - whole.params_non_embedding)
+  report['prefill']['flops'] = batch * (prompt * (whole.flops_attention_causal / 3 - head) + head)
+  if chip:
+    for name in programs:
+      report[name] |= _roofline(report[name], len(devices), chip)
+    report['tokens_per_s'] = batch / report['step']['seconds']
+    report['tokens_per_s_per_chip'] = report['tokens_per_s'] / len(devices)
+  return report
+
+
+def lower(run: Run, mesh: jax.sharding.Mesh, batch: int, room: int, prompt: int) -> dict:
+  """{'prefill', 'step': lowered programs; 'params', 'cache': abstract trees}, under the mesh in use."""
+  if batch % axes.axis_size('batch'):
+    why = (
+      f'{batch} rows are not a multiple of the {axes.axis_size("batch")} devices that split them.'
+    )
+    raise Invalid(Run, 'mesh', f'--batch: {why}')
+
+  def at(x):
+    where = x.sharding.spec if x.sharding is not None else jax.P()
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, where))
+
+  def tokens(length: int):
+    where = jax.sharding.NamedSharding(mesh, axes.spec('batch', None))
+    return jax.ShapeDtypeStruct((batch, length), jnp.int32, sharding=where)
+
+  abstract = jax.eval_shape(lambda key: run.model(rngs=nnx.Rngs(params=key)), jax.random.key(0))
+  decode.check_decodes(abstract)
+  graphdef, params = nnx.graphdef(abstract), nnx.to_pure_dict(nnx.state(abstract))
+  if mesh.devices.ravel()[0].platform == 'cpu':  # as the engine does
+    graphdef, params = decode.separated(graphdef, params)
+  params = jax.tree.map(at, params)
+  inputs = {'decoder_input_tokens': tokens(prompt)}
+  if 'encoder' in abstract.inputs:
+    inputs['encoder_input_tokens'] = tokens(run.train.lengths['inputs'])
+
+  def prefill(params, inputs):
+    return decode.prefill(nnx.merge(graphdef, params), inputs, room)
+
+  def step(params, tokens, cache):
+    return decode.step(nnx.merge(graphdef, params), tokens, cache)
+
+  cache = jax.tree.map(at, jax.eval_shape(prefill, params, inputs)[1])
+  return {
+    'prefill': jax.jit(prefill).lower(params, inputs),
+    'step': jax.jit(step, donate_argnums=2).lower(params, tokens(1), cache),
+    'params': params,
+    'cache': cache,
+  }
+
+
+def _program_report(lowered, mesh, chip, topology: str) -> dict:
+  """Memory of a device, bytes moved and collectives of a program."""
+  try:
+    compiled = lowered.compile()
+  except Exception as error:  # XLA's runtime error has no public type
+    if 'hbm' not in str(error).lower() and 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    used = next((line.strip() for line in str(error).splitlines() if 'sed' in line), '').rstrip('.')
+    raise DoesNotFit(
+      f'decoding does not fit a device ({used}): take fewer rows or a smaller room, split the model further '
+      '(Mesh.tensor, Mesh.fsdp), or take a larger slice.'
+    ) from None
+  stats, text = compiled.memory_analysis(), compiled.as_text()
+  return {
+    'temporaries': stats.temp_size_in_bytes,
+    'peak': stats.peak_memory_in_bytes,
+    # Every argument, parameters and cache, is read once; results of the program come to it.
+    'moved_bytes_per_device': stats.argument_size_in_bytes + hlo.moved_bytes(text),
+    'collectives': network(hlo.collectives(text), mesh, chip, topology),
+  }
+
+
+def _roofline(program: dict, devices: int, chip: chips.Chip) -> dict:
+  """Seconds of each resource at its peak, and the largest of them."""
+  terms = {
+    'compute_s': program['flops'] / devices / chip.flops,
+    'hbm_s': program['moved_bytes_per_device'] / chip.hbm_rate,
+    'network_s': sum(c.get('seconds', 0) for c in program['collectives']),
+  }
+  return {**terms, 'seconds': max(terms.values())}
+
+
+def show(report: dict) -> str:
+  """The report as text."""
+  mesh = ' x '.join(f'{k} {v}' for k, v in report['mesh'].items() if v > 1) or 'one device'
+  memory = report['memory']
+  lines = [
+    f'{report["topology"]} x {report["slices"]}: {report["devices"]} devices, mesh {mesh}; '
+    f'{report["batch"]:,} rows of {report["room"]:,} tokens, prompts of {report["prompt"]:,}; '
+    f'compiled in {report["compile_s"]:.0f} s',
+    'memory per device:',
+    f'  {"parameters":24}{memory["parameters"] / GIB:8.3f} GiB',
+    f'  {"cache":24}{memory["cache"] / GIB:8.3f} GiB',
+  ]
+  for name in ('prefill', 'step'):
+    for key in ('temporaries', 'peak'):
+      lines.append(f'  {f"{key} of {name}":24}{report[name][key] / GIB:8.3f} GiB')
+  if memory['limit']:
+    lines.append(f'  {"of":24}{memory["limit"] / GIB:8.3f} GiB')
+  for name in ('prefill', 'step'):
+    program = report[name]
+    line = (
+      f'{name}: {program["flops"]:.3e} FLOPs, '
+      f'{program["moved_bytes_per_device"] / GIB:.3f} GiB to and from the memory of a device'
+    )
+    if 'seconds' in program:
+      terms = ', '.join(f'{k} {1e3 * program[f"{k}_s"]:.3f}' for k in ('compute', 'hbm', 'network'))
+      line += f'; roofline in ms: {terms}'
+    lines.append(line)
+  if 'tokens_per_s' in report:
+    lines.append(
+      f'a step takes {1e3 * report["step"]["seconds"]:.3f} ms if all of these overlap at their peaks: '
+      f'{report["tokens_per_s"]:,.0f} tokens/s, {report["tokens_per_s_per_chip"]:,.0f} of a chip'
+    )
+  return '\n'.join(lines)
