@@ -3,8 +3,8 @@
 Compiles the same step as `research.train`, with shapes in place of arrays; nothing is allocated or run. With
 --decode it compiles what generates text with the run's model: the prefill of prompts, and one step.
 
-Slices of TPUs need libtpu (any Linux machine will do), `cpu:8` and `here` need nothing. Memory is what XLA says;
-times are a roofline: the largest of the times for arithmetic, memory and network, each at the chip's peak.
+Slices of TPUs need libtpu (any Linux machine will do), `cpu:8` and `here` need nothing. Memory is what XLA
+says; times are a roofline: the largest of those for arithmetic, memory and network, each at the chip's peak.
 """
 
 import json

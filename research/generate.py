@@ -32,7 +32,6 @@ from research.inference.generator import Generator, make_generator
 from research.inference.sampling import Sampling
 from research.parallel.mesh import Mesh
 
-CONVERTED_ROOM = 1024  # of a converted model, whose folder does not say what it was trained on
 PENALTIES = {'length': beams.by_length, 'wu': beams.wu}
 
 
@@ -72,23 +71,22 @@ def load(
   opened = _open(checkpoint, hf)
   graphdef = nnx.graphdef(opened.model)
   architecture = loading.architecture_of(opened.run, opened.model)
-  length = room or (loading.length_of(opened.run) if opened.run else CONVERTED_ROOM)
   search = speculation = None
   if beam_count:
     search = one_by_one.Beams(graphdef, opened.params, beam_count, PENALTIES[penalty])
   elif ngram:
-    speculation = one_by_one.Speculation(
-      graphdef, opened.params, speculate.Ngram(ngram), guesses=guesses
-    )
+    guess = speculate.Ngram(ngram)
+    speculation = one_by_one.Speculation(graphdef, opened.params, guess, guesses=guesses)
   elif draft:
     is_hf = (pathlib.Path(draft) / 'config.json').is_file()
     guesser = _open(None, draft) if is_hf else _open(draft, None)
     speculation = one_by_one.Speculation(
       graphdef, opened.params, nnx.graphdef(guesser.model), guesser.params, guesses
     )
+  text = _tokenizer_of(opened, tokenizer_file, architecture)
   return make_generator(
-    opened.model, opened.params, _tokenizer_of(opened, tokenizer_file, architecture), architecture,
-    room=length, slots=slots, int8=int8, beams=search, speculation=speculation, source=opened.source,
+    opened.model, opened.params, text, architecture, room=room or loading.length_of(opened.run),
+    slots=slots, int8=int8, beams=search, speculation=speculation, source=opened.source,
   )  # fmt: skip
 
 
@@ -155,8 +153,7 @@ def main(flags) -> None:
       rows = answers.answer_all(
         generator, prompts, pathlib.Path(flags.out), identity, samples=flags.samples, **settings
       )
-      now = sum(1 for _ in rows)
-      print(f'{len(prompts)} prompts answered, {now} of them now: {flags.out}')
+      print(f'{len(prompts)} prompts answered, {len(list(rows))} of them now: {flags.out}')
 
 
 if __name__ == '__main__':

@@ -24,11 +24,9 @@ def test_the_example_of_inference_in_the_laws_runs(monkeypatch, capsys):
   printed = capsys.readouterr().out.splitlines()
   assert printed[0].startswith('C = (6.286 N + 2.19e+09) D')
   assert 'C = (2.183 N + 1.25e+09) D' in printed[0]
-  for line, field in ((1, 'params'), (2, 'tokens')):
-    comment = re.findall(r'# ([\d.e+ ]+)$', code, flags=re.M)[line - 1].split()
-    assert [f'{float(x):.3g}' for x in printed[line].split()] == [
-      f'{float(x):.3g}' for x in comment
-    ]
+  comments = re.findall(r'# ([\d.e+ ]+)$', code, flags=re.M)
+  for line, comment in zip(printed[1:], comments, strict=True):
+    assert [float(f'{float(x):.3g}') for x in line.split()] == [float(x) for x in comment.split()]
   # Sardana et al.: with much inference, smaller and for longer.
   assert names['busy'].params < 0.6 * names['idle'].params
   assert names['busy'].tokens > 2 * names['idle'].tokens

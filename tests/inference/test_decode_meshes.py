@@ -1,0 +1,79 @@
+"""Decoding on meshes says what one device says: the same greedy tokens, and logits to 1e-5 of their scale."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from research.inference import beams, decode
+from research.parallel.mesh import Mesh
+from tests.families import tiny
+from tests.model.test_model import COMPILE, make
+
+ROWS, PROMPT, MORE = 8, 5, 6
+MESHES = {
+  'data x tensor': Mesh(data=4, tensor=2),
+  'fsdp x tensor': Mesh(data=1, fsdp=4, tensor=2),
+  'data x expert': Mesh(data=4, expert=2),
+}
+CASES = [
+  ('llama2', 'data x tensor'), ('llama2', 'fsdp x tensor'), ('gemma2', 'fsdp x tensor'),
+  ('t5', 'data x tensor'), ('mamba2', 'fsdp x tensor'), ('deepseek_v2', 'data x tensor'),
+  ('mixtral', 'data x expert'), ('mixtral', 'fsdp x tensor'), ('bloom', 'data x tensor'),
+]  # fmt: skip
+jit = functools.partial(jax.jit, compiler_options=COMPILE)
+
+
+def batch_of(model) -> dict[str, np.ndarray]:
+  rng = np.random.default_rng(0)
+  batch = {'decoder_input_tokens': rng.integers(1, 64, (ROWS, PROMPT)).astype(np.int32)}
+  if 'encoder' in model.func.inputs:
+    batch['encoder_input_tokens'] = rng.integers(1, 64, (ROWS, 8)).astype(np.int32)
+  return batch
+
+
+def greedy(model, mesh: Mesh, devices) -> tuple[np.ndarray, np.ndarray]:
+  """Tokens [rows, MORE] and logits [rows, MORE, vocab]; every step changes the cache in place."""
+  with mesh.use(devices):
+    graphdef, params = make(model)
+    merge = functools.partial(nnx.merge, graphdef)
+    prefill = jit(lambda p, b: decode.prefill(merge(p), b, PROMPT + MORE))
+    step = jit(lambda p, t, c: decode.step(merge(p), t, c), donate_argnums=2)
+    logits, cache = prefill(params, batch_of(model))
+    said, tokens = [np.asarray(logits)], []
+    for _ in range(MORE):
+      tokens.append(said[-1].argmax(-1).astype(np.int32))
+      logits, cache = step(params, tokens[-1][:, None], cache)
+      said.append(np.asarray(logits)[:, 0])
+  return np.stack(tokens, axis=1), np.stack(said[:-1], axis=1)
+
+
+@functools.cache
+def alone(family):
+  return greedy(tiny(family), Mesh(), jax.local_devices()[:1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('family', 'mesh'), CASES)
+def test_tokens_are_those_of_one_device(family, mesh):
+  tokens, logits = greedy(tiny(family), MESHES[mesh], jax.local_devices())
+  want_tokens, want = alone(family)
+  assert tokens.tolist() == want_tokens.tolist()
+  assert np.abs(logits - want).max() < 1e-5 * np.abs(want).max()
+
+
+@pytest.mark.slow
+def test_beams_are_those_of_one_device():
+  model, found = tiny('llama2'), []
+  for mesh, devices in (
+    (Mesh(), jax.local_devices()[:1]),
+    (MESHES['data x tensor'], jax.local_devices()),
+  ):
+    with mesh.use(devices):
+      tokens, scores = beams.search(*make(model), batch_of(model), MORE, beams=3, ends=(7,))
+      found.append((np.asarray(tokens), np.asarray(scores)))
+  (want, want_scores), (tokens, scores) = found
+  assert tokens.tolist() == want.tolist()
+  np.testing.assert_allclose(scores, want_scores, rtol=1e-5)
