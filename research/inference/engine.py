@@ -22,6 +22,7 @@ from research.core.errors import Invalid
 from research.inference import decode as decoding
 from research.inference import programs, sampling
 from research.inference.answering import Answering, Event
+from research.inference.graph import graph_of
 from research.inference.padding import padded_length, padded_row
 from research.inference.programs import Plan, Slots
 from research.inference.request import Completion, Request
@@ -86,7 +87,8 @@ class Engine(Answering):
 
   def load(self, params: dict) -> None:
     """Takes other parameters of the same model for all the tokens to come."""
-    self.graphdef, self.params = decoding.for_backend(self._given, params)
+    graphdef, self.params = decoding.for_backend(self._given, params)
+    self.graphdef = graph_of(graphdef)
     self._last_read: tuple | None = None
 
   def _empty(self, slots: int) -> Slots:

@@ -10,6 +10,7 @@ from flax import nnx
 
 from research.inference import decode, sampling
 from research.inference.decode import Cache
+from research.inference.graph import Graph, merge
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,19 +56,19 @@ class Slots:
 
 @functools.partial(jax.jit, static_argnames=('graphdef', 'room', 'ahead', 'int8'))
 def read(
-  graphdef: nnx.GraphDef, params: dict, batch: Mapping, *, room: int, ahead: int, int8: bool
+  graphdef: Graph | nnx.GraphDef, params: dict, batch: Mapping, *, room: int, ahead: int, int8: bool
 ) -> tuple[jax.Array, Cache]:
   """(logits after each prompt [rows, vocab], cache)."""
-  logits, cache = decode.prefill(nnx.merge(graphdef, params), batch, room, ahead=ahead, int8=int8)
+  logits, cache = decode.prefill(merge(graphdef, params), batch, room, ahead=ahead, int8=int8)
   return logits.astype(jnp.float32), cache
 
 
 @functools.partial(jax.jit, static_argnames='graphdef', donate_argnames='cache')
 def read_more(
-  graphdef: nnx.GraphDef, params: dict, tokens: jax.Array, cache: Cache
+  graphdef: Graph | nnx.GraphDef, params: dict, tokens: jax.Array, cache: Cache
 ) -> tuple[jax.Array, Cache]:
   """The same after another part [rows, length] of the prompts."""
-  logits, cache = decode.step(nnx.merge(graphdef, params), tokens, cache)
+  logits, cache = decode.step(merge(graphdef, params), tokens, cache)
   return logits[:, -1].astype(jnp.float32), cache
 
 
@@ -132,7 +133,7 @@ def choose(
 
 @functools.partial(jax.jit, static_argnames=('graphdef', 'penalises'), donate_argnames='slots')
 def advance(
-  graphdef: nnx.GraphDef,
+  graphdef: Graph | nnx.GraphDef,
   params: dict,
   slots: Slots,
   tokens: jax.Array,
@@ -147,7 +148,7 @@ def advance(
     active: [slots] bool.
     penalises: whether to keep count of the tokens.
   """
-  logits, cache = decode.step(nnx.merge(graphdef, params), tokens[:, None], slots.cache)
+  logits, cache = decode.step(merge(graphdef, params), tokens[:, None], slots.cache)
   # An idle slot would walk past its room in time.
   cache = dataclasses.replace(cache, length=jnp.where(active, cache.length, 0))
   seen, generated = slots.seen, slots.generated

@@ -171,7 +171,8 @@ def separate_layers(module: nnx.Module) -> None:
   the step.
   """
   if isinstance(module, Stack) and module.layers is None:
-    module.layers = nnx.List([nnx.List(list(layer)) for layer in _unstack(module.sublayers)])
+    layers = [nnx.List(list(layer)) for layer in _unstack(module.sublayers)]
+    module.layers = nnx.data(nnx.List(layers))
     module.sublayers = nnx.List([])
   for _, child in nnx.iter_children(module):
     if isinstance(child, nnx.Pytree):
