@@ -1,10 +1,10 @@
-"""Speculative decoding against plain decoding: tokens a second, greedy, of one prompt at a time on this machine.
+"""Speculative decoding against plain decoding: greedy tokens a second, of one prompt at a time.
 
-    python experiments/speed/speculate.py --hf=FOLDER [--draft=FOLDER] [--ngram=2] [--guesses=4] [--prompt=FILE]
+    python experiments/speed/speculate.py --hf=FOLDER [--draft=FOLDER] [--ngram=2] [--guesses=4]
 
-The prompt asks to write a text again, which is where look-up helps; --prompt reads another one from a file. The
-ways take turns, `--repeats` times after one call each that compiles, and medians are printed. The tokens must be
-the same, or the script fails.
+The prompt asks to write a text again, which is where look-up helps; --prompt reads another one from a file.
+The ways take turns, `--repeats` times after one call each that compiles, and medians are printed. The tokens
+must be the same, or the script fails.
 """
 
 import argparse
