@@ -15,6 +15,7 @@ from research.compilation.report import GIB, DoesNotFit, device_bytes, network
 from research.core.errors import Invalid, UserError
 from research.inference import decode
 from research.model import counts
+from research.model.stack import separate_layers
 from research.parallel import axes
 from research.training.program import mesh_of
 from research.training.run import Run
@@ -85,11 +86,15 @@ def lower(run: Run, mesh: jax.sharding.Mesh, batch: int, room: int, prompt: int)
     where = jax.sharding.NamedSharding(mesh, axes.spec('batch', None))
     return jax.ShapeDtypeStruct((batch, length), jnp.int32, sharding=where)
 
-  abstract = jax.eval_shape(lambda key: run.model(rngs=nnx.Rngs(params=key)), jax.random.key(0))
+  def make(key):
+    model = run.model(rngs=nnx.Rngs(params=key))
+    if mesh.devices.flat[0].platform == 'cpu':  # as `decode.for_backend` does
+      separate_layers(model)
+    return model
+
+  abstract = jax.eval_shape(make, jax.random.key(0))
   decode.check_decodes(abstract)
   graphdef, params = nnx.graphdef(abstract), nnx.to_pure_dict(nnx.state(abstract))
-  if mesh.devices.ravel()[0].platform == 'cpu':  # as the engine does
-    graphdef, params = decode.separated(graphdef, params)
   params = jax.tree.map(at, params)
   inputs = {'decoder_input_tokens': tokens(prompt)}
   if 'encoder' in abstract.inputs:
