@@ -142,7 +142,7 @@ def test_nothing_is_whole_that_should_be_split(fsdp):
 
 def test_every_large_input_is_split(fsdp):
   _, compiled, state = fsdp
-  (where, batch, _), _ = compiled.input_shardings
+  (where, batch, *_), _ = compiled.input_shardings
   large = [
     (x, s)
     for x, s in zip(jax.tree.leaves(state), jax.tree.leaves(where), strict=True)
