@@ -92,7 +92,7 @@ def test_the_best_beam_answers(model):
 )
 def test_what_a_draft_does_not_go_with_is_refused(settings, message, guesses_well):
   with pytest.raises((Invalid, UserError), match=message):
-    guesses_well.submit(Request(prompt=PROMPT, **settings))
+    guesses_well.submit(Request(prompt=PROMPT, **{'max_tokens': 4, **settings}))
 
 
 def test_beams_draw_nothing(model):
