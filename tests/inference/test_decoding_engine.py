@@ -9,6 +9,7 @@ import pytest
 
 from research.core.errors import Invalid, UserError
 from research.inference import answers, beams, tokenizer
+from research.inference import decode as decoding
 from research.inference.engine import Engine
 from research.inference.generator import Generator, make_generator
 from research.inference.request import Request
@@ -146,7 +147,7 @@ def test_the_step_has_no_copy_of_the_cache(model):
   """What the compiled step needs beside its arguments is small, however large the cache (donated)."""
   from research.inference import programs
 
-  graphdef, params = model
+  graphdef, params = decoding.for_backend(*model)
   slots = jax.eval_shape(lambda: Engine(graphdef, params, slots=8, room=4096, chunk=CHUNK).slots)
   tokens = jax.ShapeDtypeStruct((8,), np.int32)
   active = jax.ShapeDtypeStruct((8,), bool)
