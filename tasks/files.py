@@ -13,8 +13,8 @@ import zlib
 from collections.abc import Iterator
 
 from research.core.errors import UserError, did_you_mean
+from research.core.storage import LFS_POINTER
 from research.data import corpora
-from research.data.vocabularies import LFS_POINTER
 
 BLOCK = 1 << 20
 

@@ -4,8 +4,8 @@ import json
 import pathlib
 
 from research.core.errors import UserError
+from research.core.storage import LFS_POINTER
 from research.data import corpora
-from research.data.vocabularies import LFS_POINTER
 from tasks.files import Broken, Unreadable, compression, example, fields, files, local
 
 # What pyarrow raises besides its own errors, on files that are damaged in the middle.

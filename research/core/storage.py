@@ -18,6 +18,8 @@ from research.core.errors import UserError
 
 # The package through which each kind of bucket is read.
 PACKAGES = {'gs': 'gcsfs', 's3': 's3fs'}
+# How a file begins that stands for one in Git's large file storage.
+LFS_POINTER = b'version https://git-lfs.github.com/spec/'
 # Characters with a meaning in globs or URLs; and `name:`, which looks like the start of a URL.
 _SPECIAL = re.compile(r'[\[\]*?#%|\\\ud800-\udfff]|:(?=/|$)')
 

@@ -11,9 +11,7 @@ import pathlib
 from typing import ClassVar
 
 from research.core.errors import Invalid, did_you_mean
-
-# The first bytes of a pointer to a file in Git's large file storage.
-LFS_POINTER = b'version https://git-lfs.github.com/spec/'
+from research.core.storage import LFS_POINTER
 
 # A tokenizer.json does not say which token ends a document: it is the first of these that it has.
 EOS_NAMES = ('</s>', '<|endoftext|>', '<eos>', '<|end_of_text|>', '<|im_end|>', '[SEP]')

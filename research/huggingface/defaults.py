@@ -1,4 +1,4 @@
-"""What an absent key of config.json means, family by family, and which keys do not matter.
+"""What an absent key of config.json means, family by family.
 
 The values are those of the configuration classes of transformers 5.23; a test compares them. A type in
 place of a value (`int`) says that the key is null by default and of that type otherwise.
@@ -201,35 +201,6 @@ ALIASES: dict[str, dict[str, str]] = {
   'gpt2': _GPT2_ALIASES, 'gptj': _GPT2_ALIASES,
   't5': _T5_ALIASES, 'mt5': _T5_ALIASES, 'switch_transformers': _T5_ALIASES,
 }  # fmt: skip
-
-# Keys that do not change the function that a trained model computes on given tokens.
-WITHOUT_EFFECT = frozenset((
-  '_attn_implementation', '_attn_implementation_autoset', '_flash_attn_2_enabled', '_name_or_path',
-  '_output_attentions', 'activation_dropout', 'add_router_probs', 'architectures', 'attention_dropout',
-  'attention_probs_dropout_prob', 'attn_implementation', 'attn_pdrop', 'auto_map', 'aux_loss_alpha',
-  'bad_words_ids', 'begin_suppress_tokens', 'bos_token', 'bos_token_id', 'cache_implementation',
-  'chunk_size', 'chunk_size_feed_forward', 'classifier_dropout', 'cls_token_id', 'decoder_start_token_id',
-  'diversity_penalty', 'do_sample', 'dropout', 'dropout_rate', 'dtype', 'early_stopping', 'emb_pdrop',
-  'embd_pdrop', 'embedding_fraction', 'encoder_no_repeat_ngram_size', 'eos_token', 'eos_token_id',
-  'ep_size', 'exponential_decay_length_penalty', 'finetuning_task', 'flash_attn', 'forced_bos_token_id',
-  'forced_eos_token_id', 'gradient_checkpointing', 'hidden_dropout', 'hidden_dropout_prob', 'id2label',
-  'init_device', 'init_std', 'initializer_factor', 'initializer_range', 'is_llama_config',
-  'keys_to_ignore_at_inference', 'label2id', 'layer_dropout', 'layerdrop', 'length_penalty',
-  'mask_token_id', 'max_length', 'max_position_embeddings', 'max_seq_len', 'min_length', 'model_max_length',
-  'n_ctx', 'no_repeat_ngram_size', 'num_beam_groups', 'num_beams', 'num_labels', 'num_return_sequences',
-  'output_attentions', 'output_hidden_states', 'output_router_logits', 'output_scores', 'pad_token',
-  'pad_token_id', 'prefix', 'pretraining_tp', 'problem_type', 'remove_invalid_values',
-  'reorder_and_upcast_attn', 'repetition_penalty', 'rescale_prenorm_residual', 'resid_pdrop',
-  'residual_in_fp32', 'return_dict', 'return_dict_in_generate', 'router_aux_loss_coef',
-  'router_jitter_noise', 'router_z_loss_coef', 'sep_token_id', 'seq_aux', 'slow_but_exact',
-  'summary_activation', 'summary_first_dropout', 'summary_proj_to_labels', 'summary_type',
-  'summary_use_proj', 'suppress_tokens', 'task_specific_params', 'temperature', 'tf_legacy_loss',
-  'time_step_floor', 'time_step_init_scheme', 'time_step_max', 'time_step_min', 'time_step_scale',
-  'tokenizer_class', 'top_k', 'top_p', 'torch_dtype', 'torchscript', 'transformers.js_config',
-  'transformers_js_config', 'transformers_version', 'typical_p', 'unk_token_id', 'unsloth_fixed',
-  'unsloth_version', 'use_associative_scan', 'use_bfloat16', 'use_cache', 'use_flash_attn',
-  'use_mamba_kernels', 'use_mambapy', 'use_return_dict',
-))  # fmt: skip
 
 # The ids (bos, eos, pad) of a family where config.json does not say.
 SPECIAL_IDS: dict[str, tuple] = {

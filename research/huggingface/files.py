@@ -12,6 +12,7 @@ import ml_dtypes  # noqa: F401  gives numpy its bfloat16
 import numpy as np
 
 from research.core.errors import UserError
+from research.core.storage import LFS_POINTER
 from research.huggingface.settings import read_json
 
 FILE_BYTES = 5e9  # of a file to write, as transformers has it
@@ -126,20 +127,21 @@ def _header(file: pathlib.Path) -> dict[str, dict]:
   """
   size = file.stat().st_size
   with file.open('rb') as f:
-    start = f.read(8)
-    if start == b'version ':
+    start = f.read(len(LFS_POINTER))
+    if start == LFS_POINTER:
       raise UserError(
         f'{file} is a Git LFS pointer and not the file itself; fetch it with git lfs pull.'
       )
     if size < 8:
       raise UserError(f'{file} is {"empty" if not size else "cut"}; download it again.')
-    length = int.from_bytes(start, 'little')
+    length = int.from_bytes(start[:8], 'little')
     if length > LONGEST_HEADER:
       raise UserError(
         f'{file} is not a safetensors file: it does not begin with the length of a header.'
       )
     if 8 + length > size:
       raise UserError(f'{file} is cut: it ends within its header; download it again.')
+    f.seek(8)
     text = f.read(length)
   try:
     header = json.loads(text.decode())

@@ -87,6 +87,8 @@ def read_rope(settings: Settings, rope: Settings, scope: str = '') -> dict[str, 
       f'config.json: low_freq_factor = {values["low"]} must be below high_freq_factor = {values["high"]}.'
     )
   if 'original_length' in values:
+    if rope.is_given(keys['original_length']):
+      rope[keys['original_length']]  # refuses a null
     outside = settings.get('original_max_position_embeddings')
     values['original_length'] = (
       outside or values['original_length'] or settings['max_position_embeddings']
@@ -118,8 +120,17 @@ def _magnitude(rope: Settings, factor: float) -> float:
 
 
 def write_rope(get: Get) -> dict:
-  """The object `rope_parameters` of a model."""
+  """The object `rope_parameters` of a model.
+
+  Raises:
+    UserError: the model has no rotary positions.
+  """
   name = 'positions.rotary'
+  if get(f'{name}.base') is None:
+    raise UserError(
+      'this model has no rotary positions, and every model of the family to write has: '
+      'name a family with its positions in --model_type (ALiBi: bloom, mpt or falcon).'
+    )
   rope = {'rope_theta': get(f'{name}.base'), 'rope_type': 'default'}
   if get(f'{name}.fraction') != 1.0:
     rope['partial_rotary_factor'] = get(f'{name}.fraction')

@@ -11,14 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 from research.core.errors import UserError, did_you_mean
-from research.huggingface.defaults import ALIASES, DEFAULTS, WITHOUT_EFFECT
-
-# Options that any config.json may have, and the values with which they change nothing.
-HARMLESS = {
-  'pruned_heads': (None, {}), 'tie_encoder_decoder': (None, False), 'cross_attention_hidden_size': (None,),
-  'quantization_config': (None,), 'is_encoder_decoder': (False,), 'is_decoder': (False, True),
-  'add_cross_attention': (False,), 'use_bidirectional_attention': (None, False),
-}  # fmt: skip
+from research.core.storage import LFS_POINTER
+from research.huggingface.defaults import ALIASES, DEFAULTS
+from research.huggingface.harmless import HARMLESS, WITHOUT_EFFECT, wanted
 
 
 def read_json(path: pathlib.Path) -> dict:
@@ -30,7 +25,7 @@ def read_json(path: pathlib.Path) -> dict:
   data = path.read_bytes()
   if not data.strip():
     raise UserError(f'{path} is empty; download it again.')
-  if data.startswith(b'version https://git-lfs'):
+  if data.startswith(LFS_POINTER):
     raise UserError(
       f'{path} is a Git LFS pointer and not the file itself; fetch it with git lfs pull.'
     )
@@ -148,7 +143,13 @@ class Settings:
       value = self.given[key]
       allowed = HARMLESS.get(key, (None,))
       harmless = any(is_same(value, option) for option in allowed)
-      if harmless or (key in WITHOUT_EFFECT and not self.inside):
+      if not self.inside and key in WITHOUT_EFFECT:
+        if kind := wanted(self.model_type, key, value):
+          raise UserError(
+            f'config.json: {key} = {value!r} of {self.model_type} should be {kind}; correct it, or take it out.'
+          )
+        continue
+      if harmless:
         continue
       known = {*self.read, *HARMLESS, *self.defaults} - {key}
       hint = did_you_mean(key, known)

@@ -3,7 +3,7 @@
 import math
 
 from research.core.errors import UserError
-from research.huggingface.fields import SIZES, Derived, Family, Field, Options, Unused
+from research.huggingface.fields import SIZES, Derived, Family, Field, Options, Raw, Unused, always
 from research.huggingface.heads import MT5_HEAD, SWITCH_HEAD, T5_HEAD
 from research.huggingface.names import Tree
 from research.huggingface.settings import Settings
@@ -31,10 +31,7 @@ def _t5_trees(mlp: dict[str, str]) -> tuple[Tree, ...]:
 
 
 PLAIN = {'inputs.0': 'wi', 'output': 'wo'}
-
-
 GATED_T5 = {'inputs.0': 'wi_0', 'inputs.1': 'wi_1', 'output': 'wo'}
-
 
 T5_TOP = {
   'embedder.tokens': 'shared.weight', 'head.kernel': 'lm_head.weight',
@@ -42,7 +39,6 @@ T5_TOP = {
   **{f'{s}.bias.table': f'{s}.block.0.layer.0.SelfAttention.relative_attention_bias.weight'
      for s in ('encoder', 'decoder')},
 }  # fmt: skip
-
 
 T5_SIZES = (
   SIZES[0], Field('d_model', 'EMBED'), Field('num_heads', 'HEADS'), Field('d_kv', 'HEAD_DIM'),
@@ -109,20 +105,22 @@ T5_COPIES = {f'{s}.embed_tokens.weight': 'shared.weight' for s in ('encoder', 'd
 T5_IGNORE = (r'decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight',)
 
 
-def _t5(model_type, architecture, gin, projections, head):
+def _t5(model_type, architecture, gin, projections, head, *more):
   mlp = under('DenseReluDense.', GATED_T5 if projections[0].startswith('gated') else PLAIN)
   return Family(
     model_type, architecture, f'gin/models/{gin}.gin',
-    (*T5_SIZES, DEPTH, head, Unused(('dense_act_fn', 'is_gated_act'))), _t5_trees(mlp), T5_TOP,
+    (*T5_SIZES, DEPTH, head, Unused(('dense_act_fn', 'is_gated_act')), *more), _t5_trees(mlp), T5_TOP,
     {'feed_forward_proj': Options(projections), **T5_WHEN}, T5_IGNORE, '', T5_COPIES,
   )  # fmt: skip
 
 
 GATED_GELU = ('gated-gelu', 'gated-gelu_new', 'gated-gelu_pytorch_tanh', 'gated-gelu_fast')
+SWIGLU = always({'mlp.Mlp.activations': Raw('(@jax.nn.silu, @jax.nn.identity)')})
 T5_WHEN = {'is_encoder_decoder': True}
 ENCODER_DECODERS = (
   _t5('t5', 'T5ForConditionalGeneration', 't5/1_0', ('relu',), T5_HEAD),
   _t5('t5', 'T5ForConditionalGeneration', 't5/family', GATED_GELU, T5_HEAD),
+  _t5('t5', 'T5ForConditionalGeneration', 't5/family', ('gated-silu', 'gated-swish'), T5_HEAD, SWIGLU),  # UL2
   _t5('mt5', 'MT5ForConditionalGeneration', 'mt5/family', GATED_GELU, MT5_HEAD),
   Family(
     'switch_transformers', 'SwitchTransformersForConditionalGeneration', 'gin/models/switch/family.gin',

@@ -14,6 +14,7 @@ import pathlib
 import zlib
 
 from research.core.errors import did_you_mean
+from research.core.storage import LFS_POINTER
 from research.scaling import cells
 from research.scaling.cells import RowError
 from research.scaling.json_tables import read_json_rows
@@ -28,7 +29,7 @@ REFUSED = {
   b'PK\x03\x04': 'a zip archive or an Excel workbook; save the sheet as CSV',
   b'\xd0\xcf\x11\xe0': 'an old Excel workbook; save the sheet as CSV',
   b'\x28\xb5\x2f\xfd': 'compressed by zstd; decompress it first',
-  b'version https://git-lfs': 'a pointer of Git LFS and not the file itself; run git lfs pull',
+  LFS_POINTER: 'a pointer of Git LFS and not the file itself; run git lfs pull',
 }
 DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError)
 

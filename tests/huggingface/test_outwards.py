@@ -20,13 +20,16 @@ PRESETS = {
   'deepseek/v2_lite': 'deepseek_v2', 'deepseek/v3': 'deepseek_v3',
   'falcon/7b': 'falcon', 'falcon/40b': 'falcon',
   'gemma/2b': 'gemma', 'gemma2/2b': 'gemma2', 'gemma3/1b': 'gemma3_text', 'gemma3/270m': 'gemma3_text',
+  'gemma2/9b': 'gemma2', 'gemma2/27b': 'gemma2', 'gemma3/4b': 'gemma3_text', 'gemma3/12b': 'gemma3_text',
+  'gemma3/27b': 'gemma3_text', 'gptj/6b': 'gptj',
   'glm/4_9b': 'glm', 'glm/4_9b_0414': 'glm4', 'gpt2/124m': 'gpt2', 'gpt3/125m': 'gpt2',
   'gpt_neox/20b': 'gpt_neox', 'jamba/52b': 'jamba', 'llama/7b': 'llama', 'llama/tiny': 'llama',
   'llama2/70b': 'llama', 'llama3/8b': 'llama', 'mamba/130m': 'mamba', 'mamba2/130m': 'mamba2',
   'mistral/7b': 'mistral', 'mixtral/8x7b': 'mixtral', 'mpt/7b': 'mpt', 'mt5/small': 'mt5', 'olmo2/7b': 'olmo2',
   'opt/125m': 'opt', 'pythia/70m': 'gpt_neox', 'qwen/7b': 'qwen2', 'qwen2/0_5b': 'qwen2',
+  'qwen2/57b_a14b': 'qwen2_moe',
   'qwen2_5/0_5b': 'qwen2', 'qwen3/0_6b': 'qwen3', 'qwen3/30b_a3b': 'qwen3_moe',
-  'switch/base_8': 'switch_transformers', 't5/1_0_small': 't5', 't5/1_1_small': 't5',
+  'switch/base_8': 'switch_transformers', 't5/1_0_small': 't5', 't5/1_1_small': 't5', 'ul2/20b': 't5',
 }  # fmt: skip
 FAST = ('llama/tiny', 'gemma3/270m', 'gpt2/124m')
 
@@ -43,7 +46,7 @@ def test_a_preset_has_a_config_json(name):
 
 def test_what_a_family_cannot_say_is_refused():
   gin = configs.load(['gin/models/baichuan/13b.gin'], root='MODEL')  # ALiBi
-  with pytest.raises(UserError):
+  with pytest.raises(UserError, match='has no rotary positions'):
     outwards.family_to_write(gin, 'llama')
 
 

@@ -116,6 +116,7 @@ CASES = {
   'bert': lambda: T.BertConfig(**BASE, intermediate_size=48),
   't5-1.0': lambda: T.T5Config(**T5, feed_forward_proj='relu'),
   't5-1.1': lambda: T.T5Config(**T5, feed_forward_proj='gated-gelu', tie_word_embeddings=False),
+  't5-silu': lambda: T.T5Config(**T5, feed_forward_proj='gated-silu'),
   'mt5': lambda: T.MT5Config(**T5),
   'switch': lambda: T.SwitchTransformersConfig(
     **{**T5, 'num_layers': 4},
@@ -177,9 +178,9 @@ CASES = {
 SLOW = (
   'llama-linear', 'llama-yarn', 'gptj', 'glm4', 'qwen3_moe', 'deepseek_v2', 'deepseek_v2-groups', 'mt5',
   'gemma', 'mpt',
-  'jamba', 't5-1.0', 'qwen3', 'mistral', 'phi', 'gpt_neox', 'qwen2_moe',
+  'jamba', 't5-1.0', 't5-silu', 'qwen3', 'mistral', 'phi', 'gpt_neox', 'qwen2_moe',
 )  # fmt: skip
-ENCODER_DECODERS = ('t5-1.0', 't5-1.1', 'mt5', 'switch')
+ENCODER_DECODERS = ('t5-1.0', 't5-1.1', 't5-silu', 'mt5', 'switch')
 # One of each kind of part.
 GRADIENTS = (
   'llama',
