@@ -104,7 +104,7 @@ def report(frozen, cache: pathlib.Path, show: int):
   for facts in frozen.manifest['shards'][0]:
     counts.update(facts.get('left_out', {}))
   if counts:
-    print(f'  of the conversations: {left_out(counts)}')
+    print(f'  left out of the rows, or shortened: {left_out(counts)}')
   for length in sorted({shape[0] for shape, _ in frozen.features.values()}):
     names = (k for k, (shape, _) in frozen.features.items() if shape[0] == length)
     print(f'  of length {length}: {", ".join(names)}')

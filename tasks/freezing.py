@@ -75,8 +75,9 @@ def _write(stream, folder, cache, log, workers):
   folder.mkdir(exist_ok=True)
   if not (folder / 'header.json').exists():
     shards.write_json(folder / 'header.json', new.header())
-  if workers > 1 and not stream.registered:
-    _write_with(workers, stream, new, cache, log)
+  if workers > 1 and not stream.registered and (pool := _pool(workers, stream, new, cache, log)):
+    with pool:
+      _write_with(pool, workers, stream, new, log)
     return
   for number in range(stream.passes):
     while shards.facts_of(folder, number, stream.examples) is None:
@@ -88,17 +89,27 @@ def _is_written(folder: pathlib.Path, number: int, piece: int) -> bool:
   return (folder / shards.shard_name(number, piece)).with_suffix('.json').exists()
 
 
-def _write_with(workers: int, stream, new, cache, log):
-  """Writes the shards with `workers` processes, and so up to `workers` - 1 more than necessary."""
+def _pool(workers: int, stream, new, cache, log):
+  """Processes that write shards; None, and a line, where the machine cannot have them wait for each other."""
   spawn = multiprocessing.get_context('spawn')
-  with concurrent.futures.ProcessPoolExecutor(
-    workers, spawn, initializer=_start_worker, initargs=(stream.spec(), new.folder, cache)
-  ) as pool:
-    for number in range(stream.passes):
-      while shards.facts_of(new.folder, number, stream.examples) is None:
-        missing = [p for p in range(new.pieces) if not _is_written(new.folder, number, p)]
-        list(pool.map(_work, [number] * workers, missing[:workers]))
-        log(f'freezing {stream.name} {stream.split}: {workers} shards with {workers} workers')
+  try:
+    return concurrent.futures.ProcessPoolExecutor(
+      workers, spawn, initializer=_start_worker, initargs=(stream.spec(), new.folder, cache)
+    )
+  except OSError as error:  # semaphores are files of /dev/shm
+    log(
+      f'one worker in place of {workers}: no semaphore can be made in /dev/shm ({error.strerror})'
+    )
+    return None
+
+
+def _write_with(pool, workers: int, stream, new, log):
+  """The same shards, `workers` at a time; up to `workers` - 1 more than are needed."""
+  for number in range(stream.passes):
+    while shards.facts_of(new.folder, number, stream.examples) is None:
+      missing = [p for p in range(new.pieces) if not _is_written(new.folder, number, p)]
+      list(pool.map(_work, [number] * workers, missing[:workers]))
+      log(f'freezing {stream.name} {stream.split}: {workers} shards with {workers} workers')
 
 
 def _start_worker(spec, folder, cache):

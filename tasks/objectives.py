@@ -51,6 +51,7 @@ class Recipe:
     rename: (old, new) text in the names of model features.
     encode: tokenises raw documents instead of the plain tokeniser. Returns (documents, `tasks.files.Dropped`),
       the counts of what it left out or shortened by reason, with the first places.
+    select: leaves out tokenised documents that do not fit, and counts them likewise.
   """
 
   parts: list[Part]
@@ -61,6 +62,7 @@ class Recipe:
   omit: tuple[str, ...] = ()
   rename: tuple[str, str] | None = None
   encode: Callable[[list[bytes]], tuple[list[Document], Dropped]] | None = None
+  select: Callable[[list[Document]], tuple[list[Document], Dropped]] | None = None
 
 
 def recipe(stream: Stream, vocabulary: seqio.Vocabulary) -> Recipe:
@@ -185,11 +187,9 @@ def _fim(stream, vocabulary):
 def _instructions(stream, vocabulary):
   decoder = stream.architecture == 'decoder'
   lengths = dict(stream.lengths)
-  total = None
   if decoder:
-    total = lengths['inputs'] = lengths['targets']
-  fits = functools.partial(preprocessors.drop_too_long, total=total)
-  part = Part([seqio.preprocessors.append_eos, fits], lengths)
+    lengths['inputs'] = lengths['targets']
+  part = Part([seqio.preprocessors.append_eos], lengths)
   hide = decoder and not stream.task.bidirectional_prompt
   return Recipe(
     [part],
@@ -197,7 +197,26 @@ def _instructions(stream, vocabulary):
     _two_sided(stream),
     longest=None,
     omit=('decoder_causal_attention',) if hide else (),
+    select=functools.partial(_fitting_pairs, dict(stream.lengths), decoder),
   )
+
+
+def _fitting_pairs(
+  lengths: Mapping[str, int], decoder: bool, documents: list[Document]
+) -> tuple[list[Document], Dropped]:
+  """The pairs that fit a row with their EOS: both sides together in a decoder's, else each in its own."""
+  fitting, dropped = [], Dropped()
+  for document in documents:
+    inputs, targets = len(document['inputs']), len(document['targets']) + 1  # EOS
+    if decoder:
+      fits = inputs + targets <= lengths['targets']
+    else:
+      fits = inputs + 1 <= lengths['inputs'] and targets <= lengths['targets']
+    if fits:
+      fitting.append(document)
+    else:
+      dropped['pairs longer than a row'] += 1
+  return fitting, dropped
 
 
 def _conversation(stream, vocabulary):

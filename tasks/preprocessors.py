@@ -32,18 +32,6 @@ def prepend_mode(dataset: tf.data.Dataset, output_features, mode: str) -> tf.dat
   return dataset.map(lambda x: {**x, 'inputs': tf.concat([token, x['inputs']], 0)})
 
 
-def drop_too_long(dataset: tf.data.Dataset, sequence_length, total: int | None) -> tf.data.Dataset:
-  """Keeps the pairs that fit: both sides together in `total` tokens, or each in its own length."""
-
-  def fits(x):
-    inputs, targets = tf.size(x['inputs']), tf.size(x['targets'])
-    if total is not None:
-      return inputs + targets <= total
-    return (inputs <= sequence_length['inputs']) & (targets <= sequence_length['targets'])
-
-  return dataset.filter(fits)
-
-
 def word_starts(vocabulary: seqio.Vocabulary) -> list[bool]:
   """(vocab_size,): whether a token begins a word.
 

@@ -55,8 +55,7 @@ def _check_sentencepiece(vocabulary: seqio.SentencePieceVocabulary, path):
 
 
 def _trained(vocabulary, cache: pathlib.Path, store, log) -> pathlib.Path:
-  key = digest([to_spec(vocabulary), store.fingerprint('train')])
-  path = cache / 'vocabularies' / f'{vocabulary.model_type}-{vocabulary.size}-{key}.model'
+  path = vocabularies.trained_file(vocabulary, cache, store.fingerprint('train'))
   if not path.exists():
     log(f'training a SentencePiece model: {vocabulary.model_type}, {vocabulary.size} ids')
     path.parent.mkdir(parents=True, exist_ok=True)

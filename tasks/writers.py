@@ -11,6 +11,7 @@ from research.core.errors import Invalid, UserError, did_you_mean
 from research.data import shards
 from research.data.spec import digest
 from research.data.streams import Stream
+from tasks.files import Dropped
 
 # Examples per shard of a registered task, which has no pieces of text.
 REGISTERED_SHARD = 16384
@@ -100,14 +101,16 @@ class Ours(_Writer):
     # Every objective and length shares one tokenisation.
     tokens = self.cache / 'tokens' / digest([self.identity, self.store.folder.name])
     split = self.stream.split
-    left_out_here = {}
+    dropped = Dropped()
     if self.recipe.encode:
       documents, dropped = self.recipe.encode(self.store.documents(split, piece))
-      left_out_here = dict(sorted(dropped.items()))
-      for place in dropped.broken:
-        self.log(f'  {place}')
     else:
       documents = vocabularies.encoded(self.vocabulary, self.store, split, piece, tokens, pairs)
+    if self.recipe.select:
+      documents, dropped = self.recipe.select(documents)
+    left_out_here = dict(sorted(dropped.items()))
+    for place in dropped.broken:
+      self.log(f'  {place}')
     name = f'piece {piece + 1} of {self.pieces}'
     if self.stream.passes > 1:
       name += f', pass {number + 1} of {self.stream.passes}'

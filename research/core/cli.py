@@ -5,7 +5,9 @@ import contextlib
 import errno
 import os
 import select
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 
@@ -68,8 +70,11 @@ def use_huge_pages() -> None:
   missing = {k: v for k, v in CPU_ENVIRONMENT.items() if k not in os.environ}
   if missing and sys.platform == 'linux':
     os.environ.update(missing)
+    # Ctrl-C waits until `_prepare_terminal` of the new process: while Python starts it would be a traceback.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     with contextlib.suppress(OSError):  # this user may not start it; it is only faster
       os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def run(main: Callable[..., int | None], *args) -> None:
@@ -124,9 +129,12 @@ def machine_fault(error: BaseException) -> str | None:
     name = getattr(error, 'filename', None)
     place = f' ({name})' if name else ''
     return f'{reason}{place}: free some space, and start the same command again to go on.'
+  if number == errno.EROFS and error.filename:
+    return f'{error.filename} is on a disk that can only be read; choose another folder.'
   if number == errno.EROFS:
     return (
-      f'{error.filename or "a file"} is on a disk that can only be read; choose another folder.'
+      'a folder that Python needs can only be read (/dev/shm or the temporary folder): mount it for writing, '
+      'or name another in TMPDIR.'
     )
   return None
 
@@ -137,12 +145,36 @@ def _prepare_terminal() -> None:
     with contextlib.suppress(AttributeError, ValueError):  # no terminal, or something in its place
       stream.reconfigure(errors='replace')
   sys.excepthook = _excepthook
+  _quiet_hook(sys, 'unraisablehook')
+  _quiet_hook(threading, 'excepthook')
+  if hasattr(signal, 'pthread_sigmask'):  # `use_huge_pages` blocked it
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def _is_echo_of_full_disk(kind, error) -> bool:
+  """Whether TensorStore calls back into a save that a full disk has ended: the save itself says why.
+
+  An error of the command itself leaves nothing in `_running`.
+  """
+  return bool(_running) and kind is RuntimeError and str(error) == 'Event loop is closed'
+
+
+def _quiet_hook(module, name: str) -> None:
+  """Wraps, once, the hook that Python calls for an exception which nobody can catch."""
+  hook = getattr(module, name)
+  if getattr(hook, 'is_quiet', False):
+    return
+
+  def quiet(args):
+    if not _is_echo_of_full_disk(args.exc_type, args.exc_value):
+      hook(args)
+
+  quiet.is_quiet = True
+  setattr(module, name, quiet)
 
 
 def _excepthook(kind, error, trace) -> None:
-  # TensorStore calls back into a save that a full disk has ended, and the save has said why. An error of the
-  # command itself leaves nothing in `_running`.
-  if _running and kind is RuntimeError and str(error) == 'Event loop is closed':
+  if _is_echo_of_full_disk(kind, error):
     return
   if not issubclass(kind, KeyboardInterrupt):
     sys.__excepthook__(kind, error, trace)

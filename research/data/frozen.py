@@ -78,7 +78,9 @@ class Frozen:
     # An empty piece of text makes an empty shard, which lists no features.
     features = next((shard['features'] for shard in facts if shard['examples']), [])
     if not features:
-      raise UserError(f'{folder} holds no example: the {stream.split} split has too little text.')
+      counts = [f'{n} {why}' for shard in facts for why, n in shard.get('left_out', {}).items()]
+      why = f'left out: {", ".join(counts)}' if counts else 'it has too little text'
+      raise UserError(f'{folder} holds no example of the {stream.split} split: {why}.')
     self._dtype = np.dtype([(key, dtype, (length,)) for key, dtype, length in features])
     self.features = {key: ((length,), np.dtype(np.int32)) for key, _, length in features}
     self.bytes_per_token = _ratio(facts, 'target_bytes', 'target_tokens')

@@ -12,6 +12,7 @@ from typing import ClassVar
 
 from research.core.errors import Invalid, did_you_mean
 from research.core.storage import LFS_POINTER
+from research.data.spec import digest, to_spec
 
 # A tokenizer.json does not say which token ends a document: it is the first of these that it has.
 EOS_NAMES = ('</s>', '<|endoftext|>', '<eos>', '<|end_of_text|>', '<|im_end|>', '[SEP]')
@@ -96,6 +97,12 @@ class SentencePiece(Vocabulary):
       return []
     signature = file_signature(self.file)
     return signature + _zero_mark(eos_of_sentencepiece(*signature))
+
+
+def trained_file(vocabulary: SentencePiece, cache: pathlib.Path, fingerprint: str) -> pathlib.Path:
+  """Where a SentencePiece model lies that is trained on the text of this fingerprint (the training split's)."""
+  key = digest([to_spec(vocabulary), fingerprint])
+  return cache / 'vocabularies' / f'{vocabulary.model_type}-{vocabulary.size}-{key}.model'
 
 
 @dataclasses.dataclass(frozen=True)

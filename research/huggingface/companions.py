@@ -9,6 +9,8 @@ import pathlib
 import shutil
 from typing import Any
 
+from research.core.errors import UserError
+from research.huggingface import run_tokenizer
 from research.huggingface.defaults import SPECIAL_IDS
 from research.huggingface.settings import read_json
 
@@ -71,22 +73,28 @@ def write_companions(
 
 
 def _of_run(folder: pathlib.Path, source: pathlib.Path) -> dict[str, Any]:
-  """The tokenizer of the vocabulary that a run was trained with, and its ids."""
+  """The tokenizer of the vocabulary of a run, and its ids; a line says where there is none."""
   from research.core import configs
-  from research.data import vocabularies
 
   run = configs.load([str(source / 'config.gin')], root='RUN').tree()
-  vocabulary = getattr(run.keywords.get('train'), 'vocabulary', None)
-  if isinstance(vocabulary, vocabularies.Bytes):
-    # ByT5's tokenizer has the ids of seqio's bytes: 0 padding, 1 EOS, 2 unknown, then the bytes.
-    config = {
-      'tokenizer_class': 'ByT5Tokenizer', 'extra_ids': vocabulary.extra_ids, 'pad_token': '<pad>',
-      'eos_token': '</s>', 'unk_token': '<unk>',
-    }  # fmt: skip
-    (folder / 'tokenizer_config.json').write_text(json.dumps(config, indent=2) + '\n')
-    return {'eos_token_id': 1, 'pad_token_id': 0}
-  print(
-    f'note: the vocabulary of {source} is {type(vocabulary).__name__}; its tokenizer and special ids are not '
-    'written, add them to the folder.'
-  )
-  return {}
+  stream = run.keywords.get('train')
+  vocabulary = getattr(stream, 'vocabulary', None)
+  try:
+    return run_tokenizer.write(folder, vocabulary, _trained_model(stream))
+  except UserError as error:
+    print(f'note: the tokenizer of {source} is not written, add it to the folder: {error}')
+    return {}
+
+
+def _trained_model(stream) -> pathlib.Path | None:
+  """The SentencePiece model that freezing trained for a stream, None where the cache has none."""
+  from research.data import cache, vocabularies
+
+  vocabulary = getattr(stream, 'vocabulary', None)
+  if not isinstance(vocabulary, vocabularies.SentencePiece) or vocabulary.file:
+    return None
+  folder = cache.default_cache()
+  header = folder / 'streams' / stream.key() / 'header.json'
+  if not header.is_file():
+    return None
+  return vocabularies.trained_file(vocabulary, folder, read_json(header)['corpus']['fingerprint'])

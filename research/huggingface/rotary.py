@@ -89,6 +89,8 @@ def read_rope(settings: Settings, rope: Settings, scope: str = '') -> dict[str, 
   if 'original_length' in values:
     if rope.is_given(keys['original_length']):
       rope[keys['original_length']]  # refuses a null
+    if settings.is_given('original_max_position_embeddings'):
+      settings['original_max_position_embeddings']  # so does this
     outside = settings.get('original_max_position_embeddings')
     values['original_length'] = (
       outside or values['original_length'] or settings['max_position_embeddings']

@@ -37,6 +37,33 @@ def test_an_interrupt_is_one_word(code):
   assert (done.returncode, done.stderr, done.stdout) == (cli.INTERRUPTED, 'interrupted\n', '')
 
 
+def test_an_interrupt_while_a_command_starts_again_is_one_word():
+  """Python starts with Ctrl-C blocked, as `use_huge_pages` leaves it, and meets it when it can say the word."""
+  code = (
+    'import os, signal, sys\n'
+    'if len(sys.argv) == 1:\n'
+    '  signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})\n'
+    '  os.kill(os.getpid(), signal.SIGINT)\n'
+    '  os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], "again"])\n'
+    "cli.parser('x', 'What it is.')\nprint('not reached')"
+  )
+  done = run(code)
+  assert (done.returncode, done.stderr, done.stdout) == (cli.INTERRUPTED, 'interrupted\n', '')
+
+
+def test_a_failure_that_nobody_can_catch_is_silent_only_after_a_full_disk():
+  code = (
+    'import threading\n'
+    'def fail(text):\n'
+    '  thread = threading.Thread(target=lambda: (_ for _ in ()).throw(RuntimeError(text)))\n'
+    '  thread.start()\n'
+    '  thread.join()\n'
+  )
+  done = run(f"{code}cli.run(lambda: fail('Event loop is closed'))")
+  assert (done.returncode, done.stderr) == (0, '')
+  assert 'RuntimeError: another' in run(f"{code}cli.run(lambda: fail('another'))").stderr
+
+
 @pytest.mark.parametrize('shell', ['| head -1', '2>&1 | head -1', '| true'])
 def test_a_closed_pipe_ends_a_command_without_a_word(shell):
   done = run(
@@ -85,6 +112,10 @@ def test_a_platform_that_is_not_here_is_one_sentence(platform):
     (
       OSError(errno.EROFS, 'Read-only file system', '/d/x'),
       '/d/x is on a disk that can only be read',
+    ),
+    (
+      OSError(errno.EROFS, 'Read-only file system'),
+      'a folder that Python needs can only be read (/dev/shm or the temporary folder)',
     ),
   ],
 )

@@ -10,6 +10,7 @@ import re
 import numpy as np
 import pytest
 
+from research import freeze
 from research.core.errors import Invalid, UserError
 from research.data import batches
 from research.data.corpora import HuggingFace, JsonLines, Parquet, TextFiles
@@ -294,6 +295,22 @@ def test_documents_end_alike_whatever_the_id_of_their_end(tmp_path, name, packin
       assert not weight[batch['decoder_segment_ids'] == 0].any()
     weights.append(weight)
   np.testing.assert_array_equal(*weights)
+
+
+def test_pairs_that_no_row_holds_are_counted(tmp_path, capsys):
+  rows = [
+    {'prompt': 'ask', 'text': 'x' * n} for n in (5, 27, 28, 29, 300)
+  ]  # 3 + 28 and EOS are a row of 32
+  (tmp_path / 'a.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
+  corpus = JsonLines(files=str(tmp_path / 'a.jsonl'), prompt='prompt', validation_fraction=1e-9)
+  fields = {'task': 'instructions', 'corpus': corpus, 'vocabulary': Bytes()}
+  frozen = frozen_of(Stream(lengths={'targets': 32}, **fields), tmp_path / 'cache')
+  targets = frozen.examples(range(len(frozen)))['decoder_target_tokens']
+  assert (targets == 1).sum() == 3
+  freeze.report(frozen, tmp_path / 'cache', show=0)
+  assert '2 pairs longer than a row' in capsys.readouterr().out
+  with pytest.raises(UserError, match='left out: 5 pairs longer than a row'):
+    frozen_of(Stream(lengths={'targets': 8}, **fields), tmp_path / 'cache')
 
 
 def test_the_cases_of_an_end_that_is_id_0(tmp_path):

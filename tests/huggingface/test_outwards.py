@@ -1,14 +1,20 @@
 """What is written: transformers computes the same from it, and every preset of a known family is written."""
 
 import json
+import os
+import subprocess
+import sys
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 
-from research.checkpoints import streamed
+from research.checkpoints import pretrained, streamed
 from research.core import configs
 from research.core.errors import UserError
 from research.huggingface import inwards, outwards
+from research.parallel.mesh import Mesh
 from tests.huggingface import test_parity
 
 torch = pytest.importorskip('torch')
@@ -31,6 +37,17 @@ PRESETS = {
   'qwen2_5/0_5b': 'qwen2', 'qwen3/0_6b': 'qwen3', 'qwen3/30b_a3b': 'qwen3_moe',
   'switch/base_8': 'switch_transformers', 't5/1_0_small': 't5', 't5/1_1_small': 't5', 'ul2/20b': 't5',
 }  # fmt: skip
+RUN = """
+from __gin__ import dynamic_registration
+from research.data import corpora
+from research.data import streams
+include 'gin/runs/tiny.gin'
+streams.Stream.corpus = @corpora.TextFiles()
+corpora.TextFiles.files = '{files}'
+corpora.TextFiles.validation_fraction = 0.2
+train/streams.Stream.examples = 120
+validation/streams.Stream.examples = 16
+"""
 FAST = ('llama/tiny', 'gemma3/270m', 'gpt2/124m')
 
 
@@ -74,3 +91,33 @@ def test_transformers_computes_the_same_from_what_is_written(name, tmp_path):
   assert np.abs(got - want).max() < test_parity.TOLERANCE * np.abs(want).max()
   loaded = model.config
   assert (loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id) == (3, 4, 5)
+
+
+@pytest.mark.slow
+def test_a_run_is_exported_by_the_commands_of_the_docs(tmp_path, text_file, user_environment):
+  """docs/families.md: twenty steps of gin/models/llama/tiny.gin, here on a small text, and its tokenizer."""
+  run, out, gin_file = tmp_path / 'run', tmp_path / 'hf', tmp_path / 'run.gin'
+  gin_file.write_text(RUN.format(files=text_file))
+  commands = [
+    ['train', f'--gin_file={gin_file}', f'--workdir={run}', '--gin.Run.steps=20'],
+    ['convert', f'--to_hf={out}', f'--checkpoint={run}', '--gin_file=gin/models/llama/tiny.gin',
+     '--model_type=llama'],
+  ]  # fmt: skip
+  environment = {**user_environment, 'ISOFLOP_CACHE': os.environ['ISOFLOP_CACHE']}
+  for name, *flags in commands:
+    command = [sys.executable, '-m', f'research.{name}', *flags]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+  tokens = np.arange(3, 67)[None]
+  with Mesh().use(jax.devices()[:1]):
+    trained = pretrained.Pretrained(folder=str(run))
+    params = pretrained.read_params(trained.model, trained.checkpoint)
+    graphdef = nnx.graphdef(pretrained.abstract_model(trained.model))
+    want = np.asarray(nnx.merge(graphdef, params)({'decoder_input_tokens': tokens})[0])
+  model = T.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+  with torch.no_grad():
+    got = model(torch.tensor(tokens)).logits.numpy()
+  assert np.abs(got - want).max() < test_parity.TOLERANCE * np.abs(want).max()
+  assert (model.config.eos_token_id, model.config.pad_token_id) == (1, 0)
+  ids = T.AutoTokenizer.from_pretrained(out)('loss').input_ids
+  assert ids[:4] == [byte + 3 for byte in b'loss']

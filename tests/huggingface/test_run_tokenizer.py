@@ -1,0 +1,96 @@
+"""The tokenizer of a run, written beside its export: transformers gives the ids of training."""
+
+import io
+
+import pytest
+import sentencepiece
+import tokenizers
+from tokenizers import models, pre_tokenizers, processors
+
+from research.core.errors import UserError
+from research.data.encoding import make_encoding
+from research.data.vocabularies import Bytes, HuggingFaceTokenizer, SentencePiece
+from research.huggingface import run_tokenizer
+
+T = pytest.importorskip('transformers')
+TEXTS = (*run_tokenizer.SAMPLES, 'law law\nrun', 'of  the\u00a0law', '<pad>')
+
+
+@pytest.fixture(scope='module')
+def bpe(tmp_path_factory):
+  """A SentencePiece model as freezing trains one: lossless, with bytes for what it has no piece for."""
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(['the law of this run is a law of the loss'] * 50), model_writer=model,
+    vocab_size=290, model_type='bpe', byte_fallback=True, normalization_rule_name='identity',
+    add_dummy_prefix=False, remove_extra_whitespaces=False, bos_id=-1, pad_id=0, eos_id=1, unk_id=2,
+    hard_vocab_limit=False, minloglevel=2,
+  )  # fmt: skip
+  file = tmp_path_factory.mktemp('vocabulary') / 'a.model'
+  file.write_bytes(model.getvalue())
+  return file
+
+
+@pytest.fixture(scope='module', params=['<|endoftext|>', '!'])
+def fast(request, tmp_path_factory):
+  """A byte-level tokenizer.json whose id 0 is special (GPT-NeoX), or is text (GPT-2) and moves up by one."""
+  first = [request.param, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+  vocab = {token: i for i, token in enumerate(dict.fromkeys([*first, 'th', 'the']))}
+  tokenizer = tokenizers.Tokenizer(models.BPE(vocab, [('t', 'h'), ('th', 'e')]))
+  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.add_special_tokens(['<|endoftext|>'])
+  end = tokenizer.token_to_id('<|endoftext|>')
+  tokenizer.post_processor = processors.TemplateProcessing(
+    '<|endoftext|> $A', None, [('<|endoftext|>', end)]
+  )
+  file = tmp_path_factory.mktemp('vocabulary') / 'tokenizer.json'
+  tokenizer.save(str(file))
+  return file
+
+
+def check(vocabulary, folder):
+  encoding = make_encoding(vocabulary)
+  ids = run_tokenizer.write(folder, vocabulary, None)
+  (folder / 'config.json').write_text('{"model_type": "llama"}')
+  theirs = T.AutoTokenizer.from_pretrained(folder)
+  for text in TEXTS[:-1]:
+    assert theirs(text, add_special_tokens=False).input_ids == encoding.encode(text), text
+    assert theirs.decode(encoding.encode(text), clean_up_tokenization_spaces=False) == text
+  assert theirs.eos_token_id == ids['eos_token_id'] == encoding.end
+  return theirs, ids
+
+
+def test_bytes(tmp_path):
+  run_tokenizer.write(tmp_path, Bytes(), None)
+  theirs = T.AutoTokenizer.from_pretrained(tmp_path)
+  assert theirs('é', add_special_tokens=False).input_ids == make_encoding(Bytes()).encode('é')
+
+
+def test_a_tokenizer_json(tmp_path, fast):
+  theirs, ids = check(HuggingFaceTokenizer(file=str(fast)), tmp_path)
+  moved = fast.read_text().startswith('{') and theirs.convert_tokens_to_ids('!') != 0
+  assert ids['pad_token_id'] == (0 if theirs.pad_token == '<pad>' else None)
+  assert moved
+  assert theirs('the').input_ids == theirs('the', add_special_tokens=False).input_ids
+
+
+def test_a_sentencepiece_model(tmp_path, bpe):
+  _, ids = check(SentencePiece(file=str(bpe)), tmp_path)
+  assert ids == {'eos_token_id': 1, 'pad_token_id': 0}
+
+
+def test_a_sentencepiece_model_of_the_cache(tmp_path, bpe):
+  assert run_tokenizer.write(tmp_path, SentencePiece(), bpe)['eos_token_id'] == 1
+  with pytest.raises(UserError, match='not in the data cache any more'):
+    run_tokenizer.write(tmp_path, SentencePiece(), None)
+
+
+def test_what_has_no_equal_is_refused(tmp_path, bpe, monkeypatch):
+  monkeypatch.setattr(run_tokenizer, 'merges', lambda pieces, vocab: [])
+  with pytest.raises(UserError, match=r'has no equal in tokenizer.json'):
+    run_tokenizer.write(tmp_path, SentencePiece(file=str(bpe)), None)
+
+
+def test_another_class_is_named(tmp_path):
+  with pytest.raises(UserError, match='NoneType is a vocabulary'):
+    run_tokenizer.write(tmp_path, None, None)
