@@ -11,7 +11,8 @@ Nothing is downloaded.
 
 import pathlib
 
-from research.core import cli
+from research.core import cli, storage
+from research.core.errors import UserError
 from research.huggingface.files import DTYPES, FILE_BYTES
 
 
@@ -19,17 +20,32 @@ def main(flags) -> None:
   """Converts in the direction that the flags say."""
   from research.huggingface import inwards, outwards  # jax: --help must not cost seconds
 
+  folders = {
+    name: _folder(name, value)
+    for name in ('from_hf', 'out', 'to_hf', 'checkpoint')
+    if (value := getattr(flags, name))
+  }
   if flags.from_hf:
-    inwards.from_hf(flags.from_hf, flags.out)
+    inwards.from_hf(folders['from_hf'], folders['out'])
   else:
     from research.checkpoints import streamed
     from research.core import configs
 
     gin = configs.load(flags.gin_file, flags.gin, root='MODEL')
-    params = streamed.Params(flags.checkpoint)
-    source = pathlib.Path(flags.checkpoint)
-    outwards.save(flags.to_hf, gin, params, flags.model_type, flags.dtype, flags.file_bytes, source)
+    source = folders['checkpoint']
+    params = streamed.Params(source)
+    outwards.save(
+      folders['to_hf'], gin, params, flags.model_type, flags.dtype, flags.file_bytes, source
+    )
   print(f'wrote {flags.out or flags.to_hf}')
+
+
+def _folder(flag: str, name: str) -> pathlib.Path:
+  """The folder that a flag names, on a disk."""
+  folder = storage.place(name, f'--{flag}')
+  if storage.is_bucket(folder):
+    raise UserError(f'--{flag}={name} is a folder of a bucket; copy it here, and name the copy.')
+  return folder
 
 
 def _flags():

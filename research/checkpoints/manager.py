@@ -162,6 +162,11 @@ class Checkpoints:
       for k in wanted
       if k in saved and saved[k] != wanted[k]
     ]
+    if saved and all(name.startswith('params/') for name in saved):
+      raise UserError(
+        f'{self.folder / str(step)} holds the parameters of a model alone, as conversion writes them, and '
+        'nothing of a run that could go on; give this run a workdir of its own.'
+      )
     if problems:
       more = f' (and {len(problems) - 3} more)' if len(problems) > 3 else ''
       raise UserError(

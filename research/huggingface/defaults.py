@@ -108,6 +108,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
   'mpt': {
     'd_model': 2048, 'n_heads': 16, 'n_layers': 24, 'expansion_ratio': 4, 'vocab_size': 50368,
     'layer_norm_epsilon': 1e-5, 'no_bias': True, 'attn_config': dict, 'logit_scale': float,
+    'norm_type': 'low_precision_layernorm', 'learned_pos_emb': True,
     'tie_word_embeddings': True,
   },
   'opt': {

@@ -68,7 +68,7 @@ class Unused:
 
   def read(self, settings: Settings) -> dict[str, Any]:
     for key in self.keys:
-      settings.get(key)
+      settings.get_or_refuse_null(key)
     return {}
 
   def write(self, get: Get) -> dict[str, Any]:
@@ -109,12 +109,12 @@ def always(bindings: dict[str, Any]) -> Derived:
 
 
 def equal(settings: Settings, key: str, value: Any) -> dict:
-  """Refuses a key that is neither null nor this value. No bindings.
+  """Refuses a key that is neither this value nor a null that means it. No bindings.
 
   Raises:
     UserError: another value.
   """
-  given = settings.get(key)
+  given = settings.get_or_refuse_null(key)
   if given is not None and not is_same(given, value):
     raise UserError(
       f'config.json: {settings.model_type} with {settings.name(key)} = {given!r} is not supported, '

@@ -1,5 +1,6 @@
 """GPT-2 and its like: GPT-J, GPT-NeoX, Phi, Falcon, BLOOM, MPT, OPT and BERT."""
 
+from research.core.errors import UserError
 from research.huggingface.fields import (
   HEAD_DIM_ONLY_OURS,
   LAYER_NORM,
@@ -100,7 +101,7 @@ def _read_mpt(settings: Settings) -> dict:
   """Its object of attention options."""
   attention = settings.child('attn_config', settings.get('attn_config') or {}, MPT_ATTENTION)
   for key in ('attn_pdrop', 'attn_impl', 'attn_uses_sequence_id', 'model_type', *MPT_INNER):
-    attention.get(key)
+    attention.get_or_refuse_null(key)
   for key in ('attn_type', 'prefix_lm', 'qk_ln', 'alibi', 'alibi_bias_max'):
     equal(attention, key, MPT_ATTENTION[key])
   return {
@@ -120,7 +121,8 @@ def _write_mpt(get) -> dict:
 
 MPT_ATTENTION = {
   'attn_type': 'multihead_attention', 'clip_qkv': float, 'softmax_scale': float, 'prefix_lm': False,
-  'qk_ln': False, 'alibi': True, 'alibi_bias_max': 8,
+  'qk_ln': False, 'alibi': True, 'alibi_bias_max': 8, 'attn_pdrop': 0, 'attn_impl': 'torch',
+  'attn_uses_sequence_id': False,
 }  # fmt: skip
 # What transformers writes into every object of options.
 MPT_INNER = (
@@ -130,9 +132,12 @@ MPT_INNER = (
 
 
 def _read_rotary_dim(settings: Settings) -> dict:
-  return {
-    'positions.rotary.fraction': settings['rotary_dim'] / (width(settings) // heads(settings))
-  }
+  rotated, size = settings['rotary_dim'], width(settings) // heads(settings)
+  if rotated % 2 or not 0 < rotated <= size:
+    raise UserError(
+      f'config.json: rotary_dim = {rotated} of {size} channels is not supported: an even number of them is wanted.'
+    )
+  return {'positions.rotary.fraction': rotated / size}
 
 
 def _rotary_dim(get):

@@ -34,6 +34,8 @@ RENAMED = {
   r'^backbone\.embedding\.weight$': 'backbone.embeddings.weight',
 }  # fmt: skip
 LISTED = 12  # tensors named in one message
+DEPTHS = ('num_hidden_layers', 'n_layer', 'n_layers', 'num_layers', 'num_decoder_layers')
+MANY_LAYERS = 10_000
 
 
 def family_of(config: dict[str, Any]) -> tuple[Family, Settings]:
@@ -144,6 +146,7 @@ def open_folder(folder: pathlib.Path) -> tuple[str, list[Tensor], Tensors]:
   given.rename(_canonical(family, given))
   if quantisation is not None:
     given = unpack(given, quantisation)
+  _check_depth(folder, config, given)
   settings.tensors, settings.same_tensors = frozenset(given), given.same
   text = gin_text(family, settings)
   gin = configs.Config('MODEL')
@@ -159,6 +162,17 @@ def open_folder(folder: pathlib.Path) -> tuple[str, list[Tensor], Tensors]:
     ) from error
   _check_tensors(folder, family, settings, wanted, given)
   return text, wanted, given
+
+
+def _check_depth(folder, config: dict[str, Any], given: Tensors) -> None:
+  """Refuses more layers than there are tensors, before anything of that length is made."""
+  for key in DEPTHS:
+    depth = config.get(key)
+    if isinstance(depth, int) and depth > max(MANY_LAYERS, len(given)):
+      raise UserError(
+        f'{folder}: {key} = {depth} of config.json are more layers than the {len(given)} tensors of the files '
+        'can be; correct the key, or download the missing files.'
+      )
 
 
 def _canonical(family: Family, given: Tensors) -> dict[str, str]:

@@ -118,6 +118,11 @@ class Settings:
       )
     return int(value) if kind is int and isinstance(value, float) else value
 
+  def get_or_refuse_null(self, key: str) -> Any:
+    """As `get`, but a null is refused where the family's default is a value and not null."""
+    known = self.defaults.get(key)
+    return self.get(key) if known is None or isinstance(known, type) else self[key]
+
   def __getitem__(self, key: str) -> Any:
     value = self.get(key)
     if value is None:
