@@ -135,7 +135,7 @@ def _read_rotary_dim(settings: Settings) -> dict:
   rotated, size = settings['rotary_dim'], width(settings) // heads(settings)
   if rotated % 2 or not 0 < rotated <= size:
     raise UserError(
-      f'config.json: rotary_dim = {rotated} of {size} channels is not supported: an even number of them is wanted.'
+      f'config.json: rotary_dim = {rotated} of {size} channels is not supported: an even number is wanted.'
     )
   return {'positions.rotary.fraction': rotated / size}
 
