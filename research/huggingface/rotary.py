@@ -58,6 +58,8 @@ def read_rope(settings: Settings, rope: Settings, scope: str = '') -> dict[str, 
   fraction = rope.get('partial_rotary_factor')
   partial = 'partial_rotary_factor' in settings.defaults or 'rotary_pct' in settings.defaults
   if partial:
+    if rope.is_given('partial_rotary_factor'):
+      rope['partial_rotary_factor']  # refuses a null
     bindings[f'{name}.fraction'] = 1.0 if fraction is None else fraction
   elif fraction not in (None, 1.0):
     raise UserError(

@@ -6,7 +6,7 @@ from research.core.errors import UserError
 from research.huggingface.fields import SIZES, Derived, Family, Field, Options, Raw, Unused, always
 from research.huggingface.heads import MT5_HEAD, SWITCH_HEAD, T5_HEAD
 from research.huggingface.names import Tree
-from research.huggingface.settings import Settings
+from research.huggingface.settings import Settings, is_same
 from research.huggingface.tables import under
 
 T5_ATTENTION = {'query': 'q', 'key': 'k', 'value': 'v', 'output': 'o'}
@@ -105,11 +105,31 @@ T5_COPIES = {f'{s}.embed_tokens.weight': 'shared.weight' for s in ('encoder', 'd
 T5_IGNORE = (r'decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight',)
 
 
+def _agrees(projections: tuple[str, ...]) -> Derived:
+  """Refuses `is_gated_act` and `dense_act_fn` that say something else than `feed_forward_proj`."""
+  gated = projections[0].startswith('gated')
+  # 'gated-gelu' alone means the approximation; as an activation 'gelu' is exact.
+  names = {name.removeprefix('gated-') for name in projections if name != 'gated-gelu'}
+
+  def read(settings: Settings) -> dict:
+    wanted = {'is_gated_act': (gated,), 'dense_act_fn': tuple(sorted(names))}
+    for key, values in wanted.items():
+      value = settings.get(key)
+      if settings.is_given(key) and not any(is_same(value, option) for option in values):
+        raise UserError(
+          f'config.json: {key} = {value!r} of {settings.model_type} does not go with feed_forward_proj = '
+          f'{settings["feed_forward_proj"]!r}; leave one of them out.'
+        )
+    return {}
+
+  return Derived(read)
+
+
 def _t5(model_type, architecture, gin, projections, head, *more):
   mlp = under('DenseReluDense.', GATED_T5 if projections[0].startswith('gated') else PLAIN)
   return Family(
     model_type, architecture, f'gin/models/{gin}.gin',
-    (*T5_SIZES, DEPTH, head, Unused(('dense_act_fn', 'is_gated_act')), *more), _t5_trees(mlp), T5_TOP,
+    (*T5_SIZES, DEPTH, head, _agrees(projections), *more), _t5_trees(mlp), T5_TOP,
     {'feed_forward_proj': Options(projections), **T5_WHEN}, T5_IGNORE, '', T5_COPIES,
   )  # fmt: skip
 
