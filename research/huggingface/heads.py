@@ -72,9 +72,13 @@ def _t5_head(settings: Settings, scaled: bool) -> dict[str, Any]:
 
 
 def _read_t5(settings):
-  settings.get('scale_decoder_outputs')  # transformers overwrites it by the flag
-  # Only `false` says release 1.1: null and an absent key are the first release's.
-  return _t5_head(settings, scaled=settings.get('tie_word_embeddings') is not False)
+  # Of `tie_word_embeddings` only `false` says release 1.1: null and an absent key are the first release's.
+  scaled = settings.get('tie_word_embeddings') is not False
+  if settings.is_given(
+    'scale_decoder_outputs'
+  ):  # files of transformers 5 say it here, and always tie
+    scaled = bool(settings.get('scale_decoder_outputs'))
+  return _t5_head(settings, scaled)
 
 
 def _write_t5(get):

@@ -75,6 +75,11 @@ def _read_sparse_depth(settings):
         f'config.json: switch_transformers with {key} = {settings[key]} of {depth} layers is '
         'not supported, only half.'
       )
+    step = f'{name}_sparse_step'
+    if settings.is_given(step) and settings.get(step) != 2:
+      raise UserError(
+        f'config.json: {step} = {settings.get(step)!r} does not go with {key}; leave it out.'
+      )
     bindings[f'{name.upper()}_LAYERS'] = depth // 2
   return bindings
 
