@@ -162,7 +162,8 @@ class Checkpoints:
       for k in wanted
       if k in saved and saved[k] != wanted[k]
     ]
-    if saved and all(name.startswith('params/') for name in saved):
+    of_model = lambda tree: all(name.startswith('params/') for name in tree)
+    if saved and of_model(saved) and not of_model(wanted):
       raise UserError(
         f'{self.folder / str(step)} holds the parameters of a model alone, as conversion writes them, and '
         'nothing of a run that could go on; give this run a workdir of its own.'

@@ -87,6 +87,10 @@ class Tensors(Mapping):
     kind = DTYPES.get(dtype) or RAW.get(dtype, 'uint8')
     return np.memmap(file, kind, 'r', offset, self.shapes[name])
 
+  def is_plain(self) -> bool:
+    """Whether every tensor is floating point of 16 to 64 bits, as no packed weight is."""
+    return all(dtype in DTYPES for _, dtype, _ in self.places.values())
+
   def same(self, name: str, other: str) -> bool:
     """Whether both tensors are there and equal."""
     if name not in self.places or other not in self.places:

@@ -145,6 +145,11 @@ def open_folder(folder: pathlib.Path) -> tuple[str, list[Tensor], Tensors]:
   family, settings = family_of(config)
   given.rename(_canonical(family, given))
   if quantisation is not None:
+    if given.is_plain():
+      raise UserError(
+        f'{folder}: quantization_config of config.json says that the weights are packed, and no tensor of the '
+        'files is; take it out to read them as they are.'
+      )
     given = unpack(given, quantisation)
   _check_depth(folder, config, given)
   settings.tensors, settings.same_tensors = frozenset(given), given.same

@@ -19,7 +19,6 @@ import ml_dtypes
 import numpy as np
 
 from research.core.errors import UserError
-from research.huggingface.files import DTYPES
 
 # AWQ packs eight columns into one int32 in this order, for the sake of its CUDA kernel.
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -216,11 +215,6 @@ def unpack(tensors, options: dict[str, Any]):
     raise UserError(
       f'config.json: quantization_config has quant_method {method!r}; only '
       f'{", ".join(sorted(readers))} can be read. Save the model in bfloat16 first.'
-    )
-  if all(dtype in DTYPES for _, dtype, _ in tensors.places.values()):
-    raise UserError(
-      f'config.json: quantization_config says {method}, and no tensor of the files is packed; take it out to '
-      'read them as they are.'
     )
   return readers[method](tensors, options)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from research.core.errors import UserError
-from research.huggingface import files, packed
+from research.huggingface import packed
 
 OUT, IN, GROUP = 16, 32, 8
 
@@ -224,10 +224,3 @@ def test_a_packed_llama_is_the_llama_that_its_numbers_stand_for(tmp_path):
   leaves = jax.tree.leaves(params)
   for ours, reference in zip(leaves, jax.tree.leaves(plain_params), strict=True):
     np.testing.assert_allclose(ours, reference, rtol=0, atol=1e-6)
-
-
-def test_a_quantisation_that_no_tensor_has_is_refused(tmp_path):
-  weight = np.ones((4, 4), np.float32)
-  files.write_tensors(tmp_path, iter([('a.weight', weight)]), {'a.weight': (4, 4)}, 'float32')
-  with pytest.raises(UserError, match='says gptq, and no tensor of the files is packed'):
-    packed.unpack(files.Tensors(tmp_path), {'quant_method': 'gptq', 'bits': 4})
