@@ -16,14 +16,14 @@ from research.parallel.mesh import Mesh
 # A fusion and an operation that change a cache in place; one that makes the array it changes; a whole result.
 PROGRAM = """HloModule step
 
-%in_place (p: f32[64,128], u: f32[1,128], i: s32[]) -> f32[64,128] {
+%fused_in_place (p: f32[64,128], u: f32[1,128], i: s32[]) -> f32[64,128] {
   %p = f32[64,128]{1,0} parameter(0)
   %u = f32[1,128]{1,0} parameter(1)
   %i = s32[] parameter(2)
   ROOT %update = f32[64,128]{1,0} dynamic-update-slice(%p, %u, %i, %i)
 }
 
-%fresh (u: f32[1,128], i: s32[]) -> f32[64,128] {
+%fused_fresh (u: f32[1,128], i: s32[]) -> f32[64,128] {
   %zero = f32[] constant(0)
   %zeros = f32[64,128]{1,0} broadcast(%zero), dimensions={}
   %u.1 = f32[1,128]{1,0} parameter(0)
@@ -45,10 +45,10 @@ ROW, ALL = 4 * 128, 4 * 64 * 128
 @pytest.mark.parametrize(
   ('line', 'written'),
   [
-    ('fusion(%cache, %new, %place), kind=kLoop, calls=%in_place', ROW),
+    ('fusion(%cache, %new, %place), kind=kLoop, calls=%fused_in_place', ROW),
     ('dynamic-update-slice(%cache, %new, %place, %place)', ROW),
     ('scatter(%cache, %place, %new), to_apply=%assign', ROW),
-    ('fusion(%new, %place), kind=kLoop, calls=%fresh', ALL),
+    ('fusion(%new, %place), kind=kLoop, calls=%fused_fresh', ALL),
     ('copy(%cache)', ALL),
   ],
 )
