@@ -80,6 +80,7 @@ def test_guesses_and_beams_answer_a_file_of_prompts(run, expected, tmp_path):
   assert answers('--beams=1') == expected
 
 
+@pytest.mark.slow
 def test_the_model_guesses_for_itself(run, expected, folder):
   assert run(f'--prompt={PROMPT}', f'--draft={folder}', '--guesses=2').out.strip() == expected
 

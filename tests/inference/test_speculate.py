@@ -52,7 +52,7 @@ def ragged(lengths, width=8):
   return {'decoder_input_tokens': tokens, 'decoder_segment_ids': real}
 
 
-@pytest.mark.parametrize('draft', [None, Ngram(1)])
+@pytest.mark.parametrize('draft', [pytest.param(None, marks=pytest.mark.slow), Ngram(1)])
 def test_greedy_tokens_are_those_without_guesses(draft):
   lengths, more = (8, 3, 5), 16
   batch = ragged(lengths)
@@ -69,6 +69,7 @@ def test_greedy_tokens_are_those_without_guesses(draft):
   assert got.steps < (more - 1 if draft is None else more)
 
 
+@pytest.mark.slow
 def test_draws_have_the_distribution_of_the_model():
   """The second token, the first that a guess can change, over many rows of one prompt, by chi-square."""
   rows = 1500
