@@ -46,7 +46,7 @@ def rates(best_of: Mapping[str, dict], line: tuple[float, float, float] | None):
   curves.set(
     xlabel='learning rate', ylabel="loss over the size's best (nats per token)", title=title
   )
-  law.set(xlabel='parameters N', ylabel='best learning rate', title='The best rate of every size')
+  law.set(xlabel='parameters $N$', ylabel='best learning rate', title='The best rate of every size')
   curves.legend(fontsize=7, frameon=False)
   log_scale(curves, 'x')
   if law.lines:

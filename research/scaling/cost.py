@@ -75,6 +75,22 @@ def fit_cost(params, tokens, flops) -> Cost:
   return dataclasses.replace(line, worst=worst) if worst < 0.9 * power.worst else power
 
 
+def not_six_nd(cost: Cost, params, tokens, flops) -> str | None:
+  """A sentence where the rows' C is not 6 N D; None where it is, up to the rounding of figures."""
+  ratio = 6 * np.asarray(params) * np.asarray(tokens) / np.asarray(flops)
+  if np.abs(np.log(ratio)).max() < 0.02:
+    return None
+  # In the order of N, which is what the ratio usually goes with.
+  order = np.argsort(params, kind='stable')
+  told = (
+    f'C is not 6 N D here: 6 N D / C runs from {ratio[order[0]]:.3g} at the smallest size to '
+    f'{ratio[order[-1]]:.3g} at the largest; it is taken as {cost}, and budgets and optima are in C.'
+  )
+  if cost.worst > 0.05:
+    told += ' No one count of FLOPs fits every row: check the column, or leave it out for 6 N D.'
+  return told
+
+
 def chip_hours(flops: float, *, step_flops: float, step_seconds: float, chips: int = 1) -> float:
   """Chip-hours of a run of `flops` from one measured (or compiled) step on `chips` chips."""
   if step_flops <= 0 or step_seconds <= 0 or chips < 1:

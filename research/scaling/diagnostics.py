@@ -9,6 +9,7 @@ import numpy as np
 
 from research.scaling import allocation, approaches, comparison, forecast, law_fit, planning
 from research.scaling import rows as table
+from research.scaling.cost import not_six_nd
 from research.scaling.fitted import Fit, NotIdentifiable
 from research.scaling.laws.base import Law
 
@@ -44,6 +45,9 @@ def parabola_bias(a) -> Bias | None:
 def notes(a) -> list[str]:
   """Sentences for a reader, worst first."""
   out = []
+  if 'flops' in a.rows.columns:
+    told = not_six_nd(a.cost, a.rows.params, a.rows.tokens, a.rows.flops)
+    out += [told] if told else []
   found = a.exponents()
   if {'a, approach 2', 'a, approach 3'} <= set(found):
     two, three = found['a, approach 2'], found['a, approach 3']

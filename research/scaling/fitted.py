@@ -153,14 +153,13 @@ def show_minima(result: Fit) -> list[str]:
     'starts, '
     f'condition number {result.condition:.2g}'
   ]
-  for m in converged[1:]:
-    values = ', '.join(f'{name} {value:.4g}' for name, value in m.parameters.items())
-    lines.append(f'    also {m.objective:.10g} ({m.kind}, {m.starts} starts): {values}')
+  values = lambda m: ', '.join(f'{name} {value:.4g}' for name, value in m.parameters.items())
+  lines += [
+    f'    also {m.objective:.10g} ({m.kind}, {m.starts} starts): {values(m)}' for m in converged[1:]
+  ]
   if stopped:
-    lines.append(
-      f'    {sum(m.starts for m in stopped)} starts did not converge; the lowest ended at '
-      f'{stopped[0].objective:.10g}'
-    )
+    lines.append(f'    {sum(m.starts for m in stopped)} starts did not converge; they ended at')
+    lines += [f'      {m.objective:.10g} ({m.starts} starts): {values(m)}' for m in stopped]
   return lines
 
 

@@ -4,6 +4,7 @@
 import dataclasses
 import functools
 import math
+import re
 import subprocess
 import sys
 
@@ -256,7 +257,11 @@ def test_plots_draw_and_the_report_holds_everything(analysis, rows, tmp_path):
   )
   page = path.read_text()
   assert page.count('data:image/png;base64,') == 7
-  assert 'http' not in page
+  assert page.count('data:image/svg+xml;base64,') == page.count('data:text/csv;base64,') == 7
+  assert 'http' not in re.sub('base64,[^"]*', '', page)
+  assert f'by the rule that forecasts here ({analysis.method})' in page
+  assert '<i>E</i> + <i>A</i> / <i>N</i><sup><i>α</i></sup>' in page
+  assert 'AICc is lowest for' in page
   assert 'A &lt;small&gt; sweep' in page
   assert '-0.99%' in page
   assert all(str(r['run']) in page for r in rows)

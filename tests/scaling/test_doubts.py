@@ -178,6 +178,13 @@ def test_a_cost_that_is_affine_in_n_is_fitted_as_that():
   assert (cost.k, cost.constant) == pytest.approx((6.0, 2e8), rel=1e-6)
   np.testing.assert_allclose(cost.params(seen.tokens, seen.flops), seen.params, rtol=1e-9)
   from research.scaling import planning
+  from research.scaling.cost import not_six_nd
+
+  told = not_six_nd(cost, seen.params, seen.tokens, seen.flops)
+  smallest = (6 * seen.params * seen.tokens / seen.flops)[np.argmin(seen.params)]
+  assert f'6 N D / C runs from {smallest:.3g} at the smallest size' in told
+  assert 'C = (6 N + 2e+08) D' in told
+  assert not_six_nd(cost, seen.params, seen.tokens, 6.001 * seen.params * seen.tokens) is None
 
   values = {'E': 1.7, 'A': 400.0, 'B': 410.0, 'alpha': 0.34, 'beta': 0.28}
   n, d, loss = planning.optimum(laws.Chinchilla(), values, 1e20, cost)

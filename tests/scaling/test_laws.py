@@ -357,10 +357,38 @@ def two_schedules(knots, every):
   peak = 3e-4
   cosine = peak * (0.1 + 0.45 * (1 + np.cos(np.pi * t / t[-1])))
   wsd = peak * np.where(t < 1500, 1.0, 0.1 ** ((t - 1500) / 500))
-  law = laws.MultiPower([cosine, wsd], warm=0.01, knots=knots)
+  law = laws.MultiPower([cosine, wsd], before=0.01, knots=knots)
   true = {'E': 2.0, 'A': 0.4, 'alpha': 0.5, 'B': 400.0, 'C': 2.0, 'beta': 0.5, 'gamma': 0.6}
   parts = [law.points(k, np.arange(every, 2001, every)) for k in (0, 1)]
   return law, true, {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+
+
+def test_the_multi_power_law_is_the_papers_sum_over_every_step():
+  """Against the equation as two loops in numpy, over a warm-up, a cosine and a decay to zero."""
+  t = np.arange(1, 601)
+  warm = np.minimum(t / 50, 1.0)
+  cosine = 3e-4 * warm * (0.1 + 0.45 * (1 + np.cos(np.pi * t / 600)))
+  linear = 3e-4 * warm * np.minimum(1.0, np.maximum(600 - t, 0) / 200)
+  law = laws.MultiPower([cosine, linear])
+  p = {'E': 2.0, 'A': 0.4, 'alpha': 0.5, 'B': 400.0, 'C': 2.0, 'beta': 0.5, 'gamma': 0.6}
+  for which, lr in enumerate((cosine, linear)):
+    steps = np.array([60, 300, 599])
+    total = np.concatenate([[0.0], np.cumsum(lr)])
+    want = []
+    for step in steps:
+      gained = 0.0
+      for k in range(1, step):
+        since = total[step] - total[k]
+        gained += (lr[k - 1] - lr[k]) * (
+          1 - (p['C'] * lr[k] ** -p['gamma'] * since + 1) ** -p['beta']
+        )
+      want.append(p['E'] + p['A'] * total[step] ** -p['alpha'] - p['B'] * gained)
+    np.testing.assert_allclose(law(p, **law.points(which, steps)), want, rtol=1e-12)
+  few = laws.MultiPower([cosine, linear], knots=128)
+  every, gathered = (one(p, **one.points(0, np.arange(60, 600, 20))) for one in (law, few))
+  assert 0 < np.abs(every / gathered - 1).max() < 1e-3
+  with pytest.raises(laws.LawError, match='none negative'):
+    laws.MultiPower([-cosine])
 
 
 @pytest.mark.slow

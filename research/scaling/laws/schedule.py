@@ -3,25 +3,31 @@
 import dataclasses
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from research.scaling.laws.base import Law, Parameter, coefficient, exponent
+from research.scaling.laws.base import Law, LawError, Parameter, coefficient, exponent
+
+BLOCK = 256  # drops that are summed at a time: a schedule has thousands, and each row wants its own
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MultiPower(Law):
-  """L(t) = E + A (S(t) + S_warm)^-alpha - LD(t), S the sum of learning rates (Luo et al. 2025, equation 1).
+  """L(t) = E + A (S(t) + S_before)^-alpha - LD(t), S the sum of learning rates (Luo et al. 2025, equation 1).
 
   LD(t) = B sum_k (lr_{k-1} - lr_k) G(lr_k^-gamma S_k(t)), G(x) = 1 - (C x + 1)^-beta, over the steps k <= t
-  at which the rate fell; S_k(t) sums the rates from k to t. `schedules`: the learning rates of each run's
-  main part, after warm-up, an array [steps] each; `warm`: the sum of the warm-up's rates, one for all.
-  Drops are gathered into at most `knots` per schedule. Make rows with `points`.
+  at which the rate changed; S_k(t) sums the rates from k to t. The sum is exact, and runs over the rises of a
+  warm-up as over drops.
+
+  `schedules`: the learning rates of each run's steps, warm-up and all, an array [steps] each; `before`: a sum
+  of rates before the first of these steps, one for all. `knots`: gather the changes into at most so many a
+  schedule, for a fit that is quick and only near. Make rows with `points`.
   """
 
   schedules: Sequence[np.ndarray]
-  warm: float = 0.0
-  knots: int = 128
+  before: float = 0.0
+  knots: int | None = None
 
   source = 'Luo et al. 2025, arXiv:2503.12811, equation 1'
   form = 'E + A S^-alpha - B sum_k (lr_{k-1} - lr_k) (1 - (1 + C lr_k^-gamma S_k)^-beta)'
@@ -43,31 +49,48 @@ class MultiPower(Law):
 
   def _drops(self, lr) -> np.ndarray:
     """[drops, 3]: how far the rate fell, where it then was, and the sum of rates before that step."""
+    if lr.ndim != 1 or len(lr) == 0 or not np.isfinite(lr).all() or (lr < 0).any():
+      raise LawError('MultiPower.schedules: a schedule is a list of learning rates, none negative.')
     fell = -np.diff(lr)
     at = np.flatnonzero(fell != 0) + 1
     if len(at) == 0:
       return np.array([[0.0, 1.0, np.inf]])
-    before = np.cumsum(lr)[at - 1]
-    groups = np.array_split(np.arange(len(at)), min(self.knots, len(at)))
-    total = [fell[at[g] - 1].sum() for g in groups]
-    return np.array(
-      [[d, lr[at[g]].mean(), before[g].mean()] for d, g in zip(total, groups, strict=True)]
-    )
+    rate = np.maximum(lr[at], 1e-30)  # a rate of zero pays at once
+    each = np.stack([fell[at - 1], rate, np.cumsum(lr)[at - 1]], 1)
+    if self.knots is None or len(each) <= self.knots:
+      return each
+    groups = np.array_split(np.arange(len(at)), self.knots)
+    return np.array([[each[g, 0].sum(), *each[g, 1:].mean(0)] for g in groups])
 
   def points(self, schedule: int, steps) -> dict[str, np.ndarray]:
-    """Inputs for the losses of run `schedule` after `steps` steps of its main part (counted from 1)."""
+    """Inputs for the losses of run `schedule` after `steps` of its steps (counted from 1)."""
     done = np.cumsum(self.schedules[schedule])[np.asarray(steps) - 1]
     return {
-      'lr_sum': done + self.warm,
+      'lr_sum': done + self.before,
       'lr_main': done,
       'schedule': np.full(len(done), float(schedule)),
     }
 
   def predict(self, p, x):
-    drops = jnp.asarray(self.drops)[jnp.asarray(x.schedule).astype(int)]
-    fell, rate, before = drops[..., 0], drops[..., 1], drops[..., 2]
+    """The loss at each row; drops are summed in blocks, so that memory does not grow with the schedule."""
+    which = jnp.asarray(x.schedule).astype(int)
+    done = jnp.asarray(x.lr_main)[..., None]
+    count = self.drops.shape[1]
+    size = min(BLOCK, count)
+    padding = [(0, 0), (0, -count % size), (0, 0)]
+    blocks = np.pad(self.drops, padding, constant_values=np.inf)
+    blocks = np.moveaxis(blocks.reshape(len(blocks), -1, size, 3), 1, 0)
     wide = lambda v: jnp.asarray(v)[..., None]
-    since = jnp.maximum(wide(x.lr_main) - before, 0.0)
-    paid = -jnp.expm1(-wide(p.beta) * jnp.log1p(wide(p.C) * rate ** -wide(p.gamma) * since))
-    drop = jnp.where(jnp.isfinite(before), fell * paid, 0.0).sum(-1)
+
+    def add(total, block):
+      fell, rate, before = jnp.moveaxis(block[which], -1, 0)
+      real = before < done
+      # What is yet to come has no share, and must not make a NaN in the gradient either.
+      fell, rate = jnp.where(real, fell, 0.0), jnp.where(real, rate, 1.0)
+      since = jnp.where(real, done - before, 0.0)
+      paid = -jnp.expm1(-wide(p.beta) * jnp.log1p(wide(p.C) * rate ** -wide(p.gamma) * since))
+      return total + (fell * paid).sum(-1), None
+
+    start = jnp.zeros(jnp.broadcast_shapes(which.shape, jnp.shape(p.B))) + 0.0 * p.B
+    drop, _ = jax.lax.scan(add, start, jnp.asarray(blocks))
     return p.E + p.A * jnp.exp(-p.alpha * x.ln_lr_sum) - p.B * drop

@@ -37,9 +37,9 @@ def sizes(seen: Observations, a: Analysis | None = None):
     c = a.cost.flops(lowest.params, lowest.tokens)
     by_flops.plot(c, lowest.loss, '.', color=ACCENT, markersize=3, label='lowest, approach 1')
   title = 'Every size; lines: the fitted law' if law else 'Every size'
-  by_tokens.set(xlabel='training tokens D', ylabel=LOSS, title=title)
-  by_flops.set(xlabel='training FLOPs C', title='The same by compute')
-  by_flops.legend(title='N', fontsize=7, title_fontsize=8, frameon=False)
+  by_tokens.set(xlabel='training tokens $D$', ylabel=LOSS, title=title)
+  by_flops.set(xlabel='training FLOPs $C$', title='The same by compute')
+  by_flops.legend(title='$N$', fontsize=7, title_fontsize=8, frameon=False)
   for ax in (by_tokens, by_flops):
     log_scale(ax, 'x'), log_scale(ax, 'y', plain=True)
   return figure

@@ -1,12 +1,18 @@
 """The style of every figure: its colours, its axes, its logarithmic ticks."""
 
+import csv
+import io
+
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import FillBetweenPolyCollection, PathCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatterSciNotation, LogLocator, MaxNLocator, NullLocator
 
 INK, GRID, ACCENT, SECOND = '#222222', '#dddddd', '#c0392b', '#1f6f8b'
 MAP = 'viridis'
+FEW = 7  # shades of one map that the eye tells apart
+MARKERS = 'os^Dv'
 
 
 def new_figure(columns=1, rows=1, size=(5.2, 3.9), **kwargs):
@@ -43,8 +49,54 @@ def log_scale(ax, axis: str, plain: bool = False):
 
 
 def budget_colors(flops):
+  """A colour for each budget in the order of their size; over seven of them go through every hue."""
   from matplotlib import colormaps
 
-  flops = np.asarray(flops, np.float64)
-  span = np.ptp(np.log(flops)) or 1.0
-  return colormaps[MAP](0.05 + 0.85 * (np.log(flops) - np.log(flops).min()) / span)
+  order = np.argsort(np.argsort(np.asarray(flops, np.float64), kind='stable'))
+  place = order / max(len(order) - 1, 1)
+  name = MAP if len(order) <= FEW else 'turbo'
+  return colormaps[name](0.05 + 0.85 * place)
+
+
+def budget_markers(flops) -> list[str]:
+  """A marker for each budget: neighbours differ in shape where there are too many colours to tell apart."""
+  few = len(flops) <= FEW
+  return ['o' if few else MARKERS[i % len(MARKERS)] for i in range(len(flops))]
+
+
+def data(figure) -> str:
+  """What a figure shows as CSV: panel, series, x, y, and for a band also the upper y.
+
+  Lines that only guide the eye and contours, which follow from the fitted law, are left out.
+  """
+  out = io.StringIO()
+  lines = csv.writer(out)
+  lines.writerow(('panel', 'series', 'x', 'y', 'y_high'))
+  for ax in figure.axes:
+    panel = ax.get_title() or ax.get_xlabel()
+    for line in ax.get_lines():
+      if len(line.get_xdata()) > 0 and line.get_transform() == ax.transData:
+        for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True):
+          lines.writerow((panel, _series(line), float(x), float(y), ''))
+    for part in ax.collections:
+      if isinstance(part, FillBetweenPolyCollection):
+        _write_band(lines, panel, part)
+      elif isinstance(part, PathCollection):
+        for x, y in part.get_offsets():
+          lines.writerow((panel, _series(part), float(x), float(y), ''))
+  return out.getvalue()
+
+
+def _write_band(lines, panel: str, part) -> None:
+  """The outline of a band runs along its lower edge and back along its upper one."""
+  low, high = {}, {}
+  for x, y in part.get_paths()[0].vertices:
+    low[x], high[x] = min(y, low.get(x, y)), max(y, high.get(x, y))
+  for x in sorted(low):
+    lines.writerow((panel, _series(part), float(x), float(low[x]), float(high[x])))
+
+
+def _series(artist) -> str:
+  """Its label; matplotlib's own, which begin with an underscore, say nothing."""
+  label = str(artist.get_label())
+  return '' if label.startswith('_') else label

@@ -4,12 +4,19 @@ import base64
 import html
 import io
 import pathlib
+import re
 from collections.abc import Iterable
 
 import numpy as np
 
 from research.core.text import si
+from research.scaling.report import figure as plotted
 
+GREEK = {
+  'alpha': 'α', 'beta': 'β', 'gamma': 'γ', 'delta': 'δ', 'eta': 'η', 'kappa': 'κ', 'lambda': 'λ', 'mu': 'μ',
+  'sigma': 'σ', 'tau': 'τ', 'phi': 'φ', 'rho': 'ρ', 'theta': 'θ', 'epsilon': 'ε', 'omega': 'ω', 'nu': 'ν',
+}  # fmt: skip
+FUNCTIONS = ('exp', 'ln', 'log', 'max', 'min', 'sum')
 STYLE = """
 body { font: 16px/1.55 Georgia, 'Times New Roman', serif; color: #222; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 h1, h2 { font-family: Helvetica, Arial, sans-serif; line-height: 1.2; } h1 { font-size: 1.7rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
@@ -36,14 +43,70 @@ def write(path, title: str, sections: Iterable[str]) -> pathlib.Path:
   return path
 
 
-def image(figure, caption: str) -> str:
-  """A matplotlib figure within the page, with its caption."""
-  buffer = io.BytesIO()
-  figure.savefig(buffer, format='png', dpi=130)
-  data = base64.b64encode(buffer.getvalue()).decode()
+def image(figure, caption: str, name: str = '') -> str:
+  """A matplotlib figure within the page, with its caption; also as SVG and its data as CSV, to be saved.
+
+  `name`: of the files, without an ending; the caption's first words by default.
+  """
+  words = re.findall(r'[a-z0-9]+', (name or caption).lower())
+  name = '-'.join(words[:4]) or 'figure'
+  png, svg = io.BytesIO(), io.BytesIO()
+  figure.savefig(png, format='png', dpi=130)
+  figure.savefig(svg, format='svg', metadata={'Date': None})
   caption = text(caption)
-  picture = f'<img alt="{caption}" src="data:image/png;base64,{data}">'
-  return f'<figure>{picture}<figcaption>{caption}</figcaption></figure>'
+  picture = f'<img alt="{caption}" src="{_inline("image/png", png.getvalue())}">'
+  links = ', '.join(
+    f'<a download="{name}.{ending}" href="{_inline(kind, content)}">{shown}</a>'
+    for ending, kind, content, shown in (
+      ('svg', 'image/svg+xml', svg.getvalue(), 'SVG'),
+      ('csv', 'text/csv', plotted.data(figure).encode(), 'data as CSV'),
+    )
+  )
+  return f'<figure>{picture}<figcaption>{caption} <span class="small">[{links}]</span></figcaption></figure>'
+
+
+def _inline(kind: str, content: bytes) -> str:
+  return f'data:{kind};base64,{base64.b64encode(content).decode()}'
+
+
+def formula(form: str) -> str:
+  """A law's form as HTML: 'A / N^alpha' with an italic A and N and a raised alpha.
+
+  Names of Greek letters become the letters; what follows ^ is raised, what follows _ is lowered.
+  """
+  out, i = [], 0
+  while i < len(form):
+    if form[i] in '^_':
+      level = 'sup' if form[i] == '^' else 'sub'
+      word, i = _argument(form, i + 1)
+      out.append(f'<{level}>{formula(word)}</{level}>')
+    elif match := re.match('[A-Za-z]+', form[i:]):
+      out.append(_symbol(match.group()))
+      i += match.end()
+    else:
+      out.append({'-': '\u2212', '*': '\u00b7'}.get(form[i], text(form[i])))
+      i += 1
+  return ''.join(out)
+
+
+def _argument(form: str, begin: int) -> tuple[str, int]:
+  """What a ^ or _ applies to, and where it ends: brackets and what is in them, or one signed name or number."""
+  if form[begin : begin + 1] == '(':
+    depth = 0
+    for i in range(begin, len(form)):
+      depth += {'(': 1, ')': -1}.get(form[i], 0)
+      if depth == 0:
+        return form[begin + 1 : i], i + 1
+  match = re.match(r'-?[A-Za-z0-9.]+(_[A-Za-z0-9]+)?', form[begin:])
+  end = begin + (match.end() if match else 1)
+  return form[begin:end], end
+
+
+def _symbol(word: str) -> str:
+  if word in GREEK:
+    return f'<i>{GREEK[word]}</i>'
+  upright = word in FUNCTIONS or len(word) > 2
+  return word if upright else f'<i>{word}</i>'
 
 
 def table(head, rows) -> str:

@@ -15,9 +15,13 @@ from research.scaling.report.figure import (
   MAP,
   SECOND,
   budget_colors,
+  budget_markers,
   log_scale,
   new_figure,
 )
+from research.scaling.report.page import GREEK
+
+BAND = 'interval'
 
 
 def isoflop(a: Analysis, ax=None):
@@ -26,9 +30,11 @@ def isoflop(a: Analysis, ax=None):
   if a.approach2 is None:
     return _says(figure, ax, a.refusals.get('approach 2', 'no isoFLOP curves'))
   profiles = a.approach2.profiles
-  for p, color in zip(profiles, budget_colors([p.flops for p in profiles]), strict=True):
+  budgets = [p.flops for p in profiles]
+  looks = zip(profiles, budget_colors(budgets), budget_markers(budgets), strict=True)
+  for p, color, marker in looks:
     label = f'{p.flops:.2g}' + (' (refused)' if p.refused else '')
-    ax.plot(p.params, p.loss, 'o', color=color, markersize=4.5, label=label)
+    ax.plot(p.params, p.loss, marker, color=color, markersize=4.5, label=label)
     if p.refused:
       ax.plot(p.params, p.loss, '--', color=color, linewidth=0.9)
       continue
@@ -38,7 +44,7 @@ def isoflop(a: Analysis, ax=None):
     )
   log_scale(ax, 'x')
   ax.set(
-    xlabel='parameters N', ylabel='loss (nats per token)', title='IsoFLOP curves and their minima'
+    xlabel='parameters $N$', ylabel='loss (nats per token)', title='IsoFLOP curves and their minima'
   )
   ax.legend(
     title='FLOPs', fontsize=7, title_fontsize=8, frameon=False, ncols=1 + (len(profiles) > 6)
@@ -75,7 +81,9 @@ def surface(a: Analysis, ax=None):
   ax.plot(c[inside], best.params[inside], color=ACCENT, linewidth=2, label='efficient frontier')
   log_scale(ax, 'x'), log_scale(ax, 'y')
   ax.set(
-    xlabel='training FLOPs C', ylabel='parameters N', title=f'Fitted loss, {a.approach3.law.name}'
+    xlabel='training FLOPs $C$',
+    ylabel='parameters $N$',
+    title=f'Fitted loss, {a.approach3.law.name}',
   )
   ax.legend(frameon=False, fontsize=8, loc='upper left')
   return figure
@@ -90,12 +98,20 @@ def allocation(a: Analysis, forecast: Forecast | None = None):
   best = a.optimum(c)
   exponents = a.exponents()
   for ax, name, field in ((axes[0], 'a', 'params'), (axes[1], 'b', 'tokens')):
-    ax.fill_between(c, *a.interval(getattr(many, field)), color=ACCENT, alpha=0.15, linewidth=0)
     which = 3 if a.approach3 is not None else 2
+    band = a.interval(getattr(many, field))
+    ax.fill_between(
+      c, *band, color=ACCENT, alpha=0.15, linewidth=0, label=f'{BAND} of approach {which}'
+    )
     ax.plot(c, getattr(best, field), color=ACCENT, label=_slope_label(exponents, name, which))
     for k, found, color in ((2, a.approach2, SECOND), (1, a.approach1, '#7d3c98')):
       if found is None or k == which:
         continue
+      if k == 2:
+        band = a.interval(getattr(a.optimum_samples(c, 'approach 2'), field))
+        ax.fill_between(
+          c, *band, color=SECOND, alpha=0.15, linewidth=0, label=f'{BAND} of approach 2'
+        )
       ax.plot(
         c, getattr(found, field)(c), '--', color=color, label=_slope_label(exponents, name, k)
       )
@@ -112,10 +128,10 @@ def allocation(a: Analysis, forecast: Forecast | None = None):
         label='forecast run',
       )
     log_scale(ax, 'x'), log_scale(ax, 'y')
-    ax.set_xlabel('training FLOPs C')
+    ax.set_xlabel('training FLOPs $C$')
     ax.legend(frameon=False, fontsize=8)
-  axes[0].set(ylabel='N*, parameters', title='Compute-optimal parameters')
-  axes[1].set(ylabel='D*, tokens', title='Compute-optimal tokens')
+  axes[0].set(ylabel='$N^*$, parameters', title='Compute-optimal parameters')
+  axes[1].set(ylabel='$D^*$, tokens', title='Compute-optimal tokens')
   return figure
 
 
@@ -126,12 +142,14 @@ def forecast(a: Analysis, forecast: Forecast, outcome: float | None = None):
   band = a.interval(a.optimum_samples(c).loss)
   ax.fill_between(c, *band, color=ACCENT, alpha=0.15, linewidth=0)
   law = 'law' if a.approach3 is not None else 'power law'
-  ax.plot(c, a.optimum(c).loss, color=ACCENT, label=f'L*(C) of the fitted {law}')
+  ax.plot(c, a.optimum(c).loss, color=ACCENT, label=f'$L^*(C)$ of the fitted {law}')
   ax.plot(a.rows.flops, a.rows.loss, '.', color='#999999', markersize=4, label='runs of the fit')
   if a.approach2 is not None:
     used = a.approach2.used
     if a.approach3 is not None:
       straight = 'power law through the minima'
+      band = a.interval(a.optimum_samples(c, 'approach 2').loss)
+      ax.fill_between(c, *band, color=SECOND, alpha=0.15, linewidth=0)
       ax.plot(c, a.approach2.loss(c), '--', color=SECOND, linewidth=1, label=straight)
     ax.plot(
       [p.flops for p in used], [p.loss_opt for p in used], 'o', color=SECOND, label='isoFLOP minima'
@@ -147,7 +165,7 @@ def forecast(a: Analysis, forecast: Forecast, outcome: float | None = None):
     )
   log_scale(ax, 'x'), log_scale(ax, 'y', plain=True)
   title = f'Forecast at {forecast.extrapolation:.2g}x the largest fitted budget'
-  ax.set(xlabel='training FLOPs C', ylabel='loss (nats per token)', title=title)
+  ax.set(xlabel='training FLOPs $C$', ylabel='loss (nats per token)', title=title)
   ax.legend(frameon=False, fontsize=8)
   return figure
 
@@ -159,14 +177,15 @@ def residuals(a: Analysis):
     return _says(figure, axes[0], a.refusals.get('approach 3', 'no law was fitted'))
   r, rows = a.approach3.residuals, a.rows
   names = {
-    'parameters N': rows.params,
-    'tokens D': rows.tokens,
-    'FLOPs C': rows.flops,
+    'parameters $N$': rows.params,
+    'tokens $D$': rows.tokens,
+    'FLOPs $C$': rows.flops,
     'tokens per parameter': rows.tokens / rows.params,
   }
   for ax, (name, x) in zip(axes, names.items(), strict=True):
     ax.axhline(0, color=INK, linewidth=0.8)
-    ax.scatter(x, 100 * r, c=np.log(rows.flops), cmap=MAP, s=14, edgecolor='none')
+    norm = LogNorm(rows.flops.min(), max(rows.flops.max(), 1.001 * rows.flops.min()))
+    dots = ax.scatter(x, 100 * r, c=rows.flops, cmap=MAP, norm=norm, s=14, edgecolor='none')
     log_scale(ax, 'x')
     ax.set_xlabel(name)
     ax.yaxis.set_major_locator(MaxNLocator(5))
@@ -177,6 +196,7 @@ def residuals(a: Analysis):
   )
   for ax in axes[::2]:
     ax.set_ylabel(unit)
+  figure.colorbar(dots, ax=list(axes), label='training FLOPs $C$', shrink=0.8)
   return figure
 
 
@@ -203,7 +223,7 @@ def bootstrap(a: Analysis, most: int = 1000):
       log_scale(ax, 'x')
     else:
       ax.xaxis.set_major_locator(MaxNLocator(5))
-    ax.set(xlabel=x, ylabel=y)
+    ax.set(xlabel=_math(x), ylabel=_math(y))
   figure.suptitle(f'{a.bootstrap.replicates} bootstrap fits ({a.bootstrap.kind})', fontsize=10)
   return figure
 
@@ -251,7 +271,12 @@ def _slope_label(exponents, name, approach):
     raise LawError(f'{key} was not fitted.')
   value, low, high = exponents[key]
   spread = f' [{low:.2f}, {high:.2f}]' if np.isfinite(low) else ''
-  return f'approach {approach}: {name} = {value:.3f}{spread}'
+  return f'approach {approach}: ${name}$ = {value:.3f}{spread}'
+
+
+def _math(name: str) -> str:
+  """A parameter's name as mathematics: alpha is the letter."""
+  return rf'$\{name}$' if name in GREEK else name if '_' in name or len(name) > 2 else f'${name}$'
 
 
 def _says(figure, ax, why):

@@ -4,9 +4,10 @@ import pathlib
 from collections.abc import Iterable, Mapping
 
 from research.core.text import si
+from research.scaling import comparison
 from research.scaling import rows as table
 from research.scaling.analysis import Analysis
-from research.scaling.forecast import Forecast
+from research.scaling.forecast import Forecast, NoForecast
 from research.scaling.report import page, plots
 
 
@@ -60,7 +61,9 @@ def training_curves(curves: Mapping | None, params: Mapping | None = None) -> st
   if not curves:
     return ''
   figure = plots.curves(curves, params)
-  return '<h2>Training curves</h2>' + page.image(figure, 'Loss while training, one line a run.')
+  return '<h2>Training curves</h2>' + page.image(
+    figure, 'Loss while training, one line a run.', 'curves'
+  )
 
 
 def rows(runs: Iterable[Mapping] | None, excluded: Iterable[tuple[str, str]] = ()) -> str:
@@ -77,17 +80,18 @@ def facts(title: str, facts: Mapping | None) -> str:
 
 
 def _headline(a: Analysis, forecast, outcome) -> str:
+  """The exponents as fitted, the best split by the rule that forecasts, and the forecast."""
   found = a.exponents()
   which = 'approach 3' if a.approach3 is not None else 'approach 2'
-  (na, la, ha), (nb, lb, hb) = found[f'a, {which}'], found[f'b, {which}']
-  ratio = a.optimum(a.rows.flops.max())
+  grows = []
+  for letter, symbol in (('a', 'N*'), ('b', 'D*')):
+    value, low, high = found[f'{letter}, {which}']
+    sure = f'(assumed, since {a.assumed})' if a.assumed else page.interval(low, high)
+    grows.append(f'{page.formula(symbol)} ∝ <i>C</i><sup>{value:.3f}</sup></b> {sure}')
   text = (
     f'{len(a.rows)} training runs between {a.rows.flops.min():.3g} and {a.rows.flops.max():.3g} '
-    'FLOPs say that the compute-optimal model size grows as '
-    f'<b>N* ∝ C<sup>{na:.3f}</sup></b> {page.interval(la, ha)} and the optimal number of tokens as '
-    f'<b>D* ∝ C<sup>{nb:.3f}</sup></b> {page.interval(lb, hb)}. At the largest budget the best split '
-    f'is {si(ratio.params)} parameters on {si(ratio.tokens)} tokens, '
-    f'{ratio.tokens / ratio.params:.3g} tokens a parameter.'
+    f'FLOPs say that the compute-optimal model size grows as <b>{grows[0]} and the optimal number of '
+    f'tokens as <b>{grows[1]} ({which}). {_best_split(a)}'
   )
   if forecast is not None:
     at = f'{forecast.extrapolation:.2g} times the largest budget'
@@ -100,6 +104,25 @@ def _headline(a: Analysis, forecast, outcome) -> str:
       f'an error of <b>{forecast.error(outcome):+.2%}</b>.'
     )
   return f'<p class="headline">{text}</p>'
+
+
+def _best_split(a: Analysis) -> str:
+  """The split of the largest budget by the rule in use; by the fitted law alone where that rule has none."""
+  largest = float(a.rows.flops.max())
+  try:
+    best = a.forecast(largest)
+  except NoForecast:
+    best = a.optimum(largest)
+    return (
+      f'At the largest budget the fitted law splits best into {si(best.params)} parameters on '
+      f'{si(best.tokens)} tokens.'
+    )
+  return (
+    f'At the largest budget the best split is {si(best.params)} parameters '
+    f'{page.interval(best.params_low, best.params_high)} on {si(best.tokens)} tokens '
+    f'{page.interval(best.tokens_low, best.tokens_high)}, {best.tokens / best.params:.3g} tokens a parameter, '
+    f'by the rule that forecasts here ({page.text(best.method)}).'
+  )
 
 
 def _reading(a: Analysis) -> str:
@@ -122,7 +145,9 @@ def _isoflop(a: Analysis) -> str:
   if a.approach2 is None:
     return out + f'<p class="warn">{page.text(a.refusals.get("approach 2", "Not fitted."))}</p>'
   out += page.image(
-    plots.isoflop(a), 'Each colour is one budget; stars are the minima of the fitted profiles.'
+    plots.isoflop(a),
+    'Each colour is one budget; stars are the minima of the fitted profiles.',
+    'isoflop',
   )
   rows = [
     (
@@ -143,9 +168,10 @@ def _law(a: Analysis) -> str:
   if a.approach3 is None:
     return out + f'<p class="warn">{page.text(a.refusals.get("approach 3", "Not fitted."))}</p>'
   fit, spread = a.approach3, a.bootstrap.intervals(a.level)
-  out += (
-    f'<p>L = {page.text(fit.law.form)} <span class="small">({page.text(fit.law.source)})</span></p>'
-  )
+  source = f'<span class="small">({page.text(fit.law.source)})</span>'
+  out += f'<p><i>L</i> = {page.formula(fit.law.form)} {source}</p>'
+  if told := comparison.sentence(a.compared):
+    out += f'<p>{page.text(told)}</p>'
   rows = [
     (
       name,
@@ -159,6 +185,7 @@ def _law(a: Analysis) -> str:
   return out + page.image(
     plots.surface(a),
     'Contours of equal fitted loss; points are the runs, the line is the cheapest way to each loss.',
+    'surface',
   )
 
 
@@ -171,7 +198,8 @@ def _allocation(a: Analysis, forecast) -> str:
     '<h2>How to split a budget</h2>'
     + page.image(
       plots.allocation(a, forecast),
-      'Optimal parameters and tokens against compute, with the bootstrap band.',
+      f'Optimal parameters and tokens against compute, with the {a.level:.0%} band of each approach.',
+      'allocation',
     )
     + page.table(('exponent', 'value', f'{a.level:.0%} interval'), rows)
   )
@@ -204,7 +232,9 @@ def _forecast(a: Analysis, forecast, outcome) -> str:
     rows.append(('outcome', f'{outcome:.4f}', f'error {forecast.error(outcome):+.2%}'))
   return (
     '<h2>Forecast and outcome</h2>'
-    + page.image(plots.forecast(a, forecast, outcome), f'Forecast by {forecast.method}.')
+    + page.image(
+      plots.forecast(a, forecast, outcome), f'Forecast by {forecast.method}.', 'forecast'
+    )
     + page.table(('', 'value', f'{forecast.level:.0%} interval'), rows)
   )
 
@@ -224,21 +254,35 @@ def _doubts(a: Analysis, forecast) -> str:
     out += '<p>No check raised a doubt: every curve has its minimum inside, and the approaches agree.</p>'
   if a.approach3 is None:
     return out
-  fit = a.approach3
-  minima = [(f'{m.objective:.8g}', m.kind, m.starts, _values(m.parameters)) for m in fit.minima[:8]]
-  out += page.table(('objective', 'kind', 'starts that end there', 'parameters'), minima)
-  out += (
-    f'<p class="small">All distinct minima from {fit.starts} starts are listed. The condition number '
-    f'of the curvature is '
-    f'{fit.condition:.2g}.</p>'
-  )
+  out += _minima(a.approach3)
   out += page.image(
-    plots.residuals(a), 'Fitted over observed loss: a trend here is something that the law misses.'
+    plots.residuals(a),
+    'Fitted over observed loss; the colour is the budget C. A trend here is something that the law misses.',
+    'residuals',
   )
   return out + page.image(
     plots.bootstrap(a),
     'Each dot is a fit to resampled runs; stretched clouds are parameters that trade off.',
+    'bootstrap',
   )
+
+
+def _minima(fit) -> str:
+  """Every distinct minimum, and apart from them the ends of starts that did not converge."""
+  head = ('objective', 'kind', 'starts that end there', 'parameters')
+  line = lambda m: (f'{m.objective:.8g}', m.kind, m.starts, _values(m.parameters))
+  converged = [line(m) for m in fit.minima if m.kind != 'unconverged']
+  stopped = [line(m) for m in fit.minima if m.kind == 'unconverged']
+  out = page.table(head, converged) + (
+    f'<p class="small">Every distinct minimum that {fit.starts} starts reached. The condition number of the '
+    f'curvature is {fit.condition:.2g}.</p>'
+  )
+  if stopped:
+    out += page.details(
+      f'{sum(m.starts for m in fit.minima if m.kind == "unconverged")} starts did not converge',
+      page.table(head, stopped),
+    )
+  return out
 
 
 def _conventions(a: Analysis) -> str:
