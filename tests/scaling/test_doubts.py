@@ -8,6 +8,7 @@ import pytest
 
 from research.scaling import doubts, fitting, groups, law_fit, laws, rows, tables
 from research.scaling.fitted import NotIdentifiable
+from research.scaling.report import sections
 
 
 @pytest.fixture(scope='module')
@@ -145,6 +146,8 @@ def test_an_assumed_exponent_is_called_assumed(cases):
   found = fitting.fit_results(cases / 'few.csv', replicates=50)
   assert found.assumed == 'alpha = beta'
   assert '0.5000 assumed, since alpha = beta' in str(found)
+  headline = sections._headline(found, None, None)
+  assert '<sup>0.500</sup></b> (assumed, since alpha = beta)' in headline
 
 
 def made_up(kind):
