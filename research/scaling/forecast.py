@@ -23,8 +23,8 @@ class Optimum(NamedTuple):
 class Forecast:
   """What a run at `flops` should reach; intervals at `level`, that of the loss for one new run with its noise.
 
-  `extrapolation` is flops over the largest budget that was fitted. Where both approaches 2 and 3 were found the
-  loss is their mean weighed by how well each forecast the sweep's own larger budgets; `parts` has each one's.
+  `method` says in words which rule made it. `extrapolation` is flops over the largest budget that was fitted.
+  A rule that takes the mean of several approaches has each one's loss in `parts`.
   """
 
   flops: float

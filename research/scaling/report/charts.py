@@ -1,11 +1,12 @@
-"""Figures of the designs beside isoFLOP. Each returns a matplotlib Figure and touches no global state."""
+"""Figures of training curves and of the designs beside isoFLOP. Each returns a matplotlib Figure."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib.colors import LogNorm, Normalize
 
 from research.scaling.analysis import Analysis
-from research.scaling.report.figure import ACCENT, MAP, log_scale, new_figure
+from research.scaling.report.figure import ACCENT, MAP, SECOND, log_scale, new_figure
 from research.scaling.rows import Observations
 
 LOSS = 'loss (nats per token)'
@@ -42,4 +43,22 @@ def sizes(seen: Observations, a: Analysis | None = None):
   by_flops.legend(title='$N$', fontsize=7, title_fontsize=8, frameon=False)
   for ax in (by_tokens, by_flops):
     log_scale(ax, 'x'), log_scale(ax, 'y', plain=True)
+  return figure
+
+
+def curves(runs: Mapping[str, np.ndarray], params: Mapping[str, float] | None = None):
+  """Training curves: loss against tokens (or steps), coloured by N where it is known."""
+  from matplotlib import colormaps
+
+  figure, (ax,) = new_figure(size=(6.0, 4.0))
+  sizes = [params[r] for r in runs if params and r in params]
+  norm = LogNorm(min(sizes), max(sizes)) if sizes and min(sizes) < max(sizes) else Normalize()
+  for run, points in runs.items():
+    points = np.asarray(points, np.float64)
+    color = colormaps[MAP](norm(params[run])) if params and run in params else SECOND
+    ax.plot(points[:, 0], points[:, 1], color=color, linewidth=0.9)
+  log_scale(ax, 'x')
+  ax.set(
+    xlabel='tokens', ylabel='loss (nats per token)', title='Training curves, darker is smaller'
+  )
   return figure

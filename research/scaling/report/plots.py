@@ -1,13 +1,11 @@
 """Figures a paper could use. Each returns a matplotlib Figure and touches no global state."""
 
-from collections.abc import Mapping
-
 import numpy as np
-from matplotlib.colors import LogNorm, Normalize
+from matplotlib.colors import LogNorm
 from matplotlib.ticker import MaxNLocator
 
 from research.scaling.analysis import Analysis
-from research.scaling.forecast import Forecast
+from research.scaling.forecast import Forecast, NoForecast
 from research.scaling.laws.base import LawError
 from research.scaling.report.figure import (
   ACCENT,
@@ -136,20 +134,17 @@ def allocation(a: Analysis, forecast: Forecast | None = None):
 
 
 def forecast(a: Analysis, forecast: Forecast, outcome: float | None = None):
-  """The optimal loss against C with its band, the fitted minima, the forecast and what came of it."""
+  """What the rule in use forecasts at every C, with its band, the fitted minima, and what came of it."""
   figure, (ax,) = new_figure(size=(6.0, 4.2))
   c = np.geomspace(a.rows.flops.min(), forecast.flops * 1.3, 60)
-  band = a.interval(a.optimum_samples(c).loss)
-  ax.fill_between(c, *band, color=ACCENT, alpha=0.15, linewidth=0)
+  _by_the_rule(ax, a, c[::5])
   law = 'law' if a.approach3 is not None else 'power law'
-  ax.plot(c, a.optimum(c).loss, color=ACCENT, label=f'$L^*(C)$ of the fitted {law}')
+  ax.plot(c, a.optimum(c).loss, color=ACCENT, linewidth=1, label=f'$L^*(C)$ of the fitted {law}')
   ax.plot(a.rows.flops, a.rows.loss, '.', color='#999999', markersize=4, label='runs of the fit')
   if a.approach2 is not None:
     used = a.approach2.used
     if a.approach3 is not None:
       straight = 'power law through the minima'
-      band = a.interval(a.optimum_samples(c, 'approach 2').loss)
-      ax.fill_between(c, *band, color=SECOND, alpha=0.15, linewidth=0)
       ax.plot(c, a.approach2.loss(c), '--', color=SECOND, linewidth=1, label=straight)
     ax.plot(
       [p.flops for p in used], [p.loss_opt for p in used], 'o', color=SECOND, label='isoFLOP minima'
@@ -168,6 +163,17 @@ def forecast(a: Analysis, forecast: Forecast, outcome: float | None = None):
   ax.set(xlabel='training FLOPs $C$', ylabel='loss (nats per token)', title=title)
   ax.legend(frameon=False, fontsize=8)
   return figure
+
+
+def _by_the_rule(ax, a: Analysis, flops):
+  """The forecasts of `a.rule`, each of one new run with its own scatter."""
+  try:
+    told = [a.forecast(float(c)) for c in flops]
+  except NoForecast:
+    return
+  low, high = ([getattr(f, name) for f in told] for name in ('loss_low', 'loss_high'))
+  ax.fill_between(flops, low, high, color=INK, alpha=0.1, linewidth=0, label=f'its {BAND}')
+  ax.plot(flops, [f.loss for f in told], color=INK, linewidth=1.2, label=f'by the rule: {a.rule}')
 
 
 def residuals(a: Analysis):
@@ -225,24 +231,6 @@ def bootstrap(a: Analysis, most: int = 1000):
       ax.xaxis.set_major_locator(MaxNLocator(5))
     ax.set(xlabel=_math(x), ylabel=_math(y))
   figure.suptitle(f'{a.bootstrap.replicates} bootstrap fits ({a.bootstrap.kind})', fontsize=10)
-  return figure
-
-
-def curves(runs: Mapping[str, np.ndarray], params: Mapping[str, float] | None = None):
-  """Training curves: loss against tokens (or steps), coloured by N where it is known."""
-  from matplotlib import colormaps
-
-  figure, (ax,) = new_figure(size=(6.0, 4.0))
-  sizes = [params[r] for r in runs if params and r in params]
-  norm = LogNorm(min(sizes), max(sizes)) if sizes and min(sizes) < max(sizes) else Normalize()
-  for run, points in runs.items():
-    points = np.asarray(points, np.float64)
-    color = colormaps[MAP](norm(params[run])) if params and run in params else SECOND
-    ax.plot(points[:, 0], points[:, 1], color=color, linewidth=0.9)
-  log_scale(ax, 'x')
-  ax.set(
-    xlabel='tokens', ylabel='loss (nats per token)', title='Training curves, darker is smaller'
-  )
   return figure
 
 

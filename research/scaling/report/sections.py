@@ -8,7 +8,7 @@ from research.scaling import comparison
 from research.scaling import rows as table
 from research.scaling.analysis import Analysis
 from research.scaling.forecast import Forecast, NoForecast
-from research.scaling.report import page, plots
+from research.scaling.report import charts, page, plots
 
 
 def write(
@@ -60,7 +60,7 @@ def training_curves(curves: Mapping | None, params: Mapping | None = None) -> st
   """Loss while training; `curves`: run -> [(tokens, loss), ...]."""
   if not curves:
     return ''
-  figure = plots.curves(curves, params)
+  figure = charts.curves(curves, params)
   return '<h2>Training curves</h2>' + page.image(
     figure, 'Loss while training, one line a run.', 'curves'
   )
