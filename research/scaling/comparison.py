@@ -35,7 +35,10 @@ class Compared(NamedTuple):
 
 
 class Misfit(NamedTuple):
-  """What a parabola through the residuals says: the law is off by `low` and `high` (of ln L) at two places."""
+  """What a parabola through the residuals says: the law is off by `low` and `high` (of ln L) at two places.
+
+  Both are beside the mean residual, so that `low` is negative and `high` positive.
+  """
 
   axis: str
   explained: float  # share of the residuals' variance
@@ -126,7 +129,7 @@ def misfit(seen: Observations, residuals: np.ndarray) -> Misfit | None:
     rest = float(((r - curve(x)) ** 2).sum())
     total = float(((r - r.mean()) ** 2).sum())
     ratio = (total - rest) / 2 / (rest / (len(r) - 3))
-    order = curve(np.sort(x))
+    order = curve(np.sort(x)) - r.mean()
     low, high = int(order.argmin()), int(order.argmax())
     at = np.exp(np.sort(x))
     clear = stats.f.sf(ratio, 2, len(r) - 3) < 1e-4 and rest < 0.8 * total
