@@ -147,7 +147,7 @@ def test_an_assumed_exponent_is_called_assumed(cases):
   assert found.assumed == 'alpha = beta'
   assert '0.5000 assumed, since alpha = beta' in str(found)
   headline = sections._headline(found, None, None)
-  assert '<sup>0.500</sup></b> (assumed, since alpha = beta)' in headline
+  assert '<i>N</i>* ∝ <i>C</i><sup>0.500</sup></b> (assumed, since alpha = beta)' in headline
 
 
 def made_up(kind):

@@ -137,7 +137,7 @@ def forecast(a: Analysis, forecast: Forecast, outcome: float | None = None):
   """What the rule in use forecasts at every C, with its band, the fitted minima, and what came of it."""
   figure, (ax,) = new_figure(size=(6.0, 4.2))
   c = np.geomspace(a.rows.flops.min(), forecast.flops * 1.3, 60)
-  _by_the_rule(ax, a, c[::5])
+  _by_the_rule(ax, a, np.geomspace(c[0], c[-1], 12))
   law = 'law' if a.approach3 is not None else 'power law'
   ax.plot(c, a.optimum(c).loss, color=ACCENT, linewidth=1, label=f'$L^*(C)$ of the fitted {law}')
   ax.plot(a.rows.flops, a.rows.loss, '.', color='#999999', markersize=4, label='runs of the fit')

@@ -84,10 +84,10 @@ def _headline(a: Analysis, forecast, outcome) -> str:
   found = a.exponents()
   which = 'approach 3' if a.approach3 is not None else 'approach 2'
   grows = []
-  for letter, symbol in (('a', 'N*'), ('b', 'D*')):
+  for letter, symbol in (('a', 'N'), ('b', 'D')):
     value, low, high = found[f'{letter}, {which}']
     sure = f'(assumed, since {a.assumed})' if a.assumed else page.interval(low, high)
-    grows.append(f'{page.formula(symbol)} ∝ <i>C</i><sup>{value:.3f}</sup></b> {sure}')
+    grows.append(f'<i>{symbol}</i>* ∝ <i>C</i><sup>{value:.3f}</sup></b> {sure}')
   text = (
     f'{len(a.rows)} training runs between {a.rows.flops.min():.3g} and {a.rows.flops.max():.3g} '
     f'FLOPs say that the compute-optimal model size grows as <b>{grows[0]} and the optimal number of '
@@ -174,7 +174,7 @@ def _law(a: Analysis) -> str:
     out += f'<p>{page.text(told)}</p>'
   rows = [
     (
-      name,
+      page.GREEK.get(name, name),
       f'{value:.5g}',
       '[{:.4g}, {:.4g}]'.format(*spread[name]),
       fit.law.parameters[name].meaning,
