@@ -27,9 +27,7 @@ def step(remat):
       logits, _ = nnx.merge(graphdef, params)({'decoder_input_tokens': tokens})
       return (jax.nn.log_softmax(logits) ** 2).mean()
 
-    # What XLA keeps is decided before LLVM optimises, and that takes most of the time.
-    options = {'xla_backend_optimization_level': 0}
-    compiled = jax.jit(jax.value_and_grad(loss)).lower(params).compile(options)
+    compiled = jax.jit(jax.value_and_grad(loss)).lower(params).compile()
     return compiled, jax.tree.map(np.asarray, compiled(params))
 
 
