@@ -16,7 +16,6 @@ from research.checkpoints import streamed
 from research.checkpoints.manager import partial_checksum
 from research.core import configs
 from research.core.errors import Invalid, UserError
-from research.data.spec import digest
 from research.parallel import hosts
 
 
@@ -84,13 +83,12 @@ class Pretrained:
     try:
       return streamed.Params(self.folder, self.step)
     except UserError as error:
-      raise Invalid(Pretrained, 'folder', str(error)) from None
+      raise Invalid(type(self), 'folder', str(error)) from None
 
   @property
   def signature(self) -> str:
     """Differs when any parameter does."""
-    sums = self.checkpoint.checksums()
-    return digest({name: n for name, n in sums.items() if name.startswith('params/')})
+    return self.checkpoint.signature
 
   @functools.cached_property
   def model(self):
@@ -106,7 +104,7 @@ class Pretrained:
       # The tree and not the run: the teacher's own data need not be here any more.
       return configs.load(str(folder / 'config.gin')).tree().keywords['model']
     why = f'{self.folder} holds no config.gin (of a run) and no model.gin (of a converted model).'
-    raise Invalid(Pretrained, 'folder', why)
+    raise Invalid(type(self), 'folder', why)
 
   @functools.cached_property
   def abstract(self) -> nnx.Module:

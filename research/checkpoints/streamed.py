@@ -15,9 +15,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from research.checkpoints.manager import partial_checksum
+from research.checkpoints.manager import names, partial_checksum
 from research.core import storage
 from research.core.errors import UserError
+from research.data.spec import digest
 
 Path = tuple  # of keys in nested dicts
 Pieces = Iterable[tuple[Path, tuple[int, ...], np.ndarray]]
@@ -117,6 +118,27 @@ class Params:
     self.folder = folder
     self.held: dict[Path, np.ndarray] = {}
     self.arrays: dict[Path, tensorstore.TensorStore] = {}
+    self.sources: dict[str, str] = {}
+    self.base = self._open_base()
+
+  def _open_base(self) -> 'Params | None':
+    """The checkpoint that has the parameters which did not learn, where some did not.
+
+    Raises:
+      UserError: it is not there any more, or holds something else.
+    """
+    base = self._meta().get('base')
+    if base is None:
+      return None
+    why = f'{self.folder} holds what learned alone; the other parameters are in {base["folder"]}'
+    try:
+      params = Params(base['folder'], base['step'])
+    except UserError as error:
+      raise UserError(f'{why}, which cannot be read: {error}') from None
+    if params.signature != base['signature']:
+      raise UserError(f'{why}, which was changed since: put back what was there at the time.')
+    self.sources = base['sources']
+    return params
 
   def piece(self, path: Path, index: tuple[int, ...]) -> np.ndarray:
     """The values of a parameter at `index` of its leading axes.
@@ -124,11 +146,13 @@ class Params:
     Raises:
       UserError: the checkpoint has no parameter of this name.
     """
+    name = '/'.join(map(str, path))
+    if self.base is not None and name in self.sources:
+      return self.base.piece(tuple(self.sources[name].split('/')), index)
     if path not in self.arrays:
       try:
         self.arrays[path] = _open(self.state, path)
       except ValueError:
-        name = '/'.join(map(str, path))
         raise UserError(f'{self.folder} has no parameter {name}.') from None
     array = self.arrays[path]
     if all(n == 1 for n in array.chunk_layout.read_chunk.shape[: len(index)]):
@@ -139,12 +163,42 @@ class Params:
 
   def checksums(self) -> dict[str, int]:
     """The checksum of every array by name, 'params/...'; empty where none were written."""
+    sums = dict(self._meta().get('checksums', {}))
+    if self.base is not None:
+      of_base = self.base.checksums()
+      pairs = ((f'params/{name}', f'params/{source}') for name, source in self.sources.items())
+      sums |= {name: of_base[source] for name, source in pairs if source in of_base}
+    return sums
+
+  @property
+  def signature(self) -> str:
+    """Differs when any parameter does."""
+    sums = self.checksums()
+    return digest({name: n for name, n in sums.items() if name.startswith('params/')})
+
+  def shapes(self) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter by name, 'stack/norm/scale'."""
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    handlers = {'state': ocp.StandardCheckpointHandler()}
+    plain = self.state.parent.parent
+    with ocp.CheckpointManager(plain, options=options, item_handlers=handlers) as manager:
+      tree = manager.item_metadata(self.step)['state'].tree['params']
+    shapes = {name: tuple(value.shape) for name, value in names(tree).items()}
+    if self.base is not None:
+      of_base = self.base.shapes()
+      shapes |= {name: of_base[source] for name, source in self.sources.items()}
+    return shapes
+
+  def _meta(self) -> dict:
+    """What was saved beside the arrays."""
     path = self.state.parent / 'meta' / 'metadata'
-    return json.loads(path.read_text()).get('checksums', {}) if path.is_file() else {}
+    return json.loads(path.read_text()) if path.is_file() else {}
 
   def forget(self) -> None:
     """Frees what is held."""
     self.held.clear()
+    if self.base is not None:
+      self.base.forget()
 
 
 def nested(flat: Mapping[Path, object]) -> dict:

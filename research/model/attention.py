@@ -136,6 +136,7 @@ class Attention(nnx.Module):
     scale: of the logits; None is head_dim^-1/2. T5 has 1, and initialises its queries smaller by that factor.
     window: a query sees itself and the window - 1 keys before it (Mistral).
     clip: queries, keys and values are clipped to [-clip, clip] after their projections (MPT).
+    prefix: makes learned keys and values that every token sees beside the others (`prefixes.Prefix`).
   """
 
   def __init__(
@@ -155,6 +156,7 @@ class Attention(nnx.Module):
     qkv_bias: bool = False,
     output_bias: bool = False,
     linear: Factory = Linear,
+    prefix: Factory | None = None,
     rngs: nnx.Rngs,
   ):
     check_sizes(type(self), heads=heads, head_dim=head_dim, kv_heads=kv_heads, window=window)
@@ -182,13 +184,13 @@ class Attention(nnx.Module):
     self.query_norm = qk_norm(query_width, rngs=rngs) if qk_norm else None
     self.key_norm = qk_norm(key_width, rngs=rngs) if qk_norm else None
     self.qk_norm_heads = qk_norm_heads
+    self.prefix = prefix(kv_heads, head_dim, rngs=rngs) if prefix else None
 
   def __call__(self, x: jax.Array, context: Context):
     q, k, v = self.project(x, x, context)
     k, v, context = context.recall(k, v, window=self.window)
-    y = self_attention(
-      q, k, v, context, scale=self.scale, soft_cap=self.soft_cap, window=self.window
-    )
+    attend = self_attention if self.prefix is None else self.prefix.attend
+    y = attend(q, k, v, context, scale=self.scale, soft_cap=self.soft_cap, window=self.window)
     return self.output(y), {}
 
   def project(self, x, source, context):
@@ -217,6 +219,9 @@ class Attention(nnx.Module):
     pairs = length * window
     visible = pairs - window * (window - 1) // 2
     per_pair = 4 * self.heads * self.head_dim
+    if self.prefix is not None:
+      pairs += length * self.prefix.length
+      visible += length * self.prefix.length
     return Cost(
       full=pairs * per_pair,
       visible=visible * per_pair,
@@ -229,6 +234,8 @@ class CrossAttention(Attention):
   """Attention from the decoder to the encoder's output, without a position bias; it hides only padding."""
 
   def __call__(self, x: jax.Array, context: Context):
+    if self.prefix is not None:
+      raise Invalid(CrossAttention, 'prefix', 'is for attention within a sequence; leave it None.')
     lengths = (x.shape[1], context.encoded.shape[1])
     mask = visible(context.segments, context.encoded_segments, lengths, causal=False)
     q, k, v = self.project(x, context.encoded, context)

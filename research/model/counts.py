@@ -34,7 +34,7 @@ and Brown et al. 2020, table D.1, count T5.)
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import jax
 from flax import nnx
@@ -144,6 +144,52 @@ def count_decoding(model: Callable[..., nnx.Module], lengths: Mapping[str, int])
     params_bytes=params * itemsize,
     cache_bytes=(targets * cost.cached + inputs * cost.cached_encoder) * itemsize,
   )
+
+
+def without_gradients(
+  count: Counts,
+  model: Callable[..., nnx.Module],
+  frozen: Collection[str],
+  lengths: Mapping[str, int],
+) -> Counts:
+  """The counts of training in which these parameters do not learn.
+
+  The products that would make their gradients are not computed, 2 of the 6 FLOPs for a parameter and token. The
+  gradient still passes through them to the layers before.
+
+  Args:
+    count: of training in which all parameters learn.
+    frozen: names of parameters, 'stack/norm/scale'.
+    lengths: as in `count`.
+  """
+  module = abstract(model)
+  targets, inputs = _check_lengths(module, lengths)
+  cost = cost_of(module, targets, inputs)
+  layers = matrices = tables = 0.0
+  head = cost.logits
+  for path, value in all_parameters(module):
+    number = math.prod(value.shape) * value.active
+    if path[0] == 'encoder':
+      number *= inputs / targets
+    embeds = value.kind == 'table' and 'embed' in value.axes
+    reads_out = value.kind != 'table' and 'vocab' in value.axes
+    if '/'.join(map(str, path)) not in frozen:
+      # Of the token vectors too: a tied head multiplies with them.
+      head = 0 if 'vocab' in value.axes and value.kind != 'vector' else head
+    elif embeds:
+      tables += number if 'vocab' in value.axes else 0
+    elif not reads_out:
+      layers += number
+      matrices += number if value.kind == 'matrix' else 0
+  with_head = 2 * (layers + head)
+  saved = {
+    'flops_6n_non_embedding': 2 * layers,
+    'flops_6n_with_head': with_head,
+    'flops_attention_causal': with_head,
+    'flops_attention_full': with_head,
+    'flops_chinchilla': 2 * (tables + matrices + head),
+  }
+  return dataclasses.replace(count, **{k: getattr(count, k) - n for k, n in saved.items()})
 
 
 def _check_lengths(module, lengths) -> tuple[int, int]:

@@ -1,13 +1,16 @@
 """Checks that model, data, loss and devices fit together, before anything is compiled."""
 
 import dataclasses
+import pathlib
 
 from research.core.errors import Invalid
-from research.data.batches import Frozen
+from research.data.batches import Frozen, FrozenMixture
 from research.model import counts
 from research.parallel.axes import axis_size
 from research.parallel.hosts import host_share
 from research.parallel.mesh import Mesh
+from research.training import learning
+from research.training.program import make_program
 from research.training.run import Run
 
 
@@ -20,6 +23,15 @@ def check_fits(run: Run, vocab: int, inputs: tuple[str, ...], train: Frozen) -> 
       'vocab',
       f'{vocab} is less than the {train.vocab_size} tokens of the data; set it to that or more.',
     )
+  converted = run.init is not None and (pathlib.Path(run.init.folder) / 'model.gin').is_file()
+  parts = train.parts.values() if isinstance(train, FrozenMixture) else [train]
+  moved = any('offset=1' in str(part.manifest.get('vocabulary')) for part in parts)
+  if converted and moved:
+    why = (
+      'its token 0 is text, and here 0 is padding: the ids of the data are one more than those that the '
+      'model was trained with. A model of this tokenizer cannot be fine-tuned here.'
+    )
+    raise Invalid(Run, 'init', why)
   missing = [name for name in inputs if f'{name}_input_tokens' not in train.features]
   if missing:
     raise Invalid(
@@ -33,6 +45,12 @@ def check_fits(run: Run, vocab: int, inputs: tuple[str, ...], train: Frozen) -> 
       raise Invalid(Run, 'loss', why)
   run.loss.check(vocab, run.train)
   check_divides(run)
+
+
+def check_start(run: Run) -> None:
+  """Raises UserError where the run cannot start from its checkpoint, under the mesh in use."""
+  if run.init is not None:
+    _ = make_program(run).sources  # it raises
 
 
 def check_divides(run: Run) -> None:
@@ -61,7 +79,13 @@ def count_of(run: Run) -> counts.Counts:
   """The counts of the run's model. FLOPs per token are the mean over the run: shorter rows cost less."""
 
   def count(cut: int) -> counts.Counts:
-    return counts.count(run.model, {k: n // cut for k, n in run.train.lengths.items()})
+    lengths = {k: n // cut for k, n in run.train.lengths.items()}
+    all_learn = counts.count(run.model, lengths)
+    # A matrix that does not learn needs no gradient of its own: a third of its FLOPs.
+    frozen = learning.frozen_names(counts.abstract(run.model), run.learns)
+    if not frozen:
+      return all_learn
+    return counts.without_gradients(all_learn, run.model, frozen, lengths)
 
   whole = count(1)
   total = run.batches.examples(run.steps)

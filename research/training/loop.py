@@ -20,7 +20,7 @@ from research.parallel import processes
 from research.parallel.hosts import host_share, on_mesh, place
 from research.parallel.mesh import describe
 from research.training import background_jit
-from research.training.checks import check_fits, count_of
+from research.training.checks import check_fits, check_start, count_of
 from research.training.interrupt import Interrupted, TerminationSignal
 from research.training.program import Program, keep_compiled, make_program, mesh_of, rates
 from research.training.record import Record
@@ -43,6 +43,7 @@ def train(run: Run, workdir: str | pathlib.Path, config_text: str = '', stream=s
     def say(text: str) -> None:
       print(text, file=stream, flush=True)
 
+    check_start(run)
     open_workdir(workdir, run, config_text)
     devices = jax.devices()
     say(f'{len(devices)} {devices[0].device_kind} device(s), mesh {describe(mesh)}')
@@ -98,10 +99,14 @@ class Loop:
     # XLA compiles in the background while the checkpoint is read.
     self.compile(workdir)
     self.record = Record(
-      run, workdir, frozen, validation, count, self.rates, stream, program.abstract, self.sum_losses
-    )
+      run, workdir, frozen, validation, count, self.rates, stream, program.abstract, self.sum_losses,
+      base=program.base(),
+    )  # fmt: skip
     restored = self.record.state is not None
-    self.state = self.record.state if restored else self.init_fn(self.key())
+    # Where a run resumes from nothing but damaged checkpoints, it begins anew.
+    first = self.first or ([] if restored else self.arguments_of_init())
+    self.state = self.record.state if restored else self.init_fn(*first)
+    del self.first  # the parameters that it started from
     self.record.state = None  # the step donates the state's memory
 
   def compile(self, workdir: pathlib.Path) -> None:
@@ -109,7 +114,8 @@ class Loop:
     share = host_share()
     state = on_mesh(self.program.abstract)
     resumes = bool(folders.saved_steps(workdir / 'checkpoints'))
-    self.init_fn = background_jit.jit(self.program.init, *([] if resumes else [self.key()]))
+    self.first = [] if resumes else self.arguments_of_init()
+    self.init_fn = background_jit.jit(self.program.init, *self.first)
     batch = place(batch_at(self.frozen, self.run.batches, self.run.seed, 0, *share))
     self.step_fn = background_jit.jit(
       self.program.step, state, batch, self.rates[0], self.fixed, donate_argnums=0
@@ -117,8 +123,10 @@ class Loop:
     batch = place(next(eval_batches(self.validation, self.run.batch_size, *share)))
     self.evaluate_fn = background_jit.jit(self.program.evaluate, state['params'], batch, self.fixed)
 
-  def key(self) -> jax.Array:
-    return jax.random.key(self.run.seed)
+  def arguments_of_init(self) -> list:
+    """The seed's key and, where the run starts from a checkpoint, what that gives."""
+    key = jax.random.key(self.run.seed)
+    return [key] if self.run.init is None else [key, self.program.given()]
 
   def train(self) -> dict:
     """Trains from `record.start` to the last step; returns the run's row.

@@ -65,6 +65,7 @@ def train_population(
   devices = jax.devices()[: len(runs)]
   mesh = jax.make_mesh((len(devices),), ('member',), devices=devices)
   with jax.set_mesh(mesh):
+    checks.check_start(runs[0])
     for run, workdir, text in zip(runs, workdirs, texts, strict=True):
       open_workdir(workdir, run, text)
     population = Population(runs, workdirs, streams)
@@ -115,7 +116,8 @@ class Population:
     for i, (run, workdir, stream) in enumerate(zip(self.runs, workdirs, streams, strict=True)):
       sum_losses = functools.partial(self.sum_losses, i)
       record = Record(
-        run, workdir, self.frozen, validation, count, all_rates[i], stream, self.program.abstract, sum_losses
+        run, workdir, self.frozen, validation, count, all_rates[i], stream, self.program.abstract, sum_losses,
+        base=self.program.base(),
       )  # fmt: skip
       self.members.append(Member(record, self.size))
 
@@ -133,9 +135,10 @@ class Population:
     def step(state, own, shared):
       return one({'state': state, **own}, shared)
 
-    state = hosts.on_mesh(jax.eval_shape(init, self.seeds(), ()))
+    state = hosts.on_mesh(jax.eval_shape(init, self.seeds(), {}))
     saved = [folders.saved_steps(workdir / 'checkpoints') for workdir in workdirs]
-    self.init_fn = background_jit.jit(init, *([] if all(saved) else [self.seeds(), ()]))
+    self.given = {} if all(saved) else self.program.given()
+    self.init_fn = background_jit.jit(init, *([] if all(saved) else [self.seeds(), self.given]))
     orders = [(r.seed, max(steps, default=0)) for r, steps in zip(self.runs, saved, strict=True)]
     batches = {o: batch_at(self.frozen, self.program.run.batches, *o) for o in orders}
     active = self.spread([True] * self.size, spare=False)
@@ -155,7 +158,8 @@ class Population:
     records = [member.record for member in self.members]
     new = None
     if any(record.state is None for record in records):
-      new = self.init_fn(self.seeds(), ())
+      new = self.init_fn(self.seeds(), self.given or self.program.given())
+    self.given = {}  # it is in the members' states
     if all(record.state is None for record in records):
       return new
     states = []
@@ -167,8 +171,9 @@ class Population:
       record.state = None
     return jax.tree.map(lambda *x: self.spread(x), *states)
 
-  def init(self, own: dict, shared) -> dict:
-    return self.program.init(jax.random.wrap_key_data(own['key']))
+  def init(self, own: dict, given: dict) -> dict:
+    """One member's first state; all start from the same checkpoint, where the run says one."""
+    return self.program.init(jax.random.wrap_key_data(own['key']), given)
 
   def step(self, own: dict, shared: dict) -> tuple[dict, dict]:
     """One member's update."""

@@ -13,16 +13,22 @@ import numpy as np
 import optax
 from flax import nnx
 
+from research.checkpoints.manager import names
+from research.checkpoints.pretrained import abstract_model
+from research.core.errors import Invalid
 from research.data import cache
 from research.model.parameters import kinds, named_axes
 from research.parallel import axes as axes_module
+from research.parallel import hosts
 from research.parallel.axes import axis_size, on_each, spec, splits
 from research.parallel.mesh import Mesh, default_mesh, platform, threads
-from research.training import cross_entropy, optimizers
+from research.training import cross_entropy, learning, optimizers
 from research.training.run import Run
 
 # A core of a CPU goes through so many at a time: its caches hold their activations (experiments/speed).
 CACHED_TOKENS = 1024
+# The key of the parameters that do not learn in `Program.fixed`: a word that no field of a loss can be named.
+FROZEN = 'parameters that do not learn'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +42,7 @@ class Program:
   inputs: tuple[str, ...]
   routed: bool
   kinds: dict  # of the parameters, nested as they are
+  frozen: frozenset[str] = frozenset()  # names of the parameters that do not learn
 
   def optimizer(self, rate) -> optax.GradientTransformation:
     """The optimizer whose learning rate now is `rate`, an input: runs that differ only in it and in their
@@ -44,9 +51,17 @@ class Program:
     clip = optax.clip_by_global_norm(self.run.clip) if self.run.clip else optax.identity()
     return optimizers.knowing(self.kinds, optax.chain(clip, optimizer))
 
-  def init(self, key: jax.Array) -> dict:
-    """The state before the first step: step, params, opt."""
+  def init(self, key: jax.Array, given: dict | None = None) -> dict:
+    """The state before the first step: step, params (those that learn), opt.
+
+    Args:
+      key: parameters are drawn from it.
+      given: what `Run.init` puts in their place (`Program.given`).
+    """
     params = nnx.to_pure_dict(nnx.state(self.run.model(rngs=nnx.Rngs(params=key))))
+    params = learning.without(params, self.frozen)
+    if given:
+      params = learning.filled(params, given)
     return {
       'step': jnp.zeros((), jnp.int32),
       'params': params,
@@ -61,14 +76,62 @@ class Program:
   @functools.cached_property
   def abstract_fixed(self) -> dict:
     """The shapes of `fixed`, and where its arrays live."""
-    return {name: other.shapes() for name, other in self.run.loss.models.items()}
+    fixed = {name: other.shapes() for name, other in self.run.loss.models.items()}
+    if self.frozen:
+      params = nnx.to_pure_dict(nnx.state(abstract_model(self.run.model)))
+      fixed[FROZEN] = learning.keep(params, self.frozen)
+    return fixed
+
+  @functools.cached_property
+  def sources(self) -> dict[str, str]:
+    """Name in the checkpoint of `Run.init` of every parameter that it gives.
+
+    Raises:
+      UserError: the checkpoint does not suit the model.
+      Invalid: a parameter would neither learn nor come from the checkpoint.
+    """
+    if self.run.init is None:
+      return {}
+    shapes = {}
+    for part in (self.abstract['params'], self.abstract_fixed.get(FROZEN, {})):
+      shapes |= {name: tuple(x.shape) for name, x in names(part).items()}
+    sources = self.run.init.sources(shapes)
+    there = self.run.init.checkpoint.shapes()
+    for name in sorted(self.frozen):
+      if name not in sources or there[sources[name]] != shapes[name]:
+        fault = 'has another size there' if name in sources else 'is not in the checkpoint'
+        why = f'{name} does not learn and {fault}; let it learn, or let it be as it is there.'
+        raise Invalid(Run, 'learns', why)
+    return sources
+
+  def given(self) -> dict:
+    """Values for parameters that learn, by name, from `Run.init`, on the mesh in use."""
+    if self.run.init is None:
+      return {}
+    return self.run.init.load(names(hosts.on_mesh(self.abstract['params'])), self.sources)
 
   def fixed(self) -> dict:
-    """What the step reads and does not change: parameters of the models that the loss reads, by name."""
-    return {name: other.params() for name, other in self.run.loss.models.items()}
+    """What the step reads and does not change.
+
+    Parameters of the models that the loss reads, by name, and under `FROZEN` the model's own that do not learn.
+    """
+    fixed = {name: other.params() for name, other in self.run.loss.models.items()}
+    if self.frozen:
+      places = hosts.on_mesh(self.abstract_fixed[FROZEN])
+      given = self.run.init.load(names(places), self.sources)
+      fixed[FROZEN] = learning.filled(places, given)
+    return fixed
+
+  def base(self) -> dict | None:
+    """What a checkpoint says of the parameters that it does not hold; None where it holds all."""
+    if not self.frozen:
+      return None
+    return self.run.init.reference({name: self.sources[name] for name in sorted(self.frozen)})
 
   def loss(self, params: dict, batch: dict, fixed: dict | None = None) -> tuple[jax.Array, dict]:
     """The sum of the run's loss over a batch, and the sums that it is made of."""
+    if self.frozen:
+      params = learning.joined(params, fixed[FROZEN])
     model = nnx.merge(self.graphdef, params)
     features, penalties = model.features(batch)
     chunks = self.run.logits_chunks or choose_chunks(*features.shape[:2], model.vocab)
@@ -156,7 +219,8 @@ def make_program(run: Run) -> Program:
   inputs = tuple(abstract.inputs)
   others = {name: nnx.graphdef(other.abstract) for name, other in run.loss.models.items()}
   graphdef = nnx.graphdef(abstract)
-  return Program(run, graphdef, others, abstract.vocab, inputs, routed, kinds(abstract))
+  frozen = learning.frozen_names(abstract, run.learns)
+  return Program(run, graphdef, others, abstract.vocab, inputs, routed, kinds(abstract), frozen)
 
 
 def choose_chunks(rows: int, length: int, vocab: int) -> int:
@@ -178,9 +242,9 @@ def mesh_of(run: Run, devices, device_bytes: int | None = None) -> Mesh:
   if run.mesh is not None or len(devices) == 1:
     return run.mesh or Mesh()
   with Mesh().use(devices[:1]):
-    init = make_program(run).init
-    state = jax.eval_shape(lambda: init(jax.random.key(0)))
-  size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
+    program = make_program(run)
+    arrays = jax.tree.leaves((program.abstract, program.abstract_fixed.get(FROZEN)))
+  size = sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
   device_bytes = device_bytes or (devices[0].memory_stats() or {}).get('bytes_limit')
   return default_mesh(size, device_bytes)
 

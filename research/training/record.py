@@ -36,6 +36,7 @@ class Record:
     stream,
     abstract: dict,
     sum_losses: Callable,
+    base: dict | None = None,
   ):
     """
     Args:
@@ -45,6 +46,7 @@ class Record:
       stream: where progress is shown.
       abstract: shapes and places of the state, to restore a checkpoint by.
       sum_losses: gives the sums of `Program.evaluate` over a whole frozen stream by the parameters of now.
+      base: what a checkpoint says of the parameters that it does not hold (`Program.base`).
     """
     self.run = run
     self.workdir = workdir
@@ -53,6 +55,8 @@ class Record:
     self.count = count
     self.rates = rates
     self.sum_losses = sum_losses
+    self.base = base
+    self.params_learned = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract['params']))
     self.checkpoints = Checkpoints(workdir / 'checkpoints', keep=run.keep_checkpoints)
     self._restore(abstract, stream)
     writes = jax.process_index() == 0
@@ -128,6 +132,8 @@ class Record:
       # A run that resumes from here drops later rows, and lacks no earlier one.
       self.rows.flush()
       meta = {'tokens': self.tokens, 'seconds': time.monotonic() - self.began}
+      if self.base is not None:
+        meta['base'] = self.base
       self.checkpoints.save(step, state, meta)
     self.clock += time.monotonic() - began  # the speed that is shown is of training alone
 
@@ -181,6 +187,8 @@ class Record:
     return {
       'status': status,
       **{name: value for name, value in counted.items() if name.startswith('params_')},
+      **({} if run.learns is None else {'params_learned': self.params_learned}),
+      **({f'init/{k}': v for k, v in run.init.row().items()} if run.init else {}),
       'tokens': self.tokens,
       'epochs': max(epochs.values()),
       **({f'{name}/epochs': n for name, n in epochs.items()} if mixture else {}),

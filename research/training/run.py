@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 
+from research.checkpoints.starts import Checkpoint, check_pattern
 from research.core.describe import describe
 from research.core.errors import Invalid
 from research.data.mixtures import Curriculum, Mixture
@@ -14,7 +15,7 @@ from research.training.losses import CrossEntropy, Loss
 _INCIDENTAL = ('mesh', 'log_every', 'checkpoint_every', 'keep_checkpoints')
 # Fields that came later. At their defaults they are no part of a run's identity, or no workdir of before
 # could be resumed.
-_LATER = ('loss',)
+_LATER = ('loss', 'init', 'learns')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,9 @@ class Run:
     schedule: `schedule(steps)` makes a `step -> learning rate`.
     clip: gradients are scaled down to this global norm; None for no clipping.
     loss: what is minimised, a class of `research.training.losses` or one of your own.
+    init: where parameters start, a `starts.Checkpoint`; None draws all of them from the seed.
+    learns: which parameters learn, as patterns of their names ('.*/bias') or 'kind:vector'; None for all. The
+      others stay as `init` has them, and cost neither gradient nor optimizer state nor room in checkpoints.
     microbatches: the batch is gone through in so many parts, to save memory; the update is the same. A device
       that is a single core of a CPU cuts them smaller by itself.
     logits_chunks: the length is cut into so many parts for the logits; None chooses.
@@ -51,6 +55,8 @@ class Run:
   schedule: Callable
   clip: float | None = 1.0
   loss: Loss = dataclasses.field(default_factory=CrossEntropy)
+  init: Checkpoint | None = None
+  learns: tuple[str, ...] | None = None
   microbatches: int = 1
   logits_chunks: int | None = None
   seed: int = 0
@@ -74,6 +80,7 @@ class Run:
         raise Invalid(Run, field, 'must be a stream: @streams.Stream() with its parentheses.')
     if not isinstance(self.loss, Loss):
       raise Invalid(Run, 'loss', 'must be a loss: @losses.CrossEntropy() with its parentheses.')
+    self._check_start()
     if self.clip is not None and not self.clip > 0:
       raise Invalid(Run, 'clip', f'{self.clip!r} must be positive, or None.')
     object.__setattr__(self, 'curriculum', tuple(map(tuple, self.curriculum)))
@@ -87,6 +94,21 @@ class Run:
         why = f'{self.logits_chunks} does not divide the length {length}.'
         raise Invalid(Run, 'logits_chunks', why)
     self.schedule(self.steps)  # a warm-up longer than the run is an error now
+
+  def _check_start(self):
+    if self.init is not None and not isinstance(self.init, Checkpoint):
+      raise Invalid(Run, 'init', 'must be a start: @starts.Checkpoint() with its parentheses.')
+    if self.learns is None:
+      return
+    patterns = (self.learns,) if isinstance(self.learns, str) else tuple(self.learns)
+    object.__setattr__(self, 'learns', patterns)
+    for pattern in patterns:
+      check_pattern(Run, 'learns', pattern)
+    if not patterns:
+      raise Invalid(Run, 'learns', '() lets nothing learn; None lets all parameters learn.')
+    if self.init is None:
+      why = 'what does not learn must come from a checkpoint; bind Run.init = @starts.Checkpoint().'
+      raise Invalid(Run, 'learns', why)
 
   def _check_curriculum(self):
     for stage in self.curriculum:

@@ -1,0 +1,101 @@
+"""Plain parameters of a model whose matrices are made of some: what LoRA and its kin come to."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+from flax import nnx
+
+from research.core.errors import UserError
+from research.model import counts
+from research.model.weights import Weight
+from research.parallel.mesh import Mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Tree:
+  """A resolved model where a `configs.Config` is asked for its tree."""
+
+  model: functools.partial
+
+  def tree(self) -> functools.partial:
+    return self.model
+
+
+def merged(model, params: dict) -> tuple[functools.partial, dict]:
+  """The model with plain matrices that computes the same, and its parameters.
+
+  Args:
+    model: a partial that needs only `rngs`, whose `weight` may be anything.
+    params: of it, nested dicts of arrays.
+
+  Raises:
+    UserError: the model has more than matrices that can be merged, such as adapters.
+  """
+  module = counts.abstract(model)
+  plain_model = without_weights(model)
+  result = params
+  with Mesh().use(jax.devices()[:1]):
+    for path, weight in nnx.iter_modules(module):
+      if isinstance(weight, Weight) and not _within_another(module, path):
+        result = _put(result, path, _matrix(weight, _at(params, path)))
+  shapes = nnx.to_pure_dict(nnx.state(counts.abstract(plain_model)))
+  if jax.tree.structure(shapes) != jax.tree.structure(result):
+    raise UserError(
+      'the model has parts besides its matrices that cannot be merged into them (adapters, prefixes): it has '
+      'no plain equal.'
+    )
+  return plain_model, result
+
+
+def _within_another(module: nnx.Module, path: tuple) -> bool:
+  """Whether a weight is the base of another one."""
+  for i in range(len(path)):
+    node = module
+    for key in path[:i]:
+      node = node[key] if isinstance(node, nnx.List) else getattr(node, key)
+    if isinstance(node, Weight):
+      return True
+  return False
+
+
+def _matrix(weight: Weight, params: dict) -> np.ndarray:
+  """The matrix of a weight; of one in a stack, those of all its layers."""
+  abstract = nnx.to_pure_dict(nnx.state(weight))
+  layers = len(jax.tree.leaves(abstract['base'])[0].shape) - len(weight.shape)
+  graphdef = nnx.graphdef(weight)
+
+  def whole(params):
+    return nnx.merge(graphdef, params)[...]
+
+  for _ in range(layers):
+    whole = jax.vmap(whole)
+  return np.asarray(jax.jit(whole)(jax.tree.map(np.asarray, params)))
+
+
+def _at(tree: dict, path: tuple):
+  for key in path:
+    tree = tree[key]
+  return tree
+
+
+def _put(tree: dict, path: tuple, value) -> dict:
+  if not path:
+    return value
+  return {**tree, path[0]: _put(tree[path[0]], path[1:], value)}
+
+
+def without_weights(value):
+  """A resolved model without its choices of `weight`: every matrix is a plain parameter."""
+  if isinstance(value, functools.partial):
+    keywords = {k: without_weights(v) for k, v in value.keywords.items() if k != 'weight'}
+    return functools.partial(value.func, *value.args, **keywords)
+  if isinstance(value, list | tuple):
+    return type(value)(map(without_weights, value))
+  return value
+
+
+def has_weights(model) -> bool:
+  """Whether any matrix of the model is more than a plain parameter."""
+  return any(isinstance(module, Weight) for _, module in nnx.iter_modules(counts.abstract(model)))

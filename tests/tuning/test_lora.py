@@ -1,0 +1,151 @@
+"""Matrices that learn little beside a base that stays."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from research.core.errors import UserError
+from research.model import counts
+from research.model.layers import Linear
+from research.model.part import Cost
+from research.model.weights import Matrix
+from research.parallel.mesh import Mesh
+from research.tuning import adapters, lora, merge
+from tests.families import tiny
+
+KINDS = {
+  'LoRA': functools.partial(lora.LoRA, rank=3),
+  'rsLoRA': functools.partial(lora.LoRA, rank=3, rank_stabilized=True),
+  'DoRA': functools.partial(lora.DoRA, rank=3),
+  'ia3': lora.ia3,
+}
+LEARNED = ('lora_b', 'magnitude', 'scale')
+
+
+def batch_of(model) -> dict:
+  tokens = np.arange(1, 9, dtype=np.int32)[None]
+  return {f'{name}_input_tokens': tokens for name in model.func.inputs}
+
+
+def run(model, params, batch):
+  """Logits, on one device."""
+
+  @functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
+  def logits(params):
+    return nnx.merge(nnx.graphdef(counts.abstract(model)), params)(batch)[0]
+
+  return np.asarray(logits(params))
+
+
+def drawn(model) -> dict:
+  return jax.jit(lambda key: nnx.to_pure_dict(nnx.state(model(rngs=nnx.Rngs(params=key)))))(
+    jax.random.key(0)
+  )
+
+
+def moved(params: dict, size: float = 0.05) -> dict:
+  """Parameters as if they had learned: what starts at zero or at one has left it."""
+
+  def one(path, x):
+    if path[-1].key not in LEARNED or 'norm' in str(path):
+      return x
+    return x + size * jax.random.normal(jax.random.key(x.size), x.shape)
+
+  return jax.tree.map_with_path(one, params)
+
+
+@pytest.mark.parametrize(
+  ('family', 'kind'),
+  [
+    ('mixtral', 'LoRA'),
+    *(
+      pytest.param(family, kind, marks=pytest.mark.slow)
+      for family in ('llama', 'mixtral', 'bert', 't5', 'mamba2', 'deepseek_v2')
+      for kind in KINDS
+      if (family, kind) != ('mixtral', 'LoRA')
+    ),
+  ],
+)
+def test_at_first_it_is_the_base_and_merged_it_is_the_same(family, kind):
+  model = functools.partial(tiny(family), weight=KINDS[kind])
+  batch = batch_of(model)
+  with Mesh().use(jax.devices()[:1]):
+    params = drawn(model)
+    plain, base = merge.merged(model, params)
+    tolerance = (
+      1e-6 if kind == 'DoRA' else 0.0
+    )  # it multiplies by a ratio that is one up to rounding
+    at_first = run(model, params, batch)
+    np.testing.assert_allclose(at_first, run(plain, base, batch), rtol=tolerance, atol=tolerance)
+    params = moved(params)
+    _, whole = merge.merged(model, params)
+    learned = run(model, params, batch)
+    assert np.abs(learned - at_first).max() > 1e-2
+    scale = np.abs(learned).max()
+    np.testing.assert_allclose(learned / scale, run(plain, whole, batch) / scale, atol=1e-6)
+
+
+@pytest.mark.parametrize('kind', list(KINDS)[:3])
+def test_a_matrix_equals_the_papers_formula(kind):
+  matrix = Matrix(
+    (2, 3, 4, 5), ('expert', 'heads', 'head_dim', 'embed'), nnx.initializers.normal(1.0), 2, 1
+  )
+  with Mesh().use(jax.devices()[:1]):
+    weight = KINDS[kind](matrix, rngs=nnx.Rngs(params=0))
+    params = moved(nnx.to_pure_dict(nnx.state(weight)), 0.5)
+    whole = np.asarray(nnx.merge(nnx.graphdef(weight), params)[...])
+  value = {name: np.asarray(x, np.float64) for name, x in params.items()}
+  scale = 16 / (np.sqrt(3) if kind == 'rsLoRA' else 3)
+  changed = value['base'] + scale * np.einsum('xhdr,xre->xhde', value['lora_a'], value['lora_b'])
+  if kind == 'DoRA':
+    length = lambda w: np.sqrt((w**2).sum((1, 2), keepdims=True))
+    magnitude = value['magnitude'][:, None, None] * length(value['base'])
+    changed = magnitude * changed / length(changed)
+  np.testing.assert_allclose(whole, changed, rtol=2e-6, atol=2e-6)
+
+
+def test_ia3_rescales_keys_values_and_hidden_units():
+  module = counts.abstract(functools.partial(tiny('llama'), weight=lora.ia3))
+  rescaled = {path[-2] for path, m in nnx.iter_modules(module) if isinstance(m, lora.Rescaled)}
+  assert rescaled == {'key', 'value', 'output'}  # the output of the MLP, not of attention
+  of_inputs = [
+    m.axes for _, m in nnx.iter_modules(module) if isinstance(m, lora.Rescaled) and m.of_inputs
+  ]
+  assert of_inputs == [('mlp', 'embed')]
+
+
+def test_an_adapter_changes_nothing_at_first_and_is_not_merged():
+  plain = tiny('llama')
+  adapter = functools.partial(adapters.Adapter, bottleneck=4)
+  stack = plain.keywords['stack']
+  parts = tuple(
+    functools.partial(adapters.After, base=part, adapter=adapter)
+    for part in stack.keywords['parts']
+  )
+  model = functools.partial(plain, stack=functools.partial(stack, parts=parts))
+  with Mesh().use(jax.devices()[:1]):
+    x = jnp.ones((1, 3, 8))
+    after = functools.partial(adapters.After, base=_Half, adapter=adapter)(
+      8, rngs=nnx.Rngs(params=0)
+    )
+    np.testing.assert_array_equal(after(x, None)[0], x / 2)
+    params = drawn(model)
+    with pytest.raises(UserError, match='cannot be merged'):
+      merge.merged(model, params)
+
+
+class _Half(nnx.Module):
+  """A part that halves."""
+
+  def __init__(self, embed, *, rngs):
+    self.linear = Linear({'embed': embed}, {'embed': embed}, rngs=rngs)
+
+  def __call__(self, x, context):
+    return x / 2, {}
+
+  def cost(self, length, encoder_length):
+    return Cost()
