@@ -42,7 +42,7 @@ def batch_features(run: Run) -> dict[str, int]:
 
 
 def lower(run: Run, mesh: jax.sharding.Mesh):
-  """(lowered step, abstract state, abstract batch) of a run, under the mesh in use."""
+  """(lowered step, abstract state, batch, and what it only reads) of a run, under the mesh in use."""
   program = make_program(run)
   checks.check_divides(run)
 
@@ -59,7 +59,7 @@ def lower(run: Run, mesh: jax.sharding.Mesh):
     for key, length in batch_features(run).items()
   }
   step = jax.jit(program.step, donate_argnums=0)
-  return step.lower(state, batch, at((), jnp.float32, jax.P()), fixed), state, batch
+  return step.lower(state, batch, at((), jnp.float32, jax.P()), fixed), state, batch, fixed
 
 
 def device_bytes(tree) -> int:
@@ -154,13 +154,13 @@ def compile_run(run: Run, topology: str, slices: int = 1, keep_hlo: str | None =
   devices, chip = chips.devices_of(topology, slices)
   with mesh_of(run, devices, chip and chip.hbm_bytes).use(devices) as mesh:
     began = time.monotonic()
-    lowered, state, batch = lower(run, mesh)
+    lowered, state, batch, fixed = lower(run, mesh)
     try:
       compiled = lowered.compile()
     except Exception as error:  # XLA's runtime error has no public type
       if 'hbm' not in str(error).lower() and 'RESOURCE_EXHAUSTED' not in str(error):
         raise
-      raise DoesNotFit(_advice(run, str(error), device_bytes(state), chip)) from None
+      raise DoesNotFit(_advice(run, str(error), device_bytes((state, fixed)), chip)) from None
     seconds = time.monotonic() - began
     text = compiled.as_text()
     if keep_hlo:
@@ -170,15 +170,17 @@ def compile_run(run: Run, topology: str, slices: int = 1, keep_hlo: str | None =
       'topology': topology, 'slices': slices, 'devices': len(devices), 'mesh': dict(mesh.shape),
       'batch_size': run.batch_size, 'microbatches': run.microbatches, 'lengths': run.train.lengths,
       'remat': remat_of(run.model), 'compile_s': seconds,
-      'memory': memory(compiled, state, batch, chip),
+      'memory': memory(compiled, state, batch, fixed, chip),
       **flops(run), 'moved_bytes_per_device': hlo.moved_bytes(text),
       'collectives': network(hlo.collectives(text), mesh, chip, topology),
     }  # fmt: skip
   return report | roofline(report, chip) if chip else report
 
 
-def memory(compiled, state, batch, chip) -> dict[str, float]:
+def memory(compiled, state, batch, fixed, chip) -> dict[str, float]:
   """Bytes per device. The step's new state replaces the old one in place.
+
+  `parameters` are those that learn, `frozen` what the step only reads: the others, and a teacher's.
 
   `peak` is the most that is alive at once; XLA compares what it allocates for that with the device's memory.
   `total` is jax's sum of arguments and temporaries, on a TPU up to a third more than is allocated
@@ -189,7 +191,7 @@ def memory(compiled, state, batch, chip) -> dict[str, float]:
   total = stats.argument_size_in_bytes + stats.temp_size_in_bytes + max(fresh, 0)
   return {
     'parameters': device_bytes(state['params']), 'optimizer': device_bytes(state['opt']),
-    'batch': device_bytes(batch), 'arguments': stats.argument_size_in_bytes,
+    'frozen': device_bytes(fixed), 'batch': device_bytes(batch), 'arguments': stats.argument_size_in_bytes,
     'temporaries': stats.temp_size_in_bytes, 'host': stats.host_temp_size_in_bytes,
     'total': total, 'peak': stats.peak_memory_in_bytes, 'limit': chip and chip.hbm_bytes,
   }  # fmt: skip
@@ -243,7 +245,17 @@ def show(report: dict) -> str:
     'memory per device:',
     *(
       f'  {key:12}{gib(m[key])}'
-      for key in ('parameters', 'optimizer', 'batch', 'temporaries', 'total', 'peak', 'host')
+      for key in (
+        'parameters',
+        'optimizer',
+        'frozen',
+        'batch',
+        'temporaries',
+        'total',
+        'peak',
+        'host',
+      )
+      if key != 'frozen' or m[key]
     ),
   ]
   if m['limit']:

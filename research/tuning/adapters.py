@@ -56,7 +56,7 @@ class After(nnx.Module):
     adapter: an `Adapter`.
   """
 
-  def __init__(self, embed: int, *, base: Factory, adapter: Factory = Adapter, rngs: nnx.Rngs):
+  def __init__(self, embed: int, *, base: Factory, adapter: Factory, rngs: nnx.Rngs):
     self.base = base(embed, rngs=rngs)
     self.adapter = adapter(embed, rngs=rngs)
 

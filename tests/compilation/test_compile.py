@@ -15,6 +15,7 @@ from research.compilation import report as report_module
 from research.compilation.report import DoesNotFit, compile_run, lower, memory
 from research.core import configs
 from research.core.errors import UserError
+from research.model import counts
 from research.parallel.mesh import Mesh
 
 TINY = [
@@ -105,7 +106,7 @@ def fsdp():
   """The step of a small model under FSDP over eight devices: (run, compiled, state)."""
   run = tiny(mesh=Mesh(data=1, fsdp=8))
   with run.mesh.use() as mesh:
-    lowered, state, _ = lower(run, mesh)
+    lowered, state, *_ = lower(run, mesh)
     return run, lowered.compile(), state
 
 
@@ -155,7 +156,7 @@ def test_every_large_input_is_split(fsdp):
 
 def test_the_report_counts_the_state_and_the_batch(fsdp):
   run, compiled, state = fsdp
-  report = memory(compiled, state, {}, None)
+  report = memory(compiled, state, {}, {}, None)
   n = sum(x.size for x in jax.tree.leaves(state['params']))
   assert report['parameters'] == pytest.approx(4 * n / 8, rel=0.02)
   assert report['optimizer'] == pytest.approx(2 * report['parameters'], rel=0.02)
@@ -258,6 +259,32 @@ def test_microbatches_and_offloading_on_slices_of_tpus():
   assert whole['memory']['host'] == 0
   layers, sequences, tokens, width, itemsize = 4, 2, 512, 256, 2  # of one device
   assert away['memory']['host'] == layers * sequences * tokens * width * itemsize
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_what_does_not_learn_needs_no_memory_for_the_optimizer():
+  """LoRA on a LLaMA of a billion parameters: the optimizer has the adapters' moments and nothing else."""
+  chips.prepare('v5e:2x2')
+  files = ['gin/runs/tiny.gin', 'gin/meshes/fsdp.gin', 'gin/tuning/lora.gin']
+  shape = ['VOCAB=32000', 'EMBED=2048', 'LAYERS=16', 'HEADS=16', 'HEAD_DIM=128', 'MLP=8192']
+  more = [
+    "streams.Stream.lengths={'targets': 1024}",
+    "LanguageModel.dtype='bfloat16'",
+    "BASE='base'",
+  ]
+  more += ['Stack.scan=True', "Stack.remat='full'", 'Run.batch_size=4']
+  run = configs.load(files, [*shape, *more]).build()
+  memory = compile_run(run, 'v5e:2x2')['memory']
+  billion = counts.count(run.model, run.train.lengths).params_total
+  assert 1.1e9 < billion < 1.3e9
+  assert memory['parameters'] < 0.02 * memory['frozen']
+  assert memory['optimizer'] == pytest.approx(2 * memory['parameters'], rel=0.01)
+  assert memory['frozen'] == pytest.approx(4 * billion / 4, rel=0.05)
+  # What the step is given is these and the batch; nothing holds a moment or a gradient of what is frozen.
+  given = memory['parameters'] + memory['optimizer'] + memory['frozen'] + memory['batch']
+  assert memory['arguments'] == pytest.approx(given, rel=0.01)
+  assert memory['temporaries'] < memory['frozen']
 
 
 @needs_libtpu

@@ -59,6 +59,9 @@ def their_logits(model) -> np.ndarray:
     return model(torch.tensor(TOKENS.astype(np.int64))).logits.numpy()
 
 
+@pytest.mark.filterwarnings(
+  'ignore:.*is_gradient_checkpointing:FutureWarning'
+)  # peft asks transformers
 @pytest.mark.parametrize('options', [{}, {'use_rslora': True}, {'use_dora': True}])
 def test_an_adapter_computes_the_same_in_peft_and_here(options, base, tmp_path):
   peft = pytest.importorskip('peft')

@@ -10,7 +10,8 @@ import sys
 import numpy as np
 import pytest
 
-from research.core import storage
+from research.core import configs, storage
+from research.tuning import merge
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 PAGE = (ROOT / 'docs' / 'tuning.md').read_text()
@@ -126,3 +127,19 @@ def our_logits(folder: pathlib.Path, tokens: np.ndarray) -> np.ndarray:
     graphdef = nnx.graphdef(trained.abstract)
     batch = {'decoder_input_tokens': tokens.astype(np.int32)}
     return np.asarray(jax.jit(lambda params: nnx.merge(graphdef, params)(batch)[0])(params))
+
+
+def test_instruction_tuning_resolves(tmp_path):
+  (tmp_path / 'chats.jsonl').write_text(json.dumps(conversations(1)[0]))
+  (tmp_path / 'tokenizer.json').write_text('{}')
+  (tmp_path / 'template.jinja').write_text('{{ messages }}')
+  lines = [
+    f"BASE='{tmp_path}'",
+    f"FILES='{tmp_path}/chats.jsonl'",
+    f"TOKENIZER='{tmp_path}/tokenizer.json'",
+  ]
+  lines.append(f"TEMPLATE='{tmp_path}/template.jinja'")
+  files = ['gin/runs/instruct.gin', 'gin/models/llama/tiny.gin']
+  run = configs.load(files, lines).tree().keywords
+  assert run['learns'] == ('.*/lora_[ab]',)
+  assert merge.has_weights(run['model'])
