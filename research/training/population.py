@@ -172,7 +172,6 @@ class Population:
     return jax.tree.map(lambda *x: self.spread(x), *states)
 
   def init(self, own: dict, given: dict) -> dict:
-    """One member's first state; all start from the same checkpoint, where the run says one."""
     return self.program.init(jax.random.wrap_key_data(own['key']), given)
 
   def step(self, own: dict, shared: dict) -> tuple[dict, dict]:
