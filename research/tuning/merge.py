@@ -7,7 +7,6 @@ import jax
 import numpy as np
 from flax import nnx
 
-from research.core.errors import UserError
 from research.model import counts
 from research.model.weights import Weight
 from research.parallel.mesh import Mesh
@@ -26,12 +25,11 @@ class Tree:
 def merged(model, params: dict) -> tuple[functools.partial, dict]:
   """The model with plain matrices that computes the same, and its parameters.
 
+  What is no matrix, such as adapters and prefixes, stays as it is.
+
   Args:
     model: a partial that needs only `rngs`, whose `weight` may be anything.
     params: of it, nested dicts of arrays.
-
-  Raises:
-    UserError: the model has more than matrices that can be merged, such as adapters.
   """
   module = counts.abstract(model)
   plain_model = without_weights(model)
@@ -40,12 +38,6 @@ def merged(model, params: dict) -> tuple[functools.partial, dict]:
     for path, weight in nnx.iter_modules(module):
       if isinstance(weight, Weight) and not _within_another(module, path):
         result = _put(result, path, _matrix(weight, _at(params, path)))
-  shapes = nnx.to_pure_dict(nnx.state(counts.abstract(plain_model)))
-  if jax.tree.structure(shapes) != jax.tree.structure(result):
-    raise UserError(
-      'the model has parts besides its matrices that cannot be merged into them (adapters, prefixes): it has '
-      'no plain equal.'
-    )
   return plain_model, result
 
 

@@ -44,6 +44,7 @@ IDLE = (
   'lora_dropout',
   'megatron_core',
   'peft_version',
+  'qalora_group_size',
   'revision',
   'target_modules',
   'task_type',
@@ -112,6 +113,10 @@ def read_config(folder: pathlib.Path) -> dict:
   for key, value in config.items():
     if value and key not in (*READ, *IDLE):
       raise UserError(f'{path}: {key} = {value!r} is not supported; train the adapter without it.')
+  if config.get('init_lora_weights') not in (None, True, False, 'gaussian', 'orthogonal', 'eva'):
+    # PiSSA, OLoRA, CorDA and LoftQ change the base as well, which the folder does not hold.
+    how = config['init_lora_weights']
+    raise UserError(f'{path}: init_lora_weights = {how!r} changes the base, and is not supported.')
   rank, alpha = config.get('r'), config.get('lora_alpha')
   if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float) or not alpha > 0:
     raise UserError(f'{path}: r = {rank!r} and lora_alpha = {alpha!r} must be positive numbers.')

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from research.core.errors import UserError
+from research.huggingface.outwards import family_to_write
 from research.model import counts
 from research.model.layers import Linear
 from research.model.part import Context, Cost
@@ -120,7 +121,7 @@ def test_ia3_rescales_keys_values_and_hidden_units():
   assert of_inputs == [('mlp', 'embed')]
 
 
-def test_an_adapter_changes_nothing_at_first_and_is_not_merged():
+def test_an_adapter_changes_nothing_at_first_and_is_not_written_without():
   plain = tiny('llama')
   adapter = functools.partial(adapters.Adapter, bottleneck=4)
   stack = plain.keywords['stack']
@@ -135,9 +136,9 @@ def test_an_adapter_changes_nothing_at_first_and_is_not_merged():
       8, rngs=nnx.Rngs(params=0)
     )
     np.testing.assert_array_equal(after(x, Context(positions=jnp.arange(3)[None]))[0], x / 2)
-    params = drawn(model)
-    with pytest.raises(UserError, match='cannot be merged'):
-      merge.merged(model, params)
+  # No family of Hugging Face has them: they are not left out in silence.
+  with pytest.raises(UserError, match='has no tensor for'):
+    family_to_write(merge.Tree(model), 'llama')
 
 
 class _Half(nnx.Module):

@@ -105,6 +105,7 @@ def test_an_adapter_computes_the_same_in_peft_and_here(options, base, tmp_path):
     ({'peft_type': 'IA3'}, "peft_type 'IA3' is not read"),
     ({'rank_pattern': {'q_proj': 4}}, 'rank_pattern = .* is not supported'),
     ({'modules_to_save': ['lm_head']}, 'modules_to_save = .* is not supported'),
+    ({'init_lora_weights': 'pissa'}, 'changes the base'),
     ({'bias': 'all'}, "bias = 'all' is not read"),
     ({'r': 0}, 'must be positive'),
   ],
