@@ -30,16 +30,20 @@ class Tensors(Mapping):
   Which files those are the folder's model.safetensors or its index says. Others beside them (shards of an older
   save, adapters, consolidated copies) are not looked at.
 
+  Args:
+    folder: with the files.
+    one: the name of the file where there is only one.
+
   Raises:
     UserError: a file is missing, cut, empty or not safetensors; the index and its files disagree.
   """
 
-  def __init__(self, folder: pathlib.Path):
+  def __init__(self, folder: pathlib.Path, one: str = ONE):
     self.places: dict[str, tuple[pathlib.Path, str, int]] = {}
     self.shapes: dict[str, tuple[int, ...]] = {}
-    if (folder / ONE).is_file():
-      for name, entry in _header(folder / ONE).items():
-        self._add(folder / ONE, name, entry)
+    if (folder / one).is_file():
+      for name, entry in _header(folder / one).items():
+        self._add(folder / one, name, entry)
     elif (folder / INDEX).is_file():
       self._read_index(folder)
     else:
@@ -111,7 +115,7 @@ def _nothing_here(folder: pathlib.Path) -> str:
   """Why there is nothing to read in a folder without model.safetensors and its index."""
   names = {path.name for path in folder.iterdir()}
   if 'adapter_model.safetensors' in names or 'adapter_config.json' in names:
-    return 'an adapter without its model; merge it into the model first (merge_and_unload of peft).'
+    return 'an adapter without its model; read it with --from_peft, beside its model.'
   if any(name.endswith(('.bin', '.pt', '.pth')) for name in names):
     return (
       'only pickled weights here; save them as safetensors first (save_pretrained of transformers).'

@@ -30,6 +30,7 @@ from research.tuning.merge import Tree, without_weights
 
 PREFIX = 'base_model.model.'
 MAGNITUDE = 'lora_magnitude_vector'
+ADAPTER = 'adapter_model.safetensors'
 # Of adapter_config.json: what `read_config` reads, and what says nothing about the numbers.
 READ = ('peft_type', 'r', 'lora_alpha', 'use_rslora', 'use_dora', 'bias')
 IDLE = (
@@ -92,7 +93,7 @@ def save(
   }  # fmt: skip
   folder.mkdir(parents=True, exist_ok=True)
   write_tensors(folder, tensors.items(), {k: v.shape for k, v in tensors.items()}, 'float32', 1e15)
-  (folder / 'model.safetensors').rename(folder / 'adapter_model.safetensors')
+  (folder / 'model.safetensors').rename(folder / ADAPTER)
   (folder / 'adapter_config.json').write_text(json.dumps(config, indent=2) + '\n')
 
 
@@ -146,7 +147,7 @@ def load(
   config._read(text, 'model.gin')
   module = counts.abstract(config.tree())
   wanted, _ = family_to_write(Tree(without_weights(config.tree())), model_type)
-  given = Tensors(folder)
+  given = Tensors(folder, ADAPTER)
   params = streamed.Params(base)
   arrays = _plain_start(module, params)
   used: set[str] = set()
