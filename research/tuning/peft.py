@@ -74,7 +74,7 @@ def save(
   for tensor, piece, weight in _adapted(module, wanted):
     values = {k: np.asarray(v) for k, v in _leaves(params, piece.path).items()}
     lora = {name: values[name][piece.index] for name in _members(weight)}
-    if not lora['lora_b'].any() and not isinstance(weight, DoRA):
+    if not lora['lora_b'].any() and np.all(lora.get('magnitude', 1) == 1):
       continue  # peft's models have none where nothing was learned
     _check(tensor, weight)
     kernel = values['base'][piece.index]
