@@ -76,9 +76,9 @@ def configured(files: list[str], bindings: list[str]) -> list[Stream]:
 def streams_in(tree):
   """The streams in a tree of partials, containers and dataclasses."""
   if isinstance(tree, Stream):
-    yield tree
+    yield tree.unscored  # a model's scores are frozen by the run that reads them
   elif isinstance(tree, Mixture):
-    yield from tree.streams.values()
+    yield from streams_in(list(tree.streams.values()))
   elif isinstance(tree, functools.partial):
     yield from streams_in([*tree.args, *tree.keywords.values()])
   elif isinstance(tree, dict):

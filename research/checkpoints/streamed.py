@@ -104,13 +104,13 @@ class Params:
     # A run's checkpoints stand in its folder 'checkpoints'.
     folder = next((f for f in (folder / 'checkpoints', folder) if f.is_dir()), folder)
     if not folder.is_dir():
-      raise UserError(f'--checkpoint: no folder {folder}.')
+      raise UserError(f'there is no folder {folder}.')
     options = ocp.CheckpointManagerOptions(read_only=True)
     plain = storage.plain_path(folder)
     with ocp.CheckpointManager(plain, options=options) as manager:
       steps = sorted(manager.all_steps())
     if not steps:
-      raise UserError(f'--checkpoint: no checkpoint in {folder}.')
+      raise UserError(f'there is no checkpoint in {folder}.')
     if step not in (None, *steps):
       raise UserError(f'{folder} has no checkpoint of step {step}; its steps are {steps}.')
     self.step = steps[-1] if step is None else step

@@ -19,7 +19,7 @@ def shortened(batch: Batch, cut: int) -> Batch:
   if len(sides) > 1 or length % cut:
     why = 'an encoder-decoder has no shorter rows' if len(sides) > 1 else 'choose a divisor'
     raise UserError(f'rows of {length} tokens cannot be cut into {cut} equal parts: {why}.')
-  out = {k: v.reshape(-1, length // cut) for k, v in batch.items()}
+  out = {k: v.reshape(-1, length // cut, *v.shape[2:]) for k, v in batch.items()}
   side = sides.pop()
   ids = out.get(f'{side}_segment_ids')
   positions = out.get(f'{side}_positions')
@@ -68,7 +68,8 @@ def batches(
     prefetch: how many batches a thread prepares ahead; 0 prepares each batch on demand.
 
   Yields:
-    {key: (batch_size / process_count, length) int32}.
+    {key: (batch_size / process_count, length) int32}; what a model says of a row may be float32, and
+    [..., length, k].
   """
   # A wrong size is an error at the call, and not at the first batch, perhaps in a thread.
   batch_at(frozen, batch_size, seed, start, process_index, process_count)

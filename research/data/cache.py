@@ -13,6 +13,7 @@ from research.core import storage
 from research.core.errors import UserError
 from research.data.frozen import Frozen, FrozenMixture
 from research.data.mixtures import Mixture
+from research.data.scored import Scored
 from research.data.shards import complete
 from research.data.spec import digest
 from research.data.streams import Stream
@@ -62,7 +63,11 @@ def open_streams(streams: list, cache_dir=None, log=print) -> list[Frozen | Froz
       folders[key] = cache / 'streams' / stream.key()
     return folders[key]
 
-  parts = [p for s in streams for p in (s.streams.values() if isinstance(s, Mixture) else [s])]
+  parts = [
+    part.unscored
+    for s in streams
+    for part in (s.streams.values() if isinstance(s, Mixture) else [s])
+  ]
   missing = [s for s in parts if not complete(folder(s), s.passes, s.examples)]
   if missing and storage.is_bucket(shared):
     for s in missing:
@@ -77,7 +82,8 @@ def open_streams(streams: list, cache_dir=None, log=print) -> list[Frozen | Froz
   def load(stream):
     if isinstance(stream, Mixture):
       return FrozenMixture(stream, {name: load(part) for name, part in stream.streams.items()})
-    return Frozen(folder(stream), stream)
+    frozen = Frozen(folder(stream), stream.unscored)
+    return Scored(frozen, stream.scores, cache, log) if stream.scores else frozen
 
   return [load(stream) for stream in streams]
 

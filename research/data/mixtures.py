@@ -93,3 +93,8 @@ class Mixture:
       weights = {n: min(w, self.maximum) for n, w in weights.items()}
     weights = {n: w ** (1 / self.temperature) for n, w in weights.items()}
     return {n: w / sum(weights.values()) for n, w in weights.items()}
+
+
+def streams_of(stream: Stream | Mixture) -> list[Stream]:
+  """The streams of a mixture, or the one stream."""
+  return list(stream.streams.values()) if isinstance(stream, Mixture) else [stream]

@@ -11,6 +11,7 @@ import importlib.util
 
 from research.core.errors import Invalid, did_you_mean
 from research.data import corpora, objectives, vocabularies
+from research.data.scores import Scores
 from research.data.spec import digest, outside_code, to_spec
 
 # Part of every key: raise it when the same corpus or Stream gets other bytes on disk.
@@ -39,6 +40,7 @@ class Stream:
     architecture: 'decoder', 'encoder_decoder' or 'encoder'; None is the objective's first.
     seed: of the shuffling and of the corruption.
     module: Python module to import before looking `task` up in seqio's registries.
+    scores: what a model says of the examples, frozen beside them (`research.training.scores`).
   """
 
   task: 'str | objectives.Objective' = 'causal_lm'
@@ -52,6 +54,7 @@ class Stream:
   architecture: str | None = None
   seed: int = 0
   module: str | None = None
+  scores: Scores | None = None
 
   def __post_init__(self):
     if isinstance(self.task, str) and self.task in objectives.OBJECTIVES:
@@ -70,6 +73,8 @@ class Stream:
     return self.task if self.registered else self.task.name
 
   def _check_numbers(self):
+    if not isinstance(self.scores, Scores | None):
+      raise Invalid(Stream, 'scores', 'must be such as @scores.TopTokens() with its parentheses.')
     for key, n in self.lengths.items():
       if not isinstance(n, int) or isinstance(n, bool) or n < 2:
         raise Invalid(Stream, 'lengths', f'{key!r} is {n!r}, and must be a whole number above 1.')
@@ -134,9 +139,23 @@ class Stream:
       raise Invalid(Stream, 'lengths', why)
     self.task.check(self)
 
+  def described(self) -> dict:
+    """The fields in a run's identity, where those that came later count once they are set."""
+    fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+    if self.scores is None:
+      del fields['scores']
+    return fields
+
   def spec(self) -> dict:
-    """A JSON-able dict; `from_spec` makes an equal Stream of it."""
-    return to_spec(self)
+    """A JSON-able dict; `from_spec` makes an equal Stream of it, without its scores."""
+    spec = to_spec(self.unscored)
+    del spec['scores']  # the text does not depend on it, and is frozen without
+    return spec
+
+  @property
+  def unscored(self) -> 'Stream':
+    """The stream without what a model says of it."""
+    return dataclasses.replace(self, scores=None) if self.scores else self
 
   def key(self) -> str:
     """The name of the frozen files. It leaves out `examples`, which only says how many of them there are."""

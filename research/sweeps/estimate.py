@@ -83,6 +83,11 @@ def step_seconds(run: Run, repeats: int = 5) -> float:
     }
     if 'inputs' in run.train.lengths and len(run.train.lengths) > 1:
       batch['encoder_input_tokens'] = draw(run.train.lengths['inputs'])
+    if 'decoder_segment_ids' in run.loss.reads:
+      batch['decoder_segment_ids'] = np.ones((run.batch_size, length), np.int32)
+    scores = getattr(run.train, 'scores', None)
+    for key, (shape, dtype) in (scores.shapes(length) if scores else {}).items():
+      batch[key] = np.zeros((run.batch_size, *shape), dtype)
     batch = hosts.place(batch)
     rate = np.float32(1e-4)
     state = jax.jit(program.init)(jax.random.key(0))

@@ -14,7 +14,9 @@ from research.training.program import make_program
 from research.training.run import Run
 
 
-def check_fits(run: Run, vocab: int, inputs: tuple[str, ...], train: Frozen) -> None:
+def check_fits(
+  run: Run, vocab: int, inputs: tuple[str, ...], train: Frozen, validation: Frozen
+) -> None:
   """Raises Invalid where model, data, loss and devices do not fit together."""
   if vocab < train.vocab_size:
     owner = getattr(run.model, 'func', run.model)
@@ -43,7 +45,11 @@ def check_fits(run: Run, vocab: int, inputs: tuple[str, ...], train: Frozen) -> 
     if key not in train.features:
       why = f'{type(run.loss).__name__} reads {key}, and the rows of {run.train.name} have none.'
       raise Invalid(Run, 'loss', why)
-  run.loss.check(vocab, run.train)
+  for key in run.loss.evaluation.reads:
+    if key not in validation.features:
+      name = type(run.loss.evaluation).__name__
+      raise Invalid(Run, 'validation', f'its rows have no {key}, which {name} reads.')
+  run.loss.check(run, vocab)
   check_divides(run)
 
 

@@ -1,5 +1,7 @@
 """Cross-entropy that never holds the logits of a whole batch."""
 
+import functools
+import operator
 from collections.abc import Callable
 
 import jax
@@ -33,64 +35,98 @@ def cross_entropy(
 ) -> tuple[jax.Array, jax.Array]:
   """Weighted sums over all tokens of the negative log-likelihood and of the z-loss.
 
+  Args:
+    head, x, chunks: as of `sum_over_tokens`.
+    targets: [batch, length] integers.
+    weights: [batch, length].
+  """
+
+  def sums(logits, targets, weights):
+    nll, z = token_losses(logits, targets, z_loss)
+    return (jnp.sum(nll * weights), jnp.sum(z * weights)), ()
+
+  return sum_over_tokens(head, sums, x, targets, weights, chunks=chunks)[0]
+
+
+def sum_over_tokens(
+  head: Callable[[jax.Array], jax.Array],
+  sums: Callable[..., tuple[tuple, tuple]],
+  x: jax.Array,
+  *arrays: jax.Array,
+  chunks: int = 1,
+) -> tuple[tuple, tuple]:
+  """Sums over all tokens of what logits cost, without the logits of the whole batch.
+
   The length is cut into `chunks`, each of every so many-th token so that all devices have part in all of them;
   logits exist for one chunk at a time, and its gradient is taken on the way, so that the backward pass has no
   logits to compute again.
 
   Args:
     head: features [batch, length, embed] to logits [batch, length, vocab]; may close over parameters.
+    sums: (logits, *arrays), each of one chunk, to (terms, counts), tuples of scalars. The terms are minimised
+      together and are differentiated as one; the counts have no gradient.
     x: [batch, length, embed].
-    targets: [batch, length] integers.
-    weights: [batch, length].
+    *arrays: [batch, length, ...], which have no gradient.
     chunks: divides length, or what a device has of it.
   """
 
-  def sums(head_consts, x, targets, weights):
-    nll, z = token_losses(head_fn(x, *head_consts), targets, z_loss)
-    nll, z = jnp.sum(nll * weights), jnp.sum(z * weights)
-    return nll + z, (nll, z)
+  def of_chunk(head_consts, x, *arrays):
+    terms, counts = sums(head_fn(x, *head_consts), *arrays)
+    return functools.reduce(operator.add, terms), (terms, counts)
 
   if x.shape[1] % chunks:
     raise ValueError(f'{chunks} chunks do not divide the length {x.shape[1]}')
-  split = lambda a: jnp.moveaxis(
-    a.reshape(a.shape[0], -1, chunks, *a.shape[2:], out_sharding=_where(a, chunked=True)), 2, 0
-  )
+  split = functools.partial(_split, chunks=chunks)
   # Traced at a chunk's shape: gradients that the head defines itself keep the shape they were traced at.
   head_fn, consts = jax.closure_convert(head, x if chunks == 1 else split(x)[0])
   if chunks == 1:
-    return sums(consts, x, targets, weights)[1]
-  join = lambda a, like: jnp.moveaxis(a, 0, 2).reshape(like.shape, out_sharding=_where(like))
+    return of_chunk(consts, x, *arrays)[1]
 
   dtypes = [c.dtype for c in consts], x.dtype
+
+  def zeros(consts, x):
+    of_first = lambda consts, *chunk: of_chunk(consts, *(a[0] for a in chunk))[1]
+    shapes = jax.eval_shape(of_first, consts, split(x), *map(split, arrays))
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
   @jax.custom_vjp
   def total(consts, x):
     def body(carry, chunk):
-      _, parts = sums(consts, *chunk)
+      _, parts = of_chunk(consts, *chunk)
       return jax.tree.map(jnp.add, carry, parts), None
 
-    zero = (jnp.zeros(()), jnp.zeros(()))
-    return jax.lax.scan(body, zero, (split(x), split(targets), split(weights)))[0]
+    return jax.lax.scan(body, zeros(consts, x), (split(x), *map(split, arrays)))[0]
 
   def forward(consts, x):
     def body(carry, chunk):
       parts, d_consts = carry
-      gradient = jax.value_and_grad(sums, argnums=(0, 1), has_aux=True)
+      gradient = jax.value_and_grad(of_chunk, argnums=(0, 1), has_aux=True)
       (_, new), (dc, dx) = gradient(consts, *chunk)
       return jax.tree.map(jnp.add, (parts, d_consts), (new, dc)), dx
 
-    zero = ((jnp.zeros(()), jnp.zeros(())), jax.tree.map(_no_gradient, consts))
-    (parts, d_consts), dx = jax.lax.scan(body, zero, (split(x), split(targets), split(weights)))
+    zero = (zeros(consts, x), jax.tree.map(_no_gradient, consts))
+    (parts, d_consts), dx = jax.lax.scan(body, zero, (split(x), *map(split, arrays)))
     like = lambda d, dtype: d.astype(dtype)
-    return parts, (jax.tree.map(like, d_consts, dtypes[0]), join(dx, x))
+    return parts, (jax.tree.map(like, d_consts, dtypes[0]), _join(dx, x))
 
   def backward(residuals, cotangents):
-    # Both sums are differentiated as one: training always adds them with equal weight.
-    g = cotangents[0]
+    # The terms are differentiated as one: training always adds them with equal weight.
+    g = cotangents[0][0]
     return jax.tree.map(lambda d, dtype: _scaled(d, g, dtype), residuals, dtypes)
 
   total.defvjp(forward, backward)
   return total(consts, x)
+
+
+def _split(a: jax.Array, chunks: int) -> jax.Array:
+  """[batch, length, ...] as [chunks, batch, length / chunks, ...]."""
+  cut = a.reshape(a.shape[0], -1, chunks, *a.shape[2:], out_sharding=_where(a, chunked=True))
+  return jnp.moveaxis(cut, 2, 0)
+
+
+def _join(a: jax.Array, like: jax.Array) -> jax.Array:
+  """What `_split` cut, in the shape of `like`."""
+  return jnp.moveaxis(a, 0, 2).reshape(like.shape, out_sharding=_where(like))
 
 
 def _where(x: jax.Array, chunked: bool = False):

@@ -49,7 +49,7 @@ def train(run: Run, workdir: str | pathlib.Path, config_text: str = '', stream=s
     say(f'{len(devices)} {devices[0].device_kind} device(s), mesh {describe(mesh)}')
     frozen, validation = open_data(run, say)
     program = make_program(run)
-    check_fits(run, program.vocab, program.inputs, frozen)
+    check_fits(run, program.vocab, program.inputs, frozen, validation)
     count = count_of(run)
     say(_describe(run, count, program.vocab))
     loop = Loop(run, program, workdir, frozen, validation, count, stream)

@@ -61,25 +61,28 @@ class Loss:
     fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
     return {name: value for name, value in fields.items() if isinstance(value, Pretrained)}
 
-  def check(self, vocab: int, stream) -> None:
-    """Raises `Invalid` where the loss does not suit the model or a stream, beyond the keys that it reads.
+  def check(self, run, vocab: int) -> None:
+    """Raises `Invalid` where the loss does not suit its run, beyond the keys that it reads.
 
     Args:
+      run: the `Run`.
       vocab: how many logits the model has.
-      stream: of training.
     """
     for name, other in self.models.items():
-      if other.abstract.vocab != vocab:
-        why = (
-          f'it has {other.abstract.vocab} logits and the model {vocab}: both need one vocabulary.'
-        )
-        raise Invalid(type(self), name, why)
+      check_vocabulary(type(self), name, other, vocab)
 
   @property
   def numbers(self) -> dict[str, float]:
     """The fields that are plain numbers. Members of a population may differ in them."""
     fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
     return {name: value for name, value in fields.items() if isinstance(value, float)}
+
+
+def check_vocabulary(owner: type, field: str, other: Pretrained, vocab: int) -> None:
+  """Raises `Invalid` where another model has other logits than the run's own."""
+  if other.abstract.vocab != vocab:
+    why = f'it has {other.abstract.vocab} logits and the model {vocab}: both need one vocabulary.'
+    raise Invalid(owner, field, why)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -92,7 +92,7 @@ class Population:
 
     self.frozen, validation = cache.open_streams([run.train, run.validation], log=say)
     self.program = make_program(run)
-    checks.check_fits(run, self.program.vocab, self.program.inputs, self.frozen)
+    checks.check_fits(run, self.program.vocab, self.program.inputs, self.frozen, validation)
     self.batch_size = run.batch_size
     # A number that is equal for all stays a constant of the program, as it is in a run's own.
     values = {name: [inputs_of(r)[name] for r in runs] for name in inputs_of(run)}

@@ -1,0 +1,105 @@
+"""What a trained model says of a stream: the likeliest tokens of a teacher."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from research.checkpoints.pretrained import Pretrained
+from research.core.errors import Invalid
+from research.data.scores import Batch, Scores
+from research.parallel import hosts
+from research.parallel.mesh import Mesh
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _ByModel(Scores):
+  """Base of the scores by a model.
+
+  Attributes:
+    model: whose; it reads the stream's rows as training does.
+  """
+
+  model: Pretrained
+
+  def __post_init__(self):
+    if not isinstance(self.model, Pretrained):
+      raise Invalid(type(self), 'model', 'must be @pretrained.Pretrained() with its parentheses.')
+
+  def described(self) -> dict:
+    fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+    del fields['batch_size']
+    return fields | {'model': self.model.described()}
+
+  def scorer(self) -> Callable[[Batch], Batch]:
+    # One process scores, where others wait for it: on its own devices, each with the whole model.
+    devices = jax.local_devices()
+    devices = devices[: len(devices) if self.batch_size % len(devices) == 0 else 1]
+    with Mesh().use(devices):
+      graphdef, params = nnx.graphdef(self.model.abstract), self.model.params()
+      function = jax.jit(lambda params, batch: self.features(nnx.merge(graphdef, params), batch))
+
+    def score(rows: Batch) -> Batch:
+      with Mesh().use(devices):
+        return jax.device_get(function(params, hosts.place(rows)))
+
+    return score
+
+  def features(self, model, batch: dict) -> dict[str, jax.Array]:
+    """The features by key, of a batch on the device."""
+    raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TopTokens(_ByModel):
+  """A teacher's likeliest next tokens and their log-probabilities, [length, tokens] each.
+
+  Attributes:
+    tokens: how many of every position.
+    temperature: the log-probabilities are of softmax(logits / temperature); that of the distillation.
+  """
+
+  tokens: int = 64
+  temperature: float = 1.0
+
+  keys: ClassVar[tuple[str, ...]] = ('decoder_teacher_tokens', 'decoder_teacher_log_probs')
+
+  def __post_init__(self):
+    super().__post_init__()
+    if not isinstance(self.tokens, int) or self.tokens < 1:
+      raise Invalid(TopTokens, 'tokens', f'{self.tokens!r} must be a positive whole number.')
+    if not self.temperature > 0:
+      raise Invalid(TopTokens, 'temperature', f'{self.temperature!r} must be above 0.')
+
+  def features(self, model, batch):
+    if self.tokens > model.vocab:
+      raise Invalid(
+        TopTokens, 'tokens', f'{self.tokens} are more than the {model.vocab} there are.'
+      )
+    x, _ = model.features(batch)
+    log_probs = jax.nn.log_softmax(model.readout()(x) / self.temperature)
+    values, tokens = jax.lax.top_k(log_probs, self.tokens)
+    small = jnp.uint16 if model.vocab <= 1 << 16 else jnp.int32
+    return {'decoder_teacher_tokens': tokens.astype(small), 'decoder_teacher_log_probs': values}
+
+  def shapes(self, length):
+    shape = (length, self.tokens)
+    return {
+      key: (shape, np.dtype(d)) for key, d in zip(self.keys, (np.int32, np.float32), strict=True)
+    }
+
+  def facts(self, rows: Batch) -> dict[str, float]:
+    weights = rows['decoder_loss_weights']
+    left = 1 - np.exp(rows['decoder_teacher_log_probs'].astype(np.float64)).sum(-1)
+    return {'left_out': float((left * weights).sum()), 'weight': float(weights.sum())}
+
+  def told(self, facts: dict[str, float]) -> str:
+    share = max(0.0, facts['left_out'] / max(facts['weight'], 1.0))
+    return (
+      f"the teacher's {self.tokens} likeliest tokens leave out {share:.2%} of its probability "
+      f'(at temperature {self.temperature:g}), which is learned as one outcome'
+    )
