@@ -43,6 +43,8 @@ REPEATED = {
   'input': ('NAME=COLUMN', 'the column of an input of the law'),
   'fix': ('NAME=VALUE', 'hold a parameter, e.g. --fix=E=1.7'),
   'tie': ('NAME=OTHER', 'tie parameters, e.g. --tie=beta=alpha'),
+  'then_pick': ('RULE', 'as --pick, for the rows of the second step'),
+  'anchor': ('NAME=X,...', 'a point of the second law that no run measured: loss=0,accuracy=1'),
   'predict': ('NAME=X,...', 'the value of the law at a point, e.g. params=1e9,tokens=2e10'),
 }
 COLUMNS = ('params', 'tokens', 'flops', 'loss', 'budget', 'run', 'status', 'role')
@@ -67,14 +69,11 @@ def parser() -> argparse.ArgumentParser:
     add(f'--{name}', type=kind, default=default, metavar=metavar, help=text)
   for name, (metavar, text) in REPEATED.items():
     add(f'--{name}', action='append', default=[], metavar=metavar, help=text)
-  add(
-    '--forecast',
-    action='append',
-    default=[],
-    type=float,
-    metavar='FLOPS',
-    help='forecast at this budget',
-  )
+  text = 'forecast at this budget'
+  add('--forecast', action='append', default=[], type=float, metavar='FLOPS', help=text)
+  add('--then', metavar='LAW', help='a second step: what a task measures, from the loss of --law')
+  add('--examples', metavar='N', help='examples of an accuracy, or their column: binomial noise')
+  add('--figure', metavar='FILE', help='draw the fit: .png, .svg or .pdf')
   add('--all_rows', action='store_true', help="use rows of every role, not only role='fit'")
   add('--strict', action='store_true', help='a doubt about the table is an error')
   add('--save', metavar='FILE.json', help='write the analysis')
@@ -93,8 +92,8 @@ def main(argv=None) -> int:
 
 
 def _fit(flags) -> None:
-  from research.scaling import any_law, fit_results, forecasting, selection, tables
   from research.scaling import flags as asked
+  from research.scaling import forecasting, selection, stages, tables
 
   if flags.law == 'list' or flags.rule == 'list':
     print(asked.list_laws() if flags.law == 'list' else forecasting.list_rules())
@@ -106,22 +105,16 @@ def _fit(flags) -> None:
   table = tables.read(flags.results)
   if table.reading:
     print(f'Read: {flags.results}, {table.reading}')
-  rows = selection.pick(selection.where(table.rows, flags.where), flags.pick)
-  if 'law' in chosen and not asked.is_of_params_and_tokens(chosen['law']):
-    if flags.forecast or flags.report:
-      raise UserError(f'{flags.law} splits no budget: ask for a point, --predict=NAME=X,NAME=X.')
-    analysis = any_law.fit_law(rows, **asked.of_a_law(chosen))
-  else:
-    analysis = fit_results(rows, **chosen)
+  rows = selection.where(table.rows, flags.where)
+  picked = selection.pick(rows, flags.pick)
+  analysis = stages.fit(picked, flags, chosen, every=rows)
   print(analysis)
   for point in asked.points(flags.predict):
-    value, low, high = analysis.value_at(**point)
-    named = ', '.join(f'{name} = {x:.4g}' for name, x in point.items())
-    print(f'At {named}: {value:.5g} [{low:.5g}, {high:.5g}]')
+    print(stages.tell(analysis, point))
   forecasts = [analysis.forecast(budget) for budget in flags.forecast]
   for forecast in forecasts:
     print(f'Forecast: {forecast}')
-  _write(flags, analysis, rows, forecasts)
+  _write(flags, analysis, picked, forecasts)
 
 
 def _keep_compiled() -> None:
@@ -134,12 +127,16 @@ def _keep_compiled() -> None:
 
 
 def _write(flags, analysis, rows, forecasts) -> None:
+  from research import scaling
   from research.scaling import serial
 
   try:
     if flags.save:
       serial.save(analysis, flags.save)
       print(f'Saved: {flags.save}')
+    if flags.figure:
+      scaling.plot(analysis).savefig(flags.figure, dpi=150)
+      print(f'Figure: {flags.figure}')
     if flags.report:
       from research.scaling.report import sections
 

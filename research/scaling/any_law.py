@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from research.core.errors import did_you_mean
-from research.scaling import bootstrap, cells, fitted, law_fit
+from research.scaling import binomial, bootstrap, cells, fitted, law_fit
 from research.scaling import columns as columns_module
 from research.scaling.cells import RowError
 from research.scaling.fitting import Options
@@ -24,13 +24,17 @@ DEFAULT = Columns()
 
 @dataclasses.dataclass(frozen=True)
 class FittedLaw:
-  """A law of any inputs fitted to a table. `columns`: where each input came from."""
+  """A law of any inputs fitted to a table.
+
+  `columns`: where each input came from. `examples`: of an accuracy, the median over rows; None if not told.
+  """
 
   fit: fitted.Fit
   bootstrap: bootstrap.Bootstrap
   columns: dict[str, str]
   excluded: tuple[tuple[str, str], ...] = ()
   level: float = 0.9
+  examples: float | None = None
 
   def value_at(self, **inputs) -> tuple[float, float, float]:
     """The law's value at one point, and its interval without the scatter of a run."""
@@ -55,7 +59,14 @@ class FittedLaw:
       meaning = fit.law.parameters[name].meaning
       lines.append(f'  {name:8s} {value:<11.5g} [{low:.4g}, {high:.4g}]  {meaning}')
     lines += fitted.show_minima(fit)
-    lines.append(f'  residuals: {100 * float(np.std(fit.residuals)):.3g}% rms')
+    log = fit.problem.residuals == 'log'
+    size = float(np.std(fit.residuals))
+    lines.append(f'  residuals: {100 * size:.3g}% rms' if log else f'  residuals: {size:.3g} rms')
+    if self.bootstrap.kind == 'binomial':
+      scatter = binomial.dispersion(fit, self.examples)
+      lines.append(
+        f'  binomial noise of {self.examples:g} examples; the variance of the rows is {scatter:.2g} times that'
+      )
     return '\n'.join(lines)
 
 
@@ -65,20 +76,82 @@ def fit_law(
   columns: Columns = DEFAULT,
   role: str | None = 'fit',
   options: Options = Options(),  # noqa: B008 (frozen)
+  anchors: Iterable[Mapping[str, float]] = (),
 ) -> FittedLaw:
-  """Fits `law` to the rows of a table.
+  """Fits `law` to the rows of a table, and to `anchors`: made-up points, each {input: value, output: value}.
 
   An input's column is the one that `columns.inputs` names, or the one of its name without case and punctuation;
-  FLOPs, tokens and tokens per parameter follow from the others (C = 6 N D) where no column has them.
+  FLOPs, tokens and tokens per parameter follow from the others (C = 6 N D) where no column has them. With
+  `options.examples` the output is a share of as many examples (see `binomial`). Where runs have several rows
+  the bootstrap draws runs, since rows of one run are not independent.
 
   Raises:
     LawError: an input has no column. RowError: a cell is no number. NotIdentifiable: the rows do not
     determine it.
   """
   rows = list(rows)
-  where = {name: _column(rows, law, columns, name) for name in (*law.inputs, law.output)}
+  where = _columns(rows, law, columns, (*law.inputs, law.output))
+  examples = options.examples
+  if isinstance(examples, str):
+    examples = columns_module.resolve(examples, columns_module.column_names(rows), 'examples')
+  kept, excluded = _rows_that_count(rows, where, columns, role, also=examples)
+  if not kept:
+    raise RowError(
+      f'No row is left to fit {law.name} to: {excluded[0][1] if excluded else "there are none"}.'
+    )
+  values = {name: _values(kept, column, name, columns) for name, column in where.items()}
+  if isinstance(examples, str):
+    examples = _values(kept, examples, 'examples', columns)
+  runs = _runs(kept, columns)
+  for number, anchor in enumerate(anchors):
+    values = _with_anchor(law, values, anchor)
+    runs = None if runs is None else np.append(runs, f'anchor {number}')
+    examples = np.append(examples, np.median(examples)) if np.ndim(examples) else examples
+  fit, spread = _fit(law, values, examples, runs, options)
+  shown = {
+    name: column if isinstance(column, str) else ', '.join(column.values())
+    for name, column in where.items()
+  }
+  typical = None if examples is None else float(np.median(examples))
+  return FittedLaw(fit, spread, shown, tuple(excluded), options.level, typical)
+
+
+def _fit(law: Law, values: dict, examples, runs, options: Options):
+  """(fit, bootstrap) of read columns, name -> [rows]."""
+  values = dict(values)
+  output = values.pop(law.output)
+  again = {'replicates': options.replicates, 'seed': options.seed}
+  if examples is not None:
+    settings = {name: getattr(options, name) for name in ('starts', 'fixed', 'tied')}
+    fit = binomial.fit(law, values, output, examples, **settings)
+    return fit, binomial.resample(fit, examples, **again)
+  fit = law_fit.fit(law, values, output, **options.of_the_law())
+  kind = options.resample
+  if kind not in ('residual', 'pairs'):
+    repeated = runs is not None and 3 <= len(set(runs)) < len(runs)
+    kind = 'cluster' if repeated and kind in (None, 'cluster by run') else 'residual'
+  groups = {'groups': runs} if kind == 'cluster' else {}
+  return fit, bootstrap.bootstrap(fit, kind, **again, **groups)
+
+
+def _with_anchor(law: Law, values: dict, anchor: Mapping[str, float]) -> dict:
+  """The columns with one more row; its every input and output must be given."""
+  if set(anchor) != set(values):
+    raise LawError(
+      f'An anchor of {law.name} gives {", ".join(values)} and nothing else, not {", ".join(anchor)}.'
+    )
+  return {name: np.append(column, anchor[name]) for name, column in values.items()}
+
+
+def _columns(rows, law: Law, columns: Columns, names: Iterable[str]) -> dict:
+  return {name: find_column(rows, law, columns, name) for name in names}
+
+
+def _rows_that_count(rows, where: dict, columns: Columns, role, also=None) -> tuple[list, list]:
+  """(the rows that a fit takes, [(row, why not)] of the others)."""
   needs = {column for column in where.values() if isinstance(column, str)}
   needs |= {c for column in where.values() if isinstance(column, dict) for c in column.values()}
+  needs |= {also} if isinstance(also, str) else set()
   status = columns_module.find(rows, columns, 'status')
   role_column = columns_module.find(rows, columns, 'role')
   kept, excluded = [], []
@@ -88,23 +161,28 @@ def fit_law(
       excluded.append((f'row {i}', why))
     else:
       kept.append(row)
-  if not kept:
-    raise RowError(
-      f'No row is left to fit {law.name} to: {excluded[0][1] if excluded else "there are none"}.'
-    )
-  values = {name: _values(kept, column, name, columns) for name, column in where.items()}
-  output = values.pop(law.output)
-  fit = law_fit.fit(law, values, output, **options.of_the_law())
-  kind = options.resample if options.resample in ('residual', 'pairs') else 'residual'
-  spread = bootstrap.bootstrap(fit, kind, replicates=options.replicates, seed=options.seed)
-  shown = {
-    name: column if isinstance(column, str) else ', '.join(column.values())
-    for name, column in where.items()
-  }
-  return FittedLaw(fit, spread, shown, tuple(excluded), options.level)
+  return kept, excluded
 
 
-def _column(rows, law: Law, columns: Columns, name: str) -> str | dict[str, str]:
+def _runs(rows, columns: Columns) -> np.ndarray | None:
+  column = columns_module.find(rows, columns, 'run')
+  return None if column is None else np.array([str(row.get(column)) for row in rows])
+
+
+def read(
+  rows, names: Iterable[str], law: Law, columns: Columns, role: str | None
+) -> dict[str, np.ndarray]:
+  """Columns of quantities, name -> [rows], of the rows that have them all; `law` is for messages.
+
+  Raises:
+    LawError: a quantity has no column.
+  """
+  where = _columns(rows, law, columns, names)
+  kept, _ = _rows_that_count(rows, where, columns, role)
+  return {name: _values(kept, column, name, columns) for name, column in where.items()}
+
+
+def find_column(rows, law: Law, columns: Columns, name: str) -> str | dict[str, str]:
   """The column of an input, or those from which it follows, quantity -> column."""
   asked = {key.lower(): column for key, column in columns.inputs.items()}
   names = columns_module.column_names(rows)

@@ -50,6 +50,8 @@ class Options:
   level: float = 0.9
   seed: int = 0
   rule: str | None = None
+  # Of an output that is a share, such as an accuracy: how many examples, as a number or the name of a column.
+  examples: float | str | None = None
 
   def of_the_law(self) -> dict:
     """The arguments of `law_fit.fit`."""

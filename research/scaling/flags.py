@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from research.core import configs
 from research.core.errors import UserError, did_you_mean
-from research.scaling import laws
+from research.scaling import cells, laws
 from research.scaling.columns import Columns
 from research.scaling.fitting import Options, fit_results
 from research.scaling.laws.base import Law
@@ -144,6 +144,11 @@ def pairs(flag: str, items: list[str], kind: Callable) -> dict:
   return result
 
 
-def points(items: list[str]) -> list[dict[str, float]]:
+def points(items: list[str], flag: str = '--predict') -> list[dict[str, float]]:
   """['params=1e9,tokens=2e10'] as [{'params': 1e9, 'tokens': 2e10}]."""
-  return [pairs('--predict', item.split(','), float) for item in items]
+  return [pairs(flag, item.split(','), float) for item in items]
+
+
+def number_or_column(text: str) -> float | str:
+  """A flag that is a number, or the name of the column that has it row by row."""
+  return cells.number(text) if cells.is_number(text) else text

@@ -96,22 +96,32 @@ class BetaBinomial:
 
 
 def exponent_of(ks, coverage) -> float:
-  """b of -ln coverage = a k^-b by least squares in logarithms; coverages of 0 and 1 are left out."""
+  """b of -ln coverage = a k^-b; see `power_law`."""
+  return power_law(ks, coverage)[1]
+
+
+def power_law(ks, coverage) -> tuple[float, float]:
+  """(a, b) of -ln coverage = a k^-b by least squares in logarithms; coverages of 0 and 1 are left out.
+
+  Raises:
+    UserError: fewer than two k have a coverage between 0 and 1.
+  """
   ks, coverage = np.asarray(ks, np.float64), np.asarray(coverage, np.float64)
   inside = (coverage > 0) & (coverage < 1)
   if inside.sum() < 2:
     raise UserError(
       'An exponent of coverage needs at least two k whose coverage is between 0 and 1.'
     )
-  slope, _ = np.polyfit(np.log(ks[inside]), np.log(-np.log(coverage[inside])), 1)
-  return float(-slope)
+  slope, height = np.polyfit(np.log(ks[inside]), np.log(-np.log(coverage[inside])), 1)
+  return float(np.exp(height)), float(-slope)
 
 
-def fit_beta_binomial(samples, correct) -> BetaBinomial:
+def fit_beta_binomial(samples, correct, start: BetaBinomial | None = None) -> BetaBinomial:
   """The Beta distribution of chances that makes the counts of all problems most likely.
 
   Args:
     samples, correct: n and c of each problem [problems].
+    start: where the search starts, and then with a coarser end, as a bootstrap wants; None: at two places.
 
   Raises:
     UserError: no problem, or every problem, was solved at each attempt: no distribution follows from that.
@@ -127,12 +137,11 @@ def fit_beta_binomial(samples, correct) -> BetaBinomial:
   def surprise(z) -> float:
     return -stats.betabinom.logpmf(c, n, *np.exp(z)).sum()
 
-  # Nelder-Mead needs no gradient of gamma functions; two parameters and two starts take milliseconds.
-  ends = [
-    optimize.minimize(
-      surprise, start, method='Nelder-Mead', options={'xatol': 1e-9, 'fatol': 1e-9, 'maxiter': 4000}
-    )
-    for start in ((-1.0, 1.0), (-2.0, 4.0))
-  ]
+  # Nelder-Mead needs no gradient of gamma functions; two parameters take milliseconds.
+  starts, close = [(-1.0, 1.0), (-2.0, 4.0)], 1e-9
+  if start is not None:
+    starts, close = [np.log([start.alpha, start.beta])], 1e-4
+  options = {'xatol': close, 'fatol': close, 'maxiter': 4000}
+  ends = [optimize.minimize(surprise, z, method='Nelder-Mead', options=options) for z in starts]
   best = min(ends, key=lambda end: end.fun)
   return BetaBinomial(*(float(value) for value in np.exp(best.x)))

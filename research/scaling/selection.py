@@ -1,6 +1,7 @@
 """Which rows of a table to fit: conditions (`--where`) and one row of each group (`--pick`)."""
 
 import collections
+import math
 import operator
 import re
 from collections.abc import Iterable
@@ -78,6 +79,9 @@ def pick(rows: list[dict], rules: Iterable[str]) -> list[dict]:
   'last:run' keeps of every run (of equal values of the named columns) the row with the largest step, or
     the most tokens; 'best:loss:params,tokens' of every cell the row with the lowest loss, such as that of the
     best learning rate; 'all' keeps every row, checkpoints too.
+  'skip:0.1:run' leaves out the first tenth of each run; 'mean:loss:run:5' keeps its last row, whose loss is the
+    mean of the last 5; 'smooth:loss,accuracy:run:5' makes each of these the mean of 5 rows up to it. Rows
+    are in the order of their steps or tokens, and else in that of the table.
   """
   for rule in rules:
     kind, *rest = rule.split(':')
@@ -94,12 +98,51 @@ def pick(rows: list[dict], rules: Iterable[str]) -> list[dict]:
       by = _column(rest[0], rows)
       groups = _groups(rows, rest[1])
       rows = [min(group, key=lambda row: _value(row, by, rule)) for group in groups]
+    elif kind == 'skip' and len(rest) == 2:
+      share = _number(rest[0], rule, lambda x: 0 <= x < 1, 'a share, such as 0.1')
+      rows = [
+        row for group in _in_order(rows, rest[1]) for row in group[math.ceil(share * len(group)) :]
+      ]
+    elif kind in ('mean', 'smooth') and len(rest) == 3:
+      window = int(_number(rest[2], rule, lambda x: x >= 1 and x == int(x), 'a number of rows'))
+      groups = [_smooth(group, rest[0], window, rule) for group in _in_order(rows, rest[1])]
+      rows = [row for group in groups for row in (group[-1:] if kind == 'mean' else group)]
     else:
       raise UserError(
-        f'--pick={rule} is none of last:COLUMN, best:LOSS:COLUMN,COLUMN and all, such as last:run or '
-        'best:loss:params,tokens.'
+        f'--pick={rule} is none of last:COLUMN, best:LOSS:COLUMN,COLUMN, skip:SHARE:COLUMN, '
+        'mean:LOSS:COLUMN:ROWS, smooth:LOSS:COLUMN:ROWS and all, such as last:run or best:loss:params,tokens.'
       )
   return rows
+
+
+def _number(text: str, rule: str, allows, what: str) -> float:
+  if not cells.is_number(text) or not allows(cells.number(text)):
+    raise UserError(f'--pick={rule}: {text!r} is not {what}.')
+  return cells.number(text)
+
+
+def _in_order(rows: list[dict], names: str) -> list[list[dict]]:
+  """The groups, each in the order of its steps or tokens where a column has them."""
+  columns = {bare(name): name for name in column_names(rows)}
+  by = next((columns[bare(step)] for step in STEPS if bare(step) in columns), None)
+  groups = _groups(rows, names)
+  if by is None:
+    return groups
+  return [sorted(group, key=lambda row: _value(row, by, 'last')) for group in groups]
+
+
+def _smooth(group: list[dict], names: str, window: int, rule: str) -> list[dict]:
+  """Rows whose named columns are means over the `window` rows up to each, over fewer at the start."""
+  columns = [_column(name.strip(), group) for name in names.split(',')]
+  for column in columns:
+    if bad := [row[column] for row in group if not cells.is_number(row.get(column))]:
+      raise UserError(f'--pick={rule}: {column} holds {bad[0]!r}, of which there is no mean.')
+  smoothed = []
+  for i, row in enumerate(group):
+    recent = group[max(0, i + 1 - window) : i + 1]
+    means = {c: sum(cells.number(r[c]) for r in recent) / len(recent) for c in columns}
+    smoothed.append({**row, **means})
+  return smoothed
 
 
 def _groups(rows: list[dict], names: str) -> list[list[dict]]:

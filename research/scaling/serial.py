@@ -19,7 +19,9 @@ from research.scaling import (
   laws,
   rollout,
   rows,
+  sampling_fit,
   solver,
+  two_step,
 )
 from research.scaling.analysis import Analysis
 from research.scaling.laws.base import Law, LawError
@@ -65,6 +67,13 @@ def to_json(analysis: Analysis | any_law.FittedLaw) -> str:
   """The analysis as JSON text; of a law that was fitted alone its parameters, intervals and minima."""
   if isinstance(analysis, any_law.FittedLaw):
     return json.dumps(_of_a_law(analysis), indent=1)
+  if isinstance(analysis, two_step.TwoSteps):
+    steps = {name: _of_a_law(getattr(analysis, name)) for name in ('first', 'second')}
+    return json.dumps({**steps, 'emergence': plain(analysis.emergence)}, indent=1)
+  if isinstance(analysis, sampling_fit.FittedCoverage):
+    intervals = {name: analysis.interval(drawn) for name, drawn in analysis.samples.items()}
+    values = {**plain(analysis), 'samples': None, 'intervals': plain(intervals)}
+    return json.dumps(values, indent=1)
   return json.dumps(analysis_to_dict(analysis), indent=1)
 
 

@@ -59,11 +59,16 @@ class RectifiedTuning(Law):
   zeros = ('tuning_data',)
   E = coefficient('irreducible loss', (0.1, 0.5, 0.9))
   # Where no flat part is seen, D_0 goes to zero and drop D_0^beta alone is told: room for both to go far.
-  drop = Parameter('how far tuning can bring the loss down', {'output': 1}, (0.1, 0.5), high=40.0)
-  D_0 = Parameter(
-    'data at which half the drop is done', {'tuning_data': 1}, (1e-2, 1.0, 1e2), low=-60.0
+  drop = Parameter(
+    'how far tuning can bring the loss down', {'output': 1}, (0.1, 0.5, 5.0), high=40.0
   )
-  beta = exponent('exponent of D', (0.2, 0.5, 1.0))
+  D_0 = Parameter(
+    'data at which half the drop is done',
+    {'tuning_data': 1},
+    (1e-20, 1e-6, 1e-2, 1.0, 1e2),
+    low=-60.0,
+  )
+  beta = exponent('exponent of D', (0.06, 0.2, 0.5, 1.0))
 
   def predict(self, p, x):
     return p.E + p.drop / (1 + jnp.exp(p.beta * (x.ln_tuning_data - jnp.log(p.D_0))))

@@ -1,0 +1,73 @@
+"""Figures of the later stages: a forecast in two steps, and coverage against attempts."""
+
+import numpy as np
+
+from research.scaling.report.figure import ACCENT, INK, SECOND, log_scale, new_figure
+from research.scaling.sampling_fit import FittedCoverage
+from research.scaling.two_step import TwoSteps
+
+# Points of a line, and how far it goes beyond the rows, as a share of their range.
+POINTS, BEYOND = 120, 0.15
+
+
+def two_steps(steps: TwoSteps):
+  """Left: the fitted loss of every row beside the measured one. Right: what the task measures against its loss.
+
+  A law of N and D is a surface, so that the left side shows it row by row; the line there is a perfect fit.
+  """
+  figure, (left, right) = new_figure(2)
+  first, second = steps.first.fit, steps.second.fit
+  left.plot(first.observed, first.fitted, 'o', color=SECOND, markersize=4)
+  ends = [
+    min(first.observed.min(), first.fitted.min()),
+    max(first.observed.max(), first.fitted.max()),
+  ]
+  left.plot(ends, ends, color=INK, linewidth=0.8)
+  misses = 100 * np.abs(first.fitted / first.observed - 1)
+  left.set(
+    xlabel='measured task loss', ylabel='fitted task loss',
+    title=f'Step 1, {first.law.name}: {np.mean(misses):.2g}% mean error',
+  )  # fmt: skip
+  loss = second.data['x'][steps.joint]
+  measured = loss > 0  # a point at a loss of 0 is made up, and would squeeze all others
+  low, high = loss[measured].min(), loss[measured].max()
+  line = np.linspace(max(low - BEYOND * (high - low), 1e-6), high + BEYOND * (high - low), POINTS)
+  parameters = {name: values[:, None] for name, values in steps.second.bootstrap.parameters.items()}
+  band = steps.second.bootstrap.interval(second.law(parameters, **{steps.joint: line}), steps.level)
+  right.fill_between(
+    line, *band, color=ACCENT, alpha=0.2, linewidth=0, label=f'{steps.level:.0%} interval'
+  )
+  right.plot(
+    loss[measured], second.observed[measured], '.', color=SECOND, markersize=3, label='rows'
+  )
+  right.plot(line, second.predict(**{steps.joint: line}), color=ACCENT, label=second.law.name)
+  right.invert_xaxis()  # better models to the right
+  right.set(xlabel='task loss', ylabel=second.law.output, title=f'Step 2: {second.law.name}')
+  right.legend(frameon=False, fontsize=8)
+  return figure
+
+
+def coverage(fitted: FittedCoverage):
+  """-ln coverage against k on logarithmic axes, where the power law is straight, and the beta-binomial."""
+  figure, (ax,) = new_figure(size=(6.0, 4.2))
+  inside = (fitted.coverage > 0) & (fitted.coverage < 1)
+  k = np.geomspace(1, fitted.ks.max() * 10, POINTS)
+  ax.plot(
+    k, fitted.parameters['a'] * k ** -fitted.parameters['b'], '--', color=SECOND, label='power law'
+  )
+  forecast = -np.log(fitted.beta_binomial.pass_at(k))
+  ax.plot(k, forecast, color=ACCENT, label='beta-binomial of the counts')
+  ax.plot(
+    fitted.ks[inside],
+    -np.log(fitted.coverage[inside]),
+    'o',
+    color=INK,
+    markersize=4,
+    label='measured',
+  )
+  log_scale(ax, 'x'), log_scale(ax, 'y')
+  ax.set(
+    xlabel='attempts k', ylabel='-ln coverage', title=f'Coverage of {fitted.problems} problems'
+  )
+  ax.legend(frameon=False, fontsize=8)
+  return figure

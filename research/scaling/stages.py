@@ -1,0 +1,79 @@
+"""Which fit a table and its flags ask for: two steps, coverage of samples, a law, or the whole analysis."""
+
+import dataclasses
+
+from research.core.errors import UserError
+from research.scaling import any_law, flags, laws, sampling_fit, selection, two_step
+from research.scaling.columns import Columns
+from research.scaling.fitting import Options, fit_results
+
+
+def fit(picked: list[dict], asked, chosen: dict, every: list[dict]):
+  """What `research.fit` fits: an Analysis, a FittedLaw, TwoSteps or a FittedCoverage.
+
+  Args:
+    picked: the rows after --where and --pick; `every`: those before --pick, of which --then_pick takes its own.
+    asked: the parsed flags. chosen: `flags.options` of them.
+
+  Raises:
+    UserError: a flag has no meaning for what is fitted.
+  """
+  law = chosen.get('law', Options().law)
+  alone = 'law' in chosen and not flags.is_of_params_and_tokens(law)
+  if asked.then or alone:
+    _refuse(
+      asked, ('forecast', 'report'), 'no budget is split here: ask for --predict=NAME=X,NAME=X'
+    )
+  if not asked.then:
+    _refuse(asked, ('then_pick', 'anchor'), '--then=LAW is missing, the second step')
+  if asked.then:
+    second_rows = selection.pick(every, asked.then_pick) if asked.then_pick else None
+    anchors = flags.points(asked.anchor, '--anchor')
+    rest = _arguments({'law': law, **chosen}, asked)
+    second = flags.law(asked.then)
+    return two_step.fit_two_steps(
+      picked, law, second, second_rows=second_rows, anchors=anchors, **rest
+    )
+  if not alone:
+    _refuse(asked, ('examples',), f'{law.name} gives a loss, and not a share of examples')
+    return fit_results(picked, **chosen)
+  columns = chosen.get('columns', Columns())
+  if isinstance(law, laws.CoverageOfSamples) and sampling_fit.has_counts(picked, columns):
+    _refuse(asked, ('examples',), 'a table of counts says how many attempts there were')
+    return sampling_fit.fit_coverage(picked, **_arguments(chosen, asked))
+  return any_law.fit_law(picked, law, **_arguments(chosen, asked))
+
+
+def _arguments(chosen: dict, asked) -> dict:
+  """Arguments of a fit whose law is given apart; the options know of the examples."""
+  arguments = flags.of_a_law(chosen)
+  del arguments['law']
+  if asked.examples is not None:
+    examples = flags.number_or_column(asked.examples)
+    arguments['options'] = dataclasses.replace(arguments['options'], examples=examples)
+  return arguments
+
+
+def _refuse(asked, names: tuple[str, ...], why: str) -> None:
+  """An error for a flag that was given and would be ignored."""
+  for name in names:
+    if getattr(asked, name):
+      raise UserError(f'--{name}: {why}.')
+
+
+def tell(analysis, point: dict[str, float]) -> str:
+  """The line of --predict: the value at a point and its interval."""
+  where = 'At ' + ', '.join(f'{name} = {x:.4g}' for name, x in point.items())
+  value = _with_interval(*analysis.value_at(**point))
+  if not isinstance(analysis, two_step.TwoSteps):
+    return f'{where}: {value}'
+  second = analysis.second.fit.law
+  loss = _with_interval(*analysis.loss_at(**point))
+  low, high = analysis.measured_at(**point)
+  return (
+    f'{where}: loss {loss}, {second.output} {value}; a measured one within [{low:.5g}, {high:.5g}]'
+  )
+
+
+def _with_interval(value: float, low: float, high: float) -> str:
+  return f'{value:.5g} [{low:.5g}, {high:.5g}]'
