@@ -103,11 +103,12 @@ def fit_law(
   if isinstance(examples, str):
     examples = _values(kept, examples, 'examples', columns)
   runs = _runs(kept, columns)
-  for number, anchor in enumerate(anchors):
+  anchors = list(anchors)
+  for anchor in anchors:
     values = _with_anchor(law, values, anchor)
-    runs = None if runs is None else np.append(runs, f'anchor {number}')
+    runs = None if runs is None else np.append(runs, 'an anchor')
     examples = np.append(examples, np.median(examples)) if np.ndim(examples) else examples
-  fit, spread = _fit(law, values, examples, runs, options)
+  fit, spread = _fit(law, values, examples, runs, options, len(anchors))
   shown = {
     name: column if isinstance(column, str) else ', '.join(column.values())
     for name, column in where.items()
@@ -116,8 +117,8 @@ def fit_law(
   return FittedLaw(fit, spread, shown, tuple(excluded), options.level, typical)
 
 
-def _fit(law: Law, values: dict, examples, runs, options: Options):
-  """(fit, bootstrap) of read columns, name -> [rows]."""
+def _fit(law: Law, values: dict, examples, runs, options: Options, anchors: int):
+  """(fit, bootstrap) of read columns, name -> [rows], of which the last `anchors` were made up."""
   values = dict(values)
   output = values.pop(law.output)
   again = {'replicates': options.replicates, 'seed': options.seed}
@@ -130,8 +131,27 @@ def _fit(law: Law, values: dict, examples, runs, options: Options):
   if kind not in ('residual', 'pairs'):
     repeated = runs is not None and 3 <= len(set(runs)) < len(runs)
     kind = 'cluster' if repeated and kind in (None, 'cluster by run') else 'residual'
-  groups = {'groups': runs} if kind == 'cluster' else {}
-  return fit, bootstrap.bootstrap(fit, kind, **again, **groups)
+  if kind != 'cluster':
+    return fit, bootstrap.bootstrap(fit, kind, **again)
+  return fit, _by_run(fit, runs, anchors, options)
+
+
+def _by_run(
+  fit: fitted.Fit, runs: np.ndarray, anchors: int, options: Options
+) -> bootstrap.Bootstrap:
+  """A cluster bootstrap by run in which the anchors, the last rows, are in every replicate."""
+  rng = np.random.default_rng(options.seed)
+  measured = runs[: len(runs) - anchors]
+  names = np.unique(measured)
+  members = [np.flatnonzero(measured == name) for name in names]
+  made_up = np.arange(len(measured), len(runs))
+  draws = [
+    np.concatenate([*(members[i] for i in rng.integers(len(names), size=len(names))), made_up])
+    for _ in range(options.replicates)
+  ]
+  found = bootstrap.bootstrap(fit, 'pairs', draws=draws)
+  freedom = float(max(len(names) - len(fit.problem.free), 1))
+  return dataclasses.replace(found, kind='cluster', freedom=freedom)
 
 
 def _with_anchor(law: Law, values: dict, anchor: Mapping[str, float]) -> dict:
