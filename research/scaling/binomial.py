@@ -61,8 +61,8 @@ def dispersion(result: Fit, examples) -> float:
 
 def draw(share, examples, spread: float, rng) -> np.ndarray:
   """Measured shares of `examples` examples where the true ones are `share`, scattered `spread` times as far."""
-  share = np.clip(share, 0.0, 1.0)
-  counts = rng.binomial(np.broadcast_to(np.asarray(examples, int), share.shape), share)
+  share, examples = np.clip(share, 0.0, 1.0), np.round(examples).astype(int)
+  counts = rng.binomial(np.broadcast_to(examples, share.shape), share)
   return share + spread * (counts / examples - share)
 
 

@@ -39,8 +39,15 @@ def fit(picked: list[dict], asked, chosen: dict, every: list[dict]):
     return fit_results(picked, **chosen)
   columns = chosen.get('columns', Columns())
   if isinstance(law, laws.CoverageOfSamples) and sampling_fit.has_counts(picked, columns):
-    _refuse(asked, ('examples',), 'a table of counts says how many attempts there were')
+    ignored = ('examples', 'fix', 'tie', 'robust', 'residuals', 'resample')
+    _refuse(
+      asked, ignored, 'a table of counts is fitted in one way, and its bootstrap draws problems'
+    )
     return sampling_fit.fit_coverage(picked, **_arguments(chosen, asked))
+  if asked.examples is not None:
+    _refuse(
+      asked, ('robust', 'residuals', 'resample'), 'with --examples the noise is that of counts'
+    )
   return any_law.fit_law(picked, law, **_arguments(chosen, asked))
 
 

@@ -49,7 +49,7 @@ class TwoSteps:
     if examples:
       samples = binomial.draw(samples, examples, 1.0, rng)
     else:
-      samples = samples + rng.choice(self.second.bootstrap.spread, len(samples))
+      samples = _scattered(samples, self.second, rng)
     return self._interval(samples)
 
   @property
@@ -64,10 +64,7 @@ class TwoSteps:
     """The second law's value of every pair of replicates [replicates]; `rng` adds a run's scatter."""
     losses = self.first.fit.law(self.first.bootstrap.parameters, **inputs)
     if rng is not None:
-      scatter = rng.choice(self.first.bootstrap.spread, len(losses))
-      losses = (
-        losses * np.exp(scatter) if self.first.fit.problem.residuals == 'log' else losses + scatter
-      )
+      losses = _scattered(losses, self.first, rng)
     return self.second.fit.law(self.second.bootstrap.parameters, **{self.joint: losses})
 
   def _interval(self, samples: np.ndarray) -> tuple[float, float]:
@@ -80,6 +77,12 @@ class TwoSteps:
     if self.emergence is not None:
       parts.append(f'Emergence: {self.emergence}')
     return '\n'.join(parts)
+
+
+def _scattered(values: np.ndarray, step: FittedLaw, rng) -> np.ndarray:
+  """Values of a step's law, each with the residual of a row drawn at random."""
+  scatter = rng.choice(step.bootstrap.spread, len(values))
+  return values * np.exp(scatter) if step.fit.problem.residuals == 'log' else values + scatter
 
 
 def fit_two_steps(

@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import shlex
 
 import numpy as np
 import pytest
@@ -76,3 +77,42 @@ def test_the_page_names_every_law():
   text = PAGE.read_text() + PAGE.with_name('skills.md').read_text()
   for law in laws.standard():
     assert law.name in text or law.name.startswith('StepLaw'), law.name
+
+
+SKILLS = PAGE.with_name('skills.md')
+
+
+def skills_tables(folder):
+  """Small made-up tables under the names that docs/skills.md gives them."""
+  rng = np.random.default_rng(0)
+  rows = ['run,params,tokens,task_bpb,accuracy']
+  for run in range(9):
+    params, end = 1e8 * 2 ** (run % 3), 1e10 * 3 ** (run // 3)
+    for tokens in end * np.linspace(0.2, 1.0, 6):
+      loss = 0.5 + 60 / params**0.3 + 120 / tokens**0.28
+      accuracy = 0.25 + 0.75 / (1 + np.exp(8 * (loss - 0.9)))
+      noise = np.exp(0.002 * rng.normal())
+      rows.append(f'{run},{params:.6g},{tokens:.6g},{loss * noise:.6f},{accuracy:.5f}')
+  (folder / 'ladder.csv').write_text('\n'.join(rows))
+  counts = rng.binomial(500, rng.beta(0.4, 8.0, 40))
+  (folder / 'counts.csv').write_text('\n'.join(['samples,correct', *(f'500,{c}' for c in counts)]))
+  flops = np.geomspace(1e18, 1e23, 12)
+  share = rng.binomial(500, 0.25 + 0.75 / (1 + (1e21 / flops) ** 0.6)) / 500
+  lines = [f'{c:.4g},{s:.4f}' for c, s in zip(flops, share, strict=True)]
+  (folder / 'accuracies.csv').write_text('\n'.join(['flops,accuracy', *lines]))
+
+
+@pytest.mark.parametrize('number', [pytest.param(0, marks=pytest.mark.slow), 1, 2])
+def test_the_commands_of_the_page_of_skills_run(number, tmp_path, monkeypatch, capsys):
+  from research import fit
+
+  commands = re.findall(r'```bash\n(.*?)```', SKILLS.read_text(), flags=re.S)
+  assert len(commands) == 3
+  skills_tables(tmp_path)
+  monkeypatch.chdir(tmp_path)
+  program, _, module, *flags = shlex.split(commands[number].replace('\\\n', ' '))
+  assert (program, module) == ('python', 'research.fit')
+  assert fit.main([*flags, '--bootstrap=10']) == 0
+  out = capsys.readouterr().out
+  assert re.search(r'^At (params|flops|k) = .*\[', out, flags=re.M)
+  assert ('Figure: ' in out) == ('--figure' in commands[number])

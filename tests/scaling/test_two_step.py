@@ -71,6 +71,7 @@ def test_two_steps_by_flags(tmp_path, capsys):
     (['--law=LossOfCompute', '--then=AccuracyOfLoss', '--anchor=loss=0'], 'gives loss, accuracy'),
     (['--law=LossOfCompute', '--anchor=loss=0,accuracy=1'], '--then=LAW is missing'),
     (['--examples=100'], 'not a share of examples'),
+    (['--law=AccuracyOfLoss', '--examples=100', '--robust=l1'], 'the noise is that of counts'),
     (['--law=AccuracyOfLoss', '--examples=many'], 'no column .many.'),
     (['--law=LossOfCompute', '--pick=mean:loss:flops:none'], "'none' is not a number of rows"),
     (['--law=LossOfCompute', '--pick=skip:2:flops'], "'2' is not a share"),
