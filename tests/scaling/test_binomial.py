@@ -10,8 +10,9 @@ LOSS = np.linspace(0.7, 2.0, 12)
 TRUE = {'floor': 0.25, 'ceiling': 0.95, 'k': 6.0, 'L_half': 1.2}
 
 
+@pytest.mark.slow
 def test_a_fit_of_shares_is_the_quasi_likelihood_optimum():
-  """Against statsmodels' idea in plain scipy: the binomial likelihood of the sigmoid, floor and ceiling held.
+  """Against the binomial likelihood of the sigmoid in plain scipy, floor and ceiling held.
 
   The quasi-score of weighted least squares at the fitted variance is the score of the binomial likelihood.
   """
@@ -55,6 +56,7 @@ def test_binomial_intervals_cover_the_truth():
   assert 170 <= inside['L_half'] <= 195
 
 
+@pytest.mark.slow
 def test_more_scatter_than_counts_have_is_told():
   law = laws.AccuracyOfLoss()
   exact = law(TRUE, loss=LOSS)

@@ -94,6 +94,7 @@ def test_distillation_is_the_papers_equation():
   assert laws.Distillation()(p, **x) == pytest.approx(want, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_multiplicative_tuning_against_scipy():
   """Noisy rows: the same least-squares optimum as scipy's, in ln L."""
   from scipy import optimize
