@@ -66,7 +66,7 @@ def test_two_steps_by_flags(tmp_path, capsys):
   ('flags', 'why'),
   [
     (['--law=LossOfCompute', '--then=StepLawBatch'], 'must be a law of what the first one gives'),
-    (['--law=LossOfCompute', '--then=AccuracyOfLoss', '--fix=flor=0.25'], 'of neither law.*floor'),
+    (['--law=LossOfCompute', '--then=AccuracyOfLoss', '--fix=L_halff=1'], 'of neither law.*L_half'),
     (['--law=LossOfCompute', '--then=AccuracyOfLoss', '--forecast=1e22'], '--predict='),
     (['--law=LossOfCompute', '--then=AccuracyOfLoss', '--anchor=loss=0'], 'gives loss, accuracy'),
     (['--law=LossOfCompute', '--anchor=loss=0,accuracy=1'], '--then=LAW is missing'),
