@@ -60,10 +60,11 @@ MASKED_HEAD = Derived(
 )
 
 
-def _t5_head(settings: Settings, scaled: bool) -> dict[str, Any]:
-  # transformers ties every T5 that has no other head in its file, whatever the flag.
+def _t5_head(settings: Settings, scaled: bool, tied: bool = True) -> dict[str, Any]:
+  # transformers ties every T5 and mT5 that has no other head in its file, whatever the flag; not a Switch.
   head = 'lm_head.weight'
-  untied = head in settings.tensors and not settings.same_tensors('shared.weight', head)
+  differs = head in settings.tensors and not settings.same_tensors('shared.weight', head)
+  untied = differs or not tied
   name = 'UntiedHead' if untied else 'TiedHead'
   return {
     'models.EncoderDecoder.head': Raw(f'@heads.{name}'),
@@ -99,7 +100,8 @@ MT5_HEAD = Derived(_read_unscaled, lambda get: {'tie_word_embeddings': True})
 
 
 def _read_scaled(settings):
-  return _t5_head(settings, scaled=settings['tie_word_embeddings'])
+  tied = settings['tie_word_embeddings']
+  return _t5_head(settings, scaled=tied, tied=tied)
 
 
 def _write_scaled(get):
