@@ -240,7 +240,7 @@ def test_an_error_of_the_prefetching_thread_reaches_the_reader():
     ({'split': 'validaton'}, r'Did you mean validation'),
     ({'architecture': 'encoder'}, r'causal_lm runs as decoder'),
     ({'examples': 0}, r'Stream.examples'),
-    ({'passes': 2}, r'no randomness'),
+    ({'passes': 2}, r'causal_lm is not random'),
     (
       {'task': 'span_corruption', 'lengths': {'inputs': 512, 'targets': 64}},
       r'with .inputs. of 512 needs 114',
