@@ -49,7 +49,7 @@ def isoflop(batch: int) -> Callable[[], int]:
   from research.inference.request import Request
   from research.parallel.mesh import Mesh
 
-  model = configs.load(ROOT / 'experiments/speed/decode.gin', [], root='MODEL').tree()
+  model = configs.load(str(ROOT / 'experiments/speed/decode.gin'), root='MODEL').tree()
 
   def init(key):
     return nnx.to_pure_dict(nnx.state(model(rngs=nnx.Rngs(params=key))))
