@@ -1,25 +1,25 @@
-"""Answers requests with a model: batches of rows through full forward passes, no cache.
+"""Answers requests with a model.
 
-The number of rows in a batch is fixed and the padded length of a row depends on that row alone, so only a few
-programs are compiled, and an answer does not depend on the order or the company of its request. A batch size of
-its own can move a sum in its last digits, as any other shape of a matrix product does.
+The shapes that answer a request follow from that request alone: the padded lengths of its context and of its
+continuation, and a number of rows that is fixed. So few programs are compiled, and an answer does not depend on
+the order or the company of its request. Another batch size can move a sum in its last digits, as any other
+shape of a matrix product does.
 
-Generation runs the whole sequence again for every token. That is right for every part that a model may have,
-and slow: its cost grows with the square of the length.
+A context with several continuations (a question with its choices) is read once: every continuation goes on from
+what the model keeps of it. Text is generated in the slots of `inference.engine`.
 """
 
 import collections
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from research.core.errors import Invalid
+from research.core.errors import Invalid, UserError
 from research.data.encoding import Encoding
+from research.evaluation import programs
 from research.evaluation.requests import (
   Answer,
   Embed,
@@ -29,13 +29,35 @@ from research.evaluation.requests import (
   Generation,
   Likelihood,
   Request,
+  RollingLogLikelihood,
 )
 from research.evaluation.rows import Row, Settings, batch_of, bucket, rows_of
+from research.inference import decode
+from research.inference import engine as slots
+from research.inference import request as generation
 from research.parallel.hosts import place
-from research.training.cross_entropy import default_chunks, token_losses
 
-# One program for each model and shape, however many engines there are.
-compiled_once = functools.partial(jax.jit, static_argnums=0)
+# What is called with the number of a request and its answer, as soon as there is one.
+Keep = Callable[[int, Answer], None]
+Progress = Callable[[int, int], None]
+SHORTEST_CONTINUATION = 4  # the least padded length of a continuation
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Group:
+  """Rows that share a program.
+
+  Attributes:
+    length: padded tokens of a row, or of its context.
+    encoder: padded tokens of the encoder.
+    kind: 'score' (a whole row), 'after' (a continuation), 'generate' or 'embed'.
+    continuation: padded tokens after the context.
+  """
+
+  length: int
+  encoder: int
+  kind: str
+  continuation: int = 0
 
 
 class Engine:
@@ -45,7 +67,7 @@ class Engine:
     graphdef, params: the model, as `nnx.merge` takes it.
     encoding: its tokenizer.
     settings: how requests become rows.
-    batch_size: rows of a batch, over all devices.
+    batch_size: rows of a batch, over all devices; also the texts that are generated at a time.
   """
 
   def __init__(
@@ -60,137 +82,214 @@ class Engine:
       raise Invalid(Engine, 'batch_size', f'{batch_size!r} must be positive.')
     self.graphdef, self.params, self.encoding, self.settings = graphdef, params, encoding, settings
     self.batch_size = batch_size
+    self.cannot_decode = self._why_not()
+
+  def _why_not(self) -> str | None:
+    """Why this model reads whole rows only; None where it decodes. Nothing is computed."""
+    two_sided = self.settings.architecture == 'encoder_decoder'
+    row = Row(0, (1,), encoder=(1,) if two_sided else ())
+    batch = place(batch_of([row] * self.batch_size, 1, int(two_sided), prefix=False))
+    try:
+      jax.eval_shape(
+        lambda params: decode.prefill(nnx.merge(self.graphdef, params), batch, room=2), self.params
+      )
+    except UserError as error:
+      return str(error)
+    return None
 
   def answer(
-    self, requests: Sequence[Request], progress: Callable[[int, int], None] = lambda done, of: None
+    self,
+    requests: Sequence[Request],
+    progress: Progress = lambda done, of: None,
+    keep: Keep = lambda number, answer: None,
   ) -> list[Answer]:
     """The answers, in the order of the requests.
 
     Args:
       progress: called with the rows that are done, and how many there are.
+      keep: called with each answer as it comes, in any order.
     """
-    answers: list[Answer | None] = [None] * len(requests)
-    groups: dict[tuple, list[Row]] = collections.defaultdict(list)
-    total = 0
+    work = _Work(requests, keep)
+    groups: dict[Group, list[Row]] = collections.defaultdict(list)
     for number, request in enumerate(requests):
       rows = rows_of(number, request, self.encoding, self.settings)
       if isinstance(rows, Failed):
-        answers[number] = rows
+        work.finish(number, rows)
         continue
-      total += len(rows)
+      work.expect(number, len(rows))
       for row in rows:
         groups[self._group(row, request)].append(row)
-    likelihoods: dict[int, list[tuple[Row, float, bool]]] = collections.defaultdict(list)
-    done = 0
+    total, done = sum(map(len, groups.values())), 0
     # The longest first, so that a batch that does not fit the memory fails at once.
-    for group in sorted(groups, key=lambda group: (group[1], group[2], str(group)), reverse=True):
-      for rows in _in_batches(groups[group], self.batch_size):
-        self._do(group, rows, requests, likelihoods, answers)
-        done += len(rows)
+    for group in sorted(groups, reverse=True):
+      for count in self._do(group, groups[group], work):
+        done += count
         progress(done, total)
-    for number, parts in likelihoods.items():
-      answers[number] = _joined(parts)
-    return answers
+    return work.answers
 
-  def _group(self, row: Row, request: Request) -> tuple:
-    """(kind, padded length, the encoder's, tokens to generate, pooling): rows that share one program."""
-    encoder = bucket(len(row.encoder), self.settings.length) if row.encoder else 0
+  def _group(self, row: Row, request: Request) -> Group:
+    length = self.settings.length
+    encoder = bucket(len(row.encoder), length) if row.encoder else 0
     match request:
       case GenerateUntil():
-        longest = len(row.inputs) + request.max_tokens
-        return 'generate', bucket(longest, self.settings.length), encoder, request.max_tokens, ''
+        return Group(
+          bucket(len(row.inputs) + request.max_tokens, length), encoder, 'generate'
+        )
       case Embed():
-        return 'embed', bucket(len(row.inputs), self.settings.length), encoder, 0, request.pooling
-    return 'score', bucket(len(row.inputs), self.settings.length), encoder, 0, ''
+        return Group(bucket(len(row.inputs), length), encoder, 'embed')
+    whole = Group(bucket(len(row.inputs), length), encoder, 'score')
+    if isinstance(request, RollingLogLikelihood) or self.cannot_decode:
+      return whole
+    context = len(row.inputs) - row.scored + 1
+    after = bucket(row.scored - 1, length, SHORTEST_CONTINUATION) if row.scored > 1 else 0
+    # Padding behind the last learned position has no embedding, and a short context is not worth sharing.
+    if context + after > length or len(row.encoder) + context < after:
+      return whole
+    return Group(bucket(context, length), encoder, 'after', after)
 
-  def _do(self, group, rows: list[Row], requests, likelihoods, answers) -> None:
-    kind, length, encoder_length, max_tokens, pooling = group
-    # The last batch of a group is filled up with copies of a row, which are never looked at.
-    full = rows + rows[:1] * (self.batch_size - len(rows))
-    batch = batch_of(full, length, encoder_length, self.settings.architecture == 'prefix')
-    if kind == 'score':
-      nll, greedy = jax.device_get(score(self.graphdef, self.params, place(batch)))
-      for i, row in enumerate(rows):
-        scored = slice(len(row.targets) - row.scored, len(row.targets))
-        nats = -float(np.sum(nll[i, scored], dtype=np.float64))
-        likelihoods[row.request].append((row, nats, bool(np.all(greedy[i, scored]))))
-    elif kind == 'embed':
-      x = np.asarray(jax.device_get(features(self.graphdef, self.params, place(batch))), np.float32)
-      for i, row in enumerate(rows):
-        tokens = x[i, : len(row.inputs)]
-        vector = tokens.mean(0, dtype=np.float64) if pooling == 'mean' else tokens[-1]
-        answers[row.request] = Embedding(vector.astype(np.float32), row.cut)
+  def _do(self, group: Group, rows: list[Row], work: '_Work') -> Iterator[int]:
+    """Does the rows of a group; yields how many are done now."""
+    if group.kind == 'after':
+      yield from self._score_after(group, rows, work)
+    elif group.kind == 'generate':
+      yield from self._generate(group, rows, work)
     else:
-      until = [requests[row.request].until for row in rows]
-      for row, generation in zip(rows, self._generate(rows, batch, until, max_tokens), strict=True):
-        answers[row.request] = generation
+      for part in _in_batches(rows, self.batch_size):
+        batch = self._batch(part, group)
+        if group.kind == 'score':
+          self._score(part, batch, work)
+        else:
+          self._embed(part, batch, work)
+        yield len(part)
 
-  def _generate(self, rows, batch, until, max_tokens: int) -> list[Generation]:
-    """Greedy generation of a batch, a token at a time, until every row has stopped."""
-    places = np.array([len(row.inputs) for row in rows])
-    texts: list[Generation | None] = [None] * len(rows)
-    generated: list[list[int]] = [[] for _ in rows]
-    for _ in range(max_tokens):
-      tokens = jax.device_get(next_tokens(self.graphdef, self.params, place(batch)))
-      for i, row in enumerate(rows):
-        if texts[i] is not None:
-          continue
-        token = int(tokens[i, places[i] - 1])
-        generated[i].append(token)
-        text = self.encoding.decode(generated[i])
-        stops = [text.index(stop) for stop in until[i] if stop in text]
-        if stops or token == self.encoding.end:
-          text = text[: min(stops)] if stops else text
-          texts[i] = Generation(text, len(generated[i]), True, row.cut)
-        elif len(generated[i]) < max_tokens:
-          batch['decoder_input_tokens'][i, places[i]] = token
-          places[i] += 1
-      if all(text is not None for text in texts):
-        break
-    return [
-      text or Generation(self.encoding.decode(tokens), len(tokens), False, row.cut)
-      for text, tokens, row in zip(texts, generated, rows, strict=True)
-    ]
+  def _batch(self, rows: list[Row], group: Group) -> dict[str, jax.Array]:
+    # A batch is filled up with copies of a row, which are never looked at.
+    full = rows + rows[:1] * (self.batch_size - len(rows))
+    prefix = self.settings.architecture == 'prefix'
+    return place(batch_of(full, group.length, group.encoder, prefix))
+
+  def _score(self, rows: list[Row], batch: Mapping, work: '_Work') -> None:
+    nats, greedy = jax.device_get(programs.score(self.graphdef, self.params, batch))
+    for i, row in enumerate(rows):
+      scored = slice(len(row.targets) - row.scored, len(row.targets))
+      work.add(row, nats[i, scored], greedy[i, scored])
+
+  def _score_after(self, group: Group, rows: list[Row], work: '_Work') -> Iterator[int]:
+    by_context: dict[tuple, list[Row]] = collections.defaultdict(list)
+    for row in rows:
+      by_context[row.encoder, row.inputs[: len(row.inputs) - row.scored + 1]].append(row)
+    for contexts in _in_batches(list(by_context), self.batch_size):
+      heads = [
+        Row(0, inputs, prefix=by_context[encoder, inputs][0].prefix, encoder=encoder)
+        for encoder, inputs in contexts
+      ]
+      batch = self._batch(heads, group) | self._filled(heads, group)
+      log_p, cache = programs.read(
+        self.graphdef, self.params, batch,
+        room=group.length + group.continuation, ahead=max(1, group.continuation),
+      )  # fmt: skip
+      asked = [(i, row) for i, context in enumerate(contexts) for row in by_context[context]]
+      for part in _in_batches(asked, self.batch_size):
+        self._score_continuations(group, part, log_p, cache, work)
+        yield len(part)
+
+  def _filled(self, rows: list[Row], group: Group) -> dict[str, jax.Array]:
+    """Which tokens of the contexts are not padding."""
+    full = rows + rows[:1] * (self.batch_size - len(rows))
+    filled = np.zeros((self.batch_size, group.length), np.int32)
+    for i, row in enumerate(full):
+      filled[i, : len(row.inputs)] = 1
+    return place({'decoder_segment_ids': filled})
+
+  def _score_continuations(self, group, asked: list[tuple[int, Row]], log_p, cache, work) -> None:
+    """Scores at most a batch of continuations after their contexts."""
+    full = asked + asked[:1] * (self.batch_size - len(asked))
+    index = np.array([i for i, _ in full], np.int32)
+    first = np.array([row.targets[-row.scored] for _, row in full], np.int32)
+    nats, greedy = jax.device_get(programs.score_first(log_p, index, first))
+    nats, greedy = nats[:, None], greedy[:, None]
+    if group.continuation:
+      tails = [
+        Row(0, row.inputs[len(row.inputs) - row.scored + 1 :], row.targets[len(row.targets) - row.scored + 1 :])
+        for _, row in full
+      ]  # fmt: skip
+      batch = place(batch_of(tails, group.continuation, 0, prefix=False))
+      more = programs.score_after(self.graphdef, self.params, cache, index, batch)
+      more_nats, more_greedy = jax.device_get(more)
+      nats = np.concatenate([nats, more_nats], axis=1)
+      greedy = np.concatenate([greedy, more_greedy], axis=1)
+    for i, (_, row) in enumerate(asked):
+      work.add(row, nats[i, : row.scored], greedy[i, : row.scored])
+
+  def _embed(self, rows: list[Row], batch: Mapping, work: '_Work') -> None:
+    x = jax.device_get(programs.features(self.graphdef, self.params, batch))
+    for i, row in enumerate(rows):
+      tokens = np.asarray(x[i, : len(row.inputs)], np.float64)
+      mean = work.requests[row.request].pooling == 'mean'
+      vector = (tokens.mean(0) if mean else tokens[-1]).astype(np.float32)
+      finite = np.all(np.isfinite(vector))
+      why = Failed('the features are not finite: the model gives no numbers here.')
+      work.finish(row.request, Embedding(vector, row.cut) if finite else why)
+
+  def _generate(self, group: Group, rows: list[Row], work: '_Work') -> Iterator[int]:
+    if self.cannot_decode:
+      for row in rows:
+        work.finish(row.request, Failed(self.cannot_decode))
+      yield len(rows)
+      return
+    engine = slots.Engine(
+      self.graphdef, self.params, decode=self.encoding.decode, slots=self.batch_size,
+      room=group.length, encoder_room=group.encoder, prefix=self.settings.architecture == 'prefix',
+    )  # fmt: skip
+    at_work = {}
+    for row in rows:
+      request = work.requests[row.request]
+      at_work[engine.submit(self._to_generate(row, request))] = row
+    while engine.busy:
+      ended = [event for event in engine.step() if event.completion.finish]
+      for event in ended:
+        row = at_work[event.number]
+        work.finish(row.request, _generation(event.completion, row))
+      yield len(ended)
+
+  def _to_generate(self, row: Row, request: GenerateUntil) -> generation.Request:
+    ends = [self.encoding.end]
+    # A stop may be a special token, which is no part of any text.
+    for stop in request.until:
+      ids = self.encoding.encode(stop)
+      if len(ids) == 1 and not self.encoding.decode(ids):
+        ends += ids
+    return generation.Request(
+      prompt=row.inputs, encoder=row.encoder, max_tokens=request.max_tokens,
+      sampling=request.sampling, stop_tokens=tuple(ends), stop=request.until,
+    )  # fmt: skip
 
 
-@compiled_once
-def score(graphdef: nnx.GraphDef, params: dict, batch: dict) -> tuple[jax.Array, jax.Array]:
-  """(nats of every target, whether it is the likeliest token), both [batch, length].
+class _Work:
+  """The answers of a call, as they come."""
 
-  Logits exist for a part of the length at a time, as in training.
-  """
-  model = nnx.merge(graphdef, params)
-  x, _ = model.features(batch)
-  readout, targets = model.readout(), batch['decoder_target_tokens']
-  parts = default_chunks(*targets.shape, model.vocab)
-  nll, greedy = [], []
-  for x_part, target in zip(
-    jnp.split(x, parts, axis=1), jnp.split(targets, parts, axis=1), strict=True
-  ):
-    logits = readout(x_part)
-    nll.append(token_losses(logits, target, 0.0)[0])
-    greedy.append(jnp.argmax(logits, axis=-1) == target)
-  return jnp.concatenate(nll, axis=1), jnp.concatenate(greedy, axis=1)
+  def __init__(self, requests: Sequence[Request], keep: Keep):
+    self.requests, self.keep = requests, keep
+    self.answers: list[Answer | None] = [None] * len(requests)
+    self._parts: dict[int, list[tuple[Row, float, bool]]] = collections.defaultdict(list)
+    self._expected: dict[int, int] = {}
 
+  def expect(self, number: int, rows: int) -> None:
+    self._expected[number] = rows
 
-@compiled_once
-def next_tokens(graphdef: nnx.GraphDef, params: dict, batch: dict) -> jax.Array:
-  """The likeliest token after each, [batch, length]; of equal ones the first."""
-  model = nnx.merge(graphdef, params)
-  x, _ = model.features(batch)
-  readout = model.readout()
-  parts = default_chunks(*x.shape[:2], model.vocab)
-  tokens = [jnp.argmax(readout(part), axis=-1) for part in jnp.split(x, parts, axis=1)]
-  return jnp.concatenate(tokens, axis=1)
+  def finish(self, number: int, answer: Answer) -> None:
+    self.answers[number] = answer
+    self.keep(number, answer)
+
+  def add(self, row: Row, nats: np.ndarray, greedy: np.ndarray) -> None:
+    """The losses of a row's scored tokens; its request is answered when all of its rows are there."""
+    parts = self._parts[row.request]
+    parts.append((row, -float(np.sum(nats, dtype=np.float64)), bool(np.all(greedy))))
+    if len(parts) == self._expected[row.request]:
+      self.finish(row.request, _joined(self._parts.pop(row.request)))
 
 
-@compiled_once
-def features(graphdef: nnx.GraphDef, params: dict, batch: dict) -> jax.Array:
-  """The last features [batch, length, embed] before the head."""
-  return nnx.merge(graphdef, params).features(batch)[0]
-
-
-def _in_batches(rows: list[Row], size: int) -> Iterator[list[Row]]:
+def _in_batches(rows: list, size: int) -> Iterator[list]:
   for first in range(0, len(rows), size):
     yield rows[first : first + size]
 
@@ -208,9 +307,8 @@ def _joined(parts: list[tuple[Row, float, bool]]) -> Likelihood | Failed:
   )
 
 
-def as_plain(answer: Answer) -> dict:
-  """An answer as JSON values, for logs."""
-  fields = dataclasses.asdict(answer)
-  if isinstance(answer, Embedding):
-    fields['vector'] = answer.vector.tolist()
-  return {'kind': type(answer).__name__, **fields}
+def _generation(completion: generation.Completion, row: Row) -> Generation | Failed:
+  if completion.error:
+    return Failed(completion.error)
+  stopped = completion.finish != 'length'
+  return Generation(completion.text, len(completion.tokens), stopped, row.cut)

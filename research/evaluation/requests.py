@@ -1,12 +1,14 @@
 """What may be asked of a model, the field's four kinds of request, and what it may answer.
 
 The kinds are those of EleutherAI's lm-eval: the log-likelihood of a continuation, the log-likelihood of a whole
-text, greedy generation until a stop, and the embedding of a text. Log-likelihoods are in nats.
+text, generation until a stop, and the embedding of a text. Log-likelihoods are in nats.
 """
 
 import dataclasses
 
 import numpy as np
+
+from research.inference.sampling import Sampling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +20,14 @@ class LogLikelihood:
 
 
 @dataclasses.dataclass(frozen=True)
+class TokensLogLikelihood:
+  """The same of token ids, for a caller that splits its text itself. Nothing is put in front of them."""
+
+  context: tuple[int, ...]
+  continuation: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class RollingLogLikelihood:
   """How likely is a whole text, of any length? It is scored in windows: see `Settings.stride`."""
 
@@ -26,16 +36,18 @@ class RollingLogLikelihood:
 
 @dataclasses.dataclass(frozen=True)
 class GenerateUntil:
-  """What comes after `context`, by greedy choice?
+  """What comes after `context`?
 
   Attributes:
     until: the text ends before the first of these; an end-of-text token ends it as well.
     max_tokens: it ends after so many tokens in any case.
+    sampling: how a token is chosen; the likeliest by default.
   """
 
   context: str
   until: tuple[str, ...] = ('\n',)
   max_tokens: int = 64
+  sampling: Sampling = dataclasses.field(default_factory=Sampling)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +62,12 @@ class Embed:
   pooling: str = 'mean'
 
 
-Request = LogLikelihood | RollingLogLikelihood | GenerateUntil | Embed
+Request = LogLikelihood | TokensLogLikelihood | RollingLogLikelihood | GenerateUntil | Embed
 
 
 @dataclasses.dataclass(frozen=True)
 class Likelihood:
-  """The answer to both requests for a log-likelihood.
+  """The answer to every request for a log-likelihood.
 
   Attributes:
     nats: the log-likelihood of all scored tokens; negative.

@@ -18,6 +18,7 @@ from research.evaluation.requests import (
   LogLikelihood,
   Request,
   RollingLogLikelihood,
+  TokensLogLikelihood,
 )
 
 ARCHITECTURES = ('decoder', 'prefix', 'encoder_decoder')
@@ -30,8 +31,9 @@ class Settings:
   Attributes:
     length: the most tokens of a row; of an encoder-decoder, of each side.
     architecture: 'decoder', 'prefix' (a decoder whose context sees itself both ways), 'encoder_decoder'.
-    begin: the id in front of every row; None for none (models that were trained without). Then only a text
-      without any context begins with an end-of-text token, as in lm-eval.
+    begin: the id in front of every row; None for none (models that were trained without).
+    start: where `begin` is None, the id in front of a text without any context; None is the end-of-text token.
+    template: the chat template, a file for `data.conversations.template`, for tasks that are conversations.
     too_long: 'refuse' fails a request that does not fit; 'cut' leaves out the left of its context.
     stride: how many new tokens each window of a rolling log-likelihood scores; None is `length`, so that the
       windows touch. A smaller stride gives each token a longer context and costs more.
@@ -40,6 +42,8 @@ class Settings:
   length: int
   architecture: str = 'decoder'
   begin: int | None = 0
+  start: int | None = None
+  template: str | None = None
   too_long: str = 'refuse'
   stride: int | None = None
 
@@ -86,6 +90,8 @@ def rows_of(
   match request:
     case LogLikelihood():
       return _likelihood(number, request, encoding, settings)
+    case TokensLogLikelihood():
+      return _tokens_likelihood(number, request, encoding, settings)
     case RollingLogLikelihood():
       return _rolling(number, request, encoding, settings)
     case GenerateUntil():
@@ -112,11 +118,37 @@ def _likelihood(number, request, encoding, settings) -> list[Row] | Failed:
     source, target = encoding.encode(request.context), encoding.encode(request.continuation)
     return _two_sided(number, source, target, len(target), encoding, settings)
   context, continuation = split_tokens(request.context, request.continuation, encoding)
+  context = _begun(context, settings) or [_start(encoding, settings)]
+  return _one_sided(number, context, continuation, settings)
+
+
+def _tokens_likelihood(number, request, encoding, settings) -> list[Row] | Failed:
+  context, continuation = list(request.context), list(request.continuation)
+  if settings.architecture == 'encoder_decoder':
+    return _two_sided(number, context, continuation, len(continuation), encoding, settings)
+  if not context:
+    return Failed('the context has no tokens.')
+  return _one_sided(number, context, continuation, settings)
+
+
+def _begun(tokens: list[int], settings: Settings) -> list[int]:
+  """Tokens after the id that begins a row; a text may already spell it (a chat template often does)."""
+  if settings.begin is None or tokens[:1] == [settings.begin]:
+    return tokens
+  return [settings.begin, *tokens]
+
+
+def _start(encoding: Encoding, settings: Settings) -> int:
+  """The id in front of a text that has nothing in front of it, as in lm-eval."""
+  ids = settings.begin, settings.start, encoding.end
+  return next(i for i in ids if i is not None)
+
+
+def _one_sided(number, context: list, continuation: list, settings) -> list[Row] | Failed:
+  """The row of a decoder. `context` has what begins it."""
   if not continuation:
     return Failed('the continuation has no tokens.')
-  tokens = context + continuation
-  begin = [settings.begin] if settings.begin is not None else [] if context else [encoding.end]
-  sequence = begin + tokens
+  sequence = context + continuation
   # The last token is predicted and never read.
   over = len(sequence) - 1 - settings.length
   if over > 0:
@@ -130,7 +162,7 @@ def _likelihood(number, request, encoding, settings) -> list[Row] | Failed:
 
 def _rolling(number, request, encoding, settings) -> list[Row] | Failed:
   tokens = encoding.encode(request.text)
-  begin = encoding.end if settings.begin is None else settings.begin
+  begin = _start(encoding, settings)
   if not tokens:
     return Failed('the text has no tokens.')
   if settings.architecture == 'encoder_decoder':
@@ -171,7 +203,7 @@ def _generate(number, request, encoding, settings) -> list[Row] | Failed:
   context = encoding.encode(request.context)
   if settings.architecture == 'encoder_decoder':
     return _two_sided(number, context, [], 0, encoding, settings)
-  sequence = ([] if settings.begin is None else [settings.begin]) + context
+  sequence = _begun(context, settings)
   if not sequence:
     return Failed('the context has no tokens, and Settings.begin is None: nothing to start from.')
   over = len(sequence) + request.max_tokens - settings.length
@@ -188,7 +220,7 @@ def _embed(number, request, encoding, settings) -> list[Row] | Failed:
   if settings.architecture == 'encoder_decoder':
     return Failed('an encoder-decoder has two sides: it embeds no single text.')
   tokens = encoding.encode(request.text)
-  sequence = ([] if settings.begin is None else [settings.begin]) + tokens
+  sequence = _begun(tokens, settings)
   if not tokens:
     return Failed('the text has no tokens.')
   over = len(sequence) - settings.length
@@ -220,9 +252,9 @@ def _too_long(tokens: int, settings: Settings) -> Failed:
   )
 
 
-def bucket(tokens: int, length: int) -> int:
-  """The padded length of a row: the next power of two from 16 on, at most `length`. So few are compiled."""
-  return min(max(16, 1 << (tokens - 1).bit_length()), length)
+def bucket(tokens: int, length: int, shortest: int = 16) -> int:
+  """A padded length: the next power of two from `shortest` on, at most `length`. So few are compiled."""
+  return min(max(shortest, 1 << (tokens - 1).bit_length()), length)
 
 
 def batch_of(rows: list[Row], length: int, encoder_length: int, prefix: bool) -> dict:

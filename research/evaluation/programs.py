@@ -1,0 +1,92 @@
+"""The compiled functions of evaluation: whole rows, and continuations after contexts that were read once."""
+
+import functools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from research.inference import decode
+from research.inference.decode import Cache
+from research.inference.state import State
+from research.parallel.axes import spec_of
+from research.training.cross_entropy import default_chunks, token_losses
+
+# One program for each model and shape, however many engines there are.
+compiled_once = functools.partial(jax.jit, static_argnums=0)
+
+
+@compiled_once
+def score(graphdef: nnx.GraphDef, params: dict, batch: dict) -> tuple[jax.Array, jax.Array]:
+  """(nats of every target, whether it is the likeliest token), both [batch, length]."""
+  model = nnx.merge(graphdef, params)
+  x, _ = model.features(batch)
+  return _losses(model, x, batch['decoder_target_tokens'])
+
+
+@compiled_once
+def features(graphdef: nnx.GraphDef, params: dict, batch: dict) -> jax.Array:
+  """The last features [batch, length, embed] before the head."""
+  return nnx.merge(graphdef, params).features(batch)[0]
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=('room', 'ahead'))
+def read(
+  graphdef: nnx.GraphDef, params: dict, batch: Mapping, *, room: int, ahead: int
+) -> tuple[jax.Array, Cache]:
+  """(ln p of every next token [contexts, vocab], cache) after each context of a batch."""
+  logits, cache = decode.prefill(nnx.merge(graphdef, params), batch, room, ahead=ahead)
+  return jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1), cache
+
+
+@jax.jit
+def score_first(log_p: jax.Array, rows: jax.Array, targets: jax.Array):
+  """(nats, whether it is the likeliest) of a token right after a context, both [rows].
+
+  Args:
+    log_p: [contexts, vocab].
+    rows: [rows], the context of each.
+    targets: [rows], the token.
+  """
+  mine = log_p.at[rows].get(out_sharding=spec_of(log_p))
+  nats = -jnp.take_along_axis(mine, targets[:, None], axis=-1)[:, 0]
+  return nats, jnp.argmax(mine, axis=-1) == targets
+
+
+@compiled_once
+def score_after(
+  graphdef: nnx.GraphDef, params: dict, cache: Cache, rows: jax.Array, batch: Mapping
+) -> tuple[jax.Array, jax.Array]:
+  """`score` of tokens that follow contexts. The cache itself stays as it is.
+
+  Args:
+    cache: of [contexts].
+    rows: [rows], the context of each row of the batch. A context may be in any number of rows.
+    batch: `decoder_input_tokens` and `decoder_target_tokens`, [rows, length].
+  """
+  model = nnx.merge(graphdef, params)
+
+  def picked(x):
+    return x.at[rows].get(out_sharding=spec_of(x))
+
+  entries, length = jax.tree.map(picked, (cache.entries, cache.length))
+  tokens = batch['decoder_input_tokens']
+  positions = length[:, None] + jnp.arange(tokens.shape[1])
+  inputs = {'decoder_input_tokens': tokens, 'decoder_positions': positions}
+  x, _ = model.features(inputs, State(cache.room, entries=entries))
+  return _losses(model, x, batch['decoder_target_tokens'])
+
+
+def _losses(model: nnx.Module, x: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Logits exist for a part of the length at a time, as in training."""
+  readout = model.readout()
+  parts = default_chunks(*targets.shape, model.vocab)
+  nats, greedy = [], []
+  for x_part, target in zip(
+    jnp.split(x, parts, axis=1), jnp.split(targets, parts, axis=1), strict=True
+  ):
+    logits = readout(x_part)
+    nats.append(token_losses(logits, target, 0.0)[0])
+    greedy.append(jnp.argmax(logits, axis=-1) == target)
+  return jnp.concatenate(nats, axis=1), jnp.concatenate(greedy, axis=1)
