@@ -106,6 +106,17 @@ def _send(source: pathlib.Path, target, log) -> None:
   storage.copy_files(source, target, sorted(missing, key=_rank), log)
 
 
+def child_environment() -> dict[str, str]:
+  """The environment of a process that has TensorFlow, beside one that has the accelerator."""
+  root = str(pathlib.Path(__file__).resolve().parent.parent.parent)
+  # The child finds the user's modules, with an objective or a corpus, where this process finds them.
+  outside = [p for p in sys.path if p and not p.startswith((sys.prefix, sys.base_prefix))]
+  paths = os.pathsep.join([root, os.getcwd(), os.environ.get('PYTHONPATH', ''), *outside])
+  # The accelerator belongs to the process that waits for this one.
+  quiet = {'TF_CPP_MIN_LOG_LEVEL': '3', 'CUDA_VISIBLE_DEVICES': '', 'JAX_PLATFORMS': 'cpu'}
+  return os.environ | quiet | {'PYTHONPATH': paths.rstrip(os.pathsep)}
+
+
 def _freeze(streams, cache: pathlib.Path, log):
   """Freezes streams in a process of its own, so that this one never imports TensorFlow."""
   try:
@@ -116,15 +127,8 @@ def _freeze(streams, cache: pathlib.Path, log):
     ) from e
   spec = json.dumps([s.spec() for s in streams])
   command = [sys.executable, '-m', 'research.freeze', f'--spec={spec}', f'--cache={cache}']
-  root = str(pathlib.Path(__file__).resolve().parent.parent.parent)
-  # The child finds the user's modules, with an objective or a corpus, where this process finds them.
-  outside = [p for p in sys.path if p and not p.startswith((sys.prefix, sys.base_prefix))]
-  paths = os.pathsep.join([root, os.getcwd(), os.environ.get('PYTHONPATH', ''), *outside])
-  # The accelerator belongs to the run that waits for this stream.
-  quiet = {'TF_CPP_MIN_LOG_LEVEL': '3', 'CUDA_VISIBLE_DEVICES': '', 'JAX_PLATFORMS': 'cpu'}
-  env = os.environ | quiet | {'PYTHONPATH': paths.rstrip(os.pathsep)}
   with subprocess.Popen(
-    command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+    command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=child_environment()
   ) as child:
     errors = collections.deque(maxlen=40)
     reader = threading.Thread(target=lambda: errors.extend(child.stderr))

@@ -132,9 +132,7 @@ class Engine:
     encoder = bucket(len(row.encoder), length) if row.encoder else 0
     match request:
       case GenerateUntil():
-        return Group(
-          bucket(len(row.inputs) + request.max_tokens, length), encoder, 'generate'
-        )
+        return Group(bucket(len(row.inputs) + request.max_tokens, length), encoder, 'generate')
       case Embed():
         return Group(bucket(len(row.inputs), length), encoder, 'embed')
     whole = Group(bucket(len(row.inputs), length), encoder, 'score')

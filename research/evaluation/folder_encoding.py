@@ -45,7 +45,9 @@ class FolderEncoding:
     self.ends = self.with_special.ends
     end = self._named('eos_token')
     if end is None and not self.ends:
-      raise UserError(f'{folder}: neither config.json nor tokenizer_config.json names an end token.')
+      raise UserError(
+        f'{folder}: neither config.json nor tokenizer_config.json names an end token.'
+      )
     self.end = self.ends[0] if end is None else end
     begin = self._named('bos_token')
     self.start = begin if begin is not None else self.begin if self.begin is not None else self.end

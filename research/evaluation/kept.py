@@ -56,9 +56,7 @@ class KeptAnswers:
     """As `Engine.answer`."""
     keys = [digest(request) for request in requests]
     missing = {
-      key: request
-      for key, request in zip(keys, requests, strict=True)
-      if key not in self.answers
+      key: request for key, request in zip(keys, requests, strict=True) if key not in self.answers
     }
     names = list(missing)
     with storage.appending(self.path) as file:

@@ -1,7 +1,7 @@
 """An `Engine` as a model of EleutherAI's lm-eval (extra `eval`).
 
-lm-eval splits its texts into tokens itself (`TemplateLM`), so that a request here is exactly the one that its own
-Hugging Face backend would answer: the same ids, the same windows of a long text, the same cut on the left.
+lm-eval splits its texts into tokens itself (`TemplateLM`), so that a request here is exactly the one that its
+own Hugging Face backend would answer: the same ids, the same windows of a long text, the same cut on the left.
 """
 
 import logging

@@ -1,6 +1,7 @@
 """A trained model from its folder: what it is, its parameters, its tokenizer.
 
-The folder is a run's (config.gin and checkpoints/) or a converted one's (model.gin and a checkpoint).
+The folder is a run's (config.gin and checkpoints/), a converted one's (model.gin and a checkpoint), or one of
+Hugging Face's (config.json and *.safetensors).
 """
 
 import dataclasses
@@ -8,13 +9,16 @@ import math
 import pathlib
 
 import jax
+import numpy as np
 from flax import nnx
 
-from research.checkpoints import pretrained, streamed
+from research.checkpoints import folders, pretrained, streamed
 from research.checkpoints.pretrained import abstract_model
 from research.core import configs
 from research.core.errors import UserError
 from research.data.vocabularies import Vocabulary
+from research.huggingface import inwards
+from research.parallel import hosts
 from research.parallel.mesh import Mesh
 from research.training.run import Run
 
@@ -26,38 +30,81 @@ class Folder:
   Attributes:
     model: makes it: `model(rngs=...)`.
     run: the run that trained it; None for a converted model.
-    params: its newest checkpoint's.
+    params: of one checkpoint; None for Hugging Face's folder.
+    arrays: the parameters of Hugging Face's folder, as nested dicts of host arrays.
   """
 
   path: pathlib.Path
   model: object
   run: Run | None
-  params: streamed.Params
+  params: streamed.Params | None
+  arrays: dict | None = None
 
   @property
   def step(self) -> int:
-    """The step of the checkpoint."""
-    return self.params.step
+    """The step of the checkpoint; 0 for a model that was not trained here."""
+    return self.params.step if self.params else 0
+
+  @property
+  def tokenizer(self) -> pathlib.Path:
+    """The folder where a converted model's tokenizer lies."""
+    return self.path / 'huggingface' if self.params else self.path
 
 
-def open_folder(path: str | pathlib.Path) -> Folder:
+def open_folder(path: str | pathlib.Path, step: int | None = None) -> Folder:
   """Reads what a folder's model is.
 
+  Args:
+    step: of the checkpoint; None is the newest.
+
   Raises:
-    UserError: it holds no model, or no checkpoint.
+    UserError: it holds no model, or no such checkpoint.
   """
   path = pathlib.Path(path)
   if not path.is_dir():
     raise UserError(f'--checkpoint={path}: there is no such folder.')
   if (path / 'config.gin').is_file():
     run = configs.load(str(path / 'config.gin')).build()
-    return Folder(path, run.model, run, streamed.Params(path))
+    return Folder(path, run.model, run, streamed.Params(path, step))
   if (path / 'model.gin').is_file():
     model = configs.load(str(path / 'model.gin'), root='MODEL').tree()
-    return Folder(path, model, None, streamed.Params(path))
+    return Folder(path, model, None, streamed.Params(path, step))
   raise UserError(
     f'--checkpoint={path} holds no config.gin (of a run) and no model.gin (of a converted model).'
   )
+
+
+def open_hf(path: str | pathlib.Path) -> Folder:
+  """The model of a Hugging Face folder, as it is.
+
+  Raises:
+    UserError: it is no such folder, or its model is not supported.
+  """
+  path = pathlib.Path(path)
+  if not (path / 'config.json').is_file():
+    raise UserError(f'--hf={path} holds no config.json.')
+  text, arrays = inwards.load(path)
+  config = configs.Config('MODEL')
+  config._read(text, 'model.gin')
+  return Folder(path, config.tree(), None, None, arrays)
+
+
+def checkpoints_of(workdir: str | pathlib.Path) -> list[tuple[pathlib.Path, int]]:
+  """(a run's folder, step) of every checkpoint of a run, or of all runs of a sweep.
+
+  Raises:
+    UserError: there is none.
+  """
+  workdir = pathlib.Path(workdir)
+  runs = [workdir] if (workdir / 'config.gin').is_file() else sorted(workdir.glob('runs/*'))
+  # A run that failed before its first step has no config.gin.
+  runs = [run for run in runs if (run / 'config.gin').is_file()]
+  pairs = [(run, step) for run in runs for step in folders.saved_steps(run / 'checkpoints')]
+  if not pairs:
+    raise UserError(
+      f'--workdir={workdir} holds no checkpoint of a run, nor of the runs of a sweep.'
+    )
+  return pairs
 
 
 def read_params(folder: Folder) -> dict:
@@ -66,7 +113,19 @@ def read_params(folder: Folder) -> dict:
   Raises:
     UserError: a parameter is missing, has another shape, or does not match its checksum.
   """
+  if folder.params is None:
+    return put(folder.model, folder.arrays)
   return pretrained.read_params(folder.model, folder.params)
+
+
+def put(model, arrays: dict) -> dict:
+  """A model's parameters, host arrays as nested dicts, on the mesh in use."""
+  where = hosts.on_mesh(nnx.to_pure_dict(nnx.state(abstract_model(model))))
+
+  def one(x, wanted):
+    return jax.device_put(np.asarray(x).astype(wanted.dtype), wanted.sharding)
+
+  return jax.tree.map(one, arrays, where)
 
 
 def vocabulary_of(run: Run | None) -> Vocabulary:

@@ -90,7 +90,12 @@ class Task(abc.ABC):
       'reasons': dict(reasons.most_common(5)),
       'requests': len(requests),
       'seconds': time.monotonic() - began,
+      'settings': self.settings(),
     }
+
+  def settings(self) -> dict:
+    """What else its numbers depend on, beside its fields: columns of the row."""
+    return {}
 
   def summarise(self, measures: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The task's metrics: means over its items, with the standard error of each mean."""

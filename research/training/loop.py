@@ -100,6 +100,7 @@ class Loop:
     self.compile(workdir)
     self.record = Record(
       run, workdir, frozen, validation, count, self.rates, stream, program.abstract, self.sum_losses,
+      lambda: jax.device_get(self.program.whole(self.state['params'], self.fixed)),
       base=program.base(),
     )  # fmt: skip
     restored = self.record.state is not None

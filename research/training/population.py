@@ -114,12 +114,17 @@ class Population:
     count = checks.count_of(self.runs[0])
     all_rates = program_module.rates(self.runs)
     for i, (run, workdir, stream) in enumerate(zip(self.runs, workdirs, streams, strict=True)):
-      sum_losses = functools.partial(self.sum_losses, i)
+      own = functools.partial(self.sum_losses, i), functools.partial(self.params_of, i)
       record = Record(
-        run, workdir, self.frozen, validation, count, all_rates[i], stream, self.program.abstract, sum_losses,
+        run, workdir, self.frozen, validation, count, all_rates[i], stream, self.program.abstract, *own,
         base=self.program.base(),
       )  # fmt: skip
       self.members.append(Member(record, self.size))
+
+  def params_of(self, i: int) -> dict:
+    """Those of member i, host arrays."""
+    params = jax.tree.map(lambda x: np.array(x[i]), jax.device_get(self.state['params']))
+    return jax.device_get(self.program.whole(params, self.fixed))
 
   def close(self) -> None:
     self.signal.restore()

@@ -128,11 +128,13 @@ class Program:
       return None
     return self.run.init.reference({name: self.sources[name] for name in sorted(self.frozen)})
 
+  def whole(self, params: dict, fixed: dict | None) -> dict:
+    """All parameters of the model: those that learn, and those that do not."""
+    return learning.joined(params, fixed[FROZEN]) if self.frozen else params
+
   def loss(self, params: dict, batch: dict, fixed: dict | None = None) -> tuple[jax.Array, dict]:
     """The sum of the run's loss over a batch, and the sums that it is made of."""
-    if self.frozen:
-      params = learning.joined(params, fixed[FROZEN])
-    model = nnx.merge(self.graphdef, params)
+    model = nnx.merge(self.graphdef, self.whole(params, fixed))
     features, penalties = model.features(batch)
     chunks = self.run.logits_chunks or choose_chunks(*features.shape[:2], model.vocab)
     others = {name: nnx.merge(self.others[name], fixed[name]) for name in self.run.loss.models}

@@ -11,6 +11,7 @@ import numpy as np
 
 from research.checkpoints.manager import Checkpoints
 from research.core import storage
+from research.core.errors import Invalid
 from research.data.batches import FrozenMixture
 from research.model.counts import Counts
 from research.training import metrics
@@ -36,6 +37,7 @@ class Record:
     stream,
     abstract: dict,
     sum_losses: Callable,
+    params: Callable[[], dict],
     base: dict | None = None,
   ):
     """
@@ -46,8 +48,18 @@ class Record:
       stream: where progress is shown.
       abstract: shapes and places of the state, to restore a checkpoint by.
       sum_losses: gives the sums of `Program.evaluate` over a whole frozen stream by the parameters of now.
+      params: gives the parameters of now, all of the model's, host arrays as nested dicts.
       base: what a checkpoint says of the parameters that it does not hold (`Program.base`).
+
+    Raises:
+      UserError: the run has evaluations, and several processes.
     """
+    if run.evaluations and jax.process_count() > 1:
+      why = (
+        'a model is evaluated by one process, and this run has several: leave them out, and evaluate its '
+        'checkpoints afterwards (research.evaluate --workdir).'
+      )
+      raise Invalid(Run, 'evaluations', why)
     self.run = run
     self.workdir = workdir
     self.frozen = frozen
@@ -55,6 +67,7 @@ class Record:
     self.count = count
     self.rates = rates
     self.sum_losses = sum_losses
+    self.params = params
     self.base = base
     self.params_learned = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract['params']))
     self.checkpoints = Checkpoints(workdir / 'checkpoints', keep=run.keep_checkpoints)
@@ -128,6 +141,11 @@ class Record:
     began = time.monotonic()
     if self.evaluates_at(step):
       self._evaluate_and_tell(step)
+      # Those of the last step are for the row, when the checkpoint is safe.
+      if step < self.run.steps:
+        columns = self._ask(step)
+        if columns:
+          self.rows.write({'step': step, 'tokens': self.tokens, **columns})
     if save:
       # A run that resumes from here drops later rows, and lacks no earlier one.
       self.rows.flush()
@@ -148,6 +166,18 @@ class Record:
     for name in self.run.loss.evaluation.reports:
       told += f', {name} {evaluation[name]:.4f}'
     self.progress.say(told)
+
+  def _ask(self, step: int) -> dict[str, float | int | str]:
+    """The columns of the run's evaluations that are due at a step."""
+    due = [one for one in self.run.evaluations if one.during or step == self.run.steps]
+    if not due:
+      return {}
+    params = self.params()
+    folder = self.workdir / 'evaluation'
+    columns = {}
+    for one in due:
+      columns |= one.columns(self.run, params, step, folder, self.progress.say)
+    return columns
 
   def evaluate(self) -> dict[str, float]:
     """Means over all of the validation stream: the loss, in nats also as bits per byte, and its other sums.
@@ -173,9 +203,10 @@ class Record:
 
   def row(self, step: int, status: str) -> dict:
     """The run as one row: N, D and C by every convention, the loss, the hyper-parameters."""
-    evaluation = {}
+    evaluation, asked = {}, {}
     if status == 'finished':
       evaluation = self.last_evaluation or self.evaluate()
+      asked = self._ask(step)
     if status == 'nan':
       self.progress.say(
         f'step {step:,}: the loss is not finite; stopped, the last good checkpoint is kept'
@@ -206,6 +237,7 @@ class Record:
       'task': run.train.name,
       'seconds': time.monotonic() - self.began,
       'devices': jax.device_count(),
+      **asked,
     }
 
   def write_row(self, row: dict) -> None:

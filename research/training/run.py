@@ -9,10 +9,12 @@ from research.core.errors import Invalid
 from research.data.mixtures import Curriculum, Mixture
 from research.data.streams import Stream
 from research.parallel.mesh import Mesh
+from research.training.evaluations import Evaluation
 from research.training.losses import CrossEntropy, Loss
 
-# Two runs that differ only in these are one run: it may resume on another mesh or log more often.
-_INCIDENTAL = ('mesh', 'log_every', 'checkpoint_every', 'keep_checkpoints')
+# Two runs that differ only in these are one run: it may resume on another mesh, log more often or be
+# asked more.
+_INCIDENTAL = ('mesh', 'log_every', 'checkpoint_every', 'keep_checkpoints', 'evaluations')
 # Fields that came later. At their defaults they are no part of a run's identity, or no workdir of before
 # could be resumed.
 _LATER = ('loss', 'init', 'learns')
@@ -43,6 +45,7 @@ class Run:
     seed: of the initialisation and of the order of the examples.
     eval_every: steps between evaluations; None for one at the end.
     checkpoint_every: steps between checkpoints; None for one at the end.
+    evaluations: what else is asked of the run, such as `evaluation.suite.Suite`: columns of its row.
   """
 
   model: Callable
@@ -65,6 +68,7 @@ class Run:
   eval_every: int | None = None
   checkpoint_every: int | None = None
   keep_checkpoints: int = 2
+  evaluations: tuple[Evaluation, ...] = ()
 
   def __post_init__(self):
     positive = ('steps', 'batch_size', 'microbatches', 'log_every', 'keep_checkpoints')
@@ -85,6 +89,8 @@ class Run:
       raise Invalid(Run, 'clip', f'{self.clip!r} must be positive, or None.')
     object.__setattr__(self, 'curriculum', tuple(map(tuple, self.curriculum)))
     self._check_curriculum()
+    object.__setattr__(self, 'evaluations', tuple(self.evaluations))
+    self._check_evaluations()
     for size, cut in self.batches.sizes():
       if size * cut % self.microbatches:
         why = f'{self.microbatches} does not divide the batch of {size * cut}.'
@@ -126,6 +132,15 @@ class Run:
       if self.target_length % cut or self.target_length // cut < 2:
         why = f'the length {self.target_length} cannot be cut into {cut} parts of 2 tokens or more.'
         raise Invalid(Run, 'curriculum', why)
+
+  def _check_evaluations(self):
+    if not all(isinstance(one, Evaluation) for one in self.evaluations):
+      raise Invalid(Run, 'evaluations', 'must be suites: (@suite.Suite(),) with its parentheses.')
+    names = [one.name for one in self.evaluations]
+    labels = [label for one in self.evaluations for label in one.labels]
+    for what, texts in (('are named', names), ('have a task', labels)):
+      if twice := [text for text in texts if texts.count(text) > 1]:
+        raise Invalid(Run, 'evaluations', f'two of them {what} {twice[0]}.')
 
   @property
   def batches(self) -> Curriculum:

@@ -118,7 +118,11 @@ def engine(model_folder):
   (model_folder / 'model.gin').write_text(text)
   encoding = FolderEncoding(model_folder)
   settings = Settings(
-    length=64, begin=encoding.begin, start=encoding.start, template=encoding.template, too_long='cut'
+    length=64,
+    begin=encoding.begin,
+    start=encoding.start,
+    template=encoding.template,
+    too_long='cut',
   )
   with Mesh(data=1).use(jax.local_devices()[:1]):
     model = configs.load(str(model_folder / 'model.gin'), root='MODEL').tree()
