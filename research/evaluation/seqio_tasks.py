@@ -1,7 +1,7 @@
 """Registered seqio tasks with `metric_fns`: what a T5X user expects of an evaluation.
 
-seqio makes the examples and computes the metrics, in a process of its own (`tasks.evaluating`): its Evaluator is
-given this model's answers in place of a T5X model's.
+seqio makes the examples and computes the metrics, in a process of its own (`tasks.evaluating`): its Evaluator
+is given this model's answers in place of a T5X model's.
 """
 
 import collections

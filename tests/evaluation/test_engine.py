@@ -9,17 +9,20 @@ from flax import nnx
 
 from research.core import configs
 from research.data.encoding import ByteEncoding
-from research.evaluation import loading
+from research.evaluation import loading, programs
 from research.evaluation.engine import Engine
+from research.evaluation.kept import as_plain
 from research.evaluation.requests import (
   Embed,
   Failed,
   GenerateUntil,
   LogLikelihood,
   RollingLogLikelihood,
+  TokensLogLikelihood,
 )
 from research.evaluation.rows import Settings
 from research.huggingface import inwards
+from research.inference.sampling import Sampling
 from research.parallel.mesh import Mesh
 
 torch = pytest.importorskip('torch')
@@ -95,15 +98,55 @@ def test_an_answer_depends_on_nothing_but_its_request(llama):
     *REQUESTS,
     RollingLogLikelihood('one\ntwo ' * 20),
     GenerateUntil('the ', max_tokens=5),
+    GenerateUntil('the ', max_tokens=5, sampling=Sampling(temperature=1.0, seed=3)),
+    Embed('compute'),
   ]
   expected = make().answer(requests)
-  assert make().answer(requests[::-1])[::-1] == expected
-  assert [make().answer([request])[0] for request in requests] == expected
+  expected = list(map(as_plain, expected))
+  assert list(map(as_plain, make().answer(requests[::-1])))[::-1] == expected
+  assert [as_plain(make().answer([request])[0]) for request in requests] == expected
   for answer, other in zip(expected, make(batch_size=7).answer(requests), strict=True):
-    if hasattr(answer, 'nats'):
-      assert other.nats == pytest.approx(answer.nats, rel=1e-5)
-    else:
-      assert other == answer
+    if 'nats' in answer:
+      assert other.nats == pytest.approx(answer['nats'], rel=1e-5)
+    elif 'text' in answer:
+      assert as_plain(other) == answer
+
+
+def test_a_context_is_read_once_for_all_its_continuations(llama, monkeypatch):
+  _, make = llama
+  read, contexts = programs.read, []
+
+  def counted(graphdef, params, batch, **settings):
+    contexts.append(np.asarray(batch['decoder_segment_ids']).any(1).sum())
+    return read(graphdef, params, batch, **settings)
+
+  monkeypatch.setattr(programs, 'read', counted)
+  choices = [LogLikelihood('def f(x):\n  return', text) for text in (' x', ' y', ' x + 1', ' -x')]
+  make(batch_size=4).answer(choices)
+  # Of one token and of more: two shapes of a continuation, each after its own reading.
+  assert len(contexts) == 1
+  make(batch_size=4).answer([*choices, LogLikelihood('def f(x):\n  return', ' x + 1 + 2 + 3')])
+  assert len(contexts) == 3
+
+
+def test_tokens_are_scored_as_they_are(llama):
+  _, make = llama
+  ids = tuple(ByteEncoding().encode('the law of'))
+  text, tokens = make().answer([
+    LogLikelihood('the law', ' of'), TokensLogLikelihood((0, *ids[:7]), ids[7:])
+  ])  # fmt: skip
+  assert tokens.nats == text.nats
+
+
+def test_a_model_that_cannot_decode_reads_whole_rows(llama):
+  _, make = llama
+  engine, expected = make(), make().answer(REQUESTS)
+  engine.cannot_decode = 'the part X cannot decode.'
+  for answer, other in zip(engine.answer(REQUESTS), expected, strict=True):
+    assert answer.nats == pytest.approx(other.nats, rel=1e-5)
+    assert answer.greedy == other.greedy
+  (generated,) = engine.answer([GenerateUntil('the ')])
+  assert generated == Failed('the part X cannot decode.')
 
 
 @pytest.mark.parametrize('stride', [None, 32, 10])
@@ -214,14 +257,14 @@ def test_the_context_of_a_prefix_model_sees_itself_both_ways(llama):
 def test_an_encoder_decoder_equals_transformers(tmp_path, mesh):
   torch.manual_seed(0)
   config = transformers.T5Config(
-    vocab_size=384, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0,
+    vocab_size=384, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0,
     initializer_factor=2.0, feed_forward_proj='gated-gelu',
   )  # fmt: skip
   reference = transformers.T5ForConditionalGeneration(config).eval()
   reference.save_pretrained(tmp_path)
   engine = engine_of(tmp_path)(architecture='encoder_decoder')
   requests = [LogLikelihood(a, b) for a, b in zip(TEXTS, CONTINUATIONS, strict=True)]
-  generated = [GenerateUntil(text, (), 8) for text in TEXTS[:2]]
+  generated = [GenerateUntil(text, (), 4) for text in TEXTS[:2]]
   *answers, first, second = engine.answer([*requests, *generated])
   encode = functools.partial(torch.tensor)
   for request, answer in zip(requests, answers, strict=True):
@@ -235,5 +278,5 @@ def test_an_encoder_decoder_equals_transformers(tmp_path, mesh):
   for request, answer in zip(generated, (first, second), strict=True):
     source = encode([[*ByteEncoding().encode(request.context), 1]])
     with torch.no_grad():
-      out = reference.generate(source, max_new_tokens=8, do_sample=False, eos_token_id=1)
+      out = reference.generate(source, max_new_tokens=4, do_sample=False, eos_token_id=1)
     assert answer.text == ByteEncoding().decode(out[0, 1:].tolist())

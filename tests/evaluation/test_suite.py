@@ -7,6 +7,7 @@ import random
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -23,6 +24,7 @@ from research.evaluation.requests import (
   LogLikelihood,
 )
 from research.evaluation.task import Item, Task, judge_choices
+from tests.evaluation.scripted import Scripted
 
 KINDS = (
   generated_tasks.Arithmetic(), generated_tasks.Arithmetic(operation='-', digits=3),
@@ -68,17 +70,6 @@ def test_a_generated_problem_is_right(task):
 def test_the_columns_of_an_addition_are_its_chain():
   problem = generated_tasks.Arithmetic(digits=2).problem(random.Random(5))
   assert (problem.question, problem.steps, problem.answer) == ('89+42=', '9+2=11,8+4+1=13', '131')
-
-
-class Scripted:
-  """Answers from a function of the request, in place of an engine."""
-
-  def __init__(self, answer):
-    self.one, self.asked = answer, 0
-
-  def answer(self, requests, progress=lambda done, of: None):
-    self.asked += len(requests)
-    return [self.one(request) for request in requests]
 
 
 def knows(request):
@@ -155,9 +146,14 @@ def test_a_suite_goes_on_where_it_was_and_past_a_task_without_data(tmp_path):
 
   with pytest.raises(KeyboardInterrupt):
     suite.run_suite(whole, Scripted(dies), tmp_path, identity)
-  engine = Scripted(knows)
-  summary = suite.run_suite(whole, engine, tmp_path, identity)
-  assert engine.asked == 4  # the sorting alone
+  # Cut within a line, as a kill does.
+  kept = tmp_path / 'sorting-5-0shot-direct.answers.jsonl'
+  kept.write_text(kept.read_text()[:-9])
+  engine, lines = Scripted(knows), []
+  summary = suite.run_suite(whole, engine, tmp_path, identity, lines.append)
+  assert engine.asked == 3  # of the sorting, where one of two answers was whole
+  assert 'sorting-5-0shot-direct: 1 answers of before are kept' in lines
+  assert not kept.exists()
   row = json.loads((tmp_path / 'row.json').read_text())
   assert row == summary['row']
   assert row['step'] == 7
@@ -170,9 +166,15 @@ def test_a_suite_goes_on_where_it_was_and_past_a_task_without_data(tmp_path):
   assert engine.asked == 8
 
 
+def one_task(**settings):
+  return suite.Suite(tasks=(generated_tasks.Copying(),), **settings)
+
+
 @pytest.mark.parametrize(
   ('make', 'message'),
   [
+    (lambda: one_task(begin='bos'), r"Suite\.begin: 'bos' is not an id, None or 'own'"),
+    (lambda: one_task(name='a/b'), r"Suite\.name: 'a/b' names a folder"),
     (lambda: suite.Suite(tasks=()), r'Suite\.tasks: must be one or more tasks'),
     (
       lambda: suite.Suite(tasks=2 * (generated_tasks.Copying(),)),
@@ -197,8 +199,11 @@ def test_every_suite_of_the_project_builds():
   assert len({task.name for task in built.tasks}) == len(built.tasks) == 9
 
 
-@pytest.fixture(scope='module')
-def corpus(text_file):
+@pytest.fixture
+def corpus(text_file, monkeypatch):
+  """A corpus whose documents are read without TensorFlow; the command's test reads its own."""
+  texts = [path.read_text() for path in sorted(text_file.parent.glob('*.txt'))][:8]
+  monkeypatch.setattr(corpus_tasks, 'documents', lambda corpus, most: texts[:most])
   return TextFiles(files=str(text_file), validation_fraction=0.2)
 
 
@@ -270,36 +275,130 @@ generated_tasks.Copying.examples = 8
 """
 
 
-@pytest.mark.slow
-def test_the_command_evaluates_a_run(text_file, tmp_path, user_environment):
-  def command(*words):
+@pytest.fixture(scope='module')
+def command(user_environment):
+  """Runs a command of the project to its end."""
+
+  def run(*words):
     return subprocess.run(
       [sys.executable, '-m', *words], cwd=configs.ROOT, capture_output=True, text=True,
       env=user_environment,
     )  # fmt: skip
 
-  run = tmp_path / 'run'
+  return run
+
+
+@pytest.fixture(scope='module')
+def trained(text_file, tmp_path_factory, command):
+  """(a run that evaluated itself, its suite): 60 steps with two checkpoints."""
+  folder = tmp_path_factory.mktemp('evaluated')
+  (folder / 'suite.gin').write_text(SUITE.format(files=text_file))
+  (folder / 'run.gin').write_text(SELF.format(root=configs.ROOT))
   done = command(
-    'research.train', '--gin_file=tests/gin/decoder.gin', f"--gin.FILES='{text_file}'",
-    '--gin.Run.steps=60', f'--workdir={run}',
+    'research.train', f'--gin_file={folder / "run.gin"}', f"--gin.FILES='{text_file}'",
+    '--gin.Run.steps=60', '--gin.Run.checkpoint_every=30', '--gin.Run.eval_every=30',
+    f'--workdir={folder / "run"}',
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
-  (tmp_path / 'suite.gin').write_text(SUITE.format(files=text_file))
-  evaluate = ('research.evaluate', f'--gin_file={tmp_path / "suite.gin"}', f'--checkpoint={run}')
+  return folder / 'run', folder / 'suite.gin'
+
+
+SELF = """
+from __gin__ import dynamic_registration
+from research.evaluation import generated_tasks
+from research.evaluation import suite
+from research.training import run
+include '{root}/tests/gin/decoder.gin'
+run.Run.evaluations = (@suite.Suite(),)
+suite.Suite:
+  tasks = (@generated_tasks.Copying(), @generated_tasks.Sorting())
+  batch_size = 4
+  during = True
+generated_tasks.Copying.examples = 4
+generated_tasks.Sorting.examples = 4
+"""
+
+
+@pytest.mark.slow
+def test_a_run_has_the_columns_of_its_suites(trained, text_file):
+  run, _ = trained
+  row = json.loads((run / 'run.json').read_text())
+  assert row['eval/copying-5-0shot-direct/items'] == 4
+  assert 0 <= row['eval/sorting-5-0shot-direct/nats_per_token'] < 20
+  rows = [json.loads(line) for line in (run / 'metrics.jsonl').read_text().splitlines()]
+  (half,) = [r for r in rows if 'eval/copying-5-0shot-direct/nats' in r]
+  assert half['step'] == 30
+  # Asked more or less, it is the same run.
+  plain = configs.load('tests/gin/decoder.gin', [f"FILES='{text_file}'", 'Run.steps=60'])
+  assert plain.build().identity() == (run / 'config.txt').read_text()
+
+
+@pytest.mark.slow
+def test_the_command_evaluates_a_run(trained, command, tmp_path):
+  run, gin_file = trained
+  evaluate = ('research.evaluate', f'--gin_file={gin_file}', f'--checkpoint={run}')
   done = command(*evaluate)
   assert done.returncode == 0, done.stderr
   row = json.loads((run / 'evaluation' / 'suite' / 'row.json').read_text())
-  trained = json.loads((run / 'run.json').read_text())
+  facts = json.loads((run / 'run.json').read_text())
   # The run's own validation is of the same documents, in rows that begin anew.
   ours = row[f'eval/perplexity-{TextFiles.name}/bits_per_byte']
-  assert ours == pytest.approx(trained['bits_per_byte'], rel=0.1)
+  assert ours == pytest.approx(facts['bits_per_byte'], rel=0.1)
   assert (row['step'], row['length'], row['architecture']) == (60, 32, 'decoder')
+  assert (row['begin'], row['template']) == (0, None)
   assert row['eval/copying-5-0shot-direct/items'] == 8
   again = command(*evaluate)
   assert again.stdout == done.stdout
-  wrong = command(*evaluate, '--gin.Suite.batch_size=0')
-  assert wrong.returncode == 2
-  assert 'Traceback' not in wrong.stderr
-  missing = command(evaluate[0], evaluate[1], f'--checkpoint={tmp_path}')
+  every = command(*evaluate[:2], f'--workdir={run}', f'--out={tmp_path / "all"}')
+  assert every.returncode == 0, every.stderr
+  rows = [json.loads(line) for line in (tmp_path / 'all' / 'rows.jsonl').read_text().splitlines()]
+  assert [r['step'] for r in rows] == [30, 60]
+  assert rows[1]['params_total'] == facts['params_total']
+  assert rows[1]['eval/copying-5-0shot-direct/nats'] == row['eval/copying-5-0shot-direct/nats']
+  assert rows[0]['eval/copying-5-0shot-direct/nats'] != row['eval/copying-5-0shot-direct/nats']
+  for words, message in (
+    (['--gin.Suite.batch_size=0'], 'batch_size'),
+    (['--step=7'], 'has no checkpoint of step 7'),
+    ([f'--hf={tmp_path}'], 'give one of --checkpoint, --hf and --workdir'),
+  ):
+    wrong = command(*evaluate, *words)
+    assert wrong.returncode == 2
+    assert message in wrong.stderr
+    assert 'Traceback' not in wrong.stderr
+  missing = command(*evaluate[:2], f'--checkpoint={tmp_path}')
   assert missing.returncode == 2
   assert 'holds no config.gin (of a run) and no model.gin' in missing.stderr
+
+
+@pytest.mark.slow
+def test_killed_in_a_task_it_goes_on_with_the_next_request(trained, tmp_path, user_environment):
+  run, gin_file = trained
+  out = tmp_path / 'out'
+  words = [
+    sys.executable, '-m', 'research.evaluate', f'--gin_file={gin_file}', f'--checkpoint={run}',
+    f'--out={out}', '--gin.Copying.examples=3000', '--gin.Suite.tasks=(@Copying(),)',
+  ]  # fmt: skip
+  process = subprocess.Popen(words, cwd=configs.ROOT, env=user_environment, stdout=subprocess.PIPE)
+  kept = out / 'copying-5-0shot-direct.answers.jsonl'
+  deadline = time.monotonic() + 120
+  while not kept.exists() or kept.read_text().count('\n') < 20:
+    assert time.monotonic() < deadline
+    assert process.poll() is None, 'it ended before it could be killed'
+    time.sleep(0.02)
+  process.kill()
+  process.wait()
+  answered = kept.read_text().count('\n') - 1
+  done = subprocess.run(
+    words, cwd=configs.ROOT, env=user_environment, capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stderr
+  told = int(re.search(r'([\d,]+) answers of before are kept', done.stdout)[1].replace(',', ''))
+  assert answered - 1 <= told < 3000
+  resumed = json.loads((out / 'results.json').read_text())['tasks']['copying-5-0shot-direct']
+  whole = subprocess.run(
+    [*words[:-3], f'--out={tmp_path / "whole"}', *words[-2:]], cwd=configs.ROOT, env=user_environment,
+    capture_output=True, text=True,
+  )  # fmt: skip
+  assert whole.returncode == 0, whole.stderr
+  expected = json.loads((tmp_path / 'whole' / 'results.json').read_text())['tasks']
+  assert resumed['metrics'] == expected['copying-5-0shot-direct']['metrics']
