@@ -20,14 +20,13 @@ from flax import nnx
 from research.core.errors import Invalid, UserError
 from research.data.encoding import Encoding
 from research.evaluation import programs
+from research.evaluation.collected import Collected, Keep, generation_of
 from research.evaluation.requests import (
   Answer,
   Embed,
   Embedding,
   Failed,
   GenerateUntil,
-  Generation,
-  Likelihood,
   Request,
   RollingLogLikelihood,
 )
@@ -37,8 +36,6 @@ from research.inference import engine as slots
 from research.inference import request as generation
 from research.parallel.hosts import place
 
-# What is called with the number of a request and its answer, as soon as there is one.
-Keep = Callable[[int, Answer], None]
 Progress = Callable[[int, int], None]
 SHORTEST_CONTINUATION = 4  # the least padded length of a continuation
 
@@ -88,7 +85,7 @@ class Engine:
     """Why this model reads whole rows only; None where it decodes. Nothing is computed."""
     two_sided = self.settings.architecture == 'encoder_decoder'
     row = Row(0, (1,), encoder=(1,) if two_sided else ())
-    batch = place(batch_of([row] * self.batch_size, 1, int(two_sided), prefix=False))
+    batch = place(batch_of([row] * self.batch_size, 1, int(two_sided)))
     try:
       jax.eval_shape(
         lambda params: decode.prefill(nnx.merge(self.graphdef, params), batch, room=2), self.params
@@ -109,7 +106,7 @@ class Engine:
       progress: called with the rows that are done, and how many there are.
       keep: called with each answer as it comes, in any order.
     """
-    work = _Work(requests, keep)
+    work = Collected(requests, keep)
     groups: dict[Group, list[Row]] = collections.defaultdict(list)
     for number, request in enumerate(requests):
       rows = rows_of(number, request, self.encoding, self.settings)
@@ -145,7 +142,7 @@ class Engine:
       return whole
     return Group(bucket(context, length), encoder, 'after', after)
 
-  def _do(self, group: Group, rows: list[Row], work: '_Work') -> Iterator[int]:
+  def _do(self, group: Group, rows: list[Row], work: Collected) -> Iterator[int]:
     """Does the rows of a group; yields how many are done now."""
     if group.kind == 'after':
       yield from self._score_after(group, rows, work)
@@ -160,19 +157,19 @@ class Engine:
           self._embed(part, batch, work)
         yield len(part)
 
-  def _batch(self, rows: list[Row], group: Group) -> dict[str, jax.Array]:
+  def _batch(self, rows: list[Row], group: Group, marked: bool = False) -> dict[str, jax.Array]:
     # A batch is filled up with copies of a row, which are never looked at.
     full = rows + rows[:1] * (self.batch_size - len(rows))
     prefix = self.settings.architecture == 'prefix'
-    return place(batch_of(full, group.length, group.encoder, prefix))
+    return place(batch_of(full, group.length, group.encoder, prefix, marked))
 
-  def _score(self, rows: list[Row], batch: Mapping, work: '_Work') -> None:
+  def _score(self, rows: list[Row], batch: Mapping, work: Collected) -> None:
     nats, greedy = jax.device_get(programs.score(self.graphdef, self.params, batch))
     for i, row in enumerate(rows):
       scored = slice(len(row.targets) - row.scored, len(row.targets))
       work.add(row, nats[i, scored], greedy[i, scored])
 
-  def _score_after(self, group: Group, rows: list[Row], work: '_Work') -> Iterator[int]:
+  def _score_after(self, group: Group, rows: list[Row], work: Collected) -> Iterator[int]:
     by_context: dict[tuple, list[Row]] = collections.defaultdict(list)
     for row in rows:
       by_context[row.encoder, row.inputs[: len(row.inputs) - row.scored + 1]].append(row)
@@ -181,7 +178,7 @@ class Engine:
         Row(0, inputs, prefix=by_context[encoder, inputs][0].prefix, encoder=encoder)
         for encoder, inputs in contexts
       ]
-      batch = self._batch(heads, group) | self._filled(heads, group)
+      batch = self._batch(heads, group, marked=True)
       log_p, cache = programs.read(
         self.graphdef, self.params, batch,
         room=group.length + group.continuation, ahead=max(1, group.continuation),
@@ -190,14 +187,6 @@ class Engine:
       for part in _in_batches(asked, self.batch_size):
         self._score_continuations(group, part, log_p, cache, work)
         yield len(part)
-
-  def _filled(self, rows: list[Row], group: Group) -> dict[str, jax.Array]:
-    """Which tokens of the contexts are not padding."""
-    full = rows + rows[:1] * (self.batch_size - len(rows))
-    filled = np.zeros((self.batch_size, group.length), np.int32)
-    for i, row in enumerate(full):
-      filled[i, : len(row.inputs)] = 1
-    return place({'decoder_segment_ids': filled})
 
   def _score_continuations(self, group, asked: list[tuple[int, Row]], log_p, cache, work) -> None:
     """Scores at most a batch of continuations after their contexts."""
@@ -211,7 +200,7 @@ class Engine:
         Row(0, row.inputs[len(row.inputs) - row.scored + 1 :], row.targets[len(row.targets) - row.scored + 1 :])
         for _, row in full
       ]  # fmt: skip
-      batch = place(batch_of(tails, group.continuation, 0, prefix=False))
+      batch = place(batch_of(tails, group.continuation))
       more = programs.score_after(self.graphdef, self.params, cache, index, batch)
       more_nats, more_greedy = jax.device_get(more)
       nats = np.concatenate([nats, more_nats], axis=1)
@@ -219,7 +208,7 @@ class Engine:
     for i, (_, row) in enumerate(asked):
       work.add(row, nats[i, : row.scored], greedy[i, : row.scored])
 
-  def _embed(self, rows: list[Row], batch: Mapping, work: '_Work') -> None:
+  def _embed(self, rows: list[Row], batch: Mapping, work: Collected) -> None:
     x = jax.device_get(programs.features(self.graphdef, self.params, batch))
     for i, row in enumerate(rows):
       tokens = np.asarray(x[i, : len(row.inputs)], np.float64)
@@ -229,7 +218,7 @@ class Engine:
       why = Failed('the features are not finite: the model gives no numbers here.')
       work.finish(row.request, Embedding(vector, row.cut) if finite else why)
 
-  def _generate(self, group: Group, rows: list[Row], work: '_Work') -> Iterator[int]:
+  def _generate(self, group: Group, rows: list[Row], work: Collected) -> Iterator[int]:
     if self.cannot_decode:
       for row in rows:
         work.finish(row.request, Failed(self.cannot_decode))
@@ -247,11 +236,11 @@ class Engine:
       ended = [event for event in engine.step() if event.completion.finish]
       for event in ended:
         row = at_work[event.number]
-        work.finish(row.request, _generation(event.completion, row))
+        work.finish(row.request, generation_of(event.completion, row))
       yield len(ended)
 
   def _to_generate(self, row: Row, request: GenerateUntil) -> generation.Request:
-    ends = [self.encoding.end]
+    ends = [self.encoding.end, *getattr(self.encoding, 'ends', ())]
     # A stop may be a special token, which is no part of any text.
     for stop in request.until:
       ids = self.encoding.encode(stop)
@@ -263,50 +252,6 @@ class Engine:
     )  # fmt: skip
 
 
-class _Work:
-  """The answers of a call, as they come."""
-
-  def __init__(self, requests: Sequence[Request], keep: Keep):
-    self.requests, self.keep = requests, keep
-    self.answers: list[Answer | None] = [None] * len(requests)
-    self._parts: dict[int, list[tuple[Row, float, bool]]] = collections.defaultdict(list)
-    self._expected: dict[int, int] = {}
-
-  def expect(self, number: int, rows: int) -> None:
-    self._expected[number] = rows
-
-  def finish(self, number: int, answer: Answer) -> None:
-    self.answers[number] = answer
-    self.keep(number, answer)
-
-  def add(self, row: Row, nats: np.ndarray, greedy: np.ndarray) -> None:
-    """The losses of a row's scored tokens; its request is answered when all of its rows are there."""
-    parts = self._parts[row.request]
-    parts.append((row, -float(np.sum(nats, dtype=np.float64)), bool(np.all(greedy))))
-    if len(parts) == self._expected[row.request]:
-      self.finish(row.request, _joined(self._parts.pop(row.request)))
-
-
 def _in_batches(rows: list, size: int) -> Iterator[list]:
   for first in range(0, len(rows), size):
     yield rows[first : first + size]
-
-
-def _joined(parts: list[tuple[Row, float, bool]]) -> Likelihood | Failed:
-  """One answer of all the rows of a request."""
-  nats = sum(nats for _, nats, _ in parts)
-  if not np.isfinite(nats):
-    return Failed(f'the log-likelihood is {nats}: the model gives no numbers here.')
-  return Likelihood(
-    nats,
-    sum(row.scored for row, _, _ in parts),
-    all(greedy for _, _, greedy in parts),
-    max(row.cut for row, _, _ in parts),
-  )
-
-
-def _generation(completion: generation.Completion, row: Row) -> Generation | Failed:
-  if completion.error:
-    return Failed(completion.error)
-  stopped = completion.finish != 'length'
-  return Generation(completion.text, len(completion.tokens), stopped, row.cut)

@@ -125,7 +125,9 @@ def _likelihood(number, request, encoding, settings) -> list[Row] | Failed:
 def _tokens_likelihood(number, request, encoding, settings) -> list[Row] | Failed:
   context, continuation = list(request.context), list(request.continuation)
   if settings.architecture == 'encoder_decoder':
-    return _two_sided(number, context, continuation, len(continuation), encoding, settings)
+    # `_two_sided` ends what the encoder reads; lm-eval may have ended it already.
+    source = context[:-1] if context[-1:] == [encoding.end] else context
+    return _two_sided(number, source, continuation, len(continuation), encoding, settings)
   if not context:
     return Failed('the context has no tokens.')
   return _one_sided(number, context, continuation, settings)
@@ -257,8 +259,14 @@ def bucket(tokens: int, length: int, shortest: int = 16) -> int:
   return min(max(shortest, 1 << (tokens - 1).bit_length()), length)
 
 
-def batch_of(rows: list[Row], length: int, encoder_length: int, prefix: bool) -> dict:
-  """Rows as arrays [batch, length] int32, padded on the right with zeros."""
+def batch_of(
+  rows: list[Row], length: int, encoder_length: int = 0, prefix: bool = False, marked: bool = False
+) -> dict:
+  """Rows as arrays [batch, length] int32, padded on the right with zeros.
+
+  Args:
+    marked: whether the batch tells which tokens are padding, as a prompt that is read for decoding must.
+  """
   batch = {
     'decoder_input_tokens': _padded([row.inputs for row in rows], length),
     'decoder_target_tokens': _padded([row.targets for row in rows], length),
@@ -271,6 +279,8 @@ def batch_of(rows: list[Row], length: int, encoder_length: int, prefix: bool) ->
     batch['encoder_segment_ids'] = _padded(filled, encoder_length)
     # The decoder's own segment is 1 throughout, so that all of it sees the encoder's tokens.
     batch['decoder_segment_ids'] = np.ones((len(rows), length), np.int32)
+  if marked:
+    batch['decoder_segment_ids'] = _padded([(1,) * len(row.inputs) for row in rows], length)
   return batch
 
 
