@@ -183,6 +183,7 @@ class Engine:
         self.graphdef, self.params, batch,
         room=group.length + group.continuation, ahead=max(1, group.continuation),
       )  # fmt: skip
+      log_p = jax.device_get(log_p)
       asked = [(i, row) for i, context in enumerate(contexts) for row in by_context[context]]
       for part in _in_batches(asked, self.batch_size):
         self._score_continuations(group, part, log_p, cache, work)
@@ -191,20 +192,23 @@ class Engine:
   def _score_continuations(self, group, asked: list[tuple[int, Row]], log_p, cache, work) -> None:
     """Scores at most a batch of continuations after their contexts."""
     full = asked + asked[:1] * (self.batch_size - len(asked))
-    index = np.array([i for i, _ in full], np.int32)
-    first = np.array([row.targets[-row.scored] for _, row in full], np.int32)
-    nats, greedy = jax.device_get(programs.score_first(log_p, index, first))
-    nats, greedy = nats[:, None], greedy[:, None]
+    first = [row.targets[len(row.targets) - row.scored] for _, row in asked]
+    nats = np.array([[-log_p[i, token]] for (i, _), token in zip(asked, first, strict=True)])
+    greedy = np.array(
+      [[np.argmax(log_p[i]) == token] for (i, _), token in zip(asked, first, strict=True)]
+    )
     if group.continuation:
       tails = [
         Row(0, row.inputs[len(row.inputs) - row.scored + 1 :], row.targets[len(row.targets) - row.scored + 1 :])
         for _, row in full
       ]  # fmt: skip
-      batch = place(batch_of(tails, group.continuation))
-      more = programs.score_after(self.graphdef, self.params, cache, index, batch)
-      more_nats, more_greedy = jax.device_get(more)
-      nats = np.concatenate([nats, more_nats], axis=1)
-      greedy = np.concatenate([greedy, more_greedy], axis=1)
+      contexts = np.array([[i] for i, _ in full], np.int32)
+      batch = place(batch_of(tails, group.continuation) | {'contexts': contexts})
+      more = jax.device_get(programs.score_after(self.graphdef, self.params, cache, batch))
+      nats, greedy = (
+        np.concatenate([a, b[: len(asked)]], axis=1)
+        for a, b in zip((nats, greedy), more, strict=True)
+      )
     for i, (_, row) in enumerate(asked):
       work.add(row, nats[i, : row.scored], greedy[i, : row.scored])
 

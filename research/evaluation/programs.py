@@ -10,7 +10,7 @@ from flax import nnx
 from research.inference import decode
 from research.inference.decode import Cache
 from research.inference.state import State
-from research.parallel.axes import spec_of
+from research.parallel.axes import axes_of, spec_of
 from research.training.cross_entropy import default_chunks, token_losses
 
 # One program for each model and shape, however many engines there are.
@@ -40,35 +40,25 @@ def read(
   return jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1), cache
 
 
-@jax.jit
-def score_first(log_p: jax.Array, rows: jax.Array, targets: jax.Array):
-  """(nats, whether it is the likeliest) of a token right after a context, both [rows].
-
-  Args:
-    log_p: [contexts, vocab].
-    rows: [rows], the context of each.
-    targets: [rows], the token.
-  """
-  mine = log_p.at[rows].get(out_sharding=spec_of(log_p))
-  nats = -jnp.take_along_axis(mine, targets[:, None], axis=-1)[:, 0]
-  return nats, jnp.argmax(mine, axis=-1) == targets
-
-
 @compiled_once
 def score_after(
-  graphdef: nnx.GraphDef, params: dict, cache: Cache, rows: jax.Array, batch: Mapping
+  graphdef: nnx.GraphDef, params: dict, cache: Cache, batch: Mapping
 ) -> tuple[jax.Array, jax.Array]:
   """`score` of tokens that follow contexts. The cache itself stays as it is.
 
   Args:
     cache: of [contexts].
-    rows: [rows], the context of each row of the batch. A context may be in any number of rows.
-    batch: `decoder_input_tokens` and `decoder_target_tokens`, [rows, length].
+    batch: `decoder_input_tokens` and `decoder_target_tokens`, [rows, length]; 'contexts' [rows, 1], which
+      context each row follows. A context may be in any number of rows.
   """
   model = nnx.merge(graphdef, params)
+  contexts = batch['contexts'][:, 0]
 
   def picked(x):
-    return x.at[rows].get(out_sharding=spec_of(x))
+    # A row may lie on another device than its context.
+    where = axes_of(x)
+    whole = x if where[0] is None else jax.sharding.reshard(x, jax.P(None, *where[1:]))
+    return whole.at[contexts].get(out_sharding=spec_of(x))
 
   entries, length = jax.tree.map(picked, (cache.entries, cache.length))
   tokens = batch['decoder_input_tokens']

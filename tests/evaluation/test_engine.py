@@ -129,6 +129,20 @@ def test_a_context_is_read_once_for_all_its_continuations(llama, monkeypatch):
   assert len(contexts) == 3
 
 
+def test_two_devices_give_the_same_answers(llama):
+  _, make = llama
+  requests = [*REQUESTS[:6], GenerateUntil('the ', max_tokens=3)]
+  expected = make(batch_size=4).answer(requests)
+  with Mesh(data=2).use(jax.local_devices()[:2]):
+    engine = make(batch_size=4)
+    where = jax.NamedSharding(jax.sharding.get_mesh(), jax.P())
+    engine.params = jax.device_put(jax.device_get(engine.params), where)
+    answers = engine.answer(requests)
+  for answer, other in zip(answers[:-1], expected[:-1], strict=True):
+    assert answer.nats == pytest.approx(other.nats, rel=1e-5)
+  assert answers[-1] == expected[-1]
+
+
 def test_tokens_are_scored_as_they_are(llama):
   _, make = llama
   ids = tuple(ByteEncoding().encode('the law of'))

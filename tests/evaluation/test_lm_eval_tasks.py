@@ -1,21 +1,18 @@
 """lm-eval through our engine gives what its own Hugging Face backend gives."""
 
+import contextlib
 import json
 
 import jax
 import pytest
-from flax import nnx
 
-from research.core import configs
 from research.core.errors import UserError
-from research.evaluation import lm_eval_model, lm_eval_tasks, loading
-from research.evaluation.engine import Engine
-from research.evaluation.folder_encoding import FolderEncoding
+from research.evaluation import generated_tasks, lm_eval_model, lm_eval_tasks, loading
 from research.evaluation.requests import GenerateUntil
-from research.evaluation.rows import Settings
-from research.huggingface import inwards
+from research.evaluation.suite import Suite, make_engine
 from research.inference.sampling import Sampling
 from research.parallel.mesh import Mesh
+from tests import trained
 
 TEXT = 'the law of this run is that loss falls with compute and data , as 12 + 34 = 46 .'
 WORDS = tuple(TEXT.split())
@@ -112,73 +109,93 @@ def model_folder(tmp_path_factory):
   return folder
 
 
-@pytest.fixture
-def engine(model_folder):
-  text, params = inwards.load(model_folder)
-  (model_folder / 'model.gin').write_text(text)
-  encoding = FolderEncoding(model_folder)
-  settings = Settings(
-    length=64,
-    begin=encoding.begin,
-    start=encoding.start,
-    template=encoding.template,
-    too_long='cut',
-  )
+@contextlib.contextmanager
+def engine_of(folder, length: int):
+  """An engine of a Hugging Face folder's model, rows of `length`, cut on the left as lm-eval cuts."""
+  opened = loading.open_hf(folder)
+  suite = Suite(tasks=(generated_tasks.Copying(),), batch_size=4, length=length, too_long='cut')
   with Mesh(data=1).use(jax.local_devices()[:1]):
-    model = configs.load(str(model_folder / 'model.gin'), root='MODEL').tree()
-    model = loading.abstract_model(model)
-    params = jax.tree.map(jax.numpy.asarray, params)
-    yield Engine(nnx.graphdef(model), params, encoding, settings, 4)
+    model = loading.abstract_model(opened.model)
+    engine, identity = make_engine(
+      suite, model, lambda: loading.read_params(opened), None, opened.tokenizer
+    )
+    assert identity['begin'] == engine.encoding.begin
+    yield engine
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings('default')  # lm-eval's and its dependencies' own
-def test_the_same_numbers_as_the_hugging_face_backend(
-  tasks, model_folder, engine, tmp_path, monkeypatch
-):
+def both(engine, folder, tasks, name: str, shots: int, chat: bool, limit: int) -> object:
+  """Our model, when lm-eval's results of a task through our engine equal those of its own backend."""
   lm_eval = pytest.importorskip('lm_eval')
   from lm_eval.models.huggingface import HFLM
   from lm_eval.tasks import TaskManager
 
-  for name in ('HF_HOME', 'HF_DATASETS_CACHE'):
-    monkeypatch.setenv(name, str(tmp_path / 'hub'))
   theirs = HFLM(
-    pretrained=str(model_folder), max_length=64, batch_size=4, device='cpu', dtype='float32'
+    pretrained=str(folder),
+    max_length=engine.settings.length,
+    batch_size=4,
+    device='cpu',
+    dtype='float32',
   )
   ours = lm_eval_model.make_model(engine)
-  for name, shots, chat in (
-    ('choice', 0, False), ('choice', 2, False), ('choice', 1, True), ('rolling', 0, False),
-    ('generation', 2, False), ('generation', 0, True),
-  ):  # fmt: skip
-    results = [
-      lm_eval.simple_evaluate(
-        lm, tasks=[f'tiny_{name}'], num_fewshot=shots, bootstrap_iters=0, apply_chat_template=chat,
-        task_manager=TaskManager(include_path=str(tasks)),
-      )
-      for lm in (ours, theirs)
-    ]  # fmt: skip
-    compare(*(result['samples'][f'tiny_{name}'] for result in results))
-    mine, other = (result['results'][f'tiny_{name}'] for result in results)
-    for key, value in other.items():
-      assert mine[key] == (pytest.approx(value, rel=1e-4) if isinstance(value, float) else value)
-  assert ours.cut  # with two shots some contexts do not fit, and both cut them alike
-  task = lm_eval_tasks.LmEval(task='tiny_choice', folder=str(tasks), shots=2, examples=5, chat=True)
-  result = task.run(engine)
-  assert task.name == 'lm-eval-tiny_choice-2shot-chat'
-  assert (result['items'], result['requests']) == (5, 15)
-  assert result['settings']['template'] == str(model_folder / 'chat_template.jinja')
-  assert set(result['metrics']) >= {'acc', 'acc_norm', 'acc_stderr'}
-  wrong = lm_eval_tasks.LmEval(task='tiny_chioce', folder=str(tasks)).run(engine)
-  assert wrong['error'].startswith("lm-eval has no task 'tiny_chioce'. Did you mean")
-  (tasks / 'rows.jsonl').unlink()
-  monkeypatch.setenv('HF_DATASETS_CACHE', str(tmp_path / 'other'))
-  missing = lm_eval_tasks.LmEval(task='tiny_rolling', folder=str(tasks)).run(engine)
-  assert missing['error'].startswith('lm-eval cannot run tiny_rolling: ')
+  results = [
+    lm_eval.simple_evaluate(
+      model, tasks=[f'tiny_{name}'], num_fewshot=shots, bootstrap_iters=0, apply_chat_template=chat,
+      task_manager=TaskManager(include_path=str(tasks)), limit=limit,
+    )
+    for model in (ours, theirs)
+  ]  # fmt: skip
+  compare(*(result['samples'][f'tiny_{name}'] for result in results), limit)
+  mine, other = (result['results'][f'tiny_{name}'] for result in results)
+  for key, value in other.items():
+    assert mine[key] == (pytest.approx(value, rel=1e-4) if isinstance(value, float) else value)
+  return ours
 
 
-def compare(ours: list[dict], theirs: list[dict]) -> None:
+@pytest.fixture
+def own_hub(tmp_path, monkeypatch):
+  """What is read once is kept in a folder of this test."""
+  for name in ('HF_HOME', 'HF_DATASETS_CACHE'):
+    monkeypatch.setenv(name, str(tmp_path / 'hub'))
+  return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings('default')  # lm-eval's and its dependencies' own
+def test_the_same_numbers_as_the_hugging_face_backend(tasks, model_folder, own_hub):
+  cut = 0
+  with engine_of(model_folder, 64) as engine:
+    for name, shots, chat in (
+      ('choice', 0, False), ('choice', 2, False), ('choice', 1, True), ('rolling', 0, False),
+      ('generation', 2, False), ('generation', 0, True),
+    ):  # fmt: skip
+      cut += both(engine, model_folder, tasks, name, shots, chat, 9).cut
+    assert cut  # with two shots some contexts do not fit, and both cut them alike
+    task = lm_eval_tasks.LmEval(
+      task='tiny_choice', folder=str(tasks), shots=2, examples=5, chat=True
+    )
+    result = task.run(engine)
+    assert task.name == 'lm-eval-tiny_choice-2shot-chat'
+    assert (result['items'], result['requests']) == (5, 15)
+    assert result['settings']['template'] == str(model_folder / 'chat_template.jinja')
+    assert set(result['metrics']) >= {'acc', 'acc_norm', 'acc_stderr'}
+    wrong = lm_eval_tasks.LmEval(task='tiny_chioce', folder=str(tasks)).run(engine)
+    assert wrong['error'].startswith("lm-eval has no task 'tiny_chioce'. Did you mean")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings('default')
+def test_the_same_numbers_of_a_model_that_somebody_trained(tasks, own_hub):
+  folder = trained.smollm2()
+  with engine_of(folder, 256) as engine:
+    for name, shots, chat in (
+      ('choice', 2, False), ('choice', 0, True), ('rolling', 0, False), ('generation', 2, False),
+    ):  # fmt: skip
+      both(engine, folder, tasks, name, shots, chat, 3)
+
+
+def compare(ours: list[dict], theirs: list[dict], count: int) -> None:
   """Every document's answers: log-likelihoods to 1e-4, greedy flags and texts equal."""
-  assert len(ours) == len(theirs) == 9
+  assert len(ours) == len(theirs) == count
   for mine, other in zip(ours, theirs, strict=True):
     assert mine['arguments'] == other['arguments']
     for a, b in zip(mine['resps'], other['resps'], strict=True):
