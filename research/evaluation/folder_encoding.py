@@ -60,6 +60,11 @@ class FolderEncoding:
     return self.with_special.decode(ids)
 
   @property
+  def decoder_start(self) -> int | None:
+    """What the decoder of an encoder-decoder starts from, as config.json says; None where it says nothing."""
+    return next(iter(self.with_special.start), None)
+
+  @property
   def template(self) -> str | None:
     path = self.folder / 'chat_template.jinja'
     if path.is_file():

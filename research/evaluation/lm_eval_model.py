@@ -71,6 +71,8 @@ def make_model(engine: Engine, progress=lambda done, of: None):
     def tok_encode(self, string, add_special_tokens=None, **kwargs) -> list[int]:
       ids = encoding.encode(string)
       begins = settings.begin is not None and add_special_tokens is not False
+      # An encoder-decoder's `begin` is what its decoder starts from.
+      begins = begins and self.backend == 'causal'
       # A template may spell the beginning of the text itself.
       return [settings.begin, *ids] if begins and ids[:1] != [settings.begin] else ids
 

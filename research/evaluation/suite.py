@@ -102,13 +102,18 @@ def make_engine(
   Raises:
     UserError: the tokenizer is not the model's, or the batch does not fit the devices. Under the mesh in use.
   """
+  architecture = loading.architecture_of(run, model)
   begin, start, template = suite.begin, None, suite.template
-  if suite.vocabulary or run:
-    encoding = make_encoding(suite.vocabulary or loading.vocabulary_of(run))
+  vocabulary = suite.vocabulary
+  if vocabulary is None and run:
+    vocabulary = loading.vocabulary_of(run)
+  if vocabulary:
+    encoding = make_encoding(vocabulary)
     begin = 0 if begin == 'own' else begin
   else:
     encoding = FolderEncoding(tokenizer)
-    begin = encoding.begin if begin == 'own' else begin
+    if begin == 'own':
+      begin = encoding.decoder_start if architecture == 'encoder_decoder' else encoding.begin
     start, template = encoding.start, template or encoding.template
   if encoding.size > model.vocab:
     why = f'it has ids up to {encoding.size - 1}, and the model has {model.vocab} logits.'
@@ -118,7 +123,7 @@ def make_engine(
     raise Invalid(Suite, 'batch_size', why)
   settings = Settings(
     length=suite.length or loading.length_of(run),
-    architecture=loading.architecture_of(run, model),
+    architecture=architecture,
     begin=begin,
     start=start,
     template=template,
@@ -126,7 +131,7 @@ def make_engine(
     stride=suite.stride,
   )
   identity = {
-    'vocabulary': type(suite.vocabulary or encoding).__name__,
+    'vocabulary': type(vocabulary or encoding).__name__,
     'template_sha256': _sha256(template),
     **vars(settings),
   }
