@@ -37,7 +37,8 @@ from research.inference import request as generation
 from research.parallel.hosts import place
 
 Progress = Callable[[int, int], None]
-SHORTEST_CONTINUATION = 4  # the least padded length of a continuation
+# The least padded length of a continuation: those of one token and of a few share one reading of their context.
+SHORTEST_CONTINUATION = 8
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -136,7 +137,7 @@ class Engine:
     if isinstance(request, RollingLogLikelihood) or self.cannot_decode:
       return whole
     context = len(row.inputs) - row.scored + 1
-    after = bucket(row.scored - 1, length, SHORTEST_CONTINUATION) if row.scored > 1 else 0
+    after = bucket(max(row.scored - 1, 1), length, SHORTEST_CONTINUATION)
     # Padding behind the last learned position has no embedding, and a short context is not worth sharing.
     if context + after > length or len(row.encoder) + context < after:
       return whole
@@ -181,7 +182,7 @@ class Engine:
       batch = self._batch(heads, group, marked=True)
       log_p, cache = programs.read(
         self.graphdef, self.params, batch,
-        room=group.length + group.continuation, ahead=max(1, group.continuation),
+        room=group.length + group.continuation, ahead=group.continuation,
       )  # fmt: skip
       log_p = jax.device_get(log_p)
       asked = [(i, row) for i, context in enumerate(contexts) for row in by_context[context]]
@@ -197,7 +198,7 @@ class Engine:
     greedy = np.array(
       [[np.argmax(log_p[i]) == token] for (i, _), token in zip(asked, first, strict=True)]
     )
-    if group.continuation:
+    if any(row.scored > 1 for _, row in asked):
       tails = [
         Row(0, row.inputs[len(row.inputs) - row.scored + 1 :], row.targets[len(row.targets) - row.scored + 1 :])
         for _, row in full

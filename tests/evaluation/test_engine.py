@@ -29,7 +29,7 @@ torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
 
 TEXTS = ('def f(x):\n  return ', 'the law of ', 'a', 'Prüfung: 12+34=')
-CONTINUATIONS = ('x + 1\n', 'the run falls with compute', ' b', '46')
+CONTINUATIONS = ('x + 1\n', 'the run falls with compute', 'b', '46')
 
 
 @pytest.fixture(scope='module')
@@ -121,23 +121,23 @@ def test_a_context_is_read_once_for_all_its_continuations(llama, monkeypatch):
     return read(graphdef, params, batch, **settings)
 
   monkeypatch.setattr(programs, 'read', counted)
-  choices = [LogLikelihood('def f(x):\n  return', text) for text in (' x', ' y', ' x + 1', ' -x')]
+  choices = [LogLikelihood('def f(x):\n  return', text) for text in ('\n', ' y', ' x + 1', ' -x')]
   make(batch_size=4).answer(choices)
-  # Of one token and of more: two shapes of a continuation, each after its own reading.
   assert len(contexts) == 1
+  # A longer continuation has another shape, and its own reading.
   make(batch_size=4).answer([*choices, LogLikelihood('def f(x):\n  return', ' x + 1 + 2 + 3')])
   assert len(contexts) == 3
 
 
 def test_two_devices_give_the_same_answers(llama):
   _, make = llama
+  one = make(batch_size=4)
   requests = [*REQUESTS[:6], GenerateUntil('the ', max_tokens=3)]
-  expected = make(batch_size=4).answer(requests)
+  expected = one.answer(requests)
   with Mesh(data=2).use(jax.local_devices()[:2]):
-    engine = make(batch_size=4)
-    where = jax.NamedSharding(jax.sharding.get_mesh(), jax.P())
-    engine.params = jax.device_put(jax.device_get(engine.params), where)
-    answers = engine.answer(requests)
+    everywhere = jax.NamedSharding(jax.sharding.get_mesh(), jax.P())
+    params = jax.device_put(jax.device_get(one.params), everywhere)
+    answers = Engine(one.graphdef, params, one.encoding, one.settings, 4).answer(requests)
   for answer, other in zip(answers[:-1], expected[:-1], strict=True):
     assert answer.nats == pytest.approx(other.nats, rel=1e-5)
   assert answers[-1] == expected[-1]

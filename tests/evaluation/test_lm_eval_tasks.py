@@ -123,32 +123,36 @@ def engine_of(folder, length: int):
     yield engine
 
 
-def both(engine, folder, tasks, name: str, shots: int, chat: bool, limit: int) -> object:
-  """Our model, when lm-eval's results of a task through our engine equal those of its own backend."""
+def compare_backends(engine, folder, tasks, plan, limit: int) -> int:
+  """Asks lm-eval's tasks through our engine and through its own backend; how many requests were cut.
+
+  Args:
+    plan: (task, shots, whether it is a chat).
+    limit: documents of each task.
+  """
   lm_eval = pytest.importorskip('lm_eval')
   from lm_eval.models.huggingface import HFLM
   from lm_eval.tasks import TaskManager
 
+  manager = TaskManager(include_path=str(tasks), include_defaults=False)
+  length = engine.settings.length
   theirs = HFLM(
-    pretrained=str(folder),
-    max_length=engine.settings.length,
-    batch_size=4,
-    device='cpu',
-    dtype='float32',
+    pretrained=str(folder), max_length=length, batch_size=4, device='cpu', dtype='float32'
   )
   ours = lm_eval_model.make_model(engine)
-  results = [
-    lm_eval.simple_evaluate(
-      model, tasks=[f'tiny_{name}'], num_fewshot=shots, bootstrap_iters=0, apply_chat_template=chat,
-      task_manager=TaskManager(include_path=str(tasks)), limit=limit,
-    )
-    for model in (ours, theirs)
-  ]  # fmt: skip
-  compare(*(result['samples'][f'tiny_{name}'] for result in results), limit)
-  mine, other = (result['results'][f'tiny_{name}'] for result in results)
-  for key, value in other.items():
-    assert mine[key] == (pytest.approx(value, rel=1e-4) if isinstance(value, float) else value)
-  return ours
+  for name, shots, chat in plan:
+    results = [
+      lm_eval.simple_evaluate(
+        model, tasks=[f'tiny_{name}'], num_fewshot=shots, bootstrap_iters=0, apply_chat_template=chat,
+        task_manager=manager, limit=limit,
+      )
+      for model in (ours, theirs)
+    ]  # fmt: skip
+    compare(*(result['samples'][f'tiny_{name}'] for result in results), limit)
+    mine, other = (result['results'][f'tiny_{name}'] for result in results)
+    for key, value in other.items():
+      assert mine[key] == (pytest.approx(value, rel=1e-4) if isinstance(value, float) else value)
+  return ours.cut
 
 
 @pytest.fixture
@@ -162,14 +166,13 @@ def own_hub(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.filterwarnings('default')  # lm-eval's and its dependencies' own
 def test_the_same_numbers_as_the_hugging_face_backend(tasks, model_folder, own_hub):
-  cut = 0
   with engine_of(model_folder, 64) as engine:
-    for name, shots, chat in (
+    plan = (
       ('choice', 0, False), ('choice', 2, False), ('choice', 1, True), ('rolling', 0, False),
       ('generation', 2, False), ('generation', 0, True),
-    ):  # fmt: skip
-      cut += both(engine, model_folder, tasks, name, shots, chat, 9).cut
-    assert cut  # with two shots some contexts do not fit, and both cut them alike
+    )  # fmt: skip
+    # With two shots some contexts do not fit, and both cut them alike.
+    assert compare_backends(engine, model_folder, tasks, plan, 9)
     task = lm_eval_tasks.LmEval(
       task='tiny_choice', folder=str(tasks), shots=2, examples=5, chat=True
     )
@@ -187,10 +190,10 @@ def test_the_same_numbers_as_the_hugging_face_backend(tasks, model_folder, own_h
 def test_the_same_numbers_of_a_model_that_somebody_trained(tasks, own_hub):
   folder = trained.smollm2()
   with engine_of(folder, 256) as engine:
-    for name, shots, chat in (
+    plan = (
       ('choice', 2, False), ('choice', 0, True), ('rolling', 0, False), ('generation', 2, False),
-    ):  # fmt: skip
-      both(engine, folder, tasks, name, shots, chat, 3)
+    )  # fmt: skip
+    compare_backends(engine, folder, tasks, plan, 3)
 
 
 def compare(ours: list[dict], theirs: list[dict], count: int) -> None:
