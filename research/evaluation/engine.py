@@ -10,6 +10,7 @@ what the model keeps of it. Text is generated in the slots of `inference.engine`
 """
 
 import collections
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -35,6 +36,7 @@ from research.inference import decode
 from research.inference import engine as slots
 from research.inference import request as generation
 from research.parallel.hosts import place
+from research.parallel.mesh import Mesh
 
 Progress = Callable[[int, int], None]
 # The least padded length of a continuation: those of one token and of a few share one reading of their context.
@@ -229,8 +231,25 @@ class Engine:
         work.finish(row.request, Failed(self.cannot_decode))
       yield len(rows)
       return
+    with self._on_first_device() as params:
+      yield from self._generate_in_slots(params, group, rows, work)
+
+  @contextlib.contextmanager
+  def _on_first_device(self):
+    """The parameters under a mesh of one device: a prompt is read alone, and one row is not divided."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.size == 1:
+      yield self.params
+      return
+    with Mesh(data=1).use(list(mesh.devices.flat[:1])):
+      here = jax.NamedSharding(jax.sharding.get_mesh(), jax.P())
+      yield jax.device_put(jax.device_get(self.params), here)
+
+  def _generate_in_slots(
+    self, params: dict, group: Group, rows: list[Row], work: Collected
+  ) -> Iterator[int]:
     engine = slots.Engine(
-      self.graphdef, self.params, decode=self.encoding.decode, slots=self.batch_size,
+      self.graphdef, params, decode=self.encoding.decode, slots=self.batch_size,
       room=group.length, encoder_room=group.encoder, prefix=self.settings.architecture == 'prefix',
     )  # fmt: skip
     at_work = {}
