@@ -41,6 +41,7 @@ def load(text_file, **more):
   return configs.load('tests/gin/decoder.gin', bindings)
 
 
+@pytest.mark.slow
 def test_the_columns_of_evaluations_are_in_the_rows(text_file, one_device, tmp_path):
   config = load(text_file)
   plain = config.build()
