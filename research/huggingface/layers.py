@@ -106,7 +106,9 @@ class LayerTypes:
     default = self.default(settings)
     # Other keys say nothing where this one does.
     for key in ('max_window_layers', 'sliding_window_pattern', '_sliding_window_pattern'):
-      settings.get(key)
+      settings.get_or_refuse_null(key)
+    if self.switched:
+      settings.get_or_refuse_null('use_sliding_window')
     kinds = default if kinds is None else kinds
     count = settings['num_hidden_layers']
     if len(kinds) != count or not set(kinds) <= {FULL, SLIDING}:
