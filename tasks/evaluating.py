@@ -74,8 +74,12 @@ def measure(task: seqio.Task, evaluator: seqio.Evaluator, answers: dict) -> dict
   """
   vocabulary = task.output_features['targets'].vocabulary
 
+  # As a T5X model's: rows of one length, an end and padding behind each.
+  ids = [[*vocabulary.encode(text), vocabulary.eos_id] for text in answers['texts']]
+  longest = max(map(len, ids), default=0)
+
   def predict(dataset, model_feature_shapes=None):
-    return [(i, np.array(vocabulary.encode(text))) for i, text in enumerate(answers['texts'])]
+    return [(i, np.pad(row, (0, longest - len(row)))) for i, row in enumerate(ids)]
 
   def score(dataset, model_feature_shapes=None):
     return list(enumerate(answers['scores']))
