@@ -5,8 +5,7 @@
 
 The checkpoint is a run's workdir or a converted model's folder; --hf reads a Hugging Face folder as it is.
 --prompt=- reads the prompt from standard input. With --prompts the answers are JSON lines; started again, the
-command answers only what is missing. --beams searches for the likeliest answer; --draft and --ngram guess
-several tokens for each step of the model, and change nothing of the answers' distribution.
+command answers only what is missing. --beams searches for the likeliest answer; --draft and --ngram speculate.
 """
 
 import dataclasses

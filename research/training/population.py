@@ -234,9 +234,8 @@ class Population:
       Interrupted: SIGTERM was received; every member's checkpoint was saved.
     """
     members = self.members
-    batches = {
-      m.order: batches_module.batches(self.frozen, m.run.batches, *m.order) for m in members
-    }
+    start = functools.partial(batches_module.batches, self.frozen)
+    batches = {m.order: start(m.run.batches, *m.order) for m in members}
     self.pause([member for member in members if member.at == member.run.steps])
     pending = []
     while live := self.living():
@@ -254,9 +253,8 @@ class Population:
       if stop and self.living():
         for member in members:
           member.record.checkpoints.wait()
-        raise interrupt.Interrupted(
-          'stopped, with a checkpoint of every member; start again to go on'
-        )
+        why = 'stopped, with a checkpoint of every member; start again to go on'
+        raise interrupt.Interrupted(why)
     return [member.final for member in members]
 
   def living(self) -> list[Member]:
@@ -288,8 +286,7 @@ class Population:
     for member in due:
       i = self.members.index(member)
       state = jax.tree.map(lambda x, i=i: np.array(x[i]), host)
-      record = member.record
-      record.pause(member.at, state, save=stop or record.saves_at(member.at))
+      member.record.pause(member.at, state, save=stop or member.record.saves_at(member.at))
       if member.at == member.run.steps:
         member.end('finished')
 
@@ -297,8 +294,7 @@ class Population:
     """Sums over a whole stream, of member i; computed for all members in training at once."""
     if id(frozen) not in self.evaluated:
       own = {'params': self.state['params'], 'active': self.active()}
-      results = []
-      for batch in eval_batches(frozen, self.batch_size):
-        results.append(self.evaluate_fn(own, self.shared(batch)))
+      batches = eval_batches(frozen, self.batch_size)
+      results = [self.evaluate_fn(own, self.shared(batch)) for batch in batches]
       self.evaluated[id(frozen)] = total(results)
     return {name: value[i] for name, value in self.evaluated[id(frozen)].items()}

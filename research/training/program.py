@@ -263,7 +263,7 @@ def rates(runs: list[Run]) -> list[np.ndarray]:
 
   # As one program: op by op, or run by run, takes a second to compile.
   @jax.jit
-  def evaluate(*steps):
+  def all_rates(*steps):
     return [jax.vmap(f)(x) for f, x in zip(schedules, steps, strict=True)]
 
-  return [np.asarray(x, np.float32) for x in evaluate(*(jnp.arange(run.steps) for run in runs))]
+  return [np.asarray(x, np.float32) for x in all_rates(*(jnp.arange(run.steps) for run in runs))]

@@ -89,6 +89,8 @@ def run_of(name, **more):
   """What a program asks of a run."""
   facts = {
     'loss': CrossEntropy(z_loss=1e-4),
+    'init': None,
+    'learns': None,
     'microbatches': 1,
     'logits_chunks': 2,
     'batch_size': ROWS,
