@@ -22,7 +22,6 @@ if __name__ == '__main__':
 
 from flax import nnx
 
-from research.core import configs
 from research.data.encoding import make_encoding
 from research.evaluation import loading
 from research.inference import answers, beams, one_by_one, speculate, terminal, tokenizer
@@ -91,22 +90,10 @@ def load(
 
 def _open(checkpoint: str | None, hf: str | None) -> _Opened:
   """Reads one of the two kinds of folders."""
-  if hf:
-    import jax
-    import jax.numpy as jnp
-
-    from research.huggingface import inwards
-
-    text, arrays = inwards.load(pathlib.Path(hf))
-    config = configs.Config('MODEL')
-    config._read(text, 'model.gin')
-    model = loading.abstract_model(config.tree())
-    return _Opened(model, jax.tree.map(jnp.asarray, arrays), None, pathlib.Path(hf), hf)
-  folder = loading.open_folder(checkpoint)
-  source = f'{checkpoint} at step {folder.step}'
-  params = loading.read_params(folder)
+  folder = loading.open_hf(hf) if hf else loading.open_folder(checkpoint)
   model = loading.abstract_model(folder.model)
-  return _Opened(model, params, folder.run, folder.path / 'huggingface', source)
+  source = hf or f'{checkpoint} at step {folder.step}'
+  return _Opened(model, loading.read_params(folder), folder.run, folder.tokenizer, source)
 
 
 def _tokenizer_of(opened: _Opened, file: str | None, architecture: str) -> tokenizer.Tokenizer:
