@@ -55,6 +55,51 @@ def encode(
   return encoded, dropped
 
 
+def encode_preferences(
+  vocabulary: seqio.Vocabulary, template: str | None, length: int, documents: list[bytes]
+) -> tuple[list[dict[str, np.ndarray]], Dropped]:
+  """Tokens of preferences that fit into rows of `length`, the rejected answer of a pair behind the chosen one.
+
+  Args:
+    vocabulary, template, length: as of `encode`.
+    documents: JSON of `preferences.read_preference` or `read_judgement`, NUL, and the place where it stood.
+
+  Returns:
+    ([{'targets', 'learned', 'part': (tokens,) int32}], what was left out, by reason). `part` is 1 in
+    good answers and 2 in bad ones, their prompts included.
+
+  Raises:
+    UserError: the template or the tokenizer does not suit a record; names its file and line.
+  """
+  render = conversations.template(template)
+  special = _special_tokens(vocabulary)
+  encoded, dropped = [], Dropped()
+  for document in documents:
+    text, _, place = document.decode().partition('\0')
+    sides = []
+    for part_number, messages in json.loads(text):
+      _refuse_special(messages, special, place)
+      try:
+        parts = conversations.segments(messages, render)
+      except conversations.Unsuitable as e:
+        raise UserError(f'{place} {e}.') from e
+      tokens = [_tokens(vocabulary, part, learned) for part, learned in parts]
+      ids, learned = (np.concatenate(side) for side in zip(*tokens, strict=True))
+      # Turns of the assistant in the prompt were no choice: the answer alone, the last turn, is compared.
+      learned[: len(learned) - len(tokens[-1][0])] = 0
+      part = np.full(len(ids), part_number, np.int32)
+      sides.append({'targets': ids, 'learned': learned, 'part': part})
+    whole = {key: np.concatenate([side[key] for side in sides]) for key in sides[0]}
+    total = len(whole['targets'])
+    if total <= length:
+      encoded.append(whole)
+      continue
+    dropped[f'left out, for they are longer than a row of {length}'] += 1
+    if len(dropped.broken) < 10:
+      dropped.broken.append(f'{place}: {total} tokens are more than a row of {length}: left out')
+  return encoded, dropped
+
+
 def _special_tokens(vocabulary) -> list[str]:
   if not isinstance(vocabulary, TokenizerVocabulary):
     return []

@@ -52,6 +52,7 @@ class Recipe:
     encode: tokenises raw documents instead of the plain tokeniser. Returns (documents, `tasks.files.Dropped`),
       the counts of what it left out or shortened by reason, with the first places.
     select: leaves out tokenised documents that do not fit, and counts them likewise.
+    finish: makes other model features of a block's; None leaves them.
   """
 
   parts: list[Part]
@@ -63,6 +64,7 @@ class Recipe:
   rename: tuple[str, str] | None = None
   encode: Callable[[list[bytes]], tuple[list[Document], Dropped]] | None = None
   select: Callable[[list[Document]], tuple[list[Document], Dropped]] | None = None
+  finish: Callable[[dict], dict] | None = None
 
 
 def recipe(stream: Stream, vocabulary: seqio.Vocabulary) -> Recipe:
@@ -231,7 +233,20 @@ def _conversation(stream, vocabulary):
   return Recipe([part], features, converter, longest=None, encode=encode)
 
 
+def _preferences(stream, vocabulary):
+  length = stream.lengths['targets']
+  features = {'targets': seqio.Feature(vocabulary, add_eos=False)}
+  for name, size in (('learned', 2), ('part', 3)):
+    features[name] = seqio.Feature(seqio.PassThroughVocabulary(size), add_eos=False)
+  part = Part([], dict.fromkeys(features, length))
+  converter = preprocessors.PreferenceFeatureConverter(pack=stream.packing)
+  encode = functools.partial(chat.encode_preferences, vocabulary, stream.task.template, length)
+  finish = preprocessors.answers_apart
+  return Recipe([part], features, converter, longest=None, encode=encode, finish=finish)
+
+
 _RECIPES = {
+  objectives.Preferences: _preferences,  # and of Judgements
   objectives.Conversation: _conversation,
   objectives.CausalLM: _causal_lm,
   objectives.PrefixLM: _prefix_lm,
@@ -315,5 +330,6 @@ def blocks(recipe: Recipe, documents: list[Document], lengths, seed: int) -> Ite
   for i in range(0, len(order), BLOCK):
     chosen = packing.gather(columns, order[i : i + BLOCK])
     rows = packing.convert(recipe.converter, chosen, lengths)
+    rows = recipe.finish(rows) if recipe.finish else rows
     names = {k: k.replace(*recipe.rename) if recipe.rename else k for k in rows}
     yield {names[k]: v for k, v in rows.items() if k not in recipe.omit}

@@ -5,6 +5,7 @@ All take tokenised {'targets': (tokens,) int32} datasets, and use the seeds of s
 
 from typing import ClassVar
 
+import numpy as np
 import seqio
 import t5.data.preprocessors as t5
 import tensorflow as tf
@@ -117,6 +118,34 @@ class WeightedLMFeatureConverter(seqio.LMFeatureConverter):
 
   def _convert_example(self, features):
     return super()._convert_example(features) | {'decoder_loss_weights': features['learned']}
+
+
+class PreferenceFeatureConverter(WeightedLMFeatureConverter):
+  """The same, and `decoder_part`: which of an example's answers a token is of, 1 or 2."""
+
+  TASK_FEATURES: ClassVar = dict.fromkeys(('targets', 'learned', 'part'), _SPEC)
+
+  def _convert_example(self, features):
+    return super()._convert_example(features) | {'decoder_part': features['part']}
+
+
+def answers_apart(rows: dict) -> dict:
+  """Rows whose answers are segments of their own: 2 n - 1 and 2 n, where a pair was segment n.
+
+  Each begins at position 0 and reads nothing of the answer before it.
+  """
+  rows = dict(rows)
+  part = rows.pop('decoder_part')
+  example = rows.get('decoder_segment_ids', np.ones_like(part))
+  segments = np.where(part > 0, 2 * (example - 1) + part, 0)
+  before = np.pad(segments[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+  index = np.broadcast_to(np.arange(part.shape[1], dtype=np.int32), part.shape)
+  start = np.maximum.accumulate(np.where(segments != before, index, 0), axis=1)
+  filled = segments > 0
+  rows['decoder_segment_ids'] = segments
+  rows['decoder_positions'] = np.where(filled, index - start, 0)
+  rows['decoder_input_tokens'] = np.where(index > start, rows['decoder_input_tokens'], 0)
+  return rows
 
 
 class MaskedLMFeatureConverter(seqio.FeatureConverter):

@@ -8,10 +8,10 @@ import json
 import pathlib
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from research.core.errors import UserError
-from research.data import conversations, corpora
+from research.data import conversations, corpora, preferences
 from research.data.corpora import PythonSources
 from tasks.files import (
   Broken,
@@ -154,6 +154,20 @@ def read_jsonl(corpus: corpora.JsonLines, dropped):
 
 def read_conversations(corpus: corpora.Conversations, dropped):
   """Each conversation as JSON, then NUL, then its place: 'FILE: line N'."""
+  return _read_records(corpus, dropped, conversations.read_messages)
+
+
+def read_preferences(corpus: corpora.Preferences, dropped):
+  """Each preference as JSON, NUL, and its place: 'FILE: line N'."""
+  return _read_records(corpus, dropped, preferences.read_preference)
+
+
+def read_judgements(corpus: corpora.Judgements, dropped):
+  """Each judged answer as JSON, NUL, and its place: 'FILE: line N'."""
+  return _read_records(corpus, dropped, preferences.read_judgement)
+
+
+def _read_records(corpus: corpora.Conversations, dropped, read: Callable[[dict], object]):
   for split, path in files(corpus):
     broken = Broken(corpus, dropped, path)
     with broken.reading():
@@ -166,11 +180,11 @@ def read_conversations(corpus: corpora.Conversations, dropped):
         if record is None:
           continue
         try:
-          messages = conversations.read_messages(record)
+          suited = read(record)
         except conversations.Unsuitable as e:
-          broken(f'{where} {e}', 'conversations that do not suit')
+          broken(f'{where} {e}', f'{corpus.name} that do not suit')
           continue
-        text = json.dumps(messages, ensure_ascii=False).encode(errors='replace')
+        text = json.dumps(suited, ensure_ascii=False).encode(errors='replace')
         yield split, text + b'\0' + f'{path}: {where}'.encode(errors='replace')
 
 
@@ -179,6 +193,8 @@ READERS = {
   corpora.TextFiles: read_text,
   corpora.JsonLines: read_jsonl,
   corpora.Conversations: read_conversations,
+  corpora.Preferences: read_preferences,
+  corpora.Judgements: read_judgements,
   corpora.Parquet: read_parquet,
   corpora.HuggingFace: read_arrow,
   corpora.TFRecords: read_tfrecord,

@@ -48,7 +48,7 @@ def read_messages(record: dict) -> Messages:
     Unsuitable: it has none of these shapes, roles out of order, or a turn that is empty.
   """
   if 'messages' in record:
-    messages = [_message(m, i, 'role', 'content') for i, m in _turns(record, 'messages')]
+    messages = read_turns(record, 'messages')
   elif 'conversations' in record:
     messages = [_message(m, i, 'from', 'value') for i, m in _turns(record, 'conversations')]
   elif 'prompt' in record and 'completion' in record:
@@ -56,7 +56,7 @@ def read_messages(record: dict) -> Messages:
   elif 'instruction' in record and 'output' in record:
     messages = _pair(record, 'instruction', 'output')
     if record.get('input'):
-      messages[0]['content'] += '\n\n' + _text(record['input'], "'input'")
+      messages[0]['content'] += '\n\n' + text_of(record['input'], "'input'")
   else:
     names = ', '.join(map(repr, list(record)[:8]))
     raise Unsuitable(
@@ -67,6 +67,11 @@ def read_messages(record: dict) -> Messages:
   return messages
 
 
+def read_turns(record: dict, name: str) -> Messages:
+  """The messages {'role', 'content'} that a record has under a name."""
+  return [_message(m, i, 'role', 'content') for i, m in _turns(record, name)]
+
+
 def _turns(record, name):
   if not isinstance(record[name], list) or not record[name]:
     raise Unsuitable(f'has no list of turns in {name!r}')
@@ -75,12 +80,17 @@ def _turns(record, name):
 
 def _pair(record, prompt, completion) -> Messages:
   return [
-    {'role': 'user', 'content': _text(record[prompt], repr(prompt))},
-    {'role': 'assistant', 'content': _text(record[completion], repr(completion))},
+    {'role': 'user', 'content': text_of(record[prompt], repr(prompt))},
+    {'role': 'assistant', 'content': text_of(record[completion], repr(completion))},
   ]
 
 
-def _text(value, what: str) -> str:
+def text_of(value, what: str) -> str:
+  """A value that must be text.
+
+  Raises:
+    Unsuitable: it is something else.
+  """
   if not isinstance(value, str):
     kind = 'null' if value is None else f'of type {type(value).__name__}'
     raise Unsuitable(f'has {what} that is {kind} and not text')
@@ -95,7 +105,7 @@ def _message(message, number: int, role: str, content: str) -> dict[str, str]:
   if message[role] not in _ROLES:
     roles = ', '.join(_ROLES)
     raise Unsuitable(f'has turn {number} of the unknown role {message[role]!r} (known: {roles})')
-  return {'role': _ROLES[message[role]], 'content': _text(message[content], f'turn {number}')}
+  return {'role': _ROLES[message[role]], 'content': text_of(message[content], f'turn {number}')}
 
 
 def check(messages: Messages):

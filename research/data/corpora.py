@@ -218,13 +218,25 @@ class Conversations(Files):
   def __post_init__(self):
     super().__post_init__()
     if self.filters:
-      raise Invalid(
-        Conversations, 'filters', 'apply to plain text, and not to conversations: leave them empty.'
-      )
+      raise Invalid(type(self), 'filters', 'apply to plain text alone: leave them empty.')
 
   @property
   def gives(self) -> str:
-    return 'conversations'
+    return self.name
+
+
+@dataclasses.dataclass(frozen=True)
+class Preferences(Conversations):
+  """A preference as a JSON object on every line, in any shape of `preferences.read_preference`."""
+
+  name: ClassVar[str] = 'preferences'
+
+
+@dataclasses.dataclass(frozen=True)
+class Judgements(Conversations):
+  """An answer and whether it is good as a JSON object on every line, as `preferences.read_judgement`."""
+
+  name: ClassVar[str] = 'judgements'
 
 
 @dataclasses.dataclass(frozen=True)

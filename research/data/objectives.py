@@ -10,58 +10,9 @@ import pathlib
 from typing import ClassVar
 
 from research.core.errors import Invalid
+from research.data.objective import Objective
 from research.data.objective_checks import check_marks, check_spans, check_targets_hold_inputs
 from research.data.spans import span_lengths
-
-# The kinds of documents that a corpus can give, in words for messages.
-READS = {
-  'text': 'plain text',
-  'pairs': 'pairs of prompt and completion (JsonLines with prompt=...)',
-  'conversations': 'conversations (corpora.Conversations)',
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Objective:
-  """Base of the objectives.
-
-  Class attributes:
-    name: the short name that `Stream.task` takes.
-    architectures: the models that it can feed, the usual one first.
-    reads: the kind of documents that it needs, a key of `READS`; a corpus of another kind is an error.
-    random: whether a second pass over the corpus differs from the first.
-    prefixed: whether the rows of a decoder have a prefix with bidirectional attention
-      (`decoder_causal_attention`).
-    mark_names: names to print for the lowest extra ids, which the objective uses as marks.
-
-  To add one, write a subclass in a module that the gin file imports, with a method
-  `recipe(stream, vocabulary)` that returns a `tasks.objectives.Recipe`. A subclass of one of the objectives
-  below inherits its recipe.
-  """
-
-  name: ClassVar[str]
-  architectures: ClassVar[tuple[str, ...]] = ('decoder',)
-  reads: ClassVar[str] = 'text'
-  random: ClassVar[bool] = True
-  prefixed: ClassVar[bool] = False
-  mark_names: ClassVar[tuple[str, ...]] = ()
-
-  def signature(self) -> list:
-    """What else decides the examples besides these fields (a template's text), for the key of the cache."""
-    return []
-
-  def targets_length(self, inputs: int) -> int | None:
-    """The length of targets that fits inputs of this length without waste; None where there is none."""
-    del inputs
-
-  def check(self, stream) -> None:
-    """Raises `Invalid` where the lengths or the vocabulary of a stream do not suit this objective."""
-    if stream.passes > 1 and not self.random:
-      raise Invalid(
-        type(stream),
-        'passes',
-        f'{self.name} is not random, so every pass would be the same: set it to 1.',
-      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,7 +230,31 @@ class Conversation(Objective):
   def check(self, stream):
     super().check(stream)
     if self.template is not None and not pathlib.Path(self.template).expanduser().is_file():
-      raise Invalid(Conversation, 'template', f'there is no file {self.template!r}.')
+      raise Invalid(type(self), 'template', f'there is no file {self.template!r}.')
+
+
+@dataclasses.dataclass(frozen=True)
+class Preferences(Conversation):
+  """Answers to compare: the chosen one and the rejected one of a pair, side by side in one row.
+
+  Segments 1 and 2 of a row are a chosen answer and the rejected one to the same prompt, 3 and 4 the next pair,
+  and so on; each has the prompt before it, and the loss is on the answer alone. In one row no microbatch tears
+  a pair apart. A pair that is longer than a row is left out, counted, and told with file and line.
+  """
+
+  name: ClassVar[str] = 'preferences'
+  reads: ClassVar[str] = 'preferences'
+
+
+@dataclasses.dataclass(frozen=True)
+class Judgements(Preferences):
+  """Answers that were judged alone: segments with odd numbers are good answers, those with even numbers bad.
+
+  The n-th answer of a row is segment 2 n - 1 or 2 n. All else is as for `Preferences`.
+  """
+
+  name: ClassVar[str] = 'judgements'
+  reads: ClassVar[str] = 'judgements'
 
 
 # The short names that `Stream.task` takes.
@@ -294,5 +269,7 @@ OBJECTIVES = {
     FillInTheMiddle,
     Instructions,
     Conversation,
+    Preferences,
+    Judgements,
   )
 }

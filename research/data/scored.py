@@ -1,7 +1,7 @@
 """What a model says of a stream's examples, computed once and frozen beside them.
 
-A teacher's likeliest tokens, say: with these in the rows a step of training holds one model. They lie in files
-of their own, named by the stream's content and the model's parameters.
+A teacher's likeliest tokens, a reference's log-probabilities: with these in the rows a step of training holds
+one model. They lie in files of their own, named by the stream's content and the model's parameters.
 """
 
 import hashlib

@@ -179,3 +179,31 @@ class MaskedHead(Head):
     x = self.norm(self.activation(self.dense(x)))
     logits = _against(x, weights) if self.kernel is None else _logits(x, weights, (None, 'vocab'))
     return logits + self.bias[...]
+
+
+class ScalarHead(Head):
+  """One number per token in place of logits: a reward model's score, or a value.
+
+  The matrix starts at zero, so that every score does (Ziegler et al. 2019, arXiv:1909.08593, section 2.1, start
+  small).
+
+  Knobs:
+    init: of the matrix [embed, 1].
+  """
+
+  def __init__(
+    self,
+    embed: int,
+    vocab: int,
+    *,
+    init: Initializer = nnx.initializers.zeros,
+    rngs: nnx.Rngs,
+  ):
+    super().__init__(embed, 1)
+    self.kernel = param(rngs, (embed, 1), ('embed', None), init, kind='matrix')
+
+  def weights(self, embedder: Embedder, dtype) -> jax.Array:
+    return gather(self.kernel[...].astype(dtype), None, None)
+
+  def __call__(self, x: jax.Array, weights: jax.Array) -> jax.Array:
+    return project(x, weights, (None, None), ('batch', 'length', None), dtype=jnp.float32)

@@ -118,6 +118,41 @@ def sum_over_tokens(
   return total(consts, x)
 
 
+def log_probabilities(
+  head: Callable[[jax.Array], jax.Array], x: jax.Array, targets: jax.Array, *, chunks: int = 1
+) -> jax.Array:
+  """The log-probability of every target, float32 [batch, length].
+
+  Logits exist for one chunk at a time, in the backward pass too, which computes them again.
+
+  Args:
+    head, x, chunks: as of `sum_over_tokens`.
+    targets: [batch, length] integers.
+  """
+  if chunks == 1:
+    return -token_losses(head(x), targets, 0.0)[0]
+  split = functools.partial(_split, chunks=chunks)
+  head_fn, consts = jax.closure_convert(head, split(x)[0])
+
+  @jax.custom_vjp
+  def of_all(consts, x):
+    def of_chunk(chunk):
+      return -token_losses(head_fn(chunk[0], *consts), chunk[1], 0.0)[0]
+
+    return _join(jax.lax.map(of_chunk, (split(x), split(targets))), targets)
+
+  def backward(residuals, cotangent):
+    # d(sum of cotangent x log p): a cross-entropy of these weights.
+    def weighted(consts, x):
+      own_head = lambda x: head_fn(x, *consts)
+      return cross_entropy(own_head, x, targets, -cotangent, chunks=chunks)[0]
+
+    return jax.grad(weighted, argnums=(0, 1))(*residuals)
+
+  of_all.defvjp(lambda consts, x: (of_all(consts, x), (consts, x)), backward)
+  return of_all(consts, x)
+
+
 def _split(a: jax.Array, chunks: int) -> jax.Array:
   """[batch, length, ...] as [chunks, batch, length / chunks, ...]."""
   cut = a.reshape(a.shape[0], -1, chunks, *a.shape[2:], out_sharding=_where(a, chunked=True))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from research.checkpoints.pretrained import Pretrained
 from research.core.errors import Invalid
+from research.model.heads import ScalarHead
 from research.training.cross_entropy import cross_entropy
 
 
@@ -25,11 +26,13 @@ class Loss:
     reads: the keys of a batch that it needs.
     nats: whether 'loss' is in nats per target token, so that it can be told in bits per byte of text.
     reports: names of its terms and counts that stand in a run's row, beside 'loss'.
+    of_scores: whether the model's head gives scores (`heads.ScalarHead`) in place of logits.
   """
 
   reads: ClassVar[tuple[str, ...]] = ('decoder_target_tokens', 'decoder_loss_weights')
   nats: ClassVar[bool] = True
   reports: ClassVar[tuple[str, ...]] = ()
+  of_scores: ClassVar[bool] = False
 
   def __call__(
     self, model, features: jax.Array, batch: dict, chunks: int, **models
@@ -70,6 +73,12 @@ class Loss:
     """
     for name, other in self.models.items():
       check_vocabulary(type(self), name, other, vocab)
+    head = getattr(run.model, 'keywords', {}).get('head')
+    # Of a single logit every cross-entropy is 0.
+    if head is not None and (getattr(head, 'func', head) is ScalarHead) != self.of_scores:
+      wanted = 'scores: set its head to @heads.ScalarHead' if self.of_scores else 'logits'
+      why = f'{type(self).__name__} needs a model of {wanted}.'
+      raise Invalid(type(run), 'loss', why)
 
   @property
   def numbers(self) -> dict[str, float]:

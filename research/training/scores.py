@@ -1,4 +1,4 @@
-"""What a trained model says of a stream: the likeliest tokens of a teacher."""
+"""What a trained model says of a stream: likeliest tokens of a teacher, log-probabilities of a reference."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from research.core.errors import Invalid
 from research.data.scores import Batch, Scores
 from research.parallel import hosts
 from research.parallel.mesh import Mesh
+from research.training.cross_entropy import log_probabilities
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,21 @@ class _ByModel(Scores):
   def features(self, model, batch: dict) -> dict[str, jax.Array]:
     """The features by key, of a batch on the device."""
     raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogProbabilities(_ByModel):
+  """The log-probability of every target token by a reference model, float32 [length]."""
+
+  keys: ClassVar[tuple[str, ...]] = ('decoder_reference_log_probs',)
+
+  def shapes(self, length):
+    return {self.keys[0]: ((length,), np.dtype(np.float32))}
+
+  def features(self, model, batch):
+    x, _ = model.features(batch)
+    targets = batch['decoder_target_tokens']
+    return {self.keys[0]: log_probabilities(model.readout(), x, targets)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

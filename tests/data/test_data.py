@@ -260,7 +260,7 @@ def test_every_objective_has_a_gin_file_that_makes_its_stream(tmp_path, name):
     'from __gin__ import dynamic_registration\nfrom research.data import streams\n'
     f"include 'gin/objectives/{name}.gin'\nRUN = @streams.Stream\n"
   )
-  files = [f'FILES={str(file)!r}'] if name in ('instructions', 'conversation') else []
+  files = [f'FILES={str(file)!r}'] if objectives.OBJECTIVES[name].reads != 'text' else []
   stream = configs.load(str(file), files).build()
   assert stream.name == name
   assert stream.task == objectives.OBJECTIVES[name]()
