@@ -144,8 +144,10 @@ def log_probabilities(
   def backward(residuals, cotangent):
     # d(sum of cotangent x log p): a cross-entropy of these weights.
     def weighted(consts, x):
-      own_head = lambda x: head_fn(x, *consts)
-      return cross_entropy(own_head, x, targets, -cotangent, chunks=chunks)[0]
+      def head_of_chunk(chunk):
+        return head_fn(chunk, *consts)
+
+      return cross_entropy(head_of_chunk, x, targets, -cotangent, chunks=chunks)[0]
 
     return jax.grad(weighted, argnums=(0, 1))(*residuals)
 

@@ -7,6 +7,7 @@ computed in every step.
 """
 
 import dataclasses
+import functools
 from typing import ClassVar
 
 import jax
@@ -28,7 +29,8 @@ def of_segments(values: jax.Array, segments: jax.Array) -> Pair:
   """Sums of values [batch, length] over the odd segments of every row and over the even ones."""
   most = 2 * (values.shape[1] // 2) + 1
   values, segments = shard(values, 'batch', None), shard(segments, 'batch', None)
-  add = lambda v, s: jax.ops.segment_sum(v, s, num_segments=most)
+  add = functools.partial(jax.ops.segment_sum, num_segments=most)
+  # Segment 0 is padding.
   sums = jax.vmap(add)(values, segments)
   return sums[:, 1::2], sums[:, 2::2]
 

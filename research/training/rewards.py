@@ -14,8 +14,8 @@ class BradleyTerry(Pairs):
   """-log sigma(score of the chosen answer - of the rejected one - margin): a reward model.
 
   Ouyang et al. (2022), arXiv:2203.02155, equation 1; the margin is that of Touvron et al. (2023),
-  arXiv:2307.09288, equation 2. The model's head is `heads.ScalarHead`. An answer's score is read where its last
-  token is predicted: all of the answer but EOS has been read there.
+  arXiv:2307.09288, equation 2, one number for all pairs. The model's head is `heads.ScalarHead`. An answer's
+  score is read where its last token is predicted: all of the answer but EOS has been read there.
 
   Attributes:
     margin: by how much the chosen answer's score is to be above the other's.

@@ -1,7 +1,9 @@
 """Losses of preferences equal TRL's formulas in float64, however the batch is cut; DPO finds the known optimum.
 
-The formulas are those of trl 0.21 (`DPOTrainer.dpo_loss`, `CPOTrainer.cpo_loss`, `ORPOTrainer.odds_ratio_loss`,
-`RewardTrainer.compute_loss`), written again in torch.
+The formulas are those of trl 1.16, read in its sources and written again in torch: `DPOTrainer` ("sigmoid", and
+"ipo", whose means over tokens are `per_token` here), `CPOTrainer.cpo_loss` ("sigmoid" with label smoothing is
+the form of cDPO; "simpo"), `ORPOTrainer.odds_ratio_loss`, `KTOTrainer` with its KL given, and `RewardTrainer`
+with margin and centring.
 """
 
 import dataclasses
@@ -191,7 +193,7 @@ def bradley_terry(policy, frozen, lengths, scores):
 
 
 def kto(policy, frozen, lengths, scores):
-  """KTOTrainer.kto_loss with a given KL, of a good answer and a bad one; a mean over answers."""
+  """A good answer and a bad one, where beta times the KL is 0.1; a mean over answers."""
   torch = pytest.importorskip('torch')
   good, bad = (0.2 * (p - f) for p, f in zip(policy, frozen, strict=True))
   cost = 1.5 * (1 - torch.sigmoid(good - 0.1)) + 0.5 * (1 - torch.sigmoid(0.1 - bad))
