@@ -157,12 +157,12 @@ def read_conversations(corpus: corpora.Conversations, dropped):
   return _read_records(corpus, dropped, conversations.read_messages)
 
 
-def read_preferences(corpus: corpora.Preferences, dropped):
+def read_preferences(corpus: corpora.PreferencePairs, dropped):
   """Each preference as JSON, NUL, and its place: 'FILE: line N'."""
   return _read_records(corpus, dropped, preferences.read_preference)
 
 
-def read_judgements(corpus: corpora.Judgements, dropped):
+def read_judgements(corpus: corpora.JudgedAnswers, dropped):
   """Each judged answer as JSON, NUL, and its place: 'FILE: line N'."""
   return _read_records(corpus, dropped, preferences.read_judgement)
 
@@ -193,8 +193,8 @@ READERS = {
   corpora.TextFiles: read_text,
   corpora.JsonLines: read_jsonl,
   corpora.Conversations: read_conversations,
-  corpora.Preferences: read_preferences,
-  corpora.Judgements: read_judgements,
+  corpora.PreferencePairs: read_preferences,
+  corpora.JudgedAnswers: read_judgements,
   corpora.Parquet: read_parquet,
   corpora.HuggingFace: read_arrow,
   corpora.TFRecords: read_tfrecord,

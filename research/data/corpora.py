@@ -44,7 +44,7 @@ class Corpus:
 
   @property
   def gives(self) -> str:
-    """The kind of its documents, a key of `objectives.READS`."""
+    """The kind of its documents, a key of `objective.READS`."""
     return 'text'
 
   def signature(self) -> list:
@@ -226,14 +226,14 @@ class Conversations(Files):
 
 
 @dataclasses.dataclass(frozen=True)
-class Preferences(Conversations):
+class PreferencePairs(Conversations):
   """A preference as a JSON object on every line, in any shape of `preferences.read_preference`."""
 
   name: ClassVar[str] = 'preferences'
 
 
 @dataclasses.dataclass(frozen=True)
-class Judgements(Conversations):
+class JudgedAnswers(Conversations):
   """An answer and whether it is good as a JSON object on every line, as `preferences.read_judgement`."""
 
   name: ClassVar[str] = 'judgements'

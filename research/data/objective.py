@@ -10,8 +10,8 @@ READS = {
   'text': 'plain text',
   'pairs': 'pairs of prompt and completion (JsonLines with prompt=...)',
   'conversations': 'conversations (corpora.Conversations)',
-  'preferences': 'preferences (corpora.Preferences)',
-  'judgements': 'judgements (corpora.Judgements)',
+  'preferences': 'preferences (corpora.PreferencePairs)',
+  'judgements': 'judgements (corpora.JudgedAnswers)',
 }
 
 

@@ -11,6 +11,7 @@ import importlib.util
 
 from research.core.errors import Invalid, did_you_mean
 from research.data import corpora, objectives, vocabularies
+from research.data.objective import READS, Objective
 from research.data.scores import Scores
 from research.data.spec import digest, outside_code, to_spec
 
@@ -43,7 +44,7 @@ class Stream:
     scores: what a model says of the examples, frozen beside them (`research.training.scores`).
   """
 
-  task: 'str | objectives.Objective' = 'causal_lm'
+  task: 'str | Objective' = 'causal_lm'
   lengths: dict[str, int] = dataclasses.field(default_factory=lambda: {'targets': 512})
   corpus: corpora.Corpus = dataclasses.field(default_factory=corpora.PythonSources)
   vocabulary: vocabularies.Vocabulary = dataclasses.field(default_factory=vocabularies.Bytes)
@@ -107,7 +108,7 @@ class Stream:
       )
 
   def _check_ours(self):
-    if not isinstance(self.task, objectives.Objective):
+    if not isinstance(self.task, Objective):
       raise Invalid(Stream, 'task', f'{self.task!r} is neither an objective nor the name of one.')
     if not isinstance(self.corpus, corpora.Corpus):
       raise Invalid(Stream, 'corpus', f'{self.corpus!r} is not a corpus, such as PythonSources().')
@@ -122,7 +123,7 @@ class Stream:
       why = f'{self.name} runs as {" or ".join(self.task.architectures)}, not as {architecture}.'
       raise Invalid(Stream, 'architecture', why)
     if self.task.reads != self.corpus.gives:
-      needs, has = objectives.READS[self.task.reads], objectives.READS[self.corpus.gives]
+      needs, has = READS[self.task.reads], READS[self.corpus.gives]
       raise Invalid(Stream, 'corpus', f'{self.name} needs {needs}, and this corpus gives {has}.')
     sides = {
       'decoder': ['targets'],

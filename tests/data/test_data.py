@@ -1,5 +1,7 @@
 """Streams and their readers: no TensorFlow in this process."""
 
+import dataclasses
+import importlib
 import json
 import subprocess
 import sys
@@ -10,7 +12,7 @@ import pytest
 from research import freeze
 from research.core import configs
 from research.core.errors import Invalid, UserError
-from research.data import batches, cache, objectives, shards
+from research.data import batches, cache, objectives, shards, spec
 from research.data.frozen import permuted
 from research.data.mixtures import Curriculum, Mixture
 from research.data.spec import from_spec
@@ -265,6 +267,15 @@ def test_every_objective_has_a_gin_file_that_makes_its_stream(tmp_path, name):
   assert stream.name == name
   assert stream.task == objectives.OBJECTIVES[name]()
   assert from_spec(json.loads(json.dumps(stream.spec()))) == stream
+
+
+def test_a_bare_name_of_a_spec_means_one_class():
+  classes = {}
+  for name in spec._MODULES:
+    module = importlib.import_module(name)
+    for kind in vars(module).values():
+      if dataclasses.is_dataclass(kind) and kind.__module__ == name:
+        assert classes.setdefault(kind.__name__, kind) is kind
 
 
 def test_a_mixture_in_gin_has_a_scope_for_every_stream(tmp_path):

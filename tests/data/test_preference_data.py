@@ -8,7 +8,7 @@ import pytest
 from research.core.errors import Invalid, UserError
 from research.data import objectives
 from research.data.conversations import Unsuitable
-from research.data.corpora import JsonLines, Judgements, Preferences
+from research.data.corpora import JsonLines, JudgedAnswers, PreferencePairs
 from research.data.preferences import BAD, GOOD, read_judgement, read_preference
 from research.data.streams import Stream
 
@@ -57,7 +57,7 @@ def test_what_does_not_suit_is_said(record, why):
     read_preference(record)
 
 
-def rows_of(records, tmp_path, length=128, kind=Preferences, **fields):
+def rows_of(records, tmp_path, length=128, kind=PreferencePairs, **fields):
   """What a stream of these records has on disk."""
   from tasks.writers import writer  # TensorFlow
 
@@ -141,8 +141,11 @@ def test_a_template_gives_the_beginning_once(tmp_path):
   assert (
     text == '<s>[user]How far is it?[assistant]Far.<s>[user]How far is it?[assistant]Quite near.'
   )
-  learned = vocabulary.decode([int(t) for t in example['targets'][example['learned'] == 1]])
-  assert learned.replace('\x01', '') == 'Far.Quite near.'
+  learned = example['targets'][example['learned'] == 1]
+  ends = learned == vocabulary.eos_id
+  assert vocabulary.decode(learned[~ends].tolist()) == 'Far.Quite near.'
+  assert ends[-1]
+  assert ends.sum() == 2  # which `decode` would stop at
   assert conversations.EOS not in text
 
 
@@ -160,14 +163,14 @@ def test_pairs_that_do_not_fit_or_suit_are_counted_and_told(tmp_path):
 def test_an_objective_of_pairs_wants_pairs(tmp_path):
   path = tmp_path / 'a.jsonl'
   path.write_text('{"text": "a"}\n')
-  with pytest.raises(Invalid, match=r'preferences needs preferences \(corpora\.Preferences\)'):
+  with pytest.raises(Invalid, match=r'preferences needs preferences \(corpora\.PreferencePairs\)'):
     Stream(task='preferences', corpus=JsonLines(files=str(path)))
 
 
 def test_good_answers_have_odd_segments_and_bad_ones_even(tmp_path):
   texts = {'b': True, 'dddd': False, 'ff': True}
   records = [{'prompt': 'x', 'completion': c, 'label': good} for c, good in texts.items()]
-  rows, *_, vocabulary = rows_of(records, tmp_path, kind=Judgements)
+  rows, *_, vocabulary = rows_of(records, tmp_path, kind=JudgedAnswers)
   (ids,), (targets,), (weights,) = (
     rows[key] for key in ('segment_ids', 'target_tokens', 'loss_weights')
   )
