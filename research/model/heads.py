@@ -44,7 +44,13 @@ def _bias(vocab: int, rngs: nnx.Rngs) -> nnx.Param:
 
 
 class Head(nnx.Module):
-  """Base of the heads: a matrix of embed x vocab, its own or the embedder's, multiplies every token."""
+  """Base of the heads: a matrix of embed x vocab, its own or the embedder's, multiplies every token.
+
+  Class attributes:
+    gives: 'logits' of all tokens, or one number per token, 'scores'. A loss is of one of the two.
+  """
+
+  gives = 'logits'
 
   def __init__(self, embed: int, vocab: int):
     self.logits = embed * vocab
@@ -190,6 +196,8 @@ class ScalarHead(Head):
   Knobs:
     init: of the matrix [embed, 1].
   """
+
+  gives = 'scores'
 
   def __init__(
     self,

@@ -26,7 +26,10 @@ DEFAULT = Columns()
 class FittedLaw:
   """A law of any inputs fitted to a table.
 
-  `columns`: where each input came from. `examples`: of an accuracy, the median over rows; None if not told.
+  Attributes:
+    columns: where each input came from.
+    examples: of an accuracy, the median over rows; None if not told.
+    not_determined: why the rows may not determine the parameters, where that was to be told and not refused.
   """
 
   fit: fitted.Fit
@@ -35,6 +38,7 @@ class FittedLaw:
   excluded: tuple[tuple[str, str], ...] = ()
   level: float = 0.9
   examples: float | None = None
+  not_determined: tuple[str, ...] = ()
 
   def value_at(self, **inputs) -> tuple[float, float, float]:
     """The law's value at one point, and its interval without the scatter of a run."""
@@ -59,6 +63,7 @@ class FittedLaw:
       meaning = fit.law.parameters[name].meaning
       lines.append(f'  {name:8s} {value:<11.5g} [{low:.4g}, {high:.4g}]  {meaning}')
     lines += fitted.show_minima(fit)
+    lines += [f'  NOT DETERMINED by these rows: {reason}' for reason in self.not_determined]
     log = fit.problem.residuals == 'log'
     size = float(np.std(fit.residuals))
     lines.append(f'  residuals: {100 * size:.3g}% rms' if log else f'  residuals: {size:.3g} rms')
@@ -114,7 +119,8 @@ def fit_law(
     for name, column in where.items()
   }
   typical = None if examples is None else float(np.median(examples))
-  return FittedLaw(fit, spread, shown, tuple(excluded), options.level, typical)
+  doubts = () if options.check else tuple(law_fit.not_determined(fit))
+  return FittedLaw(fit, spread, shown, tuple(excluded), options.level, typical, doubts)
 
 
 def _fit(law: Law, values: dict, examples, runs, options: Options, anchors: int):
@@ -123,7 +129,7 @@ def _fit(law: Law, values: dict, examples, runs, options: Options, anchors: int)
   output = values.pop(law.output)
   again = {'replicates': options.replicates, 'seed': options.seed}
   if examples is not None:
-    settings = {name: getattr(options, name) for name in ('starts', 'fixed', 'tied')}
+    settings = {name: getattr(options, name) for name in ('starts', 'fixed', 'tied', 'check')}
     fit = binomial.fit(law, values, output, examples, **settings)
     return fit, binomial.resample(fit, examples, **again)
   fit = law_fit.fit(law, values, output, **options.of_the_law())

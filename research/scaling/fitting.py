@@ -52,10 +52,12 @@ class Options:
   rule: str | None = None
   # Of an output that is a share, such as an accuracy: how many examples, as a number or the name of a column.
   examples: float | str | None = None
+  # False: parameters that the rows do not determine are told and not refused, as a published fit may want.
+  check: bool = True
 
   def of_the_law(self) -> dict:
     """The arguments of `law_fit.fit`."""
-    names = ('robust', 'delta', 'tau', 'starts', 'residuals', 'fixed', 'tied')
+    names = ('robust', 'delta', 'tau', 'starts', 'residuals', 'fixed', 'tied', 'check')
     return {name: getattr(self, name) for name in names}
 
 
@@ -254,7 +256,8 @@ def _approach3(seen, options: Options, refusals) -> fitted.Fit | None:
 def _how_much_worse(fit: fitted.Fit, seen, options: Options) -> str | None:
   """A sentence where the tied law fits significantly worse than the one that it would stand for."""
   try:
-    free = law_fit.fit(options.law, seen.inputs, seen.loss, check=False, **options.of_the_law())
+    arguments = options.of_the_law() | {'check': False}
+    free = law_fit.fit(options.law, seen.inputs, seen.loss, **arguments)
   except fitted.NotIdentifiable:  # fewer rows than parameters
     return None
   spare = len(free.problem.free) - len(fit.problem.free)

@@ -86,9 +86,14 @@ def fit(
     delta=delta,
     tau=tau,
   )
-  if check and (reasons := unidentified(result) or _no_better_than_zero(result)):
+  if check and (reasons := not_determined(result)):
     raise NotIdentifiable(law, reasons, cure(result))
   return result
+
+
+def not_determined(result: Fit) -> list[str]:
+  """Why the rows may not determine the parameters, by the data and by profiles; empty when they do."""
+  return unidentified(result) or _no_better_than_zero(result)
 
 
 def _no_better_than_zero(result: Fit) -> list[str]:

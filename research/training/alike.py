@@ -37,7 +37,8 @@ def with_inputs(run: Run, values: dict) -> Run:
 
 def shape(run: Run) -> str:
   """A text that is equal for runs that may be members of one population."""
-  run = with_inputs(run, dict.fromkeys(inputs_of(run), 0.0))
+  # No number, which a loss could refuse: a temperature of 0, say.
+  run = with_inputs(run, dict.fromkeys(inputs_of(run)))
   run = dataclasses.replace(run, seed=0, schedule=_any_schedule)
   reports = ('log_every', 'checkpoint_every', 'keep_checkpoints')
   return run.identity() + ''.join(f'{name} = {getattr(run, name)}\n' for name in reports)

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 
 from research.checkpoints.pretrained import Pretrained
 from research.core.errors import Invalid
-from research.model.heads import ScalarHead
 from research.training.cross_entropy import cross_entropy
 
 
@@ -26,13 +25,13 @@ class Loss:
     reads: the keys of a batch that it needs.
     nats: whether 'loss' is in nats per target token, so that it can be told in bits per byte of text.
     reports: names of its terms and counts that stand in a run's row, beside 'loss'.
-    of_scores: whether the model's head gives scores (`heads.ScalarHead`) in place of logits.
+    wants: what the model's head must give, 'logits' or 'scores' (`heads.Head.gives`).
   """
 
   reads: ClassVar[tuple[str, ...]] = ('decoder_target_tokens', 'decoder_loss_weights')
   nats: ClassVar[bool] = True
   reports: ClassVar[tuple[str, ...]] = ()
-  of_scores: ClassVar[bool] = False
+  wants: ClassVar[str] = 'logits'
 
   def __call__(
     self, model, features: jax.Array, batch: dict, chunks: int, **models
@@ -74,10 +73,13 @@ class Loss:
     for name, other in self.models.items():
       check_vocabulary(type(self), name, other, vocab)
     head = getattr(run.model, 'keywords', {}).get('head')
-    # Of a single logit every cross-entropy is 0.
-    if head is not None and (getattr(head, 'func', head) is ScalarHead) != self.of_scores:
-      wanted = 'scores: set its head to @heads.ScalarHead' if self.of_scores else 'logits'
-      why = f'{type(self).__name__} needs a model of {wanted}.'
+    gives = getattr(getattr(head, 'func', head), 'gives', self.wants)
+    # Of a single logit every cross-entropy is 0, and any logit could be taken for a score.
+    if gives != self.wants:
+      how = 'set its head to @heads.ScalarHead' if self.wants == 'scores' else 'choose another head'
+      why = (
+        f'{type(self).__name__} needs a model of {self.wants}, and its head gives {gives}: {how}.'
+      )
       raise Invalid(type(run), 'loss', why)
 
   @property

@@ -26,7 +26,7 @@ class BradleyTerry(Pairs):
   margin: float = 0.0
   center: float = 0.0
 
-  of_scores: ClassVar[bool] = True
+  wants: ClassVar[str] = 'scores'
 
   def __call__(self, model, features, batch, chunks):
     segments = batch['decoder_segment_ids']

@@ -8,6 +8,7 @@ with margin and centring.
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,8 @@ from research.model.embedder import Embedder
 from research.model.heads import ScalarHead, UntiedHead
 from research.parallel.axes import shard
 from research.parallel.mesh import Mesh
+from research.training.distillation import Distillation
+from research.training.losses import CrossEntropy, Loss
 from research.training.preferences import DPO, IPO, KTO, ORPO, SimPO
 from research.training.rewards import BradleyTerry
 
@@ -297,3 +300,26 @@ def test_numbers_that_mean_nothing_are_refused():
   with pytest.raises(Invalid, match=r'DPO\.label_smoothing: 0\.5 must be from 0 to under 0\.5'):
     DPO(label_smoothing=0.5)
   assert dataclasses.replace(DPO(), beta=jnp.asarray(0.1)).beta == np.float32(0.1)  # a population's
+
+
+@pytest.mark.parametrize(
+  ('loss', 'head', 'why'),
+  [
+    (BradleyTerry(), UntiedHead, r'BradleyTerry needs a model of scores.*@heads\.ScalarHead'),
+    (DPO(), ScalarHead, 'DPO needs a model of logits, and its head gives scores'),
+  ],
+)
+def test_a_loss_refuses_a_head_of_the_other_kind(loss, head, why):
+  run = types.SimpleNamespace(model=functools.partial(Policy, head=functools.partial(head)))
+  with pytest.raises(Invalid, match=why):
+    Loss.check(loss, run, VOCAB)
+
+
+@pytest.mark.parametrize(
+  'loss', [*(loss for loss, _ in CASES.values()), CrossEntropy(), Distillation()]
+)
+def test_members_of_a_population_may_differ_in_every_number(loss):
+  """Their shapes are compared without these numbers, and then arrays stand for them."""
+  assert loss.numbers
+  dataclasses.replace(loss, **dict.fromkeys(loss.numbers))
+  dataclasses.replace(loss, **dict.fromkeys(loss.numbers, jnp.asarray(0.1)))
