@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from research.core.errors import Invalid, UserError
+from research.inference.by_output import turn_matrices
 from research.inference.state import State, pick
 from research.model.stack import separate_layers
 from research.parallel.axes import axis_size, shard, spec_of
@@ -114,10 +115,10 @@ def step(model: nnx.Module, tokens: jax.Array, cache: Cache) -> tuple[jax.Array,
 
 
 def separated(graphdef: nnx.GraphDef, params: dict) -> tuple[nnx.GraphDef, dict]:
-  """The same model with parameters of its own for every layer, in place of stacked ones.
+  """The same model with parameters of its own for every layer, and matrices kept by output (`ByOutput`).
 
   XLA on a CPU copies what it slices from stacked parameters, so that a step would write and read all of the
-  parameters once more. Where the layers are separate already, nothing happens. The parameters are copied.
+  parameters once more. Where a model is in this form already, nothing happens. The parameters are copied.
   """
   abstract = jax.eval_shape(functools.partial(_with_separate_layers, graphdef), params)
   new = nnx.graphdef(abstract)
@@ -132,6 +133,7 @@ def for_backend(graphdef: nnx.GraphDef, params: dict) -> tuple[nnx.GraphDef, dic
 def _with_separate_layers(graphdef: nnx.GraphDef, params: dict) -> nnx.Module:
   model = nnx.merge(graphdef, params)
   separate_layers(model)
+  turn_matrices(model)
   return model
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from research.core.errors import Invalid, UserError, did_you_mean
-from research.parallel.axes import gather, shard, spec, spec_of
+from research.parallel.axes import gather, shard, spec, spec_of, splits
 from research.parallel.mesh import as_tuple
 
 Initializer = Callable[..., jax.Array]
@@ -138,12 +138,35 @@ def project(
   return _project(ins, outs, _whole(axes), spec(*to, shape=shape), dtype or x.dtype, x, kernel)
 
 
+# Up to as many rows (tokens of a decoding step), a CPU multiplies a kernel [outputs, inputs] faster by columns:
+# 1.0 times at 1 row, 1.7 to 2 at 4 to 16, 1.1 at 64 (576 x 1536, two cores, float32).
+FEW_ROWS = 32
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
 def _project(ins, outs, whole, to, dtype, x, kernel):
   lead = x.ndim - len(ins)
   kernel = gather(kernel.astype(x.dtype), *whole)
+  few = math.prod(x.shape[:lead]) <= FEW_ROWS
+  if few and outs[0] == 0 and jax.default_backend() == 'cpu' and not splits():
+    return _columns(x, kernel, lead, ins, to, dtype)
   contract = (tuple(range(lead, x.ndim)), ins)
   return _dot(x, kernel, contract, to, dtype)
+
+
+def _columns(x, kernel, lead, ins, to, dtype):
+  """The product of a kernel [outputs, inputs] and few rows, as kernel times columns.
+
+  XLA on a CPU packs its second operand anew for every product. Here that is the small one; barriers keep XLA
+  from turning the product round again.
+  """
+  columns = jax.lax.optimization_barrier(jnp.moveaxis(x, range(lead), range(-lead, 0)))
+  contract = (ins, tuple(range(len(ins))))
+  rank = kernel.ndim - len(ins)  # of the outputs
+  if to is not None:
+    to = jax.P(*to[lead:], *to[:lead])
+  y = jax.lax.optimization_barrier(_dot(kernel, columns, contract, to, dtype))
+  return jnp.moveaxis(y, range(rank), range(-rank, 0))
 
 
 def _project_forward(ins, outs, whole, to, dtype, x, kernel):
