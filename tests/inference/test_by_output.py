@@ -20,7 +20,7 @@ def one_core():
 
 @pytest.mark.parametrize('rows', [1, 5, FEW_ROWS, FEW_ROWS + 1])
 @pytest.mark.parametrize(
-  'inputs, outputs',
+  ('inputs', 'outputs'),
   [({'embed': 24}, {'heads': 3, 'head_dim': 5}), ({'heads': 3, 'head_dim': 5}, {'embed': 24})],
 )
 def test_a_turned_matrix_gives_the_same_product(rows, inputs, outputs):
