@@ -10,6 +10,7 @@ import json
 import math
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -29,33 +30,34 @@ def write_params(
   shapes: Mapping[Path, tuple[int, ...]],
   leading: Mapping[Path, int],
   pieces: Callable[[], Pieces],
+  dtypes: Mapping[Path, np.dtype] = MappingProxyType({}),
 ) -> None:
-  """Writes float32 parameters as the checkpoint of step 0.
+  """Writes parameters as the checkpoint of step 0.
 
   Args:
     folder: of checkpoints.
     shapes: of every parameter.
     leading: how many leading axes of a parameter a piece has one index of.
     pieces: called twice, for the checksums and to write: (path, index on the leading axes, values).
+    dtypes: of the parameters that are not float32, such as packed ones.
   """
+  dtypes = {path: np.dtype(dtypes.get(path, np.float32)) for path in shapes}
   sums = dict.fromkeys(shapes, 0)
   for path, index, x in pieces():
     start = sum(i * math.prod(shapes[path][k + 1 :]) for k, i in enumerate(index))
-    sums[path] = (sums[path] + partial_checksum(_float32(x), start)) % 2**32
-  state = _write_empty(folder, shapes, leading, sums)
+    x = np.ascontiguousarray(x, dtypes[path])
+    sums[path] = (sums[path] + partial_checksum(x, start)) % 2**32
+  state = _write_empty(folder, shapes, leading, sums, dtypes)
   arrays = {path: _open(state, path, write=True) for path in shapes}
   for path, index, x in pieces():
-    arrays[path][index].write(_float32(x)).result()
+    arrays[path][index].write(np.ascontiguousarray(x, dtypes[path])).result()
 
 
-def _float32(x: np.ndarray) -> np.ndarray:
-  return np.ascontiguousarray(x, np.float32)
-
-
-def _write_empty(folder, shapes, leading, sums) -> pathlib.Path:
+def _write_empty(folder, shapes, leading, sums, dtypes) -> pathlib.Path:
   """The checkpoint without the values; the folder of its arrays."""
   # One number seen as a whole array: Orbax must not copy it, and writes nothing of what is empty.
-  arrays = {path: np.broadcast_to(np.float32(0), shape) for path, shape in shapes.items()}
+  zeros = {path: np.zeros((), dtype) for path, dtype in dtypes.items()}
+  arrays = {path: np.broadcast_to(zeros[path], shape) for path, shape in shapes.items()}
   chunks = {path: ocp.SaveArgs(shard_axes=tuple(range(n))) for path, n in leading.items()}
   as_they_are = ocp.type_handlers.create_type_handler_registry(
     (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False))

@@ -37,10 +37,11 @@ import math
 from collections.abc import Callable, Collection, Mapping
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from research.core.errors import UserError
-from research.model.parameters import all_parameters, size
+from research.model.parameters import all_parameters, number_of, size, stored_bytes
 from research.model.part import cost_of
 from research.parallel.mesh import Mesh
 
@@ -62,6 +63,8 @@ class Counts:
   kv_cache_bytes_per_token: int
   # Per token of the encoder's input, beside the former:
   cross_cache_bytes_per_token: int
+  # Of all parameters as they are stored: 4 for each unless the model is quantised.
+  stored_bytes: int
 
 
 def abstract(model: Callable[..., nnx.Module]) -> nnx.Module:
@@ -104,6 +107,7 @@ def count(model: Callable[..., nnx.Module], lengths: Mapping[str, int]) -> Count
     flops_chinchilla=3 * (2 * (one_hot + matrices + cost.logits) + full + softmax),
     kv_cache_bytes_per_token=cost.cached * module.dtype.itemsize,
     cross_cache_bytes_per_token=cost.cached_encoder * module.dtype.itemsize,
+    stored_bytes=stored_bytes(module),
   )
 
 
@@ -114,7 +118,8 @@ class DecodingCounts:
   Attributes:
     flops: of the forward pass. The token meets every parameter of the decoder that it visits, the matrix of the
       logits, and all the tokens before it that its windows leave.
-    params_bytes: of those parameters, in the model's dtype; all the rows of a step read them together.
+    params_bytes: of those parameters, in the model's dtype, or as they are stored where they are quantised; all
+      the rows of a step read them together.
     cache_bytes: of what is kept of the tokens before, which every row reads for itself; the most that it can
       be, since a window keeps fewer tokens. A recurrence's state is not in it.
   """
@@ -141,7 +146,7 @@ def count_decoding(model: Callable[..., nnx.Module], lengths: Mapping[str, int])
   itemsize = module.dtype.itemsize
   return DecodingCounts(
     flops=2 * params + (cost.full - of_encoder) / targets,
-    params_bytes=params * itemsize,
+    params_bytes=params * itemsize + _of_quantised(module, itemsize),
     cache_bytes=(targets * cost.cached + inputs * cost.cached_encoder) * itemsize,
   )
 
@@ -168,7 +173,7 @@ def without_gradients(
   layers = matrices = tables = 0.0
   head = cost.logits
   for path, value in all_parameters(module):
-    number = math.prod(value.shape) * value.active
+    number = number_of(value) * value.active
     if path[0] == 'encoder':
       number *= inputs / targets
     embeds = value.kind == 'table' and 'embed' in value.axes
@@ -208,6 +213,22 @@ def _check_lengths(module, lengths) -> tuple[int, int]:
   return targets, inputs
 
 
+def _of_quantised(module: nnx.Module, itemsize: int) -> float:
+  """The bytes that decoding reads beyond `itemsize` for every number; below 0 where some are quantised.
+
+  A table of token vectors is read whole only if it also makes the logits.
+  """
+  tied = not _sizes(module).head_matrix
+  more = 0.0
+  for _, value in all_parameters(module):
+    quantised = value.holds != 1 or value.dtype != jnp.float32
+    embeds = value.kind == 'table' and 'embed' in value.axes
+    if quantised and (tied or not embeds):
+      stored = math.prod(value.shape) * value.dtype.itemsize
+      more += (stored - number_of(value) * itemsize) * value.active
+  return more
+
+
 @dataclasses.dataclass(frozen=True)
 class _Sizes:
   """Numbers of parameters: all, those outside of the layers, and the head's own matrix (0 where it is tied)."""
@@ -225,7 +246,7 @@ def _sizes(module: nnx.Module) -> _Sizes:
   """
   total = outside = head_matrix = 0
   for _, value in all_parameters(module):
-    number = math.prod(value.shape)
+    number = number_of(value)
     embeds = value.kind == 'table' and 'embed' in value.axes
     reads_out = value.kind != 'table' and 'vocab' in value.axes
     total += number

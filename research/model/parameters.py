@@ -45,9 +45,17 @@ def normal(key, shape, dtype=jnp.float32, out_sharding=None, *, stddev: float = 
 
 
 def param(
-  rngs: nnx.Rngs, shape, axes, init: Initializer, *, kind: Kind, active: float = 1.0
+  rngs: nnx.Rngs,
+  shape,
+  axes,
+  init: Initializer,
+  *,
+  kind: Kind,
+  active: float = 1.0,
+  dtype=jnp.float32,
+  holds: int = 1,
 ) -> nnx.Param:
-  """Makes a float32 parameter, sharded by the names of its axes.
+  """Makes a parameter, sharded by the names of its axes.
 
   Args:
     shape: sizes.
@@ -55,14 +63,17 @@ def param(
     init: the initializer.
     kind: 'matrix', 'table' or 'vector' (`Kind`).
     active: the fraction that one token uses; below 1 for the experts of a mixture.
+    dtype: float32 for what learns; of a quantised matrix, what it is stored in.
+    holds: how many numbers of the model one element stands for: 2 where a byte packs two of 4 bits, 0 for the
+      scales of a quantised matrix, which are no numbers of the model. Counts go by it.
 
   Returns:
-    The parameter. It keeps `axes`, `kind` and `active` as metadata.
+    The parameter. It keeps `axes`, `kind`, `active` and `holds` as metadata.
   """
   if kind not in get_args(Kind):
     raise UserError(f'no kind of parameter {kind!r}.{did_you_mean(kind, get_args(Kind))}')
-  value = init(rngs.params(), shape, jnp.float32, out_sharding=spec(*axes, shape=shape))
-  return nnx.Param(value, axes=tuple(axes), kind=kind, active=active)
+  value = init(rngs.params(), shape, dtype, out_sharding=spec(*axes, shape=shape))
+  return nnx.Param(value, axes=tuple(axes), kind=kind, active=active, holds=holds)
 
 
 def all_parameters(module: nnx.Module) -> Iterator[tuple[tuple, nnx.Param]]:
@@ -73,10 +84,20 @@ def all_parameters(module: nnx.Module) -> Iterator[tuple[tuple, nnx.Param]]:
 def size(module: nnx.Module, kind: Kind | None = None) -> float:
   """The number of parameters of this kind (None: of any) that one token uses in a module."""
   return sum(
-    math.prod(value.shape) * value.active
+    number_of(value) * value.active
     for _, value in all_parameters(module)
     if kind is None or value.kind == kind
   )
+
+
+def number_of(parameter: nnx.Param) -> int:
+  """How many numbers of the model a parameter stands for, however they are stored."""
+  return math.prod(parameter.shape) * parameter.holds
+
+
+def stored_bytes(module: nnx.Module) -> int:
+  """The bytes of all parameters of a module as they are stored."""
+  return sum(math.prod(x.shape) * x.dtype.itemsize for _, x in all_parameters(module))
 
 
 def kinds(module: nnx.Module) -> dict:

@@ -28,11 +28,13 @@ def frozen_names(model, learns: tuple[str, ...] | None) -> frozenset[str]:
     learns: patterns of names, or 'kind:' and a kind; None for all parameters.
 
   Raises:
-    Invalid: a pattern chooses nothing.
+    Invalid: a pattern chooses nothing, or what is quantised.
   """
+  parameters = {'/'.join(map(str, path)): value for path, value in all_parameters(model)}
+  kinds = {name: value.kind for name, value in parameters.items()}
   if learns is None:
+    _check_floating(parameters, kinds)
     return frozenset()
-  kinds = {'/'.join(map(str, path)): value.kind for path, value in all_parameters(model)}
   learned = set()
   for pattern in learns:
     chosen = {name for name, kind in kinds.items() if _chooses(pattern, name, kind)}
@@ -41,7 +43,20 @@ def frozen_names(model, learns: tuple[str, ...] | None) -> frozenset[str]:
       hint = did_you_mean(pattern, known if pattern.startswith(BY_KIND) else kinds)
       raise Invalid(Run, 'learns', f'{pattern!r} matches no parameter.{hint}')
     learned |= chosen
+  _check_floating(parameters, learned)
   return frozenset(kinds) - learned
+
+
+def _check_floating(parameters: Mapping, learned: Iterable[str]) -> None:
+  """Refuses to let what is stored in few bits learn: no optimizer's step is as large as theirs."""
+  for name in learned:
+    if parameters[name].dtype != jnp.float32:
+      why = (
+        f'{name} is stored as {parameters[name].dtype} and cannot learn; say what learns, such as '
+      )
+      raise Invalid(
+        Run, 'learns', why + "('.*/lora_[ab]',), or train with StraightThrough matrices."
+      )
 
 
 def _chooses(pattern: str, name: str, kind: str) -> bool:

@@ -55,7 +55,9 @@ def _within_another(module: nnx.Module, path: tuple) -> bool:
 def _matrix(weight: Weight, params: dict) -> np.ndarray:
   """The matrix of a weight; of one in a stack, those of all its layers."""
   abstract = nnx.to_pure_dict(nnx.state(weight))
-  layers = len(jax.tree.leaves(abstract['base'])[0].shape) - len(weight.shape)
+  # Of a quantised matrix every array has the axes of the matrix, as what is called base has elsewhere.
+  stored = jax.tree.leaves(abstract.get('base', abstract.get('packed')))[0]
+  layers = len(stored.shape) - len(weight.shape)
   graphdef = nnx.graphdef(weight)
 
   def whole(params):
@@ -63,7 +65,7 @@ def _matrix(weight: Weight, params: dict) -> np.ndarray:
 
   for _ in range(layers):
     whole = jax.vmap(whole)
-  return np.asarray(jax.jit(whole)(jax.tree.map(np.asarray, params)))
+  return np.asarray(jax.jit(whole)(jax.tree.map(np.asarray, params)), np.float32)
 
 
 def _at(tree: dict, path: tuple):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from research.core.errors import UserError
-from research.huggingface import packed
+from research.huggingface import packed, packed_formulas
 
 OUT, IN, GROUP = 16, 32, 8
 
@@ -94,8 +94,8 @@ def test_a_symmetric_gptq_file_is_read_by_its_zero_points_and_not_by_its_label(q
 def test_awq_with_its_order_of_columns_and_zero_points_of_nothing(quantised):
   quantised['zeros'][0] = 0  # must not become 15
   store = Store({
-    'a.qweight': pack(quantised['numbers'], packed.AWQ_ORDER),
-    'a.qzeros': pack(quantised['zeros'], packed.AWQ_ORDER),
+    'a.qweight': pack(quantised['numbers'], packed_formulas.AWQ_ORDER),
+    'a.qzeros': pack(quantised['zeros'], packed_formulas.AWQ_ORDER),
     'a.scales': quantised['scales'],
   })  # fmt: skip
   options = {'quant_method': 'awq', 'bits': 4, 'version': 'gemm', 'zero_point': True}
@@ -147,14 +147,123 @@ def test_fp8_by_blocks_that_do_not_divide_the_matrix():
   np.testing.assert_allclose(tensors['a.weight'], reference, rtol=1e-6)
 
 
+def dense(numbers: np.ndarray, bits: int) -> np.ndarray:
+  """int32 words of numbers of any width along the last axis, one after another in a long whole number."""
+  count = -(-numbers.shape[-1] * bits // 32)
+  words = np.zeros((*numbers.shape[:-1], count), np.uint32)
+  for index in np.ndindex(numbers.shape[:-1]):
+    whole = sum(int(n) << (bits * i) for i, n in enumerate(numbers[index]))
+    words[index] = [(whole >> (32 * k)) % 2**32 for k in range(count)]
+  return words.view(np.int32)
+
+
+@pytest.mark.parametrize('bits', [2, 3, 8])
+def test_gptq_of_other_widths(bits):
+  random = np.random.default_rng(0)
+  numbers = random.integers(0, 2**bits, (32, 32))
+  zeros = random.integers(1, 2**bits, (4, 32))
+  scales = random.uniform(0.01, 0.1, (4, 32)).astype(np.float16)
+  store = Store({
+    'a.qweight': dense(numbers.T, bits).T, 'a.qzeros': dense(zeros - 1, bits), 'a.scales': scales,
+  })  # fmt: skip
+  tensors = packed.unpack(store, {'quant_method': 'gptq', 'bits': bits, 'sym': False})
+  assert tensors.shapes['a.weight'] == (32, 32)
+  group = np.arange(32) // 8
+  reference = (numbers - zeros[group]) * scales[group].astype(np.float32)
+  np.testing.assert_allclose(tensors['a.weight'], reference.T, rtol=1e-6)
+
+
+def scheme(**weights) -> dict:
+  return {'config_groups': {'group_0': {'weights': weights, 'targets': ['Linear']}}}
+
+
+@pytest.mark.parametrize('bits', [4, 8])
+@pytest.mark.parametrize('symmetric', [True, False])
+@pytest.mark.parametrize('reordered', [True, False])
+def test_compressed_tensors_packed(bits, symmetric, reordered):
+  random = np.random.default_rng(0)
+  rows, columns, groups, half = 16, 24, 3, 2 ** (bits - 1)
+  numbers = random.integers(-half, half, (rows, columns))
+  zeros = random.integers(-half, half, (rows, groups))
+  scales = random.uniform(0.01, 0.1, (rows, groups)).astype(np.float16)
+  group = np.arange(columns) // 8
+  store = Store({
+    'a.weight_packed': dense(numbers + half, bits), 'a.weight_scale': scales,
+    'a.weight_shape': np.array([rows, columns], np.int64),
+  })  # fmt: skip
+  if not symmetric:
+    store['a.weight_zero_point'] = np.ascontiguousarray(dense((zeros + half).T, bits).T)
+  if reordered:
+    group = random.permutation(group)
+    store['a.weight_g_idx'] = group.astype(np.int32)
+  options = {
+    'quant_method': 'compressed-tensors', 'format': 'pack-quantized', 'quantization_status': 'compressed',
+    **scheme(num_bits=bits, type='int', symmetric=symmetric, strategy='group', group_size=8),
+  }  # fmt: skip
+  tensors = packed.unpack(store, options)
+  assert set(tensors) == {'a.weight'}
+  assert tensors.shapes['a.weight'] == (rows, columns)
+  offset = 0 if symmetric else zeros[:, group]
+  reference = (numbers - offset) * scales[:, group].astype(np.float32)
+  np.testing.assert_allclose(tensors['a.weight'], reference, rtol=1e-6)
+
+
+@pytest.mark.parametrize('kind', ['int', 'float'])
+@pytest.mark.parametrize('shape', [(1,), (6, 1), (6, 4), (3, 2)])
+def test_compressed_tensors_that_are_not_packed(kind, shape):
+  random = np.random.default_rng(0)
+  weight = random.integers(-127, 128, (6, 8)).astype(np.float32)
+  stored = weight.astype(np.int8 if kind == 'int' else ml_dtypes.float8_e4m3fn)
+  scales = random.uniform(1, 2, shape).astype(ml_dtypes.bfloat16)
+  options = {
+    'quant_method': 'compressed-tensors', 'format': f'{kind}-quantized',
+    **scheme(num_bits=8, type=kind, symmetric=True),
+  }  # fmt: skip
+  tensors = packed.unpack(Store({'a.weight': stored, 'a.weight_scale': scales}), options)
+  wide = scales.astype(np.float32).reshape(len(scales), -1)
+  reference = [
+    [float(stored[i, j]) * wide[i * len(wide) // 6, j * wide.shape[1] // 8] for j in range(8)]
+    for i in range(6)
+  ]
+  np.testing.assert_allclose(tensors['a.weight'], reference, rtol=1e-6)
+
+
+@pytest.mark.parametrize('bits', [4, 8])
+def test_chatglms_own_layout(bits):
+  random = np.random.default_rng(0)
+  top = 2 ** (bits - 1) - 1
+  numbers = random.integers(-top, top + 1, (4, 6))
+  scales = random.uniform(1, 2, 4).astype(np.float16)
+  stored = numbers.astype(np.int8)
+  if bits == 4:
+    pairs = [[(row[i] & 15) << 4 | (row[i + 1] & 15) for i in range(0, 6, 2)] for row in numbers]
+    stored = np.array(pairs, np.uint8).view(np.int8)
+  tensors = packed.unpack(
+    Store({'a.weight': stored, 'a.weight_scale': scales}), {'quant_method': 'chatglm', 'bits': bits}
+  )
+  assert tensors.shapes['a.weight'] == (4, 6)
+  reference = numbers * scales.astype(np.float32)[:, None]
+  np.testing.assert_array_equal(tensors['a.weight'], reference)
+
+
 @pytest.mark.parametrize(
   ('options', 'says'),
   [
-    ({'quant_method': 'hqq'}, "quant_method 'hqq'; only awq, bitsandbytes, fp8, gptq can be read"),
-    ({'quant_method': 'gptq', 'bits': 3}, 'bits = 3; only 4'),
+    (
+      {'quant_method': 'hqq'},
+      "quant_method 'hqq'; only awq, bitsandbytes, chatglm, compressed-tensors, fp8, gptq can be read",
+    ),
+    ({'quant_method': 'gptq', 'bits': 5}, 'bits = 5; only 2 or 3'),
     ({'quant_method': 'awq', 'bits': 4, 'version': 'gemv'}, "version = 'gemv'"),
     ({'quant_method': 'bitsandbytes', 'load_in_4bit': True, 'bnb_4bit_quant_type': 'int4'}, 'int4'),
     ({'quant_method': 'fp8', 'fmt': 'e4m3'}, 'weight_block_size'),
+    ({'quant_method': 'compressed-tensors', 'format': 'nvfp4-pack-quantized'}, 'nvfp4'),
+    ({'quant_method': 'compressed-tensors', **scheme(num_bits=4, type='float')}, "type 'float'"),
+    ({'quant_method': 'compressed-tensors'}, '0 kinds of weights'),
+    (
+      {'quant_method': 'compressed-tensors', 'sparsity_config': {'format': 'sparse-24-bitmask'}},
+      'sparsity_config',
+    ),
   ],
 )
 def test_a_format_that_is_not_known_is_named(options, says):

@@ -1,0 +1,278 @@
+"""Matrices that are stored in 2 to 8 bits and multiplied as what they stand for.
+
+    models.LanguageModel.weight = @quantised.Quantised
+    quantised.Quantised.format = 'int4'
+
+puts one in the place of every matrix: projections, experts, heads and token tables. `research.quantise` fills
+them from a trained model. They do not learn; LoRA may learn beside them (`lora.LoRA.base`, which is QLoRA).
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from research.core.errors import Invalid, UserError
+from research.model.parameters import check_sizes, look_up, param, project
+from research.model.weights import Matrix, Weight
+from research.parallel.axes import axis_size, shard, spec
+from research.quantisation.formats import Format, format_of, group_size
+
+
+class Layout:
+  """How a matrix is cut into groups: along its last input axis, or the rows of a table along their vector.
+
+  Attributes:
+    shape, axes: of the matrix, as `weights.Matrix` has them.
+    axis: the axis that groups and bytes cut.
+    whole: the axes over which a group extends as a whole, where one scale is for all inputs of an output.
+    group: the size of a group along `axis`.
+  """
+
+  def __init__(self, matrix: Matrix, group: int | None):
+    self.shape, self.axes = matrix.shape, matrix.axes
+    inputs = range(matrix.stacked, matrix.stacked + matrix.inputs)
+    table = matrix.kind == 'table'
+    self.axis = len(matrix.shape) - 1 if table else inputs[-1]
+    self.whole = tuple(inputs[:-1]) if group is None and not table else ()
+    self.group = group_size(matrix.shape[self.axis], group)
+
+  @property
+  def groups(self) -> int:
+    """How many groups the axis has."""
+    return self.shape[self.axis] // self.group
+
+  @property
+  def scale_shape(self) -> tuple[int, ...]:
+    """The shape of scales and zero points."""
+    sizes = list(self.shape)
+    sizes[self.axis] = self.groups
+    for axis in self.whole:
+      sizes[axis] = 1
+    return tuple(sizes)
+
+  def split(self, x):
+    """The matrix with its axis as [groups, group], and the axes over which a group extends."""
+    a = self.axis
+    x = x.reshape(*x.shape[:a], self.groups, self.group, *x.shape[a + 1 :])
+    return x, (*self.whole, a + 1)
+
+  def spread(self, scale: jax.Array) -> jax.Array:
+    """Scales [.., groups, ..] as [.., inputs, ..], one for every number of a group."""
+    a = self.axis
+    if self.group == 1:
+      return scale
+    wide = jnp.expand_dims(scale, a + 1)
+    wide = jnp.broadcast_to(wide, (*scale.shape[: a + 1], self.group, *scale.shape[a + 1 :]))
+    return wide.reshape(*scale.shape[:a], self.shape[a], *scale.shape[a + 1 :])
+
+
+def encode(x, layout: Layout, form: Format, zeros: bool) -> dict:
+  """A matrix rounded to nearest: 'packed', 'scale', and 'zero' where there are zero points."""
+  split, axes = layout.split(x)
+  scale, zero = form.scales(split, axes, zeros)
+  codes = form.encode(split / scale, zero).reshape(layout.shape)
+  stored = {'packed': form.pack(codes, layout.axis), 'scale': scale.reshape(layout.scale_shape)}
+  if zeros:
+    stored['zero'] = zero.reshape(layout.scale_shape).astype('uint8')
+  return stored
+
+
+class Quantised(Weight):
+  """A matrix of codes, several to a byte, and a scale for each group: w = scale x (code - zero).
+
+  Parameters: `packed` [matrix's shape, the grouped axis shorter], `scale` float32 and `zero` uint8 [the same,
+  an entry for each group], `input_scale` float32 [inputs]. A group lies along the last input axis; that of a
+  token table along the vector of a token.
+
+  Knobs:
+    format: 'int2' to 'int8', 'nf4', 'fp8_e4m3' or 'fp8_e5m2' (`formats.FORMATS`); a number n is 'int<n>'.
+    group: so many inputs share a scale, or the largest divisor of the axis below that; None: all inputs of an
+      output share one.
+    zeros: whether each group has a zero point (integers alone).
+    input_scales: whether inputs are divided by a vector before the product, and the matrix was multiplied by it
+      before it was rounded (AWQ: Lin et al. 2023, arXiv:2306.00978; SmoothQuant: Xiao et al. 2022,
+      arXiv:2211.10438).
+    activations: 'int8' rounds the inputs of every token too and multiplies whole numbers, with format 'int8',
+      no zero points and group None (Dettmers et al. 2022, arXiv:2208.07339, section 2). None does not.
+  """
+
+  def __init__(
+    self,
+    matrix: Matrix,
+    *,
+    format: str | int = 'int8',
+    group: int | None = None,
+    zeros: bool = False,
+    input_scales: bool = False,
+    activations: str | None = None,
+    rngs: nnx.Rngs,
+  ):
+    super().__init__(matrix)
+    check_sizes(type(self), group=group)
+    self.form = form = self._checked(format, group, zeros, activations)
+    self.zeros, self.activations = zeros, activations
+    self.layout = layout = Layout(matrix, group)
+    if matrix.shape[layout.axis] % form.per_byte:
+      n = matrix.shape[layout.axis]
+      raise Invalid(
+        type(self),
+        'format',
+        f'{form.name} packs {form.per_byte} numbers in a byte, and a matrix has {n} inputs; leave it plain, '
+        "or in 'int8'.",
+      )
+    # Drawn as the matrix that they stand for would be; on one device, since groups may cross its parts.
+    drawn = encode(
+      matrix.init(rngs.params(), matrix.shape, jnp.float32, out_sharding=None), layout, form, zeros
+    )
+
+    def stored(name: str, holds: int, axes: tuple) -> nnx.Param:
+      x = drawn[name]
+      kind = matrix.kind if holds else 'vector'
+      return param(
+        rngs, x.shape, axes, lambda *_, **__: shard(x, *axes), kind=kind, active=matrix.active,
+        dtype=x.dtype, holds=holds,
+      )  # fmt: skip
+
+    self.packed = stored('packed', form.per_byte, _where_it_divides(matrix.axes, drawn['packed']))
+    beside = _where_it_divides(matrix.axes, drawn['scale'])
+    self.scale = stored('scale', 0, beside)
+    self.zero = stored('zero', 0, beside) if zeros else None
+    end = matrix.stacked + matrix.inputs
+    drawn['input_scale'] = jnp.ones(matrix.shape[:end])
+    of_inputs = (*matrix.axes[: matrix.stacked], *[None] * matrix.inputs)
+    scaled = input_scales and matrix.kind == 'matrix'
+    self.input_scale = stored('input_scale', 0, of_inputs) if scaled else None
+
+  @classmethod
+  def _checked(cls, name, group, zeros, activations) -> Format:
+    try:
+      form = format_of(name)
+    except UserError as error:
+      raise Invalid(cls, 'format', str(error)) from None
+    if zeros and not form.is_integer:
+      raise Invalid(cls, 'zeros', f'{form.name} has no zero point; only whole numbers have.')
+    if activations not in (None, 'int8'):
+      raise Invalid(cls, 'activations', f"{activations!r} is not supported; only 'int8' or None.")
+    if activations and (form.name != 'int8' or zeros or group is not None):
+      why = "needs format = 'int8', zeros = False and group = None: whole numbers are summed over all inputs."
+      raise Invalid(cls, 'activations', why)
+    return form
+
+  def __getitem__(self, index) -> jax.Array:
+    return self.whole()[index]
+
+  def _read(self, parameter) -> jax.Array:
+    """A stored array, gathered where FSDP splits it: codes are fewer bytes than what they stand for."""
+    return shard(parameter[...], *(None if axis == 'embed' else axis for axis in parameter.axes))
+
+  def whole(self) -> jax.Array:
+    """The matrix, float32."""
+    whole = self._rounded()
+    if self.input_scale is None:
+      return whole
+    wide = self.input_scale[...]
+    return whole / wide.reshape(*wide.shape, *[1] * (whole.ndim - wide.ndim))
+
+  def _rounded(self) -> jax.Array:
+    codes = self.form.unpack(self._read(self.packed), self.layout.axis)
+    zero = None if self.zero is None else self._spread(self._read(self.zero).astype(jnp.float32))
+    return self.form.decode(codes, zero) * self._spread(self._read(self.scale))
+
+  def _spread(self, scale: jax.Array) -> jax.Array:
+    wide = self.layout.spread(scale)
+    return shard(wide, *(None if axis == 'embed' else axis for axis in self.axes))
+
+  def multiply(self, x: jax.Array, to: tuple[str | None, ...]) -> jax.Array:
+    """x times the matrix, in whole numbers where `activations` says so."""
+    if self.activations is None:
+      return project(x, self.whole(), self.axes, to, contract=self.inputs)
+    if self.input_scale is not None:
+      x = x / self.input_scale[...].astype(x.dtype)
+    scale = self.scale[...].reshape(self.shape[self.inputs :])
+    where = spec(*to[x.ndim - self.inputs :], shape=scale.shape)
+    scale = jax.sharding.reshard(scale, where) if any(where) else scale
+    return _int8_product(self.axes, to, self.inputs, x, self.packed[...], scale)
+
+  def rows(self, index: jax.Array, dtype) -> jax.Array:
+    """Rows of a table: the codes of these tokens alone are looked up."""
+    if self.layout.axis != 1:
+      return super().rows(index, dtype)
+    stored = (self.packed, self.scale) + ((self.zero,) if self.zeros else ())
+    found = [look_up(x[...], self.axes[0], index) for x in stored]
+    codes = self.form.unpack(found[0], found[0].ndim - 1)
+    repeat = functools.partial(jnp.repeat, repeats=self.layout.group, axis=-1)
+    zero = repeat(found[2].astype(jnp.float32)) if self.zeros else None
+    return (self.form.decode(codes, zero) * repeat(found[1])).astype(dtype)
+
+
+def _where_it_divides(axes: tuple, x: jax.Array) -> tuple:
+  """Names of axes, None for one that the mesh in use cannot split in a stored array of this shape."""
+  pairs = zip(axes, x.shape, strict=True)
+  return tuple(axis if axis and size % axis_size(axis) == 0 else None for axis, size in pairs)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _int8_product(axes, to, inputs, x, codes, scale):
+  """x times (codes x scale), x rounded to int8 by token; codes int8 [inputs, outputs], scale [outputs]."""
+  over = tuple(range(x.ndim - inputs, x.ndim))
+  largest = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=over, keepdims=True)
+  of_token = jnp.where(largest > 0, largest / 127, 1)
+  rounded = jnp.round(x / of_token).astype(jnp.int8)
+  y = project(rounded, codes, axes, to, contract=inputs, dtype=jnp.int32).astype(jnp.float32)
+  of_token = of_token.reshape(*x.shape[: x.ndim - inputs], *[1] * scale.ndim)
+  return (y * of_token * scale).astype(x.dtype)
+
+
+def _int8_forward(axes, to, inputs, x, codes, scale):
+  return _int8_product(axes, to, inputs, x, codes, scale), (x, codes, scale)
+
+
+def _int8_backward(axes, to, inputs, residuals, dy):
+  # Straight through the rounding of x: the gradient of the product with the matrix that the codes stand for.
+  x, codes, scale = residuals
+
+  def plain(x):
+    matrix = codes.astype(jnp.float32) * scale
+    return project(x, matrix, axes, to, contract=inputs)
+
+  return jax.vjp(plain, x)[1](dy)[0], None, jnp.zeros_like(scale)
+
+
+_int8_product.defvjp(_int8_forward, _int8_backward)
+
+
+def bits_per_number(weight: Quantised) -> float:
+  """Bits that a number of the matrix takes, with its share of scales and zero points."""
+  stored = [
+    x for x in (weight.packed, weight.scale, weight.zero, weight.input_scale) if x is not None
+  ]
+  size = sum(8 * math.prod(x.shape) * x.dtype.itemsize for x in stored)
+  return size / (math.prod(weight.packed.shape) * weight.form.per_byte)
+
+
+class BFloat16(Weight):
+  """A plain matrix that is stored in bfloat16: half the bytes, and no scales."""
+
+  def __init__(self, matrix: Matrix, *, rngs: nnx.Rngs):
+    super().__init__(matrix)
+
+    def drawn(*args, **options):
+      # Drawn in float32, as it would be without this.
+      key, shape, dtype = args
+      return matrix.init(key, shape, jnp.float32, **options).astype(dtype)
+
+    self.packed = param(
+      rngs,
+      matrix.shape,
+      matrix.axes,
+      drawn,
+      kind=matrix.kind,
+      active=matrix.active,
+      dtype=jnp.bfloat16,
+    )
+
+  def __getitem__(self, index) -> jax.Array:
+    return self.packed[index]

@@ -1,0 +1,145 @@
+"""Rounding one trained matrix: to nearest, by GPTQ, by AWQ.
+
+All take a matrix [inputs, outputs] and know what it is applied to by the sum of x x^T over a calibration text
+alone, `gram` [inputs, inputs]: the squared error of the outputs is tr(E^T gram E), E the error of the matrix.
+Everything is numpy, in float64 where sums are long.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from research.quantisation.formats import Format
+
+# Added to the diagonal of GPTQ's gram matrix, as a share of its mean (Frantar et al. 2023, section 3.3).
+DAMPING = 0.01
+BLOCK = 128  # columns whose corrections are summed before they are applied to the rest
+AWQ_POWERS = np.linspace(0, 1, 21)  # Lin et al. 2023, section 3.2: a grid over [0, 1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounded:
+  """A matrix [inputs, outputs] in few bits.
+
+  Attributes:
+    codes: [inputs, outputs].
+    scale, zero: [groups, outputs]; zero is None where there are no zero points.
+    input_scale: [inputs], by which the matrix was multiplied before it was rounded; None where it was not.
+  """
+
+  codes: np.ndarray
+  scale: np.ndarray
+  zero: np.ndarray | None = None
+  input_scale: np.ndarray | None = None
+
+  def matrix(self, form: Format) -> np.ndarray:
+    """What it stands for, float32 [inputs, outputs]."""
+    repeat = len(self.codes) // len(self.scale)
+    zero = None if self.zero is None else np.repeat(self.zero, repeat, axis=0)
+    matrix = form.decode(self.codes, zero) * np.repeat(self.scale, repeat, axis=0)
+    return matrix if self.input_scale is None else matrix / self.input_scale[:, None]
+
+
+def output_error(matrix: np.ndarray, other: np.ndarray, gram: np.ndarray) -> float:
+  """The squared error of the outputs over their squared size, between 0 and about 1."""
+  error = matrix.astype(np.float64) - other
+  whole = np.sum(matrix * (gram @ matrix), dtype=np.float64)
+  return float(np.sum(error * (gram @ error)) / max(whole, 1e-300))
+
+
+def _scales(matrix: np.ndarray, group: int, form: Format, zeros: bool):
+  """Scales and zero points [groups, outputs] of a matrix [inputs, outputs]."""
+  split = matrix.reshape(-1, group, matrix.shape[1])
+  scale, zero = form.scales(split, (1,), zeros)
+  return scale[:, 0], None if zero is None else zero[:, 0]
+
+
+def nearest(
+  matrix: np.ndarray, gram: np.ndarray | None, group: int, form: Format, zeros: bool
+) -> Rounded:
+  """Every number to the nearest that its group can say.
+
+  Args:
+    matrix: float32 [inputs, outputs].
+    gram: [inputs, inputs], which is not read here.
+    group: so many inputs share a scale.
+    form: the format.
+    zeros: whether groups have zero points.
+  """
+  scale, zero = _scales(matrix, group, form, zeros)
+  wide = None if zero is None else np.repeat(zero, group, axis=0)
+  codes = form.encode(matrix / np.repeat(scale, group, axis=0), wide)
+  return Rounded(codes, scale, zero)
+
+
+def gptq(matrix: np.ndarray, gram: np.ndarray, group: int, form: Format, zeros: bool) -> Rounded:
+  """Input by input, where what rounding did wrong is made good by the inputs that are not rounded yet.
+
+  Frantar et al. 2023, arXiv:2210.17323, algorithm 1, with the inputs in the order of their size (its
+  implementation's act_order) and the scales of all groups taken before anything is moved. Arguments as of
+  `nearest`.
+  """
+  scale, zero = _scales(matrix, group, form, zeros)
+  order = np.argsort(-np.diag(gram), kind='stable')
+  left = matrix[order].astype(np.float64)
+  upper = _inverse_cholesky(gram[np.ix_(order, order)])
+  codes = np.empty(matrix.shape, form.dtype if zero is None else np.uint8)
+  for start in range(0, len(left), BLOCK):
+    end = min(start + BLOCK, len(left))
+    errors = np.empty((end - start, left.shape[1]))
+    for i in range(start, end):
+      s = scale[order[i] // group]
+      z = None if zero is None else zero[order[i] // group]
+      code = form.encode((left[i] / s).astype(np.float32), z)
+      codes[order[i]] = code
+      errors[i - start] = (left[i] - form.decode(code, z) * s) / upper[i, i]
+      left[i + 1 : end] -= np.outer(upper[i, i + 1 : end], errors[i - start])
+    left[end:] -= upper[start:end, end:].T @ errors
+  return Rounded(codes, scale, zero)
+
+
+def _inverse_cholesky(gram: np.ndarray) -> np.ndarray:
+  """The upper Cholesky factor of the inverse of a damped gram matrix."""
+  gram = gram.astype(np.float64)
+  diagonal = np.diag(gram)
+  size = max(float(diagonal.mean()), 1e-30)
+  gram = gram + DAMPING * size * np.eye(len(gram))
+  inverse = np.linalg.inv(gram)
+  return np.linalg.cholesky((inverse + inverse.T) / 2).T
+
+
+def awq(matrix: np.ndarray, gram: np.ndarray, group: int, form: Format, zeros: bool) -> Rounded:
+  """To nearest, after the inputs that are large were given finer steps: rows are multiplied by size^power.
+
+  Lin et al. 2023, arXiv:2306.00978, equations 4 and 5: of a grid of powers, the one with the smallest error of
+  the outputs. The size of an input is the root of its mean square. Arguments as of `nearest`.
+  """
+  # The sums of squares are up to a common factor, and a common factor of the scales changes nothing.
+  size = np.sqrt(np.maximum(np.diag(gram), 0))
+  size = np.maximum(size / max(float(size.mean()), 1e-30), 1e-4)
+  best = None
+  for power in AWQ_POWERS:
+    by = size**power
+    by = (by / np.sqrt(by.max() * by.min())).astype(np.float32)
+    rounded = nearest(matrix * by[:, None], gram, group, form, zeros)
+    rounded = dataclasses.replace(rounded, input_scale=by)
+    error = output_error(matrix, rounded.matrix(form), gram)
+    if best is None or error < best[0]:
+      best = error, rounded
+  return best[1]
+
+
+def smooth(matrix: np.ndarray, gram: np.ndarray, group: int, form: Format, zeros: bool) -> Rounded:
+  """To nearest, after half of the inputs' unevenness moved into the matrix, for inputs in int8.
+
+  Xiao et al. 2022, arXiv:2211.10438, equation 4 with alpha 1/2, by root mean squares in place of largest
+  magnitudes. Arguments as of `nearest`.
+  """
+  of_inputs = np.sqrt(np.maximum(np.diag(gram), 0) / max(float(np.diag(gram).mean()), 1e-30))
+  of_matrix = np.abs(matrix).max(axis=1)
+  by = np.sqrt(np.maximum(of_inputs, 1e-4) / np.maximum(of_matrix, 1e-8)).astype(np.float32)
+  rounded = nearest(matrix * by[:, None], gram, group, form, zeros)
+  return dataclasses.replace(rounded, input_scale=by)
+
+
+METHODS = {'nearest': nearest, 'gptq': gptq, 'awq': awq, 'smooth': smooth}

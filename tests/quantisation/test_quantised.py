@@ -1,0 +1,199 @@
+"""Matrices in few bits are, wherever a model reads them, the matrices that their codes stand for."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from research.core.errors import Invalid
+from research.model import counts
+from research.model.weights import Matrix
+from research.parallel.mesh import Mesh
+from research.quantisation.quantised import BFloat16, Quantised
+from research.quantisation.straight_through import StraightThrough
+from research.training import learning
+from research.tuning import lora, merge
+from tests.families import tiny
+
+KNOBS = {
+  'int8': {'format': 'int8'},
+  'int4 with zero points': {'format': 4, 'group': 4, 'zeros': True},
+  'int3 with input scales': {'format': 3, 'group': 8, 'input_scales': True},
+  'nf4': {'format': 'nf4', 'group': 8},
+  'fp8': {'format': 'fp8_e4m3', 'group': 8},
+  'int2': {'format': 2, 'group': 4},
+}
+OUTPUT = Matrix(
+  (4, 8, 6), ('heads', 'head_dim', 'embed'), nnx.initializers.normal(1.0), inputs=2
+)  # fmt: skip
+TABLE = Matrix((10, 16), ('vocab', 'embed'), nnx.initializers.normal(1.0), kind='table')
+
+
+@pytest.fixture(autouse=True)
+def on_one_device():
+  with Mesh().use(jax.devices()[:1]):
+    yield
+
+
+def filled(matrix: Matrix, knobs: dict, kind=Quantised):
+  """A weight, and its arrays with input scales other than one."""
+  weight = kind(matrix, **knobs, rngs=nnx.Rngs(params=0))
+  if getattr(weight, 'input_scale', None) is not None:
+    shape = weight.input_scale.shape
+    weight.input_scale[...] = jax.random.uniform(jax.random.key(1), shape, minval=0.5, maxval=2.0)
+  return weight
+
+
+def by_hand(weight: Quantised) -> np.ndarray:
+  """The matrix of a weight, number by number."""
+  packed, scale = np.asarray(weight.packed[...]), np.asarray(weight.scale[...])
+  axis, form = weight.layout.axis, weight.form
+  matrix = np.empty(weight.shape, np.float32)
+  for index in np.ndindex(matrix.shape):
+    place = list(index)
+    place[axis] //= form.per_byte
+    code = packed[tuple(place)]
+    if form.per_byte > 1:
+      width = 8 // form.per_byte
+      code = (code >> (width * (index[axis] % form.per_byte))) & (2**width - 1)
+    group = [i if n > 1 else 0 for i, n in zip(index, scale.shape, strict=True)]
+    group[axis] = index[axis] // weight.layout.group
+    zero = None
+    if weight.zeros:
+      zero = np.asarray(weight.zero[...])[tuple(group)].astype(np.float32)
+    value = form.decode(np.atleast_1d(code), zero)[0] * scale[tuple(group)]
+    if weight.input_scale is not None:
+      value /= np.asarray(weight.input_scale[...])[index[: weight.inputs]]
+    matrix[index] = value
+  return matrix
+
+
+@pytest.mark.parametrize('name', KNOBS)
+def test_a_matrix_is_what_its_codes_stand_for(name):
+  weight = filled(OUTPUT, KNOBS[name])
+  matrix = by_hand(weight)
+  np.testing.assert_allclose(weight[...], matrix, rtol=1e-6)
+  x = jax.random.normal(jax.random.key(2), (2, 3, 4, 8))
+  y = weight.multiply(x, ('batch', 'length', 'embed'))
+  np.testing.assert_allclose(y, np.einsum('blhk,hke->ble', x, matrix), rtol=1e-4, atol=1e-4)
+  drawn = np.asarray(OUTPUT.init(jax.random.key(0), OUTPUT.shape))
+  assert np.linalg.norm(matrix) == pytest.approx(np.linalg.norm(drawn), rel=0.5)
+
+
+@pytest.mark.parametrize('name', KNOBS)
+def test_rows_of_a_table_are_rows_of_the_matrix(name):
+  weight = filled(TABLE, KNOBS[name])
+  matrix = by_hand(weight)
+  index = jnp.array([[0, 9, 3]])
+  np.testing.assert_allclose(weight.rows(index, jnp.float32), weight[...][index], rtol=1e-6)
+  np.testing.assert_allclose(weight[...], matrix, rtol=1e-6)
+
+
+def test_products_of_whole_numbers():
+  weight = filled(OUTPUT, {'format': 'int8', 'activations': 'int8'})
+  x = np.asarray(jax.random.normal(jax.random.key(2), (2, 3, 4, 8)))
+  largest = np.abs(x).max((2, 3), keepdims=True) / np.float32(127)
+  whole = np.round(x / largest).astype(np.int64)
+  sums = np.einsum('blhk,hke->ble', whole, np.asarray(weight.packed[...], np.int64))
+  expected = sums * largest[:, :, 0] * np.asarray(weight.scale[...]).reshape(-1)
+  y, back = jax.vjp(lambda x: weight.multiply(x, ('batch', 'length', 'embed')), jnp.asarray(x))
+  np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+  # The gradient is that of the product with the matrix, as if x had not been rounded.
+  dy = jax.random.normal(jax.random.key(3), y.shape)
+  straight = np.einsum('ble,hke->blhk', dy, by_hand(weight))
+  np.testing.assert_allclose(back(dy)[0], straight, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ('knobs', 'says'),
+  [
+    ({'format': 'int9'}, 'format: no format of numbers'),
+    ({'format': 'nf4', 'zeros': True}, 'nf4 has no zero point'),
+    ({'format': 'int8', 'activations': 'int4'}, "activations: 'int4' is not supported"),
+    ({'format': 'int8', 'activations': 'int8', 'group': 4}, 'summed over all inputs'),
+    ({'format': 'int4', 'group': 0}, '0 is not a size'),
+  ],
+)
+def test_knobs_that_do_not_go_together_are_told(knobs, says):
+  with pytest.raises(Invalid, match=says):
+    Quantised(OUTPUT, **knobs, rngs=nnx.Rngs(params=0))
+
+
+def test_an_odd_matrix_does_not_go_into_halves_of_bytes():
+  odd = Matrix((5, 4), ('embed', 'mlp'), nnx.initializers.normal(1.0))
+  with pytest.raises(Invalid, match='packs 2 numbers in a byte, and a matrix has 5 inputs'):
+    Quantised(odd, format='int4', rngs=nnx.Rngs(params=0))
+
+
+@pytest.mark.parametrize('family', ['llama', 'mixtral', 't5'])
+def test_counts_are_of_the_model_and_bytes_of_what_is_stored(family):
+  plain = tiny(family)
+  lengths = {'inputs': 8, 'targets': 8}
+  before = counts.count(plain, lengths)
+  assert before.stored_bytes == 4 * before.params_total
+  model = functools.partial(plain, weight=functools.partial(Quantised, format='int4', group=8))
+  after = counts.count(model, lengths)
+  assert dataclasses.replace(after, stored_bytes=before.stored_bytes) == before
+  module = counts.abstract(model)
+  matrices = [m for _, m in nnx.iter_modules(module) if isinstance(m, Quantised)]
+  numbers = sum(2 * np.prod(m.packed.shape) for m in matrices)
+  # Half a byte and an eighth of a scale.
+  assert after.stored_bytes == before.stored_bytes - numbers * 4 + numbers * (0.5 + 4 / 8)
+  halved = counts.count(functools.partial(plain, weight=BFloat16), lengths)
+  assert halved.stored_bytes == before.stored_bytes - 2 * numbers
+
+
+def test_what_is_quantised_does_not_learn_and_lora_learns_beside_it():
+  base = functools.partial(Quantised, format='nf4', group=8)
+  model = functools.partial(tiny('llama'), weight=base)
+  with pytest.raises(Invalid, match='is stored as uint8 and cannot learn'):
+    learning.frozen_names(counts.abstract(model), None)
+  model = functools.partial(model, weight=functools.partial(lora.LoRA, rank=2, base=base))
+  module = counts.abstract(model)
+  frozen = learning.frozen_names(module, ('.*/lora_[ab]',))
+  assert any(name.endswith('kernel/base/packed') for name in frozen)
+  state = jax.eval_shape(lambda: nnx.to_pure_dict(nnx.state(model(rngs=nnx.Rngs(params=0)))))
+  params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), state)
+  plain, whole = merge.merged(model, params)
+  stack, merged_stack = params['stack']['sublayers'][0], whole['stack']['sublayers'][0]
+  kernel = stack['parts'][0]['query']['kernel']
+  shape = merged_stack['parts'][0]['query']['kernel'].shape
+  assert kernel['base']['packed'].shape[0] == shape[0] == 2
+  assert not merge.has_weights(plain)
+
+
+@pytest.mark.parametrize('knobs', [{'format': 4}, {'format': 3, 'group': 8, 'activations': 4}])
+def test_the_gradient_is_that_of_the_surrogate(knobs):
+  """Finite differences of w -> f(w + constant): the rounding is a constant, and its own slope is not there."""
+  weight = filled(OUTPUT, knobs, StraightThrough)
+  x = jax.random.normal(jax.random.key(2), (2, 3, 4, 8))
+  base = weight.base[...]
+  graphdef = nnx.graphdef(weight)
+
+  def loss(base, x):
+    y = nnx.merge(graphdef, {'base': base}).multiply(x, ('batch', 'length', 'embed'))
+    return jnp.sum(jnp.sin(y))
+
+  offset = np.asarray(weight[...], np.float64) - np.asarray(base, np.float64)
+  inputs = np.asarray(x, np.float64)
+  if 'activations' in knobs:
+    form = weight.of_inputs
+    inputs = np.asarray(form.round_trip(np.asarray(x), (2, 3)), np.float64)
+
+  def surrogate(base, shift):
+    return np.sum(np.sin(np.einsum('blhk,hke->ble', inputs + shift, base + offset)))
+
+  by_base, by_x = jax.grad(loss, (0, 1))(base, x)
+  step, base = 1e-5, np.asarray(base, np.float64)
+  random = np.random.default_rng(0)
+  for gradient, of_base in ((by_base, True), (by_x, False)):
+    for _ in range(5):
+      way = random.normal(size=gradient.shape)
+      up = surrogate(base + step * way, 0) if of_base else surrogate(base, step * way)
+      down = surrogate(base - step * way, 0) if of_base else surrogate(base, -step * way)
+      slope = (up - down) / (2 * step)
+      np.testing.assert_allclose(np.sum(gradient * way), slope, rtol=1e-3, atol=1e-3)
