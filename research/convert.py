@@ -1,13 +1,14 @@
 """Converts Hugging Face checkpoints to ours and back, and the adapters of peft.
 
-    python -m research.convert --from_hf=FOLDER --out=FOLDER
+    python -m research.convert --from_hf=FOLDER --out=FOLDER   # or a GGUF file
     python -m research.convert --to_hf=FOLDER --checkpoint=FOLDER --gin_file=FILE --model_type=llama
     python -m research.convert --from_peft=FOLDER --base=FOLDER --out=FOLDER --model_type=llama
     python -m research.convert --to_peft=FOLDER --checkpoint=FOLDER --gin_file=FILE --model_type=llama
 
-The first reads config.json and safetensors, and writes a checkpoint with model.gin beside it; the tokenizer is
-kept too. The second writes config.json, safetensors and the tokenizer; LoRA and its kin are merged into the
-matrices that they are added to. The third puts an adapter of peft on a base that the first wrote, the fourth
+The first reads config.json and safetensors, packed weights too (GPTQ, AWQ, bitsandbytes, compressed-tensors,
+fp8), or a GGUF file, and writes a float32 checkpoint with model.gin beside it; the tokenizer is kept too. The
+second writes config.json, safetensors and the tokenizer; LoRA, its kin and quantised matrices become the
+matrices that they stand for. The third puts an adapter of peft on a base that the first wrote, the fourth
 writes one. Tensors are read and written one at a time, so that memory never holds a model (adapters aside);
 names that are unknown or missing are an error that lists them. Nothing is downloaded.
 """

@@ -10,8 +10,9 @@ import shutil
 from typing import Any
 
 from research.core.errors import UserError
-from research.huggingface import run_tokenizer
+from research.huggingface import gguf_tokenizer, run_tokenizer
 from research.huggingface.defaults import SPECIAL_IDS
+from research.huggingface.gguf_files import GGUF, is_gguf
 from research.huggingface.settings import read_json
 
 TOKENIZER = (
@@ -24,9 +25,21 @@ FOLDER, FILE = 'huggingface', 'special_ids.json'
 
 
 def keep_companions(folder: pathlib.Path, out: pathlib.Path) -> None:
-  """Copies the tokenizer of a Hugging Face model beside its converted checkpoint, and notes its special ids."""
+  """Copies the tokenizer of a Hugging Face model beside its converted checkpoint, and notes its special ids.
+
+  That of a GGUF file is written; a line says where it is of a kind that is not known.
+  """
   out = out / FOLDER
   out.mkdir(parents=True, exist_ok=True)
+  if is_gguf(folder):
+    file = GGUF(folder)
+    try:
+      gguf_tokenizer.write(file, out)
+    except UserError as error:
+      print(f'note: the tokenizer is not written: {error}')
+    ids = dict.fromkeys(IDS) | file.special_ids()
+    (out / FILE).write_text(json.dumps(ids, indent=2) + '\n')
+    return
   _copy(folder, out)
   config = read_json(folder / 'config.json')
   defaults = dict(zip(IDS, SPECIAL_IDS.get(config['model_type'], (None,) * 3), strict=True))

@@ -121,7 +121,7 @@ def _nothing_here(folder: pathlib.Path) -> str:
       'only pickled weights here; save them as safetensors first (save_pretrained of transformers).'
     )
   if any(name.endswith('.gguf') for name in names):
-    return 'a GGUF file and no safetensors here; look for the model in safetensors.'
+    return 'a GGUF file and no safetensors here; name the GGUF file itself.'
   if any(name.endswith('.safetensors') for name in names):
     return f'there are *.safetensors here, but neither {ONE} nor {INDEX} that says which of them are the model.'
   return f'no {ONE} and no {INDEX} here (a folder of a downloaded model is wanted).'

@@ -13,6 +13,7 @@ from research.core.errors import UserError, did_you_mean
 from research.huggingface.companions import keep_companions
 from research.huggingface.fields import Family, Options, Raw
 from research.huggingface.files import Tensors
+from research.huggingface.gguf_files import GGUF, GGUFTensors, is_gguf
 from research.huggingface.names import Tensor
 from research.huggingface.packed import unpack
 from research.huggingface.settings import Settings, is_same, read_json
@@ -137,11 +138,8 @@ def open_folder(folder: pathlib.Path) -> tuple[str, list[Tensor], Tensors]:
   """
   from research.core import configs
 
-  if not (folder / 'config.json').is_file():
-    raise UserError(f'{folder}: no config.json here (a folder of a downloaded model is wanted).')
-  config = read_json(folder / 'config.json')
+  config, given = read_source(folder)
   quantisation = config.pop('quantization_config', None)
-  given = Tensors(folder)
   family, settings = family_of(config)
   given.rename(_canonical(family, given))
   if quantisation is not None:
@@ -167,6 +165,20 @@ def open_folder(folder: pathlib.Path) -> tuple[str, list[Tensor], Tensors]:
     ) from error
   _check_tensors(folder, family, settings, wanted, given)
   return text, wanted, given
+
+
+def read_source(path: pathlib.Path) -> tuple[dict[str, Any], Tensors | GGUFTensors]:
+  """What config.json says, and the tensors as they lie in the files: of a folder, or of a GGUF file.
+
+  Raises:
+    UserError: there is no such model, or a file is damaged.
+  """
+  if is_gguf(path) and path.is_file():
+    file = GGUF(path)
+    return file.config(), GGUFTensors(file)
+  if not (path / 'config.json').is_file():
+    raise UserError(f'{path}: no config.json here (a folder of a downloaded model is wanted).')
+  return read_json(path / 'config.json'), Tensors(path)
 
 
 def _check_depth(folder, config: dict[str, Any], given: Tensors) -> None:
@@ -253,7 +265,7 @@ def load(folder: str | pathlib.Path) -> tuple[str, dict]:
   """The gin text and the parameters (nested dicts, in memory) of a Hugging Face checkpoint.
 
   Args:
-    folder: with config.json and safetensors.
+    folder: with config.json and safetensors; or a GGUF file.
 
   Raises:
     UserError: an unknown family or option; files that are missing or damaged; tensors that are unknown,
