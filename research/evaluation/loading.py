@@ -16,10 +16,13 @@ from research.checkpoints import folders, pretrained, streamed
 from research.checkpoints.pretrained import abstract_model
 from research.core import configs
 from research.core.errors import UserError
+from research.data.mixtures import streams_of
+from research.data.streams import Stream
 from research.data.vocabularies import Vocabulary
 from research.huggingface import inwards
 from research.parallel import hosts
 from research.parallel.mesh import Mesh
+from research.training.experience import Experience
 from research.training.run import Run
 
 
@@ -159,9 +162,10 @@ def architecture_of(run: Run | None, model: nnx.Module) -> str:
   return 'prefix'
 
 
-def _first_stream(run: Run):
-  streams = getattr(run.train, 'streams', None)
-  return next(iter(streams.values())) if isinstance(streams, dict) else run.train
+def _first_stream(run: Run) -> Stream:
+  # A run of reinforcement makes its own rows, with the tokenizer of its validation stream.
+  trained_on = run.validation if isinstance(run.train, Experience) else run.train
+  return streams_of(trained_on)[0]
 
 
 def length_of(run: Run | None) -> int:

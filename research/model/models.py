@@ -32,6 +32,7 @@ class LanguageModel(nnx.Module):
   Args:
     vocab: number of logits; at least the vocabulary of the data.
     embed: width of the residual stream.
+    value: a second head, `heads.ScalarHead`: what reinforcement expects before each token. None for none.
     weight: makes every matrix of the model (see `weights`); None makes plain parameters.
     dtype: of activations and so of the computation. Parameters, logits and loss are float32.
   """
@@ -46,6 +47,7 @@ class LanguageModel(nnx.Module):
     embedder: Factory,
     stack: Factory,
     head: Factory,
+    value: Factory | None = None,
     causal: bool = True,
     weight: Factory | None = None,
     dtype='float32',
@@ -59,13 +61,15 @@ class LanguageModel(nnx.Module):
       self.embedder = embedder(embed, vocab, rngs=rngs)
       self.stack = stack(embed, rngs=rngs)
       self.head = head(embed, vocab, rngs=rngs)
+      self.value = value(embed, vocab, rngs=rngs) if value else None
 
   def cost(self, length: int, encoder_length: int) -> Cost:
     """The cost of a sequence; without a causal mask, `visible` is `full`."""
     stack = cost_of(self.stack, length, encoder_length)
     if not self.causal:
       stack = dataclasses.replace(stack, visible=stack.full)
-    return _with_ends(stack, self.embedder, self.head, length, encoder_length)
+    ends = (self.embedder, self.head, self.value) if self.value else (self.embedder, self.head)
+    return _with_ends(stack, ends, length, encoder_length)
 
   def features(self, batch: dict[str, jax.Array], state: DecodingState | None = None):
     positions = _positions(batch, 'decoder')
@@ -77,6 +81,10 @@ class LanguageModel(nnx.Module):
       state=state,
     )
     return self.stack(self.embedder(batch['decoder_input_tokens'], positions, self.dtype), context)
+
+  def values(self, x: jax.Array) -> jax.Array:
+    """What is expected before each token, [batch, length], of features [batch, length, embed]."""
+    return self.value(x, self.value.weights(self.embedder, self.dtype))[..., 0]
 
   def readout(self) -> Callable[[jax.Array], jax.Array]:
     """A function of features that gives logits. It gathers the matrix of the head once, for all its calls."""
@@ -131,7 +139,7 @@ class EncoderDecoder(nnx.Module):
       encoder_matrices=size(self.encoder, 'matrix'),
     )
     decoder = cost_of(self.decoder, length, encoder_length)
-    return _with_ends(encoder + decoder, self.embedder, self.head, length, encoder_length)
+    return _with_ends(encoder + decoder, (self.embedder, self.head), length, encoder_length)
 
   def encode(self, batch: dict[str, jax.Array]):
     """What the decoder reads: [batch, encoder length, embed], its segments, and penalties."""
@@ -177,9 +185,9 @@ class EncoderDecoder(nnx.Module):
     return self.logits(x), penalties
 
 
-def _with_ends(layers: Cost, embedder, head, length: int, encoder_length: int) -> Cost:
-  """The cost of the layers, and of the embedder and the head around them."""
-  for end in (embedder, head):
+def _with_ends(layers: Cost, ends: tuple, length: int, encoder_length: int) -> Cost:
+  """The cost of the layers, and of the embedder and the heads around them."""
+  for end in ends:
     layers = layers + cost_of(end, length, encoder_length)
   return layers
 

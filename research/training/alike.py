@@ -9,6 +9,7 @@ import jax
 
 from research.core.errors import UserError
 from research.parallel.mesh import cores
+from research.training.experience import Experience
 from research.training.run import Run
 
 # Numbers of optimizers that members may differ in: optax computes with them and never asks what they are.
@@ -45,8 +46,9 @@ def shape(run: Run) -> str:
 
 
 def possible(run: Run) -> bool:
-  """Whether a run may be a member at all: it lives on one device, and one process."""
-  return run.mesh is None and jax.process_count() == 1
+  """Whether a run may be a member at all: it lives on one device and one process, and reads a stream."""
+  alone = run.mesh is not None or isinstance(run.train, Experience)
+  return not alone and jax.process_count() == 1
 
 
 def check_alike(runs: Sequence[Run]) -> None:
@@ -61,7 +63,8 @@ def check_alike(runs: Sequence[Run]) -> None:
     )
   if not possible(runs[0]):
     raise UserError(
-      'members of a population live on one device each, of one process: unset Run.mesh.'
+      'members of a population live on one device each, of one process, and read a stream: unset Run.mesh; '
+      'runs of reinforcement are trained alone.'
     )
 
 

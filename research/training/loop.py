@@ -21,6 +21,7 @@ from research.parallel.hosts import host_share, on_mesh, place
 from research.parallel.mesh import describe
 from research.training import background_jit
 from research.training.checks import check_fits, check_start, count_of
+from research.training.experience import Experience, Opened
 from research.training.interrupt import Interrupted, TerminationSignal
 from research.training.program import Program, keep_compiled, make_program, mesh_of, rates
 from research.training.record import Record
@@ -73,7 +74,12 @@ def _describe(run: Run, count: Counts, vocab: int) -> str:
 
 
 def open_data(run: Run, log: Callable[[str], None]) -> list:
-  """The run's frozen streams. The first process freezes them, where the others see its cache."""
+  """The run's frozen streams. The first process freezes them, where the others see its cache.
+
+  In the place of the training stream, what makes the rows of a run that has none.
+  """
+  if isinstance(run.train, Experience):
+    return [run.train.open(run), *cache.open_streams([run.validation], log=log)]
   streams = [run.train, run.validation]
   is_first = jax.process_index() == 0
   opened = cache.open_streams(streams, log=log) if is_first else None
@@ -117,7 +123,11 @@ class Loop:
     resumes = bool(folders.saved_steps(workdir / 'checkpoints'))
     self.first = [] if resumes else self.arguments_of_init()
     self.init_fn = background_jit.jit(self.program.init, *self.first)
-    batch = place(batch_at(self.frozen, self.run.batches, self.run.seed, 0, *share))
+    if isinstance(self.frozen, Opened):
+      batch = self.frozen.empty(self.run.batch_size)
+    else:
+      batch = batch_at(self.frozen, self.run.batches, self.run.seed, 0, *share)
+    batch = place(batch)
     self.step_fn = background_jit.jit(
       self.program.step, state, batch, self.rates[0], self.fixed, donate_argnums=0
     )
@@ -137,24 +147,18 @@ class Loop:
     """
     run = self.run
     record = self.record
-    part, parts = host_share()
-    batches = batches_module.batches(
-      self.frozen,
-      run.batches,
-      run.seed,
-      start=record.start,
-      process_index=part,
-      process_count=parts,
-    )
+    batches = self.batches(record.start)
     pending = None
     step = record.start
     for step in range(record.start + 1, run.steps + 1):
-      batch = place(next(batches))
+      batch, told = next(batches)
+      batch = place(batch)
       self.state, scalars = self.step_fn(self.state, batch, self.rates[step - 1], self.fixed)
+      scalars |= told
       if pending is not None and not record.look(*pending):
         return record.row(step, 'nan')
       pending = step, scalars
-      stop = self.signal.check(step)
+      stop = self.signal.check(step) and self.may_stop(step)
       if stop or record.pauses_at(step):
         pending = None
         if not record.look(step, scalars):
@@ -164,6 +168,24 @@ class Loop:
         record.checkpoints.wait()
         raise Interrupted(f'stopped at step {step:,} with a checkpoint; start again to go on')
     return record.row(step, 'finished')
+
+  def batches(self, start: int):
+    """Without end (batch, what a row of metrics says of it), from step `start` on."""
+    if isinstance(self.frozen, Opened):
+      return self.frozen.batches(
+        self.program, start, lambda: self.program.whole(self.state['params'], self.fixed)
+      )
+    run = self.run
+    part, parts = host_share()
+    batches = batches_module.batches(
+      self.frozen, run.batches, run.seed, start=start, process_index=part, process_count=parts
+    )
+    return ((batch, {}) for batch in batches)
+
+  def may_stop(self, step: int) -> bool:
+    """Whether a checkpoint after this step holds all that the next one needs."""
+    train = self.run.train
+    return not isinstance(train, Experience) or step % train.round_steps == 0
 
   def sum_losses(self, frozen) -> dict[str, float]:
     """Sums over a whole stream, by the parameters of now, as `Program.evaluate` names them."""

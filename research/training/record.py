@@ -15,6 +15,7 @@ from research.core.errors import Invalid
 from research.data.batches import FrozenMixture
 from research.model.counts import Counts
 from research.training import metrics
+from research.training.experience import Opened
 from research.training.run import Run
 
 
@@ -90,6 +91,8 @@ class Record:
       return
     self.start, self.state, meta = restored
     self.tokens = meta['tokens']
+    if isinstance(self.frozen, Opened):
+      self.frozen.restore(meta['experience'])
     self.seconds = meta['seconds']
     say(f'resumed from step {self.start:,}')
 
@@ -150,6 +153,8 @@ class Record:
       # A run that resumes from here drops later rows, and lacks no earlier one.
       self.rows.flush()
       meta = {'tokens': self.tokens, 'seconds': time.monotonic() - self.began}
+      if isinstance(self.frozen, Opened):
+        meta['experience'] = self.frozen.state()
       if self.base is not None:
         meta['base'] = self.base
       self.checkpoints.save(step, state, meta)

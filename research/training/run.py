@@ -10,6 +10,7 @@ from research.data.mixtures import Curriculum, Mixture
 from research.data.streams import Stream
 from research.parallel.mesh import Mesh
 from research.training.evaluations import Evaluation
+from research.training.experience import Experience
 from research.training.losses import CrossEntropy, Loss
 
 # Two runs that differ only in these are one run: it may resume on another mesh, log more often or be
@@ -26,7 +27,8 @@ class Run:
 
   Attributes:
     model: `model(rngs=...)` makes a `LanguageModel` or an `EncoderDecoder`.
-    train, validation: streams of examples; the loss of a run is its loss on all of `validation`.
+    train, validation: streams of examples; the loss of a run is its loss on all of `validation`. In the place
+      of `train` may stand what makes rows as the run goes on, such as `reinforcement.rollouts.Rollouts`.
     steps: updates.
     batch_size: examples per update, over all devices.
     curriculum: (steps, batch size, cut) of stages before that: smaller batches, or every row of length L as
@@ -49,7 +51,7 @@ class Run:
   """
 
   model: Callable
-  train: Stream | Mixture
+  train: Stream | Mixture | Experience
   validation: Stream | Mixture
   steps: int
   batch_size: int
@@ -79,8 +81,9 @@ class Run:
         continue
       if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise Invalid(Run, field, f'{value!r} must be a positive whole number.')
-    for field in ('train', 'validation'):
-      if not isinstance(getattr(self, field), Stream | Mixture):
+    kinds = {'train': Stream | Mixture | Experience, 'validation': Stream | Mixture}
+    for field, kind in kinds.items():
+      if not isinstance(getattr(self, field), kind):
         raise Invalid(Run, field, 'must be a stream: @streams.Stream() with its parentheses.')
     if not isinstance(self.loss, Loss):
       raise Invalid(Run, 'loss', 'must be a loss: @losses.CrossEntropy() with its parentheses.')

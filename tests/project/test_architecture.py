@@ -24,6 +24,7 @@ ROOMS = (
   'quantisation',
   'tuning',
   'evaluation',
+  'reinforcement',
   'sweeps',
   'compilation',
   'serving',

@@ -1,0 +1,82 @@
+"""What a policy earns on prompts that it does not learn from: an evaluation of a run of reinforcement."""
+
+import dataclasses
+
+import jax
+import numpy as np
+from flax import nnx
+
+from research.core.errors import Invalid
+from research.evaluation import loading
+from research.inference.sampling import Sampling
+from research.parallel.mesh import Mesh
+from research.reinforcement.prompts import Prompts
+from research.reinforcement.rollouts import OpenedRollouts, Rollouts, seeds_of
+from research.reinforcement.sampler import Sampler
+from research.scaling.repeated_sampling import coverage_at
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeldOut:
+  """Draws completions as the run's rollouts do, without filters, and scores them by the same reward.
+
+  Attributes:
+    prompts: such as `prompts.Problems` of the split 'validation'.
+    examples: how many of them.
+    samples: completions of each.
+    ks: of each pass@k; a completion passes whose score is above `passing`.
+    passing: 0.5 suits a verifier.
+    temperature: of the draw; 1 is the policy itself.
+    name: of its columns, eval/<name>/reward and eval/<name>/pass@k.
+    during: whether at each evaluation of the run, and not at its end alone.
+    seed: of the prompts and of the draw.
+  """
+
+  prompts: Prompts
+  examples: int = 256
+  samples: int = 4
+  ks: tuple[int, ...] = (1, 4)
+  passing: float = 0.5
+  temperature: float = 1.0
+  name: str = 'held_out'
+  during: bool = True
+  seed: int = 0
+
+  def __post_init__(self):
+    object.__setattr__(self, 'ks', tuple(self.ks))
+    if not self.ks or not all(1 <= k <= self.samples for k in self.ks):
+      why = f'{self.ks} must be numbers from 1 to the {self.samples} samples.'
+      raise Invalid(HeldOut, 'ks', why)
+
+  @property
+  def labels(self) -> tuple[str, ...]:
+    return (self.name,)
+
+  def columns(self, run, params: dict, step: int, folder, log) -> dict:
+    """See `training.evaluations.Evaluation`."""
+    if not isinstance(run.train, Rollouts):
+      raise Invalid(HeldOut, 'prompts', 'only a run of reinforcement has a reward to judge by.')
+    rollouts = run.train
+    opened = OpenedRollouts(rollouts, run)
+    with Mesh().use(jax.local_devices()[:1]):
+      graphdef = nnx.graphdef(loading.abstract_model(run.model))
+      sampler = Sampler(
+        graphdef, opened.encoding, Sampling(temperature=self.temperature),
+        rollouts.length, rollouts.max_tokens, rollouts.stop,
+      )  # fmt: skip
+      prompts = [self.prompts.at(self.seed, number) for number in range(self.examples)]
+      seeds = seeds_of(self.seed, np.arange(self.examples), self.samples)
+      rows = sampler(loading.put(run.model, params), prompts, seeds)
+    scores = np.asarray(rollouts.reward(rows.prompts, rows.completions), np.float64)
+    scores = scores.reshape(self.examples, self.samples)
+    # A prompt that was not judged whole is in no mean, and is counted.
+    judged = ~np.isnan(scores).any(axis=1)
+    scores = scores[judged]
+    columns = {'prompts': int(judged.sum())}
+    if len(scores):
+      columns['reward'] = float(scores.mean())
+      passed = np.sum(scores > self.passing, axis=1)
+      shares = coverage_at(np.full(len(scores), self.samples), passed, self.ks)
+      columns |= {f'pass@{k}': float(share) for k, share in zip(self.ks, shares, strict=True)}
+    log(f'step {step:,}: {self.name} ' + ', '.join(f'{k} {v:.4g}' for k, v in columns.items()))
+    return {f'eval/{self.name}/{name}': value for name, value in columns.items()}

@@ -1,0 +1,201 @@
+"""A policy at work: prompts to completions and the rows that hold them, and what a model says of such rows."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+from flax import nnx
+
+from research.core.errors import UserError
+from research.data.encoding import Encoding
+from research.inference.batch_sampler import draw_answers
+from research.inference.graph import graph_of, merge
+from research.inference.request import Completion
+from research.inference.sampling import Sampling
+from research.parallel import hosts
+from research.reinforcement.losses import OLD
+from research.reinforcement.prompts import Prompt
+from research.training.cross_entropy import log_probabilities
+from research.training.program import choose_chunks
+
+START = 0  # what every row of this project begins with
+
+
+@dataclasses.dataclass
+class Rows:
+  """Rows [rows, length] of a prompt and its completion each.
+
+  Attributes:
+    tokens: of the rows.
+    real: 1 on tokens, 0 behind them.
+    mask: 1 on the tokens of completions.
+    log_probs: of the completions by the policy that drew them, 0 elsewhere.
+    entropy, kept: as of `Drawn`, 0 outside of completions.
+    arrays: what else a loss reads, by key.
+  """
+
+  prompts: list[Prompt]
+  completions: list[Completion]
+  tokens: np.ndarray
+  real: np.ndarray
+  mask: np.ndarray
+  log_probs: np.ndarray
+  entropy: np.ndarray
+  kept: np.ndarray
+  arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+  ARRAYS = ('tokens', 'real', 'mask', 'log_probs', 'entropy', 'kept')
+
+  def group(self, number: int, size: int) -> 'Rows':
+    """The completions of one prompt."""
+    part = slice(number * size, (number + 1) * size)
+    arrays = {name: getattr(self, name)[part] for name in self.ARRAYS}
+    return Rows(self.prompts[part], self.completions[part], **arrays)
+
+  @classmethod
+  def joined(cls, parts: list['Rows']) -> 'Rows':
+    arrays = {name: np.concatenate([getattr(p, name) for p in parts]) for name in cls.ARRAYS}
+    prompts = [prompt for part in parts for prompt in part.prompts]
+    completions = [completion for part in parts for completion in part.completions]
+    return cls(prompts, completions, **arrays)
+
+  def batch(self) -> dict[str, np.ndarray]:
+    """The arrays that a step reads, by seqio's keys and those of `losses`."""
+    positions = np.arange(self.tokens.shape[1], dtype=np.int32) * self.real
+    inputs = np.pad(self.tokens[:, :-1], ((0, 0), (1, 0)), constant_values=START) * self.real
+    return {
+      'decoder_input_tokens': inputs,
+      'decoder_target_tokens': self.tokens,
+      'decoder_loss_weights': self.mask,
+      'decoder_segment_ids': self.real,
+      'decoder_positions': positions,
+      OLD: self.log_probs,
+      **self.arrays,
+    }
+
+
+class Sampler:
+  """Draws completions.
+
+  Args:
+    graphdef: of the policy.
+    encoding: its tokenizer.
+    settings: how tokens are drawn.
+    length: tokens of a row.
+    most: tokens of a completion.
+    stop: a text that is one token and ends a completion; None for end-of-text alone.
+
+  Raises:
+    UserError: the stop is no single token.
+  """
+
+  def __init__(
+    self,
+    graphdef: nnx.GraphDef,
+    encoding: Encoding,
+    settings: Sampling,
+    length: int,
+    most: int,
+    stop: str | None = None,
+  ):
+    self.graphdef = graphdef
+    self.encoding = encoding
+    self.settings = settings
+    self.length = length
+    self.most = most
+    self.stops = [encoding.end]
+    if stop is not None:
+      ids = encoding.encode(stop)
+      if len(ids) != 1:
+        raise UserError(f'Rollouts.stop: {stop!r} is {len(ids)} tokens here, and must be one.')
+      self.stops += ids
+
+  def __call__(self, params: dict, prompts: list[Prompt], seeds: np.ndarray) -> Rows:
+    """Completions of prompts, as many of each as it has seeds [prompts, answers]."""
+    ids = [self._ids(prompt) for prompt in prompts]
+    drawn = draw_answers(
+      self.graphdef, params, [(START, *each) for each in ids], seeds, self.settings,
+      most=self.most, room=self.length + 1, stops=self.stops,
+    )  # fmt: skip
+    count = seeds.shape[1]
+    shape = seeds.size, self.length
+    arrays = {name: np.zeros(shape, np.int32) for name in ('tokens', 'real', 'mask')}
+    arrays |= {name: np.zeros(shape, np.float32) for name in ('log_probs', 'entropy', 'kept')}
+    completions = []
+    for row in range(seeds.size):
+      prompt = ids[row // count]
+      n = int(drawn.mask[row].sum())
+      after = slice(len(prompt), len(prompt) + n)
+      arrays['tokens'][row, : len(prompt)] = prompt
+      arrays['tokens'][row, after] = drawn.tokens[row, :n]
+      arrays['real'][row, : after.stop] = 1
+      arrays['mask'][row, after] = 1
+      for name in ('log_probs', 'entropy', 'kept'):
+        arrays[name][row, after] = getattr(drawn, name)[row, :n]
+      completions.append(self._completion(drawn, row, n))
+    repeated = [prompt for prompt in prompts for _ in range(count)]
+    return Rows(repeated, completions, **arrays)
+
+  def _ids(self, prompt: Prompt) -> list[int]:
+    ids = self.encoding.encode(prompt.text)
+    if not ids or len(ids) + self.most > self.length:
+      raise UserError(
+        f'the prompt {prompt.text[:60]!r} has {len(ids)} tokens; rows of {self.length} tokens have room for 1 '
+        f'to {self.length - self.most} and a completion of {self.most}: raise Rollouts.length, or leave it out.'
+      )
+    return ids
+
+  def _completion(self, drawn, row: int, n: int) -> Completion:
+    tokens = drawn.tokens[row, :n].tolist()
+    stopped = bool(drawn.stopped[row])
+    return Completion(
+      tokens=tokens,
+      text=self.encoding.decode(tokens[:-1] if stopped else tokens),
+      logprobs=drawn.log_probs[row, :n].tolist(),
+      finish='stop_token' if stopped else 'length',
+    )
+
+
+class Reader:
+  """What a model says of rows: log-probabilities of all tokens, and values where it has a head of them.
+
+  Args:
+    graphdef: of the model.
+    temperature: the logits are divided by it.
+    values: whether to give values.
+  """
+
+  def __init__(self, graphdef: nnx.GraphDef, temperature: float, values: bool = False):
+    self.graphdef = graph_of(graphdef)
+    self.temperature = temperature
+    self.values = values
+
+  @classmethod
+  def of(cls, abstract: nnx.Module, temperature: float) -> 'Reader':
+    """That of a model with shapes in place of arrays."""
+    return cls(nnx.graphdef(abstract), temperature)
+
+  def __call__(self, params: dict, rows: Rows) -> tuple[np.ndarray, np.ndarray | None]:
+    """(log-probabilities, values or None), host arrays [rows, length]."""
+    keys = [
+      f'decoder_{key}' for key in ('input_tokens', 'target_tokens', 'segment_ids', 'positions')
+    ]
+    batch = rows.batch()
+    batch = hosts.place({key: batch[key] for key in keys})
+    said = _read(self.graphdef, params, batch, temperature=self.temperature, values=self.values)
+    log_probs, values = jax.device_get(said)
+    return np.asarray(log_probs), values if values is None else np.asarray(values)
+
+
+@functools.partial(jax.jit, static_argnames=('graphdef', 'temperature', 'values'))
+def _read(graphdef, params: dict, batch: dict, *, temperature: float, values: bool):
+  model = merge(graphdef, params)
+  features, _ = model.features(batch)
+  readout = model.readout()
+  chunks = choose_chunks(*features.shape[:2], model.vocab)
+  targets = batch['decoder_target_tokens']
+  log_probs = log_probabilities(
+    lambda x: readout(x) / temperature, features, targets, chunks=chunks
+  )
+  return log_probs, model.values(features) if values else None

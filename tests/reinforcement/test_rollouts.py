@@ -1,0 +1,322 @@
+"""Rollouts: their log-probabilities are the step's, and a round is made again to the bit."""
+
+import dataclasses
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from research.checkpoints import streamed
+from research.checkpoints.pretrained import Pretrained
+from research.checkpoints.starts import Checkpoint
+from research.core import configs
+from research.core.errors import Invalid, UserError
+from research.evaluation.generated_tasks import Arithmetic
+from research.inference.batch_sampler import draw_answers
+from research.inference.engine import Engine
+from research.inference.request import Request
+from research.inference.sampling import Sampling
+from research.parallel import hosts
+from research.parallel.mesh import Mesh
+from research.reinforcement import losses
+from research.reinforcement.advantages import GAE
+from research.reinforcement.penalty import KL
+from research.reinforcement.prompts import JsonLines, Problems
+from research.reinforcement.reward import Reward
+from research.reinforcement.sampler import Sampler
+from research.training import loop
+from research.training.losses import CrossEntropy
+from research.training.program import make_program
+
+pytestmark = pytest.mark.usefixtures('one_device')
+
+
+def load(text_file, *bindings, more=()):
+  files = ['tests/gin/reinforce.gin', *more]
+  return configs.load(files, [f"FILES='{text_file}'", *bindings])
+
+
+def train(run, workdir, text=''):
+  with open(os.devnull, 'w') as silence:
+    return loop.train(run, workdir, text, stream=silence)
+
+
+def rows_of(workdir):
+  lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  return [row for row in lines if 'reward' in row]
+
+
+def first_round(config):
+  """(program, parameters, first batch, what is said of it) of a run under the mesh in use."""
+  run = config.build()
+  program = make_program(run)
+  params = jax.jit(program.init)(jax.random.key(1))['params']
+  # Sharper than it starts, so that probabilities differ.
+  params = jax.tree.map(lambda x: 3 * x, params)
+  batch, told = next(run.train.open(run).batches(program, 0, lambda: params))
+  return program, params, batch, told
+
+
+@pytest.mark.parametrize('bindings', [(), ('PolicyGradient.temperature=0.7', 'Rollouts.top_p=0.8')])
+def test_the_log_probabilities_of_a_rollout_are_the_steps(text_file, bindings):
+  """To 1e-5; so the mean ratio of the first update is 1, with truncated sampling too."""
+  with Mesh().use(jax.devices()[:1]):
+    program, params, batch, told = first_round(load(text_file, *bindings))
+    model = nnx.merge(program.graphdef, params)
+    features, _ = model.features({k: jnp.asarray(v) for k, v in batch.items()})
+    logits = np.asarray(model.logits(features), np.float64) / program.run.loss.temperature
+    _, sums = jax.jit(program.loss)(params, hosts.place(batch))
+  shifted = logits - logits.max(-1, keepdims=True)
+  log_p = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+  expected = np.take_along_axis(log_p, batch['decoder_target_tokens'][..., None], -1)[..., 0]
+  mask = batch['decoder_loss_weights']
+  assert mask.sum() >= 8
+  np.testing.assert_allclose(batch[losses.OLD], expected * mask, atol=1e-5)
+  assert float(sums['ratio'] / sums['weight']) == pytest.approx(1.0, abs=1e-5)
+  if bindings:
+    # What tokens are drawn from is this part of the policy; by its probabilities the ratio would be as much.
+    assert 0.8 <= told['kept_probability'] < 0.97
+  else:
+    assert told['kept_probability'] == pytest.approx(1.0, abs=1e-5)
+    p = np.exp(log_p)
+    entropy = -(p * log_p).sum(-1)
+    assert told['entropy'] == pytest.approx((entropy * mask).sum() / mask.sum(), rel=1e-4)
+
+
+def test_the_rows_of_a_round(text_file):
+  """A prompt, its completion up to a stop, and the loss on the completion alone."""
+  with Mesh().use(jax.devices()[:1]):
+    _, _, batch, told = first_round(load(text_file, 'Rollouts.max_tokens=3'))
+  for row in range(8):
+    mask, tokens = batch['decoder_loss_weights'][row], batch['decoder_target_tokens'][row]
+    start = np.argmax(mask)
+    assert bytes(int(t) - 3 for t in tokens[:start]).decode().endswith('=')
+    assert mask.sum() == np.argmin(mask[start:]) <= 3
+    assert not (tokens[start + mask.sum() :]).any()
+    np.testing.assert_array_equal(
+      batch['decoder_input_tokens'][row, 1 : start + mask.sum()], tokens[: start + mask.sum() - 1]
+    )
+    assert len(set(batch[losses.ADVANTAGES][row][mask > 0])) == 1
+  assert told['completion_length'] == pytest.approx(batch['decoder_loss_weights'].sum() / 8)
+  # Two prompts, four completions of each side by side, whose advantages have mean 0.
+  first = batch[losses.ADVANTAGES].max(1) + batch[losses.ADVANTAGES].min(1)
+  np.testing.assert_allclose(first.reshape(2, 4).sum(1), 0, atol=1e-5)
+
+
+def test_an_answer_is_that_of_the_engine(text_file):
+  """Which reads prompts alone and answers in slots: the same tokens by the same seeds."""
+  run = load(text_file).build()
+  settings = Sampling(temperature=0.9, top_k=20)
+  prompts = [(0, 52, 46, 53, 64), (0, 60, 46, 53, 50, 64), (0, 52, 64)]
+  seeds = np.arange(6, dtype=np.int32).reshape(3, 2)
+  with Mesh().use(jax.devices()[:1]):
+    program = make_program(run)
+    params = jax.tree.map(lambda x: 3 * x, jax.jit(program.init)(jax.random.key(2))['params'])
+    drawn = draw_answers(
+      program.graphdef, params, prompts, seeds, settings, most=6, room=16, stops=[1, 90]
+    )
+    engine = Engine(program.graphdef, params, slots=2, room=16)
+    requests = [
+      Request(
+        prompt=prompts[i // 2], max_tokens=6, stop_tokens=(1, 90),
+        sampling=dataclasses.replace(settings, seed=i),
+      )
+      for i in range(6)
+    ]  # fmt: skip
+    for row, completion in enumerate(engine.run(requests)):
+      n = drawn.mask[row].sum()
+      assert drawn.tokens[row, :n].tolist() == completion.tokens
+      assert drawn.stopped[row] == (completion.finish == 'stop_token')
+
+
+@pytest.fixture(scope='module')
+def whole(text_file, tmp_path_factory):
+  """A folder with a base model, the `run` that nothing disturbed, and what that run is (`described`)."""
+  folder = tmp_path_factory.mktemp('whole')
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(jax, 'devices', lambda: jax.local_devices()[:1])
+    patch.setattr(jax, 'device_count', lambda: 1)
+    sizes = ('LAYERS=1', 'EMBED=16', 'HEADS=2', 'Run.steps=2')
+    base = configs.load('tests/gin/decoder.gin', [f"FILES='{text_file}'", *sizes])
+    train(base.build(), folder / 'base', base.text)
+    train(described(text_file, folder), folder / 'run')
+  return folder
+
+
+def described(text_file, folder):
+  """Two epochs of two updates a round, from a base model that is the reference as well."""
+  run = load(text_file).build()
+  base = f'{folder}/base'
+  rollouts = dataclasses.replace(
+    run.train, updates=2, epochs=2, reference=Pretrained(folder=base), penalty=KL(target=1.0)
+  )
+  return dataclasses.replace(
+    run, steps=8, checkpoint_every=4, microbatches=2, train=rollouts, init=Checkpoint(folder=base)
+  )
+
+
+def saved(workdir):
+  """The parameters of a run's last checkpoint, by name."""
+  params = streamed.Params(workdir)
+  return {name: np.asarray(params.piece(tuple(name.split('/')), ())) for name in params.shapes()}
+
+
+class Stopped(Exception):
+  """In place of a power cut."""
+
+
+def test_a_run_that_was_cut_off_ends_the_same(text_file, whole, tmp_path, monkeypatch):
+  """In the second round's draw: what is drawn again from the checkpoint is the same to the bit."""
+  draw, draws = Sampler.__call__, []
+
+  def fails(self, *arguments):
+    draws.append(1)
+    if len(draws) == 2:
+      raise Stopped
+    return draw(self, *arguments)
+
+  run = described(text_file, whole)
+  monkeypatch.setattr(Sampler, '__call__', fails)
+  with pytest.raises(Stopped):
+    train(run, tmp_path / 'run')
+  train(run, tmp_path / 'run')
+  assert len(draws) == 3  # of two rounds, the second twice
+  undisturbed = saved(whole / 'run')
+  for name, value in saved(tmp_path / 'run').items():
+    np.testing.assert_array_equal(value, undisturbed[name], err_msg=name)
+  same = ('reward', 'kl', 'kl_weight', 'loss', 'ratio')
+  for one, other in zip(rows_of(tmp_path / 'run'), rows_of(whole / 'run'), strict=True):
+    assert [one[name] for name in same] == [other[name] for name in same]
+
+
+def test_rows_say_reward_divergence_length_entropy_and_clipping(whole):
+  rows = rows_of(whole / 'run')
+  assert len(rows) == 8
+  for row in rows:
+    for name in (
+      'reward',
+      'kl',
+      'completion_length',
+      'entropy',
+      'clip_fraction',
+      'ratio',
+      'kl_weight',
+    ):
+      assert np.isfinite(row[name])
+  assert rows[0]['kl'] == pytest.approx(0, abs=1e-4)  # the policy starts as its reference
+  assert rows[0]['kl_weight'] == 0.05
+  assert rows[4]['kl_weight'] < 0.05  # nearer than its target
+  assert json.loads((whole / 'run' / 'run.json').read_text())['status'] == 'finished'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lottery(Reward):
+  """Scores by chance: in some groups all are equal."""
+
+  def __call__(self, prompts, completions):
+    return np.array(
+      [
+        float(len(c.tokens) % 2 == 0 and p.text < '5')
+        for p, c in zip(prompts, completions, strict=True)
+      ]
+    )
+
+
+def opened(text_file, **changes):
+  run = load(text_file).build()
+  run = dataclasses.replace(run, train=dataclasses.replace(run.train, **changes))
+  return run, run.train.open(run)
+
+
+def test_prompts_of_equal_scores_are_drawn_again(text_file):
+  """DAPO's dynamic sampling: until the groups suffice, or `resample` times."""
+  with Mesh().use(jax.devices()[:1]):
+    shares = []
+    for resample in (1, 8):
+      run, rollouts = opened(text_file, reward=Lottery(), resample=resample)
+      program = make_program(run)
+      params = jax.jit(program.init)(jax.random.key(1))['params']
+      batches = rollouts.batches(program, 0, lambda params=params: params)
+      rows = [next(batches)[0] for _ in range(3)]
+      groups = np.concatenate([b[losses.ADVANTAGES] for b in rows]).reshape(6, -1)
+      shares.append(np.mean(np.abs(groups).max(1) > 0))
+      assert rollouts.asked > 6 if resample > 1 else rollouts.asked == 6
+  assert shares[1] == 1 > shares[0]
+
+
+def test_prompts_are_a_function_of_their_number_and_keep_the_held_out_apart():
+  task = Arithmetic(digits=2)
+  asked = {
+    split: Problems(task=task, split=split, held_out=0.2) for split in ('train', 'validation')
+  }
+  texts = {split: [p.at(3, i).text for i in range(200)] for split, p in asked.items()}
+  assert texts['train'] == [asked['train'].at(3, i).text for i in range(200)]
+  assert texts['train'] != [asked['train'].at(4, i).text for i in range(200)]
+  assert not set(texts['train']) & set(texts['validation'])
+  assert asked['train'].at(0, 0).target.question == asked['train'].at(0, 0).text
+
+
+def test_prompts_of_a_file_come_once_a_pass(tmp_path):
+  file = tmp_path / 'prompts.jsonl'
+  file.write_text('\n'.join(json.dumps({'prompt': f'{i}+1=', 'answer': i + 1}) for i in range(5)))
+  prompts = JsonLines(file=str(file), target='answer')
+  passes = [[prompts.at(0, 5 * epoch + i).text for i in range(5)] for epoch in range(2)]
+  assert sorted(passes[0]) == sorted(passes[1]) == [f'{i}+1=' for i in range(5)]
+  assert passes[0] != passes[1]
+  assert prompts.at(0, 0).target == int(prompts.at(0, 0).text[0]) + 1
+  file.write_text('{"question": "1+1="}')
+  with pytest.raises(UserError, match=r'prompts\.jsonl:1'):
+    JsonLines(file=str(file)).at(0, 0)
+
+
+@pytest.mark.parametrize(
+  ('field', 'changes', 'of_run'),
+  [
+    ('group', {'group': 3}, {}),
+    ('steps', {'updates': 3, 'group': 8}, {}),
+    ('advantages', {'advantages': GAE()}, {}),
+    ('curriculum', {}, {'curriculum': ((1, 8, 1),)}),
+    ('loss', {}, {'loss': CrossEntropy()}),
+    ('max_tokens', {'max_tokens': 16}, {}),
+    ('penalty', {'penalty': KL()}, {}),
+    ('group', {'group': 1}, {}),
+  ],
+)
+def test_what_does_not_fit_is_named(text_file, field, changes, of_run):
+  def open_it(run):
+    run = dataclasses.replace(run, train=dataclasses.replace(run.train, **changes), **of_run)
+    run.train.open(run)
+
+  run = load(text_file).build()
+  with pytest.raises(Invalid) as error:
+    open_it(run)
+  assert error.value.field == field
+
+
+def test_a_prompt_that_does_not_fit_and_a_reward_without_numbers_are_told(text_file, tmp_path):
+  with Mesh().use(jax.devices()[:1]):
+    file = tmp_path / 'long.jsonl'
+    file.write_text(json.dumps({'prompt': 'x' * 15}))
+    for changes, said in (
+      ({'prompts': JsonLines(file=str(file))}, 'has 15 tokens'),
+      ({'reward': Silent()}, 'abstained on every completion'),
+      ({'stop': 'two'}, 'must be one'),
+    ):
+      run, rollouts = opened(text_file, **changes)
+      program = make_program(run)
+      params = jax.jit(program.init)(jax.random.key(1))['params']
+      batches = rollouts.batches(program, 0, lambda params=params: params)
+      with pytest.raises(UserError, match=said):
+        next(batches)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Silent(Reward):
+  """Abstains."""
+
+  def __call__(self, prompts, completions):
+    return np.full(len(completions), np.nan)
