@@ -6,6 +6,7 @@
 The checkpoint is a run's workdir or a converted model's folder; --hf reads a Hugging Face folder as it is.
 --prompt=- reads the prompt from standard input. With --prompts the answers are JSON lines; started again, the
 command answers only what is missing. --beams searches for the likeliest answer; --draft and --ngram speculate.
+--best_of=16 --reward=FILE.gin keeps the best of 16 answers.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ if __name__ == '__main__':
 
 from flax import nnx
 
+from research.core.describe import describe
 from research.data.encoding import make_encoding
 from research.evaluation import loading
 from research.inference import answers, beams, one_by_one, speculate, terminal, tokenizer
@@ -29,6 +31,7 @@ from research.inference.flags import SAMPLING
 from research.inference.generator import Generator, make_generator
 from research.inference.sampling import Sampling
 from research.parallel.mesh import Mesh
+from research.reinforcement import best_of
 
 PENALTIES = {'length': beams.by_length, 'wu': beams.wu}
 
@@ -121,6 +124,8 @@ def main(flags) -> None:
   prompts = answers.read_prompts(pathlib.Path(flags.prompts)) if flags.prompts else []
   keep_compiled()
   logging.getLogger('absl').setLevel(logging.ERROR)  # Orbax tells what it does when it only reads
+  choose = best_of.by_reward(flags.reward) if flags.reward else None
+  samples = flags.best_of or flags.samples
   how = {name: getattr(flags, name) for name in ('int8', 'penalty', 'draft', 'ngram', 'guesses')}
   with Mesh().use(jax.devices()[:1]):
     generator = load(
@@ -131,14 +136,19 @@ def main(flags) -> None:
       terminal.converse(generator, settings)
     elif flags.prompt is not None:
       prompt = sys.stdin.read() if flags.prompt == '-' else flags.prompt
+      if choose:
+        print(choose(prompt, generator([prompt], samples=samples, **settings))[0].text)
+        return
       for request in generator.requests(prompt, flags.samples, **settings):
         terminal.show(generator, prompt, {**settings, 'sampling': request.sampling})
     else:
       source = {'source': generator.source, 'tokenizer': flags.tokenizer, 'beams': flags.beams}
-      identity = answers.identity_of(settings | source | how | {'samples': flags.samples})
+      source |= {'samples': samples} | ({'kept': describe(choose)} if choose else {})
+      identity = answers.identity_of(settings | source | how)
       rows = answers.answer_all(
-        generator, prompts, pathlib.Path(flags.out), identity, samples=flags.samples, **settings
-      )
+        generator, prompts, pathlib.Path(flags.out), identity,
+        samples=samples, choose=choose, **settings,
+      )  # fmt: skip
       print(f'{len(prompts)} prompts answered, {len(list(rows))} of them now: {flags.out}')
 
 

@@ -3,11 +3,14 @@
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from research.core.errors import UserError
 from research.inference.generator import Generator
 from research.inference.request import Completion
+
+# (the completion to keep, the scores of all), of a prompt and its completions.
+Choice = Callable[[str, list[Completion]], tuple[Completion, list[float | None]]]
 
 
 def read_prompts(path: pathlib.Path) -> list[str]:
@@ -91,9 +94,14 @@ def answer_all(
   identity: str,
   *,
   samples: int,
+  choose: Choice | None = None,
   **settings,
 ) -> Iterator[dict]:
-  """Answers every prompt that `out` lacks; writes, and yields, each as soon as all its samples are done."""
+  """Answers every prompt that `out` lacks; writes, and yields, each as soon as all its samples are done.
+
+  Args:
+    choose: keeps one of the samples of each prompt.
+  """
   done = answered(out, prompts, identity)
   engine, waiting, owner = generator.engine, {}, {}
   for number, prompt in enumerate(prompts):
@@ -111,7 +119,11 @@ def answer_all(
         waiting.setdefault(number, {})[event.number] = event.completion
         if len(waiting[number]) == samples:
           completions = [completion for _, completion in sorted(waiting.pop(number).items())]
-          row = as_row(number, prompts[number], identity, completions)
+          scores = {}
+          if choose is not None:
+            completion, scores['scores'] = choose(prompts[number], completions)
+            completions = [completion]
+          row = as_row(number, prompts[number], identity, completions) | scores
           file.write(json.dumps(row) + '\n')
           file.flush()
           yield row

@@ -12,6 +12,7 @@ SAMPLING = {
 NUMBERS = {
   'max_tokens': (128, 'the most tokens of an answer'),
   'samples': (1, 'answers to each prompt'),
+  'best_of': (0, 'draw so many answers, and keep the one that --reward scores highest; 0 for none'),
   'top': (0, 'tell so many likely tokens at each place'),
   'room': (0, 'tokens of a prompt and its answer; 0 is the length that it was trained on'),
   'slots': (8, 'prompts that are answered at a time'),
@@ -27,6 +28,7 @@ TEXTS = {
   'prompt': ('TEXT', '- for standard input'),
   'prompts': ('FILE', 'JSON lines: strings, or objects with "prompt"'),
   'out': ('FILE', 'answers as JSON lines (with --prompts)'),
+  'reward': ('FILE.gin', 'its REWARD scores answers (with --best_of)'),
 }  # fmt: skip
 PENALTIES = {
   'length': 'log-likelihood / length (transformers)',
@@ -71,6 +73,15 @@ def _what_is_wrong(flags: argparse.Namespace) -> str:
   for name in ('top', 'int8') if whole else ():
     if getattr(flags, name):
       return f'--{name} does not go with --{whole[0]}.'
+  if bool(flags.best_of) != bool(flags.reward):
+    return '--best_of and --reward go together.'
+  if flags.best_of and (flags.best_of < 2 or flags.samples > 1 or flags.interactive or whole):
+    return (
+      '--best_of keeps one of 2 answers or more: it goes with neither --samples nor --interactive, nor with '
+      '--beams, --draft or --ngram.'
+    )
+  if flags.best_of and not flags.temperature:
+    return '--best_of draws different answers: set --temperature, to 1 for the model as it is.'
   if flags.beams and (flags.samples > 1 or flags.temperature):
     return (
       '--beams looks for the likeliest answer: it goes with neither --samples nor --temperature.'

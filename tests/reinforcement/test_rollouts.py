@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +9,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from research.checkpoints import streamed
-from research.checkpoints.pretrained import Pretrained
-from research.checkpoints.starts import Checkpoint
-from research.core import configs
 from research.core.errors import Invalid, UserError
 from research.evaluation.generated_tasks import Arithmetic
 from research.inference.batch_sampler import draw_answers
@@ -28,21 +23,11 @@ from research.reinforcement.penalty import KL
 from research.reinforcement.prompts import JsonLines, Problems
 from research.reinforcement.reward import Reward
 from research.reinforcement.sampler import Sampler
-from research.training import loop
 from research.training.losses import CrossEntropy
 from research.training.program import make_program
+from tests.reinforcement.small import described, load, make_base, saved, train
 
 pytestmark = pytest.mark.usefixtures('one_device')
-
-
-def load(text_file, *bindings, more=()):
-  files = ['tests/gin/reinforce.gin', *more]
-  return configs.load(files, [f"FILES='{text_file}'", *bindings])
-
-
-def train(run, workdir, text=''):
-  with open(os.devnull, 'w') as silence:
-    return loop.train(run, workdir, text, stream=silence)
 
 
 def rows_of(workdir):
@@ -140,29 +125,9 @@ def whole(text_file, tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(jax, 'devices', lambda: jax.local_devices()[:1])
     patch.setattr(jax, 'device_count', lambda: 1)
-    sizes = ('LAYERS=1', 'EMBED=16', 'HEADS=2', 'Run.steps=2')
-    base = configs.load('tests/gin/decoder.gin', [f"FILES='{text_file}'", *sizes])
-    train(base.build(), folder / 'base', base.text)
+    make_base(text_file, folder)
     train(described(text_file, folder), folder / 'run')
   return folder
-
-
-def described(text_file, folder):
-  """Two epochs of two updates a round, from a base model that is the reference as well."""
-  run = load(text_file).build()
-  base = f'{folder}/base'
-  rollouts = dataclasses.replace(
-    run.train, updates=2, epochs=2, reference=Pretrained(folder=base), penalty=KL(target=1.0)
-  )
-  return dataclasses.replace(
-    run, steps=8, checkpoint_every=4, microbatches=2, train=rollouts, init=Checkpoint(folder=base)
-  )
-
-
-def saved(workdir):
-  """The parameters of a run's last checkpoint, by name."""
-  params = streamed.Params(workdir)
-  return {name: np.asarray(params.piece(tuple(name.split('/')), ())) for name in params.shapes()}
 
 
 class Stopped(Exception):
