@@ -58,8 +58,7 @@ def lower(run: Run, mesh: jax.sharding.Mesh):
     key: at((run.batch_size, length), jnp.int32, axes.spec('batch', 'length'))
     for key, length in batch_features(run).items()
   }
-  scores = getattr(run.train, 'scores', None)
-  for key, (shape, dtype) in (scores.shapes(run.target_length) if scores else {}).items():
+  for key, (shape, dtype) in run.beside_tokens.items():
     batch[key] = at((run.batch_size, *shape), dtype, axes.spec('batch', 'length'))
   step = jax.jit(program.step, donate_argnums=0)
   return step.lower(state, batch, at((), jnp.float32, jax.P()), fixed), state, batch, fixed

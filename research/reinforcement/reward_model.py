@@ -14,7 +14,6 @@ from research.data.encoding import Encoding, make_encoding
 from research.evaluation import loading
 from research.inference.graph import graph_of, merge
 from research.inference.padding import padded_length
-from research.model.heads import ScalarHead
 from research.parallel.mesh import Mesh
 from research.reinforcement.reward import Reward
 
@@ -35,7 +34,7 @@ class RewardModel(Reward):
   longest: int = 1024
 
   def __post_init__(self):
-    if not isinstance(self.model.abstract.head, ScalarHead):
+    if self.model.abstract.head.gives != 'scores':
       why = (
         f'{self.model.folder} gives logits, and no scores: train it with @rewards.BradleyTerry().'
       )

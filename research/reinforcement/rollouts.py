@@ -16,6 +16,7 @@ from research.core.errors import Invalid, UserError
 from research.data.encoding import make_encoding
 from research.data.mixtures import streams_of
 from research.inference.sampling import Sampling
+from research.parallel.axes import axis_size
 from research.reinforcement import losses
 from research.reinforcement.advantages import Advantages, Group, Round
 from research.reinforcement.losses import PolicyGradient
@@ -133,6 +134,12 @@ class Rollouts(Experience):
     if rows % self.group:
       why = f'{self.group} does not divide the {rows} completions of a round.'
       raise Invalid(Rollouts, 'group', why)
+    if (rows // self.group) % axis_size('batch'):
+      devices = axis_size('batch')
+      why = (
+        f'the {rows // self.group} prompts of a round cannot be divided by the {devices} devices.'
+      )
+      raise Invalid(type(run), 'batch_size', why)
     for field in ('steps', 'checkpoint_every', 'eval_every'):
       value = getattr(run, field)
       if value is not None and value % self.round_steps:

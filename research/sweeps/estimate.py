@@ -85,8 +85,7 @@ def step_seconds(run: Run, repeats: int = 5) -> float:
       batch['encoder_input_tokens'] = draw(run.train.lengths['inputs'])
     if 'decoder_segment_ids' in run.loss.reads:
       batch['decoder_segment_ids'] = np.ones((run.batch_size, length), np.int32)
-    scores = getattr(run.train, 'scores', None)
-    for key, (shape, dtype) in (scores.shapes(length) if scores else {}).items():
+    for key, (shape, dtype) in run.beside_tokens.items():
       batch[key] = np.zeros((run.batch_size, *shape), dtype)
     batch = hosts.place(batch)
     rate = np.float32(1e-4)

@@ -19,6 +19,7 @@ from research.scaling import laws
 from research.sweeps.folder import Folder
 from research.sweeps.launchers import local
 from research.sweeps.launchers.job import Launcher
+from research.training.experience import Experience
 from research.training.run import Run
 
 
@@ -112,6 +113,9 @@ def make_plan(sweep: Sweep) -> tuple[list[Size], list[Planned], Run]:
   """
   base = configs.load(sweep.run, sweep.bindings)
   run = base.build()
+  if isinstance(run.train, Experience):
+    why = 'a sweep is of runs that read a stream; start runs of reinforcement with research.train.'
+    raise Invalid(Run, 'train', why)
   taken = {name for name, macro in base.macros.items() if macro.used}
   for name in ('EMBED', 'LAYERS'):
     if name not in taken:

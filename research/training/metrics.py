@@ -107,8 +107,10 @@ class Progress:
     done = row['step'] - self.start
     left = (now - self.began) / max(done, 1) * (self.steps - row['step'])
     speed = row['tokens_per_second']
+    # The loss of a policy says nothing of how good it is.
+    name = 'reward' if 'reward' in row else 'loss'
     line = (
-      f'step {row["step"]:,}/{self.steps:,}  loss {row["loss"]:.4f}  {si(speed)} tokens/s  '
+      f'step {row["step"]:,}/{self.steps:,}  {name} {row[name]:.4f}  {si(speed)} tokens/s  '
       f'{si(speed * self.flops_per_token, "FLOP/s")}  {clock(left)} left'
     )
     terminal = self.stream.isatty()

@@ -155,6 +155,12 @@ class Run:
     """Tokens per example that the logits are made for."""
     return self.train.lengths[_target(self.train.lengths)]
 
+  @property
+  def beside_tokens(self) -> dict[str, tuple]:
+    """{key: (shape of a row, dtype)} of what rows hold beside tokens: a model's scores, advantages."""
+    more = self.train if isinstance(self.train, Experience) else getattr(self.train, 'scores', None)
+    return more.shapes(self.target_length) if more else {}
+
   def identity(self) -> str:
     """The text that is equal for two runs that train the same parameters."""
     lines = []
