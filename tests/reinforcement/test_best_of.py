@@ -1,15 +1,21 @@
 """Best-of-n keeps what the reward prefers, and is as far from the policy as the formula says."""
 
 import dataclasses
+import json
+import sys
 
 import numpy as np
 import pytest
 
+from research import generate
 from research.core.errors import UserError
+from research.inference import flags as flags_module
 from research.inference.request import Completion
 from research.reinforcement.best_of import choose
 from research.reinforcement.reward import Reward
 from research.scaling.laws.alignment import kl_of_best_of_n
+from research.training import program
+from tests.reinforcement.small import make_base
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,3 +61,40 @@ def test_its_divergence_from_a_tabular_policy_is_the_formulas(n):
   assert (
     divergence <= kl_of_best_of_n(n) + 0.02
   )  # the formula is that of scores that are never equal
+
+
+REWARD = """from __gin__ import dynamic_registration
+from research.reinforcement import reward
+REWARD = @reward.Format()
+reward.Format.pattern = '[a-m].*'
+"""
+
+
+@pytest.mark.slow
+def test_the_command_keeps_the_best(text_file, tmp_path, monkeypatch, capsys, one_device):
+  monkeypatch.setattr(program, 'keep_compiled', lambda: None)
+  make_base(text_file, tmp_path)
+  (tmp_path / 'reward.gin').write_text(REWARD)
+  prompts, out = tmp_path / 'prompts.jsonl', tmp_path / 'answers.jsonl'
+  prompts.write_text('"the law"\n"this run"\n')
+
+  def run(*flags):
+    fixed = [f'--checkpoint={tmp_path}/base', '--max_tokens=4', '--room=32', '--temperature=1']
+    monkeypatch.setattr(sys, 'argv', ['generate', *fixed, *flags])
+    generate.main(flags_module.parse(generate.__doc__))
+    return capsys.readouterr().out
+
+  of_64 = ('--best_of=64', f'--reward={tmp_path}/reward.gin')
+  run(*of_64, f'--prompts={prompts}', f'--out={out}')
+  rows = [json.loads(line) for line in out.read_text().splitlines()]
+  assert len(rows) == 2
+  for row in rows:
+    assert len(row['scores']) == 64
+    assert len(row['texts']) == 1
+    assert max(row['scores']) == 1.0  # one byte in twenty starts so: of 64 draws, surely one
+    assert 'a' <= row['texts'][0][0] <= 'm'
+  first = next(row['texts'][0] for row in rows if row['prompt'] == 'the law')
+  assert run(*of_64, '--prompt=the law').rstrip('\n') == first.rstrip('\n')
+  for clash in (('--best_of=4',), (*of_64, '--samples=2'), (*of_64, '--temperature=0')):
+    with pytest.raises(SystemExit):
+      run('--prompt=the law', *clash)

@@ -1,23 +1,33 @@
 """Rewards: verifiers, unit tests, a reward model, and a judge that is slow, down, or talks nonsense."""
 
 import contextlib
+import dataclasses
+import functools
 import http.server
 import json
 import re
 import threading
 import time
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 
+from research.checkpoints.pretrained import Pretrained
+from research.core import configs
 from research.core.errors import Invalid, UserError
+from research.data.encoding import ByteEncoding
 from research.evaluation.code_problems import own_problems
 from research.evaluation.generated_tasks import Problem
 from research.inference.request import Completion
+from research.model.heads import ScalarHead
+from research.parallel.mesh import Mesh
 from research.reinforcement.judge import Judge
 from research.reinforcement.programs import CodeProblems, UnitTests
 from research.reinforcement.prompts import Prompt
 from research.reinforcement.reward import Answer, Format, Reward, Sum
+from research.reinforcement.reward_model import RewardModel
 
 
 def completion(text, finish='stop_token'):
@@ -62,6 +72,41 @@ def test_functions_are_run_against_their_tests():
   assert UnitTests()([prompt] * 3, said).tolist() == [1, 0, 0]
   asked = {CodeProblems().at(0, i).text for i in range(len(own_problems()))}
   assert asked == {problem.prompt for problem in own_problems()}
+
+
+SMALL = ('EMBED=16', 'HEADS=2', 'MLP=32')
+
+
+class Scorer(Pretrained):
+  """A reward model that lies on no disk."""
+
+  model = functools.partial(
+    configs.load(
+      'gin/models/llama/tiny.gin', ['LAYERS=1', 'EMBED=16', 'HEADS=2', 'MLP=32'], root='MODEL'
+    ).tree(),
+    head=functools.partial(ScalarHead, init=nnx.initializers.normal(1.0)),
+  )
+
+  def params(self):
+    return nnx.to_pure_dict(nnx.state(self.model(rngs=nnx.Rngs(params=jax.random.key(0)))))
+
+
+def test_a_reward_model_reads_where_it_was_trained_to(monkeypatch):
+  """At the last token, of rows that seqio's converter would make: end-of-text is predicted, and not read."""
+  monkeypatch.setattr(RewardModel, '_encoding', ByteEncoding())
+  reward = RewardModel(model=Scorer(folder='nowhere'))
+  said = completion('yes'), completion('no, not at all'), completion('cut', 'length')
+  got = scores(reward, None, *said)
+  for each, score in zip(said, got, strict=True):
+    targets = [byte + 3 for byte in f'?{each.text}'.encode()] + [1] * (each.finish == 'stop_token')
+    with Mesh().use(jax.devices()[:1]):
+      model = nnx.merge(nnx.graphdef(reward.model.abstract), reward.model.params())
+      x, _ = model.features({'decoder_input_tokens': np.array([[0, *targets[:-1]]], np.int32)})
+      expected = float(model.logits(x)[0, -1, 0])
+    assert score == pytest.approx(expected, abs=1e-5)
+  assert len(set(got)) == 3
+  with pytest.raises(Invalid, match='4 are allowed'):
+    scores(dataclasses.replace(reward, longest=4), None, *said)
 
 
 class Endpoint(http.server.BaseHTTPRequestHandler):
