@@ -12,7 +12,7 @@ from research.checkpoints.pretrained import Pretrained
 from research.core.errors import Invalid
 from research.data.encoding import Encoding, make_encoding
 from research.evaluation import loading
-from research.inference.graph import graph_of, merge
+from research.inference.graph import Graph, graph_of, merge
 from research.inference.padding import padded_length
 from research.parallel.mesh import Mesh
 from research.reinforcement.reward import Reward
@@ -33,21 +33,17 @@ class RewardModel(Reward):
   model: Pretrained
   longest: int = 1024
 
-  def __post_init__(self):
-    if self.model.abstract.head.gives != 'scores':
-      why = (
-        f'{self.model.folder} gives logits, and no scores: train it with @rewards.BradleyTerry().'
-      )
-      raise Invalid(RewardModel, 'model', why)
-
   @functools.cached_property
   def _encoding(self) -> Encoding:
     return make_encoding(loading.vocabulary_of(loading.open_folder(self.model.folder).run))
 
   @functools.cached_property
-  def _params(self) -> dict:
-    with Mesh().use(jax.devices()[:1]):
-      return self.model.params()
+  def _opened(self) -> tuple[Graph, dict]:
+    """(the model, its parameters), under the mesh of one device in use."""
+    if self.model.abstract.head.gives != 'scores':
+      why = f'{self.model.folder} gives logits, not scores: train it with @rewards.BradleyTerry().'
+      raise Invalid(RewardModel, 'model', why)
+    return graph_of(nnx.graphdef(self.model.abstract)), self.model.params()
 
   def __call__(self, prompts, completions):
     rows = []
@@ -65,8 +61,7 @@ class RewardModel(Reward):
       real[i, : len(ids)] = 1
     batch = {'decoder_input_tokens': tokens, 'decoder_segment_ids': real}
     with Mesh().use(jax.devices()[:1]):
-      graph = graph_of(nnx.graphdef(self.model.abstract))
-      scores = _scores(graph, self._params, batch)
+      scores = _scores(*self._opened, batch)
       return np.asarray(jax.device_get(scores), np.float64)
 
 
