@@ -11,8 +11,8 @@ from research.evaluation import loading
 from research.inference.sampling import Sampling
 from research.parallel.mesh import Mesh
 from research.reinforcement.prompts import Prompts
-from research.reinforcement.rollouts import OpenedRollouts, Rollouts, seeds_of
-from research.reinforcement.sampler import Sampler
+from research.reinforcement.rollouts import Rollouts
+from research.reinforcement.rounds import Rounds, seeds_of
 from research.scaling.repeated_sampling import coverage_at
 
 
@@ -56,18 +56,14 @@ class HeldOut:
     """See `training.evaluations.Evaluation`."""
     if not isinstance(run.train, Rollouts):
       raise Invalid(HeldOut, 'prompts', 'only a run of reinforcement has a reward to judge by.')
-    rollouts = run.train
-    opened = OpenedRollouts(rollouts, run)
+    rounds = Rounds(run.train, run)
     with Mesh().use(jax.local_devices()[:1]):
       graphdef = nnx.graphdef(loading.abstract_model(run.model))
-      sampler = Sampler(
-        graphdef, opened.encoding, Sampling(temperature=self.temperature),
-        rollouts.length, rollouts.max_tokens, rollouts.stop,
-      )  # fmt: skip
+      sampler = rounds.sampler(graphdef, Sampling(temperature=self.temperature))
       prompts = [self.prompts.at(self.seed, number) for number in range(self.examples)]
       seeds = seeds_of(self.seed, np.arange(self.examples), self.samples)
       rows = sampler(loading.put(run.model, params), prompts, seeds)
-    scores = np.asarray(rollouts.reward(rows.prompts, rows.completions), np.float64)
+    scores = np.asarray(run.train.reward(rows.prompts, rows.completions), np.float64)
     scores = scores.reshape(self.examples, self.samples)
     # A prompt that was not judged whole is in no mean, and is counted.
     judged = ~np.isnan(scores).any(axis=1)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from research.core.errors import Invalid
 from research.training.cross_entropy import log_probabilities
 from research.training.experience import Experience
-from research.training.losses import CrossEntropy, Loss
+from research.training.losses import CrossEntropy, Loss, check_vocabulary
 
 ADVANTAGES = 'decoder_advantages'
 OLD = 'decoder_old_log_probs'
@@ -85,6 +85,12 @@ class PolicyGradient(Loss):
     if not isinstance(run.train, Experience):
       why = f'{type(self).__name__} learns from rollouts: set Run.train = @rollouts.Rollouts().'
       raise Invalid(type(run), 'train', why)
+    reference = getattr(run.train, 'reference', None)
+    if reference is not None:
+      check_vocabulary(type(run.train), 'reference', reference, vocab)
+    elif self.kl:
+      why = f'{self.kl} is the weight of a reference: set Rollouts.reference, or leave it at 0.'
+      raise Invalid(type(self), 'kl', why)
 
   def __call__(self, model, features, batch, chunks):
     mask = batch['decoder_loss_weights'].astype(jnp.float32)

@@ -6,27 +6,21 @@ again from a checkpoint draws the same round to the bit.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
 
 from research.checkpoints.pretrained import Pretrained
-from research.core.errors import Invalid, UserError
-from research.data.encoding import make_encoding
-from research.data.mixtures import streams_of
-from research.inference.sampling import Sampling
+from research.core.errors import Invalid
 from research.parallel.axes import axis_size
 from research.reinforcement import losses
-from research.reinforcement.advantages import Advantages, Group, Round
+from research.reinforcement.advantages import Advantages, Group
 from research.reinforcement.losses import PolicyGradient
 from research.reinforcement.penalty import KL
 from research.reinforcement.prompts import Prompts
 from research.reinforcement.reward import Reward
-from research.reinforcement.sampler import Reader, Rows, Sampler
-from research.training.experience import Experience, Opened
-
-TOKENS = ('input_tokens', 'target_tokens', 'loss_weights', 'segment_ids', 'positions')
+from research.reinforcement.rounds import Rounds
+from research.training.experience import Experience
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,9 +106,9 @@ class Rollouts(Experience):
       keys += [losses.VALUES, losses.RETURNS]
     return {key: ((length,), np.dtype(np.float32)) for key in keys}
 
-  def open(self, run) -> 'OpenedRollouts':
+  def open(self, run) -> Rounds:
     self._check(run)
-    return OpenedRollouts(self, run)
+    return Rounds(self, run)
 
   def _check(self, run) -> None:
     if jax.process_count() > 1:
@@ -145,153 +139,3 @@ class Rollouts(Experience):
       if value is not None and value % self.round_steps:
         why = f'{value} is no multiple of the {self.round_steps} updates of a round.'
         raise Invalid(type(run), field, why)
-
-
-class OpenedRollouts(Opened):
-  """The rollouts of a run."""
-
-  def __init__(self, rollouts: Rollouts, run):
-    self.rollouts = rollouts
-    self.seed = run.seed
-    self.batch_size = run.batch_size
-    stream = streams_of(run.validation)[0]
-    if stream.registered:
-      why = 'a registered task does not say its tokenizer; use a stream of the project.'
-      raise Invalid(type(run), 'validation', why)
-    self.encoding = make_encoding(stream.vocabulary)
-    self.vocab_size = self.encoding.size
-    self.manifest = {'vocabulary': f'offset={getattr(self.encoding, "offset", 0)}'}
-    length = (rollouts.length,)
-    integers = {f'decoder_{key}': (length, np.dtype(np.int32)) for key in TOKENS}
-    self.features = integers | rollouts.shapes(rollouts.length)
-    self.sampling = Sampling(
-      temperature=run.loss.temperature,
-      top_k=rollouts.top_k,
-      top_p=rollouts.top_p,
-      min_p=rollouts.min_p,
-    )
-    self.groups = run.batch_size * rollouts.updates // rollouts.group
-    self.asked = 0  # prompts
-    self.weight = rollouts.penalty.weight if rollouts.penalty else 0.0
-
-  def epochs(self, examples: int) -> dict[str, float]:
-    total = getattr(self.rollouts.prompts, 'lines', None)
-    return {self.rollouts.name: self.asked / len(total) if total else 0.0}
-
-  def state(self) -> dict:
-    return {'asked': self.asked, 'weight': self.weight}
-
-  def restore(self, state: dict) -> None:
-    self.asked = state['asked']
-    self.weight = state['weight']
-
-  def batches(
-    self, program, start: int, params: Callable[[], dict]
-  ) -> Iterator[tuple[dict, dict[str, float]]]:
-    rollouts = self.rollouts
-    sampler = Sampler(
-      program.graphdef,
-      self.encoding,
-      self.sampling,
-      rollouts.length,
-      rollouts.max_tokens,
-      rollouts.stop,
-    )
-    policy = Reader(program.graphdef, self.sampling.temperature, rollouts.reads_values)
-    reference = reference_params = None
-    if rollouts.reference is not None:
-      reference = Reader.of(rollouts.reference.abstract, self.sampling.temperature)
-      reference_params = rollouts.reference.params()
-    number = start // rollouts.round_steps
-    while True:
-      now = params()
-      rows, scores, told = self._draw(sampler, now)
-      divergence = rows.mask * 0.0
-      if reference is not None:
-        log_probs, _ = reference(reference_params, rows)
-        rows.arrays[losses.REFERENCE] = log_probs * rows.mask
-        divergence = (rows.log_probs - log_probs) * rows.mask
-        told['kl'] = float(divergence.sum(1).mean())
-      values = policy(now, rows)[1] if rollouts.reads_values else None
-      advantages, returns = rollouts.advantages(
-        Round(scores, self.weight * divergence, rows.mask, values)
-      )
-      rows.arrays[losses.ADVANTAGES] = advantages.astype(np.float32)
-      if values is not None:
-        rows.arrays[losses.VALUES] = values * rows.mask
-        rows.arrays[losses.RETURNS] = returns.astype(np.float32)
-      if rollouts.penalty is not None:
-        told['kl_weight'] = self.weight
-        self.weight = rollouts.penalty.adapted(self.weight, told['kl'], len(rows.mask))
-      yield from self._cut(rows, told, number)
-      number += 1
-
-  def _cut(self, rows: Rows, told: dict, number: int) -> Iterator[tuple[dict, dict]]:
-    """The batches of a round: in every epoch its rows in another order."""
-    batch = rows.batch()
-    for epoch in range(self.rollouts.epochs):
-      order = np.arange(len(rows.mask))
-      if self.rollouts.round_steps > 1:
-        np.random.default_rng((self.seed, number, epoch)).shuffle(order)
-      for part in np.split(order, self.rollouts.updates):
-        yield {key: value[part] for key, value in batch.items()}, told
-
-  def _draw(self, sampler: Sampler, params: dict) -> tuple[Rows, np.ndarray, dict[str, float]]:
-    """A round's rows, their scores [groups, size], and what a row of metrics says of them."""
-    size = self.rollouts.group
-    kept, left = [], []
-    told = []
-    for _ in range(self.rollouts.resample):
-      numbers = self.asked + np.arange(self.groups)
-      self.asked += self.groups
-      prompts = [self.rollouts.prompts.at(self.seed, int(number)) for number in numbers]
-      rows = sampler(params, prompts, seeds_of(self.seed, numbers, size))
-      scores = self._score(rows).reshape(-1, size)
-      told.append(_told(rows, scores))
-      for i in range(self.groups):
-        informative = _spread(scores[i]) > 1e-6
-        (kept if informative else left).append((rows.group(i, size), scores[i]))
-      if len(kept) >= self.groups:
-        break
-    chosen = (kept + left)[: self.groups]
-    told = {name: float(np.mean([each[name] for each in told])) for name in told[0]}
-    return Rows.joined([rows for rows, _ in chosen]), np.stack([s for _, s in chosen]), told
-
-  def _score(self, rows: Rows) -> np.ndarray:
-    scores = np.asarray(self.rollouts.reward(rows.prompts, rows.completions), np.float64)
-    name = type(self.rollouts.reward).__name__
-    if scores.shape != (len(rows.completions),) or np.isinf(scores).any():
-      raise UserError(
-        f'the reward {name} gave {scores.shape} scores for {len(rows.completions)} completions, or an infinite '
-        'one: a finite number for each is wanted, or NaN where it abstains.'
-      )
-    if np.isnan(scores).all():
-      raise UserError(
-        f'the reward {name} abstained on every completion of a round: look at its prompts.'
-      )
-    return scores
-
-
-def _spread(scores: np.ndarray) -> float:
-  """The largest difference of the scores that are there."""
-  there = scores[~np.isnan(scores)]
-  return float(there.max() - there.min()) if len(there) else 0.0
-
-
-def seeds_of(seed: int, numbers: np.ndarray, size: int) -> np.ndarray:
-  """A seed [prompts, size] for each completion, by the run's seed and the prompt's number."""
-  rows = [np.random.SeedSequence((seed, int(n))).generate_state(size, np.uint32) for n in numbers]
-  return (np.stack(rows) >> 1).astype(np.int32)
-
-
-def _told(rows: Rows, scores: np.ndarray) -> dict[str, float]:
-  tokens = max(rows.mask.sum(), 1)
-  return {
-    'reward': float(np.nanmean(scores)),
-    'abstained': float(np.isnan(scores).mean()),
-    'equal_groups': float(np.mean([_spread(group) <= 1e-6 for group in scores])),
-    'completion_length': float(rows.mask.sum(1).mean()),
-    'stopped': float(np.mean([c.finish == 'stop_token' for c in rows.completions])),
-    'entropy': float(rows.entropy.sum() / tokens),
-    'kept_probability': float(rows.kept.sum() / tokens),
-  }

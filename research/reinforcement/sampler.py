@@ -75,6 +75,20 @@ class Rows:
     }
 
 
+def stops_of(encoding: Encoding, stop: str | None) -> list[int]:
+  """The ids that end a completion: end-of-text, and a text of one token where there is one.
+
+  Raises:
+    UserError: the text is no single token.
+  """
+  if stop is None:
+    return [encoding.end]
+  ids = encoding.encode(stop)
+  if len(ids) != 1:
+    raise UserError(f'Rollouts.stop: {stop!r} is {len(ids)} tokens here, and must be one.')
+  return [encoding.end, *ids]
+
+
 class Sampler:
   """Draws completions.
 
@@ -84,10 +98,7 @@ class Sampler:
     settings: how tokens are drawn.
     length: tokens of a row.
     most: tokens of a completion.
-    stop: a text that is one token and ends a completion; None for end-of-text alone.
-
-  Raises:
-    UserError: the stop is no single token.
+    stops: ids that end a completion.
   """
 
   def __init__(
@@ -97,19 +108,14 @@ class Sampler:
     settings: Sampling,
     length: int,
     most: int,
-    stop: str | None = None,
+    stops: list[int],
   ):
     self.graphdef = graphdef
     self.encoding = encoding
     self.settings = settings
     self.length = length
     self.most = most
-    self.stops = [encoding.end]
-    if stop is not None:
-      ids = encoding.encode(stop)
-      if len(ids) != 1:
-        raise UserError(f'Rollouts.stop: {stop!r} is {len(ids)} tokens here, and must be one.')
-      self.stops += ids
+    self.stops = stops
 
   def __call__(self, params: dict, prompts: list[Prompt], seeds: np.ndarray) -> Rows:
     """Completions of prompts, as many of each as it has seeds [prompts, answers]."""
@@ -170,11 +176,6 @@ class Reader:
     self.graphdef = graph_of(graphdef)
     self.temperature = temperature
     self.values = values
-
-  @classmethod
-  def of(cls, abstract: nnx.Module, temperature: float) -> 'Reader':
-    """That of a model with shapes in place of arrays."""
-    return cls(nnx.graphdef(abstract), temperature)
 
   def __call__(self, params: dict, rows: Rows) -> tuple[np.ndarray, np.ndarray | None]:
     """(log-probabilities, values or None), host arrays [rows, length]."""

@@ -151,10 +151,10 @@ class Loop:
     pending = None
     step = record.start
     for step in range(record.start + 1, run.steps + 1):
-      batch, told = next(batches)
+      batch, of_rows = next(batches)
       batch = place(batch)
       self.state, scalars = self.step_fn(self.state, batch, self.rates[step - 1], self.fixed)
-      scalars |= told
+      scalars |= of_rows
       if pending is not None and not record.look(*pending):
         return record.row(step, 'nan')
       pending = step, scalars

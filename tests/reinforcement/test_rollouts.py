@@ -273,7 +273,6 @@ def test_a_prompt_that_does_not_fit_and_a_reward_without_numbers_are_told(text_f
     for changes, said in (
       ({'prompts': JsonLines(file=str(file))}, 'has 15 tokens'),
       ({'reward': Silent()}, 'abstained on every completion'),
-      ({'stop': 'two'}, 'must be one'),
     ):
       run, rollouts = opened(text_file, **changes)
       program = make_program(run)
@@ -281,6 +280,11 @@ def test_a_prompt_that_does_not_fit_and_a_reward_without_numbers_are_told(text_f
       batches = rollouts.batches(program, 0, lambda params=params: params)
       with pytest.raises(UserError, match=said):
         next(batches)
+
+
+def test_a_stop_of_several_tokens_is_told_at_once(text_file):
+  with pytest.raises(UserError, match='must be one'):
+    opened(text_file, stop='two')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
