@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from research.core import configs
 from research.core.errors import Invalid, UserError
 from research.evaluation.generated_tasks import Arithmetic
 from research.inference.batch_sampler import draw_answers
@@ -306,3 +308,32 @@ def test_a_mesh_draws_and_learns_the_same(text_file, whole, tmp_path, monkeypatc
       assert one[name] == other[name]
     for name in ('loss', 'grad_norm', 'entropy', 'ratio'):
       assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize('file', sorted(map(str, pathlib.Path('gin/reinforcement').glob('*.gin'))))
+def test_the_file_of_a_method_suits_a_run(text_file, file):
+  """Beside a run's own file: its loss finds what it reads in the rows."""
+  config = configs.load(['tests/gin/reinforce.gin', file], [f"FILES='{text_file}'"])
+  run = config.build()
+  run.loss.check(run, 384)
+  features = run.train.open(run).features
+  assert set(run.loss.reads) <= set(features)
+
+
+@pytest.mark.slow
+def test_ppo_learns_values(text_file, tmp_path):
+  """Of a reward that is always 1, in two rounds: what is expected comes nearer to it."""
+  files = ['tests/gin/reinforce.gin', 'gin/reinforcement/ppo.gin']
+  bindings = (
+    'Run.steps=16',
+    'Run.checkpoint_every=None',
+    "reward.Format.pattern='.*'",
+    'PPO.value_clip=None',
+  )
+  config = configs.load(files, [f"FILES='{text_file}'", *bindings])
+  train(config.build(), tmp_path / 'run')
+  rows = rows_of(tmp_path / 'run')
+  assert all(row['reward'] == 1 for row in rows)
+  # Half of (0 - 1)^2 by the weight of .1: nothing is expected at first.
+  assert rows[0]['value_loss'] == pytest.approx(0.05, rel=1e-4)
+  assert rows[-1]['value_loss'] < 0.7 * rows[0]['value_loss']
