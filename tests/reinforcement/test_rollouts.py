@@ -188,12 +188,8 @@ class Lottery(Reward):
   """Scores by chance: in some groups all are equal."""
 
   def __call__(self, prompts, completions):
-    return np.array(
-      [
-        float(len(c.tokens) % 2 == 0 and p.text < '5')
-        for p, c in zip(prompts, completions, strict=True)
-      ]
-    )
+    pairs = zip(prompts, completions, strict=True)
+    return np.array([float(c.tokens[0] % 2 == 0 and p.text < '5') for p, c in pairs])
 
 
 def opened(text_file, **changes):
