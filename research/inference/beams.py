@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from research.core.errors import UserError
@@ -63,7 +62,6 @@ def beam_search(
   rows, vocab = logits.shape
   # Of each beam at most so many candidates are ends: among this many, enough go on.
   candidates = (1 + max(1, len(ends))) * beams
-  is_end = np.isin(np.arange(vocab), list(ends))
 
   def of_parents(x, parent):
     """Arrays [rows * beams, ...], each beam with what its parent had."""
@@ -79,7 +77,9 @@ def beam_search(
     best, index = jax.lax.top_k(total.reshape(rows, beams * vocab), candidates)
     parent, token = index // vocab, (index % vocab).astype(jnp.int32)
     texts = jax.lax.dynamic_update_index_in_dim(pick(texts, parent), token, number, 2)
-    ends_now = jnp.asarray(is_end)[token] | (number + 1 == max_tokens)
+    # Comparisons stay on the devices of the tokens; a look-up in a constant table has no mesh.
+    is_end = (token == end for end in ends)
+    ends_now = functools.reduce(jnp.logical_or, is_end, number + 1 == max_tokens)
     score, on = jax.lax.top_k(jnp.where(ends_now, NEVER, best), beams)
     # Only an end among the best `beams` candidates finishes; a worse one would have been left behind.
     counts = ends_now & (jnp.arange(candidates) < beams) & is_open[:, None]
