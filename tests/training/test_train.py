@@ -207,7 +207,7 @@ def test_a_run_that_diverges_stops_with_its_last_good_checkpoint(text_file, one_
 
 def test_microbatches_are_one_batch(text_file, monkeypatch):
   """Those of `Run.microbatches`, on two devices, and those that a single core makes."""
-  config = load('encoder_decoder', text_file, LAYERS=1, **{'Run.batch_size': 32})
+  config = load('decoder', text_file, LAYERS=1, **{'Run.batch_size': 128})
   frozen = cache.open_stream(config.build().train, log=lambda _: None)
   # Compiling is nearly all of the time here, and most of that is optimising.
   jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
