@@ -72,6 +72,36 @@ def text_file(tmp_path_factory) -> pathlib.Path:
   return folder / '*.txt'
 
 
+@pytest.fixture(scope='session', autouse=True)
+def frozen_here():
+  """Streams are frozen in the test's process, which imports TensorFlow (ten seconds) once and not every time.
+
+  A command that a test starts freezes in a process of its own, as a user's does; so does a test with
+  `frozen_in_a_process`. Yields how it is done there.
+  """
+  from research.data import cache
+
+  def freeze(streams, folder, log):
+    # Before `freezing` sees that TensorFlow is missing, and starts processes that read meanwhile.
+    import tasks.objectives  # noqa: F401
+    from tasks import freezing
+
+    freezing.freeze(streams, folder, log)
+
+  with pytest.MonkeyPatch.context() as patch:
+    in_a_process = cache._freeze
+    patch.setattr(cache, '_freeze', freeze)
+    yield in_a_process
+
+
+@pytest.fixture
+def frozen_in_a_process(frozen_here, monkeypatch):
+  """Streams are frozen as a user's run freezes them."""
+  from research.data import cache
+
+  monkeypatch.setattr(cache, '_freeze', frozen_here)
+
+
 @pytest.fixture(scope='session')
 def smollm2() -> pathlib.Path:
   """The trained SmolLM2-135M-Instruct as a Hugging Face folder (see tests/trained.py)."""

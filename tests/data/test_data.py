@@ -313,7 +313,7 @@ def test_the_file_of_an_objective_is_a_stream_by_itself():
     freeze.configured(['gin/optimizers/adamw.gin'], [])
 
 
-def test_freeze_finds_the_streams_of_a_run_and_names_what_is_wrong(tmp_path):
+def test_freeze_finds_the_streams_of_a_run_and_names_what_is_wrong(tmp_path, frozen_in_a_process):
   found = freeze.configured(['gin/runs/tiny.gin'], ['streams.Stream.seed=3'])
   assert [(s.split, s.seed) for s in found] == [('train', 3), ('validation', 3)]
   with pytest.raises(UserError, match=r'Did you mean gin/runs/tiny.gin'):
