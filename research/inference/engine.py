@@ -25,6 +25,7 @@ from research.inference.answering import Answering, Event
 from research.inference.graph import graph_of
 from research.inference.padding import padded_length, padded_row
 from research.inference.programs import Plan, Slots
+from research.inference.prompts import PromptReader, Reading, Result
 from research.inference.request import Completion, Request
 from research.inference.request_check import check_model, check_request
 from research.inference.sampling import Sampling
@@ -53,6 +54,9 @@ class Engine(Answering):
     encoder_room: the most tokens that an encoder reads; 0 for a decoder.
     prefix: prompts see themselves both ways (prefix-LM); they are read in one piece.
     int8: keys and values are kept as whole numbers.
+    pieces: of how many `chunk`s a step reads at most while texts are under way, so that they do not wait for
+      long prompts; None for all that have a slot.
+    kept: of how many prompts what was read is kept, for prompts that begin with them (`PromptReader`).
   """
 
   def __init__(
@@ -67,15 +71,20 @@ class Engine(Answering):
     encoder_room: int = 0,
     prefix: bool = False,
     int8: bool = False,
+    pieces: int | None = None,
+    kept: int = 0,
   ):
-    for field, value in {'slots': slots, 'room': room, 'chunk': chunk}.items():
-      if value < 1:
+    for field, value in {'slots': slots, 'room': room, 'chunk': chunk, 'pieces': pieces}.items():
+      if value is not None and value < 1:
         raise Invalid(Engine, field, f'{value!r} must be 1 or more.')
     self._given, self.decode = graphdef, decode
-    self.load(params)
     self.room, self.prefix, self.int8 = room, prefix, int8
     self.chunk = room if prefix else min(chunk, room)
-    self.encoder_room = encoder_room
+    self.encoder_room, self.pieces = encoder_room, pieces
+    # A prompt that sees itself both ways cannot go on from a shorter one.
+    self._reader = PromptReader(self._read, self._read_more, self.chunk, 0 if prefix else kept)
+    self._reading: tuple[_Work, Reading] | None = None
+    self.load(params)
     model = jax.eval_shape(lambda params: nnx.merge(graphdef, params), params)
     self.vocab = model.vocab
     check_model(Engine, model, room, encoder_room)
@@ -89,7 +98,8 @@ class Engine(Answering):
     """Takes other parameters of the same model for all the tokens to come."""
     graphdef, self.params = decoding.for_backend(self._given, params)
     self.graphdef = graph_of(graphdef)
-    self._last_read: tuple | None = None
+    self._reader.forget()
+    self._reading = None
 
   def _empty(self, slots: int) -> Slots:
     request = Request(prompt=(1,), encoder=(1,) if self.encoder_room else ())
@@ -165,32 +175,39 @@ class Engine(Answering):
         self._changed()
 
   def _admit(self) -> None:
-    for slot, work in enumerate(self._at_work):
-      if work is None and self._waiting:
-        new = self._waiting.popleft()
-        logits, cache = self._read(new.request)
-        length = padded_length(len(new.request.prompt), self.room)
-        tokens = np.full(length, -1, np.int32)
-        tokens[: len(new.request.prompt)] = new.request.prompt
-        self.slots = programs.admit(self.slots, slot, logits, cache, tokens)
-        self._at_work[slot] = new
-        self._changed()
+    """Reads prompts that wait into the slots that are free; beside texts under way at most `pieces`."""
+    read = 0
+    while self._waiting and None in self._at_work:
+      new = self._waiting[0]
+      if self._reading is None or self._reading[0] is not new:
+        self._reading = new, self._reader.begin(new.request)
+      reading = self._reading[1]
+      while not reading.done:
+        if self.pieces is not None and any(self._at_work):
+          if read == self.pieces:
+            return
+          read += 1
+        reading.step()
+      self._reading = None
+      self._put(self._waiting.popleft(), self._at_work.index(None), reading.result)
 
-  def _read(self, request: Request):
-    """(logits [1, vocab], cache) after the prompt; samples of one prompt read it once."""
-    key = request.prompt, request.encoder
-    if self._last_read is not None and self._last_read[0] == key:
-      return self._last_read[1]
-    first = len(request.prompt) % self.chunk or self.chunk
-    batch = self._batch(request.prompt[:first], request)
-    logits, cache = programs.read(
-      self.graphdef, self.params, batch, room=self.room, ahead=self.chunk, int8=self.int8
-    )
-    for start in range(first, len(request.prompt), self.chunk):
-      tokens = np.array([request.prompt[start : start + self.chunk]], np.int32)
-      logits, cache = programs.read_more(self.graphdef, self.params, tokens, cache)
-    self._last_read = key, (logits, cache)
-    return logits, cache
+  def _put(self, new: _Work, slot: int, result: Result) -> None:
+    """Puts a request that was read into a slot."""
+    self._reader.keep(new.request, result)
+    tokens = np.full(padded_length(len(new.request.prompt), self.room), -1, np.int32)
+    tokens[: len(new.request.prompt)] = new.request.prompt
+    self.slots = programs.admit(self.slots, slot, *result, tokens)
+    self._at_work[slot] = new
+    self._changed()
+
+  def _read(self, prompt: tuple[int, ...], request: Request) -> Result:
+    return programs.read(
+      self.graphdef, self.params, self._batch(prompt, request),
+      room=self.room, ahead=self.chunk, int8=self.int8,
+    )  # fmt: skip
+
+  def _read_more(self, tokens: np.ndarray, cache: decoding.Cache) -> Result:
+    return programs.read_more(self.graphdef, self.params, tokens, cache)
 
   def _batch(self, prompt: Sequence[int], request: Request) -> dict[str, np.ndarray]:
     batch = padded_row('decoder', prompt, padded_length(len(prompt), self.chunk))

@@ -39,12 +39,17 @@ class Generator:
     """
     if not prompt:
       raise UserError('the prompt is empty: give some text to go on from.')
-    ids, start = tuple(self.tokenizer.encode(prompt)), self.tokenizer.start
+    ids = tuple(self.encode(prompt))
     if self.engine.encoder_room:
-      tokens = {'encoder': ids, 'prompt': start or (0,)}
+      tokens = {'encoder': ids, 'prompt': self.tokenizer.start or (0,)}
     else:
-      tokens = {'prompt': (*start, *ids)}
+      tokens = {'prompt': ids}
     return Request(**{'stop_tokens': self.tokenizer.ends, **tokens, **settings})
+
+  def encode(self, text: str) -> list[int]:
+    """The ids of a prompt: of what the decoder reads, or of what the encoder reads."""
+    ids = list(self.tokenizer.encode(text))
+    return ids if self.engine.encoder_room else [*self.tokenizer.start, *ids]
 
   def requests(self, prompt: str, samples: int = 1, **settings) -> list[Request]:
     """As many requests of one prompt, with seeds of their own."""
@@ -52,7 +57,7 @@ class Generator:
       raise UserError(f'{samples} samples: ask for 1 or more.')
     request = self.request(prompt, **settings)
     return [
-      dataclasses.replace(request, sampling=_with_seed(request.sampling, number))
+      dataclasses.replace(request, sampling=with_seed(request.sampling, number))
       for number in range(samples)
     ]
 
@@ -79,7 +84,7 @@ class Generator:
     yield from self.engine.stream(self.request(prompt, **settings))
 
 
-def _with_seed(sampling: Sampling, number: int) -> Sampling:
+def with_seed(sampling: Sampling, number: int) -> Sampling:
   """A seed of its own for each sample. The first has the request's, so that one sample is as without."""
   # A large odd step, so that neighbouring seeds of prompts do not share their samples.
   return dataclasses.replace(sampling, seed=(sampling.seed + number * 1_000_003) % 2**31)
@@ -94,6 +99,8 @@ def make_generator(
   room: int,
   slots: int = 8,
   int8: bool = False,
+  pieces: int | None = None,
+  kept: int = 0,
   beams: Beams | None = None,
   speculation: Speculation | None = None,
   source: str = '',
@@ -104,7 +111,7 @@ def make_generator(
     model: with shapes in place of arrays.
     params: its parameters.
     architecture: 'decoder', 'prefix' (the prompt sees itself both ways) or 'encoder_decoder'.
-    room, slots, int8: as of `Engine`.
+    room, slots, int8, pieces, kept: as of `Engine`.
     beams, speculation: answers one request at a time in this way, without slots.
     source: where the parameters are from, in words.
 
@@ -120,5 +127,6 @@ def make_generator(
   if method:
     engine = OneByOne(method, **knobs)
   else:
-    engine = Engine(nnx.graphdef(model), params, slots=slots, int8=int8, **knobs)
+    slotted = {'slots': slots, 'int8': int8, 'pieces': pieces, 'kept': kept}
+    engine = Engine(nnx.graphdef(model), params, **slotted, **knobs)
   return Generator(engine, tokenizer, source)

@@ -1,0 +1,107 @@
+"""Prompts read in pieces, beside others and from what was kept, give the answers of those read alone."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from research.inference.engine import Engine
+from research.inference.prompts import PromptReader
+from research.inference.request import Request
+from research.parallel.mesh import Mesh
+from tests.families import tiny
+from tests.model.test_model import make
+
+ROOM, CHUNK = 64, 8
+
+
+@pytest.fixture(scope='module', autouse=True)
+def mesh():
+  with Mesh().use(jax.local_devices()[:1]) as mesh:
+    yield mesh
+
+
+def prompt(length, seed=0) -> tuple[int, ...]:
+  return tuple(int(t) for t in np.random.default_rng(seed).integers(1, 64, length))
+
+
+class Recorded:
+  """Stands for a model: its result is what it has read, and it says how long its pieces were."""
+
+  def __init__(self, kept):
+    self.lengths = []
+    self.reader = PromptReader(self.first, self.more, CHUNK, kept)
+
+  def first(self, tokens, request):
+    self.lengths.append(len(tokens))
+    return 'logits', {'read': np.array(tokens)}
+
+  def more(self, tokens, cache):
+    self.lengths.append(tokens.shape[1])
+    return 'logits', {'read': np.concatenate([cache['read'], tokens[0]])}
+
+  def read(self, tokens, encoder=()) -> list[int]:
+    """The lengths of the pieces in which a prompt was read."""
+    request = Request(prompt=tokens, encoder=encoder)
+    before, reading = len(self.lengths), self.reader.begin(request)
+    while not reading.done:
+      reading.step()
+    assert tuple(np.asarray(reading.result[1]['read'])) == tokens
+    self.reader.keep(request, reading.result)
+    return self.lengths[before:]
+
+
+def test_a_prompt_goes_on_from_the_longest_that_it_begins_with():
+  model = Recorded(kept=2)
+  assert model.read(prompt(19)) == [3, 8, 8]
+  assert model.read(prompt(19)) == []
+  longer = prompt(19) + prompt(14, 1)
+  assert model.read(longer) == [8, 4, 1, 1]
+  assert model.read((*longer, 1, 2)) == [1, 1]
+  assert model.read(longer, encoder=(7,)) == [1, 8, 8, 8, 8]  # another text for the encoder
+  assert model.read((*prompt(19), 5)) == [4, 8, 8]  # the first was forgotten
+  assert model.read(prompt(9, 3)) == [1, 8]
+
+
+def test_without_kept_prompts_only_equal_ones_are_not_read_again():
+  model = Recorded(kept=0)
+  assert model.read(prompt(5)) == [5]
+  assert model.read(prompt(5)) == []
+  assert model.read((*prompt(5), 1)) == [6]
+  model.reader.forget()
+  assert model.read((*prompt(5), 1)) == [6]
+
+
+@pytest.mark.parametrize('family', ['llama', 'mamba'])
+def test_answers_are_those_of_prompts_read_whole(family):
+  """Turns of conversations, beside each other, with a piece a step."""
+  graphdef, params = make(tiny(family, ['LAYERS=1']))
+  turns = [prompt(20, seed)[:length] for seed in (1, 2) for length in (5, 11, 20)]
+  requests = [Request(prompt=turn, max_tokens=6) for turn in turns]
+
+  def engine(**knobs):
+    return Engine(graphdef, params, slots=2, room=ROOM, chunk=CHUNK, **knobs)
+
+  plain = engine()
+  expected = [plain.run([request])[0].tokens for request in requests]
+  shared = engine(pieces=1, kept=3)
+  assert [c.tokens for c in shared.run(requests)] == expected
+  assert [c.tokens for c in shared.run(requests[::-1])] == expected[::-1]
+
+
+def test_a_long_prompt_does_not_hold_up_a_text_under_way():
+  graphdef, params = make(tiny('llama', ['LAYERS=1']))
+  engine = Engine(graphdef, params, slots=2, room=ROOM, chunk=CHUNK, pieces=1)
+  first = engine.submit(Request(prompt=(3,), max_tokens=30))
+  engine.step()
+  second = engine.submit(Request(prompt=prompt(40), max_tokens=2))  # of five pieces
+  said = [[event.number for event in engine.step()] for _ in range(6)]
+  assert said == [[first]] * 4 + [[first, second]] * 2
+  # A request that is forgotten while it is read leaves the reader free.
+  third = engine.submit(Request(prompt=prompt(40, 1), max_tokens=2))
+  engine.step()
+  engine.cancel(third)
+  alone = dataclasses.replace(Request(prompt=prompt(9, 2)), max_tokens=3)
+  (completion,) = engine.run([alone])
+  assert completion.tokens == Engine(graphdef, params, slots=2, room=ROOM).run([alone])[0].tokens
