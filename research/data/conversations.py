@@ -4,6 +4,7 @@ A conversation is a list of messages {'role': 'system' | 'user' | 'assistant' | 
 template turns it into segments of text. The assistant's segments carry loss; the others are context.
 """
 
+import datetime
 import json
 import pathlib
 from collections.abc import Callable
@@ -146,61 +147,108 @@ def template(path: str | None) -> Callable[..., str]:
   Raises:
     UserError: the file has no template, or jinja2 cannot read it.
   """
-  if path is None:
-    return render_plain
-  source, tokens = _read_template(path)
-  try:
-    import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-  except ImportError:
-    raise UserError(f'{path} is a jinja2 template: install the extra chat (jinja2).') from None
+  return render_plain if path is None else Template(path)
 
-  def refuse(message):
-    raise Unsuitable(f'is refused by the template: {message}')
 
-  environment = ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols']
-  )
-  environment.globals['raise_exception'] = refuse
-  try:
-    compiled = environment.from_string(source)
-  except jinja2.TemplateError as e:
-    raise UserError(f'{path}: the chat template is not jinja2 ({e}).') from e
+class Template:
+  """A jinja2 template, with the functions and filters that transformers gives it.
 
-  def render(messages, add_generation_prompt=False):
+  Attributes:
+    knows_tools: whether it writes the tools that a conversation may call.
+    source: of the template that is used without tools.
+  """
+
+  def __init__(self, path: str):
+    sources, self._tokens = _read_template(path)
     try:
-      return compiled.render(
-        messages=messages, add_generation_prompt=add_generation_prompt, **tokens
+      import jinja2
+      import jinja2.meta
+    except ImportError:
+      raise UserError(f'{path} is a jinja2 template: install the extra chat (jinja2).') from None
+    environment = _environment()
+    try:
+      self._compiled = {name: environment.from_string(text) for name, text in sources.items()}
+      used = {
+        name: jinja2.meta.find_undeclared_variables(environment.parse(text))
+        for name, text in sources.items()
+      }
+    except jinja2.TemplateError as e:
+      raise UserError(f'{path}: the chat template is not jinja2 ({e}).') from e
+    self.source = sources['default']
+    self.knows_tools = 'tool_use' in sources or 'tools' in used['default']
+
+  def __call__(
+    self, messages: list[dict], add_generation_prompt: bool = False, tools: list | None = None
+  ) -> str:
+    """The text of a conversation.
+
+    Raises:
+      Unsuitable: the template refuses the messages.
+    """
+    name = 'tool_use' if tools and 'tool_use' in self._compiled else 'default'
+    try:
+      return self._compiled[name].render(
+        messages=messages, add_generation_prompt=add_generation_prompt, tools=tools, **self._tokens
       )
     except Unsuitable:
       raise
     except Exception as e:  # a template is a program, and raises what programs raise
       raise Unsuitable(f'is refused by the template: {e}') from e
 
-  return render
+
+def _environment():
+  """The sandbox of transformers' `apply_chat_template`."""
+  from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+  def refuse(message):
+    raise Unsuitable(f'is refused by the template: {message}')
+
+  def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    # jinja2's own would write < and > as in HTML.
+    return json.dumps(
+      value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+  def now(form):
+    return datetime.datetime.now().strftime(form)
+
+  environment = ImmutableSandboxedEnvironment(
+    trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols']
+  )
+  environment.globals |= {'raise_exception': refuse, 'strftime_now': now}
+  environment.filters['tojson'] = to_json
+  return environment
 
 
-def _read_template(path: str) -> tuple[str, dict[str, str]]:
-  """(jinja2 source, {name: special token} that the source may use)."""
+def _read_template(path: str) -> tuple[dict[str, str], dict[str, str]]:
+  """(jinja2 sources by name, one of them 'default'; {name: special token} that they may use)."""
   try:
     text = pathlib.Path(path).expanduser().read_text(encoding='utf-8')
     if not path.endswith('.json'):
-      return text, {'bos_token': '', 'eos_token': EOS}
+      # Beside a Hugging Face folder's template lie the tokens that it names.
+      config = pathlib.Path(path).expanduser().parent / 'tokenizer_config.json'
+      settings = json.loads(config.read_text(encoding='utf-8')) if config.is_file() else {}
+      return {'default': text}, _special_tokens(settings if isinstance(settings, dict) else {})
     settings = json.loads(text)
   except (OSError, ValueError) as e:
     raise UserError(f'{path}: the chat template cannot be read ({e}).') from e
   source = settings.get('chat_template') if isinstance(settings, dict) else None
-  if isinstance(source, list):  # several by name, in older files
-    source = next((t.get('template') for t in source if t.get('name') == 'default'), None)
-  if not isinstance(source, str):
+  sources = {'default': source}
+  if isinstance(source, list):  # several by name
+    sources = {one.get('name'): one.get('template') for one in source}
+  if not isinstance(sources.get('default'), str):
     raise UserError(f'{path} has no chat_template: name a jinja2 file, or leave the template out.')
-  tokens = {}
+  return sources, _special_tokens(settings)
+
+
+def _special_tokens(settings: dict) -> dict[str, str]:
+  tokens = {'bos_token': '', 'eos_token': EOS}
   for name in ('bos_token', 'eos_token', 'unk_token', 'pad_token'):
     value = settings.get(name)
     value = value.get('content') if isinstance(value, dict) else value
     if isinstance(value, str):
       tokens[name] = value
-  return source, {'bos_token': '', 'eos_token': EOS} | tokens
+  return tokens
 
 
 def segments(messages: Messages, render: Callable[..., str]) -> list[tuple[str, bool]]:

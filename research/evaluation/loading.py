@@ -17,6 +17,7 @@ from research.checkpoints.pretrained import abstract_model
 from research.core import configs
 from research.core.errors import UserError
 from research.data.mixtures import streams_of
+from research.data.objectives import Conversation
 from research.data.streams import Stream
 from research.data.vocabularies import Vocabulary
 from research.huggingface import inwards
@@ -160,6 +161,14 @@ def architecture_of(run: Run | None, model: nnx.Module) -> str:
   if stream is None or stream.registered or not stream.task.prefixed:
     return 'decoder'
   return 'prefix'
+
+
+def conversation_template_of(run: Run) -> tuple[bool, str | None]:
+  """(whether a run trained on conversations, the template that it did so with)."""
+  stream = _first_stream(run)
+  if stream is None or stream.registered or not isinstance(stream.task, Conversation):
+    return False, None
+  return True, stream.task.template
 
 
 def _first_stream(run: Run) -> Stream:
