@@ -1,0 +1,88 @@
+"""An agent over the endpoint: Haystack's loop with two tools that run here. See README.md beside this file.
+
+TaskMatrix's idea (Liang et al. 2023, arXiv:2303.16434) with a maintained loop in place of its own.
+"""
+
+import argparse
+import ast
+import operator
+import pathlib
+
+from haystack.components.agents import Agent
+from haystack.components.generators.chat import OpenAIChatGenerator
+from haystack.dataclasses import ChatMessage
+from haystack.tools import Tool
+from haystack.utils import Secret
+from rag import ROOT, Store, client_of, read_passages
+
+OPERATORS = {
+  ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+  ast.USub: operator.neg,
+}  # fmt: skip
+
+
+def calculate(expression: str) -> str:
+  """The value of an expression of numbers, + - * / and brackets; nothing else is evaluated."""
+
+  def value(node):
+    if isinstance(node, ast.Expression):
+      return value(node.body)
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+      return node.value
+    if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+      return OPERATORS[type(node.op)](value(node.left), value(node.right))
+    if isinstance(node, ast.UnaryOp) and type(node.op) in OPERATORS:
+      return OPERATORS[type(node.op)](value(node.operand))
+    raise ValueError('only numbers, + - * / and brackets')
+
+  try:
+    return f'{value(ast.parse(expression, mode="eval")):g}'
+  except (SyntaxError, ValueError, ZeroDivisionError) as error:
+    return f'cannot calculate {expression!r}: {error}'
+
+
+def text_parameter(name: str) -> dict:
+  return {
+    'type': 'object',
+    'properties': {name: {'type': 'string', 'maxLength': 80}},
+    'required': [name],
+    'additionalProperties': False,
+  }
+
+
+def make_agent(url: str, model: str, store: Store, log=print) -> Agent:
+  """An agent that searches the documents and calculates; each call is logged."""
+
+  def search(question: str) -> str:
+    log(f'search({question!r})')
+    return '\n\n'.join(f'({p.place}) {p.text[:300]}' for p in store.best(question, 2))
+
+  def calculator(expression: str) -> str:
+    result = calculate(expression)
+    log(f'calculate({expression!r}) = {result}')
+    return result
+
+  tools = [
+    Tool('search', 'Searches the documents.', text_parameter('question'), search),
+    Tool('calculate', 'Calculates.', text_parameter('expression'), calculator),
+  ]
+  generator = OpenAIChatGenerator(
+    model=model, api_base_url=url, api_key=Secret.from_token('none'), timeout=600,
+    generation_kwargs={'temperature': 0, 'max_tokens': 150},
+  )  # fmt: skip
+  return Agent(chat_generator=generator, tools=tools, max_agent_steps=6)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+  parser.add_argument('--url', default='http://127.0.0.1:8000/v1', help='the endpoint')
+  parser.add_argument('--ask', required=True, metavar='QUESTION')
+  parser.add_argument('--docs', type=pathlib.Path, default=ROOT / 'docs', metavar='FOLDER')
+  flags = parser.parse_args()
+  _, model = client_of(flags.url)
+  agent = make_agent(flags.url, model, Store(read_passages(flags.docs), None))
+  print(agent.run(messages=[ChatMessage.from_user(flags.ask)])['messages'][-1].text)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,92 @@
+"""Serves a trained model by OpenAI's protocol, with a chat page at /.
+
+    python -m research.serve --checkpoint=runs/tiny
+    python -m research.serve --hf=FOLDER --port=8000 --slots=16
+
+The checkpoint is a run's workdir or a converted model's folder; --hf reads a Hugging Face folder as it is. It
+answers /v1/chat/completions, /v1/completions, /v1/embeddings and /v1/models. The key that requests must have is
+ISOFLOP_API_KEY of the environment; a server that other machines reach needs one.
+"""
+
+from research.core import cli
+
+
+def _flags():
+  parser = cli.parser('serve', __doc__, gin=False)
+  parser.add_argument('--checkpoint', metavar='DIR', help="a run's or a converted model's folder")
+  parser.add_argument('--hf', metavar='FOLDER', help='config.json, *.safetensors and a tokenizer')
+  what = "the model's name in requests (default: the folder's)"
+  parser.add_argument('--name', default='', help=what)
+  what = "a chat template's file, or plain; default: the model's own"
+  parser.add_argument('--template', metavar='FILE', help=what)
+  parser.add_argument('--host', default='127.0.0.1', help='(default 127.0.0.1)')
+  numbers = {
+    'port': (8000, '0 takes a free one'),
+    'slots': (8, 'requests that are answered at a time'),
+    'room': (0, 'tokens of a prompt and its answer; 0 is the length that it was trained on'),
+    'queue': (64, 'requests that may wait or be at work; more are refused (429)'),
+    'kept': (4, 'prompts that are kept, for prompts that begin with them'),
+  }
+  for name, (default, what) in numbers.items():
+    parser.add_argument(f'--{name}', type=int, default=default, help=f'{what} (default {default})')
+  seconds = {
+    'timeout': (600, 'the most seconds of an answer'),
+    'drain': (30, 'after SIGTERM, the most seconds for answers that were begun'),
+  }
+  for name, (default, what) in seconds.items():
+    parser.add_argument(
+      f'--{name}', type=float, default=default, help=f'{what} (default {default})'
+    )
+  parser.add_argument('--int8', action='store_true', help='keys and values in whole numbers')
+  flags = cli.parse(parser)
+  if bool(flags.checkpoint) == bool(flags.hf):
+    parser.error('give one of --checkpoint and --hf.')
+  for name in ('slots', 'queue', 'timeout'):
+    if not getattr(flags, name) > 0:
+      parser.error(f'--{name}={getattr(flags, name)} must be above 0.')
+  for name in ('port', 'room', 'kept', 'drain'):
+    if not getattr(flags, name) >= 0:
+      parser.error(f'--{name}={getattr(flags, name)} must be 0 or more.')
+  return flags
+
+
+if __name__ == '__main__':
+  FLAGS = _flags()
+  cli.use_huge_pages()
+
+from research.core.errors import UserError
+
+
+def main(flags) -> int:
+  import logging
+
+  import jax
+
+  from research.parallel.mesh import Mesh
+  from research.training.program import keep_compiled
+
+  try:
+    from research.serving.served import open_served
+    from research.serving.server import Knobs, serve
+  except ImportError as error:
+    raise UserError(
+      f'the packages of serving are needed: uv sync --extra serve ({error}).'
+    ) from None
+  keep_compiled()
+  logging.getLogger('absl').setLevel(logging.ERROR)  # Orbax tells what it does when it only reads
+
+  def open_model():
+    return open_served(
+      flags.checkpoint, flags.hf, name=flags.name, template=flags.template, room=flags.room,
+      slots=flags.slots, int8=flags.int8, kept=flags.kept,
+    )  # fmt: skip
+
+  def mesh():
+    return Mesh().use(jax.devices()[:1])
+
+  knobs = Knobs(flags.host, flags.port, flags.queue, flags.timeout, flags.drain)
+  return serve(open_model, mesh, knobs, lambda line: print(line, flush=True))
+
+
+if __name__ == '__main__':
+  cli.run(main, FLAGS)

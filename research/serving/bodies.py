@@ -1,0 +1,224 @@
+"""The bodies of requests, as OpenAI's protocol has them, with bounds. What is not listed here is refused."""
+
+import re
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import Field
+
+Token = Annotated[int, Field(ge=0)]
+Tokens = Annotated[list[Token], Field(min_length=1)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Body(pydantic.BaseModel):
+  """Types are strict: '5' is no number, and 1 no bool."""
+
+  model_config = pydantic.ConfigDict(extra='forbid', strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(Body):
+  include_usage: bool = False
+  include_obfuscation: bool = False  # padding against eavesdroppers; there is none here
+
+
+class Request(Body):
+  """What all requests have. All but `model` are about billing and storage: they change no answer."""
+
+  model: str
+  user: str | None = None
+  metadata: dict[str, Any] | None = None
+  safety_identifier: str | None = None
+  prompt_cache_key: str | None = None
+  prompt_cache_retention: str | None = None
+  service_tier: str | None = None
+  store: bool | None = None
+
+
+class Generate(Request):
+  """What both kinds of generation have. None is the default, as the protocol says.
+
+  `top_k`, `min_p`, `typical` and `repetition_penalty` are those of `inference.sampling.Sampling`, beyond the
+  protocol.
+  """
+
+  stream: bool | None = None
+  stream_options: StreamOptions | None = None
+  n: Annotated[int, Field(ge=1, le=128)] | None = None
+  stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
+  seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+  temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+  top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+  presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+  frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+  logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+  top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+  min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+  typical: Annotated[float, Field(gt=0, le=1)] | None = None
+  repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+
+  @pydantic.model_validator(mode='after')
+  def _options_need_a_stream(self):
+    if self.stream_options is not None and not self.stream:
+      raise ValueError('stream_options go with stream: true')
+    return self
+
+  @pydantic.field_validator('logit_bias')
+  @classmethod
+  def _biases_are_of_ids(cls, biases):
+    wrong = [key for key in biases or () if not re.fullmatch('[0-9]{1,9}', key)]
+    if wrong:
+      raise ValueError(f'{wrong[0][:40]!r} is not the id of a token')
+    return biases
+
+
+class Completion(Generate):
+  """POST /v1/completions"""
+
+  prompt: Text | Tokens | Annotated[list[Text | Tokens], Field(min_length=1)]
+  max_tokens: Annotated[int, Field(ge=0)] | None = None
+  echo: bool | None = None
+  logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+  best_of: int | None = None
+  suffix: None = None
+
+  @pydantic.model_validator(mode='after')
+  def _only_what_is_generated(self):
+    if self.best_of is not None and self.best_of != (self.n or 1):
+      raise ValueError('best_of other than n is not supported: ask for n and choose')
+    if self.max_tokens == 0 and not self.echo:
+      raise ValueError('max_tokens of 0 goes with echo: true')
+    if self.echo and self.stream:
+      raise ValueError('echo does not go with stream')
+    return self
+
+
+class TextPart(Body):
+  type: Literal['text']
+  text: str
+
+
+class CalledFunction(Body):
+  name: str
+  arguments: str
+
+
+class ToolCall(Body):
+  id: str
+  type: Literal['function'] = 'function'
+  function: CalledFunction
+  index: int | None = None
+
+
+Content = str | list[TextPart]
+
+
+class Message(Body):
+  """A turn. Clients send the assistant's own turns back with fields that are null."""
+
+  role: Literal['system', 'developer', 'user', 'assistant', 'tool']
+  content: Content | None = None
+  name: str | None = None
+  tool_calls: list[ToolCall] | None = None
+  tool_call_id: str | None = None
+  refusal: None = None
+  audio: None = None
+  function_call: None = None
+  annotations: list | None = None
+
+  @pydantic.model_validator(mode='after')
+  def _has_content(self):
+    if self.content is None and not (self.role == 'assistant' and self.tool_calls):
+      raise ValueError(f'the turn of the {self.role} has no content')
+    if self.tool_calls and self.role != 'assistant':
+      raise ValueError(f'the turn of the {self.role} has tool_calls')
+    if self.role == 'tool' and self.tool_call_id is None:
+      raise ValueError('the turn of a tool has no tool_call_id')
+    return self
+
+  @property
+  def text(self) -> str:
+    if isinstance(self.content, list):
+      return ''.join(part.text for part in self.content)
+    return self.content or ''
+
+
+class Function(Body):
+  name: Annotated[str, Field(pattern=r'^[a-zA-Z0-9_-]{1,64}$')]
+  description: str | None = None
+  parameters: dict[str, Any] | None = None
+  strict: bool | None = None
+
+
+class Tool(Body):
+  type: Literal['function']
+  function: Function
+
+
+class NamedFunction(Body):
+  name: str
+
+
+class NamedTool(Body):
+  type: Literal['function']
+  function: NamedFunction
+
+
+class PlainFormat(Body):
+  type: Literal['text', 'json_object']
+
+
+class Schema(Body):
+  name: str
+  description: str | None = None
+  # A field called schema would hide pydantic's own.
+  json_schema: dict[str, Any] = Field(alias='schema')
+  strict: bool | None = None
+
+
+class SchemaFormat(Body):
+  type: Literal['json_schema']
+  json_schema: Schema
+
+
+class Chat(Generate):
+  """POST /v1/chat/completions"""
+
+  messages: Annotated[list[Message], Field(min_length=1)]
+  max_tokens: Annotated[int, Field(ge=1)] | None = None
+  max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+  logprobs: bool | None = None
+  top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+  tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+  tool_choice: Literal['none', 'auto', 'required'] | NamedTool | None = None
+  parallel_tool_calls: bool | None = None
+  response_format: Annotated[PlainFormat | SchemaFormat, Field(discriminator='type')] | None = None
+  modalities: list[Literal['text']] | None = None
+
+  @pydantic.model_validator(mode='after')
+  def _fields_that_go_together(self):
+    if self.top_logprobs is not None and not self.logprobs:
+      raise ValueError('top_logprobs goes with logprobs: true')
+    names = [tool.function.name for tool in self.tools or ()]
+    if len(set(names)) < len(names):
+      raise ValueError('two of the tools have one name')
+    choice = self.tool_choice
+    if choice not in (None, 'none', 'auto') and not names:
+      raise ValueError('tool_choice needs tools')
+    if isinstance(choice, NamedTool) and choice.function.name not in names:
+      raise ValueError(f'tool_choice names {choice.function.name!r}, which is none of the tools')
+    if self.constrains and names and choice != 'none':
+      raise ValueError("response_format goes with tools only where tool_choice is 'none'")
+    return self
+
+  @property
+  def constrains(self) -> bool:
+    return self.response_format is not None and self.response_format.type != 'text'
+
+
+class Embed(Request):
+  """POST /v1/embeddings"""
+
+  input: Text | Tokens | Annotated[list[Text | Tokens], Field(min_length=1, max_length=2048)]
+  encoding_format: Literal['float', 'base64'] | None = None
+  dimensions: Annotated[int, Field(ge=1)] | None = None
