@@ -45,14 +45,25 @@ class Vocabulary:
         ids += self.encoding.encode(piece) if piece else []
     return tuple(ids)
 
-  @functools.cached_property
+  @property
   def tokens(self) -> list[bytes]:
-    """What each id spells; a special token its name. It takes seconds where there are many."""
+    """What each id spells; a special token its name. The first time it takes seconds where there are many."""
+    return self._table[0]
+
+  @property
+  def special(self) -> list[int]:
+    """Ids that are no part of a text."""
+    return self._table[1]
+
+  @functools.cached_property
+  def _table(self) -> tuple[list[bytes], list[int]]:
+    """(tokens, special ids)."""
     if isinstance(self.encoding, ByteEncoding):
-      return _bytes(self.encoding)
+      return _of_bytes(self.encoding)
     if isinstance(self.encoding, HuggingFaceEncoding):
-      shifted = _of_json(self.encoding.tokenizer.to_str())
-      return [b'<pad>'] * self.encoding.offset + shifted
+      tokens, special = _of_json(self.encoding.tokenizer.to_str())
+      offset = self.encoding.offset
+      return [b'<pad>'] * offset + tokens, [*range(offset), *(i + offset for i in special)]
     if isinstance(self.encoding, SentencePieceEncoding):
       return _of_sentencepiece(self.encoding.model)
     if isinstance(self.encoding, FolderEncoding):
@@ -73,10 +84,6 @@ class Vocabulary:
     """What a grammar is matched with."""
     return llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Wrapped(self)))
 
-  def special(self) -> list[int]:
-    """Ids that are no part of a text."""
-    return [i for i in range(len(self.tokens)) if self.tokens[i] and not self.decode([i])]
-
 
 class _Wrapped:
   """The attributes that llguidance asks of a tokenizer."""
@@ -86,21 +93,43 @@ class _Wrapped:
   def __init__(self, vocabulary: Vocabulary):
     self.tokens = vocabulary.tokens
     self.eos_token_id = vocabulary.ends[0] if vocabulary.ends else vocabulary.encoding.end
-    self.special_token_ids = vocabulary.special()
+    self.special_token_ids = vocabulary.special
     self.encode = vocabulary.encoding.encode
 
   def __call__(self, text: str) -> list[int]:
     if isinstance(text, bytes):  # llguidance asks whether bytes are understood
       raise TypeError
-    return self.encode(text)
+    ids = self.encode(text)
+    # SentencePiece drops spaces, and then a grammar would lose its place.
+    same = b''.join(self.tokens[i] for i in ids) == text.encode()
+    return ids if same else self._longest_first(text.encode())
+
+  @functools.cached_property
+  def _ids(self) -> dict[bytes, int]:
+    special = set(self.special_token_ids)
+    return {spelt: i for i, spelt in enumerate(self.tokens) if spelt and i not in special}
+
+  def _longest_first(self, text: bytes) -> list[int]:
+    """Tokens that spell a text exactly: at each place the longest."""
+    longest = max(map(len, self._ids))
+    ids, start = [], 0
+    while start < len(text):
+      lengths = range(min(longest, len(text) - start), 0, -1)
+      length = next((n for n in lengths if text[start : start + n] in self._ids), None)
+      if length is None:  # no token spells this byte
+        return ids
+      ids.append(self._ids[text[start : start + length]])
+      start += length
+    return ids
 
 
-def _bytes(encoding: ByteEncoding) -> list[bytes]:
+def _of_bytes(encoding: ByteEncoding) -> tuple[list[bytes], list[int]]:
   names = [b'<pad>', b'</s>', b'<unk>']
-  return names + [bytes([byte]) for byte in range(encoding.size - len(names))]
+  tokens = names + [bytes([byte]) for byte in range(encoding.size - len(names))]
+  return tokens, [*range(len(names))]
 
 
-def _of_json(text: str) -> list[bytes]:
+def _of_json(text: str) -> tuple[list[bytes], list[int]]:
   try:
     read = llguidance.LLTokenizer(text)
   except ValueError as error:
@@ -108,14 +137,17 @@ def _of_json(text: str) -> list[bytes]:
       f'what the tokens of this tokenizer.json spell is not known ({error}); logprobs, tools and '
       'response_format need it.'
     ) from error
-  return [bytes(read.decode_bytes([i])) for i in range(read.vocab_size)]
+  ids = range(read.vocab_size)
+  return [bytes(read.decode_bytes([i])) for i in ids], [i for i in ids if read.is_special_token(i)]
 
 
-def _of_sentencepiece(model) -> list[bytes]:
+def _of_sentencepiece(model) -> tuple[list[bytes], list[int]]:
   def spelt(i: int) -> bytes:
     piece = model.id_to_piece(i)
     if model.is_byte(i):
       return bytes([int(piece[3:-1], 16)])  # <0x0A>
     return piece.replace('\u2581', ' ').encode()
 
-  return [spelt(i) for i in range(model.get_piece_size())]
+  ids = range(model.get_piece_size())
+  special = [i for i in ids if model.is_control(i) or model.is_unknown(i) or model.is_unused(i)]
+  return [spelt(i) for i in ids], special

@@ -72,7 +72,7 @@ def test_what_each_token_spells(vocabulary):
   ids = vocabulary.encoding.encode(text)
   assert b''.join(map(vocabulary.spell, ids)) == text.encode()
   assert vocabulary.spell(10**6) == b''
-  assert set(vocabulary.ends) <= set(vocabulary.special())
+  assert set(vocabulary.ends) <= set(vocabulary.special)
 
 
 def test_a_sentencepiece_model_spells_its_pieces(tmp_path):
