@@ -113,7 +113,9 @@ class ChatAnswer:
       delta = {'tool_calls': [_call_json(counted + number, call)]}
       choices.append(_chat_choice(piece.number, delta))
     if piece.finish:
-      finish = 'tool_calls' if reader and reader.calls else FINISH[piece.finish]
+      finish = FINISH[piece.finish]
+      if reader and reader.calls and finish == 'stop':
+        finish = 'tool_calls'
       choices.append(_chat_choice(piece.number, {}, finish=finish))
     return choices
 

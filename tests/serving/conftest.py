@@ -15,7 +15,7 @@ def llama(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def url(llama):
-  with tiny.serving(llama, room=256, slots=4) as url:
+  with tiny.serving(llama, room=640, slots=4) as url:
     yield url
 
 

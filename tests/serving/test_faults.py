@@ -30,7 +30,7 @@ def measured(url, name) -> float:
   return sum(float(line.split()[-1]) for line in lines if line.startswith(f'isoflop_{name}'))
 
 
-LONG = [{'role': 'user', 'content': 'x' * 400}]
+LONG = [{'role': 'user', 'content': 'x' * 800}]
 IMAGE = [{'role': 'user', 'content': [{'type': 'image_url', 'image_url': 'x'}]}]
 NO_SCHEMA = {'type': 'json_schema', 'json_schema': {'name': 'x', 'schema': {'type': 'objekt'}}}
 HOT = json.dumps(CHAT | {'temperature': float('nan')})
@@ -49,7 +49,7 @@ WRONG = {
   'too many tokens': (
     {**CHAT, 'max_tokens': 10**6},
     400,
-    'more than the 256 that this model takes',
+    'more than the 640 that this model takes',
   ),
   'an image': (
     {**CHAT, 'messages': IMAGE},

@@ -83,7 +83,11 @@ def test_tools_of_choice_auto_are_called_and_answered(template, tmp_path):
   def say(prompt):
     if '12:00' in prompt:
       return 'It is noon.'
-    return 'I look.\n<tool_call>\n{"name": "time", "arguments": {"zone": "UTC"}}\n</tool_call>'
+    calls = [
+      f'<tool_call>\n{{"name": "time", "arguments": {{"zone": "{zone}"}}}}\n</tool_call>'
+      for zone in ('UTC', 'CET')
+    ]
+    return '\n'.join(['I look.', *calls])
 
   time = {'type': 'function', 'function': {'name': 'time', 'parameters': {'type': 'object'}}}
   asked = {'model': 'tiny', 'tools': [time], 'tool_choice': 'auto'}
@@ -94,14 +98,17 @@ def test_tools_of_choice_auto_are_called_and_answered(template, tmp_path):
   ):
     message = client.chat.completions.create(**asked, messages=turns).choices[0].message
     assert message.content == 'I look.'
-    assert json.loads(message.tool_calls[0].function.arguments) == {'zone': 'UTC'}
+    zones = [json.loads(call.function.arguments)['zone'] for call in message.tool_calls]
+    assert zones == ['UTC', 'CET']
     with client.chat.completions.stream(**asked, messages=turns) as stream:
       for _ in stream:
         pass
       streamed = stream.get_final_completion().choices[0]
     assert streamed.finish_reason == 'tool_calls'
-    assert streamed.message.tool_calls[0].function.name == 'time'
-    result = {'role': 'tool', 'tool_call_id': message.tool_calls[0].id, 'content': '12:00'}
-    turns += [message.model_dump(), result]
+    assert [call.function.name for call in streamed.message.tool_calls] == ['time', 'time']
+    results = [
+      {'role': 'tool', 'tool_call_id': call.id, 'content': '12:00'} for call in message.tool_calls
+    ]
+    turns += [message.model_dump(), *results]
     answer = client.chat.completions.create(**asked, messages=turns).choices[0]
     assert (answer.message.content, answer.finish_reason) == ('It is noon.', 'stop')
