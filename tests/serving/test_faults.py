@@ -32,7 +32,7 @@ def measured(url, name) -> float:
 
 LONG = [{'role': 'user', 'content': 'x' * 800}]
 IMAGE = [{'role': 'user', 'content': [{'type': 'image_url', 'image_url': 'x'}]}]
-NO_SCHEMA = {'type': 'json_schema', 'json_schema': {'name': 'x', 'schema': {'type': 'objekt'}}}
+NO_SCHEMA = {'type': 'json_schema', 'json_schema': {'name': 'x', 'schema': {'type': 'no such type'}}}
 HOT = json.dumps(CHAT | {'temperature': float('nan')})
 WRONG = {
   'not JSON': ('{"model": ', 400, 'the body is not JSON: EOF'),
@@ -60,7 +60,7 @@ WRONG = {
   'no schema': (
     {**CHAT, 'response_format': NO_SCHEMA},
     400,
-    'response_format.json_schema.schema: Invalid type: objekt.',
+    'response_format.json_schema.schema: Invalid type: no such type.',
   ),
   'an unknown token': ({**CHAT, 'logit_bias': {'5000': 1}}, 400, 'the model has no token 5000'),
   'too many answers': ({**CHAT, 'n': 100}, 400, 'more than the 64 that this server takes'),
