@@ -32,7 +32,10 @@ def measured(url, name) -> float:
 
 LONG = [{'role': 'user', 'content': 'x' * 800}]
 IMAGE = [{'role': 'user', 'content': [{'type': 'image_url', 'image_url': 'x'}]}]
-NO_SCHEMA = {'type': 'json_schema', 'json_schema': {'name': 'x', 'schema': {'type': 'no such type'}}}
+NO_SCHEMA = {
+  'type': 'json_schema',
+  'json_schema': {'name': 'x', 'schema': {'type': 'no such type'}},
+}
 HOT = json.dumps(CHAT | {'temperature': float('nan')})
 WRONG = {
   'not JSON': ('{"model": ', 400, 'the body is not JSON: EOF'),
