@@ -1,6 +1,6 @@
 """Bodies that schemathesis makes up by the endpoint's own document get no fault of the server as an answer.
 
-    uv run --group page pytest -n 0 -m slow tests/serving/test_fuzz.py
+    uv run --group page pytest -n 0 -m slow tests/serving/test_made_up_bodies.py
 
 Longer, against a server that runs: schemathesis run http://127.0.0.1:8000/openapi.json
 --checks not_a_server_error --max-time 600
