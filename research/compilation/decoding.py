@@ -131,6 +131,7 @@ def _program_report(lowered, mesh, chip, topology: str) -> dict:
     ) from None
   stats, text = compiled.memory_analysis(), compiled.as_text()
   return {
+    'arguments': stats.argument_size_in_bytes,
     'temporaries': stats.temp_size_in_bytes,
     'peak': stats.peak_memory_in_bytes,
     # Every argument, parameters and cache, is read once; results of the program come to it.
@@ -162,7 +163,7 @@ def show(report: dict) -> str:
     f'  {"cache":24}{memory["cache"] / GIB:8.3f} GiB',
   ]
   for name in ('prefill', 'step'):
-    for key in ('temporaries', 'peak'):
+    for key in ('arguments', 'temporaries', 'peak'):
       lines.append(f'  {f"{key} of {name}":24}{report[name][key] / GIB:8.3f} GiB')
   if memory['limit']:
     lines.append(f'  {"of":24}{memory["limit"] / GIB:8.3f} GiB')

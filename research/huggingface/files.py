@@ -49,6 +49,11 @@ class Tensors(Mapping):
     else:
       raise UserError(f'{folder}: {_nothing_here(folder)}')
 
+  @staticmethod
+  def are_in(folder: pathlib.Path) -> bool:
+    """Whether a folder has such files."""
+    return (folder / ONE).is_file() or (folder / INDEX).is_file()
+
   def _read_index(self, folder: pathlib.Path) -> None:
     index = folder / INDEX
     names = read_json(index).get('weight_map')
@@ -118,7 +123,8 @@ def _nothing_here(folder: pathlib.Path) -> str:
     return 'an adapter without its model; read it with --from_peft, beside its model.'
   if any(name.endswith(('.bin', '.pt', '.pth')) for name in names):
     return (
-      'only pickled weights here; save them as safetensors first (save_pretrained of transformers).'
+      'pickled weights here, but no pytorch_model.bin and no index of it; save them as safetensors first '
+      '(save_pretrained of transformers).'
     )
   if any(name.endswith('.gguf') for name in names):
     return 'a GGUF file and no safetensors here; name the GGUF file itself.'

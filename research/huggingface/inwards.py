@@ -13,10 +13,10 @@ from research.core.errors import UserError, did_you_mean
 from research.huggingface.companions import keep_companions
 from research.huggingface.fields import Family, Options, Raw
 from research.huggingface.files import Tensors
-from research.huggingface.gguf_files import GGUF, GGUFTensors, is_gguf
 from research.huggingface.names import Tensor
 from research.huggingface.packed import unpack
-from research.huggingface.settings import Settings, is_same, read_json
+from research.huggingface.settings import Settings, is_same
+from research.huggingface.sources import read_source
 
 # What config.json can do to Python by being wrong: none of it is a reader's business to see.
 NONSENSE = (
@@ -165,20 +165,6 @@ def open_folder(folder: pathlib.Path) -> tuple[str, list[Tensor], Tensors]:
     ) from error
   _check_tensors(folder, family, settings, wanted, given)
   return text, wanted, given
-
-
-def read_source(path: pathlib.Path) -> tuple[dict[str, Any], Tensors | GGUFTensors]:
-  """What config.json says, and the tensors as they lie in the files: of a folder, or of a GGUF file.
-
-  Raises:
-    UserError: there is no such model, or a file is damaged.
-  """
-  if is_gguf(path) and path.is_file():
-    file = GGUF(path)
-    return file.config(), GGUFTensors(file)
-  if not (path / 'config.json').is_file():
-    raise UserError(f'{path}: no config.json here (a folder of a downloaded model is wanted).')
-  return read_json(path / 'config.json'), Tensors(path)
 
 
 def _check_depth(folder, config: dict[str, Any], given: Tensors) -> None:
