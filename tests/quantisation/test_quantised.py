@@ -39,13 +39,29 @@ def on_one_device():
     yield
 
 
+# One program in place of dozens of operations that are compiled one by one.
+jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
+
+
 def filled(matrix: Matrix, knobs: dict, kind=Quantised):
   """A weight, and its arrays with input scales other than one."""
-  weight = kind(matrix, **knobs, rngs=nnx.Rngs(params=0))
-  if getattr(weight, 'input_scale', None) is not None:
-    shape = weight.input_scale.shape
-    weight.input_scale[...] = jax.random.uniform(jax.random.key(1), shape, minval=0.5, maxval=2.0)
-  return weight
+  graphdef = nnx.graphdef(jax.eval_shape(lambda: kind(matrix, **knobs, rngs=nnx.Rngs(params=0))))
+
+  @jit
+  def make():
+    state = nnx.to_pure_dict(nnx.state(kind(matrix, **knobs, rngs=nnx.Rngs(params=0))))
+    if 'input_scale' in state:
+      shape = state['input_scale'].shape
+      state['input_scale'] = jax.random.uniform(jax.random.key(1), shape, minval=0.5, maxval=2.0)
+    return state
+
+  return nnx.merge(graphdef, make())
+
+
+def called(weight, f):
+  """f(weight), compiled as one program."""
+  graphdef, state = nnx.graphdef(weight), nnx.to_pure_dict(nnx.state(weight))
+  return jit(lambda state: f(nnx.merge(graphdef, state)))(state)
 
 
 def by_hand(weight: Quantised) -> np.ndarray:
@@ -76,36 +92,42 @@ def by_hand(weight: Quantised) -> np.ndarray:
 def test_a_matrix_is_what_its_codes_stand_for(name):
   weight = filled(OUTPUT, KNOBS[name])
   matrix = by_hand(weight)
-  np.testing.assert_allclose(weight[...], matrix, rtol=1e-6)
-  x = jax.random.normal(jax.random.key(2), (2, 3, 4, 8))
-  y = weight.multiply(x, ('batch', 'length', 'embed'))
+  x = np.random.default_rng(2).normal(size=(2, 3, 4, 8)).astype(np.float32)
+  to = ('batch', 'length', 'embed')
+  whole, y = called(weight, lambda w: (w[...], w.multiply(jnp.asarray(x), to)))
+  np.testing.assert_allclose(whole, matrix, rtol=1e-6)
   np.testing.assert_allclose(y, np.einsum('blhk,hke->ble', x, matrix), rtol=1e-4, atol=1e-4)
-  drawn = np.asarray(OUTPUT.init(jax.random.key(0), OUTPUT.shape))
-  assert np.linalg.norm(matrix) == pytest.approx(np.linalg.norm(drawn), rel=0.5)
+  assert np.linalg.norm(matrix) == pytest.approx(np.sqrt(matrix.size), rel=0.5)
 
 
 @pytest.mark.parametrize('name', KNOBS)
 def test_rows_of_a_table_are_rows_of_the_matrix(name):
   weight = filled(TABLE, KNOBS[name])
   matrix = by_hand(weight)
-  index = jnp.array([[0, 9, 3]])
-  np.testing.assert_allclose(weight.rows(index, jnp.float32), weight[...][index], rtol=1e-6)
-  np.testing.assert_allclose(weight[...], matrix, rtol=1e-6)
+  index = np.array([[0, 9, 3]])
+  rows = called(weight, lambda w: w.rows(jnp.asarray(index), jnp.float32))
+  np.testing.assert_allclose(rows, matrix[index], rtol=1e-6)
 
 
 def test_products_of_whole_numbers():
   weight = filled(OUTPUT, {'format': 'int8', 'activations': 'int8'})
-  x = np.asarray(jax.random.normal(jax.random.key(2), (2, 3, 4, 8)))
+  random = np.random.default_rng(2)
+  x = random.normal(size=(2, 3, 4, 8)).astype(np.float32)
+  dy = random.normal(size=(2, 3, 6)).astype(np.float32)
   largest = np.abs(x).max((2, 3), keepdims=True) / np.float32(127)
   whole = np.round(x / largest).astype(np.int64)
   sums = np.einsum('blhk,hke->ble', whole, np.asarray(weight.packed[...], np.int64))
   expected = sums * largest[:, :, 0] * np.asarray(weight.scale[...]).reshape(-1)
-  y, back = jax.vjp(lambda x: weight.multiply(x, ('batch', 'length', 'embed')), jnp.asarray(x))
+
+  def both(w):
+    y, back = jax.vjp(lambda x: w.multiply(x, ('batch', 'length', 'embed')), jnp.asarray(x))
+    return y, back(jnp.asarray(dy))[0]
+
+  y, dx = called(weight, both)
   np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
   # The gradient is that of the product with the matrix, as if x had not been rounded.
-  dy = jax.random.normal(jax.random.key(3), y.shape)
   straight = np.einsum('ble,hke->blhk', dy, by_hand(weight))
-  np.testing.assert_allclose(back(dy)[0], straight, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(dx, straight, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -170,15 +192,15 @@ def test_what_is_quantised_does_not_learn_and_lora_learns_beside_it():
 def test_the_gradient_is_that_of_the_surrogate(knobs):
   """Finite differences of w -> f(w + constant): the rounding is a constant, and its own slope is not there."""
   weight = filled(OUTPUT, knobs, StraightThrough)
-  x = jax.random.normal(jax.random.key(2), (2, 3, 4, 8))
-  base = weight.base[...]
+  x = np.random.default_rng(2).normal(size=(2, 3, 4, 8)).astype(np.float32)
+  base = np.asarray(weight.base[...])
   graphdef = nnx.graphdef(weight)
 
   def loss(base, x):
     y = nnx.merge(graphdef, {'base': base}).multiply(x, ('batch', 'length', 'embed'))
     return jnp.sum(jnp.sin(y))
 
-  offset = np.asarray(weight[...], np.float64) - np.asarray(base, np.float64)
+  offset = np.asarray(called(weight, lambda w: w[...]), np.float64) - base
   inputs = np.asarray(x, np.float64)
   if 'activations' in knobs:
     form = weight.of_inputs
@@ -187,7 +209,7 @@ def test_the_gradient_is_that_of_the_surrogate(knobs):
   def surrogate(base, shift):
     return np.sum(np.sin(np.einsum('blhk,hke->ble', inputs + shift, base + offset)))
 
-  by_base, by_x = jax.grad(loss, (0, 1))(base, x)
+  by_base, by_x = jit(jax.grad(loss, (0, 1)))(base, x)
   step, base = 1e-5, np.asarray(base, np.float64)
   random = np.random.default_rng(0)
   for gradient, of_base in ((by_base, True), (by_x, False)):
