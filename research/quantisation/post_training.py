@@ -15,7 +15,7 @@ from research.model import counts
 from research.model.weights import Weight
 from research.quantisation import calibration
 from research.quantisation.quantised import BFloat16, Quantised
-from research.quantisation.rounding import METHODS, Rounded, nearest, output_error
+from research.quantisation.rounding import METHODS, Rounded, output_error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +120,7 @@ def _all_layers(weight: Quantised, matrix, gram, method: str) -> tuple[dict, lis
     group = len(flat) if weight.layout.whole else weight.layout.group
     seen = None if gram is None else gram[index[: gram.ndim - 2]]
     chosen = method if seen is not None else 'nearest'
-    function = METHODS[chosen] if seen is not None else nearest
-    rounded = function(flat, seen, group, weight.form, weight.zeros)
+    rounded = METHODS[chosen](flat, seen, group, weight.form, weight.zeros)
     if weight.input_scale is not None and rounded.input_scale is None:
       rounded = dataclasses.replace(rounded, input_scale=np.ones(len(flat), np.float32))
     whole = rounded.matrix(weight.form)
@@ -155,12 +154,6 @@ def _stored(weight: Quantised, rounded: Rounded, table: bool) -> dict[str, np.nd
   if weight.input_scale is not None:
     stored['input_scale'] = rounded.input_scale.reshape(shape[: weight.inputs])
   return stored
-
-
-def dtypes_of(model) -> dict[tuple, np.dtype]:
-  """What every parameter of a model is stored in."""
-  state = nnx.to_flat_state(nnx.state(counts.abstract(model)))
-  return {path: np.dtype(value.dtype) for path, value in state}
 
 
 def _at(tree: Mapping, path: tuple):
