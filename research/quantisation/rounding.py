@@ -125,7 +125,8 @@ def awq(matrix: np.ndarray, gram: np.ndarray, group: int, form: Format, zeros: b
     by = size**power
     by = (by / np.sqrt(by.max() * by.min())).astype(np.float32)
     rounded = nearest(matrix * by[:, None], gram, group, form, zeros)
-    error = output_error(matrix, rounded.matrix(form) / by[:, None], gram)
+    wrong = rounded.matrix(form) / by[:, None] - matrix
+    error = float(np.sum(wrong * (gram @ wrong), dtype=np.float64))
     if best is None or error < best[0]:
       best = error, by
   by = best[1]

@@ -60,8 +60,13 @@ def rotated_in_pairs(x: np.ndarray, heads: int) -> np.ndarray:
   return x[rows]
 
 
+def slow(*values):
+  return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
-  ('config', 'kind'), [(LLAMA, 'Q8_0'), (LLAMA, 'Q4_1'), (QWEN2, 'Q5_0'), (QWEN2, 'F16')]
+  ('config', 'kind'),
+  [(LLAMA, 'Q8_0'), slow(LLAMA, 'Q4_1'), slow(QWEN2, 'Q5_0'), slow(QWEN2, 'F16')],
 )
 def test_a_gguf_file_is_the_model_that_it_was_made_of(tmp_path, config, kind):
   gguf = pytest.importorskip('gguf')
@@ -167,7 +172,7 @@ CHATGLM = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize('bits', [None, 4, 8])
+@pytest.mark.parametrize('bits', [slow(None), 4, slow(8)])
 def test_chatglm_is_the_glm_that_it_is(tmp_path, bits):
   from safetensors.numpy import save_file
 

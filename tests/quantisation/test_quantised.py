@@ -151,7 +151,7 @@ def test_an_odd_matrix_does_not_go_into_halves_of_bytes():
     Quantised(odd, format='int4', rngs=nnx.Rngs(params=0))
 
 
-@pytest.mark.parametrize('family', ['llama', 'mixtral', 't5'])
+@pytest.mark.parametrize('family', ['mixtral', pytest.param('t5', marks=pytest.mark.slow)])
 def test_counts_are_of_the_model_and_bytes_of_what_is_stored(family):
   plain = tiny(family)
   lengths = {'inputs': 8, 'targets': 8}
@@ -178,6 +178,13 @@ def test_what_is_quantised_does_not_learn_and_lora_learns_beside_it():
   module = counts.abstract(model)
   frozen = learning.frozen_names(module, ('.*/lora_[ab]',))
   assert any(name.endswith('kernel/base/packed') for name in frozen)
+
+
+@pytest.mark.slow
+def test_lora_and_its_quantised_base_become_one_matrix():
+  base = functools.partial(Quantised, format='nf4', group=8)
+  lora_model = functools.partial(lora.LoRA, rank=2, base=base)
+  model = functools.partial(tiny('llama'), weight=lora_model)
   state = jax.eval_shape(lambda: nnx.to_pure_dict(nnx.state(model(rngs=nnx.Rngs(params=0)))))
   params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), state)
   plain, whole = merge.merged(model, params)
