@@ -65,6 +65,8 @@ def _byte_level(file: GGUF):
     )
   vocab = {token: i for i, token in enumerate(file.value('tokenizer.ggml.tokens'))}
   merges = [tuple(merge.split(' ')) for merge in file.value('tokenizer.ggml.merges')]
+  if strange := [pair for pair in merges if ''.join(pair) not in vocab]:
+    raise UserError(f'{file.path} is damaged: its merge of {strange[0]} makes no token.')
   tokenizer = Tokenizer(models.BPE(vocab, merges))
   steps = []
   if cut in DIGIT_BY_DIGIT:

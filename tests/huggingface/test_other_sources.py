@@ -96,6 +96,7 @@ def test_a_gguf_file_is_the_model_that_it_was_made_of(tmp_path, config, kind):
   writer.add_tokenizer_model('gpt2')
   writer.add_tokenizer_pre('qwen2')
   words = [chr(0x100 + i) for i in range(48)]
+  words[2] = words[0] + words[1]
   writer.add_token_list(words)
   writer.add_token_types([1] * 48)
   writer.add_token_merges([f'{words[0]} {words[1]}'])
