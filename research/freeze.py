@@ -35,6 +35,9 @@ def main(argv=None) -> int:
                       help='print N examples of each stream, decoded')  # fmt: skip
   parser.add_argument('--cache', metavar='DIR', help='default: $ISOFLOP_CACHE or ~/.cache/isoflop')
   parser.add_argument('--workers', type=int, default=1, help='processes that write shards')
+  parser.add_argument('--engine', choices=('local', 'ray'), default='local',
+                      help='ray: tasks on a cluster whose hosts share the cache')  # fmt: skip
+  parser.add_argument('--address', metavar='HOST:PORT', help="of the Ray cluster's head")
   parser.add_argument('--spec', help='streams as JSON, instead of a gin file')
   flags = cli.parse(parser, argv)
   if flags.spec:
@@ -48,13 +51,32 @@ def main(argv=None) -> int:
 
   cache = local_cache(flags.cache) if flags.cache else default_cache()
   try:
-    freeze(streams, cache, workers=flags.workers)
+    freeze(streams, cache, workers=flags.workers, engine=engine_of(flags, cache))
   except OSError as e:
     raise UserError(f'cannot write {e.filename or cache}: {e.strerror or e}') from e
   if not flags.spec:
     for stream in streams:
       report(batches.Frozen(cache / 'streams' / stream.key(), stream), cache, flags.show)
   return 0
+
+
+def engine_of(flags, cache: pathlib.Path):
+  """What --engine names; None for processes of this machine.
+
+  Raises:
+    UserError: the flags do not go together, or the cluster cannot be joined.
+  """
+  if flags.engine == 'local':
+    if flags.address:
+      raise UserError(f'--address={flags.address} goes with --engine=ray.')
+    return None
+  if flags.workers > 1:
+    raise UserError(
+      f'--workers={flags.workers} is of --engine=local; Ray starts a task on every CPU it has.'
+    )
+  from tasks.on_ray import Engine
+
+  return Engine(flags.address, cache, say)
 
 
 def configured(files: list[str], bindings: list[str]) -> list[Stream]:

@@ -26,6 +26,18 @@ if __name__ == '__main__':
     metavar='FILE',
     help='with --plan: say how long the sweep takes on the hardware of this JSON file of research.compile',
   )
+  _parser.add_argument(
+    '--fleet', type=int, default=None, metavar='N',
+    help='with --plan and --measure or --compiled: say how long the sweep takes on N such hosts; --address '
+    'asks a cluster how many there are',
+  )  # fmt: skip
+  _parser.add_argument(
+    '--preemptions',
+    type=float,
+    default=0.0,
+    metavar='R',
+    help='how often an hour each of them is taken away',
+  )
   _parser.add_argument('--status', action='store_true', help='print how far the runs are, and stop')
   _parser.add_argument(
     '--worker', action='store_true', help='be one of the workers: do runs until every run is over'
@@ -44,8 +56,11 @@ if __name__ == '__main__':
     '--launcher',
     default=None,
     metavar='NAME',
-    help='what starts the workers: local (the default) or slurm; gcloud, xpk and skypilot print what to run; '
-    'module.Class is a launcher of your own',
+    help='what starts the workers: local (the default), slurm or ray; gcloud, gke, xpk and skypilot print what '
+    'to run; module.Class is a launcher of your own',
+  )
+  _parser.add_argument(
+    '--address', default=None, metavar='HOST:PORT', help='of the head of a Ray cluster'
   )
   FLAGS = cli.parse(_parser)
   if FLAGS.cores:  # before jax is imported: it starts a thread for each core that it may use

@@ -1,6 +1,7 @@
 """Cleaning rules and duplicates, for `research.data.cleaning`. A rule returns the text to keep, or why not."""
 
 import collections
+import hashlib
 import re
 import zlib
 
@@ -148,9 +149,17 @@ class MinHash:
       least = np.minimum(least, hashes.min(axis=0))
     return (least >> np.uint64(32)).astype(np.uint32)
 
+  def band_hashes(self, signature: np.ndarray) -> list[int]:
+    """A 64-bit hash of each band. Documents that share a band have equal hashes there; rarely others do."""
+    parts = [part.tobytes() for part in signature.reshape(-1, self.rows)]
+    return [int.from_bytes(hashlib.blake2b(part, digest_size=8).digest(), 'big') for part in parts]
+
   def seen(self, text: bytes) -> bool:
     """Whether a remembered document is a near-duplicate of `text`; if none is, `text` is remembered."""
-    signature = self.signature(text)
+    return self.has_seen(self.signature(text))
+
+  def has_seen(self, signature: np.ndarray) -> bool:
+    """`seen` of the document with this signature."""
     keys = [part.tobytes() for part in signature.reshape(-1, self.rows)]
     candidates = {i for band, key in zip(self.bands, keys, strict=True) for i in band.get(key, ())}
     for i in candidates:
@@ -174,11 +183,15 @@ class Overlap:
     if len(re.findall(rb'\w+', text)) >= self.rule.ngram:
       self.parts.append(ngrams(text, self.rule.ngram))
 
+  def close(self) -> None:
+    """Ends the validation split: its distinct n-grams are known, and none of them is repeated yet."""
+    self.known = np.unique(np.concatenate([*self.parts, np.zeros(0, np.uint64)]))
+    self.hit = np.zeros(len(self.known), bool)
+
   def in_training(self, text: bytes) -> bool:
     """Whether a training document shares an n-gram with validation."""
     if self.known is None:
-      self.known = np.unique(np.concatenate([*self.parts, np.zeros(0, np.uint64)]))
-      self.hit = np.zeros(len(self.known), bool)
+      self.close()
     found = np.isin(self.known, ngrams(text, self.rule.ngram), assume_unique=True)
     self.hit |= found
     return bool(found.any())

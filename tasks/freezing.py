@@ -23,7 +23,7 @@ def say(line: str):
   print(line, flush=True)
 
 
-def freeze(streams: list[Stream], cache: pathlib.Path, log=say, workers: int = 1):
+def freeze(streams: list[Stream], cache: pathlib.Path, log=say, workers: int = 1, engine=None):
   """Writes the missing shards of every stream under `cache`.
 
   Args:
@@ -31,18 +31,19 @@ def freeze(streams: list[Stream], cache: pathlib.Path, log=say, workers: int = 1
     cache: the folder.
     log: called with lines of progress.
     workers: processes; the files are the same for any number.
+    engine: hosts of a cluster, in place of these processes; the files are the same for any of them.
 
   Raises:
     UserError: the corpus or the task is not as the stream says.
   """
   missing = [s for s in streams if not _is_complete(s, cache)]
-  if missing and 'tensorflow' not in sys.modules:
+  if missing and engine is None and 'tensorflow' not in sys.modules:
     _import_and_read(missing, cache)
   for stream in missing:
     folder = cache / 'streams' / stream.key()
     with shards.locked(folder.with_suffix('.lock'), log):
       if not _is_complete(stream, cache):  # another process may have written it meanwhile
-        _write(stream, folder, cache, log, workers)
+        _write(stream, folder, cache, log, workers, engine)
 
 
 def _is_complete(stream: Stream, cache: pathlib.Path) -> bool:
@@ -70,11 +71,21 @@ def read(spec: dict, cache: pathlib.Path):
     store.open_store(from_spec(spec).corpus, cache, say)
 
 
-def _write(stream, folder, cache, log, workers):
+def _write(stream, folder, cache, log, workers, engine=None):
+  if engine and stream.registered:
+    log(
+      f'{stream.name} is a registered task, which one process freezes: seqio cannot begin in its middle'
+    )
+  elif engine:
+    with shards.locked(cache / 'corpora.lock', log):
+      engine.open_store(stream.corpus)
   new = writer(stream, folder, cache, log)
   folder.mkdir(exist_ok=True)
   if not (folder / 'header.json').exists():
     shards.write_json(folder / 'header.json', new.header())
+  if engine and not stream.registered:
+    engine.write(stream, new)
+    return
   if workers > 1 and not stream.registered and (pool := _pool(workers, stream, new, cache, log)):
     with pool:
       _write_with(pool, workers, stream, new, log)
@@ -82,11 +93,9 @@ def _write(stream, folder, cache, log, workers):
   for number in range(stream.passes):
     while shards.facts_of(folder, number, stream.examples) is None:
       # The first missing piece, because killed workers may have left a gap.
-      new.shard(number, next(p for p in itertools.count() if not _is_written(folder, number, p)))
-
-
-def _is_written(folder: pathlib.Path, number: int, piece: int) -> bool:
-  return (folder / shards.shard_name(number, piece)).with_suffix('.json').exists()
+      new.shard(
+        number, next(p for p in itertools.count() if not shards.is_written(folder, number, p))
+      )
 
 
 def _pool(workers: int, stream, new, cache, log):
@@ -107,7 +116,7 @@ def _write_with(pool, workers: int, stream, new, log):
   """The same shards, `workers` at a time; up to `workers` - 1 more than are needed."""
   for number in range(stream.passes):
     while shards.facts_of(new.folder, number, stream.examples) is None:
-      missing = [p for p in range(new.pieces) if not _is_written(new.folder, number, p)]
+      missing = [p for p in range(new.pieces) if not shards.is_written(new.folder, number, p)]
       list(pool.map(_work, [number] * workers, missing[:workers]))
       log(f'freezing {stream.name} {stream.split}: {workers} shards with {workers} workers')
 

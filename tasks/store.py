@@ -51,15 +51,21 @@ class Store:
     return [text[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)]
 
 
-def open_store(corpus, cache: pathlib.Path, log=print) -> Store:
-  """Opens the store of `corpus` under `cache`; builds it where it is missing. Hold the cache's lock."""
+def open_store(corpus, cache: pathlib.Path, log=print, builder=None, resumes: str = '') -> Store:
+  """Opens the store of `corpus` under `cache`; builds it where it is missing. Hold the cache's lock.
+
+  Args:
+    builder: builds it in place of `build`.
+    resumes: the end of the name of the folder in which `builder` goes on with what it left; '' where it cannot.
+  """
   key = digest([FORMAT, to_spec(corpus), corpus.signature()])
   folder = cache / 'corpora' / f'{corpus.name}-{key}'
   if not (folder / 'manifest.json').exists():
-    partial = folder.with_name(folder.name + '.partial')
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    manifest = build(corpus, partial, log)
+    partial = folder.with_name(folder.name + (resumes or '.partial'))
+    if not resumes:
+      shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True, exist_ok=True)
+    manifest = (builder or build)(corpus, partial, log)
     (partial / 'manifest.json').write_text(json.dumps(manifest, indent=1))
     partial.rename(folder)
   return Store(folder)
@@ -71,19 +77,7 @@ def build(corpus, folder: pathlib.Path, log) -> dict:
   spools = {split: Spool(folder / f'{split}.spool') for split in SPLITS}
   total = 0
   last_logged = time.monotonic()
-  for split, text in readers.read(corpus, dropped):
-    if corpus.filters:
-      text = cleaning.clean(text.decode(), corpus.filters, dropped)
-      text = text and text.encode()
-    if not text:
-      continue
-    # A conversation's file and line follow it. They are no part of the content that duplicates share.
-    content = text.partition(b'\0')[0] if corpus.gives == 'conversations' else text
-    key = hashlib.blake2b(content, digest_size=16).digest()
-    if split is None:
-      # From the half of the hash that does not decide the order, so that the two are independent.
-      uniform = int.from_bytes(key[8:], 'big') / 2**64
-      split = 'validation' if uniform < corpus.validation_fraction else 'train'
+  for split, key, text in keyed(corpus, dropped):
     spools[split].add(key, text)
     total += len(text)
     if time.monotonic() - last_logged > 2:
@@ -93,10 +87,52 @@ def build(corpus, folder: pathlib.Path, log) -> dict:
   splits = {}
   for split in ('validation', 'train'):
     splits[split] = _write(folder, split, spools[split], screen, corpus)
-    log(
-      f'{corpus.name} {split}: {splits[split]["documents"]} documents, '
-      f'{si(splits[split]["bytes"], "B")}'
-    )
+    log(split_line(corpus, split, splits[split]))
+  overlap = screen.overlap.report() if screen.overlap else None
+  return make_manifest(corpus, splits, dropped, overlap, log)
+
+
+def keyed(corpus, dropped: Dropped, split: str | None = None) -> Iterator[tuple[str, bytes, bytes]]:
+  """(split, key, text) of every document that the filters keep; duplicates are among them.
+
+  Args:
+    dropped: counts what the filters drop.
+    split: of all documents; None is what the reader or a hash says.
+  """
+  for named, text in readers.read(corpus, dropped):
+    if corpus.filters:
+      text = cleaning.clean(text.decode(), corpus.filters, dropped)
+      text = text and text.encode()
+    if not text:
+      continue
+    # A conversation's file and line follow it. They are no part of the content that duplicates share.
+    content = text.partition(b'\0')[0] if corpus.gives == 'conversations' else text
+    key = hashlib.blake2b(content, digest_size=16).digest()
+    named = split or named
+    if named is None:
+      # From the half of the hash that does not decide the order, so that the two are independent.
+      uniform = int.from_bytes(key[8:], 'big') / 2**64
+      named = 'validation' if uniform < corpus.validation_fraction else 'train'
+    yield named, key, text
+
+
+def split_line(corpus, split: str, facts: dict) -> str:
+  """A line about the size of a split."""
+  return f'{corpus.name} {split}: {facts["documents"]} documents, {si(facts["bytes"], "B")}'
+
+
+def split_facts(documents: int, size: int, pieces: int, fingerprint: str) -> dict:
+  """What a manifest says of a split: documents, bytes of text, pieces, and a hash of its keys."""
+  return {'documents': documents, 'bytes': size, 'pieces': pieces, 'fingerprint': fingerprint}
+
+
+def make_manifest(corpus, splits: dict, dropped: Dropped, overlap: dict | None, log) -> dict:
+  """The manifest of a store whose pieces are written, which it also logs.
+
+  Args:
+    splits: `split_facts` of each.
+    overlap: the report of `cleaning.Overlap`, where contamination was looked for.
+  """
   for why, n in dropped.most_common():
     log(f'  left out: {n} {why}')
   for place in dropped.broken:
@@ -104,8 +140,7 @@ def build(corpus, folder: pathlib.Path, log) -> dict:
   manifest = {'corpus': corpus.name, 'signature': corpus.signature(), 'splits': splits}
   manifest['dropped'] = dict(sorted(dropped.items()))
   manifest['broken'] = dropped.broken
-  if screen.overlap:
-    overlap = screen.overlap.report()
+  if overlap:
     manifest['contamination'] = overlap
     log(
       f'contamination: {overlap["documents"]} of {overlap["of_documents"]} validation documents share '
@@ -120,7 +155,7 @@ class Screen:
   def __init__(self, corpus, dropped):
     self.dropped = dropped
     self.keys = set()  # of the validation split
-    self.last = None
+    self.last = None  # the split and the key of the document before
     self.near = cleaning.MinHash(corpus.near_duplicates) if corpus.near_duplicates else None
     self.overlap = cleaning.Overlap(corpus.contamination) if corpus.contamination else None
 
@@ -133,8 +168,8 @@ class Screen:
     return not why
 
   def _why_not(self, split, key, text) -> str:
-    last, self.last = self.last, key
-    if key == last:  # equal documents are neighbours in the order
+    last, self.last = self.last, (split, key)
+    if last == (split, key):  # equal documents are neighbours in the order
       return 'exact duplicates'
     if split == 'train' and key in self.keys:
       return 'exact duplicates of validation'
@@ -183,38 +218,47 @@ class Spool:
       return
     self._flush()
     for path in sorted(self.folder.iterdir()):
-      data = path.read_bytes()
-      documents = []
-      start = 0
-      while start < len(data):  # a key of 16 bytes, the length in 8, the text
-        (length,) = struct.unpack_from('<Q', data, start + 16)
-        text = start + 24
-        documents.append((data[start : start + 16], data[text : text + length]))
-        start = text + length
-      yield from sorted(documents)
+      yield from sorted(records(path.read_bytes()))
     shutil.rmtree(self.folder)
 
 
-def _write(folder: pathlib.Path, split: str, spool: Spool, screen: Screen, corpus) -> dict:
+def records(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+  """(key, text) of spooled documents: a key of 16 bytes, the length of the text in 8, the text."""
+  start = 0
+  while start < len(data):
+    (length,) = struct.unpack_from('<Q', data, start + 16)
+    text = start + 24
+    yield data[start : start + 16], data[text : text + length]
+    start = text + length
+
+
+def piece_count(corpus, split: str, total: int) -> int:
+  """Into how many pieces a split of `total` bytes of text goes."""
   # A validation stream is short, and a stream reads whole pieces: smaller ones waste less.
   size = corpus.piece_bytes // (4 if split == 'validation' else 1)
-  pieces = max(1, round(spool.total / size))
+  return max(1, round(total / size))
+
+
+def write_piece(folder: pathlib.Path, split: str, piece: int, texts: list[bytes]) -> None:
+  """Writes the two files of a piece: its text, and where each document ends."""
+  stem = folder / f'{split}-{piece:05d}'
+  stem.with_suffix('.txt').write_bytes(b''.join(texts))
+  np.save(stem.with_suffix('.npy'), np.cumsum([len(text) for text in texts], dtype=np.int64))
+
+
+def _write(folder: pathlib.Path, split: str, spool: Spool, screen: Screen, corpus) -> dict:
+  pieces = piece_count(corpus, split, spool.total)
   documents = size = 0
   whole = hashlib.sha256()
   by_piece = []
   piece = 0
-
-  def close():
-    stem = folder / f'{split}-{piece:05d}'
-    stem.with_suffix('.txt').write_bytes(b''.join(by_piece))
-    np.save(stem.with_suffix('.npy'), np.cumsum([len(t) for t in by_piece], dtype=np.int64))
 
   for key, text in spool:
     if not screen.keeps(split, key, text):
       continue
     # The key, read as a fraction of 1, names the piece.
     while piece < int.from_bytes(key[:8], 'big') * pieces >> 64:
-      close()
+      write_piece(folder, split, piece, by_piece)
       by_piece = []
       piece += 1
     by_piece.append(text)
@@ -222,8 +266,7 @@ def _write(folder: pathlib.Path, split: str, spool: Spool, screen: Screen, corpu
     size += len(text)
     whole.update(key)
   while piece < pieces:
-    close()
+    write_piece(folder, split, piece, by_piece)
     by_piece = []
     piece += 1
-  fingerprint = whole.hexdigest()[:16]
-  return {'documents': documents, 'bytes': size, 'pieces': pieces, 'fingerprint': fingerprint}
+  return split_facts(documents, size, pieces, whole.hexdigest()[:16])

@@ -60,6 +60,11 @@ def facts_of(folder: pathlib.Path, number: int, examples: int | None) -> list[di
       return shards
 
 
+def is_written(folder: pathlib.Path, number: int, piece: int) -> bool:
+  """Whether the shard of pass `number` over `piece` is there, whole."""
+  return (folder / shard_name(number, piece)).with_suffix('.json').exists()
+
+
 def complete(folder: pathlib.Path, passes: int, examples: int | None) -> bool:
   """Whether a stream has all the shards of every pass."""
   if not (folder / 'header.json').exists():

@@ -5,6 +5,7 @@ import sys
 
 from research.designs.plan import Planned
 from research.sweeps import leases
+from research.sweeps.dispatch import Dispatch
 from research.sweeps.folder import Folder
 from research.sweeps.launchers import by_name
 from research.sweeps.launchers.job import Job
@@ -17,6 +18,8 @@ from research.training import interrupt
 def get_done(flags, sweep: Sweep, runs: list[Planned], folder: Folder, table: Table) -> bool:
   """Has the launcher start workers until every run is over; False where the user must start them."""
   launcher = by_name.named(flags.launcher) if flags.launcher else sweep.launcher
+  if flags.address:
+    launcher = by_name.at(launcher, flags.address)
 
   def waiting() -> list[Planned]:
     return [run for run in runs if folder.row(run) is None]
@@ -29,6 +32,7 @@ def get_done(flags, sweep: Sweep, runs: list[Planned], folder: Folder, table: Ta
     at_once=lambda: len(populations(sweep, waiting())),
     watch=lambda: table(runs),
     hung=lambda: hung(sweep, runs, folder),
+    dispatch=lambda: Dispatch(sweep, folder, runs),
   )
   if waiting() and not launcher.run(job):
     return False

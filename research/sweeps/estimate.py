@@ -10,13 +10,15 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
+from research.core import configs
 from research.core.errors import UserError
 from research.core.text import clock
 from research.designs.plan import Planned
 from research.parallel import hosts
 from research.scaling import NoForecast, fit_results, laws
 from research.scaling.rows import CONVENTIONS
-from research.sweeps import findings
+from research.sweeps import findings, fleet
+from research.sweeps.launchers import by_name
 from research.sweeps.sweep import Sweep
 from research.training.program import keep_compiled, make_program, mesh_of
 from research.training.run import Run
@@ -191,6 +193,34 @@ def informative(sweep: Sweep, runs: list[Planned], draws: int = 3) -> str:
   return '\n'.join(lines)
 
 
+def fleet_hosts(flags, sweep: Sweep) -> int | None:
+  """How many runs the stated fleet trains at a time, or the cluster of --address; None without either.
+
+  Raises:
+    UserError: the cluster cannot be joined, or the launcher takes no address.
+  """
+  if flags.fleet is not None or not flags.address:
+    return flags.fleet
+  launcher = by_name.at(
+    by_name.named(flags.launcher) if flags.launcher else sweep.launcher, flags.address
+  )
+  return launcher.slots()
+
+
+def on_fleet(
+  speed: Speed, sweep: Sweep, runs: list[Planned], count: int, preemptions: float
+) -> str:
+  """What `fleet.forecast` says of these runs, each alone on a host of this speed."""
+  every = configs.load(sweep.run, sweep.bindings).build().checkpoint_every
+  jobs = []
+  for run in runs:
+    seconds = speed.seconds(run)
+    steps = run.steps - run.fork
+    jobs.append(fleet.Job(seconds, seconds * every / steps if every else math.inf))
+  stated = fleet.Fleet(hosts=count, preemptions=preemptions, lease=sweep.lease)
+  return fleet.forecast(jobs, stated, sweep.retries)
+
+
 def show_estimate(flags, sweep: Sweep, runs: list[Planned]) -> None:
   """Prints what --plan adds to the list of runs: their time, and the precision of the law."""
   speed = None
@@ -202,5 +232,13 @@ def show_estimate(flags, sweep: Sweep, runs: list[Planned]) -> None:
     seconds = sum(map(speed.seconds, runs))
     hours = seconds * speed.chips / 3600
     print(f'at {speed}: {clock(seconds)} of training one by one, {hours:.3g} chip-hours')
+  if hosts_of_fleet := fleet_hosts(flags, sweep):
+    if not speed:
+      raise UserError(
+        '--fleet and --address need the speed of a host: add --measure or --compiled.'
+      )
+    print(on_fleet(speed, sweep, runs, hosts_of_fleet, flags.preemptions))
+  elif flags.preemptions:
+    raise UserError(f'--preemptions={flags.preemptions:g} goes with --fleet or --address.')
   if sweep.design.law:
     print(informative(sweep, runs))

@@ -1,14 +1,25 @@
 """The launcher that --launcher names: one of this project, or any class that Python can import."""
 
+import dataclasses
 import importlib
 
 from research.core.errors import UserError, did_you_mean
 from research.sweeps.launchers.cloud import Gcloud, SkyPilot, Xpk
+from research.sweeps.launchers.gke import Gke
 from research.sweeps.launchers.job import Launcher
 from research.sweeps.launchers.local import Local
+from research.sweeps.launchers.ray import Ray
 from research.sweeps.launchers.slurm import Slurm
 
-NAMED = {'local': Local, 'slurm': Slurm, 'gcloud': Gcloud, 'xpk': Xpk, 'skypilot': SkyPilot}
+NAMED = {
+  'local': Local,
+  'slurm': Slurm,
+  'ray': Ray,
+  'gcloud': Gcloud,
+  'gke': Gke,
+  'xpk': Xpk,
+  'skypilot': SkyPilot,
+}
 
 
 def named(name: str) -> Launcher:
@@ -53,3 +64,17 @@ def named(name: str) -> Launcher:
       f'--launcher={name}: {class_name} has no method run(job), so it is no launcher.'
     )
   return launcher
+
+
+def at(launcher: Launcher, address: str) -> Launcher:
+  """The launcher with the cluster of --address.
+
+  Raises:
+    UserError: it takes no address.
+  """
+  fields = getattr(launcher, '__dataclass_fields__', {})
+  if 'address' not in fields:
+    raise UserError(
+      f'--address={address}: {type(launcher).__name__} has no address; give --launcher=ray with it.'
+    )
+  return dataclasses.replace(launcher, address=address)

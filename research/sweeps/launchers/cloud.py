@@ -1,4 +1,4 @@
-"""Launchers that print what to run: on TPU slices by gcloud, XPK or SkyPilot."""
+"""Launchers that print what to run on TPU slices: by gcloud, XPK or SkyPilot (`gke` has Kubernetes')."""
 
 import dataclasses
 import shlex

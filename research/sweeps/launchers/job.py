@@ -28,6 +28,7 @@ class Job:
     watch: to be called about twice a second while the launcher waits; it updates the table of runs.
     hung: returns the process ids on this machine that own an expired lease.
     at_once: returns how many workers have something to do at the same time; None where that is `todo`.
+    dispatch: returns the `sweeps.dispatch.Dispatch` of the runs, for a launcher that gives them out itself.
   """
 
   arguments: tuple[str, ...]
@@ -36,6 +37,7 @@ class Job:
   watch: Callable[[], None] = lambda: None
   hung: Callable[[], set[int]] = set
   at_once: Callable[[], int] | None = None
+  dispatch: Callable | None = None
 
   @property
   def logs(self) -> pathlib.Path:

@@ -1,0 +1,170 @@
+"""Joins a Ray cluster (extra `ray`), and asks what its hosts have."""
+
+import dataclasses
+import os
+import socket
+import warnings
+from collections.abc import Mapping
+
+from research.core.errors import UserError
+from research.parallel.addresses import split_address
+
+CONNECT_SECONDS = 5.0  # that a head may take to accept a connection
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Needs:
+  """What one call takes of a host.
+
+  Attributes:
+    cpus, gpus: as Ray counts them.
+    resources: more of Ray's resources by name, such as {'TPU': 4}.
+    memory: bytes; 0 asks for none.
+  """
+
+  cpus: float = 1
+  gpus: float = 0
+  resources: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  memory: int = 0
+
+  def wanted(self) -> dict[str, float]:
+    """Every resource by the name that `ray.cluster_resources` has for it."""
+    wanted = {'CPU': self.cpus, 'GPU': self.gpus, 'memory': self.memory, **self.resources}
+    return {name: amount for name, amount in wanted.items() if amount}
+
+  def slots(self, resources: Mapping[str, float]) -> int:
+    """How many calls fit into these resources of a host at once; it needs something."""
+    wanted = self.wanted()
+    return int(min(resources.get(name, 0) // amount for name, amount in wanted.items()))
+
+
+def load_ray(asked_by: str):
+  """The module `ray`.
+
+  Args:
+    asked_by: the flag that needs it, for the message.
+
+  Raises:
+    UserError: it is not installed.
+  """
+  # Before the import: no report of use to Ray's makers, and no notice about GPUs that a task did not ask for.
+  os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
+  os.environ.setdefault('RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO', '0')
+  try:
+    import ray
+  except ImportError:
+    raise UserError(f'{asked_by} needs Ray: uv sync --extra ray.') from None
+  return ray
+
+
+def connect(address: str | None, asked_by: str) -> None:
+  """Joins a cluster; does nothing where this process has joined one.
+
+  Args:
+    address: HOST:PORT of the head, or 'auto'; None is $RAY_ADDRESS, else the cluster of this machine, else a
+      new one of this machine alone.
+    asked_by: the flag that needs Ray, for messages.
+
+  Raises:
+    UserError: the head does not answer, has another version, or this machine is no node of the cluster.
+  """
+  ray = load_ray(asked_by)
+  if ray.is_initialized():
+    return
+  address = address or os.environ.get('RAY_ADDRESS') or None
+  shown = f'--address={address}' if address else asked_by
+  if address and '://' in address:
+    raise UserError(
+      f'{shown}: give HOST:PORT of the head, on a machine of the cluster (ray start --address=HOST:PORT), or '
+      'send this command to the cluster with ray job submit.'
+    )
+  if address and address not in ('auto', 'local'):
+    _check_answers(address)
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter('ignore')  # Ray warns of its own future defaults
+      ray.init(address=address, log_to_driver=False, logging_level='ERROR')
+  except (
+    Exception
+  ) as error:  # Ray raises RuntimeError, ConnectionError, ValueError and AssertionError here
+    raise UserError(_why_not_joined(shown, error)) from error
+
+
+def _check_answers(address: str) -> None:
+  host, port = split_address(address, f'--address={address}')
+  try:
+    socket.create_connection((host, port), CONNECT_SECONDS).close()
+  except OSError as error:
+    why = error.strerror or str(error)
+    raise UserError(
+      f'--address={address}: no Ray head answers there ({why}); start one with ray start --head --port={port}, '
+      'or give the address that it printed.'
+    ) from None
+
+
+def _why_not_joined(shown: str, error: Exception) -> str:
+  text = ' '.join(str(error).split())
+  if 'ersion mismatch' in text:
+    return (
+      f'{shown}: the cluster and this machine have different versions ({_versions(str(error))}); install the '
+      'same Python and the same lock on both (uv sync --extra ray).'
+    )
+  if 'could not find any running' in text.lower():
+    return (
+      f'{shown}: no Ray runs on this machine; start one with ray start --head, or give '
+      '--address=HOST:PORT.'
+    )
+  return (
+    f'{shown}: this machine could not join the cluster ({text[:200]}); it must be a node of it: '
+    'ray start --address=HOST:PORT.'
+  )
+
+
+def _versions(text: str) -> str:
+  """'Ray 2.9 and 2.60' out of Ray's message, which has a line for each version of each side."""
+  found: dict[str, list[str]] = {}
+  for line in text.splitlines():
+    name, _, version = line.strip().partition(':')
+    if name in ('Ray', 'Python') and version.strip():
+      found.setdefault(name, []).append(version.strip())
+  different = [f'{name} {" and ".join(pair)}' for name, pair in found.items() if len(set(pair)) > 1]
+  return ', '.join(different) or ' '.join(text.split())[:200]
+
+
+def disconnect() -> None:
+  """Leaves the cluster; a cluster that `connect` started for this machine ends."""
+  import ray
+
+  ray.shutdown()
+
+
+def slots_of(needs: Needs) -> int:
+  """How many calls with these needs the cluster that this process has joined can answer at once."""
+  import ray
+
+  # Host by host: two halves of a GPU on two hosts are none.
+  return sum(needs.slots(node['Resources']) for node in ray.nodes() if node['Alive'])
+
+
+def check_slots(needs: Needs) -> int:
+  """`slots_of`, at least 1.
+
+  Raises:
+    UserError: no host has what a call needs.
+  """
+  count = slots_of(needs)
+  if not count:
+    raise UserError(impossible(needs))
+  return count
+
+
+def impossible(needs: Needs) -> str:
+  import ray
+
+  resources = ray.cluster_resources()
+  wanted = ', '.join(f'{amount:g} {name}' for name, amount in needs.wanted().items())
+  has = ', '.join(f'{resources.get(name, 0):g} {name}' for name in needs.wanted())
+  return (
+    f'no host of the cluster can take a task of {wanted}: there are {has} in all. Add hosts (ray start '
+    '--address=...), or ask for less.'
+  )

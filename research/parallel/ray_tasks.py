@@ -1,0 +1,263 @@
+"""Calls of a function on the hosts of a Ray cluster that this process has joined.
+
+A call names its function, and the host imports it from its own copy of the project. So a host without the
+project, with another version of it, or without the shared folder says so in one sentence, before it computes
+anything. Ray itself retries nothing here: the caller learns that a call was lost with its host and decides,
+because it knows what of the work is already on the shared disk.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import math
+import os
+import pathlib
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+
+from research.core import cli, storage
+from research.core.errors import UserError
+from research.parallel.ray_cluster import Needs, impossible, slots_of
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+# Variables that a task is to see as this process does, where they are set.
+PASSED_ON = ('ISOFLOP_CACHE', 'JAX_PLATFORMS', 'TF_CPP_MIN_LOG_LEVEL')
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+  """How a call ended.
+
+  Attributes:
+    key: as given to `Tasks.start`.
+    value: what the function returned.
+    lost: why there is no value, where the host or its process died; '' otherwise.
+    error: an exception of the function, None otherwise.
+  """
+
+  key: object
+  value: object = None
+  lost: str = ''
+  error: Exception | None = None
+
+
+@functools.cache
+def project_digest(root: str) -> str:
+  """Equal for two copies of the project's Python code."""
+  digest = hashlib.sha256()
+  for room in ('research', 'tasks'):
+    for path in sorted(pathlib.Path(root, room).rglob('*.py')):
+      digest.update(str(path.relative_to(root)).encode() + b'\0' + path.read_bytes())
+  return digest.hexdigest()[:16]
+
+
+def mark_folder(folder) -> tuple[str, str]:
+  """Writes a file into a folder that every host is to share; returns its (path, content) for `Tasks`.
+
+  A host that finds another content, or no such file, has another folder under the same path.
+  """
+  storage.make(folder)
+  path, content = folder / '.shared', uuid.uuid4().hex
+  storage.write_atomic(path, content)
+  return str(path), content
+
+
+def sees(path: str, content: str) -> bool:
+  """Whether this host sees the file of `mark_folder`."""
+  try:
+    return storage.place(path).read_text() == content
+  except (OSError, UserError):
+    return False
+
+
+def _entry():
+  """The function that Ray carries to a host: as it is nested, as code and not as the name of a module."""
+
+  def call(root, digest, folder, marks, module, name, arguments):
+    import importlib
+    import os
+    import socket
+    import sys
+
+    host = socket.gethostname()
+    if os.path.isdir(root) and root not in sys.path:
+      sys.path.insert(0, root)
+    if os.path.isdir(folder):
+      os.chdir(folder)  # relative paths of gin files and corpora mean what they mean to the caller
+    try:
+      tasks = importlib.import_module('research.parallel.ray_tasks')
+      function = getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+      return 'lacks', host, error.name or str(error)
+    if tasks.project_digest(str(tasks.ROOT)) != digest:
+      return 'differs', host, str(tasks.ROOT)
+    for path, content in marks:
+      if not tasks.sees(path, content):
+        return 'unshared', host, os.path.dirname(path)
+    return 'done', host, function(*arguments)
+
+  return call
+
+
+class Tasks:
+  """Calls of one function on the hosts of the cluster that this process has joined.
+
+  Args:
+    module, name: of the function, which every host imports.
+    needs: of each call.
+    shared: folders that every host must see; a bucket is one too.
+    environment: more variables of the processes that answer.
+  """
+
+  def __init__(
+    self,
+    module: str,
+    name: str,
+    needs: Needs,
+    shared: Iterable = (),
+    environment: Mapping[str, str] | None = None,
+  ):
+    import ray
+
+    self.needs = needs
+    self.pending: dict = {}  # Ray's reference of a call -> its key
+    self._settled = time.monotonic()
+    self._head = (str(ROOT), project_digest(str(ROOT)), os.getcwd())
+    self._function = (tuple(mark_folder(folder) for folder in shared), module, name)
+    passed = {key: os.environ[key] for key in PASSED_ON if key in os.environ}
+    variables = {**cli.CPU_ENVIRONMENT, **passed, **(environment or {})}
+    if not needs.gpus and 'JAX_PLATFORMS' not in variables:
+      # jax starts a thread for each core that it sees; a call is to use those that it asked for.
+      variables.setdefault('PJRT_NPROC', str(max(1, math.ceil(needs.cpus))))
+    self._remote = ray.remote(_entry()).options(
+      num_cpus=needs.cpus,
+      num_gpus=needs.gpus,
+      resources=dict(needs.resources),
+      memory=needs.memory or None,
+      max_retries=0,
+      name=name,
+      runtime_env={'env_vars': variables},
+    )
+
+  def start(self, key, *arguments, **options) -> None:
+    """Queues a call; `options` are more of Ray's, such as a scheduling strategy."""
+    remote = self._remote.options(**options) if options else self._remote
+    self.pending[remote.remote(*self._head, *self._function, arguments)] = key
+
+  def slots(self) -> int:
+    """How many calls the cluster can answer at once, as it is now."""
+    return slots_of(self.needs)
+
+  def check_possible(self, patience: float) -> None:
+    """Raises UserError where no host has had what a call needs for `patience` seconds."""
+    if not self.pending or self.slots():
+      self._settled = time.monotonic()
+    elif time.monotonic() - self._settled > patience:
+      raise UserError(impossible(self.needs))
+
+  def ended(self, seconds: float) -> list[Outcome]:
+    """Waits for at most so many seconds until a call ends; returns all that have.
+
+    Raises:
+      UserError: a host has not the project, has another version of it, or does not share a folder.
+    """
+    import ray
+
+    if not self.pending:
+      time.sleep(seconds)
+      return []
+    first, _ = ray.wait(list(self.pending), timeout=seconds)
+    if not first:
+      return []
+    done, _ = ray.wait(list(self.pending), num_returns=len(self.pending), timeout=0)
+    return [self._outcome(reference, self.pending.pop(reference)) for reference in done]
+
+  @staticmethod
+  def _outcome(reference, key) -> Outcome:
+    import ray
+    from ray import exceptions
+
+    try:
+      kind, host, value = ray.get(reference)
+    except exceptions.RayTaskError as error:
+      return Outcome(key, error=error.cause if isinstance(error.cause, Exception) else error)
+    except (exceptions.RuntimeEnvSetupError, exceptions.TaskUnschedulableError) as error:
+      raise UserError(f'Ray cannot start a task: {" ".join(str(error).split())[:300]}') from error
+    except exceptions.RayError as error:
+      return Outcome(key, lost=f'{type(error).__name__}: {(str(error).splitlines() or [""])[0]}')
+    if kind == 'done':
+      return Outcome(key, value)
+    raise UserError(_refusal(kind, host, value))
+
+  def cancel(self) -> None:
+    """Ends the calls that still run, as SIGINT does, and forgets them."""
+    import ray
+
+    for reference in self.pending:
+      ray.cancel(reference, force=False)
+    self.pending.clear()
+
+
+def _refusal(kind: str, host: str, value: str) -> str:
+  if kind == 'lacks' and value.split('.')[0] in ('research', 'tasks'):
+    return (
+      f'host {host} has no {value}: it needs the project at {ROOT}, or installed in the Python that started '
+      'its ray, in the same version.'
+    )
+  if kind == 'lacks':
+    return (
+      f'host {host} lacks the package {value}: install the same lock there (uv sync --extra ray).'
+    )
+  if kind == 'differs':
+    return (
+      f'host {host} has another version of the project, in {value}: bring it to that of {ROOT}, or the runs '
+      'would differ by host.'
+    )
+  return (
+    f'host {host} does not see {value} as this machine does: choose a folder that all hosts share, or a bucket '
+    '(gs://...).'
+  )
+
+
+def do_all(
+  tasks: Tasks,
+  calls: Mapping[object, tuple],
+  ended: Callable[[Outcome], None] = lambda outcome: None,
+  retries: int = 5,
+  queue: int = 256,
+) -> dict:
+  """Makes every call until each has a value; returns {key: value}.
+
+  Args:
+    calls: {key: arguments}.
+    ended: called with each outcome, for progress.
+    retries: how often a call may be lost with its host before that is an error.
+    queue: how many calls wait in Ray at a time, so that its memory does not grow with their number.
+
+  Raises:
+    UserError: a call was lost too often.
+    Exception: what the function raised.
+  """
+  waiting = list(calls)[::-1]
+  values, losses = {}, dict.fromkeys(calls, 0)
+  try:
+    while len(values) < len(calls):
+      while waiting and len(tasks.pending) < queue:
+        key = waiting.pop()
+        tasks.start(key, *calls[key])
+      tasks.check_possible(patience=60.0)
+      for outcome in tasks.ended(0.5):
+        ended(outcome)
+        if outcome.error:
+          raise outcome.error
+        if not outcome.lost:
+          values[outcome.key] = outcome.value
+          continue
+        losses[outcome.key] += 1
+        if losses[outcome.key] > retries:
+          raise UserError(f'{outcome.key}: lost {losses[outcome.key]} times ({outcome.lost}).')
+        waiting.append(outcome.key)
+  finally:
+    tasks.cancel()
+  return values

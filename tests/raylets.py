@@ -1,0 +1,119 @@
+"""A real Ray cluster on this machine: a head without processors, and raylets that stand for hosts."""
+
+import contextlib
+import os
+import pathlib
+import signal
+import socket
+import tempfile
+from collections.abc import Iterator
+
+STORE = 80 << 20  # bytes of shared memory a raylet; Ray's least is 75 MiB
+
+
+class Hosts:
+  """Raylets of one cluster. Each has one processor, object store and process table of its own.
+
+  Attributes:
+    address: HOST:PORT of the head.
+  """
+
+  def __init__(self, cluster):
+    self._cluster = cluster
+    self.address: str = cluster.address
+
+  def add(self, **options):
+    """Starts a raylet and returns it; `options` are those of `ray start`."""
+    return self._cluster.add_node(**{**_options(), 'num_cpus': 1, **options})
+
+  def kill(self, raylet) -> None:
+    """SIGKILL to a raylet and to the workers that it started, as if the power of its host failed."""
+    first = raylet.all_processes['raylet'][0].process.pid
+    for pid in (first, *_descendants(first)):
+      with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    self._cluster.remove_node(raylet, allow_graceful=False)
+
+  def workers(self, raylet) -> list[int]:
+    """The processes of tasks on a raylet."""
+    pid = raylet.all_processes['raylet'][0].process.pid
+    return [child for child in _descendants(pid) if 'ray::' in _command(child)]
+
+
+@contextlib.contextmanager
+def started(hosts: int = 3) -> Iterator[Hosts]:
+  """A cluster of so many hosts, which ends with the block. pytest skips where Ray is not installed."""
+  import pytest
+
+  pytest.importorskip('ray')
+  from ray.cluster_utils import Cluster
+
+  os.environ['RAY_USAGE_STATS_ENABLED'] = '0'
+  with _without_agents(), tempfile.TemporaryDirectory(prefix='ray', dir='/tmp') as folder:
+    head = {
+      **_options(),
+      'num_cpus': 0,
+      'include_dashboard': False,
+      'no_monitor': True,
+      'temp_dir': folder,
+    }
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    try:
+      made = Hosts(cluster)
+      made.raylets = [made.add() for _ in range(hosts)]
+      yield made
+    finally:
+      import ray
+
+      ray.shutdown()
+      cluster.shutdown()
+
+
+def _options() -> dict:
+  with contextlib.closing(socket.create_server(('127.0.0.1', 0))) as server:
+    port = server.getsockname()[1]
+  return {'object_store_memory': STORE, 'runtime_env_agent_port': port}
+
+
+@contextlib.contextmanager
+def _without_agents():
+  """Raylets start no agent, and find its port files as an agent without a dashboard writes them: -1.
+
+  The agent serves metrics and the dashboard, which no test asks. To import it costs seconds a raylet, and a
+  raylet aborts where it takes longer than 15 s, as it does on two busy cores.
+  """
+  from ray._private import services
+  from ray._private.node import Node
+
+  start, start_process = Node.start_raylet, services.start_ray_process
+
+  def start_raylet(node, *arguments, **options):
+    for name in ('dashboard_agent_listen_port', 'metrics_agent_port', 'metrics_export_port'):
+      pathlib.Path(node.get_session_dir_path(), f'{name}_{node.node_id}').write_text('-1')
+    start(node, *arguments, **options)
+
+  def start_ray_process(command, *arguments, **options):
+    agent = '--dashboard_agent_command='
+    command = [f'{agent}sleep 1000000' if word.startswith(agent) else word for word in command]
+    return start_process(command, *arguments, **options)
+
+  Node.start_raylet, services.start_ray_process = start_raylet, start_ray_process
+  try:
+    yield
+  finally:
+    Node.start_raylet, services.start_ray_process = start, start_process
+
+
+def _command(pid: int) -> str:
+  with contextlib.suppress(OSError):
+    return pathlib.Path(f'/proc/{pid}/cmdline').read_text()
+  return ''
+
+
+def _descendants(pid: int) -> list[int]:
+  """The processes that a process and its children started."""
+  try:
+    children = pathlib.Path(f'/proc/{pid}/task/{pid}/children').read_text().split()
+  except OSError:
+    return []
+  return [p for child in map(int, children) for p in (child, *_descendants(child))]
