@@ -9,7 +9,6 @@ reads a Hugging Face folder as it is. --workdir takes every checkpoint of a run,
 adds rows.jsonl, a row of each. Started again the command asks only what was not answered.
 """
 
-import json
 import pathlib
 import sys
 
@@ -24,11 +23,23 @@ def _flags():
   parser.add_argument('--step', type=int, help='of --checkpoint; default: the newest')
   where = '<folder>/evaluation/<name of the first gin file>'
   parser.add_argument('--out', metavar='DIR', help=f'default: {where}')
+  parser.add_argument(
+    '--engine', choices=('local', 'ray'), default='local',
+    help='ray: the checkpoints of --workdir on a cluster whose hosts share it, a task of the suite at a time',
+  )  # fmt: skip
+  parser.add_argument('--address', metavar='HOST:PORT', help="of the Ray cluster's head")
+  parser.add_argument(
+    '--gpus', type=float, default=0, metavar='N', help='of --engine=ray: for each task'
+  )
   flags = cli.parse(parser)
   if sum(map(bool, (flags.checkpoint, flags.hf, flags.workdir))) != 1:
     parser.error('give one of --checkpoint, --hf and --workdir.')
   if flags.step is not None and not flags.checkpoint:
     parser.error('--step goes with --checkpoint.')
+  if flags.engine == 'ray' and not flags.workdir:
+    parser.error('--engine=ray goes with --workdir: it divides checkpoints and tasks among hosts.')
+  if flags.engine == 'local' and (flags.address or flags.gpus):
+    parser.error('--address and --gpus go with --engine=ray.')
   return flags
 
 
@@ -36,10 +47,9 @@ if __name__ == '__main__':
   FLAGS = _flags()
   cli.use_huge_pages()
 
-from research.core import configs, storage
-from research.core.errors import UserError
-from research.evaluation import loading
-from research.evaluation.suite import Suite, make_engine, run_suite
+from research.core import configs
+from research.evaluation import checkpoints, loading
+from research.parallel import ray_cluster
 
 
 def show_progress(task: str, done: int, of: int) -> None:
@@ -47,44 +57,6 @@ def show_progress(task: str, done: int, of: int) -> None:
   if sys.stderr.isatty():
     end = '\r' if done < of else '\r\033[K'
     print(f'{task}: {done:,} of {of:,} rows', end=end, file=sys.stderr, flush=True)
-
-
-def evaluate(suite: Suite, folder: loading.Folder, out: pathlib.Path) -> dict:
-  """What `run_suite` gives for a model."""
-  import jax
-
-  with loading.mesh_for(folder.model).use(jax.devices()):
-    model = loading.abstract_model(folder.model)
-    engine, identity = make_engine(
-      suite, model, lambda: loading.read_params(folder), folder.run, folder.tokenizer
-    )
-    identity = {'checkpoint': str(folder.path), 'step': folder.step, **identity}
-    return run_suite(suite, engine, out, identity, progress=show_progress)
-
-
-def evaluate_all(suite: Suite, workdir: pathlib.Path, out: pathlib.Path) -> list[dict]:
-  """The summaries of every checkpoint of a run or a sweep; one that cannot be read is told, and left out."""
-  pairs, summaries = loading.checkpoints_of(workdir), []
-  for run, step in pairs:
-    label = f'{run.name}-step-{step}'
-    print(f'{label}:')
-    try:
-      summary = evaluate(suite, loading.open_folder(run, step), out / label)
-    except UserError as error:
-      print(f'  not evaluated: {error}')
-      continue
-    trained = run / 'run.json'
-    facts = json.loads(trained.read_text()) if trained.is_file() else {}
-    # N, tokens and FLOPs of the run, so that a law can be fitted to the rows. They are of its end.
-    facts = facts if facts.get('steps') == step else {}
-    summary['row'] = {'run': run.name, **facts, **summary['row']}
-    summaries.append(summary)
-    rows = ''.join(json.dumps(summary['row']) + '\n' for summary in summaries)
-    storage.write_atomic(out / 'rows.jsonl', rows)
-  if not summaries:
-    raise UserError(f'none of the {len(pairs)} checkpoints of {workdir} could be evaluated.')
-  print(f'{len(summaries)} of {len(pairs)} checkpoints: {out / "rows.jsonl"}')
-  return summaries
 
 
 def main(flags) -> int:
@@ -99,11 +71,16 @@ def main(flags) -> int:
   with config.explains():
     place = pathlib.Path(flags.checkpoint or flags.hf or flags.workdir)
     out = pathlib.Path(flags.out or place / 'evaluation' / pathlib.Path(flags.gin_file[0]).stem)
-    if flags.workdir:
-      summaries = evaluate_all(suite, place, out)
+    if flags.engine == 'ray':
+      ray_cluster.connect(flags.address, '--engine=ray')
+      needs = ray_cluster.Needs(cpus=1, gpus=flags.gpus)
+      gin = tuple(flags.gin_file), tuple(flags.gin)
+      summaries = checkpoints.evaluate_on_cluster(suite, gin, place, out, needs)
+    elif flags.workdir:
+      summaries = checkpoints.evaluate_all(suite, place, out, show_progress)
     else:
       folder = loading.open_hf(place) if flags.hf else loading.open_folder(place, flags.step)
-      summaries = [evaluate(suite, folder, out)]
+      summaries = [checkpoints.evaluate(suite, folder, out, show_progress)]
       print(f'results: {out / "results.json"}')
   results = [result for summary in summaries for result in summary['tasks'].values()]
   return 1 if all('error' in result for result in results) else 0

@@ -118,6 +118,15 @@ def gemma3() -> pathlib.Path:
   return trained.gemma3()
 
 
+@pytest.fixture(scope='session')
+def ray_hosts():
+  """A Ray cluster of three hosts (see tests/raylets.py), which the tests of a session share."""
+  from tests import raylets
+
+  with raylets.started(3) as hosts:
+    yield hosts
+
+
 @pytest.fixture
 def one_device(monkeypatch):
   """Most of what is tested here does not depend on the mesh, and one device compiles much faster."""

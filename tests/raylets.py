@@ -12,22 +12,27 @@ STORE = 80 << 20  # bytes of shared memory a raylet; Ray's least is 75 MiB
 
 
 class Hosts:
-  """Raylets of one cluster. Each has one processor, object store and process table of its own.
+  """Raylets of one cluster, each with one processor, and with an object store and processes of its own.
 
   Attributes:
     address: HOST:PORT of the head.
+    raylets: that are alive.
   """
 
   def __init__(self, cluster):
     self._cluster = cluster
     self.address: str = cluster.address
+    self.raylets: list = []
 
-  def add(self, **options):
-    """Starts a raylet and returns it; `options` are those of `ray start`."""
-    return self._cluster.add_node(**{**_options(), 'num_cpus': 1, **options})
+  def add(self):
+    """Starts a raylet and returns it."""
+    with _as_a_user():
+      self.raylets.append(self._cluster.add_node(**_options(), num_cpus=1))
+    return self.raylets[-1]
 
   def kill(self, raylet) -> None:
     """SIGKILL to a raylet and to the workers that it started, as if the power of its host failed."""
+    self.raylets.remove(raylet)
     first = raylet.all_processes['raylet'][0].process.pid
     for pid in (first, *_descendants(first)):
       with contextlib.suppress(ProcessLookupError):
@@ -57,10 +62,12 @@ def started(hosts: int = 3) -> Iterator[Hosts]:
       'no_monitor': True,
       'temp_dir': folder,
     }
-    cluster = Cluster(initialize_head=True, head_node_args=head)
+    with _as_a_user():
+      cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
       made = Hosts(cluster)
-      made.raylets = [made.add() for _ in range(hosts)]
+      for _ in range(hosts):
+        made.add()
       yield made
     finally:
       import ray
@@ -73,6 +80,16 @@ def _options() -> dict:
   with contextlib.closing(socket.create_server(('127.0.0.1', 0))) as server:
     port = server.getsockname()[1]
   return {'object_store_memory': STORE, 'runtime_env_agent_port': port}
+
+
+@contextlib.contextmanager
+def _as_a_user():
+  """Without the variables by which the tests give jax eight devices: raylets hand theirs to their workers."""
+  kept = {name: os.environ.pop(name) for name in ('XLA_FLAGS', 'PJRT_NPROC') if name in os.environ}
+  try:
+    yield
+  finally:
+    os.environ.update(kept)
 
 
 @contextlib.contextmanager
@@ -102,6 +119,21 @@ def _without_agents():
     yield
   finally:
     Node.start_raylet, services.start_ray_process = start, start_process
+
+
+def finish_group(arguments: tuple[str, ...], names: tuple[str, ...], cpus: float) -> str:
+  """`group.train_group` whose training is nothing: leases and rows are what is left."""
+  from research.sweeps import group
+  from research.sweeps.worker import Worker
+
+  def nothing(worker, members):
+    for run, _ in members:
+      worker.folder.run(run).mkdir(parents=True, exist_ok=True)
+      row = '{"status": "finished", "loss": 1.0, "seconds": 0.1}'
+      (worker.folder.run(run) / 'run.json').write_text(row)
+
+  Worker.attempt = nothing
+  return group.train_group(arguments, names, cpus)
 
 
 def _command(pid: int) -> str:

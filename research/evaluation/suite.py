@@ -167,22 +167,39 @@ def run_suite(
   A task whose data are missing gives an error in place of metrics, and the others go on.
   """
   storage.make(folder)
-  results = {}
-  for task in suite.tasks:
-    name = task.name.replace('/', '-')
-    path, kept = folder / f'{name}.json', folder / f'{name}.answers.jsonl'
-    key = {**identity, 'task': describe(task, 0)}
-    result = _finished(path, key)
-    if result is None:
-      answers = KeptAnswers(engine, kept, key)
-      if answers.resumed:
-        log(f'{task.name}: {answers.resumed:,} answers of before are kept')
-      result = task.run(answers, lambda done, of, task=task: progress(task.name, done, of))
-      if 'error' not in result:
-        storage.write_atomic(path, json.dumps({'of': key, **result}, indent=1) + '\n')
-        kept.unlink()
-    results[task.name] = result
-    log(show(task.name, result))
+  results = {
+    task.name: run_task(task, engine, folder, identity, log, progress) for task in suite.tasks
+  }
+  return write_summary(folder, identity, results)
+
+
+def run_task(
+  task: Task,
+  engine: Engine,
+  folder: pathlib.Path,
+  identity: dict,
+  log: Callable[[str], None] = print,
+  progress: Callable[[str, int, int], None] = lambda task, done, of: None,
+) -> dict:
+  """The result of one task of `run_suite`, which has the same arguments."""
+  name = task.name.replace('/', '-')
+  path, kept = folder / f'{name}.json', folder / f'{name}.answers.jsonl'
+  key = {**identity, 'task': describe(task, 0)}
+  result = _finished(path, key)
+  if result is None:
+    answers = KeptAnswers(engine, kept, key)
+    if answers.resumed:
+      log(f'{task.name}: {answers.resumed:,} answers of before are kept')
+    result = task.run(answers, lambda done, of: progress(task.name, done, of))
+    if 'error' not in result:
+      storage.write_atomic(path, json.dumps({'of': key, **result}, indent=1) + '\n')
+      kept.unlink()
+  log(show(task.name, result))
+  return result
+
+
+def write_summary(folder: pathlib.Path, identity: dict, results: dict[str, dict]) -> dict:
+  """Writes results.json and row.json of a checkpoint's tasks; returns what results.json has."""
   summary = {**identity, 'tasks': results, 'row': row_of(identity, results)}
   storage.write_atomic(folder / 'results.json', json.dumps(summary, indent=1) + '\n')
   storage.write_atomic(folder / 'row.json', json.dumps(summary['row'], indent=1) + '\n')

@@ -95,7 +95,10 @@ def _entry():
     for path, content in marks:
       if not tasks.sees(path, content):
         return 'unshared', host, os.path.dirname(path)
-    return 'done', host, function(*arguments)
+    try:
+      return 'done', host, function(*arguments)
+    except tasks.UserError as error:  # as text: its class may keep what cannot travel
+      return 'refused', host, str(error)
 
   return call
 
@@ -188,6 +191,8 @@ class Tasks:
       return Outcome(key, lost=f'{type(error).__name__}: {(str(error).splitlines() or [""])[0]}')
     if kind == 'done':
       return Outcome(key, value)
+    if kind == 'refused':
+      return Outcome(key, error=UserError(value))
     raise UserError(_refusal(kind, host, value))
 
   def cancel(self) -> None:

@@ -9,6 +9,7 @@ import pytest
 from research.core.errors import UserError
 from research.data import cleaning, corpora
 from tasks import buckets, shuffle, store
+from tasks import cleaning as applied
 
 
 @pytest.fixture(autouse=True)
@@ -27,8 +28,11 @@ def write_corpus(folder, files: int = 5, documents: int = 60) -> list[str]:
   folder.mkdir()
   for number in range(files):
     mine = [' '.join(chance.choices(WORDS, k=60)) for _ in range(documents)]
-    mine += chance.sample(texts, 12)  # exact duplicates in other files
-    for text in chance.sample(texts, 12):  # one word of many is another
+    few = documents // 5
+    mine += chance.sample(texts, few)  # exact duplicates in other files
+    for text in chance.sample(texts, few):  # a few words in common
+      mine.append(' '.join([*text.split()[:10], *chance.choices(WORDS, k=60)]))
+    for text in chance.sample(texts, few):  # one word of many is another
       words = text.split()
       words[chance.randrange(len(words))] = 'changed'
       mine.append(' '.join(words))
@@ -146,7 +150,7 @@ def test_a_broken_file_is_named(tmp_path):
 
 def test_documents_that_share_a_band_are_found_and_no_others():
   rule = cleaning.NearDuplicates(threshold=0.7, permutations=64, shingle=2)
-  near = cleaning.MinHash(rule)
+  near = applied.MinHash(rule)
   texts = [b'a b c d e f g h i j k l m n o p q r s t', b'one two three four five six seven']
   signatures = [near.signature(text) for text in texts]
   changed = signatures[0].copy()

@@ -377,6 +377,23 @@ def test_the_command_evaluates_a_run(trained, command, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_cluster_gives_the_rows_of_one_machine(trained, command, tmp_path, ray_hosts):
+  run, gin_file = trained
+  rows = []
+  for engine in (['--engine=local'], ['--engine=ray', f'--address={ray_hosts.address}']):
+    out = tmp_path / engine[0].partition('=')[2]
+    evaluate = ('research.evaluate', f'--gin_file={gin_file}', f'--workdir={run}', f'--out={out}')
+    done = command(*evaluate, *engine)
+    assert done.returncode == 0, done.stderr
+    rows.append((out / 'rows.jsonl').read_text())
+  assert rows[0] == rows[1]
+  assert '[4/4]' in done.stdout  # two checkpoints, two tasks
+  wrong = command(*evaluate, '--engine=ray', '--address=127.0.0.1:1')
+  assert wrong.returncode == 2
+  assert 'no Ray head answers there' in wrong.stderr
+
+
+@pytest.mark.slow
 def test_killed_in_a_task_it_goes_on_with_the_next_request(trained, tmp_path, user_environment):
   run, gin_file = trained
   out = tmp_path / 'out'

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import time
+from typing import ClassVar
 
 from research.core import storage
 from research.core.errors import Invalid, UserError
@@ -40,6 +41,8 @@ class Ray:
   memory: int = 0
   patience: float = 600.0
 
+  FUNCTION: ClassVar[tuple[str, str]] = ('research.sweeps.group', 'train_group')
+
   def __post_init__(self):
     for field in ('cpus', 'gpus', 'memory'):
       if getattr(self, field) < 0:
@@ -75,7 +78,7 @@ class Ray:
     ray_cluster.connect(self.address, '--launcher=ray')
     try:
       folders = [job.workdir / 'workers']
-      tasks = ray_tasks.Tasks('research.sweeps.group', 'train_group', self._needs(), folders)
+      tasks = ray_tasks.Tasks(*self.FUNCTION, self._needs(), folders)
       try:
         self._give_out(job, tasks)
       finally:
@@ -90,8 +93,11 @@ class Ray:
     log = job.logs / 'ray.log'
     slots, next_look = tasks.slots(), 0.0
     while len(dispatch):
-      for names in dispatch.groups(slots, slots + QUEUE - len(tasks.pending)):
-        tasks.start(names, job.arguments, names, self.cpus)
+      if (
+        len(tasks.pending) < slots + QUEUE // 2
+      ):  # not for each task: it looks at every waiting run
+        for names in dispatch.groups(slots, slots + QUEUE - len(tasks.pending)):
+          tasks.start(names, job.arguments, names, self.cpus)
       for outcome in tasks.ended(0.5):
         over = dispatch.ended(outcome.key)
         if isinstance(outcome.error, UserError):

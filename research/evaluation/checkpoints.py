@@ -1,0 +1,162 @@
+"""Evaluates every checkpoint of a run or of a sweep: in this process, or on a cluster."""
+
+import functools
+import json
+import pathlib
+from collections.abc import Callable
+
+import jax
+
+from research.core import configs, storage
+from research.core.errors import UserError
+from research.evaluation import loading
+from research.evaluation.engine import Engine
+from research.evaluation.suite import Suite, make_engine, run_suite, run_task, write_summary
+from research.parallel import ray_cluster, ray_tasks
+
+Progress = Callable[[str, int, int], None]
+
+
+def evaluate(suite: Suite, folder: loading.Folder, out: pathlib.Path, progress: Progress) -> dict:
+  """What `run_suite` gives for a model."""
+  with loading.mesh_for(folder.model).use(jax.devices()):
+    engine, identity = engine_of(suite, folder)
+    return run_suite(suite, engine, out, identity, progress=progress)
+
+
+def engine_of(suite: Suite, folder: loading.Folder) -> tuple[Engine, dict]:
+  """The engine of a folder's model, and what its answers depend on. Under the mesh in use."""
+  model = loading.abstract_model(folder.model)
+  engine, identity = make_engine(
+    suite, model, lambda: loading.read_params(folder), folder.run, folder.tokenizer
+  )
+  return engine, {'checkpoint': str(folder.path), 'step': folder.step, **identity}
+
+
+def evaluate_all(
+  suite: Suite, workdir: pathlib.Path, out: pathlib.Path, progress: Progress
+) -> list[dict]:
+  """The summaries of every checkpoint of a run or a sweep; one that cannot be read is told, and left out."""
+  pairs = loading.checkpoints_of(workdir)
+  summaries: list[dict] = []
+  for run, step in pairs:
+    label = f'{run.name}-step-{step}'
+    print(f'{label}:')
+    try:
+      summary = evaluate(suite, loading.open_folder(run, step), out / label, progress)
+    except UserError as error:
+      print(f'  not evaluated: {error}')
+      continue
+    add_row(summaries, summary, run, step, out)
+  return conclude(summaries, len(pairs), workdir, out)
+
+
+def add_row(summaries: list[dict], summary: dict, run: pathlib.Path, step: int, out) -> None:
+  """Adds a checkpoint's summary to the others, and writes the rows of all to rows.jsonl."""
+  trained = run / 'run.json'
+  facts = json.loads(trained.read_text()) if trained.is_file() else {}
+  # N, tokens and FLOPs of the run, so that a law can be fitted to the rows. They are of its end.
+  facts = facts if facts.get('steps') == step else {}
+  summary['row'] = {'run': run.name, **facts, **summary['row']}
+  summaries.append(summary)
+  rows = ''.join(json.dumps(summary['row']) + '\n' for summary in summaries)
+  storage.write_atomic(out / 'rows.jsonl', rows)
+
+
+def conclude(summaries: list[dict], count: int, workdir, out: pathlib.Path) -> list[dict]:
+  """The summaries, with a line about them.
+
+  Raises:
+    UserError: there are none.
+  """
+  if not summaries:
+    raise UserError(f'none of the {count} checkpoints of {workdir} could be evaluated.')
+  print(f'{len(summaries)} of {count} checkpoints: {out / "rows.jsonl"}')
+  return summaries
+
+
+def evaluate_on_cluster(
+  suite: Suite,
+  gin: tuple[tuple[str, ...], tuple[str, ...]],
+  workdir: pathlib.Path,
+  out: pathlib.Path,
+  needs: ray_cluster.Needs,
+) -> list[dict]:
+  """`evaluate_all` with each task of the suite on each checkpoint as one call on a Ray cluster.
+
+  What a task answered is kept in its checkpoint's folder, so that a call that was lost with its host goes on.
+
+  Args:
+    gin: the files and the bindings that describe the suite.
+    needs: of a call. `ray_cluster.connect` has joined the cluster.
+
+  Raises:
+    UserError: none of the checkpoints could be evaluated, or a host cannot do it.
+  """
+  pairs = loading.checkpoints_of(workdir)
+  storage.make(out)
+  tasks = ray_tasks.Tasks('research.evaluation.checkpoints', 'answer', needs, [workdir, out])
+  calls = {
+    (run.name, step, task.name): (
+      *gin,
+      str(run),
+      step,
+      str(out / f'{run.name}-step-{step}'),
+      task.name,
+    )
+    for run, step in pairs
+    for task in suite.tasks
+  }
+  done = 0
+
+  def ended(outcome: ray_tasks.Outcome) -> None:
+    nonlocal done
+    run, step, task = outcome.key
+    done += not outcome.lost
+    said = f'is asked again ({outcome.lost})' if outcome.lost else 'answered'
+    print(f'[{done}/{len(calls)}] {run}-step-{step}, {task}: {said}', flush=True)
+
+  answers = ray_tasks.do_all(tasks, calls, ended)
+  summaries: list[dict] = []
+  for run, step in pairs:
+    label = f'{run.name}-step-{step}'
+    parts = {task.name: answers[run.name, step, task.name] for task in suite.tasks}
+    print(f'{label}:')
+    if why := next((part['refused'] for part in parts.values() if 'refused' in part), None):
+      print(f'  not evaluated: {why}')
+      continue
+    identity = next(iter(parts.values()))['identity']
+    results = {name: part['result'] for name, part in parts.items()}
+    summary = write_summary(out / label, identity, results)
+    add_row(summaries, summary, run, step, out)
+  return conclude(summaries, len(pairs), workdir, out)
+
+
+def answer(files, bindings, run: str, step: int, out: str, name: str) -> dict:
+  """One task of a suite on one checkpoint: its result, or why the checkpoint cannot be evaluated."""
+  suite = _suite(tuple(files), tuple(bindings))
+  try:
+    mesh, engine, identity = _engine(suite, run, step)
+  except UserError as error:
+    return {'refused': str(error)}
+  task = next(task for task in suite.tasks if task.name == name)
+  folder = storage.place(out)
+  storage.make(folder)
+  with mesh.use(jax.devices()):
+    return {'identity': identity, 'result': run_task(task, engine, folder, identity)}
+
+
+@functools.cache
+def _suite(files: tuple[str, ...], bindings: tuple[str, ...]) -> Suite:
+  from research.training.program import keep_compiled
+
+  keep_compiled()
+  return configs.load(list(files), bindings, root='EVALUATION').build()
+
+
+@functools.lru_cache(maxsize=1)  # the next task is often of the same checkpoint
+def _engine(suite: Suite, run: str, step: int):
+  folder = loading.open_folder(run, step)
+  mesh = loading.mesh_for(folder.model)
+  with mesh.use(jax.devices()):
+    return mesh, *engine_of(suite, folder)
