@@ -93,9 +93,8 @@ class Ray:
     log = job.logs / 'ray.log'
     slots, next_look = tasks.slots(), 0.0
     while len(dispatch):
-      if (
-        len(tasks.pending) < slots + QUEUE // 2
-      ):  # not for each task: it looks at every waiting run
+      # Not for each task that ends: it looks at every run that waits.
+      if len(tasks.pending) < slots + QUEUE // 2:
         for names in dispatch.groups(slots, slots + QUEUE - len(tasks.pending)):
           tasks.start(names, job.arguments, names, self.cpus)
       for outcome in tasks.ended(0.5):
