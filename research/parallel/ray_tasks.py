@@ -111,6 +111,7 @@ class Tasks:
     needs: of each call.
     shared: folders that every host must see; a bucket is one too.
     environment: more variables of the processes that answer.
+    fresh: whether every call has a process of its own; otherwise a process goes on with the next call.
   """
 
   def __init__(
@@ -120,6 +121,7 @@ class Tasks:
     needs: Needs,
     shared: Iterable = (),
     environment: Mapping[str, str] | None = None,
+    fresh: bool = False,
   ):
     import ray
 
@@ -133,7 +135,8 @@ class Tasks:
     if not needs.gpus and 'JAX_PLATFORMS' not in variables:
       # jax starts a thread for each core that it sees; a call is to use those that it asked for.
       variables.setdefault('PJRT_NPROC', str(max(1, math.ceil(needs.cpus))))
-    self._remote = ray.remote(_entry()).options(
+    call = ray.remote(max_calls=1)(_entry()) if fresh else ray.remote(_entry())
+    self._remote = call.options(
       num_cpus=needs.cpus,
       num_gpus=needs.gpus,
       resources=dict(needs.resources),
@@ -194,6 +197,14 @@ class Tasks:
     if kind == 'refused':
       return Outcome(key, error=UserError(value))
     raise UserError(_refusal(kind, host, value))
+
+  def kill(self, keys: Iterable) -> None:
+    """Kills the processes of calls, which then end as lost."""
+    import ray
+
+    keys = set(keys)
+    for reference in [reference for reference, key in self.pending.items() if key in keys]:
+      ray.cancel(reference, force=True)
 
   def cancel(self) -> None:
     """Ends the calls that still run, as SIGINT does, and forgets them."""

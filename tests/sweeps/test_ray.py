@@ -29,9 +29,9 @@ FOUR = SWEEP.replace('(2e5, 4e5, 6e5)', '(1e5, 2e5)').replace('every=100', 'ever
 class OnRay(Sweeping):
   """A sweep whose runs a Ray cluster trains."""
 
-  def __init__(self, file, workdir, address: str):
+  def __init__(self, file, workdir, address: str, **options):
     super().__init__(file, workdir)
-    self.address = address
+    self.launcher = ray.Ray(address=address, **options)
     self.error = None
     self.job = dataclasses.replace(
       self.job, dispatch=lambda: dispatch.Dispatch(self.sweep, self.folder, self.runs)
@@ -39,7 +39,7 @@ class OnRay(Sweeping):
 
   def run(self):
     try:
-      ray.Ray(address=self.address).run(self.job)
+      self.launcher.run(self.job)
     except Exception as error:  # for the test's own thread to look at
       self.error = error
 
@@ -300,3 +300,46 @@ def test_the_scheduler_costs_less_than_five_milliseconds_a_run(ray_hosts, planne
   assert len(made.rows(many)) == n
   assert cost / n < 5e-3
   assert grown < 100_000  # kB: Ray's client, and ten kB a run, its row among them
+
+
+TOGETHER = """
+from __gin__ import dynamic_registration
+from research.designs import grids
+include 'tests/gin/workers.gin'
+sweep.Sweep:
+  run = '{run}'
+  design = @grids.KaplanGrid()
+  lease = 8.0
+  bindings = ("FILES='{files}'", 'Run.checkpoint_every=40')
+grids.KaplanGrid:
+  params = (8e3,)
+  tokens = (1e5,)
+  ladder = @plan.Ladder()
+  learning_rate = @learning_rate/plan.Rule()
+  batch_size = @batch_size/plan.Rule()
+plan.Ladder.widths = (8, 32, 8)
+"""
+
+
+@pytest.mark.slow
+def test_two_hosts_train_a_run_together(
+  ray_hosts, text_file, tmp_path, user_environment, monkeypatch
+):
+  for name in set(os.environ) - set(user_environment):
+    monkeypatch.delenv(name)
+  (tmp_path / 'run.gin').write_text(
+    "include 'tests/gin/decoder.gin'\ninclude 'gin/meshes/data.gin'\n"
+  )
+  file = tmp_path / 'sweep.gin'
+  file.write_text(TOGETHER.format(run=tmp_path / 'run.gin', files=text_file))
+  alone = Sweeping(file, tmp_path / 'alone')
+  alone.run()
+  together = OnRay(file, tmp_path / 'together', ray_hosts.address, hosts=2)
+  together.run()
+  assert together.error is None
+  (one,), (two,) = alone.rows(), together.rows()
+  (run,) = together.runs
+  assert '2 cpu device(s), mesh data 2' in (together.folder.run(run) / 'log.txt').read_text()
+  assert two['status'] == 'finished'
+  # Sums over two halves of a batch, in float32, over 390 steps.
+  assert two['loss'] == pytest.approx(one['loss'], rel=1e-4)
