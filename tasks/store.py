@@ -163,8 +163,6 @@ class Screen:
     why = self._why_not(split, key, text)
     if why:
       self.dropped[why] += 1
-    elif split == 'validation':
-      self.keys.add(key)
     return not why
 
   def _why_not(self, split, key, text) -> str:
@@ -173,6 +171,8 @@ class Screen:
       return 'exact duplicates'
     if split == 'train' and key in self.keys:
       return 'exact duplicates of validation'
+    if split == 'validation':
+      self.keys.add(key)
     if self.near and self.near.seen(text):
       return 'near duplicates'
     if self.overlap and split == 'validation':

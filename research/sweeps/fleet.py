@@ -58,12 +58,14 @@ class Simulated:
     seconds: until the last run was over.
     preempted: hosts that were taken away while they trained.
     lost: seconds of training that had to be done again.
+    trained: seconds of training of the runs that were finished.
     failed: runs that were given up, because they were lost too often before they saved.
   """
 
   seconds: float
   preempted: int
   lost: float
+  trained: float
   failed: int
 
 
@@ -82,7 +84,7 @@ def simulate(jobs: Sequence[Job], fleet: Fleet, retries: int, seed: int) -> Simu
   heapq.heapify(ready)
   waiting: list[tuple[float, int]] = []  # (when its lease expires, run)
   free = [0.0] * fleet.hosts  # when each host can take a run
-  end, lost = 0.0, 0.0
+  end, lost, trained = 0.0, 0.0, 0.0
   preempted = failed = 0
   while ready or waiting:
     now = heapq.heappop(free)
@@ -96,13 +98,14 @@ def simulate(jobs: Sequence[Job], fleet: Fleet, retries: int, seed: int) -> Simu
     needs = fleet.start + left[i]
     alive = chance.expovariate(rate) if rate else float('inf')
     if alive >= needs:
+      trained += jobs[i].seconds
       end = max(end, now + needs)
       heapq.heappush(free, now + needs)
       continue
-    trained = max(0.0, alive - fleet.start)
-    saved = trained - trained % jobs[i].saved_every
+    done = max(0.0, alive - fleet.start)
+    saved = done - done % jobs[i].saved_every
     left[i] -= saved
-    lost += trained - saved
+    lost += done - saved
     preempted += 1
     heapq.heappush(free, now + alive + fleet.replace)
     failures[i] += not saved
@@ -111,7 +114,7 @@ def simulate(jobs: Sequence[Job], fleet: Fleet, retries: int, seed: int) -> Simu
       end = max(end, now + alive)
     else:
       heapq.heappush(waiting, (now + alive + fleet.lease, i))
-  return Simulated(end, preempted, lost, failed)
+  return Simulated(end, preempted, lost, trained, failed)
 
 
 def forecast(jobs: Sequence[Job], fleet: Fleet, retries: int, draws: int = 21) -> str:
@@ -128,7 +131,7 @@ def forecast(jobs: Sequence[Job], fleet: Fleet, retries: int, draws: int = 21) -
       f' (in 8 of 10 simulations {clock(seconds[tenth])} to {clock(seconds[-1 - tenth])}); each is taken away '
       f'{fleet.preemptions:g} times an hour: {count:.1f} hosts in all, and {lost:.1%} of training is done again'
     )
-  busy = total / (fleet.hosts * statistics.median(seconds))
+  busy = statistics.mean(s.trained / (fleet.hosts * s.seconds) for s in drawn)
   text += f"; {busy:.0%} of the hosts' time is training"
   failed = statistics.mean(simulated.failed for simulated in drawn)
   if failed:

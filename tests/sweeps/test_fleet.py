@@ -15,7 +15,7 @@ HOUR = 3600.0
 def test_without_preemption_it_is_list_scheduling():
   jobs = [Job(seconds, math.inf) for seconds in (5.0, 3.0, 3.0, 2.0, 2.0, 1.0)]
   alone = simulate(jobs, Fleet(hosts=1, start=0.0), retries=2, seed=0)
-  assert (alone.seconds, alone.preempted, alone.lost, alone.failed) == (16.0, 0, 0.0, 0)
+  assert (alone.seconds, alone.trained, alone.preempted, alone.failed) == (16.0, 16.0, 0, 0)
   # The longest first: 5+2+1 and 3+3+2.
   assert simulate(jobs, Fleet(hosts=2, start=0.0), retries=2, seed=0).seconds == 8.0
   assert simulate(jobs, Fleet(hosts=9, start=0.5), retries=2, seed=0).seconds == 5.5
@@ -42,7 +42,7 @@ def test_a_run_that_never_saves_fails_after_its_retries():
   given_up = simulate(jobs, lossy, retries=2, seed=1)
   assert given_up.failed == 20  # five hours without a loss: once in exp(10)
   assert given_up.preempted == 60
-  assert simulate([Job(5 * HOUR, 60.0)] * 20, lossy, retries=2, seed=1).failed == 0
+  assert simulate([Job(5 * HOUR, 60.0)] * 20, lossy, retries=6, seed=1).failed == 0
   said = fleet.forecast(jobs, lossy, retries=2)
   assert '20.0 of 20 runs would fail, lost 3 times before they saved: raise Sweep.retries' in said
 

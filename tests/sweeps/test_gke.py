@@ -5,6 +5,7 @@ of JobSet) and ray.io/v1 (ray-operator/config/crd of KubeRay), and from the API 
 and pods. They have the fields that manifests may use; a field that a schema does not have is refused.
 """
 
+import dataclasses
 import pathlib
 import re
 import shlex
@@ -12,7 +13,7 @@ import tomllib
 
 import pytest
 import yaml
-from test_launchers import JOB, worker_flags
+from test_launchers import JOB, commands, worker_flags
 
 from research.core import cli
 from research.core.errors import Invalid, UserError
@@ -105,18 +106,23 @@ RAYJOB = fields(
 )  # fmt: skip
 
 
-def printed(launcher: Gke, capsys) -> dict:
-  """The one manifest that a launcher prints, held to its schema."""
+def written(launcher: Gke, folder: pathlib.Path, capsys) -> dict:
+  """The manifest that a launcher writes, held to its schema."""
   jsonschema = pytest.importorskip('jsonschema')
-  assert launcher.run(JOB) is False
-  (manifest,) = yaml.safe_load_all(capsys.readouterr().out)
+  assert launcher.run(dataclasses.replace(JOB, workdir=folder)) is False
+  build, apply = commands(capsys.readouterr().out)
+  assert build[:4] == ['docker', 'build', '--tag', launcher.image]
+  assert apply[:3] == ['kubectl', 'apply', '-f']
+  text = pathlib.Path(apply[3]).read_text()
+  assert '&id' not in text
+  manifest = yaml.safe_load(text)
   jsonschema.validate(manifest, {'JobSet': JOBSET, 'RayJob': RAYJOB}[manifest['kind']])
   return manifest
 
 
-def test_a_jobset_of_workers(capsys):
+def test_a_jobset_of_workers(tmp_path, capsys):
   launcher = Gke(workers=3, accelerator='v6e:2x4', image='eu/isoflop', queue='research')
-  manifest = printed(launcher, capsys)
+  manifest = written(launcher, tmp_path, capsys)
   assert manifest['metadata']['labels'] == {'kueue.x-k8s.io/queue-name': 'research'}
   (job,) = manifest['spec']['replicatedJobs']
   assert job['replicas'] == 3
@@ -134,9 +140,9 @@ def test_a_jobset_of_workers(capsys):
   assert flags.gin == ["Sweep.question='Why?'"]
 
 
-def test_a_rayjob_that_hands_the_runs_out(capsys):
-  manifest = printed(
-    Gke(api='kuberay', accelerator='v5p:2x2x1', namespace='lab', spot=False), capsys
+def test_a_rayjob_that_hands_the_runs_out(tmp_path, capsys):
+  manifest = written(
+    Gke(api='kuberay', accelerator='v5p:2x2x1', namespace='lab', spot=False), tmp_path, capsys
   )
   assert manifest['metadata'] == {'name': 'isoflop', 'namespace': 'lab'}
   cluster = manifest['spec']['rayClusterSpec']
@@ -155,15 +161,15 @@ def test_a_rayjob_that_hands_the_runs_out(capsys):
   assert flags.gin == ["Sweep.question='Why?'", "Ray.resources={'TPU': 4}"]
 
 
-def test_kueue_admits_a_ray_cluster_of_fixed_size(capsys):
-  manifest = printed(Gke(api='kuberay', queue='research'), capsys)
+def test_kueue_admits_a_ray_cluster_of_fixed_size(tmp_path, capsys):
+  manifest = written(Gke(api='kuberay', queue='research'), tmp_path, capsys)
   assert manifest['spec']['rayClusterSpec']['enableInTreeAutoscaling'] is False
   assert manifest['metadata']['labels'] == {'kueue.x-k8s.io/queue-name': 'research'}
 
 
-def test_a_field_that_an_api_does_not_have_is_refused(capsys):
+def test_a_field_that_an_api_does_not_have_is_refused(tmp_path, capsys):
   jsonschema = pytest.importorskip('jsonschema')
-  manifest = printed(Gke(), capsys)
+  manifest = written(Gke(), tmp_path, capsys)
   manifest['spec']['replicatedJobs'][0]['template']['spec']['restarts'] = 3
   with pytest.raises(jsonschema.ValidationError, match="'restarts' was unexpected"):
     jsonschema.validate(manifest, JOBSET)

@@ -24,7 +24,7 @@ RAY_FILE = 'gin/launchers/ray.gin'
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gke(Printed):
-  """Prints a manifest for `kubectl apply -f`, and starts nothing.
+  """Writes a manifest, and prints the commands that use it; starts nothing.
 
   Attributes:
     accelerator: a slice of one host by its sides, such as 'v5e:2x4'; each has one worker.
@@ -59,10 +59,11 @@ class Gke(Printed):
     _slice(self.accelerator)
 
   def text(self, job: Job) -> str:
-    """The manifest, as YAML."""
+    """Writes the manifest beside the logs of the sweep; returns the commands that use it."""
     manifest = self.jobset(job) if self.api == 'jobset' else self.rayjob(job)
-    head = f'# kubectl apply -f {self.name}.yaml; the image is built by: docker build --tag {self.image} .\n'
-    return head + yaml.safe_dump(manifest, sort_keys=False, width=1000).rstrip()
+    path = job.logs / f'{self.name}.yaml'
+    path.write_text(yaml.dump(manifest, Dumper=_Plain, sort_keys=False, width=1000))
+    return f'docker build --tag {self.image} . && docker push {self.image}\nkubectl apply -f {path}'
 
   def jobset(self, job: Job) -> dict:
     """A JobSet with one Job a worker. A worker that fails is started again alone: the leases know its run."""
@@ -159,6 +160,13 @@ class Gke(Printed):
       'nodeSelector': selector,
       'containers': [{**container, 'resources': {'requests': tpus, 'limits': tpus}}],
     }
+
+
+class _Plain(yaml.SafeDumper):
+  """YAML in which a value that occurs twice is written twice, for people to read."""
+
+  def ignore_aliases(self, data) -> bool:
+    return True
 
 
 def _slice(name: str) -> tuple[str, int, str]:
