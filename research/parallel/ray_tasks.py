@@ -132,23 +132,24 @@ class Tasks:
     self._function = (tuple(mark_folder(folder) for folder in shared), module, name)
     passed = {key: os.environ[key] for key in PASSED_ON if key in os.environ}
     variables = {**cli.CPU_ENVIRONMENT, **passed, **(environment or {})}
-    if not needs.gpus and 'JAX_PLATFORMS' not in variables:
+    if not needs.gpus:
       # jax starts a thread for each core that it sees; a call is to use those that it asked for.
       variables.setdefault('PJRT_NPROC', str(max(1, math.ceil(needs.cpus))))
-    call = ray.remote(max_calls=1)(_entry()) if fresh else ray.remote(_entry())
-    self._remote = call.options(
-      num_cpus=needs.cpus,
-      num_gpus=needs.gpus,
-      resources=dict(needs.resources),
-      memory=needs.memory or None,
-      max_retries=0,
-      name=name,
-      runtime_env={'env_vars': variables},
-    )
+    self._call = ray.remote(max_calls=1)(_entry()) if fresh else ray.remote(_entry())
+    self._options = {
+      'num_cpus': needs.cpus,
+      'num_gpus': needs.gpus,
+      'resources': dict(needs.resources),
+      'memory': needs.memory or None,
+      'max_retries': 0,
+      'name': name,
+      'runtime_env': {'env_vars': variables},
+    }
+    self._remote = self._call.options(**self._options)
 
   def start(self, key, *arguments, **options) -> None:
     """Queues a call; `options` are more of Ray's, such as a scheduling strategy."""
-    remote = self._remote.options(**options) if options else self._remote
+    remote = self._call.options(**self._options, **options) if options else self._remote
     self.pending[remote.remote(*self._head, *self._function, arguments)] = key
 
   def slots(self) -> int:
