@@ -6,6 +6,7 @@ anything. Ray itself retries nothing here: the caller learns that a call was los
 because it knows what of the work is already on the shared disk.
 """
 
+import atexit
 import dataclasses
 import functools
 import hashlib
@@ -52,21 +53,23 @@ def project_digest(root: str) -> str:
   return digest.hexdigest()[:16]
 
 
-def mark_folder(folder) -> tuple[str, str]:
-  """Writes a file into a folder that every host is to share; returns its (path, content) for `Tasks`.
+@functools.cache
+def mark_folder(folder) -> str:
+  """Writes a file into a folder that every host is to share; returns its path, for `Tasks`.
 
-  A host that finds another content, or no such file, has another folder under the same path.
+  Its name is drawn, so that a host that sees it sees this very folder. It goes away with this process.
   """
   storage.make(folder)
-  path, content = folder / '.shared', uuid.uuid4().hex
-  storage.write_atomic(path, content)
-  return str(path), content
+  path = folder / f'.shared-{uuid.uuid4().hex}'
+  storage.write_atomic(path, '')
+  atexit.register(path.unlink, missing_ok=True)
+  return str(path)
 
 
-def sees(path: str, content: str) -> bool:
+def sees(path: str) -> bool:
   """Whether this host sees the file of `mark_folder`."""
   try:
-    return storage.place(path).read_text() == content
+    return storage.place(path).exists()
   except (OSError, UserError):
     return False
 
@@ -92,8 +95,8 @@ def _entry():
       return 'lacks', host, error.name or str(error)
     if tasks.project_digest(str(tasks.ROOT)) != digest:
       return 'differs', host, str(tasks.ROOT)
-    for path, content in marks:
-      if not tasks.sees(path, content):
+    for path in marks:
+      if not tasks.sees(path):
         return 'unshared', host, os.path.dirname(path)
     try:
       return 'done', host, function(*arguments)
@@ -110,7 +113,6 @@ class Tasks:
     module, name: of the function, which every host imports.
     needs: of each call.
     shared: folders that every host must see; a bucket is one too.
-    environment: more variables of the processes that answer.
     fresh: whether every call has a process of its own; otherwise a process goes on with the next call.
   """
 
@@ -120,7 +122,6 @@ class Tasks:
     name: str,
     needs: Needs,
     shared: Iterable = (),
-    environment: Mapping[str, str] | None = None,
     fresh: bool = False,
   ):
     import ray
@@ -131,7 +132,7 @@ class Tasks:
     self._head = (str(ROOT), project_digest(str(ROOT)), os.getcwd())
     self._function = (tuple(mark_folder(folder) for folder in shared), module, name)
     passed = {key: os.environ[key] for key in PASSED_ON if key in os.environ}
-    variables = {**cli.CPU_ENVIRONMENT, **passed, **(environment or {})}
+    variables = {**cli.CPU_ENVIRONMENT, **passed}
     if not needs.gpus:
       # jax starts a thread for each core that it sees; a call is to use those that it asked for.
       variables.setdefault('PJRT_NPROC', str(max(1, math.ceil(needs.cpus))))
