@@ -70,7 +70,7 @@ def compare(one: pathlib.Path, other: pathlib.Path) -> int:
   """The number of files of both folders, whose bytes are equal; exits where they are not."""
   files = {p.relative_to(one) for p in one.rglob('*') if p.is_file() and p.suffix != '.lock'}
   others = {p.relative_to(other) for p in other.rglob('*') if p.is_file() and p.suffix != '.lock'}
-  others.discard(pathlib.Path('.shared'))
+  others = {path for path in others if not path.name.startswith('.shared')}
   if files != others:
     sys.exit(f'files of one alone: {sorted(map(str, files ^ others))[:5]}')
   same, different, errors = filecmp.cmpfiles(one, other, map(str, files), shallow=False)

@@ -229,8 +229,8 @@ def _refusal(kind: str, host: str, value: str) -> str:
     )
   if kind == 'differs':
     return (
-      f'host {host} has another version of the project, in {value}: bring it to that of {ROOT}, or the runs '
-      'would differ by host.'
+      f'host {host} has another version of the project, in {value}: bring it to that of this machine, or '
+      'results would differ by host.'
     )
   return (
     f'host {host} does not see {value} as this machine does: choose a folder that all hosts share, or a bucket '

@@ -37,7 +37,7 @@ def files_in(folder) -> dict[str, bytes]:
   return {
     str(path.relative_to(folder)): path.read_bytes()
     for path in folder.rglob('*')
-    if path.is_file() and path.suffix != '.lock' and path.name != '.shared'
+    if path.is_file() and path.suffix != '.lock' and not path.name.startswith('.shared')
   }
 
 

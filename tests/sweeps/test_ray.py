@@ -70,9 +70,12 @@ def folder_mark(tmp_path):
       {'module': 'nothing_of_ours'},
       'host H lacks the package nothing_of_ours: install the same lock',
     ),
-    ({'digest': 'other'}, 'host H has another version of the project, in .*: bring it to that of'),
     (
-      {'content': 'other'},
+      {'digest': 'other'},
+      'host H has another version of the project, in .*: bring it to that of this',
+    ),
+    (
+      {'mark': '/nowhere/.shared-1'},
       'host H does not see .* as this machine does: choose a folder that all hosts',
     ),
   ],
@@ -81,16 +84,11 @@ def test_a_host_that_cannot_do_a_task_says_why(changed, said, folder_mark):
   """The very function that Ray carries to a host, called here."""
   place = {
     'root': str(ray_tasks.ROOT), 'digest': ray_tasks.project_digest(str(ray_tasks.ROOT)),
-    'module': 'math', 'content': folder_mark[1],
+    'module': 'math', 'mark': folder_mark,
   } | changed  # fmt: skip
+  marks = (place['mark'],)
   kind, host, value = ray_tasks._entry()(
-    place['root'],
-    place['digest'],
-    '/',
-    ((folder_mark[0], place['content']),),
-    place['module'],
-    'sqrt',
-    (4,),
+    place['root'], place['digest'], '', marks, place['module'], 'sqrt', (4,)
   )
   assert re.match(said, ray_tasks._refusal(kind, 'H', value))
   assert host == socket.gethostname()
