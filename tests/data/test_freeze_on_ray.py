@@ -12,6 +12,12 @@ from research.data import cleaning, corpora, vocabularies
 from research.data.streams import Stream
 
 
+# Ray leaves files and processes to the garbage collector, of a host that was killed as well.
+pytestmark = pytest.mark.filterwarnings(
+  'ignore::ResourceWarning', 'ignore::pytest.PytestUnraisableExceptionWarning'
+)
+
+
 @pytest.fixture
 def stream(tmp_path) -> Stream:
   """A stream over six files in which some documents nearly repeat those of other files."""

@@ -22,6 +22,10 @@ from research.sweeps.sweep import make_plan
 from research.sweeps.worker import Worker
 from tests import raylets
 
+# Ray leaves files and processes to the garbage collector, of a host that was killed as well.
+pytestmark = pytest.mark.filterwarnings(
+  'ignore::ResourceWarning', 'ignore::pytest.PytestUnraisableExceptionWarning'
+)
 # Four short runs, each with checkpoints.
 FOUR = SWEEP.replace('(2e5, 4e5, 6e5)', '(1e5, 2e5)').replace('every=100', 'every=40')
 
@@ -302,6 +306,8 @@ def test_the_scheduler_costs_less_than_five_milliseconds_a_run(ray_hosts, planne
 
 TOGETHER = """
 from __gin__ import dynamic_registration
+from research.sweeps import sweep
+from research.designs import plan
 from research.designs import grids
 include 'tests/gin/workers.gin'
 sweep.Sweep:
