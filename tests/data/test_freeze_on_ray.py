@@ -11,7 +11,6 @@ from research.core.errors import UserError
 from research.data import cleaning, corpora, vocabularies
 from research.data.streams import Stream
 
-
 # Ray leaves files and processes to the garbage collector, of a host that was killed as well.
 pytestmark = pytest.mark.filterwarnings(
   'ignore::ResourceWarning', 'ignore::pytest.PytestUnraisableExceptionWarning'
