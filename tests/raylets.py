@@ -39,6 +39,13 @@ class Hosts:
         os.kill(pid, signal.SIGKILL)
     self._cluster.remove_node(raylet, allow_graceful=False)
 
+  def busy_with(self, task: str):
+    """A raylet on which a task of this name runs; None where there is none."""
+    for raylet in self.raylets:
+      if any(f'ray::{task}' in _command(pid) for pid in self.workers(raylet)):
+        return raylet
+    return None
+
   def workers(self, raylet) -> list[int]:
     """The processes of tasks on a raylet."""
     pid = raylet.all_processes['raylet'][0].process.pid

@@ -80,7 +80,7 @@ def compare(one: pathlib.Path, other: pathlib.Path) -> int:
 
 
 def on_cluster(stream: Stream, cache: pathlib.Path, hosts: int) -> tuple[float, list[str]]:
-  """Freezes on raylets, one of which dies after the first sorted documents; the seconds, and what was lost."""
+  """Freezes on raylets, one of which dies while it sorts documents; the seconds, and what was lost."""
   from tasks import freezing, on_ray
   from tests import raylets
 
@@ -94,10 +94,13 @@ def on_cluster(stream: Stream, cache: pathlib.Path, hosts: int) -> tuple[float, 
     engine = on_ray.Engine(cluster.address, cache, log)
 
     def kill() -> None:
-      while not list(cache.glob('corpora/*/tasks/sort-1*.json')):
-        time.sleep(0.2)
+      raylet = None
+      while raylet is None:
+        time.sleep(0.1)
+        if list(cache.glob('corpora/*/tasks/sort-1*.json')):
+          raylet = cluster.busy_with('do')
       print('  a host is killed, and another joins', flush=True)
-      cluster.kill(cluster.raylets[0])
+      cluster.kill(raylet)
       cluster.add()
 
     threading.Thread(target=kill, daemon=True).start()
