@@ -70,7 +70,7 @@ def started(hosts: int = 3) -> Iterator[Hosts]:
       'temp_dir': folder,
     }
     with _as_a_user():
-      cluster = Cluster(initialize_head=True, head_node_args=head)
+      cluster = Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=False)
     try:
       made = Hosts(cluster)
       for _ in range(hosts):

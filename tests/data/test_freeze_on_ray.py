@@ -11,9 +11,11 @@ from research.core.errors import UserError
 from research.data import cleaning, corpora, vocabularies
 from research.data.streams import Stream
 
-# Ray leaves files and processes to the garbage collector, of a host that was killed as well.
+# Ray leaves files and processes to the garbage collector, and forks while jax has threads (to exec at once).
 pytestmark = pytest.mark.filterwarnings(
-  'ignore::ResourceWarning', 'ignore::pytest.PytestUnraisableExceptionWarning'
+  'ignore::ResourceWarning',
+  'ignore::pytest.PytestUnraisableExceptionWarning',
+  'ignore:os.fork:RuntimeWarning',
 )
 
 
@@ -26,6 +28,7 @@ def stream(tmp_path) -> Stream:
   (tmp_path / 'text').mkdir()
   for i in range(6):
     mine = [' '.join(chance.choices(words, k=120)) for _ in range(100)]
+    mine += chance.sample(texts, 10)
     mine += [text + ' and more' for text in chance.sample(texts, 30)]
     lines = ''.join(json.dumps({'text': text}) + '\n' for text in mine)
     (tmp_path / 'text' / f'{i}.jsonl').write_text(lines)

@@ -22,9 +22,11 @@ from research.sweeps.sweep import make_plan
 from research.sweeps.worker import Worker
 from tests import raylets
 
-# Ray leaves files and processes to the garbage collector, of a host that was killed as well.
+# Ray leaves files and processes to the garbage collector, and forks while jax has threads (to exec at once).
 pytestmark = pytest.mark.filterwarnings(
-  'ignore::ResourceWarning', 'ignore::pytest.PytestUnraisableExceptionWarning'
+  'ignore::ResourceWarning',
+  'ignore::pytest.PytestUnraisableExceptionWarning',
+  'ignore:os.fork:RuntimeWarning',
 )
 # Four short runs, each with checkpoints.
 FOUR = SWEEP.replace('(2e5, 4e5, 6e5)', '(1e5, 2e5)').replace('every=100', 'every=40')
