@@ -11,7 +11,7 @@ from research.data.mixtures import streams_of
 from research.inference.sampling import Sampling
 from research.reinforcement import losses
 from research.reinforcement.advantages import EQUAL, Round
-from research.reinforcement.sampler import Reader, Rows, Sampler, stops_of
+from research.reinforcement.sampler import Reader, Rows, Sampler
 from research.training.experience import Opened
 
 TOKENS = ('input_tokens', 'target_tokens', 'loss_weights', 'segment_ids', 'positions')
@@ -37,7 +37,7 @@ class Rounds(Opened):
     self.asked = 0
     self.weight = rollouts.penalty.weight if rollouts.penalty else 0.0
     self.encoding = make_encoding(stream.vocabulary)
-    self.stops = stops_of(self.encoding, rollouts.stop)
+    self.stops = self._stops()
     self.settings = Sampling(
       temperature=run.loss.temperature,
       top_k=rollouts.top_k,
@@ -48,6 +48,15 @@ class Rounds(Opened):
     self.manifest = {'vocabulary': f'offset={getattr(self.encoding, "offset", 0)}'}
     integers = {f'decoder_{key}': ((rollouts.length,), np.dtype(np.int32)) for key in TOKENS}
     self.features = integers | rollouts.shapes(rollouts.length)
+
+  def _stops(self) -> list[int]:
+    """The ids that end a completion: end-of-text, and a text of one token where there is one."""
+    stop = self.rollouts.stop
+    ids = [] if stop is None else self.encoding.encode(stop)
+    if stop is not None and len(ids) != 1:
+      why = f'{stop!r} is {len(ids)} tokens of this vocabulary, and must be one.'
+      raise Invalid(type(self.rollouts), 'stop', why)
+    return [self.encoding.end, *ids]
 
   def epochs(self, examples: int) -> dict[str, float]:
     total = getattr(self.rollouts.prompts, 'lines', None)

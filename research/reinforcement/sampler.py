@@ -75,20 +75,6 @@ class Rows:
     }
 
 
-def stops_of(encoding: Encoding, stop: str | None) -> list[int]:
-  """The ids that end a completion: end-of-text, and a text of one token where there is one.
-
-  Raises:
-    UserError: the text is no single token.
-  """
-  if stop is None:
-    return [encoding.end]
-  ids = encoding.encode(stop)
-  if len(ids) != 1:
-    raise UserError(f'Rollouts.stop: {stop!r} is {len(ids)} tokens here, and must be one.')
-  return [encoding.end, *ids]
-
-
 class Sampler:
   """Draws completions.
 
