@@ -14,16 +14,16 @@ from research.core.errors import Invalid, UserError
 from research.evaluation.generated_tasks import Arithmetic
 from research.inference.batch_sampler import draw_answers
 from research.inference.engine import Engine
-from research.inference.request import Request
+from research.inference.request import Completion, Request
 from research.inference.sampling import Sampling
 from research.parallel import hosts
 from research.parallel.mesh import Mesh
 from research.reinforcement import losses
 from research.reinforcement.advantages import GAE
 from research.reinforcement.penalty import KL
-from research.reinforcement.prompts import JsonLines, Problems
+from research.reinforcement.prompts import JsonLines, Problems, Prompt
 from research.reinforcement.reward import Reward
-from research.reinforcement.sampler import Sampler
+from research.reinforcement.sampler import Rows, Sampler
 from research.training.losses import CrossEntropy
 from research.training.program import make_program
 from tests.reinforcement.small import described, load, make_base, saved, train
@@ -86,7 +86,7 @@ def test_the_rows_of_a_round(text_file):
     mask, tokens = batch['decoder_loss_weights'][row], batch['decoder_target_tokens'][row]
     start = np.argmax(mask)
     assert bytes(int(t) - 3 for t in tokens[:start]).decode().endswith('=')
-    assert mask.sum() == np.argmin(mask[start:]) <= 3
+    assert mask.sum() == np.argmin(mask[start:]) <= 4
     assert not (tokens[start + mask.sum() :]).any()
     np.testing.assert_array_equal(
       batch['decoder_input_tokens'][row, 1 : start + mask.sum()], tokens[: start + mask.sum() - 1]
@@ -197,25 +197,30 @@ class Lottery(Reward):
 
 
 def opened(text_file, **changes):
-  # Hot, for a model that has learned nothing repeats its last token.
-  run = load(text_file, 'PolicyGradient.temperature=20.0').build()
+  run = load(text_file).build()
   run = dataclasses.replace(run, train=dataclasses.replace(run.train, **changes))
   return run, run.train.open(run)
 
 
+def draw_one_token(params, prompts, seeds):
+  """In the place of a `Sampler`: completions of one token, which the seeds alone decide."""
+  shape = seeds.size, 16
+  integers = {name: np.ones(shape, np.int32) for name in ('tokens', 'real', 'mask')}
+  floats = {name: np.zeros(shape, np.float32) for name in ('log_probs', 'entropy', 'kept')}
+  completions = [Completion(tokens=[int(seed % 50)], finish='stop_token') for seed in seeds.flat]
+  repeated = [prompt for prompt in prompts for _ in range(seeds.shape[1])]
+  return Rows(repeated, completions, **integers, **floats)
+
+
 def test_prompts_of_equal_scores_are_drawn_again(text_file):
   """DAPO's dynamic sampling: until the groups suffice, or `resample` times."""
-  with Mesh().use(jax.devices()[:1]):
-    shares = []
-    for resample in (1, 8):
-      run, rollouts = opened(text_file, reward=Lottery(), resample=resample)
-      program = make_program(run)
-      params = jax.jit(program.init)(jax.random.key(1))['params']
-      batches = rollouts.batches(program, 0, lambda params=params: params)
-      rows = [next(batches)[0] for _ in range(3)]
-      groups = np.concatenate([b[losses.ADVANTAGES] for b in rows]).reshape(6, -1)
-      shares.append(np.mean(np.abs(groups).max(1) > 0))
-      assert rollouts.asked > 6 if resample > 1 else rollouts.asked == 6
+  shares = []
+  for resample in (1, 12):
+    _, rounds = opened(text_file, reward=Lottery(), resample=resample)
+    scores = np.concatenate([rounds.draw(draw_one_token, {})[1] for _ in range(10)])
+    assert scores.shape == (20, 4)
+    shares.append(np.mean(np.ptp(scores, axis=1) > 0))
+    assert (rounds.asked > 20) == (resample > 1)
   assert shares[1] == 1 > shares[0]
 
 
@@ -268,24 +273,17 @@ def test_what_does_not_fit_is_named(text_file, field, changes, of_run):
   assert error.value.field == field
 
 
-def test_a_prompt_that_does_not_fit_and_a_reward_without_numbers_are_told(text_file, tmp_path):
-  with Mesh().use(jax.devices()[:1]):
-    file = tmp_path / 'long.jsonl'
-    file.write_text(json.dumps({'prompt': 'x' * 15}))
-    for changes, said in (
-      ({'prompts': JsonLines(file=str(file))}, 'has 15 tokens'),
-      ({'reward': Silent()}, 'abstained on every completion'),
-    ):
-      run, rollouts = opened(text_file, **changes)
-      program = make_program(run)
-      params = jax.jit(program.init)(jax.random.key(1))['params']
-      batches = rollouts.batches(program, 0, lambda params=params: params)
-      with pytest.raises(UserError, match=said):
-        next(batches)
+def test_a_prompt_that_does_not_fit_and_a_reward_without_numbers_are_told(text_file):
+  _, rounds = opened(text_file, reward=Silent())
+  with pytest.raises(UserError, match='abstained on every completion'):
+    rounds.draw(draw_one_token, {})
+  sampler = rounds.sampler(None, rounds.settings)
+  with pytest.raises(UserError, match='has 15 tokens'):
+    sampler({}, [Prompt('x' * 15)], np.zeros((1, 4), np.int32))
 
 
 def test_a_stop_of_several_tokens_is_told_at_once(text_file):
-  with pytest.raises(UserError, match='must be one'):
+  with pytest.raises(Invalid, match='must be one'):
     opened(text_file, stop='two')
 
 
@@ -313,7 +311,8 @@ def test_a_mesh_draws_and_learns_the_same(text_file, whole, tmp_path, monkeypatc
 @pytest.mark.parametrize('file', sorted(map(str, pathlib.Path('gin/reinforcement').glob('*.gin'))))
 def test_the_file_of_a_method_suits_a_run(text_file, file):
   """Beside a run's own file: its loss finds what it reads in the rows."""
-  config = configs.load(['tests/gin/reinforce.gin', file], [f"FILES='{text_file}'"])
+  bindings = [f"FILES='{text_file}'", 'Run.checkpoint_every=4']
+  config = configs.load(['tests/gin/reinforce.gin', file], bindings)
   run = config.build()
   run.loss.check(run, 384)
   features = run.train.open(run).features
