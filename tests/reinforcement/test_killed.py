@@ -60,7 +60,7 @@ def test_a_run_that_was_killed_ends_the_same(text_file, tmp_path, user_environme
     command = [sys.executable, '-c', CHILD, text_file, tmp_path, tmp_path / name, when]
     return subprocess.run(
       [str(part) for part in command], cwd=ROOT, env=user_environment | {'PYTHONPATH': str(ROOT)},
-      capture_output=True, text=True, timeout=300,
+      capture_output=True, text=True, timeout=900,
     )  # fmt: skip
 
   base = subprocess.run(
