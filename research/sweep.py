@@ -68,6 +68,7 @@ if __name__ == '__main__':
   cli.use_huge_pages()
 
 from research.core import configs, storage
+from research.core.errors import UserError
 from research.designs.isoflop import IsoFlop
 from research.sweeps import findings, report
 from research.sweeps.control import get_done, work
@@ -89,6 +90,8 @@ def main(flags) -> int:
   if flags.status:
     show_status(sweep, folder)
     return 0
+  if not flags.plan and (flags.fleet is not None or flags.preemptions):
+    raise UserError('--fleet and --preemptions go with --plan.')
   rungs, runs, base = make_plan(sweep)
   show_plan(sweep, runs)
   if flags.plan:

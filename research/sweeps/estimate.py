@@ -232,7 +232,8 @@ def show_estimate(flags, sweep: Sweep, runs: list[Planned]) -> None:
     seconds = sum(map(speed.seconds, runs))
     hours = seconds * speed.chips / 3600
     print(f'at {speed}: {clock(seconds)} of training one by one, {hours:.3g} chip-hours')
-  if hosts_of_fleet := fleet_hosts(flags, sweep):
+  hosts_of_fleet = fleet_hosts(flags, sweep)
+  if hosts_of_fleet is not None:
     if not speed:
       raise UserError(
         '--fleet and --address need the speed of a host: add --measure or --compiled.'

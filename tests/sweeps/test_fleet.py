@@ -1,13 +1,17 @@
 """How long a fleet takes: the simulation against the formula of restarts, and what --plan prints of it."""
 
+import json
 import math
 import time
+import types
 
 import pytest
 
+from research.core import configs
 from research.core.errors import UserError
-from research.sweeps import fleet
+from research.sweeps import estimate, fleet
 from research.sweeps.fleet import Fleet, Job, simulate
+from research.sweeps.launchers import local
 
 HOUR = 3600.0
 
@@ -67,6 +71,55 @@ def test_the_forecast_is_a_sentence():
   assert fleet.forecast(jobs, Fleet(hosts=10, start=0.0), retries=2) == (
     "on 10 hosts: 4:00:00; 100% of the hosts' time is training"
   )
+
+
+@pytest.fixture
+def compiled(tmp_path):
+  """What research.compile writes of a step of 6e12 FLOPs in a second."""
+  path = tmp_path / 'compiled.json'
+  facts = {'predicted_step_s': 1.0, 'model_flops': 6e12, 'devices': 1, 'topology': 'chip'}
+  path.write_text(json.dumps(facts))
+  return str(path)
+
+
+def plan(monkeypatch, **flags) -> None:
+  """`--plan` of two runs of an hour each that save four times."""
+  sweep = types.SimpleNamespace(
+    design=types.SimpleNamespace(law=False), run='run.gin', bindings=(), lease=60.0, retries=2,
+    launcher=local.Local(),
+  )  # fmt: skip
+  runs = [types.SimpleNamespace(cost=HOUR * 6e12, steps=100, fork=0)] * 2
+  built = types.SimpleNamespace(build=lambda: types.SimpleNamespace(checkpoint_every=25))
+  monkeypatch.setattr(configs, 'load', lambda run, bindings: built)
+  given = {'measure': False, 'compiled': None, 'fleet': None, 'preemptions': 0.0, 'address': None}
+  estimate.show_estimate(types.SimpleNamespace(launcher=None, **given | flags), sweep, runs)
+
+
+def test_a_plan_says_how_long_a_fleet_takes(compiled, monkeypatch, capsys):
+  plan(monkeypatch, compiled=compiled, fleet=2)
+  said = capsys.readouterr().out.splitlines()
+  assert said[0].endswith('2:00:00 of training one by one, 2 chip-hours')
+  assert said[1] == "on 2 hosts: 1:00:30; 99% of the hosts' time is training"
+  plan(monkeypatch, compiled=compiled, fleet=2, preemptions=1.0)
+  assert 'each is taken away 1 times an hour' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  ('flags', 'why'),
+  [
+    ({'fleet': 2}, '--fleet and --address need the speed of a host'),
+    ({'preemptions': 1.0}, '--preemptions=1 goes with --fleet or --address'),
+    ({'address': 'a:1'}, '--address=a:1: Local has no address; give --launcher=ray'),
+  ],
+)
+def test_a_plan_that_cannot_say_it_says_why(flags, why, monkeypatch):
+  with pytest.raises(UserError, match=why):
+    plan(monkeypatch, **flags)
+
+
+def test_a_fleet_of_no_hosts_is_told(compiled, monkeypatch):
+  with pytest.raises(UserError, match=r'--fleet=0: a fleet has at least one host'):
+    plan(monkeypatch, compiled=compiled, fleet=0)
 
 
 def test_what_no_fleet_is_is_told():
