@@ -79,10 +79,9 @@ def compare(one: pathlib.Path, other: pathlib.Path) -> int:
   return len(same)
 
 
-def on_cluster(stream: Stream, cache: pathlib.Path, hosts: int) -> tuple[float, list[str]]:
+def on_cluster(stream: Stream, cache: pathlib.Path, cluster) -> tuple[float, list[str]]:
   """Freezes on raylets, one of which dies while it sorts documents; the seconds, and what was lost."""
   from tasks import freezing, on_ray
-  from tests import raylets
 
   lost: list[str] = []
 
@@ -90,23 +89,21 @@ def on_cluster(stream: Stream, cache: pathlib.Path, hosts: int) -> tuple[float, 
     print(f'  {line}', flush=True)
     lost.extend([line] if 'done again' in line else [])
 
-  with raylets.started(hosts) as cluster:
-    engine = on_ray.Engine(cluster.address, cache, log)
+  def kill() -> None:
+    raylet = None
+    while raylet is None:
+      time.sleep(0.1)
+      if list(cache.glob('corpora/*/tasks/sort-1*.json')):
+        raylet = cluster.busy_with('do')
+    print('  a host is killed, and another joins', flush=True)
+    cluster.kill(raylet)
+    cluster.add()
 
-    def kill() -> None:
-      raylet = None
-      while raylet is None:
-        time.sleep(0.1)
-        if list(cache.glob('corpora/*/tasks/sort-1*.json')):
-          raylet = cluster.busy_with('do')
-      print('  a host is killed, and another joins', flush=True)
-      cluster.kill(raylet)
-      cluster.add()
-
-    threading.Thread(target=kill, daemon=True).start()
-    began = time.monotonic()
-    freezing.freeze([stream], cache, log=log, engine=engine)
-    return time.monotonic() - began, lost
+  engine = on_ray.Engine(cluster.address, cache, log)
+  threading.Thread(target=kill, daemon=True).start()
+  began = time.monotonic()
+  freezing.freeze([stream], cache, log=log, engine=engine)
+  return time.monotonic() - began, lost
 
 
 def main() -> None:
@@ -114,9 +111,11 @@ def main() -> None:
   parser.add_argument('--bytes', type=int, default=200_000_000)
   parser.add_argument('--hosts', type=int, default=3)
   flags = parser.parse_args()
-  from tasks import freezing
+  from tests import raylets
 
-  with tempfile.TemporaryDirectory() as folder:
+  with tempfile.TemporaryDirectory() as folder, raylets.started(flags.hosts) as cluster:
+    from tasks import freezing
+
     text, one, many = (pathlib.Path(folder, name) for name in ('text', 'one', 'many'))
     for path in (text, one, many):
       path.mkdir()
@@ -126,7 +125,7 @@ def main() -> None:
     freezing.freeze([stream], one, log=lambda line: None)
     alone = time.monotonic() - began
     print(f'one process: {alone:.0f} s, {flags.bytes / alone / 1e6:.2f} MB/s', flush=True)
-    together, lost = on_cluster(stream, many, flags.hosts)
+    together, lost = on_cluster(stream, many, cluster)
     print(
       f'{flags.hosts} hosts, one killed: {together:.0f} s, {flags.bytes / together / 1e6:.2f} MB/s'
     )
