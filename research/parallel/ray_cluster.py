@@ -168,35 +168,3 @@ def impossible(needs: Needs) -> str:
     f'no host of the cluster can take a task of {wanted}: there are {has} in all. Add hosts (ray start '
     '--address=...), or ask for less.'
   )
-
-
-def hosts_together(needs: Needs, hosts: int) -> tuple[object, list[dict]]:
-  """Places calls on different hosts, at the same time.
-
-  Returns:
-    What `part` gives back, and the options of `ray_tasks.Tasks.start` for each call.
-  """
-  from ray.util.placement_group import placement_group
-  from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-  placement = placement_group([needs.wanted()] * hosts, strategy='STRICT_SPREAD')
-  options = [
-    {'scheduling_strategy': PlacementGroupSchedulingStrategy(placement, rank)}
-    for rank in range(hosts)
-  ]
-  return placement, options
-
-
-def address_of_this_host() -> str:
-  """The address at which the other hosts of the cluster reach this one."""
-  import ray
-
-  return ray.util.get_node_ip_address()
-
-
-def part(placement) -> None:
-  """Gives the hosts of `hosts_together` back; nothing for None."""
-  if placement is not None:
-    from ray.util.placement_group import remove_placement_group
-
-    remove_placement_group(placement)

@@ -113,7 +113,6 @@ class Tasks:
     module, name: of the function, which every host imports.
     needs: of each call.
     shared: folders that every host must see; a bucket is one too.
-    fresh: whether every call has a process of its own; otherwise a process goes on with the next call.
   """
 
   def __init__(
@@ -122,7 +121,6 @@ class Tasks:
     name: str,
     needs: Needs,
     shared: Iterable = (),
-    fresh: bool = False,
   ):
     import ray
 
@@ -136,22 +134,19 @@ class Tasks:
     if not needs.gpus:
       # jax starts a thread for each core that it sees; a call is to use those that it asked for.
       variables.setdefault('PJRT_NPROC', str(max(1, math.ceil(needs.cpus))))
-    self._call = ray.remote(max_calls=1)(_entry()) if fresh else ray.remote(_entry())
-    self._options = {
-      'num_cpus': needs.cpus,
-      'num_gpus': needs.gpus,
-      'resources': dict(needs.resources),
-      'memory': needs.memory or None,
-      'max_retries': 0,
-      'name': name,
-      'runtime_env': {'env_vars': variables},
-    }
-    self._remote = self._call.options(**self._options)
+    self._remote = ray.remote(_entry()).options(
+      num_cpus=needs.cpus,
+      num_gpus=needs.gpus,
+      resources=dict(needs.resources),
+      memory=needs.memory or None,
+      max_retries=0,
+      name=name,
+      runtime_env={'env_vars': variables},
+    )
 
-  def start(self, key, *arguments, **options) -> None:
-    """Queues a call; `options` are more of Ray's, such as a scheduling strategy."""
-    remote = self._call.options(**self._options, **options) if options else self._remote
-    self.pending[remote.remote(*self._head, *self._function, arguments)] = key
+  def start(self, key, *arguments) -> None:
+    """Queues a call."""
+    self.pending[self._remote.remote(*self._head, *self._function, arguments)] = key
 
   def slots(self) -> int:
     """How many calls the cluster can answer at once, as it is now."""
@@ -199,14 +194,6 @@ class Tasks:
     if kind == 'refused':
       return Outcome(key, error=UserError(value))
     raise UserError(_refusal(kind, host, value))
-
-  def kill(self, keys: Iterable) -> None:
-    """Kills the processes of calls, which then end as lost."""
-    import ray
-
-    keys = set(keys)
-    for reference in [reference for reference, key in self.pending.items() if key in keys]:
-      ray.cancel(reference, force=True)
 
   def cancel(self) -> None:
     """Ends the calls that still run, as SIGINT does, and forgets them."""

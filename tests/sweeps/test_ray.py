@@ -150,6 +150,79 @@ def test_a_group_is_a_population_until_hosts_would_have_no_work(planned):
   assert sizes == {1: [4] * 3, 3: [4] * 3, 6: [2] * 6, 20: [1] * 12}
 
 
+class NoCluster:
+  """Stands for `ray_tasks.Tasks`: each call ends as `ends` says, at the next look."""
+
+  def __init__(self, made: folder.Folder, runs, ends):
+    self.made = made
+    self.runs = {run.name: run for run in runs}
+    self.ends = ends
+    self.pending: list = []
+    self.started: list = []
+
+  def slots(self) -> int:
+    return 2
+
+  def check_possible(self, patience: float) -> None:
+    pass
+
+  def start(self, names, *arguments) -> None:
+    self.pending.append(names)
+    self.started.append(names)
+
+  def ended(self, seconds: float) -> list[ray_tasks.Outcome]:
+    outcomes = [self.ends(self, names) for names in self.pending]
+    self.pending.clear()
+    return outcomes
+
+  def finish(self, names) -> ray_tasks.Outcome:
+    for name in names:
+      finish(self.made, self.runs[name])
+    return ray_tasks.Outcome(names, 'host')
+
+
+def give_out(planned, ends) -> NoCluster:
+  sweep, made, runs = planned
+  cluster = NoCluster(made, runs, ends)
+  work = job.Job(
+    arguments=('--gin_file=x',), workdir=made.path, todo=lambda: 4,
+    dispatch=lambda: dispatch.Dispatch(sweep, made, runs),
+  )  # fmt: skip
+  ray.Ray()._give_out(work, cluster)
+  return cluster
+
+
+def test_what_is_lost_is_given_out_again_until_every_run_is_over(planned, monkeypatch):
+  monkeypatch.setattr(dispatch, 'PAUSE', 0.0)
+
+  def ends(cluster, names):
+    if cluster.started.count(names) == 1:
+      return ray_tasks.Outcome(names, lost='NodeDiedError: its host died')
+    return cluster.finish(names)
+
+  cluster = give_out(planned, ends)
+  _, made, runs = planned
+  assert sorted(cluster.started) == sorted(2 * [(run.name,) for run in runs])
+  assert len(made.rows(runs)) == 4
+  assert (made.path / 'ray.log').read_text().count('NodeDiedError: its host died') == 4
+
+
+@pytest.mark.parametrize(
+  ('error', 'why'),
+  [
+    (
+      ImportError('no jax here'),
+      r'tasks end before they train: ImportError: no jax here \(see .*ray.log',
+    ),
+    (UserError('host H lacks the package jax'), 'host H lacks the package jax'),
+  ],
+)
+def test_tasks_that_cannot_start_are_not_started_for_ever(error, why, planned, monkeypatch):
+  monkeypatch.setattr(dispatch, 'PAUSE', 0.0)
+  with pytest.raises(UserError, match=why):
+    give_out(planned, lambda cluster, names: ray_tasks.Outcome(names, error=error))
+
+
 def test_what_is_wrong_with_the_launcher_is_told(monkeypatch):
   with pytest.raises(Invalid, match=r'Ray\.cpus: -1 must not be negative'):
     ray.Ray(cpus=-1)
@@ -308,48 +381,3 @@ def test_the_scheduler_costs_less_than_five_milliseconds_a_run(ray_hosts, planne
   assert len(made.rows(many)) == n
   assert cost / n < 5e-3
   assert grown < 100_000  # kB: Ray's client, and ten kB a run, its row among them
-
-
-TOGETHER = """
-from __gin__ import dynamic_registration
-from research.sweeps import sweep
-from research.designs import plan
-from research.designs import grids
-include 'tests/gin/workers.gin'
-sweep.Sweep:
-  run = '{run}'
-  design = @grids.KaplanGrid()
-  lease = 8.0
-  bindings = ("FILES='{files}'", 'Run.checkpoint_every=40')
-grids.KaplanGrid:
-  params = (8e3,)
-  tokens = (1e5,)
-  ladder = @plan.Ladder()
-  learning_rate = @learning_rate/plan.Rule()
-  batch_size = @batch_size/plan.Rule()
-plan.Ladder.widths = (8, 32, 8)
-"""
-
-
-@pytest.mark.slow
-def test_two_hosts_train_a_run_together(
-  ray_hosts, text_file, tmp_path, user_environment, monkeypatch
-):
-  for name in set(os.environ) - set(user_environment):
-    monkeypatch.delenv(name)
-  (tmp_path / 'run.gin').write_text(
-    "include 'tests/gin/decoder.gin'\ninclude 'gin/meshes/data.gin'\n"
-  )
-  file = tmp_path / 'sweep.gin'
-  file.write_text(TOGETHER.format(run=tmp_path / 'run.gin', files=text_file))
-  alone = Sweeping(file, tmp_path / 'alone')
-  alone.run()
-  together = OnRay(file, tmp_path / 'together', ray_hosts.address, hosts=2)
-  together.run()
-  assert together.error is None
-  (one,), (two,) = alone.rows(), together.rows()
-  (run,) = together.runs
-  assert '2 cpu device(s), mesh data 2' in (together.folder.run(run) / 'log.txt').read_text()
-  assert two['status'] == 'finished'
-  # Sums over two halves of a batch, in float32, over 390 steps.
-  assert two['loss'] == pytest.approx(one['loss'], rel=1e-4)
