@@ -17,7 +17,7 @@ from flax import nnx
 from research.core.errors import Invalid, UserError
 from research.model.parameters import check_sizes, look_up, param, project
 from research.model.weights import Matrix, Weight
-from research.parallel.axes import axis_size, shard, spec
+from research.parallel.axes import axis_size, shard
 from research.quantisation.formats import Format, format_of, group_size
 
 
@@ -192,8 +192,7 @@ class Quantised(Weight):
     if self.input_scale is not None:
       x = x / self.input_scale[...].astype(x.dtype)
     scale = self.scale[...].reshape(self.shape[self.inputs :])
-    where = spec(*to[x.ndim - self.inputs :], shape=scale.shape)
-    scale = jax.sharding.reshard(scale, where) if any(where) else scale
+    scale = shard(scale, *to[x.ndim - self.inputs :])  # as the result, which it multiplies
     return _int8_product(self.axes, to, self.inputs, x, self.packed[...], scale)
 
   def rows(self, index: jax.Array, dtype) -> jax.Array:
