@@ -217,6 +217,7 @@ BAICHUAN = {
 del BAICHUAN['num_key_value_heads']
 
 
+@pytest.mark.slow
 def test_baichuan_2_in_four_bits_is_the_llama_that_it_is(tmp_path):
   torch = pytest.importorskip('torch')
   bnb = pytest.importorskip('bitsandbytes.functional')
