@@ -42,7 +42,6 @@ def quantise(
   params: Mapping,
   method: str,
   batches: Iterable[dict] = (),
-  grams: Mapping[tuple, np.ndarray] | None = None,
 ) -> tuple[dict, list[Error]]:
   """The parameters of a quantised model, from those of the plain one.
 
@@ -53,7 +52,6 @@ def quantise(
     method: of `rounding.METHODS`. A matrix whose inputs are not seen (experts, heads, token tables) is rounded
       to nearest whatever it says.
     batches: of calibration tokens, as for training.
-    grams: what `grams_of` gives for them, where that is known already.
 
   Raises:
     UserError: no such method; the model has no quantised matrix, or knobs that the method does not fill.
@@ -63,8 +61,9 @@ def quantise(
   module = counts.abstract(model)
   weights = {p: m for p, m in nnx.iter_modules(module) if isinstance(m, Weight)}
   _check(weights, method)
-  if grams is None:
-    grams = {} if method == 'nearest' else grams_of(model, params, batches)
+  grams = {}
+  if method != 'nearest':
+    grams = calibration.grams(calibration.recorded(model), _for_recording(weights, params), batches)
   tree, errors = dict(params), []
   for path, weight in weights.items():
     matrix = np.asarray(_at(params, path), np.float32)
@@ -76,15 +75,6 @@ def quantise(
       errors += [dataclasses.replace(error, name=name) for error in of_matrix]
     tree = _put(tree, path, stored)
   return tree, errors
-
-
-def grams_of(model, params: Mapping, batches: Iterable[dict]) -> dict[tuple, np.ndarray]:
-  """`calibration.grams` of a quantised model, from the parameters of the plain one."""
-  paths = [p for p, m in nnx.iter_modules(counts.abstract(model)) if isinstance(m, Weight)]
-  tree = dict(params)
-  for path in paths:
-    tree = _put(tree, path, {'base': _at(params, path)})
-  return calibration.grams(calibration.recorded(model), tree, batches)
 
 
 def _check(weights: Mapping[tuple, Weight], method: str) -> None:
@@ -104,6 +94,14 @@ def _check(weights: Mapping[tuple, Weight], method: str) -> None:
     says = f'quantised.Quantised.input_scales = {scaled}, and --method={method}'
     needs = 'does not fill them' if scaled else 'needs them'
     raise UserError(f'{says} {needs}; bind quantised.Quantised.input_scales = {not scaled}.')
+
+
+def _for_recording(weights: Mapping[tuple, Weight], params: Mapping) -> dict:
+  """The plain parameters where a model of `Recorded` matrices has them."""
+  tree = dict(params)
+  for path in weights:
+    tree = _put(tree, path, {'base': _at(params, path)})
+  return tree
 
 
 def _all_layers(weight: Quantised, matrix, gram, method: str) -> tuple[dict, list[Error]]:
