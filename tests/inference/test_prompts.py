@@ -73,7 +73,7 @@ def test_without_kept_prompts_only_equal_ones_are_not_read_again():
   assert model.read((*prompt(5), 1)) == [6]
 
 
-@pytest.mark.parametrize('family', ['llama', 'mamba'])
+@pytest.mark.parametrize('family', ['llama', pytest.param('mamba', marks=pytest.mark.slow)])
 def test_answers_are_those_of_prompts_read_whole(family):
   """Turns of conversations, beside each other, with a piece a step."""
   graphdef, params = make(tiny(family, ['LAYERS=1']))

@@ -28,9 +28,7 @@ def answers(url, prompts, together) -> list[list[str]]:
 
     def ask(prompt):
       return (
-        client.completions.create(
-          model='tiny', prompt=prompt, max_tokens=MORE, temperature=0, extra_body={}
-        )
+        client.completions.create(model='tiny', prompt=prompt, max_tokens=MORE, temperature=0)
         .choices[0]
         .text
       )
@@ -41,20 +39,21 @@ def answers(url, prompts, together) -> list[list[str]]:
       return list(pool.map(ask, prompts))
 
 
-def check(folder, prompts, room) -> None:
+def check(url, folder, prompts, **sizes) -> None:
+  """Compares a server of a folder with what the command gives, of the same room and slots."""
   with Mesh().use(jax.local_devices()[:1]):
-    generator = load(hf=str(folder), room=room, slots=1)
-    expected = [c.text for c in generator(prompts, max_tokens=MORE)]
+    generator = load(hf=str(folder), **sizes)
+    expected = [generator([prompt], max_tokens=MORE)[0].text for prompt in prompts]
   assert len(set(expected)) > 2
-  with tiny.serving(folder, room=room, slots=4) as url:
-    assert answers(url, prompts, together=False) == expected
-    # More than there are slots, so that they come and go, and each prompt is begun by an earlier one.
-    several = prompts * 3
-    assert answers(url, several, together=True) == expected * 3
+  assert answers(url, prompts, together=False) == expected
+  # More than there are slots, so that they come and go, and each prompt is begun by an earlier one.
+  several = prompts * 3
+  assert answers(url, several, together=True) == expected * 3
 
 
-def test_a_decoder(llama):
-  check(llama, ['abc', 'a', 'Some longer text. ' * 6, 'abcd', '0'], room=256)
+def test_a_decoder(url, llama):
+  prompts = ['abc', 'a', 'Some longer text. ' * 6, 'abcd', '0']
+  check(url, llama, prompts, room=640, slots=4)
 
 
 @pytest.mark.slow
@@ -72,4 +71,5 @@ def test_an_encoder_decoder_and_a_recurrence(family, tmp_path):
   config = tmp_path / 'config.json'
   # An end that is never likely would end texts before they differ.
   config.write_text(json.dumps(json.loads(config.read_text()) | {'eos_token_id': 95}))
-  check(tmp_path, PROMPTS, room=96)
+  with tiny.serving(tmp_path, room=96, slots=4) as url:
+    check(url, tmp_path, PROMPTS, room=96, slots=4)

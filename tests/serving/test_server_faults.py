@@ -142,7 +142,8 @@ def test_too_many_requests_are_told_when_to_come_again(slow):
   url, _ = slow
   body = json.dumps({**CHAT, 'max_tokens': 900, 'stream': True, 'n': 2})
   with httpx.stream('POST', f'{url}/v1/chat/completions', content=body, headers=JSON) as answer:
-    next(answer.iter_lines())
+    lines = answer.iter_lines()  # which closes the connection when it is let go
+    next(lines)
     refused = ask(url, CHAT)
     assert refused.status_code == 429
     assert refused.json()['error']['code'] == 'rate_limit_exceeded'
