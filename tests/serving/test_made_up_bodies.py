@@ -21,6 +21,7 @@ def test_no_body_is_a_fault_of_the_server(url, tmp_path):
     pytest.skip('schemathesis is not installed: uv sync --group page')
   command = [
     program, 'run', f'{url}/openapi.json', '--checks', 'not_a_server_error', '--max-time', '40',
+    '--request-timeout', '60',
     '--suppress-health-check', 'all', '--seed', '1', '--workers', '4', '--warnings', 'off',
   ]  # fmt: skip
   done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=200)

@@ -44,7 +44,7 @@ def url(tmp_path_factory):
 def page(request, browser, url):
   page = browser.new_page(color_scheme=request.param, viewport={'width': 900, 'height': 900})
   errors = []
-  page.on('pageerror', errors.append)
+  page.on('pageerror', lambda error: errors.append(str(error)))
   page.on('console', lambda m: errors.append(m.text) if m.type == 'error' else None)
   page.goto(url)
   wait_for(page, '#model', 'tiny')
