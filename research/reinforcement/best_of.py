@@ -44,5 +44,5 @@ def by_reward(file: str) -> Callable:
   """
   reward = configs.load(file, root='REWARD').build()
   if not isinstance(reward, Reward):
-    raise UserError(f'{file}: REWARD is {reward!r}; a reward such as @reward.Format() is wanted.')
+    raise UserError(f'{file}: REWARD is {reward!r}; a reward such as @reward.Format is wanted.')
   return functools.partial(choose, reward=reward)

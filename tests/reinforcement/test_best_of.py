@@ -65,7 +65,7 @@ def test_its_divergence_from_a_tabular_policy_is_the_formulas(n):
 
 REWARD = """from __gin__ import dynamic_registration
 from research.reinforcement import reward
-REWARD = @reward.Format()
+REWARD = @reward.Format
 reward.Format.pattern = '[ -~].*'
 """
 

@@ -4,10 +4,11 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
-from tests.reinforcement.small import saved
+from tests.reinforcement.small import make_base, saved
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 
@@ -54,27 +55,34 @@ train(described(text_file, pathlib.Path(folder)), pathlib.Path(workdir))
 """
 
 
-@pytest.mark.slow
-def test_a_run_that_was_killed_ends_the_same(text_file, tmp_path, user_environment):
-  def start(name, when):
-    command = [sys.executable, '-c', CHILD, text_file, tmp_path, tmp_path / name, when]
-    return subprocess.run(
-      [str(part) for part in command], cwd=ROOT, env=user_environment | {'PYTHONPATH': str(ROOT)},
-      capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
-
-  base = subprocess.run(
-    [sys.executable, '-c', 'import sys, pathlib; from tests.reinforcement.small import make_base; '
-     'make_base(sys.argv[1], pathlib.Path(sys.argv[2]))', str(text_file), str(tmp_path)],
-    cwd=ROOT, env=user_environment | {'PYTHONPATH': str(ROOT)}, check=True, capture_output=True,
+def start(text_file, folder, name, when, environment):
+  """A process that trains `folder`/`name`."""
+  command = [sys.executable, '-c', CHILD, text_file, folder, folder / name, when]
+  return subprocess.run(
+    [str(part) for part in command], cwd=ROOT, env=environment | {'PYTHONPATH': str(ROOT)},
+    capture_output=True, text=True,
   )  # fmt: skip
-  assert base.returncode == 0
-  done = start('whole', 'never')
+
+
+@pytest.fixture(scope='module')
+def whole(text_file, tmp_path_factory, user_environment):
+  """The folder of a base model, and of the run that nothing disturbed."""
+  folder = tmp_path_factory.mktemp('whole')
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(jax, 'devices', lambda: jax.local_devices()[:1])
+    patch.setattr(jax, 'device_count', lambda: 1)
+    make_base(text_file, folder)
+  done = start(text_file, folder, 'whole', 'never', user_environment)
   assert done.returncode == 0, done.stderr
-  undisturbed = saved(tmp_path / 'whole')
-  for when in ('draw', 'update', 'save'):
-    assert start(when, when).returncode == -9
-    done = start(when, 'never')
-    assert done.returncode == 0, done.stderr
-    for name, value in saved(tmp_path / when).items():
-      np.testing.assert_array_equal(value, undisturbed[name], err_msg=f'{when}: {name}')
+  return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('when', ['draw', 'update', 'save'])
+def test_a_run_that_was_killed_ends_the_same(text_file, whole, user_environment, when):
+  assert start(text_file, whole, when, when, user_environment).returncode == -9
+  done = start(text_file, whole, when, 'never', user_environment)
+  assert done.returncode == 0, done.stderr
+  undisturbed = saved(whole / 'whole')
+  for name, value in saved(whole / when).items():
+    np.testing.assert_array_equal(value, undisturbed[name], err_msg=name)
