@@ -1,13 +1,12 @@
-"""The endpoint under load: many clients at once against one by one, and against `transformers serve`.
+"""The endpoint under load: many clients at once against one by one.
 
     python experiments/speed/serve.py                              # a random LLaMA of 5M parameters
-    python experiments/speed/serve.py --transformers               # and transformers' server after it
     python experiments/speed/serve.py --hf=FOLDER --minutes=10     # does the memory stay as it is?
 
 Each of --clients asks once for --max_tokens greedy tokens in a stream; prompts have 10 to 1,000 tokens, evenly
 on a logarithmic scale. First some of them ask one by one, then all at once. Throughput counts generated tokens;
 times to the first token and between tokens are the clients'. Every request must be answered in full. The
-servers are processes of their own, started one after the other on this machine.
+server is a process of its own on this machine.
 """
 
 import argparse
@@ -52,17 +51,9 @@ def main() -> None:
       f'--slots={flags.slots}', f'--queue={flags.clients * 2}', '--kept=0', '--template=plain',
     ]  # fmt: skip
     with started('isoflop', ours, 8137) as process:
-      rate = asyncio.run(measure('model', 8137, prompts, flags, process.pid))
+      asyncio.run(measure('model', 8137, prompts, flags, process.pid))
       if flags.minutes:
         asyncio.run(watch('model', 8137, prompts, flags, process.pid))
-    if flags.transformers:
-      theirs = [
-        str(pathlib.Path(sys.executable).parent / 'transformers'), 'serve', str(folder), '--port', '8138',
-        '--host', '127.0.0.1', '--device', 'cpu', '--dtype', 'float32',
-      ]  # fmt: skip
-      with started('transformers', theirs, 8138) as process:
-        other = asyncio.run(measure(str(folder), 8138, prompts, flags, process.pid))
-      print(f'isoflop has {rate / other:.1f} times the throughput of transformers serve')
 
 
 def write_model(folder: pathlib.Path) -> pathlib.Path:
@@ -157,8 +148,8 @@ async def ask(client: openai.AsyncOpenAI, model: str, prompt: str, max_tokens: i
   return asked
 
 
-async def measure(model: str, port: int, prompts: list[str], flags, pid: int) -> float:
-  """Prints what was measured; tokens a second of all at once."""
+async def measure(model: str, port: int, prompts: list[str], flags, pid: int) -> None:
+  """Prints what was measured."""
   async with openai.AsyncOpenAI(
     base_url=f'http://127.0.0.1:{port}/v1', api_key='none', max_retries=0
   ) as client:
@@ -180,7 +171,6 @@ async def measure(model: str, port: int, prompts: list[str], flags, pid: int) ->
   print(f'  memory {before:,.0f} MiB before, {memory(pid):,.0f} MiB after')
   if lost:
     sys.exit('requests were lost')
-  return rate
 
 
 async def watch(model: str, port: int, prompts: list[str], flags, pid: int) -> None:
