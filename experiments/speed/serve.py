@@ -39,9 +39,6 @@ def main() -> None:
   parser.add_argument('--slots', type=int, default=16)
   parser.add_argument('--max_tokens', type=int, default=32)
   parser.add_argument('--minutes', type=float, default=0, help='of load, to watch the memory')
-  parser.add_argument(
-    '--transformers', action='store_true', help='its server too, if it is installed'
-  )
   flags = parser.parse_args()
   with tempfile.TemporaryDirectory() as temporary:
     folder = flags.hf or write_model(pathlib.Path(temporary) / 'llama')
