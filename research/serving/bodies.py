@@ -10,6 +10,9 @@ Token = Annotated[int, Field(ge=0)]
 Tokens = Annotated[list[Token], Field(min_length=1)]
 Text = Annotated[str, Field(min_length=1)]
 
+# The engine counts in float32: what is 0 there would keep no token at all.
+LEAST_MASS = 1e-6
+
 
 class Body(pydantic.BaseModel):
   """Types are strict: '5' is no number, and 1 no bool."""
@@ -48,14 +51,14 @@ class Generate(Request):
   stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
   seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
   temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-  top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+  top_p: Annotated[float, Field(ge=LEAST_MASS, le=1)] | None = None
   presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
   frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
   logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
   top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
   min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-  typical: Annotated[float, Field(gt=0, le=1)] | None = None
-  repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+  typical: Annotated[float, Field(ge=LEAST_MASS, le=1)] | None = None
+  repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
 
   @pydantic.model_validator(mode='after')
   def _options_need_a_stream(self):

@@ -48,6 +48,12 @@ WRONG = {
   'NaN': (HOT, 400, 'temperature: Input should be a finite number.'),
   'text for a number': ({**CHAT, 'temperature': '1'}, 400, 'Input should be a valid number.'),
   'too hot': ({**CHAT, 'temperature': 3}, 400, 'Input should be less than or equal to 2.'),
+  'a top p of 0 in float32': ({**CHAT, 'top_p': 1e-300}, 400, 'top_p: Input should be greater'),
+  'a penalty of 0 in float32': (
+    {**CHAT, 'repetition_penalty': 1e-300},
+    400,
+    'repetition_penalty: Input should be greater than or equal to 0.01.',
+  ),
   'too long': ({**CHAT, 'messages': LONG}, 400, 'tokens of messages and 4 of the answer'),
   'too many tokens': (
     {**CHAT, 'max_tokens': 10**6},
