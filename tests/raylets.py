@@ -39,18 +39,6 @@ class Hosts:
         os.kill(pid, signal.SIGKILL)
     self._cluster.remove_node(raylet, allow_graceful=False)
 
-  def busy_with(self, task: str):
-    """A raylet on which a task of this name runs; None where there is none."""
-    for raylet in self.raylets:
-      if any(f'ray::{task}' in _command(pid) for pid in self.workers(raylet)):
-        return raylet
-    return None
-
-  def workers(self, raylet) -> list[int]:
-    """The processes of tasks on a raylet."""
-    pid = raylet.all_processes['raylet'][0].process.pid
-    return [child for child in _descendants(pid) if 'ray::' in _command(child)]
-
 
 @contextlib.contextmanager
 def started(hosts: int = 3) -> Iterator[Hosts]:
@@ -141,12 +129,6 @@ def finish_group(arguments: tuple[str, ...], names: tuple[str, ...], cpus: float
 
   Worker.attempt = nothing
   return group.train_group(arguments, names, cpus)
-
-
-def _command(pid: int) -> str:
-  with contextlib.suppress(OSError):
-    return pathlib.Path(f'/proc/{pid}/cmdline').read_text()
-  return ''
 
 
 def _descendants(pid: int) -> list[int]:
