@@ -40,7 +40,21 @@ IDLE = (
   'attention.sliding_window',
   'rope.scaling.type',
 )
-ARCHITECTURES = ('llama', 'qwen2', 'qwen3', 'gemma', 'gemma3')
+# What config.json says of an architecture beside its sizes; Gemma 3 adds the layers' windows.
+SILU = {'hidden_act': 'silu'}
+ARCHITECTURES = {
+  'llama': {'model_type': 'llama', **SILU},
+  'qwen2': {'model_type': 'qwen2', **SILU},
+  'qwen3': {'model_type': 'qwen3', **SILU},
+  'gemma': {'model_type': 'gemma', 'hidden_act': 'gelu_pytorch_tanh'},
+  'gemma3': {'model_type': 'gemma3_text', 'hidden_activation': 'gelu_pytorch_tanh'},
+}
+WITHOUT_HEAD_SIZE = ('qwen2',)  # transformers' class has no head_dim
+WITH_WINDOWS = ('gemma3',)
+NORMS_ADD_ONE = ('gemma', 'gemma3')  # llama.cpp stores the sum
+ROTATES_NEIGHBOURS = (
+  'llama',
+)  # as llama.cpp stores it; transformers rotates the two halves of a head
 
 
 class GGUF:
@@ -106,20 +120,13 @@ class GGUF:
     return config | self._of_architecture(size) | self.special_ids()
 
   def _of_architecture(self, head_dim: int) -> dict:
-    known = {'head_dim': head_dim}
-    if self.architecture == 'llama':
-      return {'model_type': 'llama', 'hidden_act': 'silu', **known}
-    if self.architecture in ('qwen2', 'qwen3'):
-      return {
-        'model_type': self.architecture,
-        'hidden_act': 'silu',
-        **(known if self.architecture == 'qwen3' else {}),
-      }
-    if self.architecture == 'gemma':
-      return {'model_type': 'gemma', 'hidden_act': 'gelu_pytorch_tanh', **known}
+    config = dict(ARCHITECTURES[self.architecture])
+    if self.architecture not in WITHOUT_HEAD_SIZE:
+      config['head_dim'] = head_dim
+    if self.architecture not in WITH_WINDOWS:
+      return config
     layers = self.own('block_count')
-    return {
-      'model_type': 'gemma3_text', 'hidden_activation': 'gelu_pytorch_tanh', **known,
+    return config | {
       'query_pre_attn_scalar': head_dim, 'sliding_window': self.own('attention.sliding_window'),
       # Every sixth layer sees all; llama.cpp has this, and the base of the others, in its code.
       'layer_types': ['sliding_attention' if (i + 1) % 6 else 'full_attention' for i in range(layers)],
@@ -158,7 +165,7 @@ class GGUFTensors(Mapping):
     stem, _, ending = name.rpartition('.')
     if stem in OUTSIDE:
       return f'{OUTSIDE[stem]}.{ending}'
-    inside = INSIDE | (GEMMA3 if self.file.architecture == 'gemma3' else {})
+    inside = INSIDE | (GEMMA3 if self.file.architecture in WITH_WINDOWS else {})
     parts = stem.split('.')
     if len(parts) == 3 and parts[0] == 'blk' and parts[2] in inside:
       return f'model.layers.{parts[1]}.{inside[parts[2]]}.{ending}'
@@ -173,12 +180,12 @@ class GGUFTensors(Mapping):
 
   def _undone(self, name: str, array: np.ndarray) -> np.ndarray:
     """Without what llama.cpp changes when it reads transformers' tensors."""
-    if self.file.architecture == 'llama' and name.endswith(('attn_q.weight', 'attn_k.weight')):
-      # It rotates neighbours, transformers the two halves of a head.
+    rotated = name.endswith(('attn_q.weight', 'attn_k.weight'))
+    if rotated and self.file.architecture in ROTATES_NEIGHBOURS:
       key = 'attention.head_count' + ('_kv' if 'attn_k' in name else '')
       heads = self.file.own(key, self.file.own('attention.head_count'))
       return array.reshape(heads, -1, 2, array.shape[-1]).swapaxes(1, 2).reshape(array.shape)
-    if self.file.architecture.startswith('gemma') and name.endswith('norm.weight'):
+    if self.file.architecture in NORMS_ADD_ONE and name.endswith('norm.weight'):
       return array - 1  # it multiplies by the scale of a norm, Gemma by one more
     return array
 

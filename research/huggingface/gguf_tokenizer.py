@@ -30,12 +30,9 @@ def write(file: GGUF, folder: pathlib.Path) -> None:
   from tokenizers import AddedToken
 
   kind = file.value('tokenizer.ggml.model')
-  if kind == 'gpt2':
-    tokenizer = _byte_level(file)
-  elif kind == 'llama':
-    tokenizer = _sentencepiece(file)
-  else:
+  if kind not in READERS:
     raise UserError(f'{file.path}: a tokenizer of kind {kind!r} is not known.')
+  tokenizer = READERS[kind](file)
   tokens = file.value('tokenizer.ggml.tokens')
   kinds = file.value('tokenizer.ggml.token_type') or [NORMAL] * len(tokens)
   special = [t for t, k in zip(tokens, kinds, strict=True) if k == CONTROL]
@@ -123,3 +120,7 @@ def _add_start(tokenizer, file: GGUF, vocab: dict[str, int], default: bool) -> N
     return
   start = file.value('tokenizer.ggml.tokens')[index]
   tokenizer.post_processor = processors.TemplateProcessing(f'{start} $A', None, [(start, index)])
+
+
+# By what GGUF calls the kinds, after the first models that had them.
+READERS = {'gpt2': _byte_level, 'llama': _sentencepiece}

@@ -105,11 +105,10 @@ def translated(config: dict[str, Any], given) -> tuple[dict[str, Any], Any]:
     UserError: an option of theirs that is not read.
   """
   kind = config.get('model_type')
-  if kind == 'chatglm':
-    return _chatglm(config, _unpacked_chatglm(config, given))
-  if kind == 'baichuan':
-    return _baichuan(config, _unpacked_baichuan(config, given))
-  return config, given
+  if kind not in LAYOUTS:
+    return config, given
+  unpack, translate = LAYOUTS[kind]
+  return translate(config, unpack(config, given))
 
 
 def _check(config: dict, wanted: dict) -> None:
@@ -232,3 +231,10 @@ def _of_state(packed: np.ndarray, state) -> np.ndarray:
   return formulas.nested_blocks(
     packed, book.read(), magnitudes.read(), blocksize, tuple(shape), of_magnitudes
   )
+
+
+# By model_type: what unpacks the tensors, and what gives them and config.json the names of a family that is read.
+LAYOUTS = {
+  'chatglm': (_unpacked_chatglm, _chatglm),
+  'baichuan': (_unpacked_baichuan, _baichuan),
+}

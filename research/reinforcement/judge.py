@@ -117,7 +117,7 @@ class Judge(Reward):
       for prompt in prompts:
         if not isinstance(prompt.target, str):
           why = (
-            f'a prompt has the target {prompt.target!r}, and a text is wanted (JsonLines.target).'
+            f'a prompt has the target {prompt.target!r}, and a text is wanted (PromptLines.target).'
           )
           raise Invalid(Judge, 'against', why)
       return [

@@ -85,7 +85,7 @@ class Problems(Prompts):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class JsonLines(Prompts):
+class PromptLines(Prompts):
   """A JSON object with a prompt on every line, in an order that every pass shuffles anew.
 
   Attributes:
@@ -112,7 +112,7 @@ class JsonLines(Prompts):
     try:
       return pathlib.Path(self.file).expanduser().read_text()
     except (OSError, UnicodeDecodeError) as error:
-      raise Invalid(JsonLines, 'file', f'{self.file} cannot be read ({error}).') from None
+      raise Invalid(PromptLines, 'file', f'{self.file} cannot be read ({error}).') from None
 
   @functools.cached_property
   def lines(self) -> list[Prompt]:
@@ -126,7 +126,7 @@ class JsonLines(Prompts):
       if line.strip():
         prompts.append(self._read(line, f'{self.file}:{number}'))
     if not prompts:
-      raise Invalid(JsonLines, 'file', f'{self.file} has no prompts.')
+      raise Invalid(PromptLines, 'file', f'{self.file} has no prompts.')
     return prompts
 
   def _read(self, line: str, where: str) -> Prompt:

@@ -48,7 +48,7 @@ class Answer(Reward):
     # A `Problem` of a generated task, or the text that a file gives.
     answer = getattr(target, 'answer', target)
     if not isinstance(answer, str | int):
-      why = f'a prompt has the target {target!r}; an answer is wanted (JsonLines.target names its field).'
+      why = f'a prompt has the target {target!r}; an answer is wanted (PromptLines.target names its field).'
       raise Invalid(Answer, 'after', why)
     text = completion.text
     if self.after is not None:

@@ -34,7 +34,7 @@ def left_open(file: str) -> list[str]:
 SHARED = [file for file in FILES if file.startswith('gin/models/') and left_open(file)]
 SIZES = [file for file in FILES if file.startswith('gin/models/') and file not in SHARED]
 # tests/tuning/test_tuning_page.py gives this one the model and the files that it needs.
-NEEDS_FILES = ('gin/runs/instruct.gin',)
+NEEDS_FILES = ('gin/runs/instruct.gin', 'gin/runs/dpo.gin', 'gin/runs/reward.gin')
 RUNS = [file for file in FILES if file.startswith('gin/runs/') and file not in NEEDS_FILES]
 SWEEPS = [file for file in FILES if file.startswith('gin/sweeps/')]
 

@@ -21,7 +21,7 @@ from research.parallel.mesh import Mesh
 from research.reinforcement import losses
 from research.reinforcement.advantages import GAE
 from research.reinforcement.penalty import KL
-from research.reinforcement.prompts import JsonLines, Problems, Prompt
+from research.reinforcement.prompts import Problems, Prompt, PromptLines
 from research.reinforcement.reward import Reward
 from research.reinforcement.sampler import Rows, Sampler
 from research.training.losses import CrossEntropy
@@ -239,14 +239,14 @@ def test_prompts_are_a_function_of_their_number_and_keep_the_held_out_apart():
 def test_prompts_of_a_file_come_once_a_pass(tmp_path):
   file = tmp_path / 'prompts.jsonl'
   file.write_text('\n'.join(json.dumps({'prompt': f'{i}+1=', 'answer': i + 1}) for i in range(5)))
-  prompts = JsonLines(file=str(file), target='answer')
+  prompts = PromptLines(file=str(file), target='answer')
   passes = [[prompts.at(0, 5 * epoch + i).text for i in range(5)] for epoch in range(2)]
   assert sorted(passes[0]) == sorted(passes[1]) == [f'{i}+1=' for i in range(5)]
   assert passes[0] != passes[1]
   assert prompts.at(0, 0).target == int(prompts.at(0, 0).text[0]) + 1
   file.write_text('{"question": "1+1="}')
   with pytest.raises(UserError, match=r'prompts\.jsonl:1'):
-    JsonLines(file=str(file)).at(0, 0)
+    PromptLines(file=str(file)).at(0, 0)
 
 
 @pytest.mark.parametrize(

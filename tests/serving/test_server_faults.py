@@ -63,7 +63,7 @@ WRONG = {
   'an image': (
     {**CHAT, 'messages': IMAGE},
     400,
-    "messages.0.content.0.type: Input should be 'text'.",
+    'messages.0.content.0.',  # its type or its field, by the version of pydantic
   ),
   'tool_choice alone': ({**CHAT, 'tool_choice': 'required'}, 400, 'tool_choice needs tools.'),
   'no schema': (
