@@ -233,7 +233,7 @@ def _of_state(packed: np.ndarray, state) -> np.ndarray:
   )
 
 
-# By model_type: what unpacks the tensors, and what gives them and config.json the names of a family that is read.
+# By model_type: what unpacks the tensors, and what renames them, and config.json, to a family that is read.
 LAYOUTS = {
   'chatglm': (_unpacked_chatglm, _chatglm),
   'baichuan': (_unpacked_baichuan, _baichuan),
