@@ -51,13 +51,16 @@ class Sampling:
   seed: int = 0
 
   def __post_init__(self):
+    least = (
+      1e-30  # a smaller share or penalty is 0, or nearly, in float32, and no token would be left
+    )
     wrong = {
       'temperature': (self.temperature >= 0, 'must be 0 (greedy) or more'),
       'top_k': (isinstance(self.top_k, int) and self.top_k >= 0, 'must be 0 (all) or a number of tokens'),
-      'top_p': (0 < self.top_p <= 1, 'must be above 0 and at most 1'),
+      'top_p': (least <= self.top_p <= 1, 'must be above 0 and at most 1'),
       'min_p': (0 <= self.min_p <= 1, 'must be from 0 to 1'),
-      'typical': (0 < self.typical <= 1, 'must be above 0 and at most 1'),
-      'repetition_penalty': (self.repetition_penalty > 0, 'must be above 0 (1 for none)'),
+      'typical': (least <= self.typical <= 1, 'must be above 0 and at most 1'),
+      'repetition_penalty': (self.repetition_penalty >= least, 'must be above 0 (1 for none)'),
       'presence_penalty': (math.isfinite(self.presence_penalty), 'must be a number'),
       'frequency_penalty': (math.isfinite(self.frequency_penalty), 'must be a number'),
       'seed': (isinstance(self.seed, int) and 0 <= self.seed < 2**31, 'must be from 0 to 2^31 - 1'),
