@@ -36,12 +36,7 @@ def encode(
   for document in documents:
     text, _, place = document.decode().partition('\0')
     messages = json.loads(text)
-    _refuse_special(messages, special, place)
-    try:
-      parts = conversations.segments(messages, render)
-    except conversations.Unsuitable as e:
-      raise UserError(f'{place} {e}.') from e
-    tokens = [_tokens(vocabulary, part, learned) for part, learned in parts]
+    tokens = _turns(vocabulary, render, special, messages, place)
     fitting = _fitting(tokens, length)
     if fitting < len(tokens):
       what = 'shortened by whole turns' if fitting else 'left out, for the first exchange is longer'
@@ -78,12 +73,7 @@ def encode_preferences(
     text, _, place = document.decode().partition('\0')
     sides = []
     for part_number, messages in json.loads(text):
-      _refuse_special(messages, special, place)
-      try:
-        parts = conversations.segments(messages, render)
-      except conversations.Unsuitable as e:
-        raise UserError(f'{place} {e}.') from e
-      tokens = [_tokens(vocabulary, part, learned) for part, learned in parts]
+      tokens = _turns(vocabulary, render, special, messages, place)
       ids, learned = (np.concatenate(side) for side in zip(*tokens, strict=True))
       # Turns of the assistant in the prompt were no choice: the answer alone, the last turn, is compared.
       learned[: len(learned) - len(tokens[-1][0])] = 0
@@ -116,6 +106,18 @@ def _refuse_special(messages, special: list[str], place: str):
           f'{place} spells the special token {token!r} in turn {number}, which would be read as one: '
           'take it out.'
         )
+
+
+def _turns(
+  vocabulary, render, special: list[str], messages, place: str
+) -> list[tuple[np.ndarray, np.ndarray]]:
+  """`_tokens` of every segment of a conversation; what does not suit is told with its file and line."""
+  _refuse_special(messages, special, place)
+  try:
+    parts = conversations.segments(messages, render)
+  except conversations.Unsuitable as e:
+    raise UserError(f'{place} {e}.') from e
+  return [_tokens(vocabulary, part, learned) for part, learned in parts]
 
 
 def _tokens(vocabulary, text: str, learned: bool) -> tuple[np.ndarray, np.ndarray]:

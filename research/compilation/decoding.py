@@ -14,9 +14,7 @@ from research.compilation import chips, hlo
 from research.compilation.report import GIB, DoesNotFit, device_bytes, network
 from research.core.errors import Invalid, UserError
 from research.inference import decode
-from research.inference.by_output import turn_matrices
 from research.model import counts
-from research.model.stack import separate_layers
 from research.parallel import axes
 from research.training.program import mesh_of
 from research.training.run import Run
@@ -90,8 +88,7 @@ def lower(run: Run, mesh: jax.sharding.Mesh, batch: int, room: int, prompt: int)
   def make():
     model = run.model(rngs=nnx.Rngs(params=jax.random.key(0)))
     if mesh.devices.flat[0].platform == 'cpu':  # as `decode.for_backend` does
-      separate_layers(model)
-      turn_matrices(model)
+      decode.suit_cpu(model)
     return model
 
   abstract = jax.eval_shape(make)

@@ -120,7 +120,7 @@ def separated(graphdef: nnx.GraphDef, params: dict) -> tuple[nnx.GraphDef, dict]
   XLA on a CPU copies what it slices from stacked parameters, so that a step would write and read all of the
   parameters once more. Where a model is in this form already, nothing happens. The parameters are copied.
   """
-  abstract = jax.eval_shape(functools.partial(_with_separate_layers, graphdef), params)
+  abstract = jax.eval_shape(functools.partial(_suited, graphdef), params)
   new = nnx.graphdef(abstract)
   return (graphdef, params) if new == graphdef else (new, _separate(graphdef, params))
 
@@ -130,16 +130,21 @@ def for_backend(graphdef: nnx.GraphDef, params: dict) -> tuple[nnx.GraphDef, dic
   return separated(graphdef, params) if jax.default_backend() == 'cpu' else (graphdef, params)
 
 
-def _with_separate_layers(graphdef: nnx.GraphDef, params: dict) -> nnx.Module:
-  model = nnx.merge(graphdef, params)
+def suit_cpu(model: nnx.Module) -> None:
+  """Gives a model the form that `separated` describes. Call it outside of the step."""
   separate_layers(model)
   turn_matrices(model)
+
+
+def _suited(graphdef: nnx.GraphDef, params: dict) -> nnx.Module:
+  model = nnx.merge(graphdef, params)
+  suit_cpu(model)
   return model
 
 
 @functools.partial(jax.jit, static_argnames='graphdef')
 def _separate(graphdef: nnx.GraphDef, params: dict) -> dict:
-  return nnx.to_pure_dict(nnx.state(_with_separate_layers(graphdef, params)))
+  return nnx.to_pure_dict(nnx.state(_suited(graphdef, params)))
 
 
 def insert(cache: Cache, other: Cache, row: jax.Array | int) -> Cache:
