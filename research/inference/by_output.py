@@ -1,4 +1,4 @@
-"""Matrices kept [outputs, inputs]: a CPU multiplies a few rows by them twice as fast."""
+"""Matrices kept [outputs, inputs]: a CPU multiplies a few rows by them faster."""
 
 import jax
 import jax.numpy as jnp

@@ -160,7 +160,7 @@ def project(
 
 
 # Up to as many rows (tokens of a decoding step), a CPU multiplies a kernel [outputs, inputs] faster by columns:
-# 1.0 times at 1 row, 1.7 to 2 at 4 to 16, 1.1 at 64 (576 x 1536, two cores, float32).
+# see experiments/speed/README.md, "Decoding".
 FEW_ROWS = 32
 
 
