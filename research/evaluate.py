@@ -60,13 +60,10 @@ def show_progress(task: str, done: int, of: int) -> None:
 
 
 def main(flags) -> int:
-  import logging
-
   from research.training.program import keep_compiled
 
   config = configs.load(flags.gin_file, flags.gin, root='EVALUATION')
   suite = config.build()
-  logging.getLogger('absl').setLevel(logging.ERROR)  # Orbax tells what it does when it only reads
   keep_compiled()
   with config.explains():
     place = pathlib.Path(flags.checkpoint or flags.hf or flags.workdir)

@@ -31,8 +31,6 @@ from research.reinforcement import best_of
 
 def main(flags) -> None:
   """Answers as the flags say, on the first device."""
-  import logging
-
   import jax
 
   from research.training.program import keep_compiled
@@ -43,7 +41,6 @@ def main(flags) -> None:
   }  # fmt: skip
   prompts = answers.read_prompts(pathlib.Path(flags.prompts)) if flags.prompts else []
   keep_compiled()
-  logging.getLogger('absl').setLevel(logging.ERROR)  # Orbax tells what it does when it only reads
   choose = best_of.by_reward(flags.reward) if flags.reward else None
   samples = flags.best_of or flags.samples
   how = {name: getattr(flags, name) for name in ('int8', 'penalty', 'draft', 'ngram', 'guesses')}

@@ -54,9 +54,6 @@ from research.tuning import merge, peft
 
 def main(flags) -> None:
   """Rounds as the flags say, on the first device."""
-  import logging
-
-  logging.getLogger('absl').setLevel(logging.ERROR)  # Orbax tells what it does when it only reads
   place, out = pathlib.Path(flags.checkpoint or flags.hf), pathlib.Path(flags.out)
   if out.exists() and any(out.iterdir()):
     raise UserError(f'--out={out} is not empty; name a new folder.')
@@ -98,7 +95,7 @@ def _plain(folder) -> tuple:
 def _rows(folder, kind: str, flags) -> tuple[list, list]:
   """Batches to calibrate on, and to validate on."""
   if folder.run and not (flags.calibration or flags.validation):
-    return rows.of_run(folder.run, flags.rows, print)
+    return rows.of_run(folder.run, flags.rows)
   if folder.run:
     raise UserError(
       'a run is calibrated and judged on its own streams; leave --calibration and --validation.'

@@ -58,8 +58,6 @@ from research.core.errors import UserError
 
 
 def main(flags) -> int:
-  import logging
-
   import jax
 
   from research.parallel.mesh import Mesh
@@ -73,7 +71,6 @@ def main(flags) -> int:
       f'the packages of serving are needed: uv sync --extra serve ({error}).'
     ) from None
   keep_compiled()
-  logging.getLogger('absl').setLevel(logging.ERROR)  # Orbax tells what it does when it only reads
 
   def open_model():
     return open_served(

@@ -4,8 +4,8 @@
 
 The gin file is the run's own, and the bindings give the smaller sizes. What goes is what matters least on some
 examples of its training stream: layers by the loss without them, units by their activations (Muralidharan et
-al. 2024, arXiv:2407.14679). --out gets config.gin, with the smaller sizes, and a checkpoint from which a run
-heals it (gin/tuning/heal.gin).
+al. 2024, arXiv:2407.14679). --out gets config.gin, with the smaller sizes, a checkpoint from which a run heals
+it (gin/tuning/heal.gin), and the tokenizer of a converted model.
 """
 
 import itertools
@@ -30,9 +30,11 @@ def main(flags) -> None:
   from research.core import configs, storage
   from research.data.batches import batch_at
   from research.data.cache import open_stream
+  from research.huggingface import companions
   from research.model.parameters import size
   from research.parallel import hosts
   from research.parallel.mesh import Mesh
+  from research.training.checks import check_vocabulary
   from research.tuning import shrinking
 
   out = pathlib.Path(flags.out)
@@ -45,14 +47,17 @@ def main(flags) -> None:
     original = trained.model
   check_same(original, run.model)
   frozen = open_stream(run.train)
+  model, smaller = abstract_model(original), abstract_model(run.model)
+  with config.explains():
+    check_vocabulary(run, model.vocab, frozen)
   with Mesh().use(jax.devices()[:1]):
     batches = [
       hosts.place(batch_at(frozen, run.batch_size, run.seed, number))
       for number in range(flags.batches)
     ]
-    model, smaller = abstract_model(original), abstract_model(run.model)
     params, kept = shrinking.shrink(model, smaller, trained.params(), batches)
   shrinking.write(out, params)
+  companions.copy_companions(pathlib.Path(flags.checkpoint), out)
   storage.write_atomic(out / 'config.gin', config.text)
   storage.write_atomic(out / 'shrunk.json', json.dumps(kept.described(), indent=1) + '\n')
   before, after = size(model), size(smaller)

@@ -36,7 +36,7 @@ def default_workdir(gin_files: list[str]) -> pathlib.Path:
 
 def main(flags) -> int:
   cluster = processes.find(flags.coordinator, flags.num_processes, flags.process_id)
-  processes.initialize(cluster, log=lambda text: print(text, file=sys.stderr, flush=True))
+  processes.initialize(cluster)
   config = configs.load(flags.gin_file, flags.gin)
   run = config.build()
   workdir = storage.place(flags.workdir or default_workdir(flags.gin_file))

@@ -49,7 +49,7 @@ def of_run(path: pathlib.Path) -> list[dict]:
   folder = loading.open_folder(path)
   facts = json.loads((path / 'run.json').read_text())
   params = peft.params_of(folder.model, folder.params)
-  _, batches = rows.of_run(folder.run, 1, print)
+  _, batches = rows.of_run(folder.run, 1)
   # The same model with rounding matrices says which parameters are matrices, and how their groups lie.
   module = counts.abstract(_rounding(folder.model))
   with Mesh().use(jax.devices()[:1]):

@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 from research.checkpoints import folders
 from research.core import cli, storage
 from research.core.errors import UserError
+from research.core.text import tell
 from research.parallel import hosts
 
 
@@ -115,7 +116,7 @@ class Checkpoints:
     with self._told_if_full():
       self.manager.save(step, args=items)
 
-  def restore(self, abstract_state, log=print) -> tuple[int, Any, dict] | None:
+  def restore(self, abstract_state, log=tell) -> tuple[int, Any, dict] | None:
     """The newest good checkpoint: (step, state, meta), or None where there is none.
 
     Args:
@@ -166,7 +167,8 @@ class Checkpoints:
     if saved and of_model(saved) and not of_model(wanted):
       raise UserError(
         f'{self.folder / str(step)} holds the parameters of a model alone, as conversion writes them, and '
-        'nothing of a run that could go on; give this run a workdir of its own.'
+        'nothing of a run that could go on; give this run a workdir of its own, and name that folder in '
+        'Run.init = @starts.Checkpoint() to start from its parameters.'
       )
     if problems:
       more = f' (and {len(problems) - 3} more)' if len(problems) > 3 else ''

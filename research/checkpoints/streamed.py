@@ -16,6 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
+from research.checkpoints import folders
 from research.checkpoints.manager import names, partial_checksum
 from research.core import storage
 from research.core.errors import UserError
@@ -107,16 +108,14 @@ class Params:
     folder = next((f for f in (folder / 'checkpoints', folder) if f.is_dir()), folder)
     if not folder.is_dir():
       raise UserError(f'there is no folder {folder}.')
-    options = ocp.CheckpointManagerOptions(read_only=True)
-    plain = storage.plain_path(folder)
-    with ocp.CheckpointManager(plain, options=options) as manager:
-      steps = sorted(manager.all_steps())
+    # Not by Orbax' manager, which warns of every option that a reader does not need.
+    steps = folders.saved_steps(folder)
     if not steps:
       raise UserError(f'there is no checkpoint in {folder}.')
     if step not in (None, *steps):
       raise UserError(f'{folder} has no checkpoint of step {step}; its steps are {steps}.')
     self.step = steps[-1] if step is None else step
-    self.state = plain / str(self.step) / 'state'
+    self.state = storage.plain_path(folder) / str(self.step) / 'state'
     self.folder = folder
     self.held: dict[Path, np.ndarray] = {}
     self.arrays: dict[Path, tensorstore.TensorStore] = {}
@@ -180,11 +179,7 @@ class Params:
 
   def shapes(self) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter by name, 'stack/norm/scale'."""
-    options = ocp.CheckpointManagerOptions(read_only=True)
-    handlers = {'state': ocp.StandardCheckpointHandler()}
-    plain = self.state.parent.parent
-    with ocp.CheckpointManager(plain, options=options, item_handlers=handlers) as manager:
-      tree = manager.item_metadata(self.step)['state'].tree['params']
+    tree = ocp.StandardCheckpointHandler().metadata(self.state).tree['params']
     shapes = {name: tuple(value.shape) for name, value in names(tree).items()}
     if self.base is not None:
       of_base = self.base.shapes()

@@ -1,6 +1,12 @@
-"""How a number or a duration is written for a person."""
+"""How a number or a duration is written for a person, and where a line of progress goes."""
 
 import math
+import sys
+
+
+def tell(line: str) -> None:
+  """Prints a line about the work that goes on to stderr: stdout is for what a command was asked for."""
+  print(line, file=sys.stderr, flush=True)
 
 
 def si(value: float, unit: str = '') -> str:

@@ -11,6 +11,7 @@ import threading
 
 from research.core import storage
 from research.core.errors import UserError
+from research.core.text import tell
 from research.data.frozen import Frozen, FrozenMixture
 from research.data.mixtures import Mixture
 from research.data.scored import Scored
@@ -35,12 +36,12 @@ def local_cache(place) -> pathlib.Path:
   return path
 
 
-def open_stream(stream: Stream | Mixture, cache_dir=None, log=print) -> Frozen | FrozenMixture:
+def open_stream(stream: Stream | Mixture, cache_dir=None, log=tell) -> Frozen | FrozenMixture:
   """Opens a stream or a mixture. Freezes it first where it is missing."""
   return open_streams([stream], cache_dir, log)[0]
 
 
-def open_streams(streams: list, cache_dir=None, log=print) -> list[Frozen | FrozenMixture]:
+def open_streams(streams: list, cache_dir=None, log=tell) -> list[Frozen | FrozenMixture]:
   """Opens several streams or mixtures. One process freezes all that are missing.
 
   Args:

@@ -49,6 +49,15 @@ def keep_companions(folder: pathlib.Path, out: pathlib.Path) -> None:
   (out / FILE).write_text(json.dumps(ids, indent=2) + '\n')
 
 
+def copy_companions(source: pathlib.Path, out: pathlib.Path) -> None:
+  """Copies what a converted checkpoint keeps of its tokenizer to a folder that was made of it.
+
+  Nothing is copied where it keeps none, as a run does.
+  """
+  if (source / FOLDER).is_dir():
+    shutil.copytree(source / FOLDER, out / FOLDER, dirs_exist_ok=True)
+
+
 def _copy(folder: pathlib.Path, out: pathlib.Path) -> None:
   for name in TOKENIZER:
     if (folder / name).is_file():

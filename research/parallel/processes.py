@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping
 
 from research.core.errors import UserError
+from research.core.text import tell
 from research.parallel.addresses import split_address, unknown_name
 
 TIMEOUT = 300.0  # seconds that hosts wait for each other at start-up
@@ -113,7 +114,7 @@ def _has_tpu() -> bool:
   return bool(chips) and importlib.util.find_spec('libtpu') is not None
 
 
-def initialize(cluster: Cluster | None, timeout: float = TIMEOUT, log=print) -> None:
+def initialize(cluster: Cluster | None, timeout: float = TIMEOUT, log=tell) -> None:
   """Joins the job, and checks that all processes came and have equal devices.
 
   Args:

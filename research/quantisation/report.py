@@ -2,7 +2,6 @@
 
 import collections
 import pathlib
-import shutil
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -82,8 +81,8 @@ def write(
   (out / ('config.gin' if kind == 'run' else 'model.gin')).write_text(config.text)
   if kind == 'hf':
     companions.keep_companions(path, out)
-  elif kind == 'converted' and (path / companions.FOLDER).is_dir():
-    shutil.copytree(path / companions.FOLDER, out / companions.FOLDER)
+  else:
+    companions.copy_companions(path, out)
 
 
 def sizes(model) -> dict:

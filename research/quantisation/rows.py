@@ -1,7 +1,7 @@
 """Rows of tokens to calibrate and to validate on: a run's own streams, or a text with a folder's tokenizer."""
 
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -14,13 +14,13 @@ from research.training.run import Run
 BATCH_TOKENS = 4096  # of a batch: what a model of any size takes on a CPU
 
 
-def of_run(run: Run, rows: int, log: Callable[[str], None]) -> tuple[list[dict], list[dict]]:
+def of_run(run: Run, rows: int) -> tuple[list[dict], list[dict]]:
   """Batches of a run's training stream, `rows` examples or all, and all of its validation stream.
 
   Raises:
     UserError: a stream cannot be opened.
   """
-  train, validation = cache.open_streams([run.train, run.validation], log=log)
+  train, validation = cache.open_streams([run.train, run.validation])
   size = max(1, BATCH_TOKENS // sum(run.train.lengths.values()))
   number = max(1, -(-min(rows, len(train)) // size))
   calibration = [batch_at(train, size, run.seed, i) for i in range(number)]

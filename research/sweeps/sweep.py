@@ -5,7 +5,6 @@ the data are frozen, so that a mistake is an error now and not hours later.
 """
 
 import dataclasses
-import sys
 
 from research.core import configs, storage
 from research.core.errors import Invalid, UserError
@@ -158,15 +157,11 @@ def check_data(run: Run, frozen, tokens: int, what: str) -> None:
 
 def open_data(sweep: Sweep, runs: list[Planned], base: Run):
   """The base run's training stream. Freezes every stream of the sweep, so that its workers need not."""
-
-  def log(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
   streams = {repr(stream): stream for stream in (base.train, base.validation)}
   for settings in dict.fromkeys(run.settings for run in runs):
     run = configs.load(sweep.run, [*sweep.bindings, *settings]).build()
     streams |= {repr(stream): stream for stream in (run.train, run.validation)}
-  return cache.open_streams(list(streams.values()), log=log)[0]
+  return cache.open_streams(list(streams.values()))[0]
 
 
 def make_folder(folder: Folder, text: str) -> None:

@@ -18,13 +18,7 @@ def check_fits(
   run: Run, vocab: int, inputs: tuple[str, ...], train: Frozen, validation: Frozen
 ) -> None:
   """Raises Invalid where model, data, loss and devices do not fit together."""
-  if vocab < train.vocab_size:
-    owner = getattr(run.model, 'func', run.model)
-    raise Invalid(
-      owner,
-      'vocab',
-      f'{vocab} is less than the {train.vocab_size} tokens of the data; set it to that or more.',
-    )
+  check_vocabulary(run, vocab, train)
   converted = run.init is not None and (pathlib.Path(run.init.folder) / 'model.gin').is_file()
   parts = train.parts.values() if isinstance(train, FrozenMixture) else [train]
   moved = any('offset=1' in str(part.manifest.get('vocabulary')) for part in parts)
@@ -51,6 +45,14 @@ def check_fits(
       raise Invalid(Run, 'validation', f'its rows have no {key}, which {name} reads.')
   run.loss.check(run, vocab)
   check_divides(run)
+
+
+def check_vocabulary(run: Run, vocab: int, train: Frozen) -> None:
+  """Raises Invalid where the data has tokens that the model, of `vocab` tokens, does not know."""
+  if vocab < train.vocab_size:
+    owner = getattr(run.model, 'func', run.model)
+    why = f'{vocab} is less than the {train.vocab_size} tokens of the data; set it to that or more.'
+    raise Invalid(owner, 'vocab', why)
 
 
 def check_start(run: Run) -> None:

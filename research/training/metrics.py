@@ -1,6 +1,7 @@
 """Rows of metrics: JSON lines, TensorBoard events, and the line a person watches."""
 
-import importlib
+import contextlib
+import importlib.util
 import json
 import pathlib
 import sys
@@ -8,6 +9,7 @@ import threading
 import time
 
 from research.core import storage
+from research.core.errors import UserError
 from research.core.storage import read_rows, write_atomic
 from research.core.text import clock, si
 
@@ -32,11 +34,41 @@ class _Object:
     self.flush(at_once=True)
 
 
+def _summary_writer():
+  """The class that writes TensorBoard's events.
+
+  Raises:
+    UserError: its package is not installed, or cannot be imported.
+  """
+  try:
+    if importlib.util.find_spec('tensorboardX') is None:
+      raise ModuleNotFoundError('it is not installed')
+    from tensorboardX import SummaryWriter
+  except (
+    Exception
+  ) as error:  # it imports torch where it finds it, and a broken torch raises anything
+    first = (str(error).splitlines() or [type(error).__name__])[0].rstrip('.')
+    raise UserError(
+      f'a run writes events for TensorBoard by tensorboardX, which cannot be imported ({first}): '
+      'uv sync, or uv pip install --reinstall tensorboardX.'
+    ) from error
+  return SummaryWriter
+
+
+def _import_writer() -> None:
+  """Imports it ahead of its use, which tells what is wrong with it."""
+  with contextlib.suppress(UserError):
+    _summary_writer()
+
+
 class Rows:
   """`metrics.jsonl` of a run, with every row also as TensorBoard scalars.
 
   On resuming from `step`, rows after it are dropped: they will come again, so there is no gap and no double.
   In a bucket rows appear every half minute and before every checkpoint, and there is no TensorBoard.
+
+  Raises:
+    UserError: the folder `tensorboard` cannot be written, or tensorboardX cannot be imported.
   """
 
   def __init__(self, workdir: pathlib.Path, step: int, tensorboard: bool = True):
@@ -49,8 +81,11 @@ class Rows:
     self.tensorboard, self.writer = str(workdir / 'tensorboard') if tensorboard else None, None
     self.purge = step + 1 if step else None
     if tensorboard:
+      storage.make(workdir / 'tensorboard')
+      if importlib.util.find_spec('tensorboardX') is None:
+        _summary_writer()  # says so before anything is computed
       # While the run waits for its programs: it imports torch where it finds it, in two seconds.
-      threading.Thread(target=importlib.import_module, args=('tensorboardX',)).start()
+      threading.Thread(target=_import_writer).start()
 
   def flush(self) -> None:
     """What was written can be read from now on, whatever dies."""
@@ -62,9 +97,7 @@ class Rows:
     self.file.flush()
     if self.tensorboard is not None:
       if self.writer is None:
-        from tensorboardX import SummaryWriter
-
-        self.writer = SummaryWriter(self.tensorboard, purge_step=self.purge)
+        self.writer = _summary_writer()(self.tensorboard, purge_step=self.purge)
       for key, value in row.items():
         if key != 'step' and isinstance(value, int | float):
           self.writer.add_scalar(key, value, row['step'])

@@ -9,7 +9,6 @@ import functools
 import json
 import math
 import pathlib
-import shutil
 from collections.abc import Iterator, Mapping
 
 import jax
@@ -170,8 +169,7 @@ def load(
   pieces = functools.partial(_whole_pieces, arrays)
   streamed.write_params(out, shapes, dict.fromkeys(shapes, 0), pieces)
   (out / 'model.gin').write_text(text)
-  if (base / companions.FOLDER).is_dir():  # the tokenizer, for whoever converts it further
-    shutil.copytree(base / companions.FOLDER, out / companions.FOLDER, dirs_exist_ok=True)
+  companions.copy_companions(base, out)  # the tokenizer, for whoever converts it further
 
 
 def _whole_pieces(arrays: Mapping) -> streamed.Pieces:

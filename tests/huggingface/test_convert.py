@@ -28,9 +28,14 @@ CONFIG = {
 @pytest.fixture
 def folder(tmp_path):
   """A small LLaMA in two files, as written by hand."""
+  return tmp_path, write_llama(tmp_path)
+
+
+def write_llama(path, vocab: int = 32) -> dict:
+  """A Hugging Face folder with `CONFIG` and random tensors, which are returned by name."""
   rng = np.random.default_rng(0)
   tensors = {
-    'model.embed_tokens.weight': (32, 16), 'model.norm.weight': (16,), 'lm_head.weight': (32, 16),
+    'model.embed_tokens.weight': (vocab, 16), 'model.norm.weight': (16,), 'lm_head.weight': (vocab, 16),
   }  # fmt: skip
   for i in range(2):
     layer = {
@@ -40,9 +45,9 @@ def folder(tmp_path):
     }  # fmt: skip
     tensors.update({f'model.layers.{i}.{k}.weight': v for k, v in layer.items()})
   values = {k: rng.normal(size=v).astype(np.float32) for k, v in tensors.items()}
-  write(tmp_path, values)
-  (tmp_path / 'config.json').write_text(json.dumps(CONFIG))
-  return tmp_path, values
+  write(path, values)
+  (path / 'config.json').write_text(json.dumps({**CONFIG, 'vocab_size': vocab}))
+  return values
 
 
 def write(folder, values, dtype='float32'):

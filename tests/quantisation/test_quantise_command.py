@@ -55,7 +55,7 @@ def opened_loss(path) -> float:
   folder = loading.open_folder(path)
   with Mesh().use(jax.devices()[:1]):
     params = jax.tree.map(np.asarray, loading.read_params(folder))
-    _, batches = rows.of_run(folder.run, 1, print)
+    _, batches = rows.of_run(folder.run, 1)
     return calibration.loss_of(folder.model, params, batches)
 
 

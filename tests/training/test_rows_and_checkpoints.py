@@ -83,6 +83,16 @@ def test_rows_have_no_gap_and_no_double_after_resuming(tmp_path):
   assert [(r['step'], r['loss']) for r in found] == [(10, 1.0), (20, 1.0), (30, 2.0)]
 
 
+def test_events_that_cannot_be_written_are_a_sentence_before_the_first_step(tmp_path, monkeypatch):
+  (tmp_path / 'tensorboard').write_text('a file where a folder is wanted')
+  with pytest.raises(UserError, match=r'tensorboard cannot be written \(File exists\)'):
+    metrics.Rows(tmp_path, 0)
+  (tmp_path / 'tensorboard').unlink()
+  monkeypatch.setattr(metrics.importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(UserError, match=r'tensorboardX, which cannot be imported \(it is not'):
+    metrics.Rows(tmp_path, 0)
+
+
 def test_numbers_a_person_reads():
   assert [text.si(x) for x in (0.5, 999, 1234567, 6.4e12)] == ['0.5', '999', '1.23M', '6.4T']
   assert [text.clock(x) for x in (5, 65, 3723)] == ['0:05', '1:05', '1:02:03']

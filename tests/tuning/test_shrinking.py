@@ -1,5 +1,6 @@
 """What adds nothing goes first, and a model without it says the same."""
 
+import argparse
 import functools
 import json
 import pathlib
@@ -13,12 +14,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from research import shrink
 from research.core.errors import UserError
+from research.huggingface import inwards
 from research.model import counts
 from research.parallel.mesh import Mesh
-from research.shrink import check_same
 from research.tuning import shrinking
 from tests.families import tiny
+from tests.huggingface.test_convert import write_llama
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 PAGE = (ROOT / 'docs' / 'shrinking.md').read_text()
@@ -139,13 +142,42 @@ def test_what_cannot_be_made_smaller_is_refused(family, before, after, why):
 
 def test_a_smaller_model_differs_in_sizes_alone():
   model = tiny('llama2')
-  check_same(model, tiny('llama2', ['MLP=16', 'LAYERS=1', 'HEADS=2', 'EMBED=8']))
+  shrink.check_same(model, tiny('llama2', ['MLP=16', 'LAYERS=1', 'HEADS=2', 'EMBED=8']))
   with pytest.raises(
     UserError, match=r"has 'epsilon = 1e-05' where the gin files say 'epsilon = 0.1'"
   ):
-    check_same(model, tiny('llama2', ['RMSNorm.epsilon=0.1']))
+    shrink.check_same(model, tiny('llama2', ['RMSNorm.epsilon=0.1']))
   with pytest.raises(UserError, match='change sizes alone'):
-    check_same(model, tiny('gemma'))
+    shrink.check_same(model, tiny('gemma'))
+
+
+@pytest.mark.slow
+def test_a_converted_model_keeps_its_tokenizer_and_knows_every_token(text_file, tmp_path):
+  def converted(vocab: int) -> pathlib.Path:
+    theirs, ours = tmp_path / f'theirs-{vocab}', tmp_path / f'ours-{vocab}'
+    theirs.mkdir()
+    write_llama(theirs, vocab)
+    (theirs / 'tokenizer_config.json').write_text('{"tokenizer_class": "ByT5Tokenizer"}')
+    inwards.from_hf(theirs, ours)
+    return ours
+
+  def shrink_mlp(ours: pathlib.Path, out: pathlib.Path) -> None:
+    files = ['tests/gin/decoder.gin', str(ours / 'model.gin')]
+    bindings = [f"FILES='{text_file}'", 'MLP=12']
+    shrink.main(
+      argparse.Namespace(
+        checkpoint=str(ours), out=str(out), batches=1, gin_file=files, gin=bindings
+      )
+    )
+
+  ours, half = converted(384), tmp_path / 'half'
+  shrink_mlp(ours, half)
+  for name in ('tokenizer_config.json', 'special_ids.json'):
+    kept = (ours / 'huggingface' / name).read_text()
+    assert (half / 'huggingface' / name).read_text() == kept
+  # Importance would be measured on tokens that the model does not have.
+  with pytest.raises(UserError, match='vocab.*200 is less than the 259 tokens of the data'):
+    shrink_mlp(converted(200), tmp_path / 'none')
 
 
 @pytest.mark.slow
