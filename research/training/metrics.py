@@ -73,19 +73,19 @@ class Rows:
 
   def __init__(self, workdir: pathlib.Path, step: int, tensorboard: bool = True):
     path = workdir / 'metrics.jsonl'
-    kept = ''.join(json.dumps(row) + '\n' for row in read_rows(path) if row['step'] <= step)
-    write_atomic(path, kept)
     self.bucket = storage.is_bucket(path)
-    self.file = _Object(path, kept) if self.bucket else path.open('a')
-    tensorboard = tensorboard and not self.bucket
-    self.tensorboard, self.writer = str(workdir / 'tensorboard') if tensorboard else None, None
+    self.tensorboard = workdir / 'tensorboard' if tensorboard and not self.bucket else None
+    self.writer = None
     self.purge = step + 1 if step else None
-    if tensorboard:
-      storage.make(workdir / 'tensorboard')
+    if self.tensorboard is not None:
+      storage.make(self.tensorboard)
       if importlib.util.find_spec('tensorboardX') is None:
         _summary_writer()  # says so before anything is computed
       # While the run waits for its programs: it imports torch where it finds it, in two seconds.
       threading.Thread(target=_import_writer).start()
+    kept = ''.join(json.dumps(row) + '\n' for row in read_rows(path) if row['step'] <= step)
+    write_atomic(path, kept)
+    self.file = _Object(path, kept) if self.bucket else path.open('a')
 
   def flush(self) -> None:
     """What was written can be read from now on, whatever dies."""
@@ -97,7 +97,7 @@ class Rows:
     self.file.flush()
     if self.tensorboard is not None:
       if self.writer is None:
-        self.writer = _summary_writer()(self.tensorboard, purge_step=self.purge)
+        self.writer = _summary_writer()(str(self.tensorboard), purge_step=self.purge)
       for key, value in row.items():
         if key != 'step' and isinstance(value, int | float):
           self.writer.add_scalar(key, value, row['step'])
