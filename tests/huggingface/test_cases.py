@@ -6,13 +6,16 @@ save. What the stack has no part for is refused by the name of its key.
 """
 
 import json
+import re
 
 import jax
 import numpy as np
 import pytest
 
+from research.core.errors import UserError
 from research.parallel.mesh import Mesh
 from tests.conftest import ROOT
+from tests.huggingface import test_parity
 from tests.huggingface.test_parity import COMPILE, TOLERANCE, _converted, _logits
 
 torch = pytest.importorskip('torch')
@@ -57,4 +60,29 @@ def test_a_reported_folder_computes_what_transformers_computes(name):
     _, params, graphdef = _converted(folder)
     forward = jax.jit(_logits, static_argnums=0, compiler_options=COMPILE)
     got = np.asarray(forward(graphdef, params, {'decoder_input_tokens': tokens}))
+  assert np.abs(got - want).max() < TOLERANCE * np.abs(want).max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', test_parity.CASES)
+def test_a_save_of_the_model_without_its_head_lacks_that_head_alone(name, tmp_path):
+  """AutoModel's names have no prefix. Where the head is tied it is the whole model; else the head is missing."""
+  reference = test_parity._reference(name)
+  reference.base_model.save_pretrained(tmp_path)
+  try:
+    _, params, graphdef = _converted(tmp_path)
+  except UserError as error:
+    missing = re.findall(r'([\w.]+) is missing', str(error))
+    inner = set(reference.base_model.state_dict())
+    assert missing, error
+    assert not [tensor for tensor in missing if any(tensor.endswith(name) for name in inner)]
+    assert 'is unknown' not in str(error)
+    assert not reference.config.tie_word_embeddings or name == 'bert', error
+    return
+  ours, theirs, real = test_parity._batch(name)
+  with torch.no_grad():
+    want = reference(**theirs).logits.numpy()[real]
+  forward = jax.jit(_logits, static_argnums=0, compiler_options=COMPILE)
+  with Mesh().use(jax.devices()[:1]):
+    got = np.asarray(forward(graphdef, params, ours))[real]
   assert np.abs(got - want).max() < TOLERANCE * np.abs(want).max()
