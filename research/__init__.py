@@ -1,19 +1,25 @@
 """Isoflop, a language-model laboratory for scaling laws: commands (`python -m research.train`) over rooms."""
 
+import os
 import sys
 
 
-def _say_interrupted(kind, error, trace) -> None:
-  import os
+def end_interrupted(number, frame) -> None:
+  """Ends a command whose modules are still being imported, at Ctrl-C.
 
-  if not issubclass(kind, KeyboardInterrupt):
-    sys.__excepthook__(kind, error, trace)
-    return
-  sys.stderr.write('interrupted\n')
-  sys.stderr.flush()
-  os._exit(130)
+  An exception would not do: some packages catch all that is raised while they import, and half of a module
+  cannot be asked to end.
+  """
+  try:
+    os.write(2, b'interrupted\n')
+  finally:
+    os._exit(130)
 
 
-# Python's word for a command that is being looked for. Until `core.cli` is there, Ctrl-C would be a traceback.
+# Python's word for a command that is being looked for. `core.cli.run` takes over when all is imported.
 if sys.argv[:1] == ['-m']:
-  sys.excepthook = _say_interrupted
+  import signal
+
+  # A job in the background ignores Ctrl-C, and goes on to.
+  if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, end_interrupted)

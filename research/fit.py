@@ -151,4 +151,4 @@ def _write(flags, analysis, rows, forecasts) -> None:
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  cli.run(main)

@@ -11,6 +11,7 @@ import threading
 import traceback
 from collections.abc import Callable
 
+from research import end_interrupted
 from research.core.errors import UserError, did_you_mean
 
 INTERRUPTED = 130  # what a shell expects of a program that SIGINT ended
@@ -80,6 +81,10 @@ def use_huge_pages() -> None:
 def run(main: Callable[..., int | None], *args) -> None:
   """Runs `main` and exits: 2 with one sentence where the input or the machine was wrong."""
   _prepare_terminal()
+  if (
+    signal.getsignal(signal.SIGINT) is end_interrupted
+  ):  # all is imported: from now on it can be caught
+    signal.signal(signal.SIGINT, signal.default_int_handler)
   _running.append(main)
   try:
     code = main(*args) or 0

@@ -5,14 +5,32 @@ import errno
 import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
 from research.core import cli
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+RUN = '--gin_file=gin/runs/tiny.gin'
+# Every command with flags that are right and an input that is not there.
+STARTS = {
+  'train': [RUN, '--workdir=gs:/none'],
+  'sweep': ['--gin_file=gin/sweeps/quickstart.gin', '--workdir={tmp}/none', '--status'],
+  'fit': ['--results={tmp}/none.csv'],
+  'freeze': ['--gin_file={tmp}/none.gin'],
+  'compile': [RUN, '--topology=none'],
+  'convert': ['--from_hf={tmp}/none', '--out={tmp}/out'],
+  'count': ['--gin_file={tmp}/none.gin'],
+  'generate': ['--checkpoint={tmp}/none', '--prompt=a'],
+  'evaluate': ['--gin_file=gin/evaluation/quickstart.gin', '--checkpoint={tmp}/none'],
+  'serve': ['--checkpoint={tmp}/none'],
+  'quantise': [RUN, '--checkpoint={tmp}/none', '--out={tmp}/out'],
+  'shrink': [RUN, '--checkpoint={tmp}/none', '--out={tmp}/out'],
+}
 
 
 def run(code: str, shell: str = '', **environment) -> subprocess.CompletedProcess:
@@ -35,6 +53,53 @@ def run(code: str, shell: str = '', **environment) -> subprocess.CompletedProces
 def test_an_interrupt_is_one_word(code):
   done = run(code)
   assert (done.returncode, done.stderr, done.stdout) == (cli.INTERRUPTED, 'interrupted\n', '')
+
+
+def test_an_interrupt_that_a_package_catches_while_it_is_imported_ends_the_command():
+  code = (
+    'import sys\n'
+    "sys.argv = ['-m']\n"  # as Python says while it looks for the command
+    'import signal\n'
+    'signal.signal(signal.SIGINT, signal.default_int_handler)\n'
+    'import research, os\n'
+    'try: os.kill(os.getpid(), signal.SIGINT)\n'
+    'except BaseException: pass\n'
+    "print('not reached')"
+  )
+  env = {**os.environ, 'PYTHONPATH': str(ROOT)}
+  done = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True)
+  assert (done.returncode, done.stderr, done.stdout) == (cli.INTERRUPTED, 'interrupted\n', '')
+
+
+def seconds_of(process: subprocess.Popen) -> float:
+  """The processor time that a process has used: where it is in its start, however busy the machine."""
+  fields = pathlib.Path(f'/proc/{process.pid}/stat').read_text().rpartition(')')[2].split()
+  return (int(fields[11]) + int(fields[12])) / os.sysconf('SC_CLK_TCK')
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
+@pytest.mark.parametrize('command', STARTS)
+def test_an_interrupt_at_any_moment_of_a_start_is_one_word(command, tmp_path, user_environment):
+  flags = [flag.format(tmp=tmp_path) for flag in STARTS[command]]
+  for moment in (0.15, 0.3, 0.6, 1.0, 1.5):  # Python itself needs a tenth of the first
+    process = subprocess.Popen(
+      [sys.executable, '-m', f'research.{command}', *flags], cwd=ROOT, stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE, text=True, env={**user_environment, 'PYTHONPATH': str(ROOT)},
+      preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    while process.poll() is None and seconds_of(process) < moment:
+      time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    if process.returncode == 2 and said.splitlines()[-1].startswith('error: '):
+      return  # it was faster: its input is not there
+    assert (process.returncode, said) == (cli.INTERRUPTED, 'interrupted\n'), moment
+
+
+def test_every_command_runs_by_the_function_that_catches():
+  for path in (ROOT / 'research').glob('[a-z]*.py'):
+    assert re.search(r'^  cli\.run\(main', path.read_text(), re.MULTILINE), path
 
 
 def test_an_interrupt_while_a_command_starts_again_is_one_word():
