@@ -9,6 +9,7 @@ import logging
 import pathlib
 import shutil
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -79,6 +80,11 @@ def partial_checksum(x: np.ndarray, start: int) -> int:
   return total % 2**32
 
 
+def _are_parameters(paths: Iterable[str]) -> bool:
+  """Whether nothing but parameters has these names: no optimizer's state, no step."""
+  return all(path.startswith('params/') for path in paths)
+
+
 class _NotOfFullDisk(logging.Filter):
   """Leaves out the hundreds of lines that Orbax and asyncio log about a full disk: `Checkpoints` says it."""
 
@@ -134,8 +140,8 @@ class Checkpoints:
       )
       try:
         restored = self.manager.restore(step, args=items)
-        expected, found = restored.meta.pop('checksums'), checksums(restored.state)
-        bad = [name for name, value in expected.items() if found.get(name) != value]
+        saved, read = restored.meta.pop('checksums'), checksums(restored.state)
+        bad = [name for name, value in saved.items() if read.get(name) != value]
       except (ValueError, OSError, KeyError) as error:
         bad = [f'{type(error).__name__}: {str(error).splitlines()[0][:200]}']
       if not self._anywhere(bool(bad)):
@@ -163,8 +169,7 @@ class Checkpoints:
       for k in wanted
       if k in saved and saved[k] != wanted[k]
     ]
-    of_model = lambda tree: all(name.startswith('params/') for name in tree)
-    if saved and of_model(saved) and not of_model(wanted):
+    if saved and _are_parameters(saved) and not _are_parameters(wanted):
       raise UserError(
         f'{self.folder / str(step)} holds the parameters of a model alone, as conversion writes them, and '
         'nothing of a run that could go on; give this run a workdir of its own, and name that folder in '
@@ -177,6 +182,7 @@ class Checkpoints:
         'give this run a workdir of its own.'
       )
 
+  # A host alone may read a checkpoint wrongly; all must fall back to the same step.
   @staticmethod
   def _anywhere(flag: bool) -> bool:
     """Whether it is so on any host."""
