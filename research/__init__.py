@@ -16,7 +16,7 @@ def end_interrupted(number, frame) -> None:
     os._exit(130)
 
 
-# Python's word for a command that is being looked for. `core.cli.run` takes over when all is imported.
+# Python's word for a command that is being looked for. From `core.cli.run` on Ctrl-C is an exception.
 if sys.argv[:1] == ['-m']:
   import signal
 

@@ -81,10 +81,8 @@ def use_huge_pages() -> None:
 def run(main: Callable[..., int | None], *args) -> None:
   """Runs `main` and exits: 2 with one sentence where the input or the machine was wrong."""
   _prepare_terminal()
-  if (
-    signal.getsignal(signal.SIGINT) is end_interrupted
-  ):  # all is imported: from now on it can be caught
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+  if signal.getsignal(signal.SIGINT) is end_interrupted:
+    signal.signal(signal.SIGINT, _interrupt)
   _running.append(main)
   try:
     code = main(*args) or 0
@@ -109,6 +107,19 @@ def run(main: Callable[..., int | None], *args) -> None:
       _running.clear()
       raise
     sys.exit(_say(f'error: {sentence}', 2))
+
+
+def _interrupt(number, frame) -> None:
+  """Ctrl-C in a command that runs: an exception, so that it saves and cleans up.
+
+  Where it imports a module in the middle it just ends: packages catch the exception then, and go on, or crash.
+  """
+  inner = frame
+  while inner is not None:
+    if inner.f_code.co_filename.startswith('<frozen importlib'):
+      end_interrupted(number, frame)
+    inner = inner.f_back
+  raise KeyboardInterrupt
 
 
 def machine_fault(error: BaseException) -> str | None:
