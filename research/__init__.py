@@ -18,8 +18,8 @@ def end_interrupted(number, frame) -> None:
 
 # Python's word for a command that is being looked for. From `core.cli.run` on Ctrl-C is an exception.
 if sys.argv[:1] == ['-m']:
-  import signal
+  import _signal  # `signal` makes classes of its numbers first, and Ctrl-C then would be a traceback
 
   # A job in the background ignores Ctrl-C, and goes on to.
-  if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, end_interrupted)
+  if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+    _signal.signal(_signal.SIGINT, end_interrupted)
