@@ -12,6 +12,7 @@ import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
@@ -61,7 +62,9 @@ def _write_empty(folder, shapes, leading, sums, dtypes) -> pathlib.Path:
   arrays = {path: np.broadcast_to(zeros[path], shape) for path, shape in shapes.items()}
   chunks = {path: ocp.SaveArgs(shard_axes=tuple(range(n))) for path, n in leading.items()}
   as_they_are = ocp.type_handlers.create_type_handler_registry(
-    (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False))
+    (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
+    # No array is one of jax, but Orbax warns where it cannot ask how those are described.
+    (jax.Array, ocp.type_handlers.ArrayHandler(array_metadata_store=None)),
   )
   handlers = {
     'state': ocp.PyTreeCheckpointHandler(type_handler_registry=as_they_are),
