@@ -95,7 +95,7 @@ class Ours(_Writer):
 
   def shard(self, number: int, piece: int):
     """Writes the shard of pass `number` over `piece`."""
-    from tasks import objectives, vocabularies
+    from tasks import recipes, vocabularies
 
     pairs = self.stream.task.reads == 'pairs'
     # Every objective and length shares one tokenisation.
@@ -119,7 +119,7 @@ class Ours(_Writer):
     with shards.Shard(self.folder, number, piece, self.token_bytes, last) as shard:
       if left_out_here:
         shard.facts['left_out'] = left_out_here
-      for rows in objectives.blocks(self.recipe, documents, self.stream.lengths, seed):
+      for rows in recipes.blocks(self.recipe, documents, self.stream.lengths, seed):
         self.progress(name, shard.write(rows))
     self.progress(name, 0, end=True)
 

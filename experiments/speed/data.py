@@ -73,9 +73,8 @@ def streams(cache: pathlib.Path, size: int):
 def freeze_one(stream: Stream, size: int, cache: pathlib.Path, repeats: int = 3) -> dict:
   """Tokens, and the least seconds that they took: of CPU, by the clock, of CPU in the tokenizer."""
   from research.data import shards
-  from tasks import objectives as built
+  from tasks import recipes, writers
   from tasks import vocabularies as tokenizers
-  from tasks import writers
 
   writer = writers.writer(stream, cache / 'unused', cache, lambda line: None)
   documents, held = [], 0
@@ -86,7 +85,7 @@ def freeze_one(stream: Stream, size: int, cache: pathlib.Path, repeats: int = 3)
         held += len(document)
   # Once on a little text, so that nothing is measured of what happens once in a process.
   few = tokenizers.encode(writer.vocabulary, documents[:3], stream.task.reads == 'pairs')
-  list(built.blocks(writer.recipe, few, stream.lengths, 0))
+  list(recipes.blocks(writer.recipe, few, stream.lengths, 0))
   times = []
   for _ in range(repeats):
     clock, cpu = time.perf_counter(), time.process_time()
@@ -96,7 +95,7 @@ def freeze_one(stream: Stream, size: int, cache: pathlib.Path, repeats: int = 3)
       tempfile.TemporaryDirectory() as folder,
       shards.Shard(pathlib.Path(folder), 0, 0, writer.token_bytes, True) as shard,
     ):
-      for rows in built.blocks(writer.recipe, encoded, stream.lengths, 1):
+      for rows in recipes.blocks(writer.recipe, encoded, stream.lengths, 1):
         shard.write(rows)
     times.append((time.process_time() - cpu, time.perf_counter() - clock, tokenized))
   cpu, clock, tokenized = map(min, zip(*times, strict=True))

@@ -29,7 +29,7 @@ class Objective:
     mark_names: names to print for the lowest extra ids, which the objective uses as marks.
 
   To add one, write a subclass in a module that the gin file imports, with a method
-  `recipe(stream, vocabulary)` that returns a `tasks.objectives.Recipe`. A subclass of one of those in
+  `recipe(stream, vocabulary)` that returns a `tasks.recipes.Recipe`. A subclass of one of those in
   `objectives` inherits its recipe.
   """
 

@@ -106,9 +106,9 @@ def made_of(seqio, **fields):
 
 
 def rows_of(stream, made, documents, seed=3):
-  from tasks import objectives as built
+  from tasks import recipes
 
-  rows = list(built.blocks(made, documents, stream.lengths, seed))
+  rows = list(recipes.blocks(made, documents, stream.lengths, seed))
   return {k: np.concatenate([r[k] for r in rows]) for k in rows[0]}
 
 
@@ -196,11 +196,11 @@ def test_causal_lm_is_every_document_with_one_eos(seqio):
 def test_t5s_own_objectives_token_for_token(seqio, task):
   import t5.data.preprocessors as t5
 
-  from tasks import objectives as built
+  from tasks import recipes
 
   lengths = {'inputs': 64, 'targets': 64}
   _, made = made_of(seqio, task=task, architecture='encoder_decoder', lengths=lengths)
-  dataset = built.task_dataset(made, made.parts[0], as_documents(DOCUMENTS), seed=7)
+  dataset = recipes.task_dataset(made, made.parts[0], as_documents(DOCUMENTS), seed=7)
   got = list(dataset.as_numpy_iterator())
 
   features = {k: seqio.Feature(seqio.ByteVocabulary(200)) for k in ('inputs', 'targets')}
