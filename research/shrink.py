@@ -26,12 +26,12 @@ def main(flags) -> None:
   """Shrinks the checkpoint, and writes the smaller one."""
   import jax  # --help must not cost seconds
 
-  from research.checkpoints.pretrained import Pretrained, abstract_model
+  from research.checkpoints.pretrained import Pretrained
   from research.core import configs, storage
   from research.data.batches import batch_at
   from research.data.cache import open_stream
   from research.huggingface import companions
-  from research.model.parameters import size
+  from research.model.parameters import abstract_model, size
   from research.parallel import hosts
   from research.parallel.mesh import Mesh
   from research.training.checks import check_vocabulary

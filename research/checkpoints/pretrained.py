@@ -16,12 +16,8 @@ from research.checkpoints import streamed
 from research.checkpoints.manager import partial_checksum
 from research.core import configs
 from research.core.errors import Invalid, UserError
+from research.model.parameters import abstract_model
 from research.parallel import hosts
-
-
-def abstract_model(model) -> nnx.Module:
-  """The model with shapes in place of arrays."""
-  return jax.eval_shape(lambda: model(rngs=nnx.Rngs(params=jax.random.key(0))))
 
 
 def read_params(model, params: streamed.Params) -> dict:

@@ -120,11 +120,15 @@ def _module(path: str, where: str):
     raise UserError(f'{where}: importing {path} failed: {failure(error)}.') from error
 
 
+def _is_module(path: str) -> bool:
+  return path in sys.modules or path in moved.PRESENT_MODULES
+
+
 def _look_up(path: str, where: str):
   """The object at a dotted path: modules as far as they are imported, then attributes."""
   parts = path.split('.')
   count = len(parts)
-  while count > 1 and '.'.join(parts[:count]) not in {*sys.modules, *moved.PRESENT_MODULES}:
+  while count > 1 and not _is_module('.'.join(parts[:count])):
     count -= 1
   target = _module('.'.join(parts[:count]), where)
   for name in parts[count:]:

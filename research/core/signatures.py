@@ -1,23 +1,27 @@
 """What a class or a function takes: its arguments, and which values their annotations allow."""
 
 import collections.abc
+import functools
 import inspect
 import types
 import typing
 
 
+# The plan of a sweep reads some hundred configurations, and each asks this of the same classes.
+@functools.cache
 def parameters(target) -> dict[str, inspect.Parameter]:
   """The arguments of a class or a function, without `self`; none where Python cannot tell."""
   # The signature of an NNX class itself is (*args, **kwargs).
   function = target.__init__ if inspect.isclass(target) else target
   try:
-    found = dict(inspect.signature(function).parameters)
+    arguments = dict(inspect.signature(function).parameters)
   except (TypeError, ValueError):  # some builtins
     return {}
-  found.pop('self', None)
-  return found
+  arguments.pop('self', None)
+  return arguments
 
 
+@functools.cache
 def hints(target) -> dict[str, typing.Any]:
   """The annotation of each argument, {} where they cannot be evaluated."""
   try:

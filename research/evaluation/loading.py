@@ -13,7 +13,6 @@ import numpy as np
 from flax import nnx
 
 from research.checkpoints import folders, pretrained, streamed
-from research.checkpoints.pretrained import abstract_model
 from research.core import configs
 from research.core.errors import UserError
 from research.data.mixtures import streams_of
@@ -21,6 +20,7 @@ from research.data.objectives import Conversation
 from research.data.streams import Stream
 from research.data.vocabularies import Vocabulary
 from research.huggingface import inwards
+from research.model.parameters import abstract_model
 from research.parallel import hosts
 from research.parallel.mesh import Mesh
 from research.training.experience import Experience

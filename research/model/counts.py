@@ -41,7 +41,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from research.core.errors import UserError
-from research.model.parameters import all_parameters, number_of, size, stored_bytes
+from research.model.parameters import abstract_model, all_parameters, number_of, size, stored_bytes
 from research.model.part import cost_of
 from research.parallel.mesh import Mesh
 
@@ -70,7 +70,7 @@ class Counts:
 def abstract(model: Callable[..., nnx.Module]) -> nnx.Module:
   """The model with shapes in place of arrays: nothing is computed or allocated."""
   with Mesh(data=1).use(jax.devices()[:1]):
-    return jax.eval_shape(lambda key: model(rngs=nnx.Rngs(params=key)), jax.random.key(0))
+    return abstract_model(model)
 
 
 def count(model: Callable[..., nnx.Module], lengths: Mapping[str, int]) -> Counts:

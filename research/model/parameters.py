@@ -3,6 +3,7 @@
 The mesh shards a parameter by the names of its axes. Optimizers and counts read its kind, never its name.
 """
 
+import contextvars
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -72,8 +73,32 @@ def param(
   """
   if kind not in get_args(Kind):
     raise UserError(f'no kind of parameter {kind!r}.{did_you_mean(kind, get_args(Kind))}')
+  if _shapes_only.get():
+    init = nnx.initializers.zeros
   value = init(rngs.params(), shape, dtype, out_sharding=spec(*axes, shape=shape))
   return nnx.Param(value, axes=tuple(axes), kind=kind, active=active, holds=holds)
+
+
+# Set while `abstract_model` makes a model.
+_shapes_only = contextvars.ContextVar('shapes_only', default=False)
+
+
+def abstract_model(model: Callable[..., nnx.Module]) -> nnx.Module:
+  """The model with shapes in place of arrays, on the mesh in use: nothing is computed or allocated.
+
+  Args:
+    model: makes it: `model(rngs=...)`.
+  """
+
+  def make(key):
+    return model(rngs=nnx.Rngs(params=key))
+
+  # Half of the time to trace a model is that of its random numbers, and a plan traces each of its sizes.
+  token = _shapes_only.set(True)
+  try:
+    return jax.eval_shape(make, jax.random.key(0))
+  finally:
+    _shapes_only.reset(token)
 
 
 def all_parameters(module: nnx.Module) -> Iterator[tuple[tuple, nnx.Param]]:

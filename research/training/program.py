@@ -14,10 +14,9 @@ import optax
 from flax import nnx
 
 from research.checkpoints.manager import names
-from research.checkpoints.pretrained import abstract_model
 from research.core.errors import Invalid
 from research.data import cache
-from research.model.parameters import kinds, named_axes
+from research.model.parameters import abstract_model, kinds, named_axes
 from research.parallel import axes as axes_module
 from research.parallel import hosts
 from research.parallel.axes import axis_size, on_each, spec, splits
@@ -214,7 +213,7 @@ def make_program(run: Run) -> Program:
   Raises:
     Invalid: the mesh does not suit a parameter.
   """
-  abstract = jax.eval_shape(lambda: run.model(rngs=nnx.Rngs(params=jax.random.key(0))))
+  abstract = abstract_model(run.model)
   parameters = named_axes(abstract)
   axes_module.check(parameters)
   routed = any('expert' in axes for axes, _ in parameters.values())

@@ -14,6 +14,7 @@ from research.checkpoints import pretrained, streamed
 from research.core import configs
 from research.core.errors import UserError
 from research.huggingface import inwards, outwards
+from research.model.parameters import abstract_model
 from research.parallel.mesh import Mesh
 from tests.huggingface import test_parity
 
@@ -112,7 +113,7 @@ def test_a_run_is_exported_by_the_commands_of_the_docs(tmp_path, text_file, user
   with Mesh().use(jax.devices()[:1]):
     trained = pretrained.Pretrained(folder=str(run))
     params = pretrained.read_params(trained.model, trained.checkpoint)
-    graphdef = nnx.graphdef(pretrained.abstract_model(trained.model))
+    graphdef = nnx.graphdef(abstract_model(trained.model))
     want = np.asarray(nnx.merge(graphdef, params)({'decoder_input_tokens': tokens})[0])
   model = T.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
   with torch.no_grad():

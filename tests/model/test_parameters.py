@@ -9,6 +9,8 @@ from flax import nnx
 from research.core import configs
 from research.core.errors import UserError
 from research.model import counts, parameters
+from research.parallel.mesh import Mesh
+from tests.families import tiny
 
 GIN = pathlib.Path(__file__).resolve().parent.parent.parent / 'gin' / 'models'
 
@@ -54,3 +56,16 @@ def test_every_parameter_has_the_kind_of_what_it_does(preset):
 def test_an_unknown_kind_is_refused_with_the_nearest():
   with pytest.raises(UserError, match=r"no kind of parameter 'matrx'\. Did you mean matrix\?"):
     parameters.param(nnx.Rngs(0), (2,), (None,), parameters.normal, kind='matrx')
+
+
+@pytest.mark.parametrize('family', ['llama', 't5', 'mixtral', 'mamba2', 'bert'])
+def test_a_model_of_shapes_is_that_of_its_arrays(family):
+  model = tiny(family)
+
+  def make(key):
+    return model(rngs=nnx.Rngs(params=key))
+
+  with Mesh(tensor=2, data=4).use():
+    expected = jax.tree.leaves_with_path(jax.eval_shape(make, jax.random.key(0)))
+    got = jax.tree.leaves_with_path(parameters.abstract_model(model))
+  assert got == expected  # shapes, dtypes and shardings

@@ -11,8 +11,8 @@ import pytest
 from flax import nnx
 
 from research import quantise
-from research.checkpoints.pretrained import abstract_model
 from research.core import configs
+from research.model.parameters import abstract_model
 from research.parallel.mesh import Mesh
 from research.quantisation.quantised import Quantised
 from research.training import population
