@@ -2,9 +2,9 @@
 
     python experiments/shrinking/study.py --workdir=runs/shrinking
 
-For each seed it trains the large model, shrinks it to half, heals the half with and without the large one as its
-teacher, and trains the same half from scratch on as many tokens, at two rates. It goes on where it was stopped,
-and writes results.csv and healing.png beside itself.
+For each seed it trains the large model, shrinks it to half, heals the half with and without the large one as
+its teacher, and trains the same half from scratch on as many tokens, at two rates. It goes on where it was
+stopped, and writes results.csv and healing.png beside itself.
 """
 
 import argparse
