@@ -35,8 +35,12 @@ RENAMED = {
   r'^backbone\.embedding\.weight$': 'backbone.embeddings.weight',
 }  # fmt: skip
 LISTED = 12  # tensors named in one message
-DEPTHS = ('num_hidden_layers', 'n_layer', 'n_layers', 'num_layers', 'num_decoder_layers')
-MANY_LAYERS = 10_000
+# Keys that say how many layers or experts there are: each of them has a tensor of its own, or a slice of one.
+COUNTS = (
+  'num_hidden_layers', 'n_layer', 'n_layers', 'num_layers', 'num_decoder_layers',
+  'num_experts', 'num_local_experts', 'n_routed_experts',
+)  # fmt: skip
+MANY = 10_000
 
 
 def family_of(config: dict[str, Any]) -> tuple[Family, Settings]:
@@ -149,7 +153,7 @@ def open_folder(folder: pathlib.Path) -> tuple[str, list[Tensor], Tensors]:
         'files is; take it out to read them as they are.'
       )
     given = unpack(given, quantisation)
-  _check_depth(folder, config, given)
+  _check_counts(folder, config, given)
   settings.tensors, settings.same_tensors = frozenset(given), given.same
   text = gin_text(family, settings)
   gin = configs.Config('MODEL')
@@ -167,14 +171,14 @@ def open_folder(folder: pathlib.Path) -> tuple[str, list[Tensor], Tensors]:
   return text, wanted, given
 
 
-def _check_depth(folder, config: dict[str, Any], given: Tensors) -> None:
-  """Refuses more layers than there are tensors, before anything of that length is made."""
-  for key in DEPTHS:
-    depth = config.get(key)
-    if isinstance(depth, int) and depth > max(MANY_LAYERS, len(given)):
+def _check_counts(folder, config: dict[str, Any], given: Tensors) -> None:
+  """Refuses more layers or experts than there are tensors, before a list of that length is made."""
+  for key in COUNTS:
+    count = config.get(key)
+    if isinstance(count, int | float) and count > max(MANY, len(given)):
       raise UserError(
-        f'{folder}: {key} = {depth} of config.json are more layers than the {len(given)} tensors of the files '
-        'can be; correct the key, or download the missing files.'
+        f'{folder}: {key} = {count} of config.json is more than the {len(given)} tensors of the files can hold; '
+        'correct the key, or download the missing files.'
       )
 
 
