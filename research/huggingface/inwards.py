@@ -177,8 +177,8 @@ def _check_counts(folder, config: dict[str, Any], given: Tensors) -> None:
     count = config.get(key)
     if isinstance(count, int | float) and count > max(MANY, len(given)):
       raise UserError(
-        f'{folder}: {key} = {count} of config.json is more than the {len(given)} tensors of the files can hold; '
-        'correct the key, or download the missing files.'
+        f'{folder}: {key} = {count} of config.json is more than the {len(given)} tensors of the files can '
+        'hold; correct the key, or download the missing files.'
       )
 
 

@@ -247,7 +247,7 @@ def test_every_wrong_tensor_is_listed(folder):
   ('change', 'message'),
   [
     ({'model_type': 'lama'}, "no family for model_type 'lama'. Did you mean .*llama"),
-    ({'num_hidden_layers': 10**9}, 'num_hidden_layers = 1000000000 of config.json are more layers than'),
+    ({'num_hidden_layers': 10**9}, 'num_hidden_layers = 1000000000 of config.json is more than the'),
     ({'quantization_config': {'quant_method': 'gptq', 'bits': 4}}, 'no tensor of the files is; take it out'),
     ({'hidden_act': 'relu'}, "llama with hidden_act = 'relu' is not supported, only 'silu'"),
     ({'rope_scaling': {'type': 'dynamic', 'factor': 2.0}}, "no rotary scaling 'dynamic' here"),
