@@ -95,7 +95,7 @@ def gin_text(family: Family, settings: Settings) -> str:
       bindings.update(field.read(settings))
   except NONSENSE as error:
     raise UserError(
-      f'config.json of {family.model_type} makes no sense: {type(error).__name__}: {error}.'
+      f'config.json of {family.model_type} makes no sense: {_in_a_line(error)}.'
     ) from error
   settings.check_all_read()
   mentions = ' '.join(f'{k} {v if isinstance(v, Raw) else ""}' for k, v in bindings.items())
@@ -164,11 +164,15 @@ def open_folder(folder: pathlib.Path) -> tuple[str, list[Tensor], Tensors]:
     if isinstance(error, UserError):
       raise
     raise UserError(
-      f'{folder / "config.json"} describes no model that can be built: {type(error).__name__}: '
-      f'{str(error).splitlines()[0] if str(error) else ""}.'
+      f'{folder / "config.json"} describes no model that can be built: {_in_a_line(error)}.'
     ) from error
   _check_tensors(folder, family, settings, wanted, given)
   return text, wanted, given
+
+
+def _in_a_line(error: BaseException) -> str:
+  """The kind of an error and the first line of what it says."""
+  return ': '.join((type(error).__name__, *str(error).splitlines()[:1])).rstrip('.')
 
 
 def _check_counts(folder, config: dict[str, Any], given: Tensors) -> None:
