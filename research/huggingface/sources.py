@@ -25,5 +25,8 @@ def read_source(path: pathlib.Path) -> tuple[dict[str, Any], Any]:
   if not (path / 'config.json').is_file():
     raise UserError(f'{path}: no config.json here (a folder of a downloaded model is wanted).')
   config = read_json(path / 'config.json')
+  kind = config.get('model_type')
+  if not isinstance(kind, str | None):
+    raise UserError(f'{path / "config.json"}: model_type = {kind!r} is no name of a family.')
   pickled = not Tensors.are_in(path) and PickledTensors.are_in(path)
   return translated(config, (PickledTensors if pickled else Tensors)(path))

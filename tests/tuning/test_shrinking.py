@@ -176,7 +176,7 @@ def test_a_converted_model_keeps_its_tokenizer_and_knows_every_token(text_file, 
     kept = (ours / 'huggingface' / name).read_text()
     assert (half / 'huggingface' / name).read_text() == kept
   # Importance would be measured on tokens that the model does not have.
-  with pytest.raises(UserError, match=r'vocab.*200 is less than the 259 tokens of the data'):
+  with pytest.raises(UserError, match=r'vocab.*200 is less than the 384 tokens of the data'):
     shrink_mlp(converted(200), tmp_path / 'none')
 
 
