@@ -67,9 +67,7 @@ def test_an_option_that_no_part_has_is_refused_by_name():
   folder = CASES / '09-layer-types' / 'read_gemma3_text_use_bidirectional_attention'
   if not folder.is_dir():
     pytest.skip('the failing inputs are not beside the checkout')
-  with pytest.raises(
-    UserError, match='use_bidirectional_attention = True is not supported'
-  ):
+  with pytest.raises(UserError, match='use_bidirectional_attention = True is not supported'):
     inwards.load(folder)
 
 
