@@ -47,6 +47,8 @@ def _flags():
   for name in ('port', 'room', 'kept', 'drain'):
     if not getattr(flags, name) >= 0:
       parser.error(f'--{name}={getattr(flags, name)} must be 0 or more.')
+  if flags.port > 65535:
+    parser.error(f'--port={flags.port} must be at most 65535.')
   return flags
 
 

@@ -12,6 +12,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 SHORTEST, LONGEST = 80, 1500  # characters of a passage
+RECALL_AT = (3, 10)
 ASK = (
   'Answer the question from the passages alone. Name the passages that you use as [1], [2]. If they do not '
   'say it, say so.'
@@ -86,13 +87,17 @@ class Store:
 
 
 def evaluate(store: Store) -> dict[str, float]:
-  """The means of the measures of `research.evaluation.retrieval_tasks` over all headings."""
+  """The means of the measures of `research.evaluation.retrieval_tasks` over all headings, and recall at k.
+
+  One passage is right, so recall at k is how often it is among the first k.
+  """
   from research.evaluation.retrieval_tasks import rank_measures
 
-  rows = [
-    rank_measures(store.scores(passage.heading), number)
-    for number, passage in enumerate(store.passages)
-  ]
+  rows = []
+  for number, passage in enumerate(store.passages):
+    row = rank_measures(store.scores(passage.heading), number)
+    recall = {f'recall@{k}': float(row['mrr'] >= 1 / k) for k in RECALL_AT}
+    rows.append(row | recall)
   return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
 
 

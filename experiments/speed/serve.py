@@ -1,22 +1,23 @@
 """The endpoint under load: many clients at once against one by one.
 
-    python experiments/speed/serve.py                              # a random LLaMA of 5M parameters
-    python experiments/speed/serve.py --hf=FOLDER --minutes=10     # does the memory stay as it is?
+    python experiments/speed/serve.py                 # a random LLaMA of 5M parameters
+    python experiments/speed/serve.py --minutes=10    # does the memory stay as it is?
 
 Each of --clients asks once for --max_tokens greedy tokens in a stream; prompts have 10 to 1,000 tokens, evenly
 on a logarithmic scale. First some of them ask one by one, then all at once. Throughput counts generated tokens;
 times to the first token and between tokens are the clients'. Every request must be answered in full. The
 server is a process of its own on this machine.
+
+With --minutes eight clients ask all that time for answers of 32 tokens, and nothing else is measured.
 """
 
 import argparse
 import asyncio
 import contextlib
-import json
+import itertools
 import os
 import pathlib
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -24,33 +25,39 @@ import time
 from collections.abc import Iterator
 
 import httpx
+import numpy as np
 import openai
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 TEXT = ' '.join((ROOT / 'docs' / name).read_text() for name in ('serve.md', 'generate.md'))
 SHORTEST, LONGEST = 10, 1000
 ALONE = 12  # requests that are asked one by one
+WATCHED_CLIENTS = 8
+BETWEEN_LOOKS = 30  # seconds
+WARM_UP = 120  # seconds of --minutes that the slope leaves out
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-  parser.add_argument('--hf', metavar='FOLDER', help='a model; default: a random LLaMA')
+  parser.add_argument(
+    '--hf', metavar='FOLDER', help='a model with a chat template; default: a random LLaMA'
+  )
   parser.add_argument('--clients', type=int, default=64)
   parser.add_argument('--slots', type=int, default=16)
   parser.add_argument('--max_tokens', type=int, default=32)
   parser.add_argument('--minutes', type=float, default=0, help='of load, to watch the memory')
   flags = parser.parse_args()
-  with tempfile.TemporaryDirectory() as temporary:
-    folder = flags.hf or write_model(pathlib.Path(temporary) / 'llama')
+  with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
+    folder = str(flags.hf or write_model(pathlib.Path(temporary) / 'llama'))
     prompts = make_prompts(folder, flags.clients)
-    ours = [
+    command = [
       sys.executable, '-m', 'research.serve', f'--hf={folder}', '--name=model', '--port=8137', '--room=1200',
-      f'--slots={flags.slots}', f'--queue={flags.clients * 2}', '--kept=0', '--template=plain',
+      f'--slots={flags.slots}', f'--queue={flags.clients * 2}',
     ]  # fmt: skip
-    with started('isoflop', ours, 8137) as process:
-      asyncio.run(measure('model', 8137, prompts, flags, process.pid))
-      if flags.minutes:
-        asyncio.run(watch('model', 8137, prompts, flags, process.pid))
+    # --minutes watches the server as it is; the other prompts are all different, and nothing is kept for them.
+    command += [] if flags.minutes else ['--kept=0']
+    server = stack.enter_context(started('isoflop', command, 8137, 'model'))
+    asyncio.run((watch if flags.minutes else measure)(server, prompts, flags))
 
 
 def write_model(folder: pathlib.Path) -> pathlib.Path:
@@ -70,6 +77,7 @@ def write_model(folder: pathlib.Path) -> pathlib.Path:
     num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=2048, initializer_range=0.2,
     tie_word_embeddings=True, bos_token_id=None, eos_token_id=0, pad_token_id=0,
   )  # fmt: skip
+  transformers.set_seed(0)
   model = transformers.LlamaForCausalLM(config)
   model.save_pretrained(folder)
   template = '{% for m in messages %}{{ m.content }}{% endfor %}'
@@ -94,112 +102,167 @@ def make_prompts(folder, count: int) -> list[str]:
   return prompts
 
 
+class Server:
+  """A server that answers, and what is asked of it.
+
+  Args:
+    model: its model's name in requests.
+  """
+
+  def __init__(self, name: str, model: str, port: int, pid: int):
+    self.name, self.model, self.pid = name, model, pid
+    self.url = f'http://127.0.0.1:{port}/v1'
+
+  def client(self) -> openai.AsyncOpenAI:
+    return openai.AsyncOpenAI(base_url=self.url, api_key='none', max_retries=0)
+
+  @property
+  def memory(self) -> float:
+    """MiB that its process holds."""
+    status = pathlib.Path(f'/proc/{self.pid}/status').read_text()
+    line = next(line for line in status.splitlines() if line.startswith('VmRSS'))
+    return int(line.split()[1]) / 1024
+
+
 @contextlib.contextmanager
-def started(name: str, command: list[str], port: int) -> Iterator[subprocess.Popen]:
-  """A server that answers."""
+def started(name: str, command: list[str], port: int, model: str) -> Iterator[Server]:
+  """Starts a server and waits until it answers."""
   began = time.monotonic()
   environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'HF_HUB_OFFLINE': '1'}
-  process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+  process = subprocess.Popen(
+    command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+  )
   try:
     while True:
       if process.poll() is not None:
-        sys.exit(f'{name} ended with {process.returncode}')
+        sys.exit(f'{name} ended with {process.returncode}: {" ".join(command)}')
       with contextlib.suppress(httpx.HTTPError):
         if httpx.get(f'http://127.0.0.1:{port}/health').status_code == 200:
           break
       time.sleep(0.2)
-    print(f'{name}: ready after {time.monotonic() - began:.1f} s')
-    yield process
+    print(f'{name}: ready after {time.monotonic() - began:.1f} s', flush=True)
+    yield Server(name, model, port, process.pid)
   finally:
     process.terminate()
     process.wait()
 
 
-def client_of(port: int) -> openai.AsyncOpenAI:
-  return openai.AsyncOpenAI(base_url=f'http://127.0.0.1:{port}/v1', api_key='none', max_retries=0)
-
-
-class Asked:
-  """One streamed answer: when its pieces came."""
+class Answer:
+  """One streamed answer: its text, and when its pieces came."""
 
   def __init__(self):
-    self.began, self.times, self.finish, self.tokens = time.monotonic(), [], None, 0
+    self.began, self.times, self.finish, self.tokens, self.text = time.monotonic(), [], None, 0, ''
 
   @property
   def gaps(self) -> list[float]:
-    return [after - before for before, after in zip(self.times, self.times[1:], strict=False)]
+    return [after - before for before, after in itertools.pairwise(self.times)]
 
 
-async def ask(client: openai.AsyncOpenAI, model: str, prompt: str, max_tokens: int) -> Asked:
-  asked = Asked()
-  stream = await client.chat.completions.create(
-    model=model, messages=[{'role': 'user', 'content': prompt}], max_tokens=max_tokens, temperature=0,
-    stream=True, stream_options={'include_usage': True}, timeout=600,
-  )  # fmt: skip
-  async for chunk in stream:
-    asked.tokens = chunk.usage.completion_tokens if chunk.usage else asked.tokens
-    for choice in chunk.choices:
-      if choice.delta.content:
-        asked.times.append(time.monotonic())
-      asked.finish = choice.finish_reason or asked.finish
-  return asked
+async def ask(client: openai.AsyncOpenAI, model: str, prompt: str, max_tokens: int) -> Answer:
+  """Asks for a greedy answer. One that does not come has no `finish`."""
+  answer = Answer()
+  try:
+    stream = await client.chat.completions.create(
+      model=model, messages=[{'role': 'user', 'content': prompt}], max_tokens=max_tokens, temperature=0,
+      stream=True, stream_options={'include_usage': True}, timeout=600,
+    )  # fmt: skip
+    async for chunk in stream:
+      answer.tokens = chunk.usage.completion_tokens if chunk.usage else answer.tokens
+      for choice in chunk.choices:
+        if choice.delta.content:
+          answer.times.append(time.monotonic())
+          answer.text += choice.delta.content
+        answer.finish = choice.finish_reason or answer.finish
+  except openai.APIError as error:
+    print(f'  a request was lost: {error}')
+  return answer
 
 
-async def measure(model: str, port: int, prompts: list[str], flags, pid: int) -> None:
+async def measure(server: Server, prompts: list[str], flags) -> None:
   """Prints what was measured."""
-  async with openai.AsyncOpenAI(
-    base_url=f'http://127.0.0.1:{port}/v1', api_key='none', max_retries=0
-  ) as client:
-    longest, most = max(prompts, key=len), flags.max_tokens
-    for prompt in (*prompts[:4], longest):  # what is compiled is compiled now
-      await ask(client, model, prompt, most)
-    await asyncio.gather(*(ask(client, model, prompt, most) for prompt in prompts[: flags.slots]))
-    began = time.monotonic()
-    alone = [await ask(client, model, prompt, most) for prompt in prompts[:ALONE]]
-    alone_rate = sum(asked.tokens for asked in alone) / (time.monotonic() - began)
-    before = memory(pid)
-    began = time.monotonic()
-    together = await asyncio.gather(*(ask(client, model, prompt, most) for prompt in prompts))
-    rate = sum(asked.tokens for asked in together) / (time.monotonic() - began)
-  lost = [asked for asked in together if asked.finish not in ('length', 'stop')]
-  show('one by one', alone, alone_rate)
-  show(f'{len(prompts)} at once', together, rate)
-  print(f'  {rate / alone_rate:.2f} times as many tokens a second; {len(lost)} requests lost')
-  print(f'  memory {before:,.0f} MiB before, {memory(pid):,.0f} MiB after')
+  alone = await measure_alone(server, prompts, flags)
+  rate, answers = await measure_together(server, prompts, flags)
+  print(f'{rate / alone:.2f} times as many tokens a second at once as one by one')
+  lost = sum(answer.finish not in ('length', 'stop') for answer in answers)
   if lost:
-    sys.exit('requests were lost')
+    sys.exit(f'{lost} requests were lost')
 
 
-async def watch(model: str, port: int, prompts: list[str], flags, pid: int) -> None:
-  """Keeps the server under load, and prints its memory."""
-  async with openai.AsyncOpenAI(
-    base_url=f'http://127.0.0.1:{port}/v1', api_key='none', max_retries=0
-  ) as client:
-    deadline, rows = time.monotonic() + 60 * flags.minutes, []
-    while time.monotonic() < deadline:
-      await asyncio.gather(*(ask(client, model, prompt, flags.max_tokens) for prompt in prompts))
-      rows.append(memory(pid))
-    print(f'  memory over {flags.minutes:g} minutes, MiB: {json.dumps([round(x) for x in rows])}')
+async def measure_alone(server: Server, prompts: list[str], flags) -> float:
+  """Tokens a second of clients that ask one after another, after all is compiled that they need."""
+  async with server.client() as client:
+    for prompt in (*prompts[:4], max(prompts, key=len)):
+      await ask(client, server.model, prompt, flags.max_tokens)
+    first = prompts[: flags.slots]
+    await asyncio.gather(*(ask(client, server.model, p, flags.max_tokens) for p in first))
+    began = time.monotonic()
+    answers = [await ask(client, server.model, p, flags.max_tokens) for p in prompts[:ALONE]]
+    return show(f'{server.name}, one by one', answers, time.monotonic() - began)
 
 
-def show(name: str, answers: list[Asked], rate: float) -> None:
-  first = sorted(asked.times[0] - asked.began for asked in answers if asked.times)
-  gaps = sorted(gap for asked in answers for gap in asked.gaps)
+async def measure_together(server: Server, prompts: list[str], flags) -> tuple[float, list[Answer]]:
+  """(tokens a second of clients that ask at the same time, their answers)."""
+  before = server.memory
+  async with server.client() as client:
+    began = time.monotonic()
+    asked = (ask(client, server.model, prompt, flags.max_tokens) for prompt in prompts)
+    answers = await asyncio.gather(*asked)
+    seconds = time.monotonic() - began
+  rate = show(f'{server.name}, {len(prompts)} at once', answers, seconds)
+  print(f'  memory {before:,.0f} MiB before, {server.memory:,.0f} MiB after', flush=True)
+  return rate, answers
 
-  def high(values):
-    return 1e3 * values[min(len(values) - 1, int(0.99 * len(values)))]
 
-  print(
-    f'  {name:12} {rate:7.1f} tokens/s; first token p50 {1e3 * statistics.median(first):.0f} ms, p99 '
-    f'{high(first):.0f} ms; between tokens p50 {1e3 * statistics.median(gaps):.1f} ms, p99 {high(gaps):.1f} ms'
+def show(name: str, answers: list[Answer], seconds: float) -> float:
+  """Prints a line, and gives the tokens a second."""
+  first = sorted(answer.times[0] - answer.began for answer in answers if answer.times)
+  gaps = sorted(gap for answer in answers for gap in answer.gaps)
+  rate = sum(answer.tokens for answer in answers) / seconds
+  if not first or not gaps:
+    sys.exit(f'{name}: no answer came')
+
+  def milliseconds(values, share):
+    return f'{1e3 * values[min(len(values) - 1, int(share * len(values)))]:.0f}'
+
+  lost = sum(answer.finish not in ('length', 'stop') for answer in answers)
+  told = ', '.join(
+    f'{what} p50 {milliseconds(values, 0.5)} ms, p99 {milliseconds(values, 0.99)} ms'
+    for what, values in (('first token', first), ('between tokens', gaps))
   )
+  print(f'{name}: {rate:.1f} tokens/s; {told}; {lost} of {len(answers)} lost', flush=True)
+  return rate
 
 
-def memory(pid: int) -> float:
-  """MiB that a process holds."""
-  status = pathlib.Path(f'/proc/{pid}/status').read_text()
-  line = next(line for line in status.splitlines() if line.startswith('VmRSS'))
-  return int(line.split()[1]) / 1024
+async def watch(server: Server, prompts: list[str], flags) -> None:
+  """Keeps the server under load, and prints its memory every half minute and how it grows."""
+  began, rows, count = time.monotonic(), [], 0
+  deadline = began + 60 * flags.minutes
+  turns = itertools.cycle(prompts)
+
+  async def keep_asking(client):
+    nonlocal count
+    while time.monotonic() < deadline:
+      answer = await ask(client, server.model, next(turns), 32)
+      if not answer.finish:
+        sys.exit('a request was lost')
+      count += 1
+
+  async def look():
+    while time.monotonic() < deadline:
+      rows.append((time.monotonic() - began, server.memory))
+      print(f'  {rows[-1][0]:4.0f} s: {rows[-1][1]:,.1f} MiB, {count} answers', flush=True)
+      await asyncio.sleep(BETWEEN_LOOKS)
+
+  async with server.client() as client:
+    await asyncio.gather(look(), *(keep_asking(client) for _ in range(WATCHED_CLIENTS)))
+  rows.append((time.monotonic() - began, server.memory))
+  late = np.array([row for row in rows if row[0] >= min(WARM_UP, 30 * flags.minutes)])
+  slope = 60 * np.polyfit(late[:, 0], late[:, 1], 1)[0]
+  print(
+    f'{count} answers in {rows[-1][0] / 60:.1f} minutes; memory {rows[0][1]:,.1f} MiB at first, '
+    f'{late[0, 1]:,.1f} after {late[0, 0]:.0f} s, {late[-1, 1]:,.1f} in the end: '
+    f'{slope:+.2f} MiB a minute after the first {late[0, 0]:.0f} s'
+  )
 
 
 if __name__ == '__main__':

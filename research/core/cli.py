@@ -59,9 +59,11 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
   argv = sys.argv[1:] if argv is None else argv
   gin = [arg.removeprefix('--gin.') for arg in argv if arg.startswith('--gin.')]
   flags, unknown = parser.parse_known_args([arg for arg in argv if not arg.startswith('--gin.')])
+  known = [option for action in parser._actions for option in action.option_strings]
   if unknown:
-    known = [option for action in parser._actions for option in action.option_strings]
     parser.error(f'no flag {unknown[0]}.{did_you_mean(unknown[0].split("=")[0], known)}')
+  if gin and '--gin_file' not in known:
+    parser.error(f'no flag --gin.{gin[0]}: this command reads no gin.')
   flags.gin = gin
   return flags
 

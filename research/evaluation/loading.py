@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from research.checkpoints import folders, pretrained, streamed
+from research.checkpoints.pretrained import abstract_model
 from research.core import configs
 from research.core.errors import UserError
 from research.data.mixtures import streams_of
@@ -20,7 +21,6 @@ from research.data.objectives import Conversation
 from research.data.streams import Stream
 from research.data.vocabularies import Vocabulary
 from research.huggingface import inwards
-from research.model.parameters import abstract_model
 from research.parallel import hosts
 from research.parallel.mesh import Mesh
 from research.training.experience import Experience
@@ -85,8 +85,12 @@ def open_hf(path: str | pathlib.Path) -> Folder:
     UserError: it is no such folder, or its model is not supported.
   """
   path = pathlib.Path(path)
+  if not path.is_dir():
+    raise UserError(f'--hf={path}: there is no such folder.')
   if not (path / 'config.json').is_file():
-    raise UserError(f'--hf={path} holds no config.json.')
+    raise UserError(
+      f"--hf={path} holds no config.json: a run's or a converted model's folder is --checkpoint."
+    )
   text, arrays = inwards.load(path)
   config = configs.Config('MODEL')
   config._read(text, 'model.gin')

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable
 
@@ -69,6 +70,7 @@ def serve(
     UserError: the model cannot be opened, the port is taken, or there is no key where one is needed.
   """
   key = api_key(knobs.host)
+  address = bind(knobs.host, knobs.port)
   thread = ModelThread(open_model, mesh, knobs.queue, Metrics())
   served = thread.start()
   app = make_app(
@@ -78,15 +80,34 @@ def serve(
   config = config_of(app, knobs.host, knobs.port, knobs.drain)
   server = Server(config, thread, lambda url: log(f'{served.name} at {url}'))
   try:
-    server.run()
-  except SystemExit as ended:  # how uvicorn says that it could not listen
-    if ended.code:
-      raise UserError(
-        f'nothing can listen on {knobs.host}:{knobs.port}: choose another --port, or another --host.'
-      ) from None
+    server.run([address])
+  except OSError as error:  # another program began to listen there while the model was read
+    raise _cannot_listen(knobs.host, knobs.port, error) from None
   finally:
     thread.stop()
   return 1 if thread.broken else 0
+
+
+def bind(host: str, port: int) -> socket.socket:
+  """A socket at an address, on which nothing listens yet: so a port that is taken shows before a model is read.
+
+  Raises:
+    UserError: the address is taken, or is not this machine's.
+  """
+  bound = socket.socket(socket.AF_INET6 if ':' in host else socket.AF_INET)
+  bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+  try:
+    bound.bind((host, port))
+  except OSError as error:
+    bound.close()
+    raise _cannot_listen(host, port, error) from None
+  return bound
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> UserError:
+  return UserError(
+    f'nothing can listen on {host}:{port} ({error.strerror}): choose another --port, or another --host.'
+  )
 
 
 def config_of(app: Starlette, host: str, port: int, drain: float) -> uvicorn.Config:
