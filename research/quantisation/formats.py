@@ -1,8 +1,8 @@
 """Numbers of few bits: the values of a format, rounding a matrix to them, packing them in bytes.
 
-A matrix is rounded in groups that share a scale: w = scale x value of a code. With a zero point an integer
-format is w = scale x (code - zero). Everything here works on numpy and on jax arrays alike, so that training,
-rounding after training and decoding share one definition.
+A matrix is rounded in groups that share a scale: w = scale x value of a code. With a zero point a whole number
+is w = scale x (code - zero). Everything here works on numpy and on jax arrays alike, so that training, rounding
+after training and decoding share one definition.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from research.core.errors import UserError, did_you_mean
+from research.core.errors import Invalid, UserError, did_you_mean
 
 # The 16 values of NF4: quantiles of a normal distribution, with an exact 0 (Dettmers et al. 2023,
 # arXiv:2305.14314, appendix E), as bitsandbytes has them.
@@ -31,7 +31,7 @@ class Format:
 
   Attributes:
     name: 'int2' to 'int8', 'nf4', 'fp8_e4m3' or 'fp8_e5m2'.
-    bits: of a number.
+    bits: the size of a number.
   """
 
   name: str
@@ -43,17 +43,17 @@ class Format:
 
   @property
   def per_byte(self) -> int:
-    """How many codes a byte packs. Those of 3 bits lie in 4, those of 5 to 7 in 8."""
+    """How many codes a byte packs. Codes of 3 bits take 4, codes of 5 to 7 bits take 8."""
     return 1 if self.bits > 4 else 2 if self.bits > 2 else 4
 
   @property
   def dtype(self):
-    """What codes are stored in. int8 is stored as itself, so that a product can read it; all else as bits."""
+    """The type of stored codes: int8 for int8, so that a product can read it, and uint8 for all others."""
     return np.int8 if self.name == 'int8' else np.uint8
 
   @property
   def top(self) -> float:
-    """The largest value of a code where there is no zero point: the scale is the largest magnitude over it."""
+    """The largest value of a code without a zero point; the scale is the largest magnitude over this value."""
     if self.is_integer:
       return 2 ** (self.bits - 1) - 1
     return 1.0 if self.name == 'nf4' else float(ml_dtypes.finfo(FLOATS[self.name]).max)
@@ -104,8 +104,8 @@ class Format:
 
     Args:
       x: float32.
-      axes: a group is all that differs in these alone.
-      zeros: whether there is a zero point; the range then is that from the smallest to the largest number.
+      axes: the axes over which a group extends.
+      zeros: whether there is a zero point; the codes then range from the smallest to the largest number.
 
     Returns:
       Both float32, of the shape of x with 1 in place of `axes`; zero points are whole.
@@ -159,7 +159,7 @@ def format_of(name: str | int) -> Format:
   """The format of a name; a number of bits n means 'int<n>'.
 
   Raises:
-    UserError: there is none of this name.
+    UserError: no format has this name.
   """
   name = f'int{name}' if isinstance(name, int) else name
   if name not in FORMATS:
@@ -167,8 +167,28 @@ def format_of(name: str | int) -> Format:
   return FORMATS[name]
 
 
+def knob_format(owner: type, field: str, name: str | int, zeros: bool = False) -> Format:
+  """The format that a knob of a class names.
+
+  Args:
+    owner, field: the class and its knob, for the message.
+    name: as of `format_of`.
+    zeros: whether the class wants a zero point for each group.
+
+  Raises:
+    Invalid: there is no such format, or it has no zero points.
+  """
+  try:
+    form = format_of(name)
+  except UserError as error:
+    raise Invalid(owner, field, str(error)) from None
+  if zeros and not form.is_integer:
+    raise Invalid(owner, 'zeros', f'{form.name} has no zero point; only whole numbers have.')
+  return form
+
+
 def namespace(x):
-  """numpy for its own arrays, jax.numpy for all else."""
+  """numpy for numpy's arrays, jax.numpy for all others."""
   return np if isinstance(x, np.ndarray | np.generic) else jnp
 
 

@@ -1,10 +1,10 @@
-"""Matrices that are stored in 2 to 8 bits and multiplied as what they stand for.
+"""Matrices that are stored in 2 to 8 bits and multiplied as the numbers that their codes stand for.
 
     models.LanguageModel.weight = @quantised.Quantised
     quantised.Quantised.format = 'int4'
 
-puts one in the place of every matrix: projections, experts, heads and token tables. `research.quantise` fills
-them from a trained model. They do not learn; LoRA may learn beside them (`lora.LoRA.base`, which is QLoRA).
+replaces every matrix: projections, experts, heads and token tables. `research.quantise` fills them from a
+trained model. They do not learn; LoRA may learn beside them (`lora.LoRA.base`, which is QLoRA).
 """
 
 import functools
@@ -14,20 +14,20 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from research.core.errors import Invalid, UserError
+from research.core.errors import Invalid
 from research.model.parameters import check_sizes, look_up, param, project
 from research.model.weights import Matrix, Weight
 from research.parallel.axes import axis_size, shard
-from research.quantisation.formats import Format, format_of, group_size
+from research.quantisation.formats import Format, group_size, knob_format
 
 
 class Layout:
   """How a matrix is cut into groups: along its last input axis, or the rows of a table along their vector.
 
   Attributes:
-    shape, axes: of the matrix, as `weights.Matrix` has them.
-    axis: the axis that groups and bytes cut.
-    whole: the axes over which a group extends as a whole, where one scale is for all inputs of an output.
+    shape, axes: the matrix's, as in `weights.Matrix`.
+    axis: the axis that is cut into groups and packed into bytes.
+    whole: the other axes over which a group extends, where all inputs of an output share one scale.
     group: the size of a group along `axis`.
   """
 
@@ -89,14 +89,14 @@ class Quantised(Weight):
 
   Knobs:
     format: 'int2' to 'int8', 'nf4', 'fp8_e4m3' or 'fp8_e5m2' (`formats.FORMATS`); a number n is 'int<n>'.
-    group: so many inputs share a scale, or the largest divisor of the axis below that; None: all inputs of an
-      output share one.
+    group: how many inputs share a scale; the largest divisor of the axis up to this number is taken. None: all
+      inputs of an output share one.
     zeros: whether each group has a zero point (integers alone).
-    input_scales: whether inputs are divided by a vector before the product, and the matrix was multiplied by it
+    input_scales: whether the inputs are divided by a vector before the product; the matrix was multiplied by it
       before it was rounded (AWQ: Lin et al. 2023, arXiv:2306.00978; SmoothQuant: Xiao et al. 2022,
       arXiv:2211.10438).
-    activations: 'int8' rounds the inputs of every token too and multiplies whole numbers, with format 'int8',
-      no zero points and group None (Dettmers et al. 2022, arXiv:2208.07339, section 2). None does not.
+    activations: 'int8' rounds the inputs of every token too and multiplies whole numbers; it needs format
+      'int8', no zero points and group None (Dettmers et al. 2022, arXiv:2208.07339, section 2). None does not.
   """
 
   def __init__(
@@ -112,7 +112,8 @@ class Quantised(Weight):
   ):
     super().__init__(matrix)
     check_sizes(type(self), group=group)
-    self.form = form = self._checked(format, group, zeros, activations)
+    self.form = form = knob_format(type(self), 'format', format, zeros)
+    self._check_activations(activations, group, zeros)
     self.zeros, self.activations = zeros, activations
     self.layout = layout = Layout(matrix, group)
     if matrix.shape[layout.axis] % form.per_byte:
@@ -123,7 +124,7 @@ class Quantised(Weight):
         f'{form.name} packs {form.per_byte} numbers in a byte, and a matrix has {n} inputs; leave it plain, '
         "or in 'int8'.",
       )
-    # Drawn as the matrix that they stand for would be; on one device, since groups may cross its parts.
+    # The codes of a freshly drawn matrix; on one device, since a group may lie on several parts of it.
     drawn = encode(
       matrix.init(rngs.params(), matrix.shape, jnp.float32, out_sharding=None), layout, form, zeros
     )
@@ -146,26 +147,19 @@ class Quantised(Weight):
     scaled = input_scales and matrix.kind == 'matrix'
     self.input_scale = stored('input_scale', 0, of_inputs) if scaled else None
 
-  @classmethod
-  def _checked(cls, name, group, zeros, activations) -> Format:
-    try:
-      form = format_of(name)
-    except UserError as error:
-      raise Invalid(cls, 'format', str(error)) from None
-    if zeros and not form.is_integer:
-      raise Invalid(cls, 'zeros', f'{form.name} has no zero point; only whole numbers have.')
+  def _check_activations(self, activations, group, zeros) -> None:
     if activations not in (None, 'int8'):
-      raise Invalid(cls, 'activations', f"{activations!r} is not supported; only 'int8' or None.")
-    if activations and (form.name != 'int8' or zeros or group is not None):
+      why = f"{activations!r} is not supported; only 'int8' or None."
+      raise Invalid(type(self), 'activations', why)
+    if activations and (self.form.name != 'int8' or zeros or group is not None):
       why = "needs format = 'int8', zeros = False and group = None: whole numbers are summed over all inputs."
-      raise Invalid(cls, 'activations', why)
-    return form
+      raise Invalid(type(self), 'activations', why)
 
   def __getitem__(self, index) -> jax.Array:
     return self.whole()[index]
 
   def _read(self, parameter) -> jax.Array:
-    """A stored array, gathered where FSDP splits it: codes are fewer bytes than what they stand for."""
+    """A stored array, gathered where FSDP splits it: codes are fewer bytes than the matrix."""
     return shard(parameter[...], *(None if axis == 'embed' else axis for axis in parameter.axes))
 
   def whole(self) -> jax.Array:
@@ -186,7 +180,7 @@ class Quantised(Weight):
     return shard(wide, *(None if axis == 'embed' else axis for axis in self.axes))
 
   def multiply(self, x: jax.Array, to: tuple[str | None, ...]) -> jax.Array:
-    """x times the matrix, in whole numbers where `activations` says so."""
+    """x times the matrix, as a product of whole numbers where `activations` is 'int8'."""
     if self.activations is None:
       return project(x, self.whole(), self.axes, to, contract=self.inputs)
     if self.input_scale is not None:
@@ -196,7 +190,7 @@ class Quantised(Weight):
     return _int8_product(self.axes, to, self.inputs, x, self.packed[...], scale)
 
   def rows(self, index: jax.Array, dtype) -> jax.Array:
-    """Rows of a table: the codes of these tokens alone are looked up."""
+    """Rows of a table, of which only the codes of these tokens are looked up."""
     if self.layout.axis != 1:
       return super().rows(index, dtype)
     stored = (self.packed, self.scale) + ((self.zero,) if self.zeros else ())
@@ -208,7 +202,7 @@ class Quantised(Weight):
 
 
 def _where_it_divides(axes: tuple, x: jax.Array) -> tuple:
-  """Names of axes, None for one that the mesh in use cannot split in a stored array of this shape."""
+  """Names of axes, with None where the mesh in use cannot split a stored array of this shape."""
   pairs = zip(axes, x.shape, strict=True)
   return tuple(axis if axis and size % axis_size(axis) == 0 else None for axis, size in pairs)
 
@@ -244,7 +238,7 @@ _int8_product.defvjp(_int8_forward, _int8_backward)
 
 
 def bits_per_number(weight: Quantised) -> float:
-  """Bits that a number of the matrix takes, with its share of scales and zero points."""
+  """The bits of a number of the matrix, with its share of scales and zero points."""
   stored = [
     x for x in (weight.packed, weight.scale, weight.zero, weight.input_scale) if x is not None
   ]
@@ -259,7 +253,7 @@ class BFloat16(Weight):
     super().__init__(matrix)
 
     def drawn(*args, **options):
-      # Drawn in float32, as it would be without this.
+      # Drawn in float32, so that the numbers are those of the plain matrix, rounded.
       key, shape, dtype = args
       return matrix.init(key, shape, jnp.float32, **options).astype(dtype)
 

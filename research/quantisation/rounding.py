@@ -1,7 +1,7 @@
 """Rounding one trained matrix: to nearest, by GPTQ, by AWQ.
 
-All take a matrix [inputs, outputs] and know what it is applied to by the sum of x x^T over a calibration text
-alone, `gram` [inputs, inputs]: the squared error of the outputs is tr(E^T gram E), E the error of the matrix.
+Each method takes a matrix [inputs, outputs] and `gram` [inputs, inputs], the sum of x x^T over its inputs x on
+a calibration text. The squared error of the outputs is tr(E^T gram E), where E is the error of the matrix.
 Everything is numpy, in float64 where sums are long.
 """
 
@@ -25,7 +25,7 @@ class Rounded:
   Attributes:
     codes: [inputs, outputs].
     scale, zero: [groups, outputs]; zero is None where there are no zero points.
-    input_scale: [inputs], by which the matrix was multiplied before it was rounded; None where it was not.
+    input_scale: [inputs], multiplied the matrix before it was rounded; None where nothing did.
   """
 
   codes: np.ndarray
@@ -34,7 +34,7 @@ class Rounded:
   input_scale: np.ndarray | None = None
 
   def matrix(self, form: Format) -> np.ndarray:
-    """What it stands for, float32 [inputs, outputs]."""
+    """The matrix that the codes stand for, float32 [inputs, outputs]."""
     repeat = len(self.codes) // len(self.scale)
     zero = None if self.zero is None else np.repeat(self.zero, repeat, axis=0)
     matrix = form.decode(self.codes, zero) * np.repeat(self.scale, repeat, axis=0)
@@ -43,9 +43,12 @@ class Rounded:
 
 def output_error(matrix: np.ndarray, other: np.ndarray, gram: np.ndarray) -> float:
   """The squared error of the outputs over their squared size, between 0 and about 1."""
-  error = matrix - other
-  whole = np.sum(matrix * (gram @ matrix), dtype=np.float64)
-  return float(np.sum(error * (gram @ error), dtype=np.float64) / max(whole, 1e-300))
+  return _squared(matrix - other, gram) / max(_squared(matrix, gram), 1e-300)
+
+
+def _squared(matrix: np.ndarray, gram: np.ndarray) -> float:
+  """The squared size of a matrix's outputs."""
+  return float(np.sum(matrix * (gram @ matrix), dtype=np.float64))
 
 
 def _scales(matrix: np.ndarray, group: int, form: Format, zeros: bool):
@@ -58,12 +61,12 @@ def _scales(matrix: np.ndarray, group: int, form: Format, zeros: bool):
 def nearest(
   matrix: np.ndarray, gram: np.ndarray | None, group: int, form: Format, zeros: bool
 ) -> Rounded:
-  """Every number to the nearest that its group can say.
+  """Every number becomes the nearest one that its group can represent.
 
   Args:
     matrix: float32 [inputs, outputs].
-    gram: [inputs, inputs], which is not read here.
-    group: so many inputs share a scale.
+    gram: [inputs, inputs]; not read here.
+    group: how many inputs share a scale.
     form: the format.
     zeros: whether groups have zero points.
   """
@@ -74,11 +77,10 @@ def nearest(
 
 
 def gptq(matrix: np.ndarray, gram: np.ndarray, group: int, form: Format, zeros: bool) -> Rounded:
-  """Input by input, where what rounding did wrong is made good by the inputs that are not rounded yet.
+  """Rounds input by input; the inputs that are not rounded yet compensate the error of those that are.
 
-  Frantar et al. 2023, arXiv:2210.17323, algorithm 1, with the inputs in the order of their size (its
-  implementation's act_order) and the scales of all groups taken before anything is moved. Arguments as of
-  `nearest`.
+  Frantar et al. 2023, arXiv:2210.17323, algorithm 1. The largest inputs come first (act_order of the authors'
+  implementation), and the scales of all groups are those of the original matrix. Arguments as of `nearest`.
   """
   scale, zero = _scales(matrix, group, form, zeros)
   order = np.argsort(-np.diag(gram), kind='stable')
@@ -110,39 +112,44 @@ def _inverse_cholesky(gram: np.ndarray) -> np.ndarray:
 
 
 def awq(matrix: np.ndarray, gram: np.ndarray, group: int, form: Format, zeros: bool) -> Rounded:
-  """To nearest, after the inputs that are large were given finer steps: rows are multiplied by size^power.
+  """Rounds to nearest after every row was multiplied by size^power, which gives large inputs finer steps.
 
-  Lin et al. 2023, arXiv:2306.00978, equations 4 and 5: of a grid of powers, the one with the smallest error of
-  the outputs. The size of an input is the root of its mean square. Then the range of every group is narrowed as
-  far as that lessens the error which the group makes by itself, as the authors' implementation does. Arguments
-  as of `nearest`.
+  Lin et al. 2023, arXiv:2306.00978, equations 4 and 5. The power is the one of a grid with the smallest error
+  of the outputs, and the size of an input is the root of its mean square. Then the range of every group is
+  narrowed where this lessens the group's error, as in the authors' implementation, if that lessens the error of
+  the outputs too. Arguments as of `nearest`.
   """
-  # The sums of squares are up to a common factor, and a common factor of the scales changes nothing.
+  # A common factor of all sizes changes nothing, so sums serve as means.
   size = np.sqrt(np.maximum(np.diag(gram), 0))
   size = np.maximum(size / max(float(size.mean()), 1e-30), 1e-4)
-  best = None
-  for power in AWQ_POWERS:
+
+  def harm(rounded: Rounded) -> float:
+    return _squared(matrix - rounded.matrix(form), gram)
+
+  def scaled(power: float) -> Rounded:
     by = size**power
     by = (by / np.sqrt(by.max() * by.min())).astype(np.float32)
     rounded = nearest(matrix * by[:, None], gram, group, form, zeros)
-    wrong = rounded.matrix(form) / by[:, None] - matrix
-    error = float(np.sum(wrong * (gram @ wrong), dtype=np.float64))
-    if best is None or error < best[0]:
-      best = error, by
-  by = best[1]
-  rounded = _narrowed(matrix * by[:, None], gram / np.outer(by, by), group, form, zeros)
-  return dataclasses.replace(rounded, input_scale=by)
+    return dataclasses.replace(rounded, input_scale=by)
+
+  # The power 0 leaves the matrix as it is, so the result is never worse than `nearest`.
+  best = min(map(scaled, AWQ_POWERS), key=harm)
+  by = best.input_scale
+  narrowed = _narrowed(matrix * by[:, None], gram / np.outer(by, by), group, form, zeros)
+  narrowed = dataclasses.replace(narrowed, input_scale=by)
+  # Errors of different groups may add up, so what is better for each group may be worse for the outputs.
+  return min(best, narrowed, key=harm)
 
 
 def _narrowed(matrix, gram, group: int, form: Format, zeros: bool) -> Rounded:
-  """To nearest, each group with the share of its range, of `AWQ_RANGES`, that harms its own outputs least."""
+  """Rounds to nearest; each group has the share of its range (`AWQ_RANGES`) with the least error by itself."""
   split = matrix.reshape(-1, group, matrix.shape[1])
   starts = range(0, len(matrix), group)
   blocks = np.stack([gram[a : a + group, a : a + group] for a in starts])
   least = np.full((len(split), 1, matrix.shape[1]), np.inf)
   kept = None
   for share in AWQ_RANGES:
-    # The zero point moves with the range: what is cut off lies at its ends.
+    # The zero point moves with the range, since numbers are cut off at both ends.
     scale, zero = form.scales(share * split, (1,), zeros)
     error = form.decode(form.encode(split / scale, zero), zero) * scale - split
     harm = np.sum(error * (blocks @ error), axis=1, keepdims=True)
@@ -160,7 +167,7 @@ def _narrowed(matrix, gram, group: int, form: Format, zeros: bool) -> Rounded:
 
 
 def smooth(matrix: np.ndarray, gram: np.ndarray, group: int, form: Format, zeros: bool) -> Rounded:
-  """To nearest, after half of the inputs' unevenness moved into the matrix, for inputs in int8.
+  """Rounds to nearest after half of the inputs' unevenness moved into the matrix; int8 inputs then lose less.
 
   Xiao et al. 2022, arXiv:2211.10438, equation 4 with alpha 1/2, by root mean squares in place of largest
   magnitudes. Arguments as of `nearest`.

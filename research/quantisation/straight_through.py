@@ -1,4 +1,4 @@
-"""Training that foresees the rounding: what is rounded in the forward pass learns as if it were not.
+"""Quantisation-aware training: matrices are rounded in the forward pass, and learn as if they were not.
 
     models.LanguageModel.weight = @straight_through.StraightThrough
     straight_through.StraightThrough.format = 4
@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from research.core.errors import Invalid, UserError
 from research.model.parameters import check_sizes, param, project
 from research.model.weights import Matrix, Weight
-from research.quantisation.formats import Format, format_of
+from research.quantisation.formats import knob_format
 from research.quantisation.quantised import Layout
 
 
@@ -25,7 +24,7 @@ class StraightThrough(Weight):
   gradient by w is that by w'.
 
   Knobs:
-    format, group, zeros: as of `quantised.Quantised`.
+    format, group, zeros: as in `quantised.Quantised`.
     activations: the format of the inputs of projections, with one scale for each token; None does not round
       them. Experts, heads and token tables have no inputs of this kind.
   """
@@ -42,24 +41,15 @@ class StraightThrough(Weight):
   ):
     super().__init__(matrix)
     check_sizes(type(self), group=group)
-    self.form = self._format('format', format)
-    self.of_inputs = None if activations is None else self._format('activations', activations)
-    if zeros and not self.form.is_integer:
-      raise Invalid(
-        type(self), 'zeros', f'{self.form.name} has no zero point; only whole numbers have.'
-      )
+    self.form = knob_format(type(self), 'format', format, zeros)
+    self.of_inputs = None
+    if activations is not None:
+      self.of_inputs = knob_format(type(self), 'activations', activations)
     self.zeros = zeros
     self.layout = Layout(matrix, group)
     self.base = param(
       rngs, matrix.shape, matrix.axes, matrix.init, kind=matrix.kind, active=matrix.active
     )
-
-  @classmethod
-  def _format(cls, field: str, name) -> Format:
-    try:
-      return format_of(name)
-    except UserError as error:
-      raise Invalid(cls, field, str(error)) from None
 
   def __getitem__(self, index) -> jax.Array:
     return self.whole()[index]

@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from research.core import configs
 from research.core.errors import Invalid
 from research.model import counts
 from research.model.weights import Matrix
 from research.parallel.mesh import Mesh
+from research.quantisation import post_training
+from research.quantisation.formats import FORMATS
 from research.quantisation.quantised import BFloat16, Quantised
 from research.quantisation.straight_through import StraightThrough
 from research.training import learning
@@ -113,6 +116,52 @@ def test_rows_of_a_table_are_rows_of_the_matrix(name):
   np.testing.assert_allclose(rows, matrix[index], rtol=1e-6)
 
 
+INTEGERS = [name for name, form in FORMATS.items() if form.is_integer]
+EVERY = [(name, False) for name in FORMATS] + [(name, True) for name in INTEGERS]
+TOKENS = np.random.default_rng(0).integers(1, 64, (2, 8)).astype(np.int32)
+
+
+@functools.cache
+def one_layer():
+  """A model with plain matrices, and its logits as a function of its parameters, compiled once."""
+  plain = tiny('llama2', ['LAYERS=1'])
+  graphdef = nnx.graphdef(counts.abstract(plain))
+  return plain, jit(lambda params: nnx.merge(graphdef, params)({'decoder_input_tokens': TOKENS})[0])
+
+
+def dequantised(weight: Quantised, stored: dict) -> np.ndarray:
+  """The matrix of stored arrays [layers..., matrix's shape], in numpy."""
+  axis = weight.layout.axis - len(weight.shape)  # from the end, for layers stand before
+  spread = lambda x: np.repeat(x, weight.layout.group, axis=axis)
+  stored = {name: np.asarray(x) for name, x in stored.items()}
+  zero = spread(stored['zero']).astype(np.float32) if weight.zeros else None
+  codes = weight.form.unpack(stored['packed'], axis)
+  return weight.form.decode(codes, zero) * spread(stored['scale'])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('name', 'zeros'), EVERY)
+def test_logits_are_those_of_the_dequantised_model(name, zeros):
+  """Every matrix is packed: projections, token vectors and head. The dequantised model has plain ones."""
+  plain, logits = one_layer()
+  knobs = {'format': name, 'group': 4, 'zeros': zeros}
+  model = functools.partial(plain, weight=functools.partial(Quantised, **knobs))
+  module = counts.abstract(model)
+  graphdef = nnx.graphdef(module)
+  params = jit(lambda: nnx.to_pure_dict(nnx.state(model(rngs=nnx.Rngs(params=0)))))()
+  packed = jit(lambda p: nnx.merge(graphdef, p)({'decoder_input_tokens': TOKENS})[0])(params)
+  whole, matrices = params, 0
+  for path, weight in nnx.iter_modules(module):
+    if isinstance(weight, Quantised):
+      matrices += 1
+      stored = functools.reduce(lambda node, key: node[key], path, params)
+      whole = post_training._put(whole, path, dequantised(weight, stored))
+  assert matrices == 9  # four of attention, three of the MLP, token vectors and head
+  expected = np.asarray(logits(whole))
+  assert np.abs(expected).max() > 0.1
+  np.testing.assert_allclose(packed, expected, rtol=0, atol=1e-4)
+
+
 def test_products_of_whole_numbers():
   weight = filled(OUTPUT, {'format': 'int8', 'activations': 'int8'})
   random = np.random.default_rng(2)
@@ -147,6 +196,30 @@ def test_products_of_whole_numbers():
 def test_knobs_that_do_not_go_together_are_told(knobs, says):
   with pytest.raises(Invalid, match=says):
     Quantised(OUTPUT, **knobs, rngs=nnx.Rngs(params=0))
+
+
+@pytest.mark.parametrize(
+  ('knobs', 'says'),
+  [
+    ({'format': 9}, "format: no format of numbers 'int9'"),
+    ({'activations': 'int9'}, "activations: no format of numbers 'int9'"),
+    ({'format': 'nf4', 'zeros': True}, 'zeros: nf4 has no zero point'),
+  ],
+)
+def test_training_that_foresees_the_rounding_knows_the_same_formats(knobs, says):
+  with pytest.raises(Invalid, match=says):
+    StraightThrough(OUTPUT, **knobs, rngs=nnx.Rngs(params=0))
+
+
+@pytest.mark.parametrize('file', ['int8', 'w8a8', 'int4', 'nf4', 'fp8'])
+def test_nothing_is_left_of_the_format_before(file):
+  """A quantised model is quantised again: its gin is read first, and the new file over it."""
+
+  def tree(*names: str) -> str:
+    files = [f'gin/quantisation/{name}.gin' for name in names]
+    return str(configs.load(['gin/models/llama/tiny.gin', *files], root='MODEL').tree())
+
+  assert tree('int4', 'w8a8', file) == tree('w8a8', 'int4', file) == tree(file)
 
 
 def test_an_odd_matrix_does_not_go_into_halves_of_bytes():
