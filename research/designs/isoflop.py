@@ -58,9 +58,8 @@ class IsoFlop(Sized):
       if len(planned) < 3:
         raise Invalid(
           IsoFlop, 'budgets',
-          f'{budget:.3g} FLOPs leave {len(planned)} sizes of this ladder with {self.min_steps} steps '
-          f'or more; '
-          'widen the ladder, lower batch_size, or raise the budget.',
+          f'{budget:.3g} FLOPs leave {len(planned)} sizes of this ladder with {self.min_steps} '
+          'steps or more; widen the ladder, lower batch_size, or raise the budget.',
         )  # fmt: skip
       runs += [
         self.run(budget, run.size, length, 'fit', seed) for run in planned for seed in range(n)

@@ -226,8 +226,7 @@ def find_column(rows, law: Law, columns: Columns, name: str) -> str | dict[str, 
       return found
   raise LawError(
     f'{law.name} is a law of {", ".join(law.inputs)} for {law.output}, and the table has no column '
-    f'{name!r}; say '
-    f'which it is with --input {name}=COLUMN.{did_you_mean(name, names)}'
+    f'{name!r}; say which it is with --input {name}=COLUMN.{did_you_mean(name, names)}'
   )
 
 

@@ -127,8 +127,8 @@ def isoflop(
   grouped = sum(len(g) for _, g in groups)
   if not groups or grouped < 0.5 * len(rows):
     raise NoAllocation(
-      f'Only {grouped} of {len(rows)} rows share a budget with others, so there are no isoFLOP curves; '
-      'give a budget column, or fit a law to all rows (approach 3).'
+      f'Only {grouped} of {len(rows)} rows share a budget with others, so there are no isoFLOP '
+      'curves; give a budget column, or fit a law to all rows (approach 3).'
     )
   profiles = tuple(
     profile(c, rows.params[g], rows.tokens[g], rows.loss[g], cost, method, window)

@@ -205,8 +205,8 @@ def _check_alike(rows, hits: list[str], quantity: str) -> None:
       first, second = (cells.number(cell) for cell in pair)
       if abs(first - second) > 1e-3 * abs(first):
         raise RowError(
-          f'The columns {hits[0]!r} and {other!r} may both be the {quantity}, and they differ; say which one '
-          f'with --{quantity}={hits[0]!r} or --{quantity}={other!r}.'
+          f'The columns {hits[0]!r} and {other!r} may both be the {quantity}, and they differ; say '
+          f'which one with --{quantity}={hits[0]!r} or --{quantity}={other!r}.'
         )
 
 
@@ -241,8 +241,7 @@ def loss_unit(column: str, columns: Columns) -> str:
   if 'ppl' in name or 'perplexity' in name:
     raise RowError(
       f'Column {column!r} looks like a perplexity, and a fit wants nats per token: pass '
-      '--loss_unit=perplexity, '
-      'and its logarithm is taken.'
+      '--loss_unit=perplexity, and its logarithm is taken.'
     )
   if 'bpb' in name or 'bit' in name or 'byte' in name:
     raise RowError(
@@ -265,7 +264,7 @@ def missing(wanted: Iterable[str], rows: list[Mapping]) -> RowError:
   if times:
     hint += f' {" and ".join(map(repr, times))} may be tokens, time, a loss or layers: name what they are.'
   return RowError(
-    f'The table has no column for {", ".join(wanted)}; a fit needs N (params), D (tokens) or C (flops), '
-    f'and the loss in nats per token. Name them with --params=COLUMN and so on; columns: '
+    f'The table has no column for {", ".join(wanted)}; a fit needs N (params), D (tokens) or C '
+    '(flops), and the loss in nats per token. Name them with --params=COLUMN and so on; columns: '
     f'{", ".join(names)}.{hint}'
   )

@@ -142,8 +142,8 @@ def misfit(seen: Observations, residuals: np.ndarray) -> Misfit | None:
 def describe(found: Misfit) -> str:
   """The misfit in a sentence."""
   return (
-    f'the law misses a trend along {found.axis}: it lies {-np.expm1(found.low):.1%} below the runs near '
-    f'{found.at_low:.2g} and {np.expm1(found.high):.1%} above them near {found.at_high:.2g} (a parabola in '
-    f'ln {found.axis} explains {found.explained:.0%} of the residuals). Fit a narrower range, or a law with '
-    'another shape, before a forecast far beyond the runs.'
+    f'the law misses a trend along {found.axis}: it lies {-np.expm1(found.low):.1%} below the runs '
+    f'near {found.at_low:.2g} and {np.expm1(found.high):.1%} above them near {found.at_high:.2g} '
+    f'(a parabola in ln {found.axis} explains {found.explained:.0%} of the residuals). Fit a '
+    'narrower range, or a law with another shape, before a forecast far beyond the runs.'
   )

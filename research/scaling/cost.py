@@ -84,7 +84,8 @@ def not_six_nd(cost: Cost, params, tokens, flops) -> str | None:
   order = np.argsort(params, kind='stable')
   told = (
     f'C is not 6 N D here: 6 N D / C runs from {ratio[order[0]]:.3g} at the smallest size to '
-    f'{ratio[order[-1]]:.3g} at the largest; it is taken as {cost}, and budgets and optima are in C.'
+    f'{ratio[order[-1]]:.3g} at the largest; it is taken as {cost}, and budgets and optima are in '
+    'C.'
   )
   if cost.worst > 0.05:
     told += ' No one count of FLOPs fits every row: check the column, or leave it out for 6 N D.'

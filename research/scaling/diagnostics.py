@@ -59,8 +59,7 @@ def notes(a) -> list[str]:
   if bias is not None and (abs(bias.exponent) > 0.005 or abs(np.log(bias.factor)) > 0.1):
     out.append(
       f'the {a.approach2.method} itself shifts approach 2: on the fitted surface this very grid '
-      f'changes a by '
-      f'{bias.exponent:+.3f} and N* at the largest budget by {bias.factor - 1:+.0%}.'
+      f'changes a by {bias.exponent:+.3f} and N* at the largest budget by {bias.factor - 1:+.0%}.'
     )
   if a.approach2 is not None and abs(a.approach2.drift) > 0.5:
     out.append(
@@ -82,8 +81,9 @@ def notes(a) -> list[str]:
   apart = repeated(a.rows)
   if apart and max(apart) > 0.03:
     out.append(
-      f'{len(apart)} settings of N and D were run more than once, with losses up to {max(apart):.0%} apart: '
-      'if these rows differ in more than a seed, fit them apart (--where=COLUMN=VALUE).'
+      f'{len(apart)} settings of N and D were run more than once, with losses up to '
+      f'{max(apart):.0%} apart: if these rows differ in more than a seed, fit them apart '
+      '(--where=COLUMN=VALUE).'
     )
   near = (
     [m for m in a.approach3.minima[1:] if m.objective < 1.05 * a.approach3.objective]

@@ -31,15 +31,14 @@ def check_units(seen: Observations) -> None:
       _check_gap(seen, quantity)
   if 'flops' in names and seen.flops.max() < 1e9:
     raise RowError(
-      f'Column {names["flops"]!r} has no value above {seen.flops.max():.3g}, too few FLOPs for any run: if '
-      'it is in '
-      f'PF-days pass --flops_unit={PF_DAYS:g}, if in 1e18 FLOPs --flops_unit=1e18.'
+      f'Column {names["flops"]!r} has no value above {seen.flops.max():.3g}, too few FLOPs for any '
+      f'run: if it is in PF-days pass --flops_unit={PF_DAYS:g}, if in 1e18 FLOPs --flops_unit=1e18.'
     )
   for quantity, least in (('params', 1e3), ('tokens', 1e5)):
     if quantity in names and getattr(seen, quantity).max() < least:
       raise RowError(
-        f'Column {names[quantity]!r} has no value above {getattr(seen, quantity).max():.4g}: is it in millions '
-        f'or billions? Pass {quantity}_unit=1e6 or 1e9.'
+        f'Column {names[quantity]!r} has no value above {getattr(seen, quantity).max():.4g}: is it '
+        f'in millions or billions? Pass {quantity}_unit=1e6 or 1e9.'
       )
 
 
@@ -54,17 +53,17 @@ def _check_cost(seen: Observations) -> None:
   thousands = round(usual / 3)
   if thousands and abs(usual - 3 * thousands) < 0.8:
     raise RowError(
-      f'{names["flops"]} is {10**usual:.1e} times 6 {names["params"]} {names["tokens"]}: one of them is in '
-      'other '
-      f'units; pass params_unit, tokens_unit or flops_unit (1e{abs(3 * thousands)}).'
+      f'{names["flops"]} is {10**usual:.1e} times 6 {names["params"]} {names["tokens"]}: one of '
+      'them is in other units; pass params_unit, tokens_unit or flops_unit '
+      f'(1e{abs(3 * thousands)}).'
     )
   odd = np.flatnonzero(np.abs(off - usual) > 1)
   if len(odd):
     i = int(odd[0])
     raise RowError(
-      f'{len(odd)} of {len(seen)} rows, such as {seen.run[i]} (N {seen.params[i]:.4g}, D {seen.tokens[i]:.4g}, '
-      f'C {seen.flops[i]:.4g}), have another C / (6 N D) than the rest, by a factor of '
-      f'{10 ** abs(off[i] - usual):.2g}: they are in other units; write all rows in one.'
+      f'{len(odd)} of {len(seen)} rows, such as {seen.run[i]} (N {seen.params[i]:.4g}, D '
+      f'{seen.tokens[i]:.4g}, C {seen.flops[i]:.4g}), have another C / (6 N D) than the rest, by a '
+      f'factor of {10 ** abs(off[i] - usual):.2g}: they are in other units; write all rows in one.'
     )
 
 
@@ -77,10 +76,9 @@ def _check_gap(seen: Observations, quantity: str) -> None:
   few = low if low.sum() <= (~low).sum() else ~low
   i = int(np.flatnonzero(few)[0])
   raise RowError(
-    f'Column {seen.columns[quantity]!r} mixes units: {few.sum()} of {len(seen)} rows, such as {seen.run[i]} '
-    f'({getattr(seen, quantity)[i]:.6g}), lie a factor of {10 ** np.diff(values)[k]:.1e} from the others. '
-    'Write all '
-    'rows in one unit.'
+    f'Column {seen.columns[quantity]!r} mixes units: {few.sum()} of {len(seen)} rows, such as '
+    f'{seen.run[i]} ({getattr(seen, quantity)[i]:.6g}), lie a factor of '
+    f'{10 ** np.diff(values)[k]:.1e} from the others. Write all rows in one unit.'
   )
 
 
@@ -110,9 +108,9 @@ def last_of_each_run(seen: Observations) -> tuple[Observations, str | None]:
     final = last[seen.run[i], seen.params[i]]
     leave_out[i] = seen.tokens[i] < seen.tokens[final]
   told = (
-    f'{len(several)} runs (column {column!r}) have several rows, checkpoints before the schedule ends: only '
-    'the '
-    f'last of each counts, {len(seen) - leave_out.sum()} of {len(seen)} rows. --pick=all takes every row.'
+    f'{len(several)} runs (column {column!r}) have several rows, checkpoints before the schedule '
+    f'ends: only the last of each counts, {len(seen) - leave_out.sum()} of {len(seen)} rows. '
+    '--pick=all takes every row.'
   )
   return seen.without(leave_out, ['an earlier checkpoint of its run'] * int(leave_out.sum())), told
 
@@ -124,8 +122,8 @@ def about(seen: Observations) -> list[str]:
   if swapped > 0.9:
     share = 'every row' if swapped == 1 else f'{swapped:.0%} of the rows'
     told.append(
-      f'D is below N in {share}: are the columns swapped? Language models are trained on some 20 tokens a '
-      f'parameter; if so pass --params={seen.columns.get("tokens", "D")} '
+      f'D is below N in {share}: are the columns swapped? Language models are trained on some 20 '
+      f'tokens a parameter; if so pass --params={seen.columns.get("tokens", "D")} '
       f'--tokens={seen.columns.get("params", "N")}.'
     )
   told += _about_losses(seen) if swapped <= 0.9 else []
@@ -136,9 +134,9 @@ def about(seen: Observations) -> list[str]:
   ]
   if copies:
     told.append(
-      f'{len(copies)} {"row" if len(copies) == 1 else "rows"}, such as {copies[0]}, with the N, D and loss of '
-      'another row to every digit: taken for copies and left out, since counted again they would make every '
-      'interval too narrow.'
+      f'{len(copies)} {"row" if len(copies) == 1 else "rows"}, such as {copies[0]}, with the N, D '
+      'and loss of another row to every digit: taken for copies and left out, since counted again '
+      'they would make every interval too narrow.'
     )
   return told + _about_epochs(seen)
 
@@ -147,8 +145,8 @@ def _about_losses(seen: Observations) -> list[str]:
   middle = float(np.median(seen.loss))
   if middle > 7.5:
     return [
-      f'the losses have a median of {middle:.3g}, more than a model that has learnt anything: are they '
-      'perplexities? If so pass --loss_unit=perplexity.'
+      f'the losses have a median of {middle:.3g}, more than a model that has learnt anything: are '
+      'they perplexities? If so pass --loss_unit=perplexity.'
     ]
   if np.median(seen.params) < 1e7 or np.median(seen.tokens) < 1e8:
     return []  # Hoffmann et al.'s law says nothing of smaller runs
@@ -156,15 +154,14 @@ def _about_losses(seen: Observations) -> list[str]:
   ratio = float(np.median(seen.loss / law(values, params=seen.params, tokens=seen.tokens)))
   if 1.3 < ratio < 1.6:
     return [
-      f'the losses are {ratio:.2f} times those of Hoffmann et al. 2022 at the same N and D, and 1.44 would '
-      'be bits: '
-      'if they are bits per token pass --loss_unit=bits.'
+      f'the losses are {ratio:.2f} times those of Hoffmann et al. 2022 at the same N and D, and '
+      '1.44 would be bits: if they are bits per token pass --loss_unit=bits.'
     ]
   if ratio < 0.5:
     return [
-      f'the losses are {ratio:.2f} times those of Hoffmann et al. 2022 at the same N and D: are they per '
-      'byte or per '
-      'character? The law of N and D holds per token; multiply by the bytes of a token (about 4).'
+      f'the losses are {ratio:.2f} times those of Hoffmann et al. 2022 at the same N and D: are '
+      'they per byte or per character? The law of N and D holds per token; multiply by the bytes '
+      'of a token (about 4).'
     ]
   return []
 
@@ -180,9 +177,8 @@ def _about_epochs(seen: Observations) -> list[str]:
     ):
       told.append((name, int(many.sum()), float(np.nanmax(seen.tokens / values))))
   return [
-    f'{count} of {len(seen)} rows go through their data more than once, up to {most:.3g} times (column '
-    f'{name!r}), '
-    'and a law of N and D takes every token for a new one: leave them out '
+    f'{count} of {len(seen)} rows go through their data more than once, up to {most:.3g} times '
+    f'(column {name!r}), and a law of N and D takes every token for a new one: leave them out '
     f'(--where="{name}<=1"), or fit --law=DataConstrained with the number of unique tokens.'
     for name, count, most in told[:1]
   ]

@@ -38,8 +38,8 @@ class Emergence:
     if self.verdict == 'none':
       return 'accuracy is above chance at the smallest compute: nothing emerges in these rows.'
     start = (
-      f'up to {self.chance_until:.3g} FLOPs accuracy is not told from chance, while the loss falls by '
-      f'{self.fall:.1%} (p = {self.falls:.2g})'
+      f'up to {self.chance_until:.3g} FLOPs accuracy is not told from chance, while the loss falls '
+      f'by {self.fall:.1%} (p = {self.falls:.2g})'
     )
     weight = '' if np.isnan(self.broken) else f' (weight of a break: {self.broken:.2f})'
     return (

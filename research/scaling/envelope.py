@@ -46,9 +46,8 @@ def envelope(
   inside = (count >= 2) & (best != first) & (best != last)
   if len(np.unique(sizes[best[inside]])) < 2:
     raise NoAllocation(
-      'The envelope of the training curves passes through fewer than two sizes that are neither the '
-      'smallest '
-      'nor the largest at their budget: approach 1 needs more sizes.'
+      'The envelope of the training curves passes through fewer than two sizes that are neither '
+      'the smallest nor the largest at their budget: approach 1 needs more sizes.'
     )
   c, n = np.exp(grid[inside]), sizes[best[inside]]
   d = cost.tokens(n, c)

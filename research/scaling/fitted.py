@@ -149,9 +149,8 @@ def show_minima(result: Fit) -> list[str]:
   converged = [m for m in result.minima if m.kind != 'unconverged']
   stopped = [m for m in result.minima if m.kind == 'unconverged']
   lines = [
-    f'  {len(converged)} distinct {"minimum" if len(converged) == 1 else "minima"} from {result.starts} '
-    'starts, '
-    f'condition number {result.condition:.2g}'
+    f'  {len(converged)} distinct {"minimum" if len(converged) == 1 else "minima"} from '
+    f'{result.starts} starts, condition number {result.condition:.2g}'
   ]
   values = lambda m: ', '.join(f'{name} {value:.4g}' for name, value in m.parameters.items())
   lines += [

@@ -193,8 +193,8 @@ def _check_law(law: Law, seen: table.Observations) -> None:
   """Approach 3 splits a budget into N and D, so it wants a law of those, and of what the rows hold."""
   if not {'params', 'tokens'} <= set(law.inputs) <= set(seen.inputs):
     raise LawError(
-      f'{law.name} is a law of {", ".join(law.inputs)}; approach 3 fits laws of params and tokens (such as '
-      'Chinchilla). For this one, call scaling.fit in Python with an array of each input.'
+      f'{law.name} is a law of {", ".join(law.inputs)}; approach 3 fits laws of params and tokens '
+      '(such as Chinchilla). For this one, call scaling.fit in Python with an array of each input.'
     )
 
 
@@ -267,8 +267,8 @@ def _how_much_worse(fit: fitted.Fit, seen, options: Options) -> str | None:
   if len(seen) * math.log(ratio) < stats.chi2.ppf(0.95, spare):
     return None
   return (
-    f'TiedChinchilla fits significantly worse than {options.law.name} (its objective is {ratio:.3g} times as '
-    'large), so it does not stand in for it.'
+    f'TiedChinchilla fits significantly worse than {options.law.name} (its objective is '
+    f'{ratio:.3g} times as large), so it does not stand in for it.'
   )
 
 

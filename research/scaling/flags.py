@@ -81,8 +81,8 @@ def law(name: str) -> Law:
         f'--law={name}: {module_name} imports {error.name}, which is not installed.'
       ) from None
     raise UserError(
-      f'--law={name}: there is no module {module_name!r}; start in the folder that holds it, or put that on '
-      'PYTHONPATH.'
+      f'--law={name}: there is no module {module_name!r}; start in the folder that holds it, or '
+      'put that on PYTHONPATH.'
     ) from None
   except Exception as error:
     raise UserError(f'--law={name}: importing {module_name} failed: {error!r}.') from None

@@ -37,8 +37,8 @@ def two_groups(seen: Observations, rounds: int = 30) -> str | None:
     return None
   named = ', '.join(map(str, seen.run[np.flatnonzero(above)[:3]]))
   told = (
-    f'the losses fall into two groups {math.expm1(gap):.0%} apart: {above.sum()} rows ({named}, ...) lie above '
-    f'the other {n - above.sum()}.'
+    f'the losses fall into two groups {math.expm1(gap):.0%} apart: {above.sum()} rows ({named}, '
+    f'...) lie above the other {n - above.sum()}.'
   )
   in_bits = abs(gap - math.log(1 / math.log(2))) < 0.03
   bits = ' 1.44 is bits over nats: some rows are in bits, it seems.' if in_bits else ''
@@ -70,8 +70,8 @@ def several_studies(seen: Observations, fit: Fit) -> list[str]:
     if apart > 0.01 and apart > 6 * error:
       told.append((apart, name, low, high))
   return [
-    f'rows of {name}={high} lie {math.expm1(apart):.1%} above those of {name}={low}: fit one at a time, '
-    f'--where={name}={low}.'
+    f'rows of {name}={high} lie {math.expm1(apart):.1%} above those of {name}={low}: fit one at a '
+    f'time, --where={name}={low}.'
     for apart, name, low, high in sorted(told, reverse=True)[:1]
   ]
 
@@ -119,8 +119,7 @@ def step_in(seen: Observations, fit: Fit) -> str | None:
   side = 'above' if jump > 0 else 'below'
   return (
     f'the losses jump where {symbol} passes {threshold:.3g}: below it they lie some '
-    f'{abs(math.expm1(jump)):.0%} '
-    f'{side} what one law would have. Another tokenizer, data set or evaluation there? If so fit the two '
-    'apart, '
+    f'{abs(math.expm1(jump)):.0%} {side} what one law would have. Another tokenizer, data set or '
+    'evaluation there? If so fit the two apart, '
     f"--where='{seen.columns.get('params' if symbol == 'N' else 'tokens', symbol)}>{threshold:.3g}'."
   )

@@ -110,9 +110,8 @@ def _no_better_than_zero(result: Fit) -> list[str]:
     gain = len(result.observed) * np.log(without.objective / max(result.objective, 1e-300))
     if gain < 3.84:
       reasons.append(
-        f'{name} = {result.parameters[name]:.3g} is not told from zero: with {name} = {value:g} the '
-        'objective is '
-        f'{without.objective:.4g} and not {result.objective:.4g}'
+        f'{name} = {result.parameters[name]:.3g} is not told from zero: with {name} = {value:g} '
+        f'the objective is {without.objective:.4g} and not {result.objective:.4g}'
       )
   return reasons
 

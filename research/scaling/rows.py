@@ -145,9 +145,8 @@ def find_columns(rows: list[Mapping], columns: Columns, remarks: list[str]) -> d
     unread = [c for c in columns_module.column_names(rows) if c.lower() == 't']
     also = f' ({unread[0]!r} is too small to be tokens)' if unread else ''
     remarks.append(
-      f'there is no column of tokens{also}: D = {found["flops"]} / (6 N) is assumed. If C is counted in '
-      'another '
-      'way, give the tokens (--tokens=COLUMN).'
+      f'there is no column of tokens{also}: D = {found["flops"]} / (6 N) is assumed. If C is '
+      'counted in another way, give the tokens (--tokens=COLUMN).'
     )
   return found
 

@@ -110,7 +110,8 @@ def pick(rows: list[dict], rules: Iterable[str]) -> list[dict]:
     else:
       raise UserError(
         f'--pick={rule} is none of last:COLUMN, best:LOSS:COLUMN,COLUMN, skip:SHARE:COLUMN, '
-        'mean:LOSS:COLUMN:ROWS, smooth:LOSS:COLUMN:ROWS and all, such as last:run or best:loss:params,tokens.'
+        'mean:LOSS:COLUMN:ROWS, smooth:LOSS:COLUMN:ROWS and all, such as last:run or '
+        'best:loss:params,tokens.'
       )
   return rows
 

@@ -144,8 +144,9 @@ def _read_separated(path, text: str, told: list[str]) -> list[dict]:
     surplus = [cell for cell in record[len(names) :] if cell.strip()]
     if surplus:
       raise RowError(
-        f'{path}:{line + comments} has {len(record)} cells for {len(names)} columns ({surplus[0]!r} is '
-        'surplus): put quotes around what holds a separator, or give the last column a name.'
+        f'{path}:{line + comments} has {len(record)} cells for {len(names)} columns '
+        f'({surplus[0]!r} is surplus): put quotes around what holds a separator, or give the last '
+        'column a name.'
       )
     record = record + [''] * (len(names) - len(record))
     rows.append({name: record[i] for name, i in names.items()})
@@ -170,8 +171,8 @@ def _split(path, text: str) -> tuple[str, list[tuple[int, list[str]]]]:
   even = [s for s, records in readings.items() if len({len(r) for _, r in records}) == 1]
   if len(even) > 1:
     raise RowError(
-      f'{path} may be separated by {" or by ".join(SEPARATORS[s] for s in even)}: every row has as many of '
-      'the one as of the other. Save it with one separator and quotes around the rest.'
+      f'{path} may be separated by {" or by ".join(SEPARATORS[s] for s in even)}: every row has as '
+      'many of the one as of the other. Save it with one separator and quotes around the rest.'
     )
   if even:
     return even[0], readings[even[0]]
@@ -198,8 +199,8 @@ def _names(path, head: list[str], records) -> dict[str, int]:
     head.pop()
   if any(cells.is_number(name) for name in head):
     raise RowError(
-      f'The first row of {path} holds numbers ({", ".join(head[:4])}) where the names of the columns '
-      'should be: add a row of names, such as params,tokens,loss.'
+      f'The first row of {path} holds numbers ({", ".join(head[:4])}) where the names of the '
+      'columns should be: add a row of names, such as params,tokens,loss.'
     )
   names = {}
   for i, name in enumerate(head):
@@ -211,8 +212,8 @@ def _names(path, head: list[str], records) -> dict[str, int]:
     cell = lambda record, i: record[i].strip() if i < len(record) else ''
     if any(cell(record, i) != cell(record, other) for _, record in records):
       raise RowError(
-        f'{path} has two columns called {name!r} (the {other + 1}th and the {i + 1}th) that differ: '
-        'rename or remove one of them.'
+        f'{path} has two columns called {name!r} (the {other + 1}th and the {i + 1}th) that '
+        'differ: rename or remove one of them.'
       )
   return names
 

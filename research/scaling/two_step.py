@@ -110,8 +110,8 @@ def fit_two_steps(
   second_rows = rows if second_rows is None else list(second_rows)
   if second.inputs != (first.output,):
     raise LawError(
-      f'{second.name} is a law of {", ".join(second.inputs)}, and {first.name} gives {first.output}: the '
-      'second step must be a law of what the first one gives.'
+      f'{second.name} is a law of {", ".join(second.inputs)}, and {first.name} gives '
+      f'{first.output}: the second step must be a law of what the first one gives.'
     )
   columns = _same_unit(rows, first, columns)
   of_the_first = _options_of(options, first, second, examples=None)

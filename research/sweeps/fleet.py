@@ -128,8 +128,9 @@ def forecast(jobs: Sequence[Job], fleet: Fleet, retries: int, draws: int = 21) -
     lost = statistics.mean(simulated.lost for simulated in drawn) / total
     count = statistics.mean(simulated.preempted for simulated in drawn)
     text += (
-      f' (in 8 of 10 simulations {clock(seconds[tenth])} to {clock(seconds[-1 - tenth])}); each is taken away '
-      f'{fleet.preemptions:g} times an hour: {count:.1f} hosts in all, and {lost:.1%} of training is done again'
+      f' (in 8 of 10 simulations {clock(seconds[tenth])} to {clock(seconds[-1 - tenth])}); each is '
+      f'taken away {fleet.preemptions:g} times an hour: {count:.1f} hosts in all, and {lost:.1%} '
+      'of training is done again'
     )
   busy = statistics.mean(s.trained / (fleet.hosts * s.seconds) for s in drawn)
   text += f"; {busy:.0%} of the hosts' time is training"

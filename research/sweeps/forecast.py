@@ -38,8 +38,9 @@ def register_forecast(
   planned = tests[0]  # the others differ in their seed alone
   if planned.size in (rungs[0], rungs[-1]):
     raise UserError(
-      f'the laws put the optimum of {budget:.3g} FLOPs at {text.si(best.params)} parameters, the end of the '
-      f'ladder ({planned.size.name}): widen Ladder.widths and start again, nothing finished is lost.'
+      f'the laws put the optimum of {budget:.3g} FLOPs at {text.si(best.params)} parameters, the '
+      f'end of the ladder ({planned.size.name}): widen Ladder.widths and start again, nothing '
+      'finished is lost.'
     )
   expected = analysis.forecast(planned.flops, params=planned.size.params, tokens=planned.tokens)
   forecast = {
@@ -65,7 +66,8 @@ def show_forecast(folder: Folder, forecast: dict) -> None:
   expected, name = forecast['forecast'], forecast['runs'][0]
   print(
     f'forecast, registered {forecast["registered"]}: {name} will have a loss of '
-    f'{expected["loss"]:.4f} [{expected["loss_low"]:.4f}, {expected["loss_high"]:.4f}] ({expected["method"]})'
+    f'{expected["loss"]:.4f} [{expected["loss_low"]:.4f}, {expected["loss_high"]:.4f}] '
+    f'({expected["method"]})'
   )
   if not (losses := outcomes(folder, forecast)):
     print(f'outcome: none, {name} did not finish; its reason stands in the table of runs')

@@ -119,8 +119,8 @@ def make_plan(sweep: Sweep) -> tuple[list[Size], list[Planned], Run]:
   for name in ('EMBED', 'LAYERS'):
     if name not in taken:
       raise UserError(
-        f'{sweep.run}: nothing in it takes the macro {name}, and a ladder makes sizes by EMBED and LAYERS; '
-        f'write %{name} where its model is made.'
+        f'{sweep.run}: nothing in it takes the macro {name}, and a ladder makes sizes by EMBED and '
+        f'LAYERS; write %{name} where its model is made.'
       )
 
   def count(macros: dict) -> counts.Counts:

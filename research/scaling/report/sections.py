@@ -90,8 +90,8 @@ def _headline(a: Analysis, forecast, outcome) -> str:
     grows.append(f'<i>{symbol}</i>* ∝ <i>C</i><sup>{value:.3f}</sup></b> {sure}')
   text = (
     f'{len(a.rows)} training runs between {a.rows.flops.min():.3g} and {a.rows.flops.max():.3g} '
-    f'FLOPs say that the compute-optimal model size grows as <b>{grows[0]} and the optimal number of '
-    f'tokens as <b>{grows[1]} ({which}). {_best_split(a)}'
+    f'FLOPs say that the compute-optimal model size grows as <b>{grows[0]} and the optimal number '
+    f'of tokens as <b>{grows[1]} ({which}). {_best_split(a)}'
   )
   if forecast is not None:
     at = f'{forecast.extrapolation:.2g} times the largest budget'
@@ -120,21 +120,21 @@ def _best_split(a: Analysis) -> str:
   return (
     f'At the largest budget the best split is {si(best.params)} parameters '
     f'{page.interval(best.params_low, best.params_high)} on {si(best.tokens)} tokens '
-    f'{page.interval(best.tokens_low, best.tokens_high)}, {best.tokens / best.params:.3g} tokens a parameter, '
-    f'by the rule that forecasts here ({page.text(best.method)}).'
+    f'{page.interval(best.tokens_low, best.tokens_high)}, {best.tokens / best.params:.3g} tokens a '
+    f'parameter, by the rule that forecasts here ({page.text(best.method)}).'
   )
 
 
 def _reading(a: Analysis) -> str:
   return (
-    '<p class="small">N is the number of parameters '
-    f'(column <code>{page.text(a.rows.columns.get("params", "params"))}</code>), D the number of training '
+    '<p class="small">N is the number of parameters (column '
+    f'<code>{page.text(a.rows.columns.get("params", "params"))}</code>), D the number of training '
     f'tokens, C the training FLOPs ({page.text(str(a.cost))}); the loss is the mean negative '
-    'log-likelihood in nats per token on held-out text. '
-    f'Brackets are {a.level:.0%} intervals from a bootstrap. Too small a model cannot learn more, too '
-    'large a one sees too few tokens for its compute; between them lies the compute-optimal size. '
-    'Approach 1 reads it from the size whose loss is lowest at each C, approach 2 from curves of '
-    'equal C (isoFLOP), approach 3 from a law of N and D fitted to all runs.</p>'
+    f'log-likelihood in nats per token on held-out text. Brackets are {a.level:.0%} intervals from '
+    'a bootstrap. Too small a model cannot learn more, too large a one sees too few tokens for '
+    'its compute; between them lies the compute-optimal size. Approach 1 reads it from the size '
+    'whose loss is lowest at each C, approach 2 from curves of equal C (isoFLOP), approach 3 from '
+    'a law of N and D fitted to all runs.</p>'
   )
 
 
@@ -274,8 +274,8 @@ def _minima(fit) -> str:
   converged = [line(m) for m in fit.minima if m.kind != 'unconverged']
   stopped = [line(m) for m in fit.minima if m.kind == 'unconverged']
   out = page.table(head, converged) + (
-    f'<p class="small">Every distinct minimum that {fit.starts} starts reached. The condition number of the '
-    f'curvature is {fit.condition:.2g}.</p>'
+    f'<p class="small">Every distinct minimum that {fit.starts} starts reached. The condition '
+    f'number of the curvature is {fit.condition:.2g}.</p>'
   )
   if stopped:
     out += page.details(
@@ -289,9 +289,9 @@ def _conventions(a: Analysis) -> str:
   if not a.conventions:
     return ''
   return (
-    '<h2>The same runs under other conventions</h2><p class="small">Which parameters and which FLOPs '
-    'are counted '
-    'changes the exponents, most of all for small models.</p>' + page.records(a.conventions)
+    '<h2>The same runs under other conventions</h2><p class="small">Which parameters and which '
+    'FLOPs are counted changes the exponents, most of all for small '
+    'models.</p>' + page.records(a.conventions)
   )
 
 

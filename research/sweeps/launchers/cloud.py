@@ -58,7 +58,8 @@ class Gcloud(Printed):
     for i in range(self.workers):
       lines.append(
         f'gcloud compute tpus queued-resources create isoflop-{i} --node-id=isoflop-{i} '
-        f'--zone={self.zone} --accelerator-type={self.accelerator} --runtime-version=v2-alpha-tpuv5-lite --spot'
+        f'--zone={self.zone} --accelerator-type={self.accelerator} '
+        '--runtime-version=v2-alpha-tpuv5-lite --spot'
       )
     lines.append('# Start a worker on each.')
     for i in range(self.workers):
@@ -83,9 +84,9 @@ class Xpk(Printed):
     ]
     for i in range(self.workers):
       lines.append(
-        f'xpk workload create --cluster=$CLUSTER --workload=isoflop-{i} --tpu-type={self.accelerator} '
-        f'--zone={self.zone} --num-slices=1 --docker-image=$IMAGE --max-restarts=10 '
-        f'--command={shlex.quote(self.worker(job))}'
+        f'xpk workload create --cluster=$CLUSTER --workload=isoflop-{i} '
+        f'--tpu-type={self.accelerator} --zone={self.zone} --num-slices=1 --docker-image=$IMAGE '
+        f'--max-restarts=10 --command={shlex.quote(self.worker(job))}'
       )
     return '\n'.join(lines)
 

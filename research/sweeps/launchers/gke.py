@@ -185,8 +185,8 @@ def _slice(name: str) -> tuple[str, int, str]:
     chips *= int(side)
   if chips > most:
     why = (
-      f'{name!r} has {chips} chips, and a host of it at most {most}: a worker of a sweep is one host. For '
-      'slices of several hosts use --launcher=xpk.'
+      f'{name!r} has {chips} chips, and a host of it at most {most}: a worker of a sweep is one '
+      'host. For slices of several hosts use --launcher=xpk.'
     )
     raise Invalid(Gke, 'accelerator', why)
   return label, chips, topology
