@@ -99,15 +99,15 @@ def fit_law(
   examples = options.examples
   if isinstance(examples, str):
     examples = columns_module.resolve(examples, columns_module.column_names(rows), 'examples')
-  kept, excluded = _rows_that_count(rows, where, columns, role, also=examples)
-  if not kept:
+  used, excluded = _rows_that_count(rows, where, columns, role, also=examples)
+  if not used:
     raise RowError(
       f'No row is left to fit {law.name} to: {excluded[0][1] if excluded else "there are none"}.'
     )
-  values = {name: _values(kept, column, name, columns) for name, column in where.items()}
+  values = {name: _values(used, column, name, columns) for name, column in where.items()}
   if isinstance(examples, str):
-    examples = _values(kept, examples, 'examples', columns)
-  runs = _runs(kept, columns)
+    examples = _values(used, examples, 'examples', columns)
+  runs = _runs(used, columns)
   anchors = list(anchors)
   for anchor in anchors:
     values = _with_anchor(law, values, anchor)
@@ -127,18 +127,18 @@ def _fit(law: Law, values: dict, examples, runs, options: Options, anchors: int)
   """(fit, bootstrap) of read columns, name -> [rows], of which the last `anchors` were made up."""
   values = dict(values)
   output = values.pop(law.output)
-  again = {'replicates': options.replicates, 'seed': options.seed}
+  resampling = {'replicates': options.replicates, 'seed': options.seed}
   if examples is not None:
     settings = {name: getattr(options, name) for name in ('starts', 'fixed', 'tied', 'check')}
     fit = binomial.fit(law, values, output, examples, **settings)
-    return fit, binomial.resample(fit, examples, **again)
+    return fit, binomial.resample(fit, examples, **resampling)
   fit = law_fit.fit(law, values, output, **options.of_the_law())
   kind = options.resample
   if kind not in ('residual', 'pairs'):
     repeated = runs is not None and 3 <= len(set(runs)) < len(runs)
     kind = 'cluster' if repeated and kind in (None, 'cluster by run') else 'residual'
   if kind != 'cluster':
-    return fit, bootstrap.bootstrap(fit, kind, **again)
+    return fit, bootstrap.bootstrap(fit, kind, **resampling)
   return fit, _by_run(fit, runs, anchors, options)
 
 
@@ -155,9 +155,9 @@ def _by_run(
     np.concatenate([*(members[i] for i in rng.integers(len(names), size=len(names))), made_up])
     for _ in range(options.replicates)
   ]
-  found = bootstrap.bootstrap(fit, 'pairs', draws=draws)
+  result = bootstrap.bootstrap(fit, 'pairs', draws=draws)
   freedom = float(max(len(names) - len(fit.problem.free), 1))
-  return dataclasses.replace(found, kind='cluster', freedom=freedom)
+  return dataclasses.replace(result, kind='cluster', freedom=freedom)
 
 
 def _with_anchor(law: Law, values: dict, anchor: Mapping[str, float]) -> dict:
@@ -180,14 +180,14 @@ def _rows_that_count(rows, where: dict, columns: Columns, role, also=None) -> tu
   needs |= {also} if isinstance(also, str) else set()
   status = columns_module.find(rows, columns, 'status')
   role_column = columns_module.find(rows, columns, 'role')
-  kept, excluded = [], []
+  used, excluded = [], []
   for i, row in enumerate(rows, 1):
     why = _why_not(row, needs, status, role_column, role)
     if why:
       excluded.append((f'row {i}', why))
     else:
-      kept.append(row)
-  return kept, excluded
+      used.append(row)
+  return used, excluded
 
 
 def _runs(rows, columns: Columns) -> np.ndarray | None:
@@ -204,22 +204,22 @@ def read(
     LawError: a quantity has no column.
   """
   where = _columns(rows, law, columns, names)
-  kept, _ = _rows_that_count(rows, where, columns, role)
-  return {name: _values(kept, column, name, columns) for name, column in where.items()}
+  used, _ = _rows_that_count(rows, where, columns, role)
+  return {name: _values(used, column, name, columns) for name, column in where.items()}
 
 
 def find_column(rows, law: Law, columns: Columns, name: str) -> str | dict[str, str]:
   """The column of an input, or those from which it follows, quantity -> column."""
-  asked = {key.lower(): column for key, column in columns.inputs.items()}
+  named = {key.lower(): column for key, column in columns.inputs.items()}
   names = columns_module.column_names(rows)
-  if name.lower() in asked:
-    return columns_module.resolve(asked[name.lower()], names, name)
+  if name.lower() in named:
+    return columns_module.resolve(named[name.lower()], names, name)
   found = columns_module.find(rows, columns, name) if name in columns_module.ALIASES else None
   if found is not None:
     return found
-  alike = [other for other in names if columns_module.bare(other) == columns_module.bare(name)]
-  if len(alike) == 1:
-    return alike[0]
+  matches = [other for other in names if columns_module.bare(other) == columns_module.bare(name)]
+  if len(matches) == 1:
+    return matches[0]
   if name in DERIVED:
     found = {other: columns_module.find(rows, columns, other) for other in DERIVED[name][0]}
     if all(found.values()):

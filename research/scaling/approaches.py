@@ -49,10 +49,10 @@ def profile(flops, params, tokens, loss, cost: Cost, method='parabola', window=N
     why = f'the lowest loss is at the {end} size: not bracketed, add {more} models'
     return dataclasses.replace(base, refused=why)
   ln_n = np.log(params)
-  at, value, why = _minimum(ln_n, loss, method)
+  ln_n_opt, value, why = _minimum(ln_n, loss, method)
   if why:
     return dataclasses.replace(base, refused=why)
-  n = float(np.exp(at))
+  n = float(np.exp(ln_n_opt))
   warnings = (
     [] if 0 < lowest < len(loss) - 1 and len(params) > 3 else ['3 sizes: no check of the shape']
   )
@@ -83,18 +83,18 @@ def _minimum(ln_n, loss, method) -> tuple[float, float, str | None]:
     a, b, _ = np.polyfit(ln_n - center, loss, 2)
     if a <= 0:
       return np.nan, np.nan, 'the profile is concave: loss does not rise on both sides of a minimum'
-    at = center - b / (2 * a)
-    if not ln_n[0] < at < ln_n[-1]:
+    ln_n_opt = center - b / (2 * a)
+    if not ln_n[0] < ln_n_opt < ln_n[-1]:
       return np.nan, np.nan, 'the parabola has its minimum outside the sizes that were run'
-    return at, float(curve(at)), None
+    return ln_n_opt, float(curve(ln_n_opt)), None
   grid = np.linspace(ln_n[0], ln_n[-1], 4001)
   values = curve(grid)
   k = int(np.argmin(values))
   if k in (0, len(grid) - 1):
     return np.nan, np.nan, f'the {method} profile has no minimum inside the sizes that were run'
   a, b, _ = np.polyfit(grid[k - 1 : k + 2] - grid[k], values[k - 1 : k + 2], 2)
-  at = grid[k] - (b / (2 * a) if a > 0 else 0.0)
-  return float(at), float(curve(at)), None
+  ln_n_opt = grid[k] - (b / (2 * a) if a > 0 else 0.0)
+  return float(ln_n_opt), float(curve(ln_n_opt)), None
 
 
 def isoflop(
@@ -175,8 +175,8 @@ def _steady(p: Profile, cost, noise, replicates, rng) -> tuple[Profile, float]:
   if p.refused and p.refused.split()[0].isdigit():  # too few sizes for any copy
     return p, np.nan
   x = np.log(p.params)
-  at, _ = _minima(x, p.loss + noise * rng.normal(size=(replicates, len(x))), p.method)
-  inside = np.isfinite(at)
+  optima, _ = _minima(x, p.loss + noise * rng.normal(size=(replicates, len(x))), p.method)
+  inside = np.isfinite(optima)
   if inside.mean() < 0.5:
     why = (
       p.refused
@@ -184,9 +184,9 @@ def _steady(p: Profile, cost, noise, replicates, rng) -> tuple[Profile, float]:
     )
     blank = dict.fromkeys(('params_opt', 'tokens_opt', 'loss_opt'), np.nan)
     return dataclasses.replace(p, refused=why, **blank), np.nan
-  n = float(np.exp(np.median(at[inside])))
+  n = float(np.exp(np.median(optima[inside])))
   loss = float(interpolant(x, p.loss, p.method)(np.log(n)))
-  spread = max(at[inside].std(), np.ptp(x) / (len(x) - 1) / 3) / inside.mean()
+  spread = max(optima[inside].std(), np.ptp(x) / (len(x) - 1) / 3) / inside.mean()
   best = {'params_opt': n, 'tokens_opt': float(cost.tokens(n, p.flops)), 'loss_opt': loss}
   return dataclasses.replace(p, refused=None, **best), float(spread)
 
@@ -243,11 +243,11 @@ def _minima(ln_n, losses, method) -> tuple[np.ndarray, np.ndarray]:
     values = np.vander(grid - ln_n.mean(), 4) @ np.polyfit(x, losses.T, 3)
   k = values.argmin(0)
   at = np.clip(k, 1, len(grid) - 2)
-  left, mid, right = (values[at + i, np.arange(len(losses))] for i in (-1, 0, 1))
-  bend = np.maximum(left - 2 * mid + right, 1e-300)
-  shift = np.clip((left - right) / (2 * bend), -1, 1) * (grid[1] - grid[0])
+  lower, middle, upper = (values[at + i, np.arange(len(losses))] for i in (-1, 0, 1))
+  bend = np.maximum(lower - 2 * middle + upper, 1e-300)
+  shift = np.clip((lower - upper) / (2 * bend), -1, 1) * (grid[1] - grid[0])
   inside = at == k
-  return np.where(inside, grid[at] + shift, np.nan), np.where(inside, mid, np.nan)
+  return np.where(inside, grid[at] + shift, np.nan), np.where(inside, middle, np.nan)
 
 
 def _drift(used) -> float:

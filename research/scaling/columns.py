@@ -100,24 +100,24 @@ def bare(name: str) -> str:
 
 def base_and_unit(name: str) -> tuple[str, str | None]:
   """('tokens', 'b') of 'Tokens (B)', ('totalflops', 'gflops') of 'total_gflops'; or None."""
-  plain = str(name).strip()
-  if match := re.fullmatch(r'(.*\S)\s*[(\[]([^()\[\]]*)[)\]]', plain):
+  text = str(name).strip()
+  if match := re.fullmatch(r'(.*\S)\s*[(\[]([^()\[\]]*)[)\]]', text):
     return bare(match.group(1)), re.sub(r'[^a-z0-9^]', '', match.group(2).lower())
-  if match := re.fullmatch(r'(.*?)[\s_]*pf(?:lops?)?[\s_-]*days?', plain, re.IGNORECASE):
+  if match := re.fullmatch(r'(.*?)[\s_]*pf(?:lops?)?[\s_-]*days?', text, re.IGNORECASE):
     return bare(match.group(1)) or 'compute', 'pfdays'
   for long, short in SPELT.items():
-    plain = re.sub(rf'{long}(?=flop)', short, plain, flags=re.IGNORECASE)
-  if match := re.fullmatch(r'(.*?)([gtpez])(flops?)', plain, re.IGNORECASE):
+    text = re.sub(rf'{long}(?=flop)', short, text, flags=re.IGNORECASE)
+  if match := re.fullmatch(r'(.*?)([gtpez])(flops?)', text, re.IGNORECASE):
     before = match.group(1)
     if not before or before[-1] in ' _-/.':  # total_gflops, and not 'megflops' of some word
       return bare(before + match.group(3)), bare(match.group(2) + match.group(3))
   if match := re.fullmatch(
     r'(.*?)(?:[\s_]+in)?[\s_]+(k|m|b|t|g|bn|mn|thousands?|millions?|billions?|trillions?)',
-    plain,
+    text,
     re.IGNORECASE,
   ):
     return bare(match.group(1)), match.group(2).lower()
-  return bare(plain), None
+  return bare(text), None
 
 
 def unit_of(text: str | None) -> float | None:
@@ -129,15 +129,15 @@ def unit_of(text: str | None) -> float | None:
   return UNITS.get(text)
 
 
-def resolve(asked: str, names: Iterable[str], what: str) -> str:
+def resolve(wanted: str, names: Iterable[str], what: str) -> str:
   """The column that was asked for, by its name as it stands or without case and punctuation."""
   names = list(names)
-  if asked in names:
-    return asked
-  alike = [name for name in names if bare(name) == bare(asked)]
-  if len(alike) != 1:
-    raise RowError(f'There is no column {asked!r} for {what}.{did_you_mean(asked, names)}')
-  return alike[0]
+  if wanted in names:
+    return wanted
+  matches = [name for name in names if bare(name) == bare(wanted)]
+  if len(matches) != 1:
+    raise RowError(f'There is no column {wanted!r} for {what}.{did_you_mean(wanted, names)}')
+  return matches[0]
 
 
 def column_names(rows: Iterable[Mapping]) -> list[str]:
@@ -151,20 +151,20 @@ def find(rows: list[Mapping], columns: Columns, quantity: str) -> str | None:
     RowError: two columns could be meant and they differ.
   """
   names = column_names(rows)
-  asked = getattr(columns, quantity)
-  if asked is not None:
-    return resolve(asked, names, quantity)
+  named = getattr(columns, quantity)
+  if named is not None:
+    return resolve(named, names, quantity)
   for group in ALIASES[quantity]:
     group = {bare(alias) for alias in group}
-    hits = [name for name in names if _is_called(name, group, quantity)]
-    if not hits:
+    matches = [name for name in names if _is_called(name, group, quantity)]
+    if not matches:
       continue
     if quantity in QUANTITIES:
-      hits = [name for name in hits if _has_values(rows, name)] or hits
-      _check_alike(rows, hits, quantity)
-    if hits[0].lower() in ('t', 'l') and not _is_plausible(rows, hits[0], quantity):
+      matches = [name for name in matches if _has_values(rows, name)] or matches
+      _check_alike(rows, matches, quantity)
+    if matches[0].lower() in ('t', 'l') and not _is_plausible(rows, matches[0], quantity):
       continue
-    return hits[0]
+    return matches[0]
   return _any_loss(rows, names) if quantity == 'loss' else None
 
 
@@ -188,25 +188,25 @@ def _has_values(rows, name: str) -> bool:
 
 def _any_loss(rows, names: list[str]) -> str | None:
   """The one column whose name ends in 'loss', be it of a corpus (c4_loss) or of training."""
-  every = [name for name in names if bare(name).endswith('loss') and _has_values(rows, name)]
-  hits = [name for name in every if 'train' not in bare(name)] or every
-  if hits:
-    _check_alike(rows, hits, 'loss')
-  return hits[0] if hits else None
+  losses = [name for name in names if bare(name).endswith('loss') and _has_values(rows, name)]
+  matches = [name for name in losses if 'train' not in bare(name)] or losses
+  if matches:
+    _check_alike(rows, matches, 'loss')
+  return matches[0] if matches else None
 
 
-def _check_alike(rows, hits: list[str], quantity: str) -> None:
+def _check_alike(rows, matches: list[str], quantity: str) -> None:
   """Two columns that could both be meant must say the same."""
-  for other in hits[1:]:
+  for other in matches[1:]:
     for row in rows:
-      pair = row.get(hits[0]), row.get(other)
+      pair = row.get(matches[0]), row.get(other)
       if any(cells.is_blank(cell) or not cells.is_number(cell) for cell in pair):
         continue
       first, second = (cells.number(cell) for cell in pair)
       if abs(first - second) > 1e-3 * abs(first):
         raise RowError(
-          f'The columns {hits[0]!r} and {other!r} may both be the {quantity}, and they differ; say '
-          f'which one with --{quantity}={hits[0]!r} or --{quantity}={other!r}.'
+          f'The columns {matches[0]!r} and {other!r} may both be the {quantity}, and they differ; say '
+          f'which one with --{quantity}={matches[0]!r} or --{quantity}={other!r}.'
         )
 
 
@@ -222,9 +222,9 @@ def _is_plausible(rows, name: str, quantity: str) -> bool:
 
 def scale_of(column: str, quantity: str, columns: Columns) -> float:
   """What one unit of a column of N, D or C is worth: what the caller says, or what its name does."""
-  asked = getattr(columns, f'{quantity}_unit')
-  if asked != 1.0:
-    return asked
+  unit = getattr(columns, f'{quantity}_unit')
+  if unit != 1.0:
+    return unit
   if bare(column) in {bare(alias) for group in ALIASES[quantity] for alias in group}:
     return 1.0
   return unit_of(base_and_unit(column)[1]) or 1.0

@@ -48,31 +48,31 @@ class Misfit(NamedTuple):
   high: float
 
 
-def compare(seen: Observations) -> list[Compared]:
+def compare(rows: Observations) -> list[Compared]:
   """The three laws, best first.
 
   AICc = n ln(RSS / n) + 2 k + 2 k (k + 1) / (n - k - 1), where k counts the error's variance too
   (Hurvich & Tsai 1989). Laws with as many parameters as rows, or more, are left out.
   """
-  n = len(seen)
-  found = []
+  n = len(rows)
+  results = []
   for name, free in FREE.items():
     k = free.shape[1] + 1
     if n <= k + 1:
       continue
-    rss = max(_least_squares(seen, free), 1e-24 * n)
+    rss = max(_least_squares(rows, free), 1e-24 * n)
     aicc = n * np.log(rss / n) + 2 * k + 2 * k * (k + 1) / (n - k - 1)
-    found.append((name, k - 1, float(np.sqrt(rss / n)), float(aicc)))
-  found.sort(key=lambda item: item[3])
-  relative = [np.exp((found[0][3] - item[3]) / 2) for item in found]
+    results.append((name, k - 1, float(np.sqrt(rss / n)), float(aicc)))
+  results.sort(key=lambda item: item[3])
+  relative = [np.exp((results[0][3] - item[3]) / 2) for item in results]
   return [
-    Compared(*item, float(r / sum(relative))) for item, r in zip(found, relative, strict=True)
+    Compared(*item, float(r / sum(relative))) for item, r in zip(results, relative, strict=True)
   ]
 
 
-def _least_squares(seen: Observations, free: np.ndarray) -> float:
+def _least_squares(rows: Observations, free: np.ndarray) -> float:
   """The lowest sum of squared residuals of ln L over several starts."""
-  ln_n, ln_d, y = np.log(seen.params), np.log(seen.tokens), np.log(seen.loss)
+  ln_n, ln_d, y = np.log(rows.params), np.log(rows.tokens), np.log(rows.loss)
   x, z = ln_n - ln_n.mean(), ln_d - ln_d.mean()
   theta = lambda u: free @ u
   residual = lambda u: prior_fit.evaluate(theta(u), x, z).value - y
@@ -107,7 +107,7 @@ def sentence(compared: list[Compared]) -> str | None:
   )
 
 
-def misfit(seen: Observations, residuals: np.ndarray) -> Misfit | None:
+def misfit(rows: Observations, residuals: np.ndarray) -> Misfit | None:
   """The axis along which the fitted law misses the rows most, where that is clear beside the scatter.
 
   `residuals` [rows] are ln(fitted / observed). A parabola in ln x is fitted to them for each of N, D, C and
@@ -116,34 +116,34 @@ def misfit(seen: Observations, residuals: np.ndarray) -> Misfit | None:
   """
   spread = 1.4826 * float(np.median(np.abs(residuals - np.median(residuals))))
   near = np.abs(residuals - np.median(residuals)) <= 8 * spread + 1e-12
-  r = residuals[near]
-  if len(r) < 12 or spread < 1e-9:
+  residual = residuals[near]
+  if len(residual) < 12 or spread < 1e-9:
     return None
-  axes = {'N': seen.params, 'D': seen.tokens, 'C': seen.flops, 'D / N': seen.tokens / seen.params}
-  found = []
+  axes = {'N': rows.params, 'D': rows.tokens, 'C': rows.flops, 'D / N': rows.tokens / rows.params}
+  misfits = []
   for axis, values in axes.items():
     x = np.log(values[near])
     if len(np.unique(np.round(x, 6))) < 4:
       continue
-    curve = np.polynomial.Polynomial.fit(x, r, 2)
-    rest = float(((r - curve(x)) ** 2).sum())
-    total = float(((r - r.mean()) ** 2).sum())
-    ratio = (total - rest) / 2 / (rest / (len(r) - 3))
-    order = curve(np.sort(x)) - r.mean()
+    curve = np.polynomial.Polynomial.fit(x, residual, 2)
+    rest = float(((residual - curve(x)) ** 2).sum())
+    total = float(((residual - residual.mean()) ** 2).sum())
+    ratio = (total - rest) / 2 / (rest / (len(residual) - 3))
+    order = curve(np.sort(x)) - residual.mean()
     low, high = int(order.argmin()), int(order.argmax())
-    at = np.exp(np.sort(x))
-    clear = stats.f.sf(ratio, 2, len(r) - 3) < 1e-4 and rest < 0.8 * total
+    places = np.exp(np.sort(x))
+    clear = stats.f.sf(ratio, 2, len(residual) - 3) < 1e-4 and rest < 0.8 * total
     if clear and order[high] - order[low] > LEAST:
       share = 1 - rest / total
-      found.append(Misfit(axis, share, at[low], order[low], at[high], order[high]))
-  return max(found, key=lambda m: m.explained, default=None)
+      misfits.append(Misfit(axis, share, places[low], order[low], places[high], order[high]))
+  return max(misfits, key=lambda m: m.explained, default=None)
 
 
-def describe(found: Misfit) -> str:
+def describe(trend: Misfit) -> str:
   """The misfit in a sentence."""
   return (
-    f'the law misses a trend along {found.axis}: it lies {-np.expm1(found.low):.1%} below the runs '
-    f'near {found.at_low:.2g} and {np.expm1(found.high):.1%} above them near {found.at_high:.2g} '
-    f'(a parabola in ln {found.axis} explains {found.explained:.0%} of the residuals). Fit a '
+    f'the law misses a trend along {trend.axis}: it lies {-np.expm1(trend.low):.1%} below the runs '
+    f'near {trend.at_low:.2g} and {np.expm1(trend.high):.1%} above them near {trend.at_high:.2g} '
+    f'(a parabola in ln {trend.axis} explains {trend.explained:.0%} of the residuals). Fit a '
     'narrower range, or a law with another shape, before a forecast far beyond the runs.'
   )

@@ -82,14 +82,16 @@ def not_six_nd(cost: Cost, params, tokens, flops) -> str | None:
     return None
   # In the order of N, which is what the ratio usually goes with.
   order = np.argsort(params, kind='stable')
-  told = (
+  sentence = (
     f'C is not 6 N D here: 6 N D / C runs from {ratio[order[0]]:.3g} at the smallest size to '
     f'{ratio[order[-1]]:.3g} at the largest; it is taken as {cost}, and budgets and optima are in '
     'C.'
   )
   if cost.worst > 0.05:
-    told += ' No one count of FLOPs fits every row: check the column, or leave it out for 6 N D.'
-  return told
+    sentence += (
+      ' No one count of FLOPs fits every row: check the column, or leave it out for 6 N D.'
+    )
+  return sentence
 
 
 def chip_hours(flops: float, *, step_flops: float, step_seconds: float, chips: int = 1) -> float:

@@ -55,28 +55,28 @@ def coverage(
   start = law.coordinates({k: np.float64(v) for k, v in values.items()}, data['center'])
   start = np.tile([start[name] for name in problem.free], (replications, 1))
   ones, pair = np.ones((1, n)), lambda count: np.stack([np.arange(count), np.zeros(count, int)], 1)
-  found = law_fit.minimise(problem, data, start, y, ones, pair(replications), delta, 0.5)
+  solution = law_fit.minimise(problem, data, start, y, ones, pair(replications), delta, 0.5)
   with precise():
-    fitted = np.array(jax.vmap(lambda z: problem.predict(z, data))(found.z))
+    fitted = np.array(jax.vmap(lambda z: problem.predict(z, data))(solution.z))
   fitted = np.log(fitted) if residuals == 'log' else fitted
   spread = (y - fitted) * np.sqrt(n / (n - p))
   drawn = rng.integers(n, size=(replications, replicates, n))
-  again = fitted[:, None] + np.take_along_axis(spread[:, None], drawn, axis=2)
-  many = replications * replicates
+  redrawn = fitted[:, None] + np.take_along_axis(spread[:, None], drawn, axis=2)
+  fits = replications * replicates
   ends = law_fit.minimise(
     problem,
     data,
-    np.repeat(found.z, replicates, axis=0),
-    again.reshape(many, n),
+    np.repeat(solution.z, replicates, axis=0),
+    redrawn.reshape(fits, n),
     ones,
-    pair(many),
+    pair(fits),
     delta,
     0.5,
   )
   sampled = problem.values(ends.z.T, data['center'], np.exp)
-  held = {}
+  shares = {}
   for name, truth in values.items():
     samples = sampled[name].reshape(replications, replicates).T
     low, high = bootstrap.interval(samples, level, n - p)
-    held[name] = float(((low <= truth) & (truth <= high)).mean())
-  return held
+    shares[name] = float(((low <= truth) & (truth <= high)).mean())
+  return shares

@@ -46,8 +46,8 @@ def notes(a) -> list[str]:
   """Sentences for a reader, worst first."""
   out = []
   if 'flops' in a.rows.columns:
-    told = not_six_nd(a.cost, a.rows.params, a.rows.tokens, a.rows.flops)
-    out += [told] if told else []
+    sentence = not_six_nd(a.cost, a.rows.params, a.rows.tokens, a.rows.flops)
+    out += [sentence] if sentence else []
   found = a.exponents()
   if {'a, approach 2', 'a, approach 3'} <= set(found):
     two, three = found['a, approach 2'], found['a, approach 3']
@@ -163,18 +163,18 @@ def compare(laws: Iterable[Law], inputs: Mapping[str, np.ndarray], loss: np.ndar
   AICc = n ln(RSS / n) + 2 k + 2 k (k + 1) / (n - k - 1), k counting the error's variance too
   (Hurvich & Tsai 1989). Only laws of the same output on the same rows compare.
   """
-  found = []
+  results = []
   for law in laws:
     fit = law_fit.fit(law, inputs, loss, robust='l2', check=False)
     n, k = len(fit.observed), len(fit.problem.free) + 1
     rss = float((fit.residuals**2).sum())
     aicc = n * np.log(max(rss, 1e-300) / n) + 2 * k + 2 * k * (k + 1) / max(n - k - 1, 1e-9)
-    found.append({'law': law.name, 'parameters': k - 1, 'rss': rss, 'aicc': float(aicc)})
-  best = min(f['aicc'] for f in found)
-  relative = [np.exp((best - f['aicc']) / 2) for f in found]
-  for f, r in zip(found, relative, strict=True):
+    results.append({'law': law.name, 'parameters': k - 1, 'rss': rss, 'aicc': float(aicc)})
+  best = min(f['aicc'] for f in results)
+  relative = [np.exp((best - f['aicc']) / 2) for f in results]
+  for f, r in zip(results, relative, strict=True):
     f['weight'] = float(r / sum(relative))
-  return found
+  return results
 
 
 def conventions(rows: Sequence[Mapping], columns: table.Columns, fit: Callable) -> tuple[dict, ...]:

@@ -115,11 +115,11 @@ def fit_results(
     law, profile, noise, drop_highest, robust, delta, tau, starts, residuals, fixed, tied, resample,
     replicates, level, seed, rule,
   )  # fmt: skip
-  seen, doubtful = _observe(rows, columns, role, checkpoints)
-  if strict and doubtful:
-    raise table.RowError(f'--strict: {doubtful[0]}')
-  result = analyse(seen, options, curves)
-  result = dataclasses.replace(result, doubts=(*doubtful, *result.doubts))
+  observations, sentences = _observe(rows, columns, role, checkpoints)
+  if strict and sentences:
+    raise table.RowError(f'--strict: {sentences[0]}')
+  result = analyse(observations, options, curves)
+  result = dataclasses.replace(result, doubts=(*sentences, *result.doubts))
   if strict and result.doubts:
     raise table.RowError(f'--strict: {result.doubts[0]}')
   if not conventions or isinstance(rows, table.Observations):
@@ -134,40 +134,40 @@ def _observe(rows, columns, role, checkpoints) -> tuple[table.Observations, list
   """The rows that count, and what is doubtful about them."""
   if isinstance(rows, table.Observations):
     return rows, []
-  seen = table.observe(rows, columns, role)
-  doubts.check_units(seen)
-  told = None
+  observations = table.observe(rows, columns, role)
+  doubts.check_units(observations)
+  sentence = None
   if not checkpoints:
-    seen, told = doubts.last_of_each_run(seen)
-  return seen, [*([told] if told else []), *doubts.about(seen)]
+    observations, sentence = doubts.last_of_each_run(observations)
+  return observations, [*([sentence] if sentence else []), *doubts.about(observations)]
 
 
-def analyse(seen: table.Observations, options: Options, curves: Mapping | None = None) -> Analysis:
+def analyse(rows: table.Observations, options: Options, curves: Mapping | None = None) -> Analysis:
   """`fit_results` of rows that were read, under one count of N and C."""
   if options.replicates < 1:
     raise LawError(
       f'{options.replicates} bootstrap replicates tell no interval; ask for 1 or more.'
     )
-  seen = _without_highest(seen, options.drop_highest)
-  _check_law(options.law, seen)
-  cost = fit_cost(seen.params, seen.tokens, seen.flops)
+  rows = _without_highest(rows, options.drop_highest)
+  _check_law(options.law, rows)
+  cost = fit_cost(rows.params, rows.tokens, rows.flops)
   refusals: dict[str, str] = {}
   rule = options.rule or _default_rule(options)
   forecasting.check(rule)
-  envelope_of_curves = _approach1(curves, seen, cost, refusals)
-  isoflop = _approach2(seen, cost, options, refusals)
-  fit = _approach3(seen, options, refusals)
-  about_groups = _about_groups(seen, fit)
+  envelope_of_curves = _approach1(curves, rows, cost, refusals)
+  isoflop = _approach2(rows, cost, options, refusals)
+  fit = _approach3(rows, options, refusals)
+  about_groups = _about_groups(rows, fit)
   if fit is None and isoflop is None:
     raise NoForecast(' '.join(dict.fromkeys([*about_groups, *refusals.values()])))
   spread = None
   if fit is not None:
-    kind, clusters = _resampling(options.resample, seen)
+    kind, clusters = _resampling(options.resample, rows)
     spread = bootstrap.bootstrap(
       fit, kind, groups=clusters, replicates=options.replicates, seed=options.seed
     )
   result = Analysis(
-    seen, cost, envelope_of_curves, isoflop, fit, spread, refusals, level=options.level,
+    rows, cost, envelope_of_curves, isoflop, fit, spread, refusals, level=options.level,
     rule=rule,
   )  # fmt: skip
   return dataclasses.replace(result, doubts=about_groups, notes=tuple(diagnostics.notes(result)))
@@ -179,38 +179,38 @@ def _default_rule(options: Options) -> str:
   return 'mean of approaches' if chosen else forecasting.DEFAULT
 
 
-def _about_groups(seen, fit: fitted.Fit | None) -> tuple[str, ...]:
+def _about_groups(rows, fit: fitted.Fit | None) -> tuple[str, ...]:
   """Whether one table holds several studies, by the losses and by the residuals of the law."""
-  told = groups.two_groups(seen)
-  if fit is not None and (studies := groups.several_studies(seen, fit)):
+  told = groups.two_groups(rows)
+  if fit is not None and (studies := groups.several_studies(rows, fit)):
     return tuple(studies)
   if fit is not None:
-    told = told or groups.step_in(seen, fit)
+    told = told or groups.step_in(rows, fit)
   return (told,) if told else ()
 
 
-def _check_law(law: Law, seen: table.Observations) -> None:
+def _check_law(law: Law, rows: table.Observations) -> None:
   """Approach 3 splits a budget into N and D, so it wants a law of those, and of what the rows hold."""
-  if not {'params', 'tokens'} <= set(law.inputs) <= set(seen.inputs):
+  if not {'params', 'tokens'} <= set(law.inputs) <= set(rows.inputs):
     raise LawError(
       f'{law.name} is a law of {", ".join(law.inputs)}; approach 3 fits laws of params and tokens '
       '(such as Chinchilla). For this one, call scaling.fit in Python with an array of each input.'
     )
 
 
-def _without_highest(seen: table.Observations, count: int) -> table.Observations:
+def _without_highest(rows: table.Observations, count: int) -> table.Observations:
   if count <= 0:
-    return seen
-  highest = np.argsort(seen.loss, kind='stable')[-count:]
-  keep = np.setdiff1d(np.arange(len(seen)), highest)
-  dropped = tuple((str(seen.run[i]), f'one of the {count} highest losses') for i in highest)
-  return dataclasses.replace(seen.take(keep), excluded=seen.excluded + dropped)
+    return rows
+  highest = np.argsort(rows.loss, kind='stable')[-count:]
+  keep = np.setdiff1d(np.arange(len(rows)), highest)
+  dropped = tuple((str(rows.run[i]), f'one of the {count} highest losses') for i in highest)
+  return dataclasses.replace(rows.take(keep), excluded=rows.excluded + dropped)
 
 
-def _approach1(curves, seen, cost, refusals):
+def _approach1(curves, rows, cost, refusals):
   if not curves:
     return None
-  params = {str(run): float(n) for run, n in zip(seen.run, seen.params, strict=True)}
+  params = {str(run): float(n) for run, n in zip(rows.run, rows.params, strict=True)}
   try:
     return envelope.envelope({r: c for r, c in curves.items() if r in params}, params, cost)
   except allocation.NoAllocation as e:
@@ -218,10 +218,10 @@ def _approach1(curves, seen, cost, refusals):
     return None
 
 
-def _approach2(seen, cost, options: Options, refusals) -> allocation.Allocation | None:
+def _approach2(rows, cost, options: Options, refusals) -> allocation.Allocation | None:
   try:
     return approaches.isoflop(
-      seen, cost, method=options.profile, noise=options.noise,
+      rows, cost, method=options.profile, noise=options.noise,
       floor=float((options.fixed or {}).get('E', 0.0)), replicates=options.replicates,
       seed=options.seed,
     )  # fmt: skip
@@ -230,11 +230,11 @@ def _approach2(seen, cost, options: Options, refusals) -> allocation.Allocation 
     return None
 
 
-def _approach3(seen, options: Options, refusals) -> fitted.Fit | None:
+def _approach3(rows, options: Options, refusals) -> fitted.Fit | None:
   """The law, or where the rows do not determine it its tied form, unless that fits significantly worse."""
   law, tied = options.law, laws.TiedChinchilla()
   try:
-    return law_fit.fit(law, seen.inputs, seen.loss, **options.of_the_law())
+    return law_fit.fit(law, rows.inputs, rows.loss, **options.of_the_law())
   except fitted.NotIdentifiable as error:
     refusals['approach 3'] = str(error)
   if law == tied:
@@ -243,28 +243,28 @@ def _approach3(seen, options: Options, refusals) -> fitted.Fit | None:
   grid = options.starts if isinstance(options.starts, str) else 'grid'
   arguments = options.of_the_law() | {'fixed': None, 'tied': None, 'starts': grid}
   try:
-    fit = law_fit.fit(tied, seen.inputs, seen.loss, **arguments)
+    fit = law_fit.fit(tied, rows.inputs, rows.loss, **arguments)
   except fitted.NotIdentifiable as error:
     refusals['approach 3, tied'] = str(error)
     return None
-  if (worse := _how_much_worse(fit, seen, options)) is not None:
+  if (worse := _how_much_worse(fit, rows, options)) is not None:
     refusals['approach 3, tied'] = worse
     return None
   return fit
 
 
-def _how_much_worse(fit: fitted.Fit, seen, options: Options) -> str | None:
+def _how_much_worse(fit: fitted.Fit, rows, options: Options) -> str | None:
   """A sentence where the tied law fits significantly worse than the one that it would stand for."""
   try:
     arguments = options.of_the_law() | {'check': False}
-    free = law_fit.fit(options.law, seen.inputs, seen.loss, **arguments)
+    free = law_fit.fit(options.law, rows.inputs, rows.loss, **arguments)
   except fitted.NotIdentifiable:  # fewer rows than parameters
     return None
   spare = len(free.problem.free) - len(fit.problem.free)
   if spare <= 0 or free.objective <= 0:
     return None
   ratio = fit.objective / free.objective
-  if len(seen) * math.log(ratio) < stats.chi2.ppf(0.95, spare):
+  if len(rows) * math.log(ratio) < stats.chi2.ppf(0.95, spare):
     return None
   return (
     f'TiedChinchilla fits significantly worse than {options.law.name} (its objective is '
@@ -272,12 +272,12 @@ def _how_much_worse(fit: fitted.Fit, seen, options: Options) -> str | None:
   )
 
 
-def _resampling(resample: str | None, seen) -> tuple[str, np.ndarray | None]:
-  clusters = {'cluster by run': seen.run, 'cluster by budget': seen.budget}
+def _resampling(resample: str | None, rows) -> tuple[str, np.ndarray | None]:
+  clusters = {'cluster by run': rows.run, 'cluster by budget': rows.budget}
   if resample is None:
     # The rows of one run share its luck; fewer than three runs cannot be redrawn.
-    runs = len(np.unique(seen.run))
-    clustered = 'run' in seen.columns and 3 <= runs <= 0.7 * len(seen)
+    runs = len(np.unique(rows.run))
+    clustered = 'run' in rows.columns and 3 <= runs <= 0.7 * len(rows)
     resample = 'cluster by run' if clustered else 'residual'
   if resample in clusters:
     return 'cluster', clusters[resample]

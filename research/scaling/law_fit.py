@@ -182,14 +182,14 @@ def _distinct(problem, data, solution: solver.Solution, counts, most: int = 24):
     predicted = np.log(np.maximum(predicted, 1e-300))
   else:
     predicted = predicted / np.exp(data['center']['output'])
-  left, groups = np.ones(len(order), bool), []
-  while left.any() and len(groups) < most:
-    i = int(np.argmax(left))
-    same = left & (np.abs(predicted - predicted[i]).max(1) < 1e-4)
+  remaining, groups = np.ones(len(order), bool), []
+  while remaining.any() and len(groups) < most:
+    i = int(np.argmax(remaining))
+    same = remaining & (np.abs(predicted - predicted[i]).max(1) < 1e-4)
     k = order[i]
     kind = _kind(problem, solution, k)
     groups.append((solution.z[k], solution.objective[k], int(counts[order[same]].sum()), kind))
-    left &= ~same
+    remaining &= ~same
   return groups
 
 

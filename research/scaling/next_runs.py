@@ -34,25 +34,25 @@ def next_runs(
   n = best * np.exp(rng.uniform(np.log(0.2), np.log(5.0), candidates))
   d = analysis.cost.tokens(n, c)
   values = {k: v[:, None] for k, v in analysis.bootstrap.parameters.items()}
-  at = np.log(analysis.approach3.law(values, params=n, tokens=d))
+  ln_loss = np.log(analysis.approach3.law(values, params=n, tokens=d))
   goal = np.log(analysis.optimum_samples(target).loss[:, 0])
   noise = float(np.var(analysis.bootstrap.spread)) + 1e-12
-  at, goal = at - at.mean(0), goal - goal.mean()
-  before, left, picked = float(goal.var()), float(budget), []
+  ln_loss, goal = ln_loss - ln_loss.mean(0), goal - goal.mean()
+  before, remaining, chosen = float(goal.var()), float(budget), []
   for _ in range(count):
-    covariance = at.T @ goal / len(goal)
-    gain = covariance**2 / (at.var(0) + noise)
-    gain = np.where(c <= left, gain, -np.inf)
+    covariance = ln_loss.T @ goal / len(goal)
+    gain = covariance**2 / (ln_loss.var(0) + noise)
+    gain = np.where(c <= remaining, gain, -np.inf)
     k = int(np.argmax(gain))
     if not np.isfinite(gain[k]):
       break
     # What one noisy look at candidate k leaves of everything else.
-    slope = at[:, k] / (at[:, k].var() + noise)
-    shrink = 1 - np.sqrt(noise / (at[:, k].var() + noise))
-    weight = shrink / max(1 - noise / (at[:, k].var() + noise), 1e-12)
+    slope = ln_loss[:, k] / (ln_loss[:, k].var() + noise)
+    shrink = 1 - np.sqrt(noise / (ln_loss[:, k].var() + noise))
+    weight = shrink / max(1 - noise / (ln_loss[:, k].var() + noise), 1e-12)
     goal = goal - weight * slope * covariance[k]
-    at = at - weight * np.outer(slope, at[:, k] @ at / len(goal))
-    left -= c[k]
+    ln_loss = ln_loss - weight * np.outer(slope, ln_loss[:, k] @ ln_loss / len(goal))
+    remaining -= c[k]
     after = float(goal.var())
-    picked.append({'flops': c[k], 'params': n[k], 'tokens': d[k], 'variance left': after / before})
-  return [{k: float(v) for k, v in run.items()} for run in picked]
+    chosen.append({'flops': c[k], 'params': n[k], 'tokens': d[k], 'variance left': after / before})
+  return [{k: float(v) for k, v in run.items()} for run in chosen]

@@ -136,9 +136,9 @@ def fit(params, tokens, loss, prior: Prior, flops=None, rounds: int = 400) -> Pr
       floor = min(share * lowest, np.exp(prior.mean[0] + 2 * prior.deviation[0]))
       half = np.log(max(middle - floor, 1e-3 * middle) / 2)
       start = np.array([np.log(floor), half, half, prior.mean[1], prior.mean[2], gamma])
-      found = _descend(start, x, z, y, counts, prior, rounds)
-      if best is None or found[0] < best[0]:
-        best = found
+      end = _descend(start, x, z, y, counts, prior, rounds)
+      if best is None or end[0] < best[0]:
+        best = end
   _, theta, covariance, scatter = best
   return PriorFit(theta, covariance, scatter, center, float(c.max()), len(y), prior)
 
@@ -176,9 +176,9 @@ def _descend(theta, x, z, y, counts, prior: Prior, rounds: int):
     trial = theta + np.clip(move, -1.0, 1.0)
     trial = np.clip(trial, [-12, -25, -25, -6, -6, -2.5], [6, 12, 12, 1.5, 1.5, 2.5])
     other = evaluate(trial, x, z)
-    told = _objective(trial, other.value - y, scatter, counts, mean, precision)
-    if told < value:
-      theta, point, residual, value = trial, other, other.value - y, told
+    trial_value = _objective(trial, other.value - y, scatter, counts, mean, precision)
+    if trial_value < value:
+      theta, point, residual, value = trial, other, other.value - y, trial_value
       damping = max(damping / 5, 1e-9)
     else:
       damping = min(damping * 6, 1e6)

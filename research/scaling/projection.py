@@ -31,9 +31,9 @@ def starts(problem, data, target, weights) -> np.ndarray:
   log = problem.residuals == 'log'
   observed = np.exp(target) if log else target
   scale = np.sqrt(weights) / (observed if log else 1.0)
-  begin = {name: _coordinates(law.parameters[name]) for name in free}
+  values_of = {name: _coordinates(law.parameters[name]) for name in free}
   others = [name for name in free if name not in linear]
-  points = np.array(list(itertools.product(*(begin[name] for name in others))))
+  points = np.array(list(itertools.product(*(values_of[name] for name in others))))
   # A column per coefficient: the law where that is one, in its own units, and the others are nothing.
   grid = np.full((len(points), len(linear) + 1, len(free)), -np.inf)
   for i, name in enumerate(others):
@@ -43,12 +43,12 @@ def starts(problem, data, target, weights) -> np.ndarray:
   with precise():
     columns = np.array(jax.jit(jax.vmap(jax.vmap(lambda z: problem.predict(z, data))))(grid))
   z = grid[:, -1].copy()
-  for at, table in zip(z, columns, strict=True):
+  for point, table in zip(z, columns, strict=True):
     constant, matrix = table[-1], (table[:-1] - table[-1]).T
     solved, _ = optimize.nnls(scale[:, None] * matrix, scale * (observed - constant))
     for name, value in zip(linear, solved, strict=True):
       low, high = law.parameters[name].low, law.parameters[name].high
-      at[free.index(name)] = np.clip(math.log(max(value, 1e-300)), low, high)
+      point[free.index(name)] = np.clip(math.log(max(value, 1e-300)), low, high)
   return z
 
 

@@ -62,7 +62,7 @@ def _check_counts(n, c, k) -> None:
 def coverage_at(samples, correct, k) -> np.ndarray:
   """Coverage at each k [ks]: the mean of `pass_at_k` over problems [problems]."""
   ks = np.atleast_1d(k)
-  return np.array([pass_at_k(samples, correct, one).mean() for one in ks])
+  return np.array([pass_at_k(samples, correct, attempts).mean() for attempts in ks])
 
 
 def grid_of_k(most: int) -> np.ndarray:

@@ -21,10 +21,10 @@ class RollOut(NamedTuple):
 
 
 def roll_out(
-  seen: table.Observations,
+  rows: table.Observations,
   cost: Cost,
-  two: allocation.Allocation,
-  three: fitted.Fit | None,
+  approach2: allocation.Allocation,
+  approach3: fitted.Fit | None,
   least: int = 2,
 ) -> tuple[RollOut, ...]:
   """Every forecast of a larger budget's isoFLOP minimum from the `least` or more budgets below it.
@@ -33,18 +33,20 @@ def roll_out(
   so far, at its own optimum. What is found is the minimum of the larger budget's profile; budgets without one
   are not asked for.
   """
-  found = two.used
+  found = approach2.used
   trials = []
   for k in range(least, len(found)):
     top, larger = found[k - 1].flops, found[k:]
     ratio = [p.flops / top for p in larger]
     flops = np.array([p.flops for p in larger])
-    told = {'approach 2': allocation.power_law(*_lowest(found[:k]), floor=two.loss.floor)(flops)}
-    below = seen.flops <= 1.05 * top
-    if three is not None and below.sum() > len(three.problem.free):
-      law = law_fit.refit(three, weights=three.weights * below)
-      told['approach 3'] = planning.optimum(law.law, law.parameters, flops, cost)[2]
-    for approach, losses in told.items():
+    forecasts = {
+      'approach 2': allocation.power_law(*_lowest(found[:k]), floor=approach2.loss.floor)(flops)
+    }
+    below = rows.flops <= 1.05 * top
+    if approach3 is not None and below.sum() > len(approach3.problem.free):
+      law = law_fit.refit(approach3, weights=approach3.weights * below)
+      forecasts['approach 3'] = planning.optimum(law.law, law.parameters, flops, cost)[2]
+    for approach, losses in forecasts.items():
       for p, distance, loss in zip(larger, ratio, losses, strict=True):
         if np.isfinite(loss):
           error = float(np.log(loss / p.loss_opt))

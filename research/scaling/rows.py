@@ -95,79 +95,79 @@ def observe(
   if not rows:
     raise RowError('The table has no rows.')
   remarks: list[str] = []
-  found = find_columns(rows, columns, remarks)
-  kept, excluded, numbers_of, seen = [], [], [], {}
+  column_of = find_columns(rows, columns, remarks)
+  used, excluded, numbers_of, run_of = [], [], [], {}
   for i, row in enumerate(rows):
-    run = str(row.get(found.get('run'), '') or f'row {i + 1}')
-    reason, numbers = _why_not(row, found, role), {}
+    run = str(row.get(column_of.get('run'), '') or f'row {i + 1}')
+    reason, numbers = _why_not(row, column_of, role), {}
     if reason is None:
-      numbers, reason = _numbers(row, found, columns, f'row {i + 1} ({run})')
+      numbers, reason = _numbers(row, column_of, columns, f'row {i + 1} ({run})')
     if reason is None:
-      reason = _repeats(numbers, run, seen)
+      reason = _repeats(numbers, run, run_of)
     if reason is None:
-      kept.append(row)
+      used.append(row)
       numbers_of.append({'run': run, **numbers})
     else:
       excluded.append((run, reason))
-  if not kept:
+  if not used:
     why, count = collections.Counter(why for _, why in excluded).most_common(1)[0]
     raise RowError(f'No row is left to fit: of {len(rows)}, {count} left out because {why}.')
   arrays = {name: [row[name] for row in numbers_of] for name in ARRAYS}
   arrays['budget'] = _budgets(arrays['budget'], arrays['flops'])
   arrays = {name: np.array(values) for name, values in arrays.items()}
-  if 'flops' not in found:
+  if 'flops' not in column_of:
     arrays['flops'] = _budget_as_cost(arrays, remarks)
-  extra, labels = _other_columns(kept, found, columns)
+  extra, labels = _other_columns(used, column_of, columns)
   return Observations(
-    **arrays, excluded=tuple(excluded), columns=found, extra=extra, labels=labels,
+    **arrays, excluded=tuple(excluded), columns=column_of, extra=extra, labels=labels,
     remarks=tuple(dict.fromkeys(remarks)),
   )  # fmt: skip
 
 
 def find_columns(rows: list[Mapping], columns: Columns, remarks: list[str]) -> dict[str, str]:
   """quantity -> column name; what is assumed on the way joins `remarks`."""
-  found = {}
+  column_of = {}
   for quantity in columns_module.ALIASES:
     column = columns_module.find(rows, columns, quantity)
     if column is not None:
-      found[quantity] = column
-  missing = [quantity for quantity in ('params', 'loss') if quantity not in found]
-  if 'tokens' not in found and 'flops' not in found:
+      column_of[quantity] = column
+  missing = [quantity for quantity in ('params', 'loss') if quantity not in column_of]
+  if 'tokens' not in column_of and 'flops' not in column_of:
     missing.append('tokens (or flops)')
   if missing:
     raise columns_module.missing(missing, rows)
   for quantity in ('params', 'tokens', 'flops'):
-    if quantity in found:
-      scale = columns_module.scale_of(found[quantity], quantity, columns)
+    if quantity in column_of:
+      scale = columns_module.scale_of(column_of[quantity], quantity, columns)
       if scale != getattr(columns, f'{quantity}_unit'):
-        remarks.append(f'the column {found[quantity]!r} is read in units of {scale:g}.')
-  if 'tokens' not in found:
+        remarks.append(f'the column {column_of[quantity]!r} is read in units of {scale:g}.')
+  if 'tokens' not in column_of:
     unread = [c for c in columns_module.column_names(rows) if c.lower() == 't']
     also = f' ({unread[0]!r} is too small to be tokens)' if unread else ''
     remarks.append(
-      f'there is no column of tokens{also}: D = {found["flops"]} / (6 N) is assumed. If C is '
+      f'there is no column of tokens{also}: D = {column_of["flops"]} / (6 N) is assumed. If C is '
       'counted in another way, give the tokens (--tokens=COLUMN).'
     )
-  return found
+  return column_of
 
 
-def _why_not(row, found, role) -> str | None:
-  status = str(row.get(found.get('status'), '') or '').strip().lower()
+def _why_not(row, column_of, role) -> str | None:
+  status = str(row.get(column_of.get('status'), '') or '').strip().lower()
   if status not in DONE:
     return f'its status is {status!r}'
-  its = str(row.get(found.get('role'), '') or '').strip()
+  its = str(row.get(column_of.get('role'), '') or '').strip()
   if role is not None and its and its != role:
     return f'its role is {its!r}'
   return None
 
 
-def _numbers(row, found, columns: Columns, where: str) -> tuple[dict, str | None]:
+def _numbers(row, column_of, columns: Columns, where: str) -> tuple[dict, str | None]:
   """N, D, C, loss (nats) and budget of one row; or why the row does not count."""
   values = {}
   for quantity in columns_module.QUANTITIES:
-    if quantity not in found:
+    if quantity not in column_of:
       continue
-    column = found[quantity]
+    column = column_of[quantity]
     cell = row.get(column)
     if cells.is_blank(cell):
       return {}, f'its {column} is blank'
@@ -180,31 +180,31 @@ def _numbers(row, found, columns: Columns, where: str) -> tuple[dict, str | None
     if value <= 0 or math.isinf(value):
       raise RowError(f'{where}: {column} is {cell}; it must be positive and finite.')
     values[quantity] = value
-  unit = columns_module.loss_unit(found['loss'], columns)
+  unit = columns_module.loss_unit(column_of['loss'], columns)
   loss = values['loss']
   if unit == 'perplexity' and loss <= 1:
-    raise RowError(f'{where}: {found["loss"]} is {loss:g}; a perplexity is above 1.')
+    raise RowError(f'{where}: {column_of["loss"]} is {loss:g}; a perplexity is above 1.')
   loss = math.log(loss) if unit == 'perplexity' else loss * (math.log(2) if unit == 'bits' else 1.0)
   for quantity in ('params', 'tokens', 'flops'):
     if quantity in values:
-      values[quantity] *= columns_module.scale_of(found[quantity], quantity, columns)
+      values[quantity] *= columns_module.scale_of(column_of[quantity], quantity, columns)
   params = values['params']
   tokens = values['tokens'] if 'tokens' in values else values['flops'] / (6 * params)
   flops = values.get('flops', 6 * params * tokens)
-  budget = row.get(found.get('budget'))
+  budget = row.get(column_of.get('budget'))
   budget = None if cells.is_blank(budget) else budget
   return {'params': params, 'tokens': tokens, 'flops': flops, 'loss': loss, 'budget': budget}, None
 
 
-def _repeats(numbers: dict, run: str, seen: dict) -> str | None:
+def _repeats(numbers: dict, run: str, run_of: dict) -> str | None:
   """Why a row is the copy of another: two seeds never have one loss to every digit."""
   key = tuple(numbers[name] for name in ('params', 'tokens', 'flops', 'loss', 'budget'))
-  if key not in seen:
-    seen[key] = run
+  if key not in run_of:
+    run_of[key] = run
     return None
   # Rounded losses may agree by chance under two names.
   digits = len(f'{numbers["loss"]:.12g}'.replace('.', '').strip('0'))
-  return f'it repeats {seen[key]}' if digits >= 5 or seen[key] == run else None
+  return f'it repeats {run_of[key]}' if digits >= 5 or run_of[key] == run else None
 
 
 def _budgets(marks: list, flops: list[float]) -> list[float]:
@@ -237,10 +237,10 @@ def _budget_as_cost(arrays: dict, remarks: list[str]) -> np.ndarray:
   return budget
 
 
-def _other_columns(rows: list[Mapping], found: dict, columns: Columns) -> tuple[dict, dict]:
+def _other_columns(rows: list[Mapping], column_of: dict, columns: Columns) -> tuple[dict, dict]:
   """The other columns that hold numbers (NaN where blank), and those of few words."""
   extra, labels = {}, {}
-  taken = {found[quantity] for quantity in columns_module.QUANTITIES if quantity in found}
+  taken = {column_of[quantity] for quantity in columns_module.QUANTITIES if quantity in column_of}
   for name in columns_module.column_names(rows):
     column = [row.get(name) for row in rows]
     filled = [cell for cell in column if not cells.is_blank(cell)]

@@ -29,14 +29,14 @@ def where(rows: list[dict], conditions: Iterable[str]) -> list[dict]:
   """
   for condition in conditions:
     column, sign, wanted = _read(condition, rows)
-    kept = [row for row in rows if _meets(row.get(column), sign, wanted)]
-    if not kept:
+    matching = [row for row in rows if _meets(row.get(column), sign, wanted)]
+    if not matching:
       values = dict.fromkeys(
         str(row[column]) for row in rows if not cells.is_blank(row.get(column))
       )
       few = ', '.join(list(values)[:12])
       raise UserError(f'--where: no row left has {condition}; there are {few}.')
-    rows = kept
+    rows = matching
   return rows
 
 
@@ -57,10 +57,10 @@ def _read(condition: str, rows) -> tuple[str, str, list[str]]:
 
 def _column(name: str, rows) -> str:
   names = column_names(rows)
-  alike = [name] if name in names else [other for other in names if bare(other) == bare(name)]
-  if len(alike) != 1:
+  matches = [name] if name in names else [other for other in names if bare(other) == bare(name)]
+  if len(matches) != 1:
     raise UserError(f'--where: there is no column {name!r}.{did_you_mean(name, names)}')
-  return alike[0]
+  return matches[0]
 
 
 def _meets(cell, sign: str, wanted: list[str]) -> bool:

@@ -35,8 +35,8 @@ class Problem:
 
   @property
   def free(self) -> tuple[str, ...]:
-    held = {name for name, _ in self.fixed} | {name for name, _ in self.tied}
-    return tuple(name for name in self.law.parameters if name not in held)
+    constrained = {name for name, _ in self.fixed} | {name for name, _ in self.tied}
+    return tuple(name for name in self.law.parameters if name not in constrained)
 
   def values(self, z, center, exp=jnp.exp) -> dict:
     """Free coordinates [free, ...] -> every parameter's natural value [...]."""
@@ -133,9 +133,9 @@ def _propose(lane: _Lane, low, high):
   """A trial z, the decrease that its quadratic model promises, and whether the step was Newton's."""
   point, z = lane.point, lane.z
   # Coordinates pushed against a bound stay there for this step.
-  held = ((z <= low) & (point.gradient > 0)) | ((z >= high) & (point.gradient < 0))
-  gradient = jnp.where(held, 0.0, point.gradient)
-  mask = ~held[:, None] & ~held[None, :]
+  blocked = ((z <= low) & (point.gradient > 0)) | ((z >= high) & (point.gradient < 0))
+  gradient = jnp.where(blocked, 0.0, point.gradient)
+  mask = ~blocked[:, None] & ~blocked[None, :]
   eye = jnp.eye(z.shape[0])
   scale = jnp.maximum(jnp.diagonal(point.irls), 1e-12 * jnp.trace(point.irls) + _TINY)
   system = lambda m: jnp.where(mask, m + lane.damping * jnp.diag(scale), eye)

@@ -8,63 +8,63 @@ from research.scaling.columns import Columns
 from research.scaling.fitting import Options, fit_results
 
 
-def fit(picked: list[dict], asked, chosen: dict, every: list[dict]):
+def fit(picked: list[dict], parsed, chosen: dict, every: list[dict]):
   """What `research.fit` fits: an Analysis, a FittedLaw, TwoSteps or a FittedCoverage.
 
   Args:
     picked: the rows after --where and --pick; `every`: those before --pick, of which --then_pick takes its own.
-    asked: the parsed flags. chosen: `flags.options` of them.
+    parsed: the parsed flags. chosen: `flags.options` of them.
 
   Raises:
     UserError: a flag has no meaning for what is fitted.
   """
   law = chosen.get('law', Options().law)
   alone = 'law' in chosen and not flags.is_of_params_and_tokens(law)
-  if asked.then or alone:
+  if parsed.then or alone:
     _refuse(
-      asked, ('forecast', 'report'), 'no budget is split here: ask for --predict=NAME=X,NAME=X'
+      parsed, ('forecast', 'report'), 'no budget is split here: ask for --predict=NAME=X,NAME=X'
     )
-  if not asked.then:
-    _refuse(asked, ('then_pick', 'anchor'), '--then=LAW is missing, the second step')
-  if asked.then:
-    second_rows = selection.pick(every, asked.then_pick) if asked.then_pick else None
-    anchors = flags.points(asked.anchor, '--anchor')
-    rest = _arguments({'law': law, **chosen}, asked)
-    second = flags.law(asked.then)
+  if not parsed.then:
+    _refuse(parsed, ('then_pick', 'anchor'), '--then=LAW is missing, the second step')
+  if parsed.then:
+    second_rows = selection.pick(every, parsed.then_pick) if parsed.then_pick else None
+    anchors = flags.points(parsed.anchor, '--anchor')
+    rest = _arguments({'law': law, **chosen}, parsed)
+    second = flags.law(parsed.then)
     return two_step.fit_two_steps(
       picked, law, second, second_rows=second_rows, anchors=anchors, **rest
     )
   if not alone:
-    _refuse(asked, ('examples',), f'{law.name} gives a loss, and not a share of examples')
+    _refuse(parsed, ('examples',), f'{law.name} gives a loss, and not a share of examples')
     return fit_results(picked, **chosen)
   columns = chosen.get('columns', Columns())
   if isinstance(law, laws.CoverageOfSamples) and sampling_fit.has_counts(picked, columns):
     ignored = ('examples', 'fix', 'tie', 'robust', 'residuals', 'resample')
     _refuse(
-      asked, ignored, 'a table of counts is fitted in one way, and its bootstrap draws problems'
+      parsed, ignored, 'a table of counts is fitted in one way, and its bootstrap draws problems'
     )
-    return sampling_fit.fit_coverage(picked, **_arguments(chosen, asked))
-  if asked.examples is not None:
+    return sampling_fit.fit_coverage(picked, **_arguments(chosen, parsed))
+  if parsed.examples is not None:
     _refuse(
-      asked, ('robust', 'residuals', 'resample'), 'with --examples the noise is that of counts'
+      parsed, ('robust', 'residuals', 'resample'), 'with --examples the noise is that of counts'
     )
-  return any_law.fit_law(picked, law, **_arguments(chosen, asked))
+  return any_law.fit_law(picked, law, **_arguments(chosen, parsed))
 
 
-def _arguments(chosen: dict, asked) -> dict:
+def _arguments(chosen: dict, parsed) -> dict:
   """Arguments of a fit whose law is given apart; the options know of the examples."""
   arguments = flags.of_a_law(chosen)
   del arguments['law']
-  if asked.examples is not None:
-    examples = flags.number_or_column(asked.examples)
+  if parsed.examples is not None:
+    examples = flags.number_or_column(parsed.examples)
     arguments['options'] = dataclasses.replace(arguments['options'], examples=examples)
   return arguments
 
 
-def _refuse(asked, names: tuple[str, ...], why: str) -> None:
+def _refuse(parsed, names: tuple[str, ...], why: str) -> None:
   """An error for a flag that was given and would be ignored."""
   for name in names:
-    if getattr(asked, name):
+    if getattr(parsed, name):
       raise UserError(f'--{name}: {why}.')
 
 

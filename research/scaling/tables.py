@@ -59,7 +59,7 @@ def read(path) -> Table:
     beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     kind = 'a folder and not a file' if path.is_dir() else 'not a file'
     raise RowError(f'{path} is {kind}.{did_you_mean(path.name, beside)}')
-  told = []
+  remarks = []
   try:
     data = path.read_bytes()
   except OSError as error:
@@ -70,22 +70,22 @@ def read(path) -> Table:
         data = decompress(data)
       except DAMAGED:
         raise RowError(f'{path} is a damaged or cut {name} file.') from None
-      told.append(f'compressed by {name}')
+      remarks.append(f'compressed by {name}')
   for magic, kind in REFUSED.items():
     if data.startswith(magic):
       raise RowError(f'{path} is {kind}.')
   if data[:4] == b'PAR1' or path.suffix in ('.parquet', '.pq'):
-    return Table(_read_parquet(path, data), _line(told))
-  text = _decode(path, data, told)
+    return Table(_read_parquet(path, data), _line(remarks))
+  text = _decode(path, data, remarks)
   if not text.strip():
     raise RowError(f'{path} is empty.')
   if text.lstrip()[:1] in ('[', '{') or path.suffix in ('.json', '.jsonl', '.ndjson'):
-    return Table(read_json_rows(path, text), _line(told))
-  return Table(_read_separated(path, text, told), _line(told))
+    return Table(read_json_rows(path, text), _line(remarks))
+  return Table(_read_separated(path, text, remarks), _line(remarks))
 
 
-def _line(told: list[str]) -> str:
-  return ', '.join(told)
+def _line(remarks: list[str]) -> str:
+  return ', '.join(remarks)
 
 
 def _read_parquet(path, data: bytes) -> list[dict]:
@@ -99,7 +99,7 @@ def _read_parquet(path, data: bytes) -> list[dict]:
     raise RowError(f'{path} is no Parquet file, or a damaged one: {reason}.') from None
 
 
-def _decode(path, data: bytes, told: list[str]) -> str:
+def _decode(path, data: bytes, remarks: list[str]) -> str:
   for mark, encoding in (
     (b'\xff\xfe', 'utf-16'),
     (b'\xfe\xff', 'utf-16'),
@@ -107,7 +107,7 @@ def _decode(path, data: bytes, told: list[str]) -> str:
   ):
     if data.startswith(mark):
       if encoding == 'utf-16':
-        told.append('UTF-16')
+        remarks.append('UTF-16')
       try:
         return data.decode(encoding)
       except UnicodeDecodeError:
@@ -117,7 +117,7 @@ def _decode(path, data: bytes, told: list[str]) -> str:
   try:
     return data.decode('utf-8')
   except UnicodeDecodeError:
-    told.append('not UTF-8, read as Windows-1252')
+    remarks.append('not UTF-8, read as Windows-1252')
     return data.decode('cp1252', errors='replace')
 
 
@@ -127,7 +127,7 @@ def _decode(path, data: bytes, told: list[str]) -> str:
 # CSV and its like.
 
 
-def _read_separated(path, text: str, told: list[str]) -> list[dict]:
+def _read_separated(path, text: str, remarks: list[str]) -> list[dict]:
   lines = text.splitlines(keepends=True)
   comments = 0
   while comments < len(lines) and (lines[comments][:1] == '#' or not lines[comments].strip()):
@@ -136,7 +136,7 @@ def _read_separated(path, text: str, told: list[str]) -> list[dict]:
     raise RowError(f'{path} holds comments and no rows.')
   separator, records = _split(path, ''.join(lines[comments:]))
   if separator != ',':
-    told.append(f'separated by {SEPARATORS.get(separator, "spaces")}')
+    remarks.append(f'separated by {SEPARATORS.get(separator, "spaces")}')
   (_, head), *records = records
   names = _names(path, head, records)
   rows = []
@@ -152,7 +152,7 @@ def _read_separated(path, text: str, told: list[str]) -> list[dict]:
     rows.append({name: record[i] for name, i in names.items()})
   if not rows:
     raise RowError(f'{path} has names of columns and no rows.')
-  _decimal_marks(path, rows, told)
+  _decimal_marks(path, rows, remarks)
   return rows
 
 
@@ -218,7 +218,7 @@ def _names(path, head: list[str], records) -> dict[str, int]:
   return names
 
 
-def _decimal_marks(path, rows: list[dict], told: list[str]) -> None:
+def _decimal_marks(path, rows: list[dict], remarks: list[str]) -> None:
   """Writes what has commas among its digits as a plain number, in place, where the table shows how."""
   try:
     mark = cells.decimal_mark(cell for row in rows for cell in row.values())
@@ -226,6 +226,6 @@ def _decimal_marks(path, rows: list[dict], told: list[str]) -> None:
     raise RowError(f'{path} has {error}: write all numbers in one way.') from None
   if mark is None:
     return
-  told.append('decimal commas' if mark == cells.DECIMAL_COMMA else 'commas between thousands')
+  remarks.append('decimal commas' if mark == cells.DECIMAL_COMMA else 'commas between thousands')
   for row in rows:
     row.update({name: cells.plain(cell, mark) for name, cell in row.items() if ',' in cell})

@@ -23,8 +23,8 @@ def summary(a) -> str:
       if p.refused:
         lines.append(f'  C {p.flops:<9.3g} refused: {p.refused}')
       else:
-        found = f'N* {p.params_opt:<9.3g} D* {p.tokens_opt:<9.3g} loss {p.loss_opt:.4f}'
-        lines.append(f'  C {p.flops:<9.3g} {found}' + ''.join(f'  ({w})' for w in p.warnings))
+        optimum = f'N* {p.params_opt:<9.3g} D* {p.tokens_opt:<9.3g} loss {p.loss_opt:.4f}'
+        lines.append(f'  C {p.flops:<9.3g} {optimum}' + ''.join(f'  ({w})' for w in p.warnings))
   if a.approach3 is not None:
     fit, spread = a.approach3, a.bootstrap.intervals(a.level)
     lines.append(f'Approach 3, {fit.law.name}: L = {fit.law.form}   objective {fit.objective:.10g}')
@@ -32,8 +32,8 @@ def summary(a) -> str:
       low, high = spread[name]
       lines.append(f'  {name:6s} {value:<11.5g} [{low:.4g}, {high:.4g}]')
     lines += fitted.show_minima(fit)
-    if told := comparison.sentence(a.compared):
-      lines.append(f'  {told}')
+    if sentence := comparison.sentence(a.compared):
+      lines.append(f'  {sentence}')
   for name, why in a.refusals.items():
     lines.append(f'{name} refused: {why}')
   lines.append(f'Exponents, with {a.level:.0%} intervals (N* ~ C^a, D* ~ C^b):')

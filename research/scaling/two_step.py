@@ -136,10 +136,10 @@ def _same_unit(rows, first: Law, columns: Columns) -> Columns:
 
 def _options_of(options: Options, law: Law, other: Law, **changes) -> Options:
   """The options of one step: of the held and tied parameters those that its law has."""
-  kept = {}
+  own_values = {}
   for name in ('fixed', 'tied'):
-    asked = dict(getattr(options, name) or {})
-    for parameter in asked:
+    wanted = dict(getattr(options, name) or {})
+    for parameter in wanted:
       owners = [owner.name for owner in (law, other) if parameter in owner.parameters]
       if len(owners) != 1:
         known = {*law.parameters, *other.parameters}
@@ -147,8 +147,8 @@ def _options_of(options: Options, law: Law, other: Law, **changes) -> Options:
         raise LawError(
           f'Parameter {parameter!r} is of {which}.{did_you_mean(parameter, known) if not owners else ""}'
         )
-    kept[name] = {key: value for key, value in asked.items() if key in law.parameters}
-  return dataclasses.replace(options, **kept, **changes)
+    own_values[name] = {key: value for key, value in wanted.items() if key in law.parameters}
+  return dataclasses.replace(options, **own_values, **changes)
 
 
 def _emergence(rows, steps, columns: Columns, role) -> Emergence | None:

@@ -19,7 +19,7 @@ def get_done(flags, sweep: Sweep, runs: list[Planned], folder: Folder, table: Ta
   """Has the launcher start workers until every run is over; False where the user must start them."""
   launcher = by_name.named(flags.launcher) if flags.launcher else sweep.launcher
   if flags.address:
-    launcher = by_name.at(launcher, flags.address)
+    launcher = by_name.with_address(launcher, flags.address)
 
   def waiting() -> list[Planned]:
     return [run for run in runs if folder.row(run) is None]

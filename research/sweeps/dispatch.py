@@ -48,9 +48,9 @@ class Dispatch:
         that no slot is without work.
     """
     now = time.monotonic()
-    found: list[tuple[str, ...]] = []
+    groups: list[tuple[str, ...]] = []
     if most < 1:
-      return found
+      return groups
     free: dict[tuple, list[Planned]] = collections.defaultdict(list)
     for run in self.waiting.values():
       if len(free) > most and Worker.kind(run) not in free:
@@ -65,13 +65,13 @@ class Dispatch:
     for alike in free.values():
       size = self._size(alike, slots)
       for start in range(0, len(alike), size):
-        if len(found) == most:
+        if len(groups) == most:
           break
         group = alike[start : start + size]
-        found.append(tuple(run.name for run in group))
+        groups.append(tuple(run.name for run in group))
         for run in group:
           self.given[run.name] = self.waiting.pop(run.name)
-    return found
+    return groups
 
   def _size(self, alike: list[Planned], slots: int) -> int:
     """Members of a group: a whole population, unless other slots would then run out of work."""

@@ -201,7 +201,7 @@ def fleet_hosts(flags, sweep: Sweep) -> int | None:
   """
   if flags.fleet is not None or not flags.address:
     return flags.fleet
-  launcher = by_name.at(
+  launcher = by_name.with_address(
     by_name.named(flags.launcher) if flags.launcher else sweep.launcher, flags.address
   )
   return launcher.slots()

@@ -78,42 +78,42 @@ def simulate(jobs: Sequence[Job], fleet: Fleet, retries: int, seed: int) -> Simu
   """
   chance = random.Random(seed)
   rate = fleet.preemptions / 3600
-  left = [job.seconds for job in jobs]
+  remaining = [job.seconds for job in jobs]
   failures = [0] * len(jobs)
-  ready = [(-seconds, i) for i, seconds in enumerate(left)]
+  ready = [(-seconds, i) for i, seconds in enumerate(remaining)]
   heapq.heapify(ready)
   waiting: list[tuple[float, int]] = []  # (when its lease expires, run)
   free = [0.0] * fleet.hosts  # when each host can take a run
   end, lost, trained = 0.0, 0.0, 0.0
   preempted = failed = 0
   while ready or waiting:
-    now = heapq.heappop(free)
-    if not ready and waiting[0][0] > now:
+    clock_time = heapq.heappop(free)
+    if not ready and waiting[0][0] > clock_time:
       heapq.heappush(free, waiting[0][0])
       continue
-    while waiting and waiting[0][0] <= now:
+    while waiting and waiting[0][0] <= clock_time:
       _, i = heapq.heappop(waiting)
-      heapq.heappush(ready, (-left[i], i))
+      heapq.heappush(ready, (-remaining[i], i))
     _, i = heapq.heappop(ready)
-    needs = fleet.start + left[i]
+    needs = fleet.start + remaining[i]
     alive = chance.expovariate(rate) if rate else float('inf')
     if alive >= needs:
       trained += jobs[i].seconds
-      end = max(end, now + needs)
-      heapq.heappush(free, now + needs)
+      end = max(end, clock_time + needs)
+      heapq.heappush(free, clock_time + needs)
       continue
     done = max(0.0, alive - fleet.start)
     saved = done - done % jobs[i].saved_every
-    left[i] -= saved
+    remaining[i] -= saved
     lost += done - saved
     preempted += 1
-    heapq.heappush(free, now + alive + fleet.replace)
+    heapq.heappush(free, clock_time + alive + fleet.replace)
     failures[i] += not saved
     if failures[i] > retries:
       failed += 1
-      end = max(end, now + alive)
+      end = max(end, clock_time + alive)
     else:
-      heapq.heappush(waiting, (now + alive + fleet.lease, i))
+      heapq.heappush(waiting, (clock_time + alive + fleet.lease, i))
   return Simulated(end, preempted, lost, trained, failed)
 
 

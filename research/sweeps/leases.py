@@ -218,8 +218,8 @@ class Heartbeat:
     last_change = time.monotonic()
     # Four times within its duration, so that a lease survives renewals that fail.
     while not self.stop.wait(self.leases[0].leases.seconds / 4):
-      if (now := self.progress()) != last:
-        last = now
+      if (current := self.progress()) != last:
+        last = current
         last_change = time.monotonic()
       if time.monotonic() - last_change > self.patience:
         continue

@@ -45,8 +45,8 @@ def state(folder: Folder, run: Planned) -> tuple[str, str, str]:
   if not curve:
     return ('starting' if folder.run(run).exists() else 'waiting'), '', ''
   last = curve[-1]
-  left = (run.steps - last['step']) * run.tokens / run.steps
-  eta = left / max(last.get('tokens_per_second', 0.0), 1.0)
+  tokens_left = (run.steps - last['step']) * run.tokens / run.steps
+  eta = tokens_left / max(last.get('tokens_per_second', 0.0), 1.0)
   progress = f'{last["step"] / run.steps:4.0%}, {text.clock(eta)} left'
   return 'running', f'{last["loss"]:.4f}', progress
 
@@ -157,8 +157,11 @@ def time_left(folder: Folder, runs: list[Planned]) -> str:
   flops = sum(run.cost for run, _ in trained)
   if not (flops and waiting):
     return ''
-  left = sum(run.cost for run in waiting) * spent / flops
-  return f'{text.clock(spent)} of training so far, about {text.clock(left)} to go, summed over the workers'
+  seconds_left = sum(run.cost for run in waiting) * spent / flops
+  return (
+    f'{text.clock(spent)} of training so far, about {text.clock(seconds_left)} to go, '
+    'summed over the workers'
+  )
 
 
 def show_plan(sweep: Sweep, runs: list[Planned]) -> None:

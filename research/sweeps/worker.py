@@ -88,7 +88,7 @@ class Worker:
     """A quick guess at the shape of a run; `companions` compares the whole runs."""
     return run.size.name, run.steps, run.batch_size, run.parent
 
-  def whole(self, planned: Planned, left: float) -> bool:
+  def whole(self, planned: Planned, flops_left: float) -> bool:
     """Whether this worker takes a whole population of the run's shape, so that no other compiles for it.
 
     Towards the end of a sweep the workers divide a population instead. Otherwise the workers without a share
@@ -97,7 +97,7 @@ class Worker:
     if planned.parent:
       return False
     members = min(self.sweep.population, len(self.alike[self.kind(planned)]))
-    return self.peers * members * planned.cost <= left
+    return self.peers * members * planned.cost <= flops_left
 
   def do(self, planned: Planned, whole: bool = False) -> bool:
     """Trains a run and others of its shape. False where the run is over, not ready, or another worker's."""

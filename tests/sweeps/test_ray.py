@@ -227,8 +227,8 @@ def test_what_is_wrong_with_the_launcher_is_told(monkeypatch):
   with pytest.raises(Invalid, match=r'Ray\.cpus: 0, and nothing else that a task takes'):
     ray.Ray(cpus=0)
   with pytest.raises(UserError, match=r'--address=a:1: Local has no address; give --launcher=ray'):
-    by_name.at(Local(), 'a:1')
-  assert by_name.at(by_name.named('ray'), 'a:1').address == 'a:1'
+    by_name.with_address(Local(), 'a:1')
+  assert by_name.with_address(by_name.named('ray'), 'a:1').address == 'a:1'
 
 
 def test_without_the_extra_the_launcher_says_how_to_install_it(monkeypatch):

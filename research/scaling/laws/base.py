@@ -103,8 +103,8 @@ class Law:
 
   def __init_subclass__(cls, **kwargs):
     super().__init_subclass__(**kwargs)
-    own = {name: value for name, value in vars(cls).items() if isinstance(value, Parameter)}
-    cls.parameters = {**getattr(cls, 'parameters', {}), **own}
+    declared = {name: value for name, value in vars(cls).items() if isinstance(value, Parameter)}
+    cls.parameters = {**getattr(cls, 'parameters', {}), **declared}
 
   def predict(self, p, x):
     raise NotImplementedError

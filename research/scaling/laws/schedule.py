@@ -51,16 +51,16 @@ class MultiPower(Law):
     """[drops, 3]: how far the rate fell, where it then was, and the sum of rates before that step."""
     if lr.ndim != 1 or len(lr) == 0 or not np.isfinite(lr).all() or (lr < 0).any():
       raise LawError('MultiPower.schedules: a schedule is a list of learning rates, none negative.')
-    fell = -np.diff(lr)
-    at = np.flatnonzero(fell != 0) + 1
-    if len(at) == 0:
+    falls = -np.diff(lr)
+    changes = np.flatnonzero(falls != 0) + 1
+    if len(changes) == 0:
       return np.array([[0.0, 1.0, np.inf]])
-    rate = np.maximum(lr[at], 1e-30)  # a rate of zero pays at once
-    each = np.stack([fell[at - 1], rate, np.cumsum(lr)[at - 1]], 1)
-    if self.knots is None or len(each) <= self.knots:
-      return each
-    groups = np.array_split(np.arange(len(at)), self.knots)
-    return np.array([[each[g, 0].sum(), *each[g, 1:].mean(0)] for g in groups])
+    rate = np.maximum(lr[changes], 1e-30)  # a rate of zero pays at once
+    drops = np.stack([falls[changes - 1], rate, np.cumsum(lr)[changes - 1]], 1)
+    if self.knots is None or len(drops) <= self.knots:
+      return drops
+    groups = np.array_split(np.arange(len(changes)), self.knots)
+    return np.array([[drops[g, 0].sum(), *drops[g, 1:].mean(0)] for g in groups])
 
   def points(self, schedule: int, steps) -> dict[str, np.ndarray]:
     """Inputs for the losses of run `schedule` after `steps` of its steps (counted from 1)."""

@@ -20,12 +20,12 @@ def colors_of(keys: Sequence) -> dict:
   return dict(zip(keys, colormaps[MAP](np.linspace(0.05, 0.85, len(keys))), strict=True))
 
 
-def sizes(seen: Observations, a: Analysis | None = None):
+def sizes(observations: Observations, a: Analysis | None = None):
   """Final losses of every size against D, with the fitted law if there is one, and against C."""
   figure, (by_tokens, by_flops) = new_figure(2)
   law = a is not None and a.approach3 is not None
-  for n, color in colors_of(np.unique(seen.params)).items():
-    rows = seen.take(seen.params == n)
+  for n, color in colors_of(np.unique(observations.params)).items():
+    rows = observations.take(observations.params == n)
     order = np.argsort(rows.tokens)
     style = {'color': color, 'markersize': 4, 'linewidth': 0.9}
     by_tokens.plot(rows.tokens[order], rows.loss[order], 'o' if law else 'o-', **style)

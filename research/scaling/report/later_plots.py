@@ -15,16 +15,16 @@ def two_steps(steps: TwoSteps):
 
   A law of N and D is a surface, so that the left side shows it row by row; the line there is a perfect fit.
   """
-  figure, (left, right) = new_figure(2)
+  figure, (first_axes, second_axes) = new_figure(2)
   first, second = steps.first.fit, steps.second.fit
-  left.plot(first.observed, first.fitted, 'o', color=SECOND, markersize=4)
+  first_axes.plot(first.observed, first.fitted, 'o', color=SECOND, markersize=4)
   ends = [
     min(first.observed.min(), first.fitted.min()),
     max(first.observed.max(), first.fitted.max()),
   ]
-  left.plot(ends, ends, color=INK, linewidth=0.8)
+  first_axes.plot(ends, ends, color=INK, linewidth=0.8)
   misses = 100 * np.abs(first.fitted / first.observed - 1)
-  left.set(
+  first_axes.set(
     xlabel='measured task loss', ylabel='fitted task loss',
     title=f'Step 1, {first.law.name}: {np.mean(misses):.2g}% mean error',
   )  # fmt: skip
@@ -34,16 +34,16 @@ def two_steps(steps: TwoSteps):
   line = np.linspace(max(low - BEYOND * (high - low), 1e-6), high + BEYOND * (high - low), POINTS)
   parameters = {name: values[:, None] for name, values in steps.second.bootstrap.parameters.items()}
   band = steps.second.bootstrap.interval(second.law(parameters, **{steps.joint: line}), steps.level)
-  right.fill_between(
+  second_axes.fill_between(
     line, *band, color=ACCENT, alpha=0.2, linewidth=0, label=f'{steps.level:.0%} interval'
   )
-  right.plot(
+  second_axes.plot(
     loss[measured], second.observed[measured], '.', color=SECOND, markersize=3, label='rows'
   )
-  right.plot(line, second.predict(**{steps.joint: line}), color=ACCENT, label=second.law.name)
-  right.invert_xaxis()  # better models to the right
-  right.set(xlabel='task loss', ylabel=second.law.output, title=f'Step 2: {second.law.name}')
-  right.legend(frameon=False, fontsize=8)
+  second_axes.plot(line, second.predict(**{steps.joint: line}), color=ACCENT, label=second.law.name)
+  second_axes.invert_xaxis()  # better models to the right
+  second_axes.set(xlabel='task loss', ylabel=second.law.output, title=f'Step 2: {second.law.name}')
+  second_axes.legend(frameon=False, fontsize=8)
   return figure
 
 

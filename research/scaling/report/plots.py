@@ -102,8 +102,8 @@ def allocation(a: Analysis, forecast: Forecast | None = None):
       c, *band, color=ACCENT, alpha=0.15, linewidth=0, label=f'{BAND} of approach {which}'
     )
     ax.plot(c, getattr(best, field), color=ACCENT, label=_slope_label(exponents, name, which))
-    for k, found, color in ((2, a.approach2, SECOND), (1, a.approach1, '#7d3c98')):
-      if found is None or k == which:
+    for k, answer, color in ((2, a.approach2, SECOND), (1, a.approach1, '#7d3c98')):
+      if answer is None or k == which:
         continue
       if k == 2:
         band = a.interval(getattr(a.optimum_samples(c, 'approach 2'), field))
@@ -111,7 +111,7 @@ def allocation(a: Analysis, forecast: Forecast | None = None):
           c, *band, color=SECOND, alpha=0.15, linewidth=0, label=f'{BAND} of approach 2'
         )
       ax.plot(
-        c, getattr(found, field)(c), '--', color=color, label=_slope_label(exponents, name, k)
+        c, getattr(answer, field)(c), '--', color=color, label=_slope_label(exponents, name, k)
       )
     if a.approach2 is not None:
       for p in a.approach2.used:
@@ -168,12 +168,14 @@ def forecast(a: Analysis, forecast: Forecast, outcome: float | None = None):
 def _by_the_rule(ax, a: Analysis, flops):
   """The forecasts of `a.rule`, each of one new run with its own scatter."""
   try:
-    told = [a.forecast(float(c)) for c in flops]
+    forecasts = [a.forecast(float(c)) for c in flops]
   except NoForecast:
     return
-  low, high = ([getattr(f, name) for f in told] for name in ('loss_low', 'loss_high'))
+  low, high = ([getattr(f, name) for f in forecasts] for name in ('loss_low', 'loss_high'))
   ax.fill_between(flops, low, high, color=INK, alpha=0.1, linewidth=0, label=f'its {BAND}')
-  ax.plot(flops, [f.loss for f in told], color=INK, linewidth=1.2, label=f'by the rule: {a.rule}')
+  ax.plot(
+    flops, [f.loss for f in forecasts], color=INK, linewidth=1.2, label=f'by the rule: {a.rule}'
+  )
 
 
 def residuals(a: Analysis):

@@ -81,11 +81,11 @@ def facts(title: str, facts: Mapping | None) -> str:
 
 def _headline(a: Analysis, forecast, outcome) -> str:
   """The exponents as fitted, the best split by the rule that forecasts, and the forecast."""
-  found = a.exponents()
+  exponents = a.exponents()
   which = 'approach 3' if a.approach3 is not None else 'approach 2'
   grows = []
   for letter, symbol in (('a', 'N'), ('b', 'D')):
-    value, low, high = found[f'{letter}, {which}']
+    value, low, high = exponents[f'{letter}, {which}']
     sure = f'(assumed, since {a.assumed})' if a.assumed else page.interval(low, high)
     grows.append(f'<i>{symbol}</i>* ∝ <i>C</i><sup>{value:.3f}</sup></b> {sure}')
   text = (
@@ -94,13 +94,13 @@ def _headline(a: Analysis, forecast, outcome) -> str:
     f'of tokens as <b>{grows[1]} ({which}). {_best_split(a)}'
   )
   if forecast is not None:
-    at = f'{forecast.extrapolation:.2g} times the largest budget'
+    scale = f'{forecast.extrapolation:.2g} times the largest budget'
     interval = page.interval(forecast.loss_low, forecast.loss_high, 4)
     loss = f'forecast as <b>{forecast.loss:.4f}</b> {interval}'
     text += (
-      f' At {at} the loss is {loss}.'
+      f' At {scale} the loss is {loss}.'
       if outcome is None
-      else f' Before the run at {at} started, its loss was {loss}; it came out at <b>{outcome:.4f}</b>, '
+      else f' Before the run at {scale} started, its loss was {loss}; it came out at <b>{outcome:.4f}</b>, '
       f'an error of <b>{forecast.error(outcome):+.2%}</b>.'
     )
   return f'<p class="headline">{text}</p>'
@@ -170,8 +170,8 @@ def _law(a: Analysis) -> str:
   fit, spread = a.approach3, a.bootstrap.intervals(a.level)
   source = f'<span class="small">({page.text(fit.law.source)})</span>'
   out += f'<p><i>L</i> = {page.formula(fit.law.form)} {source}</p>'
-  if told := comparison.sentence(a.compared):
-    out += f'<p>{page.text(told)}</p>'
+  if sentence := comparison.sentence(a.compared):
+    out += f'<p>{page.text(sentence)}</p>'
   rows = [
     (
       page.GREEK.get(name, name),
@@ -242,8 +242,8 @@ def _forecast(a: Analysis, forecast, outcome) -> str:
 def _doubts(a: Analysis, forecast) -> str:
   out = '<h2>How far to believe it</h2>'
   items = [*a.notes, *(f'{name} refused: {why}' for name, why in a.refusals.items())]
-  if forecast is not None and (found := forecast.parts):
-    low, high = min(found.values()), max(found.values())
+  if forecast is not None and (parts := forecast.parts):
+    low, high = min(parts.values()), max(parts.values())
     if high / low > 1.02:
       items.append(
         f'The approaches forecast losses from {low:.4f} to {high:.4f}: {high / low - 1:.0%} apart.'

@@ -66,7 +66,7 @@ def named(name: str) -> Launcher:
   return launcher
 
 
-def at(launcher: Launcher, address: str) -> Launcher:
+def with_address(launcher: Launcher, address: str) -> Launcher:
   """The launcher with the cluster of --address.
 
   Raises:
