@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from research.scaling import bootstrap, law_fit, solver
+from research.scaling import bootstrap, law_fit, objective
 from research.scaling.laws.base import Law, precise
 
 
@@ -47,7 +47,7 @@ def coverage(
   """
   rng = np.random.default_rng(seed)
   robust, residuals = robust or law.robust, residuals or law.residuals
-  problem = solver.Problem(law, robust, residuals)
+  problem = objective.Problem(law, robust, residuals)
   data, clean = law_fit.make_data(law, inputs, law(values, **inputs))
   target = np.log(clean) if residuals == 'log' else clean
   n, p = len(clean), len(problem.free)

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from research.core.errors import UserError
-from research.scaling import solver
+from research.scaling import objective
 from research.scaling.laws.base import Law, precise
 
 
@@ -32,7 +32,7 @@ class Minimum:
 class Fit:
   """A fitted law. Arrays are per row; `covariance` is that of the free dimensionless coordinates `z`."""
 
-  problem: solver.Problem
+  problem: objective.Problem
   parameters: dict[str, float]
   objective: float
   minima: tuple[Minimum, ...]

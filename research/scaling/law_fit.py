@@ -1,4 +1,4 @@
-"""Fitting a law to rows: every distinct minimum, its curvature, and a refusal where rows cannot tell."""
+"""Fits a law to rows: every distinct minimum, its curvature, and an error where rows do not determine it."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,16 +7,18 @@ import jax
 import numpy as np
 
 from research.core.errors import did_you_mean
-from research.scaling import projection, solver
+from research.scaling import curvature, projection, solver
 from research.scaling.fit_data import make_data
 from research.scaling.fitted import Fit, Minimum, NotIdentifiable, cure, near_zero, unidentified
 from research.scaling.laws.base import Law, LawError, precise
+from research.scaling.objective import LOSSES, TINY, Problem
 
-# Above this many rows the starts are run on a random subset, and only distinct minima on all rows.
+# With more rows than this, all starts run on a random subset, and only the distinct minima run on all rows.
 SUBSET = 4096
-# A grid of fewer starts than this, as is left where parameters are held, can miss the optimum.
+# A smaller grid, which remains where most parameters are fixed, can miss the optimum.
 FEWEST_STARTS = 64
-LOSS_NAMES = ('huber', 'l1', 'l2')
+# The chi-squared of one degree of freedom that 5% exceed.
+CHI_SQUARED_5 = 3.84
 RESIDUALS = ('log', 'linear')
 STARTS = ('grid', 'projected')
 
@@ -39,21 +41,29 @@ def fit(
   """Minimises sum_i weights_i rho(residual_i) from every start.
 
   Args:
-    law: what to fit; `inputs` holds an array [rows] for each of its inputs, `loss` [rows] what it predicts.
-    robust: 'huber' (quadratic within `delta`), 'l1' or 'l2'; None: the law's own, `law.robust`. `tau` other
-      than 1/2 makes it asymmetric.
-    residuals: 'log' (of predicted over observed) or 'linear' (predicted minus observed); None: the law's own.
-    fixed: parameters held at a natural value; tied: parameters that take another's value.
-    starts: 'grid' (the law's own), 'projected' (of the parameters that are not linear; the others are solved
-      for: fewer starts, `projection.py`), or natural values, an array [starts] for every parameter.
-    check: raise NotIdentifiable where the rows cannot tell the parameters (see `unidentified`).
+    law: what to fit.
+    inputs: an array [rows] for each input of the law.
+    loss: the law's output in each row, [rows].
+    weights: of the rows [rows]; None for ones.
+    robust: rho, 'huber' (quadratic within `delta`), 'l1' or 'l2'; None for that of the law, `law.robust`.
+    delta, tau: of rho, see `objective.rho`. A `tau` other than 1/2 makes it asymmetric.
+    residuals: 'log' (ln predicted - ln observed) or 'linear' (predicted - observed); None for those of the law.
+    fixed: natural values of the parameters that do not move.
+    tied: the parameters that equal another one, name -> name.
+    starts: 'grid' for that of the law; 'projected' for a grid over the parameters that are not linear, where
+      the others are solved for (`projection.starts`); or natural values, an array [starts] of each parameter.
+    check: whether to check that the rows determine the parameters.
+
+  Raises:
+    LawError: an input is missing, a value is impossible, or an option is unknown.
+    NotIdentifiable: the rows do not determine the parameters; see `not_determined`.
   """
   robust = law.robust if robust is None else robust
   residuals = law.residuals if residuals is None else residuals
-  problem = solver.Problem(
+  problem = Problem(
     law, robust, residuals, _pairs(law, fixed or {}), _pairs(law, tied or {}, names=True)
   )
-  _check_choice('robust', robust, LOSS_NAMES)
+  _check_choice('robust', robust, LOSSES)
   _check_choice('residuals', residuals, RESIDUALS)
   if residuals == 'log' and law.output in law.plain:
     raise LawError(
@@ -68,7 +78,7 @@ def fit(
   z0 = _starts(problem, starts, data, target, w)
   minima = _multistart(problem, data, z0, target, w, delta, tau)
   best = minima[0]
-  curvature = _covariance(problem, data, best[0], target, w, delta, tau)
+  spread = curvature.covariance(problem, data, best[0], target, w, delta, tau)
   result = Fit(
     problem=problem,
     parameters=_floats(problem.values(best[0], data['center'], np.exp)),
@@ -79,7 +89,7 @@ def fit(
     ),
     starts=len(z0),
     z=best[0],
-    **curvature,
+    **spread,
     data=data,
     observed=y,
     weights=w,
@@ -92,23 +102,23 @@ def fit(
 
 
 def not_determined(result: Fit) -> list[str]:
-  """Why the rows may not determine the parameters, by the data and by profiles; empty when they do."""
+  """Reasons why the rows may not determine the parameters, by the data and by profiles; empty when they do."""
   return unidentified(result) or _no_better_than_zero(result)
 
 
 def _no_better_than_zero(result: Fit) -> list[str]:
-  """The parameters without which the rows are fitted as well, by the likelihood ratio of a profile.
+  """Reasons for the parameters without which the law fits as well, by a likelihood ratio.
 
-  n ln(f0 / f1) of the objectives without and with the parameter is chi-squared of one degree for normal
-  errors, and half of that ratio for Laplace's, so that 3.84 is the cautious threshold of 5%.
+  With the objectives f0 without a parameter and f1 with it, n ln(f0 / f1) is chi-squared of one degree of
+  freedom for normal errors, and for Laplace errors half of that: the threshold of 5% is the cautious one.
   """
   reasons = []
   for name in near_zero(result):
     parameter = result.law.parameters[name]
     value = max(0.0, parameter.low)
     without = refit(result, fixed={**dict(result.problem.fixed), name: value})
-    gain = len(result.observed) * np.log(without.objective / max(result.objective, 1e-300))
-    if gain < 3.84:
+    gain = len(result.observed) * np.log(without.objective / max(result.objective, TINY))
+    if gain < CHI_SQUARED_5:
       reasons.append(
         f'{name} = {result.parameters[name]:.3g} is not told from zero: with {name} = {value:g} '
         f'the objective is {without.objective:.4g} and not {result.objective:.4g}'
@@ -117,9 +127,12 @@ def _no_better_than_zero(result: Fit) -> list[str]:
 
 
 def refit(fitted: Fit, keep=slice(None), **changes) -> Fit:
-  """`fitted` again on some of its rows or with other options, without the check of identifiability.
+  """Fits again, to some of the rows or with other options, and without the check of identifiability.
 
-  With `weights` of zero in place of `keep` the shapes stay, and nothing is compiled again.
+  Args:
+    keep: a mask or an index of the rows to fit. `weights` of zero for the other rows give the same fit without
+      another compilation, since the shapes stay.
+    changes: arguments of `fit` to change.
   """
   options = {
     'weights': fitted.weights[keep],
@@ -136,10 +149,11 @@ def refit(fitted: Fit, keep=slice(None), **changes) -> Fit:
 
 
 def minimise(problem, data, z0, target, w, rows, delta, tau, **options) -> solver.Solution:
-  """`solver.solve`, with L1 as the limit of Huber losses whose delta vanishes."""
+  """`solver.solve`, with 'l1' as the limit of Huber losses whose delta goes to zero; objectives are its own."""
   if problem.loss != 'l1':
     return solver.solve(problem, data, z0, target, w, rows=rows, delta=delta, tau=tau, **options)
   huber = dataclasses.replace(problem, loss='huber')
+  # Each delta starts where the larger one ended: L1 itself has no curvature for Newton's step.
   for delta in 10.0 ** np.arange(-2, -10, -1.0):
     solution = solver.solve(huber, data, z0, target, w, rows=rows, delta=delta, tau=tau, **options)
     z0 = solution.z
@@ -148,7 +162,7 @@ def minimise(problem, data, z0, target, w, rows, delta, tau, **options) -> solve
 
 
 def _multistart(problem, data, z0, target, w, delta, tau):
-  """[(z, objective, starts that reached it, kind)], best first."""
+  """The distinct minima, best first, each (z, objective, number of starts that reached it, kind)."""
   if len(target) > SUBSET:
     part, *few = _subset(data, target, w)
     rough = minimise(problem, part, z0, *few, None, delta, tau)
@@ -160,7 +174,7 @@ def _multistart(problem, data, z0, target, w, delta, tau):
 
 
 def _subset(data, target, w):
-  """At most SUBSET rows of all three, drawn at random."""
+  """At most SUBSET rows of (data, target, weights), drawn at random."""
   n = len(target)
   if n <= SUBSET:
     return data, target, w
@@ -170,14 +184,27 @@ def _subset(data, target, w):
 
 
 def _distinct(problem, data, solution: solver.Solution, counts, most: int = 24):
-  """Groups what predicts the same losses: along a flat direction parameters differ, predictions do not."""
+  """Groups the ends by their predictions, to 1e-4; at most `most` groups, each as `_multistart` says.
+
+  Predictions are compared and not parameters: along a flat direction parameters differ and predictions do not.
+
+  Args:
+    counts: how many starts each end stands for.
+
+  Raises:
+    LawError: no start could be evaluated.
+  """
   counts = np.broadcast_to(counts, solution.objective.shape)
   order = np.argsort(solution.objective, kind='stable')
   order = order[np.isfinite(solution.objective[order])]
   if len(order) == 0:
     raise LawError(f'{problem.law.name}: no start could be evaluated; check the inputs.')
+
+  def predict(z):
+    return problem.predict(z, data)
+
   with precise():
-    predicted = np.asarray(jax.vmap(lambda z: problem.predict(z, data))(solution.z[order]))
+    predicted = np.asarray(jax.vmap(predict)(solution.z[order]))
   if problem.residuals == 'log':
     predicted = np.log(np.maximum(predicted, 1e-300))
   else:
@@ -194,53 +221,21 @@ def _distinct(problem, data, solution: solver.Solution, counts, most: int = 24):
 
 
 def _kind(problem, solution: solver.Solution, k: int, max_steps: int = 300) -> str:
+  """The `Minimum.kind` of end k."""
   low, high = problem.bounds()
   z, hessian = solution.z[k], solution.hessian[k]
   if solution.steps[k] >= max_steps or not np.isfinite(hessian).all():
     return 'unconverged'
   if ((z - low < 1e-6) | (high - z < 1e-6)).any():
     return 'bound'
-  scale = np.sqrt(np.maximum(np.abs(np.diag(hessian)), 1e-300))
+  # Scaled to a unit diagonal, so that the sign of rounding in a flat direction does not decide.
+  scale = np.sqrt(np.maximum(np.abs(np.diag(hessian)), TINY))
   eigenvalues = np.linalg.eigvalsh(hessian / np.outer(scale, scale))
   return 'saddle' if eigenvalues[0] < -1e-6 else 'minimum'
 
 
-def _covariance(problem, data, z, target, w, delta, tau) -> dict:
-  """Sandwich covariance, condition number and correlations of the free coordinates."""
-  with precise():
-    predict = lambda z: problem.predict(z, data)
-    m, jacobian = np.asarray(predict(z)), np.asarray(jax.jacfwd(predict)(np.asarray(z)))
-  if problem.residuals == 'log':
-    r, jacobian = np.log(m) - target, jacobian / m[:, None]
-  else:
-    r = m - target
-  n, p = jacobian.shape
-  if problem.loss == 'l2':
-    bread, meat = w, (w * r) ** 2
-  else:
-    # The expected curvature of a robust loss is the density of residuals near zero, which the few rows
-    # within delta estimate badly: take it from the spread of all residuals, as for a normal error.
-    spread = 1.4826 * np.median(np.abs(r)) + 1e-300
-    width = max(delta if problem.loss == 'huber' else 0.0, 0.3 * spread)
-    slope = np.clip(r, -width, width)
-    bread, meat = w * (np.abs(r) <= width), (w * slope) ** 2
-    if bread.sum() < 2 * p:
-      bread = w * np.minimum(1.0, width / np.maximum(np.abs(r), 1e-300))
-  information = jacobian.T @ (jacobian * bread[:, None])
-  scale = np.sqrt(np.maximum(np.diag(information), 1e-300))
-  condition = float(np.linalg.cond(information / np.outer(scale, scale)))
-  inverse = np.linalg.pinv(information / np.outer(scale, scale)) / np.outer(scale, scale)
-  covariance = inverse @ (jacobian.T @ (jacobian * meat[:, None])) @ inverse * n / max(n - p, 1)
-  sd = np.sqrt(np.maximum(np.diag(inverse), 1e-300))
-  return {
-    'covariance': covariance,
-    'condition': condition,
-    'correlations': inverse / np.outer(sd, sd),
-  }
-
-
 def _starts(problem, starts, data, target, w) -> np.ndarray:
-  """[starts, free] coordinates."""
+  """The free coordinates of every start, [starts, free]; `starts` as in `fit`."""
   law = problem.law
   if isinstance(starts, str):
     _check_choice('starts', starts, STARTS)
@@ -255,14 +250,16 @@ def _starts(problem, starts, data, target, w) -> np.ndarray:
     values = {k: np.asarray(v, np.float64) for k, v in starts.items()}
     z = law.coordinates(values, data['center'])
   grid = np.stack([np.atleast_1d(z[name]) for name in problem.free], axis=1)
+  # Starts that differ only in fixed or tied parameters are the same start.
   grid = np.unique(np.round(grid, 12), axis=0)
   return _enough(grid) if isinstance(starts, str) else grid
 
 
 def _enough(grid: np.ndarray) -> np.ndarray:
-  """At least FEWEST_STARTS: a grid that has collapsed, since parameters are held, is filled up at random.
+  """The grid with random starts added up to FEWEST_STARTS.
 
-  The points added lie within the grid's range, half an e-fold wider on each side.
+  A grid collapses where parameters are fixed. The added starts lie within its range, half an e-fold wider on
+  each side.
   """
   missing = FEWEST_STARTS - len(grid)
   if missing <= 0:
@@ -274,6 +271,7 @@ def _enough(grid: np.ndarray) -> np.ndarray:
 
 
 def _pairs(law, mapping, names=False) -> tuple:
+  """The items of `fixed`, or with `names` of `tied`, sorted: a Problem must be hashable for jax.jit."""
   law.check_names(mapping)
   if names:
     law.check_names(mapping.values())

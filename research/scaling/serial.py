@@ -17,10 +17,10 @@ from research.scaling import (
   fitted,
   forecasting,
   laws,
+  objective,
   rollout,
   rows,
   sampling_fit,
-  solver,
   two_step,
 )
 from research.scaling.analysis import Analysis
@@ -160,7 +160,7 @@ def _fit(d, known) -> fitted.Fit | None:
       f'The analysis was fitted with {p["law"]}; pass an instance of it in extra_laws.'
     )
   pairs = lambda items: tuple((a, b) for a, b in items)
-  problem = solver.Problem(
+  problem = objective.Problem(
     known[p['law']], p['loss'], p['residuals'], pairs(p['fixed']), pairs(p['tied'])
   )
   data = d['data']

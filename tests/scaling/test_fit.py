@@ -10,7 +10,7 @@ import pytest
 from research import fit as command
 from research.core import cli
 from research.core.errors import UserError
-from research.scaling import fitted, flags, law_fit, laws, projection, rows, solver
+from research.scaling import fitted, flags, law_fit, laws, objective, projection, rows
 
 TRUE = {'E': 1.69, 'A': 406.4, 'B': 410.7, 'alpha': 0.34, 'beta': 0.28}
 
@@ -100,7 +100,7 @@ def test_projected_coefficients_are_those_of_least_squares():
   """At the true exponents the start is the truth, and no step is needed."""
   n, d, loss = grid()
   law = laws.Chinchilla()
-  problem = solver.Problem(law, 'l2', 'linear')
+  problem = objective.Problem(law, 'l2', 'linear')
   data, y = law_fit.make_data(law, {'params': n, 'tokens': d}, loss)
   some = dataclasses.replace(problem, fixed=(('alpha', TRUE['alpha']), ('beta', TRUE['beta'])))
   (z,) = projection.starts(some, data, y, np.ones_like(y))

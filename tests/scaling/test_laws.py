@@ -14,8 +14,8 @@ from research.scaling import (
   diagnostics,
   law_fit,
   laws,
+  objective,
   rows,
-  solver,
 )
 from tests.scaling.later_cases import LATER_CASES
 
@@ -442,8 +442,8 @@ def test_a_step_never_raises_the_objective_and_reports_the_right_one():
 
 
 def test_problems_of_one_law_share_a_program():
-  assert solver.Problem(laws.Chinchilla()) == solver.Problem(laws.Chinchilla())
-  assert hash(solver.Problem(laws.Chinchilla())) == hash(solver.Problem(laws.Chinchilla()))
-  assert dataclasses.replace(solver.Problem(laws.Chinchilla()), loss='l2') != solver.Problem(
+  assert objective.Problem(laws.Chinchilla()) == objective.Problem(laws.Chinchilla())
+  assert hash(objective.Problem(laws.Chinchilla())) == hash(objective.Problem(laws.Chinchilla()))
+  assert dataclasses.replace(objective.Problem(laws.Chinchilla()), loss='l2') != objective.Problem(
     laws.Chinchilla()
   )
