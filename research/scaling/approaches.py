@@ -1,6 +1,6 @@
-"""Approach 2 of Hoffmann et al. 2022: the minima of isoFLOP profiles. Approach 1 is in `envelope`.
+"""Approach 2 of Hoffmann et al. 2022 (arXiv:2203.15556, section 3.2): the minima of isoFLOP profiles.
 
-Approach 3, the parametric fit, is `law_fit.fit` with a law of N and D.
+Approach 1 is in `envelope`. Approach 3, the parametric fit, is `law_fit.fit` with a law of N and D.
 """
 
 import collections
@@ -22,14 +22,20 @@ from research.scaling.cost import SIX_ND, Cost
 from research.scaling.rows import Observations, budget_groups
 
 METHODS = ('parabola', 'cubic', 'akima')
+FEWEST_SIZES = {'parabola': 3, 'cubic': 4, 'akima': 5}
 
 
 def profile(flops, params, tokens, loss, cost: Cost, method='parabola', window=None) -> Profile:
-  """One isoFLOP curve and its minimum, or why it has none.
+  """One isoFLOP curve and its minimum, or the reason why it is refused.
 
-  `window`: only sizes within this factor of the lowest point's (None: all). A curve is refused when it has
-  fewer than 3 sizes (4 for a cubic, 5 for Akima), when the lowest loss is at the largest or the smallest size,
-  when it is concave there, or when the fitted minimum falls outside the sizes that were run.
+  A curve is refused when it has fewer than 3 sizes (4 for a cubic, 5 for Akima), when the lowest loss is at the
+  largest or the smallest size, when it is concave, or when the fitted minimum lies outside the sizes that were
+  run.
+
+  Args:
+    flops: the budget C.
+    params, tokens, loss: of the runs [runs]; seeds of one size become their mean.
+    window: take only sizes within this factor of the lowest point's; None for all.
   """
   order = np.argsort(params, kind='stable')
   params, tokens, loss = (np.asarray(v, np.float64)[order] for v in (params, tokens, loss))
@@ -38,10 +44,9 @@ def profile(flops, params, tokens, loss, cost: Cost, method='parabola', window=N
     near = np.abs(np.log(params / params[np.argmin(loss)])) <= np.log(window) + 1e-9
     params, tokens, loss = params[near], tokens[near], loss[near]
   base = Profile(float(flops), params, tokens, loss, method)
-  need = {'parabola': 3, 'cubic': 4, 'akima': 5}[method]
-  if len(params) < need:
+  if len(params) < FEWEST_SIZES[method]:
     count = '1 size' if len(params) == 1 else f'{len(params)} sizes'
-    return dataclasses.replace(base, refused=f'{count}; a {method} needs {need}')
+    return dataclasses.replace(base, refused=f'{count}; a {method} needs {FEWEST_SIZES[method]}')
   lowest = int(np.argmin(loss))
   if lowest in (0, len(loss) - 1):
     end = 'smallest' if lowest == 0 else 'largest'
@@ -53,9 +58,7 @@ def profile(flops, params, tokens, loss, cost: Cost, method='parabola', window=N
   if why:
     return dataclasses.replace(base, refused=why)
   n = float(np.exp(ln_n_opt))
-  warnings = (
-    [] if 0 < lowest < len(loss) - 1 and len(params) > 3 else ['3 sizes: no check of the shape']
-  )
+  warnings = [] if len(params) > 3 else ['3 sizes: no check of the shape']
   if method == 'akima' and (np.diff(np.sign(np.diff(loss))) < 0).any():
     warnings.append('more than one local minimum: the runs are noisy')
   return dataclasses.replace(
@@ -68,15 +71,16 @@ def profile(flops, params, tokens, loss, cost: Cost, method='parabola', window=N
 
 
 def _merge(params, tokens, loss):
-  """Seeds of one size become their mean."""
+  """(params, tokens, loss) with one entry for each size: the means over its seeds."""
   sizes, index = np.unique(params, return_inverse=True)
   count = np.bincount(index)
-  mean = lambda v: np.bincount(index, weights=v) / np.maximum(count, 1)
-  return sizes, mean(tokens), mean(loss)
+  mean_tokens = np.bincount(index, weights=tokens) / count
+  mean_loss = np.bincount(index, weights=loss) / count
+  return sizes, mean_tokens, mean_loss
 
 
 def _minimum(ln_n, loss, method) -> tuple[float, float, str | None]:
-  """(ln N*, loss*, why not)."""
+  """(ln N*, loss*, None), or (NaN, NaN, why there is no minimum)."""
   curve = interpolant(ln_n, loss, method)
   if method == 'parabola':
     center = ln_n.mean()
@@ -92,6 +96,7 @@ def _minimum(ln_n, loss, method) -> tuple[float, float, str | None]:
   k = int(np.argmin(values))
   if k in (0, len(grid) - 1):
     return np.nan, np.nan, f'the {method} profile has no minimum inside the sizes that were run'
+  # The vertex of the parabola through the lowest point of the grid and its neighbours.
   a, b, _ = np.polyfit(grid[k - 1 : k + 2] - grid[k], values[k - 1 : k + 2], 2)
   ln_n_opt = grid[k] - (b / (2 * a) if a > 0 else 0.0)
   return float(ln_n_opt), float(curve(ln_n_opt)), None
@@ -110,14 +115,24 @@ def isoflop(
 ) -> Allocation:
   """Approach 2: the minimum of each budget's profile, then N* = k C^a and D* = k C^b, and L* = floor + k C^-c.
 
-  `floor`: the irreducible loss in nats, where it is known from elsewhere: a few budgets cannot tell it.
+  Without `noise` all optima have the same weight. Intervals come from the residuals about the profiles, pooled
+  over budgets; Akima's curve leaves none, so that they are about parabolas there.
 
-  `noise`: the loss's standard deviation from seed to seed, in nats, where it is known. Then each optimum is
-  the median over noisy copies of its curve and counts by the inverse of its variance (no less than a third
-  of the spacing of sizes), and a curve most of whose copies have no minimum inside is refused: the procedure
-  of Porian et al. 2024 (arXiv:2406.19146, appendix). Otherwise optima count alike, and intervals come from the
-  residuals about the profiles, pooled over budgets (with Akima, which leaves none, about parabolas).
-  Raises NoAllocation where fewer than two budgets have a minimum that counts, or one lies below the floor.
+  With `noise` it is the procedure of Porian et al. 2024 (arXiv:2406.19146, appendix). Each optimum is the
+  median over noisy copies of its curve. Its weight is the inverse of its variance, whose root is at least a
+  third of the spacing of sizes. A curve is refused if most of its copies have no minimum inside.
+
+  Args:
+    cost: C as a function of N and D.
+    method: the interpolation of a profile, one of `METHODS`.
+    window: as in `profile`.
+    noise: the standard deviation of the loss between seeds, in nats; None where it is unknown.
+    floor: the irreducible loss in nats where it is known: a few budgets do not determine it.
+    replicates: of the bootstrap.
+
+  Raises:
+    NoAllocation: fewer than two budgets have a minimum, a minimum lies below the floor, few rows share a
+      budget, or the method is unknown.
   """
   if method not in METHODS:
     raise NoAllocation(
@@ -137,42 +152,49 @@ def isoflop(
   rng = np.random.default_rng(seed)
   weights = None
   if noise is not None:
-    profiles, spread = zip(
-      *(_steady(p, cost, noise, replicates, rng) for p in profiles), strict=True
-    )
-    weights = np.array([1 / w**2 for w in spread if np.isfinite(w)])
+    steadied = [_steady(p, cost, noise, replicates, rng) for p in profiles]
+    profiles = tuple(p for p, _ in steadied)
+    weights = np.array([1 / spread**2 for _, spread in steadied if np.isfinite(spread)])
   used = [p for p in profiles if p.refused is None]
   if len(used) < 2:
-    alike = collections.defaultdict(list)
-    for p in profiles:
-      if p.refused:
-        alike[p.refused].append(f'{p.flops:.3g}')
-    reasons = '; '.join(f'{", ".join(c)}: {why}' for why, c in alike.items())
-    raise NoAllocation(
-      f'{len(used)} of {len(profiles)} budgets have an isoFLOP minimum, and a power law needs 2'
-      + (f' ({reasons}).' if reasons else '.')
-    )
-  c, lowest = (np.array([getattr(p, k) for p in used]) for k in ('flops', 'loss_opt'))
+    raise _too_few(profiles)
+  c = np.array([p.flops for p in used])
+  lowest = np.array([p.loss_opt for p in used])
   if not floor < lowest.min():
     raise NoAllocation(
-      f'The isoFLOP minimum {lowest.min():.4g} is not above E, which is held at {floor:g}; hold it lower.'
+      f'The isoFLOP minimum {lowest.min():.4g} is not above E, which is fixed at {floor:g}; fix it lower.'
     )
-  n, d = (np.array([getattr(p, k) for p in used]) for k in ('params_opt', 'tokens_opt'))
+  n = np.array([p.params_opt for p in used])
+  d = np.array([p.tokens_opt for p in used])
   return Allocation(
-    2,
-    method,
-    power_law(c, n, weights),
-    power_law(c, d, weights),
-    power_law(c, lowest, weights, floor),
-    tuple(profiles),
-    _resample(used, cost, method, noise, weights, floor, replicates, rng),
-    _drift(used),
+    approach=2,
+    method=method,
+    params=power_law(c, n, weights),
+    tokens=power_law(c, d, weights),
+    loss=power_law(c, lowest, weights, floor),
+    profiles=profiles,
+    samples=_resample(used, cost, method, noise, weights, floor, replicates, rng),
+    drift=_drift(used),
+  )
+
+
+def _too_few(profiles: tuple[Profile, ...]) -> NoAllocation:
+  """The error for fewer than two minima, with the budgets that were refused for each reason."""
+  budgets_of = collections.defaultdict(list)
+  for p in profiles:
+    if p.refused:
+      budgets_of[p.refused].append(f'{p.flops:.3g}')
+  count = len([p for p in profiles if p.refused is None])
+  reasons = '; '.join(f'{", ".join(budgets)}: {why}' for why, budgets in budgets_of.items())
+  return NoAllocation(
+    f'{count} of {len(profiles)} budgets have an isoFLOP minimum, and a power law needs 2'
+    + (f' ({reasons}).' if reasons else '.')
   )
 
 
 def _steady(p: Profile, cost, noise, replicates, rng) -> tuple[Profile, float]:
-  """A profile whose optimum is the median over noisy copies, and the spread of ln N* that weighs it."""
-  if p.refused and p.refused.split()[0].isdigit():  # too few sizes for any copy
+  """(the profile with the median optimum of noisy copies, the spread of ln N* by which it is weighed)."""
+  if len(p.params) < FEWEST_SIZES[p.method]:
     return p, np.nan
   x = np.log(p.params)
   optima, _ = _minima(x, p.loss + noise * rng.normal(size=(replicates, len(x))), p.method)
@@ -186,26 +208,27 @@ def _steady(p: Profile, cost, noise, replicates, rng) -> tuple[Profile, float]:
     return dataclasses.replace(p, refused=why, **blank), np.nan
   n = float(np.exp(np.median(optima[inside])))
   loss = float(interpolant(x, p.loss, p.method)(np.log(n)))
+  # Copies without a minimum inside have no N*: the fewer remain, the more their spread understates the noise.
   spread = max(optima[inside].std(), np.ptp(x) / (len(x) - 1) / 3) / inside.mean()
   best = {'params_opt': n, 'tokens_opt': float(cost.tokens(n, p.flops)), 'loss_opt': loss}
   return dataclasses.replace(p, refused=None, **best), float(spread)
 
 
 def _resample(used, cost, method, noise, weights, floor, replicates, rng) -> np.ndarray:
-  """[replicates, 6]: exponent and ln k of N*, D* and L* - floor for redrawn losses."""
+  """(exponent, ln k) of N*, D* and L* - floor for redrawn losses, [replicates, 6]."""
   smooth, residuals, freedom = [], [], 0
+  degree = DEGREE.get(method, 2)
   for p in used:
-    degree = DEGREE.get(method, 2)
     x = np.log(p.params) - np.log(p.params).mean()
     fitted = np.polyval(np.polyfit(x, p.loss, min(degree, len(x) - 1)), x)
     smooth.append(p.loss if method == 'akima' else fitted)
     residuals.append(p.loss - fitted)
     freedom += max(len(x) - degree - 1, 0)
-  if (
-    noise is None and freedom == 0
-  ):  # every profile passes through its points: they say nothing of noise
+  # Every profile goes through all its points, so that nothing is known of the noise.
+  if noise is None and freedom == 0:
     return np.full((1, 6), np.nan)
   pool = np.concatenate(residuals)
+  # Residuals are smaller than the noise by the degrees of freedom that the profiles took.
   pool = (pool - pool.mean()) * np.sqrt(len(pool) / max(freedom, 1))
   ln_c = np.log([p.flops for p in used])
   minima, lowest = np.full((2, replicates, len(used)), np.nan)
@@ -225,35 +248,37 @@ def _resample(used, cost, method, noise, weights, floor, replicates, rng) -> np.
 
 
 def _minima(ln_n, losses, method) -> tuple[np.ndarray, np.ndarray]:
-  """(ln N*, loss*) of many noisy copies of a profile [replicates, sizes]; NaN where there is none "
-  "inside."""
+  """(ln N*, loss*), [replicates] each, of many noisy copies of a profile [replicates, sizes].
+
+  NaN where a copy has no minimum inside the sizes. It is `_minimum` without a loop over replicates.
+  """
   x = ln_n - ln_n.mean()
   if method == 'parabola':
     a, b, c = np.polyfit(x, losses.T, 2)
     with np.errstate(divide='ignore', invalid='ignore'):
-      at = ln_n.mean() - b / (2 * a)
-    good = (a > 0) & (at > ln_n[0]) & (at < ln_n[-1])
-    return np.where(good, at, np.nan), np.where(
-      good, c - b * b / (4 * np.where(good, a, 1.0)), np.nan
-    )
+      ln_n_opt = ln_n.mean() - b / (2 * a)
+    good = (a > 0) & (ln_n_opt > ln_n[0]) & (ln_n_opt < ln_n[-1])
+    lowest = c - b * b / (4 * np.where(good, a, 1.0))
+    return np.where(good, ln_n_opt, np.nan), np.where(good, lowest, np.nan)
   grid = np.linspace(ln_n[0], ln_n[-1], 601)
   if method == 'akima':
     values = Akima1DInterpolator(ln_n, losses.T)(grid)
   else:
     values = np.vander(grid - ln_n.mean(), 4) @ np.polyfit(x, losses.T, 3)
   k = values.argmin(0)
-  at = np.clip(k, 1, len(grid) - 2)
-  lower, middle, upper = (values[at + i, np.arange(len(losses))] for i in (-1, 0, 1))
+  interior = np.clip(k, 1, len(grid) - 2)
+  lower, middle, upper = (values[interior + i, np.arange(len(losses))] for i in (-1, 0, 1))
+  # The vertex of the parabola through three points of the grid.
   bend = np.maximum(lower - 2 * middle + upper, 1e-300)
   shift = np.clip((lower - upper) / (2 * bend), -1, 1) * (grid[1] - grid[0])
-  inside = at == k
-  return np.where(inside, grid[at] + shift, np.nan), np.where(inside, middle, np.nan)
+  inside = interior == k
+  return np.where(inside, grid[interior] + shift, np.nan), np.where(inside, middle, np.nan)
 
 
 def _drift(used) -> float:
-  """How the grid's centre moves against the optimum, in e-folds of N over the range of budgets.
+  """How far the optimum moves against the grid's centre, in e-folds of N over the range of budgets.
 
-  A grid centred on the optimum at one end and off it at the other tilts the exponent that a parabola finds.
+  A grid that is centred on the optimum at one end and off it at the other tilts the exponent of a parabola.
   """
   off = [np.log(p.params_opt) - np.log(p.params).mean() for p in used]
   slope = np.polyfit(np.log([p.flops for p in used]), off, 1)[0] if len(used) > 1 else 0.0

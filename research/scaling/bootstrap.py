@@ -1,4 +1,4 @@
-"""Bootstraps: every replicate of every fit in one compiled queue."""
+"""Bootstraps of a fitted law. All replicates are problems of one queue of the solver."""
 
 import dataclasses
 
@@ -9,19 +9,25 @@ from research.scaling import fitted, law_fit
 from research.scaling.laws.base import LawError
 
 KINDS = ('residual', 'pairs', 'cluster')
-# Above this many rows nothing is refitted: an estimate from so many is normal, with the fit's covariance.
+# With more rows than this there is no refit: such an estimate is normal, with the fit's covariance.
 MANY = 50_000
 
 
 def interval(samples: np.ndarray, level: float, freedom: float = np.inf) -> tuple:
-  """Percentile interval of `samples` [replicates, ...] over the first axis, widened to Student's t.
+  """(low, high) percentiles of `samples` [replicates, ...] over the first axis, widened to Student's t.
 
-  Percentiles alone are too narrow: the k-th of R replicates lies at k / (R + 1), and the noise was estimated
-  with `freedom` degrees (Hesterberg 2015, The American Statistician 69(4), on expanded percentile intervals).
-  Of 400 made-up sweeps of 25 rows, 90% intervals of Chinchilla's parameters cover 91.0% so, 88.7% without.
+  Plain percentiles are too narrow: the k-th of R replicates lies at k / (R + 1), and the noise is an estimate
+  with `freedom` degrees (Hesterberg 2015, The American Statistician 69(4), expanded percentile intervals). In
+  400 simulated sweeps of 25 rows, 90% intervals of Chinchilla's parameters cover 91.0% like this and 88.7% as
+  plain percentiles.
+
+  Args:
+    level: the probability within the interval, such as 0.9.
+    freedom: degrees of freedom of the noise estimate; infinite for no widening.
   """
   if not np.isfinite(samples).any():
     return (np.full(np.shape(samples)[1:], np.nan),) * 2
+  # The level at which a normal quantile is as large as Student's t at `level`.
   tail = 100 * stats.norm.cdf(stats.t.ppf((1 - level) / 2, freedom))
   low, high = np.nanpercentile(samples, [tail, 100 - tail], axis=0, method='weibull')
   return low, high
@@ -29,9 +35,14 @@ def interval(samples: np.ndarray, level: float, freedom: float = np.inf) -> tupl
 
 @dataclasses.dataclass(frozen=True)
 class Bootstrap:
-  """`parameters`: name -> [replicates]; `spread` [rows]: the residuals that a new run may add.
+  """The refits of a law.
 
-  `freedom`: rows (of a cluster bootstrap: groups) that are left after the parameters.
+  Attributes:
+    kind: one of `KINDS`, 'normal' where nothing was refitted, or the caller's own of `refits`.
+    parameters: natural values of each replicate, name -> [replicates].
+    objective: of each replicate [replicates]; NaN where nothing was refitted.
+    spread: the residuals that a new run may have [rows].
+    freedom: rows (groups in a cluster bootstrap) less the free parameters.
   """
 
   kind: str
@@ -45,16 +56,18 @@ class Bootstrap:
     return len(self.objective)
 
   def interval(self, values: np.ndarray, level: float = 0.9) -> tuple:
-    """Of `values` [replicates, ...] that follow from the parameters, over the first axis."""
+    """(low, high) over the first axis of `values` [replicates, ...] that follow from the parameters."""
     return interval(values, level, self.freedom)
 
   def intervals(self, level: float = 0.9) -> dict[str, tuple[float, float]]:
+    """(low, high) of each parameter."""
     return {
       k: tuple(float(v) for v in self.interval(values, level))
       for k, values in self.parameters.items()
     }
 
   def standard_errors(self) -> dict[str, float]:
+    """The standard deviation of each parameter over the replicates."""
     return {k: float(v.std(ddof=1)) for k, v in self.parameters.items()}
 
 
@@ -70,14 +83,18 @@ def bootstrap(
 ) -> Bootstrap:
   """Refits `fit` to resampled rows.
 
-  Of more than 50,000 rows no replicate is fitted: the parameters are drawn from the normal distribution of the
-  estimate, whose covariance is the fit's own (sandwich).
+  With more than 50,000 rows there is no refit: the parameters are drawn from the normal distribution of the
+  estimate, with the fit's own (sandwich) covariance.
 
   Args:
-    kind: 'pairs' draws rows; 'cluster' draws whole `groups` (runs or budgets); 'residual' keeps the design and
-      draws residuals, widened by sqrt(n / (n - p)), which a sweep of few, chosen points wants.
-    minima: how many of the fit's distinct minima each replicate starts from; the lowest end is kept.
-    draws: for 'pairs', the rows of each replicate [replicates, rows], where they are to be somebody's own.
+    kind: 'pairs' draws rows. 'cluster' draws whole groups. 'residual' keeps the inputs and draws residuals,
+      widened by sqrt(n / (n - p)), which suits a sweep of few, chosen points.
+    groups: the run or the budget of each row [rows], for 'cluster'.
+    minima: from how many of the fit's distinct minima each replicate starts; the lowest end counts.
+    draws: for 'pairs', the indices of the rows of each replicate [replicates, rows]; None to draw them here.
+
+  Raises:
+    LawError: the kind is unknown, or the rows are too many or the groups too few for a cluster bootstrap.
   """
   if kind not in KINDS:
     raise LawError(f'bootstrap kind {kind!r} is not one of {", ".join(KINDS)}.')
@@ -92,6 +109,7 @@ def bootstrap(
     return _normal(fit, spread, replicates, rng)
   y, w = target[None], fit.weights[None]
   if kind == 'residual':
+    # The mean of residuals biases a least-squares refit; a robust fit expects a median of zero and keeps them.
     drawn = spread - np.average(spread) if fit.problem.loss == 'l2' else spread
     y = target - (-fit.residuals) + drawn[rng.integers(n, size=(replicates, n))]
   elif draws is not None:
@@ -99,48 +117,59 @@ def bootstrap(
     w = fit.weights * np.stack([np.bincount(rows, minlength=n) for rows in draws])
   else:
     w = fit.weights * _counts(kind, groups, n, replicates, rng)
-  starts = [m for m in fit.minima[:minima] if m.kind != 'unconverged'] or [fit.minima[0]]
-  z, objective = _refit(fit, y, w, starts, replicates)
-  values = fit.problem.values(z.T, fit.data['center'], np.exp)
-  values = {k: np.broadcast_to(np.asarray(v, np.float64), replicates) for k, v in values.items()}
+  z, objective = _refit(fit, y, w, replicates, minima)
   independent = len(np.unique(groups)) if kind == 'cluster' else n
-  return Bootstrap(kind, values, objective, spread, float(max(independent - p, 1)))
+  freedom = float(max(independent - p, 1))
+  return Bootstrap(kind, _natural(fit, z), objective, spread, freedom)
 
 
 def refits(fit: fitted.Fit, y: np.ndarray, kind: str, freedom: float) -> Bootstrap:
-  """`fit` again on outputs [replicates, rows] that the caller drew, in the fit's own residuals."""
-  starts = [m for m in fit.minima[:2] if m.kind != 'unconverged'] or [fit.minima[0]]
-  z, objective = _refit(fit, y, fit.weights[None], starts, len(y))
-  values = fit.problem.values(z.T, fit.data['center'], np.exp)
-  values = {k: np.broadcast_to(np.asarray(v, np.float64), len(y)) for k, v in values.items()}
-  return Bootstrap(kind, values, objective, -fit.residuals, freedom)
+  """A bootstrap on outputs `y` [replicates, rows] that the caller drew.
+
+  Args:
+    y: in the unit of the fit's residuals: logarithms where these are.
+    kind: the name of the caller's way of drawing.
+    freedom: degrees of freedom of the intervals.
+  """
+  z, objective = _refit(fit, y, fit.weights[None], len(y))
+  return Bootstrap(kind, _natural(fit, z), objective, -fit.residuals, freedom)
 
 
-def _refit(fit: fitted.Fit, y, w, starts, replicates):
-  """The lowest end of each replicate over `starts` -> z [replicates, free], objective [replicates]."""
-  center = fit.data['center']
+def _refit(fit: fitted.Fit, y, w, replicates: int, minima: int = 2):
+  """(z [replicates, free], objective [replicates]): of each replicate the lowest end over the fit's minima.
+
+  Args:
+    y, w: targets and weights, one row each for all replicates or one for each.
+  """
+  starts = [m for m in fit.minima[:minima] if m.kind != 'unconverged'] or [fit.minima[0]]
+  each = np.arange(replicates)
+  rows = np.stack([each * (len(y) > 1), each * (len(w) > 1)], axis=1)
   ends = []
   for start in starts:
-    z0 = fit.problem.law.coordinates(start.parameters, center)
+    z0 = fit.problem.law.coordinates(start.parameters, fit.data['center'])
     z0 = np.tile([z0[name] for name in fit.problem.free], (replicates, 1))
-    each = np.arange(replicates)
-    rows = np.stack([each * (len(y) > 1), each * (len(w) > 1)], axis=1)
     ends.append(law_fit.minimise(fit.problem, fit.data, z0, y, w, rows, fit.delta, fit.tau))
-  best = np.argmin([e.objective for e in ends], axis=0)
-  pick = lambda field: np.stack([getattr(e, field) for e in ends])[best, np.arange(replicates)]
-  return pick('z'), pick('objective')
+  best = np.argmin([end.objective for end in ends], axis=0)
+  z = np.stack([end.z for end in ends])[best, each]
+  objective = np.stack([end.objective for end in ends])[best, each]
+  return z, objective
+
+
+def _natural(fit: fitted.Fit, z: np.ndarray) -> dict[str, np.ndarray]:
+  """The natural values of coordinates z [replicates, free]: name -> [replicates], fixed parameters too."""
+  values = fit.problem.values(z.T, fit.data['center'], np.exp)
+  return {k: np.broadcast_to(np.asarray(v, np.float64), len(z)) for k, v in values.items()}
 
 
 def _normal(fit: fitted.Fit, spread, replicates, rng) -> Bootstrap:
+  """Parameters drawn from the normal distribution of the estimate, in place of refits."""
   low, high = fit.problem.bounds()
   z = np.clip(rng.multivariate_normal(fit.z, fit.covariance, size=replicates), low, high)
-  values = fit.problem.values(z.T, fit.data['center'], np.exp)
-  values = {k: np.broadcast_to(np.asarray(v, np.float64), replicates) for k, v in values.items()}
-  return Bootstrap('normal', values, np.full(replicates, np.nan), spread)
+  return Bootstrap('normal', _natural(fit, z), np.full(replicates, np.nan), spread)
 
 
 def _counts(kind, groups, n, replicates, rng) -> np.ndarray:
-  """How often each row is drawn: [replicates, rows]."""
+  """How often each replicate draws each row, [replicates, rows]: a weight that keeps the shapes of a fit."""
   if kind == 'pairs':
     return rng.multinomial(n, np.full(n, 1 / n), size=replicates).astype(float)
   if groups is None:

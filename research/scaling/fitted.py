@@ -9,18 +9,31 @@ from research.core.errors import UserError
 from research.scaling import objective
 from research.scaling.laws.base import Law, precise
 
+# A free coordinate closer to a bound than this has run to it.
+AT_BOUND = 1e-6
+# Above this condition number of the scaled information matrix, float64 tells two parameters apart no more.
+SINGULAR = 1e9
+
 
 class NotIdentifiable(UserError, ValueError):
-  """The rows do not determine the parameters. `reasons` says why, `cure` what would."""
+  """The rows do not determine the parameters. `reasons` says why, `cure` what to change."""
 
   def __init__(self, law: Law, reasons: list[str], cure: str):
-    self.law, self.reasons, self.cure = law, reasons, cure
+    self.law = law
+    self.reasons = reasons
+    self.cure = cure
     super().__init__(f'{law.name} is not identifiable here: {"; ".join(reasons)}. {cure}')
 
 
 @dataclasses.dataclass(frozen=True)
 class Minimum:
-  """One distinct local minimum. `kind`: 'minimum', 'bound' (of a parameter), 'saddle', 'unconverged'."""
+  """One distinct local minimum.
+
+  Attributes:
+    parameters: natural values by name.
+    starts: how many starts ended there.
+    kind: 'minimum', 'bound' (a parameter is at a bound), 'saddle' or 'unconverged'.
+  """
 
   parameters: dict[str, float]
   objective: float
@@ -30,7 +43,20 @@ class Minimum:
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-  """A fitted law. Arrays are per row; `covariance` is that of the free dimensionless coordinates `z`."""
+  """A fitted law.
+
+  Attributes:
+    parameters: natural values at the best minimum, by name.
+    objective: sum_i w_i rho(r_i) there.
+    minima: all distinct minima, best first.
+    starts: how many starts were run.
+    z: the free dimensionless coordinates at the best minimum [free].
+    covariance, correlations: of z [free, free]; see `curvature.covariance`.
+    condition: the condition number of the scaled information matrix.
+    data: the rows as `fit_data.make_data` gives them.
+    observed, weights: of each row [rows].
+    delta, tau: of the robust loss.
+  """
 
   problem: objective.Problem
   parameters: dict[str, float]
@@ -52,31 +78,33 @@ class Fit:
     return self.problem.law
 
   def predict(self, **inputs) -> np.ndarray:
+    """The fitted law at any inputs, which broadcast."""
     return self.law(self.parameters, **inputs)
 
   @property
   def fitted(self) -> np.ndarray:
+    """The fitted law at the rows, [rows]."""
     return self.predict(**{name: self.data['x'][name] for name in self.law.inputs})
 
   @property
   def residuals(self) -> np.ndarray:
-    """Predicted minus observed; of logarithms where the fit's residuals are."""
+    """Predicted minus observed [rows], or the difference of their logarithms where the fit's residuals are."""
     if self.problem.residuals == 'log':
       return np.log(self.fitted) - np.log(self.observed)
     return self.fitted - self.observed
 
   @property
   def standard_errors(self) -> dict[str, float]:
-    """Robust (sandwich) standard errors by the delta method; a bootstrap is the better answer."""
-    names, step = self.problem.free, 1e-5
-    errors = dict.fromkeys(self.parameters, 0.0)
-    at = lambda z: self.problem.values(z, self.data['center'], np.exp)
+    """Robust (sandwich) standard errors by the delta method. A bootstrap is better where rows are few."""
+    # Natural values mix exp and products of a few numbers: central differences have nine digits here.
+    step = 1e-5
     slopes = []
-    for i in range(len(names)):
-      dz = np.eye(len(names))[i] * step
-      up, down = at(self.z + dz), at(self.z - dz)
-      slopes.append({k: (up[k] - down[k]) / (2 * step) for k in up})
-    for name in errors:
+    for dz in np.eye(len(self.z)) * step:
+      up = self.problem.values(self.z + dz, self.data['center'], np.exp)
+      down = self.problem.values(self.z - dz, self.data['center'], np.exp)
+      slopes.append({name: (up[name] - down[name]) / (2 * step) for name in up})
+    errors = {}
+    for name in self.parameters:
       slope = np.array([s[name] for s in slopes])
       errors[name] = float(np.sqrt(max(slope @ self.covariance @ slope, 0.0)))
     return errors
@@ -92,23 +120,33 @@ class Fit:
 
 def jacobian(result: Fit) -> np.ndarray:
   """d ln L / dz of the fitted law at its rows, [rows, free]."""
+
+  def predict(z):
+    return result.problem.predict(z, result.data)
+
   with precise():
-    predict = lambda z: result.problem.predict(z, result.data)
     slopes = np.asarray(jax.jacfwd(predict)(np.asarray(result.z)))
   return slopes / result.fitted[:, None]
 
 
 def unidentified(result: Fit) -> list[str]:
-  """Why these rows may not determine the parameters; empty when they do."""
+  """Reasons why the rows may not determine the parameters; empty when they do.
+
+  It looks first at the rows (do they vary, are they enough), then at parameters at a guarding bound, then at
+  the curvature. It stops at the first of the three that gives a reason, since the later ones follow from it.
+  """
   reasons = []
   for name in result.law.inputs:
     values = result.data['x'][name]
     needed = [k for k in result.problem.free if name in result.law.parameters[k].units]
     if needed and np.ptp(values) <= 1e-9 * np.abs(values).max():
       reasons.append(f'every row has the same {name}')
-  x, free, rows = result.data['x'], len(result.problem.free), len(result.observed)
+  x = result.data['x']
+  # One budget is one isoFLOP curve: it has a minimum, but no direction in which the budget grows.
   if {'params', 'tokens'} <= set(x) and np.ptp(x['ln_params'] + x['ln_tokens']) < 1e-3:
     reasons.append('every row has the same budget N D')
+  free = len(result.problem.free)
+  rows = len(result.observed)
   if rows <= free:
     reasons.append(f'{free} parameters go through {rows} rows whatever they are')
   elif rows == free + 1:
@@ -117,12 +155,12 @@ def unidentified(result: Fit) -> list[str]:
     return reasons
   low, high = result.problem.bounds()
   for name, z, a, b in zip(result.problem.free, result.z, low, high, strict=True):
-    if (z - a < 1e-6 or b - z < 1e-6) and not result.law.parameters[name].limits:
+    if (z - a < AT_BOUND or b - z < AT_BOUND) and not result.law.parameters[name].limits:
       value = result.parameters[name]
       reasons.append(f'{name} ran to its bound ({value:.3g})')
   if reasons:
     return reasons
-  if not np.isfinite(result.condition) or result.condition > 1e9:
+  if not np.isfinite(result.condition) or result.condition > SINGULAR:
     few = [k for k in result.law.inputs if len(np.unique(result.data['x'][k])) <= 2]
     because = f'; {" and ".join(few)} take only 2 values' if few else ''
     reasons.append(f'the curvature is singular (condition number {result.condition:.1e}{because})')
@@ -130,10 +168,10 @@ def unidentified(result: Fit) -> list[str]:
 
 
 def near_zero(result: Fit) -> list[str]:
-  """The exponents and the like that a sandwich standard error does not tell from zero.
+  """The parameters of any sign, such as exponents, whose standard error is over half of their size.
 
-  That error is an estimate at one point and often too large for a robust loss; a profile decides
-  (`law_fit.fit`).
+  The sandwich error is an estimate at one point and often too large for a robust loss. So these are candidates
+  only: `law_fit.not_determined` fits again without each of them and decides.
   """
   errors = result.standard_errors
   return [
@@ -145,14 +183,18 @@ def near_zero(result: Fit) -> list[str]:
 
 
 def show_minima(result: Fit) -> list[str]:
-  """Lines of text: every minimum with its parameters, and apart from them the ends that did not converge."""
+  """Lines of text: each distinct minimum with its parameters, then the ends that did not converge."""
+
+  def values(minimum: Minimum) -> str:
+    return ', '.join(f'{name} {value:.4g}' for name, value in minimum.parameters.items())
+
   converged = [m for m in result.minima if m.kind != 'unconverged']
   stopped = [m for m in result.minima if m.kind == 'unconverged']
   lines = [
     f'  {len(converged)} distinct {"minimum" if len(converged) == 1 else "minima"} from '
     f'{result.starts} starts, condition number {result.condition:.2g}'
   ]
-  values = lambda m: ', '.join(f'{name} {value:.4g}' for name, value in m.parameters.items())
+
   lines += [
     f'    also {m.objective:.10g} ({m.kind}, {m.starts} starts): {values(m)}' for m in converged[1:]
   ]
@@ -163,6 +205,7 @@ def show_minima(result: Fit) -> list[str]:
 
 
 def cure(result: Fit) -> str:
+  """The sentence that says what to change where the rows do not determine the parameters."""
   names = set(result.law.parameters)
   if {'alpha', 'beta'} <= names and 'beta' in result.problem.free:
     return 'Add budgets or sizes, widen the range of both N and D, or fit TiedChinchilla.'

@@ -117,7 +117,7 @@ def test_an_asymptote_that_is_known_is_that_of_both_approaches(rows, analysis):
   assert f.loss_high - f.loss_low < (free.loss_high - free.loss_low) / 2
   assert serial.from_json(serial.to_json(known)).forecast(1e15) == f
   with pytest.raises(
-    NoForecast, match=r'The isoFLOP minimum 2\.\d+ is not above E, which is held at 9'
+    NoForecast, match=r'The isoFLOP minimum 2\.\d+ is not above E, which is fixed at 9'
   ):
     fit_results(rows, law=laws.by_name('TiedChinchilla'), fixed={'E': 9.0}, conventions=False)
 
