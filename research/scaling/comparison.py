@@ -1,10 +1,11 @@
 """Which form of law the rows prefer, by AICc, and along which axis the fitted law misses them.
 
-The laws differ by what they hold: Chinchilla has gamma = 1, TiedChinchilla alpha = beta as well, and
-GammaChinchilla leaves all six parameters free. Each is fitted by least squares of ln L from several starts in
-numpy, which takes a tenth of a second and compiles nothing.
+Chinchilla fixes gamma = 1 and TiedChinchilla alpha = beta as well; GammaChinchilla has all six parameters free.
+Each is fitted by least squares of ln L from several starts in numpy, which takes a tenth of a second and
+compiles nothing.
 """
 
+import operator
 from typing import NamedTuple
 
 import numpy as np
@@ -13,31 +14,32 @@ from scipy import optimize, stats
 from research.scaling import prior_fit
 from research.scaling.rows import Observations
 
-# The free coordinates of each law among prior_fit.NAMES, [6, free]; what no column moves is zero (gamma = 1).
+# theta = FREE @ coordinates, [6, free], in the order of prior_fit.NAMES. A row of zeros is ln gamma = 0.
 FREE = {
   'Chinchilla': np.eye(6)[:, :5],
   'TiedChinchilla': np.column_stack([np.eye(6)[:, :3], np.eye(6)[:, 3] + np.eye(6)[:, 4]]),
   'GammaChinchilla': np.eye(6),
 }
-LOW = np.array([-12.0, -25.0, -25.0, -6.0, -6.0, -2.5])
-HIGH = np.array([6.0, 12.0, 12.0, 1.5, 1.5, 2.5])
-LEAST = 0.003  # a misfit of ln L below this is nobody's concern
+# A misfit of ln L that bends by less than this is not worth a sentence.
+LEAST = 0.003
+# The level of the F test of a misfit: strict, since every table is tested along four axes.
+SIGNIFICANCE = 1e-4
 
 
 class Compared(NamedTuple):
-  """A law on the rows. `aicc` is in nats; `weight` is the share of the evidence among those compared."""
+  """A law on the rows."""
 
   law: str
   parameters: int
   rms: float  # of the residuals of ln L
   aicc: float
-  weight: float
+  weight: float  # Akaike weight, the share of the evidence among the laws that are compared
 
 
 class Misfit(NamedTuple):
-  """What a parabola through the residuals says: the law is off by `low` and `high` (of ln L) at two places.
+  """A parabola through the residuals: where it is lowest and highest, and by how much the law is off there.
 
-  Both are beside the mean residual, so that `low` is negative and `high` positive.
+  `low` and `high` are in ln L, less the mean residual, so that `low` is negative and `high` positive.
   """
 
   axis: str
@@ -49,10 +51,10 @@ class Misfit(NamedTuple):
 
 
 def compare(rows: Observations) -> list[Compared]:
-  """The three laws, best first.
+  """The three laws, best first. Laws with as many parameters as rows, or more, are left out.
 
   AICc = n ln(RSS / n) + 2 k + 2 k (k + 1) / (n - k - 1), where k counts the error's variance too
-  (Hurvich & Tsai 1989). Laws with as many parameters as rows, or more, are left out.
+  (Hurvich & Tsai 1989).
   """
   n = len(rows)
   results = []
@@ -60,28 +62,38 @@ def compare(rows: Observations) -> list[Compared]:
     k = free.shape[1] + 1
     if n <= k + 1:
       continue
+    # A law that fits exactly would have an AICc of minus infinity.
     rss = max(_least_squares(rows, free), 1e-24 * n)
     aicc = n * np.log(rss / n) + 2 * k + 2 * k * (k + 1) / (n - k - 1)
     results.append((name, k - 1, float(np.sqrt(rss / n)), float(aicc)))
-  results.sort(key=lambda item: item[3])
-  relative = [np.exp((results[0][3] - item[3]) / 2) for item in results]
-  return [
-    Compared(*item, float(r / sum(relative))) for item, r in zip(results, relative, strict=True)
-  ]
+  results.sort(key=operator.itemgetter(3))
+  relative = [np.exp((results[0][3] - aicc) / 2) for *_, aicc in results]
+  weights = [float(value / sum(relative)) for value in relative]
+  return [Compared(*result, weight) for result, weight in zip(results, weights, strict=True)]
 
 
 def _least_squares(rows: Observations, free: np.ndarray) -> float:
   """The lowest sum of squared residuals of ln L over several starts."""
-  ln_n, ln_d, y = np.log(rows.params), np.log(rows.tokens), np.log(rows.loss)
-  x, z = ln_n - ln_n.mean(), ln_d - ln_d.mean()
-  theta = lambda u: free @ u
-  residual = lambda u: prior_fit.evaluate(theta(u), x, z).value - y
-  slopes = lambda u: prior_fit.evaluate(theta(u), x, z).slopes @ free
-  # A tied coordinate has the bounds of both that it moves, which are alike.
-  inside = [tuple(LOW[row > 0])[:1] + tuple(HIGH[row > 0])[:1] for row in free.T]
-  low, high = np.array(inside).T
-  middle, lowest = float(np.exp(y.mean())), float(np.exp(y.min()))
+  y = np.log(rows.loss)
+  x = np.log(rows.params)
+  x = x - x.mean()
+  z = np.log(rows.tokens)
+  z = z - z.mean()
+
+  def residual(coordinates):
+    return prior_fit.evaluate(free @ coordinates, x, z).value - y
+
+  def slopes(coordinates):
+    return prior_fit.evaluate(free @ coordinates, x, z).slopes @ free
+
+  # A tied coordinate moves two of theta, whose bounds are the same: take those of the first.
+  moved = free.argmax(axis=0)
+  low = np.array(prior_fit.LOW)[moved]
+  high = np.array(prior_fit.HIGH)[moved]
+  middle = float(np.exp(y.mean()))
+  lowest = float(np.exp(y.min()))
   best = np.inf
+  # The floor is badly conditioned: start at several shares of the lowest loss, with the rest split evenly.
   for share in (0.1, 0.5, 0.9):
     for p in (-1.8, -1.0):
       half = np.log(max(middle - share * lowest, 1e-3 * middle) / 2)
@@ -98,7 +110,7 @@ def sentence(compared: list[Compared]) -> str | None:
   """What the comparison says, in one sentence; None where fewer than two laws could be compared."""
   if len(compared) < 2:
     return None
-  first, others = compared[0], compared[1:]
+  first, *others = compared
   gaps = ', '.join(f'{c.law} {c.aicc - first.aicc:+.1f} ({100 * c.rms:.2g}% rms)' for c in others)
   sure = 'clearly' if others[0].aicc - first.aicc > 6 else 'not clearly'
   return (
@@ -108,11 +120,14 @@ def sentence(compared: list[Compared]) -> str | None:
 
 
 def misfit(rows: Observations, residuals: np.ndarray) -> Misfit | None:
-  """The axis along which the fitted law misses the rows most, where that is clear beside the scatter.
+  """The axis along which the fitted law misses the rows most; None where no trend is clear beside the scatter.
 
-  `residuals` [rows] are ln(fitted / observed). A parabola in ln x is fitted to them for each of N, D, C and
-  D / N, without the rows that lie over 8 robust standard deviations off. It is clear where it beats a constant
-  at one in ten thousand (F test), explains a fifth of the variance and bends by more than 0.3%.
+  For each of N, D, C and D / N a parabola in ln x is fitted to the residuals, without the rows that are more
+  than 8 robust standard deviations off. A trend is clear where the parabola beats a constant at one in ten
+  thousand (F test), explains a fifth of the variance and bends by more than 0.3%.
+
+  Args:
+    residuals: ln(fitted / observed) [rows].
   """
   spread = 1.4826 * float(np.median(np.abs(residuals - np.median(residuals))))
   near = np.abs(residuals - np.median(residuals)) <= 8 * spread + 1e-12
@@ -132,11 +147,11 @@ def misfit(rows: Observations, residuals: np.ndarray) -> Misfit | None:
     order = curve(np.sort(x)) - residual.mean()
     low, high = int(order.argmin()), int(order.argmax())
     places = np.exp(np.sort(x))
-    clear = stats.f.sf(ratio, 2, len(residual) - 3) < 1e-4 and rest < 0.8 * total
+    clear = stats.f.sf(ratio, 2, len(residual) - 3) < SIGNIFICANCE and rest < 0.8 * total
     if clear and order[high] - order[low] > LEAST:
       share = 1 - rest / total
       misfits.append(Misfit(axis, share, places[low], order[low], places[high], order[high]))
-  return max(misfits, key=lambda m: m.explained, default=None)
+  return max(misfits, key=operator.attrgetter('explained'), default=None)
 
 
 def describe(trend: Misfit) -> str:

@@ -1,9 +1,9 @@
-"""A law of N and D with priors on its exponents, its floor and its shape: maximum a posteriori, Laplace errors.
+"""A law of N and D with priors: the maximum a posteriori, with errors from the curvature there (Laplace).
 
-The law is GammaChinchilla, L = E + (A / N^alpha + B / D^beta)^gamma, written around the data's geometric means
-with the exponents of the two terms alone, p = alpha gamma and q = beta gamma. A few runs do not tell gamma, and
-hardly E; priors learned from other sweeps keep them where sweeps have been, and give way to
-rows that say otherwise.
+The law is GammaChinchilla, L = E + (A / N^alpha + B / D^beta)^gamma. It is written around the geometric means
+of the data, with the exponents p = alpha gamma and q = beta gamma of the two terms when each stands alone. A
+few runs do not determine gamma, and hardly E. Priors learned from other sweeps keep these near the values of
+other sweeps, and give way to rows that say otherwise.
 """
 
 import dataclasses
@@ -13,21 +13,26 @@ import numpy as np
 from scipy import stats
 
 NAMES = ('ln_E', 'ln_A', 'ln_B', 'ln_p', 'ln_q', 'ln_gamma')
-FREEDOM = (
-  4.0  # of the Student t of the rows' scatter (diverged runs are there) and of a forecast's error
-)
-# Rows that follow the law to this scatter of ln L show no misfit, so that none is foreseen beyond them.
-# It is a third of the least scatter of any public sweep.
+# Degrees of freedom of the Student t of the rows' scatter and of a forecast's error. Sweeps have diverged runs,
+# for which a normal distribution has no room.
+FREEDOM = 4.0
+# Rows that scatter less than this in ln L show no misfit of the law, so that none is expected beyond them. It
+# is a third of the smallest scatter of any public sweep.
 EXACT = 3e-4
+# Bounds of theta, which keep a trial step finite.
+LOW = (-12.0, -25.0, -25.0, -6.0, -6.0, -2.5)
+HIGH = (6.0, 12.0, 12.0, 1.5, 1.5, 2.5)
 
 
 @dataclasses.dataclass(frozen=True)
 class Prior:
-  """Normal priors of ln E (nats), ln p, ln q and ln gamma, and what the law leaves unexplained beyond the rows.
+  """Normal priors of ln E (nats), ln p, ln q and ln gamma, and the error of the law beyond the rows.
 
-  `drift`: scale of the error of ln L that is added for every e-fold of C beyond the largest fitted, in
-  proportion less where the rows scatter by less than EXACT.
-  `recency`: a row counts as (C / largest C)^recency: the law is least wrong near what it is to forecast.
+  Attributes:
+    mean, deviation: of the four.
+    drift: the scale of the error of ln L for each e-fold of C beyond the largest fitted, in proportion less
+      where the rows scatter by less than EXACT.
+    recency: the weight of a row is (C / largest C)^recency, since the law is least wrong near the forecast.
   """
 
   mean: tuple[float, float, float, float]
@@ -37,20 +42,32 @@ class Prior:
 
 
 class Point(NamedTuple):
-  """ln L at places [places], its slopes [places, 6]."""
+  """ln L [rows] and its derivatives by theta [rows, 6]."""
 
   value: np.ndarray
   slopes: np.ndarray
 
 
 def evaluate(theta: np.ndarray, x: np.ndarray, z: np.ndarray) -> Point:
-  """ln L and its derivatives; x and z are ln N and ln D less their means in the data."""
-  floor, p, q, gamma = np.exp(theta[0]), *np.exp(theta[3:])
-  u, v = (theta[1] - p * x) / gamma, (theta[2] - q * z) / gamma
+  """ln L and its derivatives.
+
+  Args:
+    theta: coordinates in the order of NAMES [6].
+    x, z: ln N and ln D less their means in the data, [rows] each.
+  """
+  floor = np.exp(theta[0])
+  p, q, gamma = np.exp(theta[3:])
+  u = (theta[1] - p * x) / gamma
+  v = (theta[2] - q * z) / gamma
+  # ln(e^u + e^v) and the shares of both terms, without overflow.
   top = np.maximum(u, v)
-  first, second = np.exp(u - top), np.exp(v - top)
+  first = np.exp(u - top)
+  second = np.exp(v - top)
   total = first + second
-  first, second, log_sum = first / total, second / total, top + np.log(total)
+  first = first / total
+  second = second / total
+  log_sum = top + np.log(total)
+  # The bound is far above any loss; it keeps a wild trial step finite.
   reducible = np.exp(np.minimum(gamma * log_sum, 50.0))
   loss = floor + reducible
   share = reducible / loss
@@ -70,9 +87,14 @@ def evaluate(theta: np.ndarray, x: np.ndarray, z: np.ndarray) -> Point:
 
 @dataclasses.dataclass(frozen=True)
 class PriorFit:
-  """What the rows and the priors say. `theta` [6], `covariance` [6, 6] of NAMES.
+  """The posterior of theta, as a normal distribution, and what a forecast needs.
 
-  `scatter`: the scale of a run's own scatter of ln L.
+  Attributes:
+    theta, covariance: in the order of NAMES, [6] and [6, 6].
+    scatter: the scale of the Student t of ln L from run to run.
+    center: the means of ln N and ln D.
+    largest: the largest C of the rows.
+    rows: how many there are.
   """
 
   theta: np.ndarray
@@ -84,7 +106,7 @@ class PriorFit:
   prior: Prior
 
   def predict(self, params, tokens, flops=None) -> tuple[np.ndarray, np.ndarray]:
-    """(ln L, the scale of its error for one new run) at places; `flops` is 6 N D by default."""
+    """(ln L, the scale of its error for one new run) at each (N, D); `flops` is 6 N D by default."""
     params, tokens = (np.atleast_1d(np.asarray(v, np.float64)) for v in (params, tokens))
     flops = 6 * params * tokens if flops is None else np.asarray(flops, np.float64)
     point = evaluate(self.theta, np.log(params) - self.center[0], np.log(tokens) - self.center[1])
@@ -100,13 +122,14 @@ class PriorFit:
     return np.exp(middle - half), np.exp(middle + half)
 
   def draws(self, count: int = 400, seed: int = 0) -> np.ndarray:
-    """theta from the posterior's normal approximation, [count, 6]."""
+    """theta drawn from the normal approximation of the posterior, [count, 6]."""
     return np.random.default_rng(seed).multivariate_normal(self.theta, self.covariance, count)
 
   def natural(self, theta: np.ndarray) -> dict[str, np.ndarray]:
-    """GammaChinchilla's parameters of theta [..., 6]."""
+    """GammaChinchilla's parameters for theta [..., 6]."""
     p, q, gamma = (np.exp(theta[..., i]) for i in (3, 4, 5))
-    alpha, beta = p / gamma, q / gamma
+    alpha = p / gamma
+    beta = q / gamma
     return {
       'E': np.exp(theta[..., 0]),
       'A': np.exp(theta[..., 1] / gamma + alpha * self.center[0]),
@@ -118,19 +141,25 @@ class PriorFit:
 
 
 def fit(params, tokens, loss, prior: Prior, flops=None, rounds: int = 400) -> PriorFit:
-  """The maximum a posteriori by damped Gauss-Newton steps from several starts; scatter by iterated reweighting.
+  """The maximum a posteriori, by damped Gauss-Newton steps from nine starts.
 
   Args:
-    params, tokens, loss: rows, [rows] each; loss in nats.
-    flops: C of the rows, for how far a forecast reaches; 6 N D by default.
+    params, tokens, loss: of the rows, [rows] each; loss in nats.
+    flops: C of the rows [rows], for their weights and the reach of a forecast; 6 N D by default.
+    rounds: the most steps from each start.
   """
-  n, d, y = np.log(params), np.log(tokens), np.log(loss)
-  center = float(n.mean()), float(d.mean())
-  x, z = n - center[0], d - center[1]
+  ln_n = np.log(params)
+  ln_d = np.log(tokens)
+  y = np.log(loss)
+  center = float(ln_n.mean()), float(ln_d.mean())
+  x = ln_n - center[0]
+  z = ln_d - center[1]
   c = 6 * params * tokens if flops is None else np.asarray(flops, np.float64)
   counts = (c / c.max()) ** prior.recency
   best = None
-  middle, lowest = float(np.exp(y.mean())), float(np.exp(y.min()))
+  middle = float(np.exp(y.mean()))
+  lowest = float(np.exp(y.min()))
+  # The posterior may have a minimum with a high floor and one with a low floor, and the same for gamma.
   for share in (0.3, 0.6, 0.9):
     for gamma in (-0.7, 0.0, 0.7):
       floor = min(share * lowest, np.exp(prior.mean[0] + 2 * prior.deviation[0]))
@@ -144,57 +173,79 @@ def fit(params, tokens, loss, prior: Prior, flops=None, rounds: int = 400) -> Pr
 
 
 def _prior_rows(prior: Prior) -> tuple[np.ndarray, np.ndarray]:
-  """(mean, precision) of all six coordinates; the sizes of the two terms are free."""
-  mean, precision = np.zeros(6), np.zeros(6)
-  for i, m, s in zip((0, 3, 4, 5), prior.mean, prior.deviation, strict=True):
-    mean[i], precision[i] = m, 1 / s**2
+  """(mean, precision) of all six coordinates."""
+  mean = np.zeros(6)
+  precision = np.zeros(6)
+  constrained = [NAMES.index(name) for name in ('ln_E', 'ln_p', 'ln_q', 'ln_gamma')]
+  mean[constrained] = prior.mean
+  precision[constrained] = 1 / np.square(prior.deviation)
+  # The sizes of the two terms have no prior; a little precision keeps the matrix invertible.
   precision[1:3] = 1e-6
   return mean, precision
 
 
 def _descend(theta, x, z, y, counts, prior: Prior, rounds: int):
-  """(minus log posterior, theta, covariance, scatter)."""
+  """(minus log posterior, theta, covariance, scatter) at the end of the steps from one start.
+
+  A step is Gauss-Newton's with the weights of the Student t at the last residuals; every fourth step the
+  scatter follows. Together they are the EM algorithm for a Student t (Lange et al. 1989).
+  """
   mean, precision = _prior_rows(prior)
-  rows = len(y)
   point = evaluate(theta, x, z)
   residual = point.value - y
   scatter = max(1.4826 * float(np.median(np.abs(residual))), 1e-5)
-  damping, value = 1e-2, np.inf
+  damping = 1e-2
+  value = np.inf
   for step in range(rounds):
-    if step % 4 == 0:  # the scatter follows the fit, as EM for a Student t has it
-      for _ in range(3):
-        weight = counts * (FREEDOM + 1) / (FREEDOM + (residual / scatter) ** 2)
-        spare = max(counts.sum() * (1 - 5 / rows), 1)
-        scatter = max(float(np.sqrt((weight * residual**2).sum() / spare)), 1e-6)
-      before, value = value, _objective(theta, residual, scatter, counts, mean, precision)
+    if step % 4 == 0:
+      scatter = _scatter(residual, scatter, counts)
+      before = value
+      value = _objective(theta, residual, scatter, counts, mean, precision)
       if abs(before - value) < 1e-9 * (1 + abs(value)):
         break
-    weight = counts * (FREEDOM + 1) / (FREEDOM + (residual / scatter) ** 2) / scatter**2
+    weight = _student_weights(residual, scatter, counts) / scatter**2
     matrix = (point.slopes * weight[:, None]).T @ point.slopes + np.diag(precision)
     gradient = point.slopes.T @ (weight * residual) + precision * (theta - mean)
     move = -np.linalg.solve(matrix + damping * np.diag(np.diag(matrix)), gradient)
-    trial = theta + np.clip(move, -1.0, 1.0)
-    trial = np.clip(trial, [-12, -25, -25, -6, -6, -2.5], [6, 12, 12, 1.5, 1.5, 2.5])
-    other = evaluate(trial, x, z)
-    trial_value = _objective(trial, other.value - y, scatter, counts, mean, precision)
+    trial = np.clip(theta + np.clip(move, -1.0, 1.0), LOW, HIGH)
+    trial_point = evaluate(trial, x, z)
+    trial_residual = trial_point.value - y
+    trial_value = _objective(trial, trial_residual, scatter, counts, mean, precision)
     if trial_value < value:
-      theta, point, residual, value = trial, other, other.value - y, trial_value
+      theta, point, residual, value = trial, trial_point, trial_residual, trial_value
       damping = max(damping / 5, 1e-9)
     else:
       damping = min(damping * 6, 1e6)
-  weight = counts * (FREEDOM + 1) / (FREEDOM + (residual / scatter) ** 2) / scatter**2
+  weight = _student_weights(residual, scatter, counts) / scatter**2
   matrix = (point.slopes * weight[:, None]).T @ point.slopes + np.diag(precision)
   return value, theta, np.linalg.inv(matrix), scatter
 
 
+def _student_weights(residual, scatter: float, counts) -> np.ndarray:
+  """The weight of each row in a least-squares step [rows]: small for a residual far beyond the scatter."""
+  return counts * (FREEDOM + 1) / (FREEDOM + (residual / scatter) ** 2)
+
+
+def _scatter(residual, scatter: float, counts) -> float:
+  """The scale of the residuals after three EM steps."""
+  # The rows less about 5 parameters, which the priors determine in part.
+  spare = max(counts.sum() * (1 - 5 / len(residual)), 1)
+  for _ in range(3):
+    weight = _student_weights(residual, scatter, counts)
+    scatter = max(float(np.sqrt((weight * residual**2).sum() / spare)), 1e-6)
+  return scatter
+
+
 def _objective(theta, residual, scatter, counts, mean, precision) -> float:
+  """Minus the log posterior, up to a constant."""
   rows = 0.5 * (FREEDOM + 1) * (counts * np.log1p((residual / scatter) ** 2 / FREEDOM)).sum()
   return float(
     rows + counts.sum() * np.log(scatter) + 0.5 * (precision * (theta - mean) ** 2).sum()
   )
 
 
-# From all the sources of experiments/forecasting by `league.py --learn`; the league itself leaves one out.
+# Learned from all the sweeps of experiments/forecasting by `league.py --learn`. The league itself leaves one
+# sweep out at a time.
 LEARNED = Prior(
   mean=(-0.0400, -1.4473, -1.2764, -0.7365), deviation=(1.2125, 0.4112, 0.5989, 0.4438),
   drift=0.0070, recency=0.75,
