@@ -22,6 +22,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 import sources
 
 from research.scaling import bootstrap, fitting, law_fit, laws, prior_fit
+from research.scaling.options import Options
 
 SHARES = (0.8, 0.6)
 # What one learns from when nothing is known: any floor, exponents of .1 to .8, an outer exponent of .5 to 2.
@@ -67,7 +68,7 @@ def by_law(law):
 def by_mean(seen, unseen) -> dict:
   """A rule: the mean of approaches 2 and 3, with its 90% interval."""
   analysis = fitting.analyse(
-    seen, fitting.Options(replicates=REPLICATES, rule='mean of approaches')
+    seen, Options(replicates=REPLICATES, rule='mean of approaches')
   )
   told = [
     analysis.forecast(c, params=n, tokens=d)

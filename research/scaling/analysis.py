@@ -1,6 +1,6 @@
-"""What a set of rows says: the approaches that were fitted, their forecasts, and what to doubt.
+"""The result of a fit: the three approaches, their forecasts, and the doubts about them.
 
-`research.scaling.plot`, `save` and `load` draw an analysis and keep it in a file.
+`research.scaling.plot` draws an analysis; `save` writes it to a file and `load` reads it back.
 """
 
 import dataclasses
@@ -26,11 +26,19 @@ from research.scaling.forecast import Forecast, NoForecast, Optimum
 
 @dataclasses.dataclass(frozen=True)
 class Analysis:
-  """Everything a set of rows says about N*(C), D*(C) and the loss.
+  """What a set of rows says about N*(C), D*(C) and the loss.
 
-  `approach1`, `approach2`, `approach3` are None where refused; `refusals` says why, by name.
-  `cost` is the rows' FLOP convention, `level` that of every interval, `rule` what makes a forecast.
-  `doubts` are sentences about the table, to be read before any number; `notes` are about the fits.
+  Attributes:
+    rows: the rows that were fitted, and those that were left out.
+    cost: C as a function of N and D, the FLOP convention of the rows.
+    approach1, approach2, approach3: the envelope, the isoFLOP minima and the fitted law; None where refused.
+    bootstrap: of approach 3.
+    refusals: why an approach was refused, by its name.
+    notes: sentences about the fits, worst first.
+    conventions: the exponents under other counts of N and C, a row each.
+    level: of every interval.
+    rule: the name of the rule that makes forecasts.
+    doubts: sentences about the table, to read before any number.
   """
 
   rows: table.Observations
@@ -48,7 +56,7 @@ class Analysis:
 
   @functools.cached_property
   def trials(self) -> tuple[rollout.RollOut, ...]:
-    """Forecasts of the larger budgets from the smaller ones: which approach is not fit to forecast with."""
+    """Forecasts of the larger budgets from the smaller ones, by approaches 2 and 3, beside the outcomes."""
     if self.approach2 is None or self.approach3 is None:
       return ()
     return rollout.roll_out(self.rows, self.cost, self.approach2, self.approach3)
@@ -61,25 +69,25 @@ class Analysis:
 
   @functools.cached_property
   def compared(self) -> tuple[comparison.Compared, ...]:
-    """Chinchilla, TiedChinchilla and GammaChinchilla by AICc, best first; empty of too few rows."""
+    """Chinchilla, TiedChinchilla and GammaChinchilla by AICc, best first; empty for too few rows."""
     return tuple(comparison.compare(self.rows))
 
   @property
   def shares(self) -> dict[str, float]:
-    """What share each approach has in a forecast; they sum to one."""
+    """The share of each approach in a mean of approaches, without those of zero; they sum to one."""
     both = {'approach 2': self.approach2, 'approach 3': self.approach3}
-    have = [name for name, found in both.items() if found is not None]
-    found = rollout.shares(self.trials, have)
-    return {name: share for name, share in found.items() if share}
+    fitted_ones = [name for name, approach in both.items() if approach is not None]
+    shares = rollout.shares(self.trials, fitted_ones)
+    return {name: share for name, share in shares.items() if share}
 
   @property
   def method(self) -> str:
-    """What a forecast is made by, in words."""
+    """The method of a forecast, in words."""
     return forecasting.RULES[self.rule].method(self)
 
   @property
   def assumed(self) -> str | None:
-    """What the law assumes of its exponents, where N* ~ C^a follows from that and not from the rows."""
+    """'alpha = beta' where the law assumes this, so that a = b = 1/2 follows from it and not from the rows."""
     if self.approach3 is None:
       return None
     tied = (
@@ -89,7 +97,11 @@ class Analysis:
     return 'alpha = beta' if tied and self.cost.p == 1.0 and not self.cost.constant else None
 
   def predict(self, params, tokens) -> np.ndarray:
-    """The fitted loss in nats per token; raises NoForecast without a law of N and D."""
+    """The fitted loss in nats per token.
+
+    Raises:
+      NoForecast: no law of N and D was fitted.
+    """
     if self.approach3 is None:
       raise NoForecast(
         f'No law of N and D was fitted: {self.refusals.get("approach 3", "not asked for")}'
@@ -97,13 +109,17 @@ class Analysis:
     return self.approach3.predict(params=params, tokens=tokens)
 
   def optimum(self, flops, approach: str | None = None) -> Optimum:
-    """Compute-optimal N*, D* and their loss at a budget or an array of them, by approach 3 if there is one."""
+    """Compute-optimal N*, D* and their loss at a budget or an array of them.
+
+    Args:
+      approach: 'approach 2' or 'approach 3'; None for approach 3 where it was fitted.
+    """
     if self._uses_law(approach):
-      law, values = self.approach3.law, self.approach3.parameters
-      return Optimum(*planning.optimum(law, values, flops, self.cost))
-    two = self.approach2
+      law = self.approach3.law
+      return Optimum(*planning.optimum(law, self.approach3.parameters, flops, self.cost))
+    power_laws = self.approach2
     flops = np.asarray(flops, np.float64)
-    return Optimum(two.params(flops), two.tokens(flops), two.loss(flops))
+    return Optimum(power_laws.params(flops), power_laws.tokens(flops), power_laws.loss(flops))
 
   def _uses_law(self, approach: str | None) -> bool:
     return self.approach3 is not None and approach in (None, 'approach 3')
@@ -114,41 +130,59 @@ class Analysis:
     if self._uses_law(approach):
       values = {k: v[:, None] for k, v in self.bootstrap.parameters.items()}
       return Optimum(*planning.optimum(self.approach3.law, values, flops, self.cost))
-    s = self.approach2.samples
-    line = lambda i: np.exp(s[:, i + 1 : i + 2] + s[:, i : i + 1] * np.log(flops))
-    return Optimum(line(0), line(2), self.approach2.loss.floor + line(4))
+    samples = self.approach2.samples
+
+    def power_law(column: int):
+      exponent = samples[:, column : column + 1]
+      ln_k = samples[:, column + 1 : column + 2]
+      return np.exp(ln_k + exponent * np.log(flops))
+
+    return Optimum(power_law(0), power_law(2), self.approach2.loss.floor + power_law(4))
 
   def exponents(self) -> dict[str, tuple[float, float, float]]:
     """{'a, approach 2': (value, low, high), ...}: N* ~ C^a and D* ~ C^b by each approach."""
-    out = {}
-    for k, found in ((1, self.approach1), (2, self.approach2)):
-      if found is not None:
-        out[f'a, approach {k}'] = (found.params.exponent, *found.interval('a', self.level))
-        out[f'b, approach {k}'] = (found.tokens.exponent, *found.interval('b', self.level))
-    if self.approach3 is not None:
-      ends = np.array([self.rows.flops.min(), self.rows.flops.max()])
-      slope = lambda v: np.diff(np.log(v), axis=-1)[..., 0] / np.log(ends[1] / ends[0])
-      best, many = self.optimum(ends), self.optimum_samples(ends)
-      for name, v, s in (('a', best.params, many.params), ('b', best.tokens, many.tokens)):
-        out[f'{name}, approach 3'] = (float(slope(v)), *map(float, self.interval(slope(s))))
-    return out
+    exponents = {}
+    for k, approach in ((1, self.approach1), (2, self.approach2)):
+      if approach is not None:
+        for name, law in (('a', approach.params), ('b', approach.tokens)):
+          spread = approach.interval(name, self.level)
+          exponents[f'{name}, approach {k}'] = (law.exponent, *spread)
+    if self.approach3 is None:
+      return exponents
+    # The law need not be a power law of C: its slope is taken between the ends of the fitted budgets.
+    ends = np.array([self.rows.flops.min(), self.rows.flops.max()])
+
+    def slope(values):
+      return np.diff(np.log(values), axis=-1)[..., 0] / np.log(ends[1] / ends[0])
+
+    best = self.optimum(ends)
+    samples = self.optimum_samples(ends)
+    for name, field in (('a', 'params'), ('b', 'tokens')):
+      value = float(slope(getattr(best, field)))
+      low, high = self.interval(slope(getattr(samples, field)))
+      exponents[f'{name}, approach 3'] = (value, float(low), float(high))
+    return exponents
 
   def forecast(self, flops: float | None = None, *, params=None, tokens=None) -> Forecast:
-    """The loss at the optimum of `flops`, or of a run of given `params` and `tokens`, by `rule`."""
-    given = params is not None and tokens is not None
-    if not given and flops is None:
+    """The loss at the optimum of `flops`, or of a run with these `params` and `tokens`, by `rule`.
+
+    Raises:
+      NoForecast: neither is named, or the rule cannot forecast from these fits.
+    """
+    names_run = params is not None and tokens is not None
+    if not names_run and flops is None:
       raise NoForecast('forecast needs flops, or params and tokens.')
-    if given and flops is None:
+    if names_run and flops is None:
       flops = float(self.cost.flops(params, tokens))
     return forecasting.RULES[self.rule].forecast(self, float(flops), params, tokens)
 
   def value_at(self, *, params, tokens) -> tuple[float, float, float]:
-    """The loss forecast of a run, and the interval of it."""
-    told = self.forecast(params=params, tokens=tokens)
-    return told.loss, told.loss_low, told.loss_high
+    """The forecast of a run's loss, and its interval: (loss, low, high)."""
+    forecast = self.forecast(params=params, tokens=tokens)
+    return forecast.loss, forecast.loss_low, forecast.loss_high
 
   def interval(self, samples: np.ndarray) -> tuple:
-    """At `level`, over the first axis of values [replicates, ...] such as `optimum_samples` has."""
+    """(low, high) at `level` over the first axis of samples [replicates, ...], such as `optimum_samples`."""
     freedom = np.inf if self.approach3 is None else self.bootstrap.freedom
     return bootstrap.interval(samples, self.level, freedom)
 

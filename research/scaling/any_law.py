@@ -10,8 +10,8 @@ from research.core.errors import did_you_mean
 from research.scaling import binomial, bootstrap, cells, fitted, law_fit
 from research.scaling import columns as columns_module
 from research.scaling.cells import RowError
-from research.scaling.fitting import Options
 from research.scaling.laws.base import Law, LawError
+from research.scaling.options import Options
 from research.scaling.rows import DONE, Columns
 
 DERIVED = {

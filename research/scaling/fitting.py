@@ -1,4 +1,4 @@
-"""The whole fit in one call: rows in, an `Analysis` out."""
+"""Fits everything to a table in one call: rows in, an `Analysis` out."""
 
 import dataclasses
 import math
@@ -26,46 +26,16 @@ from research.scaling.analysis import Analysis
 from research.scaling.cost import fit_cost
 from research.scaling.forecast import NoForecast
 from research.scaling.laws.base import Law, LawError
+from research.scaling.options import CHINCHILLA, Options
 
-_COLUMNS, _CHINCHILLA = table.Columns(), laws.Chinchilla()
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-  """How rows are fitted; the arguments of `fit_results` say what each means."""
-
-  law: Law = _CHINCHILLA
-  profile: str = 'parabola'
-  noise: float | None = None
-  drop_highest: int = 0
-  robust: str | None = None
-  delta: float = 1e-3
-  tau: float = 0.5
-  starts: str | Mapping = 'grid'
-  residuals: str | None = None
-  fixed: Mapping[str, float] | None = None
-  tied: Mapping[str, str] | None = None
-  resample: str | None = None
-  replicates: int = 1000
-  level: float = 0.9
-  seed: int = 0
-  rule: str | None = None
-  # Of an output that is a share, such as an accuracy: how many examples, as a number or the name of a column.
-  examples: float | str | None = None
-  # False: parameters that the rows do not determine are told and not refused, as a published fit may want.
-  check: bool = True
-
-  def of_the_law(self) -> dict:
-    """The arguments of `law_fit.fit`."""
-    names = ('robust', 'delta', 'tau', 'starts', 'residuals', 'fixed', 'tied', 'check')
-    return {name: getattr(self, name) for name in names}
+_COLUMNS = table.Columns()
 
 
 def fit_results(
   rows,
   *,
   columns: table.Columns = _COLUMNS,
-  law: Law = _CHINCHILLA,
+  law: Law = CHINCHILLA,
   profile: str = 'parabola',
   noise: float | None = None,
   curves: Mapping | None = None,
@@ -87,25 +57,31 @@ def fit_results(
   checkpoints: bool = False,
   strict: bool = False,
 ) -> Analysis:
-  """Approaches 1 (given `curves`), 2 and 3 with bootstrap intervals.
+  """Approaches 1 (where there are `curves`), 2 and 3, with bootstrap intervals.
 
   Args:
-    rows: a path (see tables.read), a list of dicts, or Observations.
-    columns: which columns hold N, D, C and the loss, and their units; see rows.Columns.
-    law: what approach 3 fits; where it is not identifiable its reasons are kept, and TiedChinchilla takes its
-      place unless it fits significantly worse.
-    profile, noise: approach 2's interpolation and seed noise; see approaches.isoflop.
-    curves: run -> [(tokens, loss), ...] for approach 1.
-    drop_highest: leave out this many of the highest losses (Besiroglu et al. 2024 drop 5).
-    robust, delta, tau, starts, residuals, fixed, tied: see law_fit.fit. A fixed E is
-      approach 2's asymptote too.
-    resample: 'residual', 'pairs', 'cluster by run' or 'cluster by budget'; None: 'cluster by run' where runs
-      have several rows, and else 'residual'.
-    rule: what a forecast is made by; see forecasting.RULES. None: learned priors, or where a law was chosen or
-      parameters are held the mean of approaches, which has them.
-    conventions: also fit every count of N and C that the rows hold, for the table of conventions.
+    rows: a path (see `tables.read`), a list of dicts, or Observations.
+    columns: the columns of N, D, C and the loss, and their units.
+    law: what approach 3 fits. Where the rows do not determine it, TiedChinchilla takes its place, unless that
+      fits significantly worse; `Analysis.refusals` has the reasons.
+    profile, noise: approach 2's interpolation and noise between seeds; see `approaches.isoflop`.
+    curves: the training curve of each run, [(tokens, loss), ...], for approach 1.
+    role: fit only rows of this role, or of none; None for all.
+    drop_highest: leave out so many of the highest losses (Besiroglu et al. 2024 drop 5).
+    robust, delta, tau, starts, residuals, fixed, tied: see `law_fit.fit`. A fixed E is also the floor of
+      approach 2.
+    resample: what a bootstrap draws, 'residual', 'pairs', 'cluster by run' or 'cluster by budget'. None for
+      'cluster by run' where runs have several rows, and 'residual' elsewhere.
+    replicates, seed: of the bootstrap. level: of every interval, such as 0.9.
+    rule: what makes a forecast, one of `forecasting.RULES`. None for learned priors, or for the mean of
+      approaches where the law or a parameter was chosen.
+    conventions: also fit every other count of N and C that the rows have, for the table of conventions.
     checkpoints: take every row of a run, and not only its last.
-    strict: a doubt about the table raises RowError.
+    strict: raise RowError for a doubt about the table.
+
+  Raises:
+    RowError: the table cannot be read, or with `strict` is doubtful.
+    NoForecast: neither approach 2 nor approach 3 is possible. LawError: an option is wrong.
   """
   if isinstance(rows, (str, pathlib.Path)):
     rows = table.read_table(rows)
@@ -124,29 +100,34 @@ def fit_results(
     raise table.RowError(f'--strict: {result.doubts[0]}')
   if not conventions or isinstance(rows, table.Observations):
     return result
-  # Of the other counts only the exponents are shown, which few replicates tell well enough.
+  # The table of conventions shows exponents without their intervals.
   quick = dataclasses.replace(options, replicates=50)
-  fit = lambda rows, columns: analyse(_observe(rows, columns, role, checkpoints)[0], quick)
+
+  def fit(rows, columns):
+    observations, _ = _observe(rows, columns, role, checkpoints)
+    return analyse(observations, quick)
+
   return dataclasses.replace(result, conventions=diagnostics.conventions(rows, columns, fit))
 
 
 def _observe(rows, columns, role, checkpoints) -> tuple[table.Observations, list[str]]:
-  """The rows that count, and what is doubtful about them."""
+  """(the rows that count, the doubts about them)."""
   if isinstance(rows, table.Observations):
     return rows, []
   observations = table.observe(rows, columns, role)
   doubts.check_units(observations)
-  sentence = None
+  sentences = []
   if not checkpoints:
     observations, sentence = doubts.last_of_each_run(observations)
-  return observations, [*([sentence] if sentence else []), *doubts.about(observations)]
+    sentences += [sentence] if sentence else []
+  return observations, [*sentences, *doubts.about(observations)]
 
 
 def analyse(rows: table.Observations, options: Options, curves: Mapping | None = None) -> Analysis:
-  """`fit_results` of rows that were read, under one count of N and C."""
+  """`fit_results` for one count of N and C."""
   if options.replicates < 1:
     raise LawError(
-      f'{options.replicates} bootstrap replicates tell no interval; ask for 1 or more.'
+      f'{options.replicates} bootstrap replicates give no interval; ask for 1 or more.'
     )
   rows = _without_highest(rows, options.drop_highest)
   _check_law(options.law, rows)
@@ -167,20 +148,31 @@ def analyse(rows: table.Observations, options: Options, curves: Mapping | None =
       fit, kind, groups=clusters, replicates=options.replicates, seed=options.seed
     )
   result = Analysis(
-    rows, cost, envelope_of_curves, isoflop, fit, spread, refusals, level=options.level,
+    rows=rows,
+    cost=cost,
+    approach1=envelope_of_curves,
+    approach2=isoflop,
+    approach3=fit,
+    bootstrap=spread,
+    refusals=refusals,
+    level=options.level,
     rule=rule,
-  )  # fmt: skip
-  return dataclasses.replace(result, doubts=about_groups, notes=tuple(diagnostics.notes(result)))
+    doubts=about_groups,
+  )
+  return dataclasses.replace(result, notes=tuple(diagnostics.notes(result)))
 
 
 def _default_rule(options: Options) -> str:
-  """Learned priors have a law of their own, so that another one, or a held parameter, asks for another rule."""
-  chosen = options.law != _CHINCHILLA or options.fixed or options.tied
+  """The rule where none was named. Learned priors have a law of their own, which ignores a chosen one."""
+  chosen = options.law != CHINCHILLA or options.fixed or options.tied
   return 'mean of approaches' if chosen else forecasting.DEFAULT
 
 
 def _about_groups(rows, fit: fitted.Fit | None) -> tuple[str, ...]:
-  """Whether one table holds several studies, by the losses and by the residuals of the law."""
+  """Sentences on whether the table holds several studies, by its losses and by the residuals of the law.
+
+  A column that names the studies says most, a jump or a gap without a name less: the first of them counts.
+  """
   told = groups.two_groups(rows)
   if fit is not None and (studies := groups.several_studies(rows, fit)):
     return tuple(studies)
@@ -190,7 +182,7 @@ def _about_groups(rows, fit: fitted.Fit | None) -> tuple[str, ...]:
 
 
 def _check_law(law: Law, rows: table.Observations) -> None:
-  """Approach 3 splits a budget into N and D, so it wants a law of those, and of what the rows hold."""
+  """Raises LawError unless N and D are among the law's inputs, and all its inputs among those of the rows."""
   if not {'params', 'tokens'} <= set(law.inputs) <= set(rows.inputs):
     raise LawError(
       f'{law.name} is a law of {", ".join(law.inputs)}; approach 3 fits laws of params and tokens '
@@ -199,6 +191,7 @@ def _check_law(law: Law, rows: table.Observations) -> None:
 
 
 def _without_highest(rows: table.Observations, count: int) -> table.Observations:
+  """The rows without the `count` highest losses, which join the rows left out."""
   if count <= 0:
     return rows
   highest = np.argsort(rows.loss, kind='stable')[-count:]
@@ -207,18 +200,22 @@ def _without_highest(rows: table.Observations, count: int) -> table.Observations
   return dataclasses.replace(rows.take(keep), excluded=rows.excluded + dropped)
 
 
-def _approach1(curves, rows, cost, refusals):
+def _approach1(curves, rows, cost, refusals) -> allocation.Allocation | None:
+  """The envelope; None without curves, or where it is refused, with the reason in `refusals`."""
   if not curves:
     return None
   params = {str(run): float(n) for run, n in zip(rows.run, rows.params, strict=True)}
   try:
-    return envelope.envelope({r: c for r, c in curves.items() if r in params}, params, cost)
-  except allocation.NoAllocation as e:
-    refusals['approach 1'] = str(e)
+    # A run that was left out of the fit has a curve and no N.
+    curves = {run: curve for run, curve in curves.items() if run in params}
+    return envelope.envelope(curves, params, cost)
+  except allocation.NoAllocation as error:
+    refusals['approach 1'] = str(error)
     return None
 
 
 def _approach2(rows, cost, options: Options, refusals) -> allocation.Allocation | None:
+  """The isoFLOP minima; None where they are refused, with the reason in `refusals`."""
   try:
     return approaches.isoflop(
       rows, cost, method=options.profile, noise=options.noise,
@@ -231,15 +228,20 @@ def _approach2(rows, cost, options: Options, refusals) -> allocation.Allocation 
 
 
 def _approach3(rows, options: Options, refusals) -> fitted.Fit | None:
-  """The law, or where the rows do not determine it its tied form, unless that fits significantly worse."""
-  law, tied = options.law, laws.TiedChinchilla()
+  """The fitted law, or TiedChinchilla in its place; None where neither is possible.
+
+  TiedChinchilla comes in where the rows do not determine the law and it does not fit significantly worse. The
+  reasons go into `refusals`.
+  """
+  law = options.law
+  tied = laws.TiedChinchilla()
   try:
     return law_fit.fit(law, rows.inputs, rows.loss, **options.of_the_law())
   except fitted.NotIdentifiable as error:
     refusals['approach 3'] = str(error)
   if law == tied:
     return None
-  # Names and starts are of the other law.
+  # Fixed and tied parameters and explicit starts have the names of the other law.
   grid = options.starts if isinstance(options.starts, str) else 'grid'
   arguments = options.of_the_law() | {'fixed': None, 'tied': None, 'starts': grid}
   try:
@@ -254,28 +256,31 @@ def _approach3(rows, options: Options, refusals) -> fitted.Fit | None:
 
 
 def _how_much_worse(fit: fitted.Fit, rows, options: Options) -> str | None:
-  """A sentence where the tied law fits significantly worse than the one that it would stand for."""
+  """A sentence where the tied law fits significantly worse than the law in whose place it comes, else None."""
   try:
     arguments = options.of_the_law() | {'check': False}
     free = law_fit.fit(options.law, rows.inputs, rows.loss, **arguments)
   except fitted.NotIdentifiable:  # fewer rows than parameters
     return None
   spare = len(free.problem.free) - len(fit.problem.free)
+  # An objective of zero fits exactly: there is no scatter to test against.
   if spare <= 0 or free.objective <= 0:
     return None
   ratio = fit.objective / free.objective
+  # The likelihood ratio test for normal errors.
   if len(rows) * math.log(ratio) < stats.chi2.ppf(0.95, spare):
     return None
   return (
     f'TiedChinchilla fits significantly worse than {options.law.name} (its objective is '
-    f'{ratio:.3g} times as large), so it does not stand in for it.'
+    f'{ratio:.3g} times as large), so it does not replace it.'
   )
 
 
 def _resampling(resample: str | None, rows) -> tuple[str, np.ndarray | None]:
   clusters = {'cluster by run': rows.run, 'cluster by budget': rows.budget}
   if resample is None:
-    # The rows of one run share its luck; fewer than three runs cannot be redrawn.
+    # The rows of one run have errors in common. Fewer than three runs cannot be redrawn, and where most runs
+    # have one row there is little in common.
     runs = len(np.unique(rows.run))
     clustered = 'run' in rows.columns and 3 <= runs <= 0.7 * len(rows)
     resample = 'cluster by run' if clustered else 'residual'

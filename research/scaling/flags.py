@@ -10,8 +10,9 @@ from research.core import configs
 from research.core.errors import UserError, did_you_mean
 from research.scaling import cells, laws
 from research.scaling.columns import Columns
-from research.scaling.fitting import Options, fit_results
+from research.scaling.fitting import fit_results
 from research.scaling.laws.base import Law
+from research.scaling.options import Options
 
 # Flags that are arguments of `fit_results` under another name or none; the others have its names.
 COLUMNS = ('params', 'tokens', 'flops', 'loss', 'budget', 'run', 'status', 'role')

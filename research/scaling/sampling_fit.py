@@ -9,9 +9,9 @@ from research.core.errors import UserError
 from research.scaling import any_law, bootstrap, repeated_sampling
 from research.scaling import columns as columns_module
 from research.scaling.columns import Columns
-from research.scaling.fitting import Options
 from research.scaling.laws.base import LawError
 from research.scaling.laws.downstream import CoverageOfSamples
+from research.scaling.options import Options
 
 COUNTS = ('samples', 'correct')
 MEANING = {

@@ -5,7 +5,8 @@ import dataclasses
 from research.core.errors import UserError
 from research.scaling import any_law, flags, laws, sampling_fit, selection, two_step
 from research.scaling.columns import Columns
-from research.scaling.fitting import Options, fit_results
+from research.scaling.fitting import fit_results
+from research.scaling.options import Options
 
 
 def fit(picked: list[dict], parsed, chosen: dict, every: list[dict]):

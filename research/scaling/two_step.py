@@ -15,8 +15,8 @@ from research.scaling import any_law, binomial
 from research.scaling.any_law import FittedLaw
 from research.scaling.columns import Columns
 from research.scaling.emergence import Emergence, judge
-from research.scaling.fitting import Options
 from research.scaling.laws.base import Law, LawError
+from research.scaling.options import Options
 
 
 @dataclasses.dataclass(frozen=True)

@@ -202,7 +202,7 @@ def test_a_law_of_other_inputs_is_refused_before_any_fit(rows):
 
 
 def test_no_replicates_are_refused(rows):
-  with pytest.raises(laws.LawError, match='0 bootstrap replicates tell no interval'):
+  with pytest.raises(laws.LawError, match='0 bootstrap replicates give no interval'):
     fit_results(rows, replicates=0)
 
 

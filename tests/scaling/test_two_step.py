@@ -12,7 +12,7 @@ from research import fit
 from research.core.errors import UserError
 from research.scaling import fit_two_steps, laws, selection
 from research.scaling.columns import Columns
-from research.scaling.fitting import Options
+from research.scaling.options import Options
 
 # Of the 13B model at 5T tokens, as the ladder's own tables have them (Bhagia et al. 2024): the loss that was
 # measured, the loss that step 1 forecasts, the accuracy that step 2 makes of the first and of the second.
