@@ -1,4 +1,4 @@
-"""Fitting any law to a table: its inputs from columns, its parameters with intervals, and what to doubt."""
+"""Fits a law of any inputs to a table: inputs from columns, parameters with intervals, and doubts."""
 
 import dataclasses
 import math
@@ -14,22 +14,25 @@ from research.scaling.laws.base import Law, LawError
 from research.scaling.options import Options
 from research.scaling.rows import DONE, Columns
 
+# Quantities that follow from two others where the table has no column of them; see `_derived`.
 DERIVED = {
-  'flops': (('params', 'tokens'), lambda n, d: 6 * n * d),
-  'tokens': (('params', 'flops'), lambda n, c: c / (6 * n)),
-  'tokens_per_param': (('params', 'tokens'), lambda n, d: d / n),
+  'flops': ('params', 'tokens'),
+  'tokens': ('params', 'flops'),
+  'tokens_per_param': ('params', 'tokens'),
 }
 DEFAULT = Columns()
 
 
 @dataclasses.dataclass(frozen=True)
 class FittedLaw:
-  """A law of any inputs fitted to a table.
+  """A law of any inputs, fitted to a table.
 
   Attributes:
-    columns: where each input came from.
-    examples: of an accuracy, the median over rows; None if not told.
-    not_determined: why the rows may not determine the parameters, where that was to be told and not refused.
+    columns: the column of each input and of the output; several names where it follows from these.
+    excluded: (row, why) of the rows left out.
+    level: of every interval.
+    examples: how many examples an accuracy is measured on, the median over rows; None if unknown.
+    not_determined: why the rows may not determine the parameters, where a fit without check went on.
   """
 
   fit: fitted.Fit
@@ -41,7 +44,7 @@ class FittedLaw:
   not_determined: tuple[str, ...] = ()
 
   def value_at(self, **inputs) -> tuple[float, float, float]:
-    """The law's value at one point, and its interval without the scatter of a run."""
+    """(value, low, high) of the law at one point; the interval is without the scatter of a run."""
     value = float(self.fit.predict(**inputs))
     low, high = self.bootstrap.interval(
       self.fit.law(self.bootstrap.parameters, **inputs), self.level
@@ -49,7 +52,8 @@ class FittedLaw:
     return value, float(low), float(high)
 
   def __str__(self) -> str:
-    fit, spread = self.fit, self.bootstrap.intervals(self.level)
+    fit = self.fit
+    spread = self.bootstrap.intervals(self.level)
     where = ', '.join(f'{name} = {column}' for name, column in self.columns.items())
     lines = [f'{len(fit.observed)} rows, {where}']
     lines += [f'  left out: {run}: {why}' for run, why in self.excluded[:8]]
@@ -83,16 +87,21 @@ def fit_law(
   options: Options = Options(),  # noqa: B008 (frozen)
   anchors: Iterable[Mapping[str, float]] = (),
 ) -> FittedLaw:
-  """Fits `law` to the rows of a table, and to `anchors`: made-up points, each {input: value, output: value}.
+  """Fits `law` to the rows of a table.
 
-  An input's column is the one that `columns.inputs` names, or the one of its name without case and punctuation;
-  FLOPs, tokens and tokens per parameter follow from the others (C = 6 N D) where no column has them. With
-  `options.examples` the output is a share of as many examples (see `binomial`). Where runs have several rows
-  the bootstrap draws runs, since rows of one run are not independent.
+  The column of an input is the one that `columns.inputs` names, or the one with its name, without case and
+  punctuation. FLOPs, tokens and tokens per parameter follow from the others (C = 6 N D) where they have no
+  column. Where runs have several rows the bootstrap draws runs, since rows of one run are not independent.
+
+  Args:
+    rows: column -> cell.
+    role: fit only rows of this role, or of none; None for all.
+    options: of the fit. With `options.examples` the output is a share of so many examples; see `binomial`.
+    anchors: points that no run measured, {input: value, output: value} each, to fit beside the rows.
 
   Raises:
-    LawError: an input has no column. RowError: a cell is no number. NotIdentifiable: the rows do not
-    determine it.
+    LawError: an input has no column. RowError: a cell is not a number, or no row remains.
+    NotIdentifiable: the rows do not determine the parameters.
   """
   rows = list(rows)
   where = _columns(rows, law, columns, (*law.inputs, law.output))
@@ -102,7 +111,7 @@ def fit_law(
   used, excluded = _rows_that_count(rows, where, columns, role, also=examples)
   if not used:
     raise RowError(
-      f'No row is left to fit {law.name} to: {excluded[0][1] if excluded else "there are none"}.'
+      f'No row remains to fit {law.name} to: {excluded[0][1] if excluded else "there are none"}.'
     )
   values = {name: _values(used, column, name, columns) for name, column in where.items()}
   if isinstance(examples, str):
@@ -124,7 +133,7 @@ def fit_law(
 
 
 def _fit(law: Law, values: dict, examples, runs, options: Options, anchors: int):
-  """(fit, bootstrap) of read columns, name -> [rows], of which the last `anchors` were made up."""
+  """(fit, bootstrap) of `values`, name -> [rows], whose last `anchors` rows are anchors."""
   values = dict(values)
   output = values.pop(law.output)
   resampling = {'replicates': options.replicates, 'seed': options.seed}
@@ -145,26 +154,30 @@ def _fit(law: Law, values: dict, examples, runs, options: Options, anchors: int)
 def _by_run(
   fit: fitted.Fit, runs: np.ndarray, anchors: int, options: Options
 ) -> bootstrap.Bootstrap:
-  """A cluster bootstrap by run in which the anchors, the last rows, are in every replicate."""
+  """A cluster bootstrap by run. Anchors, the last rows, are not data, so that every replicate has them."""
   rng = np.random.default_rng(options.seed)
   measured = runs[: len(runs) - anchors]
   names = np.unique(measured)
   members = [np.flatnonzero(measured == name) for name in names]
-  made_up = np.arange(len(measured), len(runs))
-  draws = [
-    np.concatenate([*(members[i] for i in rng.integers(len(names), size=len(names))), made_up])
-    for _ in range(options.replicates)
-  ]
+  anchor_rows = np.arange(len(measured), len(runs))
+  draws = []
+  for _ in range(options.replicates):
+    drawn = rng.integers(len(names), size=len(names))
+    draws.append(np.concatenate([*(members[i] for i in drawn), anchor_rows]))
   result = bootstrap.bootstrap(fit, 'pairs', draws=draws)
   freedom = float(max(len(names) - len(fit.problem.free), 1))
   return dataclasses.replace(result, kind='cluster', freedom=freedom)
 
 
 def _with_anchor(law: Law, values: dict, anchor: Mapping[str, float]) -> dict:
-  """The columns with one more row; its every input and output must be given."""
+  """The values with one more row.
+
+  Raises:
+    LawError: the anchor lacks an input or the output, or has another one.
+  """
   if set(anchor) != set(values):
     raise LawError(
-      f'An anchor of {law.name} gives {", ".join(values)} and nothing else, not {", ".join(anchor)}.'
+      f'An anchor of {law.name} needs exactly {", ".join(values)}, not {", ".join(anchor)}.'
     )
   return {name: np.append(column, anchor[name]) for name, column in values.items()}
 
@@ -174,13 +187,19 @@ def _columns(rows, law: Law, columns: Columns, names: Iterable[str]) -> dict:
 
 
 def _rows_that_count(rows, where: dict, columns: Columns, role, also=None) -> tuple[list, list]:
-  """(the rows that a fit takes, [(row, why not)] of the others)."""
+  """(the rows to fit, [(row, why not)] of the others).
+
+  Args:
+    where: the columns of the law's quantities, as `find_column` gives them.
+    also: another column that must not be blank.
+  """
   needs = {column for column in where.values() if isinstance(column, str)}
   needs |= {c for column in where.values() if isinstance(column, dict) for c in column.values()}
   needs |= {also} if isinstance(also, str) else set()
   status = columns_module.find(rows, columns, 'status')
   role_column = columns_module.find(rows, columns, 'role')
-  used, excluded = [], []
+  used = []
+  excluded = []
   for i, row in enumerate(rows, 1):
     why = _why_not(row, needs, status, role_column, role)
     if why:
@@ -191,6 +210,7 @@ def _rows_that_count(rows, where: dict, columns: Columns, role, also=None) -> tu
 
 
 def _runs(rows, columns: Columns) -> np.ndarray | None:
+  """The name of the run of each row; None where no column has it."""
   column = columns_module.find(rows, columns, 'run')
   return None if column is None else np.array([str(row.get(column)) for row in rows])
 
@@ -198,10 +218,13 @@ def _runs(rows, columns: Columns) -> np.ndarray | None:
 def read(
   rows, names: Iterable[str], law: Law, columns: Columns, role: str | None
 ) -> dict[str, np.ndarray]:
-  """Columns of quantities, name -> [rows], of the rows that have them all; `law` is for messages.
+  """Quantities as arrays, name -> [rows], over the rows that have them all.
+
+  Args:
+    law: for messages.
 
   Raises:
-    LawError: a quantity has no column.
+    LawError: a quantity has no column. RowError: a cell is not a number.
   """
   where = _columns(rows, law, columns, names)
   used, _ = _rows_that_count(rows, where, columns, role)
@@ -209,21 +232,24 @@ def read(
 
 
 def find_column(rows, law: Law, columns: Columns, name: str) -> str | dict[str, str]:
-  """The column of an input, or those from which it follows, quantity -> column."""
+  """The column of an input, or where it follows from others those of them, quantity -> column.
+
+  Raises:
+    LawError: there is no such column.
+  """
   named = {key.lower(): column for key, column in columns.inputs.items()}
   names = columns_module.column_names(rows)
   if name.lower() in named:
     return columns_module.resolve(named[name.lower()], names, name)
-  found = columns_module.find(rows, columns, name) if name in columns_module.ALIASES else None
-  if found is not None:
-    return found
+  if name in columns_module.ALIASES and (column := columns_module.find(rows, columns, name)):
+    return column
   matches = [other for other in names if columns_module.bare(other) == columns_module.bare(name)]
   if len(matches) == 1:
     return matches[0]
   if name in DERIVED:
-    found = {other: columns_module.find(rows, columns, other) for other in DERIVED[name][0]}
-    if all(found.values()):
-      return found
+    sources = {other: columns_module.find(rows, columns, other) for other in DERIVED[name]}
+    if all(sources.values()):
+      return sources
   raise LawError(
     f'{law.name} is a law of {", ".join(law.inputs)} for {law.output}, and the table has no column '
     f'{name!r}; say which it is with --input {name}=COLUMN.{did_you_mean(name, names)}'
@@ -231,6 +257,7 @@ def find_column(rows, law: Law, columns: Columns, name: str) -> str | dict[str, 
 
 
 def _why_not(row, needs, status, role_column, role) -> str | None:
+  """Why a row does not count; None if it does. `needs`: the columns that must have a finite cell."""
   state = str(row.get(status, '') or '').strip().lower() if status else ''
   if state not in DONE:
     return f'its status is {state!r}'
@@ -245,9 +272,10 @@ def _why_not(row, needs, status, role_column, role) -> str | None:
 
 
 def _values(rows, column, name: str, columns: Columns) -> np.ndarray:
+  """A quantity of the rows [rows] in its unit: N and D in counts, C in FLOPs, a loss in nats."""
   if isinstance(column, dict):
     parts = [_values(rows, part, quantity, columns) for quantity, part in column.items()]
-    return DERIVED[name][1](*parts)
+    return _derived(name, *parts)
   values = []
   for i, row in enumerate(rows, 1):
     try:
@@ -260,3 +288,12 @@ def _values(rows, column, name: str, columns: Columns) -> np.ndarray:
   if name == 'loss' and (unit := columns_module.loss_unit(column, columns)) != 'nats':
     return np.log(values) if unit == 'perplexity' else values * math.log(2)
   return values
+
+
+def _derived(name: str, params: np.ndarray, other: np.ndarray) -> np.ndarray:
+  """The quantity `name` of those in `DERIVED`, with C = 6 N D."""
+  if name == 'flops':
+    return 6 * params * other
+  if name == 'tokens':
+    return other / (6 * params)
+  return other / params

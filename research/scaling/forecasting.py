@@ -1,4 +1,4 @@
-"""Rules that make a forecast of what was fitted; experiments/forecasting compares them."""
+"""Rules that make a forecast from an analysis. experiments/forecasting compares them."""
 
 from collections.abc import Mapping
 
@@ -13,53 +13,62 @@ from research.scaling.laws.loss import GammaChinchilla
 class Mean:
   """The mean of approaches 2 and 3, unless the sweep's own larger budgets show one of them to be wrong.
 
-  Its size is the geometric mean of theirs: an allocation is a place on a logarithmic axis.
+  Its size is the geometric mean of theirs, since an allocation is a place on a logarithmic axis.
   """
 
   name = 'mean of approaches'
 
   def forecast(self, analysis, flops: float, params=None, tokens=None) -> Forecast:
+    """The forecast at the optimum of `flops`, or of a run of `params` and `tokens` that costs `flops`."""
     shares = self.shares(analysis)
-    given = params is not None and tokens is not None
-    optima = {
-      name: (analysis.optimum(flops, name), analysis.optimum_samples(flops, name))
-      for name in shares
-    }
-    losses = {name: (best.loss, np.ravel(many.loss)) for name, (best, many) in optima.items()}
-    if given and analysis.approach3 is not None:
-      law = analysis.approach3.law(analysis.bootstrap.parameters, params=params, tokens=tokens)
+    names_run = params is not None and tokens is not None
+    optima = {name: analysis.optimum(flops, name) for name in shares}
+    samples = {name: analysis.optimum_samples(flops, name) for name in shares}
+    losses = {name: optima[name].loss for name in shares}
+    drawn = {name: np.ravel(samples[name].loss) for name in shares}
+    if names_run and analysis.approach3 is not None:
       loss = analysis.predict(params, tokens)
-      excess = loss - analysis.optimum(flops).loss  # approach 2 knows only the optimum
-      losses = {name: (told + excess, drawn + excess) for name, (told, drawn) in losses.items()}
-      losses |= {'approach 3': (loss, np.ravel(law))} if 'approach 3' in shares else {}
-    parts = {name: float(told) for name, (told, _) in losses.items()}
+      # Approach 2 knows only the optimum: the law says how much a run beside it loses.
+      excess = loss - analysis.optimum(flops).loss
+      losses = {name: value + excess for name, value in losses.items()}
+      drawn = {name: values + excess for name, values in drawn.items()}
+      if 'approach 3' in shares:
+        replicates = analysis.bootstrap.parameters
+        losses['approach 3'] = loss
+        drawn['approach 3'] = np.ravel(
+          analysis.approach3.law(replicates, params=params, tokens=tokens)
+        )
+    parts = {name: float(loss) for name, loss in losses.items()}
     loss = sum(share * parts[name] for name, share in shares.items())
-    samples = [mixture([with_noise(analysis, drawn) for _, drawn in losses.values()], shares)]
-    if given:
+    noisy = [with_noise(analysis, values) for values in drawn.values()]
+    spans = [analysis.interval(mixture(noisy, shares))]
+    if names_run:
       best = params, tokens
-      samples += [np.array([params]), np.array([tokens])]
+      spans += [(params, params), (tokens, tokens)]
     else:
-      logs = [np.log(optimum[:2]) * shares[name] for name, (optimum, _) in optima.items()]
-      best = np.exp(sum(logs))
-      for axis in range(2):
-        samples.append(mixture([np.ravel(many[axis]) for _, many in optima.values()], shares))
-    intervals = [tuple(map(float, analysis.interval(v))) for v in samples]
+      best = np.exp(sum(np.log(optima[name][:2]) * share for name, share in shares.items()))
+      for field in ('params', 'tokens'):
+        sizes = [np.ravel(getattr(samples[name], field)) for name in shares]
+        spans.append(analysis.interval(mixture(sizes, shares)))
+    spans = [(float(low), float(high)) for low, high in spans]
     return Forecast(
-      float(flops), *map(float, best), float(loss), *intervals[0], *intervals[1], *intervals[2],
+      float(flops), *map(float, best), float(loss), *spans[0], *spans[1], *spans[2],
       analysis.level, self.method(analysis), float(flops / analysis.rows.flops.max()), parts,
     )  # fmt: skip
 
   def shares(self, analysis) -> dict[str, float]:
+    """The share of each approach in the mean; they sum to one."""
     return analysis.shares
 
   def method(self, analysis) -> str:
-    """What the forecast was made by, in words."""
+    """The method of the forecast, in words."""
     names = {'approach 2': 'power law through the isoFLOP minima'}
     if analysis.approach3 is not None:
       names['approach 3'] = analysis.approach3.law.name
     shares = self.shares(analysis)
-    share = lambda w: f' ({w:.0%})' if len(shares) > 1 else ''
-    return ' and '.join(f'{k}, {names[k]}{share(w)}' for k, w in shares.items())
+    if len(shares) == 1:
+      return ''.join(f'{name}, {names[name]}' for name in shares)
+    return ' and '.join(f'{name}, {names[name]} ({share:.0%})' for name, share in shares.items())
 
 
 class Law(Mean):
@@ -80,7 +89,7 @@ class PowerLaw(Mean):
 
   def shares(self, analysis) -> dict[str, float]:
     if analysis.approach2 is None:
-      raise NoForecast('No isoFLOP minima were found; use --rule=law.')
+      raise NoForecast('No isoFLOP minima were fitted; use --rule=law.')
     return {'approach 2': 1.0}
 
 
@@ -90,14 +99,15 @@ class Learned:
   name = 'learned priors'
 
   def forecast(self, analysis, flops: float, params=None, tokens=None) -> Forecast:
+    """The forecast at the optimum of `flops`, or of a run of `params` and `tokens` that costs `flops`."""
     fit = analysis.learned
-    law, level = GammaChinchilla(), analysis.level
+    law = GammaChinchilla()
+    level = analysis.level
     if params is None or tokens is None:
-      values = fit.natural(fit.theta)
-      drawn = {name: v[:, None] for name, v in fit.natural(fit.draws()).items()}
-      best = planning.optimum(law, values, flops, analysis.cost)[:2]
-      many = planning.optimum(law, drawn, np.array([flops]), analysis.cost)[:2]
-      spans = [tuple(map(float, bootstrap.interval(v[:, 0], level))) for v in many]
+      best = planning.optimum(law, fit.natural(fit.theta), flops, analysis.cost)[:2]
+      drawn = {name: values[:, None] for name, values in fit.natural(fit.draws()).items()}
+      sizes = planning.optimum(law, drawn, np.array([flops]), analysis.cost)[:2]
+      spans = [tuple(map(float, bootstrap.interval(size[:, 0], level))) for size in sizes]
     else:
       best = params, tokens
       spans = [(float(value), float(value)) for value in best]
@@ -111,6 +121,7 @@ class Learned:
     )  # fmt: skip
 
   def method(self, analysis) -> str:
+    """The method of the forecast, in words."""
     return 'GammaChinchilla with priors learned from public sweeps'
 
 
@@ -119,13 +130,13 @@ DEFAULT = 'learned priors'
 
 
 def check(name: str) -> None:
-  """Raises UserError for a rule that there is not."""
+  """Raises UserError for an unknown rule."""
   if name not in RULES:
     raise UserError(f'There is no rule {name!r}.{did_you_mean(name, RULES)}')
 
 
 def list_rules() -> str:
-  """Every rule and what it does, one a line."""
+  """Every rule and what it does, one a line; the first line of a rule's docstring says it."""
   lines = []
   for name, rule in RULES.items():
     mark = ' (default)' if name == DEFAULT else ''
@@ -134,7 +145,7 @@ def list_rules() -> str:
 
 
 def with_noise(analysis, losses: np.ndarray) -> np.ndarray:
-  """Adds a run's own scatter to bootstrapped losses."""
+  """Bootstrapped losses, each with the residual of a row drawn at random: the scatter of one new run."""
   if analysis.approach3 is None:
     return losses
   drawn = np.random.default_rng(0).choice(analysis.bootstrap.spread, size=losses.shape)
@@ -143,7 +154,7 @@ def with_noise(analysis, losses: np.ndarray) -> np.ndarray:
 
 
 def mixture(drawn: list[np.ndarray], shares: Mapping[str, float], size: int = 4000) -> np.ndarray:
-  """Draws from several samples in proportion to their shares."""
+  """`size` draws from several samples in proportion to their shares; a sample alone as it is."""
   if len(drawn) == 1:
     return drawn[0]
   rng = np.random.default_rng(0)
