@@ -12,7 +12,7 @@ from research.scaling import columns as columns_module
 from research.scaling.cells import RowError
 from research.scaling.laws.base import Law, LawError
 from research.scaling.options import Options
-from research.scaling.rows import DONE, Columns
+from research.scaling.rows import Columns, why_not
 
 # Quantities that follow from two others where the table has no column of them; see `_derived`.
 DERIVED = {
@@ -196,12 +196,11 @@ def _rows_that_count(rows, where: dict, columns: Columns, role, also=None) -> tu
   needs = {column for column in where.values() if isinstance(column, str)}
   needs |= {c for column in where.values() if isinstance(column, dict) for c in column.values()}
   needs |= {also} if isinstance(also, str) else set()
-  status = columns_module.find(rows, columns, 'status')
-  role_column = columns_module.find(rows, columns, 'role')
+  column_of = {name: columns_module.find(rows, columns, name) for name in ('status', 'role')}
   used = []
   excluded = []
   for i, row in enumerate(rows, 1):
-    why = _why_not(row, needs, status, role_column, role)
+    why = why_not(row, column_of, role) or _blank(row, needs)
     if why:
       excluded.append((f'row {i}', why))
     else:
@@ -256,14 +255,8 @@ def find_column(rows, law: Law, columns: Columns, name: str) -> str | dict[str, 
   )
 
 
-def _why_not(row, needs, status, role_column, role) -> str | None:
-  """Why a row does not count; None if it does. `needs`: the columns that must have a finite cell."""
-  state = str(row.get(status, '') or '').strip().lower() if status else ''
-  if state not in DONE:
-    return f'its status is {state!r}'
-  its = str(row.get(role_column, '') or '').strip() if role_column else ''
-  if role is not None and its and its != role:
-    return f'its role is {its!r}'
+def _blank(row, needs: set[str]) -> str | None:
+  """Which of the columns that must have a finite number has none in this row; None if all have one."""
   for column in sorted(needs):
     cell = row.get(column)
     if cells.is_blank(cell) or (cells.is_number(cell) and not math.isfinite(cells.number(cell))):

@@ -1,4 +1,4 @@
-"""What a cell of a table says as a number: 1,234, 3,74, 125M, 6.9B tokens, 2 PF-days."""
+"""Reads a cell of a table as a number: 1,234, 3,74, 125M, 6.9B tokens, 2 PF-days."""
 
 import math
 import re
@@ -9,9 +9,10 @@ from research.core.errors import UserError
 PF_DAYS = 8.64e19  # 1e15 FLOP/s for a day
 BLANK = frozenset(('', '-', '--', '—', 'na', 'n/a', '#n/a', 'none', 'null', 'nil', '?', '.'))
 PREFIXES = {'k': 1e3, 'm': 1e6, 'g': 1e9, 'b': 1e9, 't': 1e12, 'p': 1e15, 'e': 1e18, 'z': 1e21}
-# A unit that may follow a number, and what may come between: 125M params, 3.2 TFLOPs, 1e18 FLOPs.
+# A unit that may follow a number, perhaps after a prefix: 125M params, 3.2 TFLOPs, 1e18 FLOPs.
 UNIT = r'(?:params?|parameters|tokens?|toks?|flops?|nats?)?'
-LARGE = r'([pez])(?=flops?)'  # as a suffix alone, e is no prefix: 1e is a number cut short
+# These prefixes need the unit: 1e alone is a number that was cut short, and 1p means nothing.
+LARGE = r'([pez])(?=flops?)'
 NUMBER = re.compile(
   rf'([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*(?:([kmgbt]?)|{LARGE})\s*{UNIT}', re.IGNORECASE
 )
@@ -25,17 +26,17 @@ DECIMAL_POINT, DECIMAL_COMMA = '.', ','
 
 
 def is_blank(cell) -> bool:
-  """Whether a cell says nothing: None, '', '-', 'n/a', 'null'."""
+  """Whether a cell has no value: None, '', '-', 'n/a', 'null'."""
   return cell is None or (isinstance(cell, str) and cell.strip().lower() in BLANK)
 
 
 def decimal_mark(column: Iterable) -> str | None:
-  """The decimal mark that the commas of cells show: '.' or ',', or None where they show neither.
+  """The decimal mark that the commas in cells imply, '.' or ','; None where they imply neither.
 
-  3,74 shows a decimal comma, 1,234,567 and 1,234.5 a decimal point; 1,234 alone may be either.
+  3,74 implies a decimal comma, 1,234,567 and 1,234.5 a decimal point; 1,234 alone may have either.
 
   Raises:
-    ValueError: some cells show the one, some the other.
+    ValueError: some cells imply a comma and others a point.
   """
   marks = {mark_of(cell) for cell in column if isinstance(cell, str) and ',' in cell}
   marks -= {None, 'either'}
@@ -45,7 +46,7 @@ def decimal_mark(column: Iterable) -> str | None:
 
 
 def mark_of(cell: str) -> str | None:
-  """The decimal mark that one cell with a comma shows, 'either', or None where it is no number."""
+  """The decimal mark that one cell with a comma implies, 'either', or None where it is not a number."""
   cell = cell.strip()
   if not GROUPED.fullmatch(cell):
     return None
@@ -59,10 +60,10 @@ def mark_of(cell: str) -> str | None:
 
 
 def number(cell) -> float:
-  """The number of a cell, its suffix multiplied out; NaN and infinities pass.
+  """A cell as a number, multiplied by its suffix. NaN and infinities are numbers here.
 
   Raises:
-    ValueError: the cell holds no number, or one that may be read in two ways.
+    ValueError: the cell is not a number, or may be read as two.
   """
   if isinstance(cell, (bool, list, dict)) or cell is None:
     raise ValueError(f'{cell!r}, which is not a number')
@@ -88,7 +89,14 @@ def number(cell) -> float:
 
 
 def plain(text: str, mark: str | None = None) -> str:
-  """A number's text with a point for its decimal mark and nothing between its thousands."""
+  """The text of a number with a point as its decimal mark and nothing between thousands.
+
+  Args:
+    mark: the decimal mark of the column, for a number that may have either.
+
+  Raises:
+    ValueError: the number may have either mark, and `mark` is None.
+  """
   shown = mark_of(text) if ',' in text else None
   if shown is None:
     return text
@@ -100,7 +108,7 @@ def plain(text: str, mark: str | None = None) -> str:
 
 
 def is_number(cell) -> bool:
-  """Whether `number` reads the cell."""
+  """Whether `number` can read the cell."""
   try:
     number(cell)
   except ValueError:
@@ -109,4 +117,4 @@ def is_number(cell) -> bool:
 
 
 class RowError(UserError, ValueError):
-  """A table that cannot be fitted as it stands: the message names the row and the column."""
+  """A table cannot be fitted as it is: the message names the row and the column."""

@@ -1,4 +1,4 @@
-"""Which column of a table holds what, and in which unit: by the names that papers and loggers give them."""
+"""Finds the columns of a table and their units by the names that papers and loggers give them."""
 
 import dataclasses
 import re
@@ -8,7 +8,7 @@ from research.core.errors import did_you_mean
 from research.scaling import cells
 from research.scaling.cells import RowError
 
-# N, C as this project writes them, in the order in which a convention is chosen by default.
+# N and C as this project writes them. Where a table has several, the first of these is the default.
 PARAMS = ('params_with_head', 'params_total', 'params_non_embedding')
 FLOPS = (
   'flops_6n_with_head',
@@ -17,8 +17,16 @@ FLOPS = (
   'flops_attention_full',
   'flops_chinchilla',
 )
-# Names under which tables hold a quantity, compared without case and punctuation. A group is taken before the
-# next; two columns of one group that differ are ambiguous.
+# The count of N that belongs to each count of C.
+CONVENTIONS = {
+  'flops_6n_non_embedding': 'params_non_embedding',
+  'flops_6n_with_head': 'params_with_head',
+  'flops_attention_causal': 'params_with_head',
+  'flops_attention_full': 'params_with_head',
+  'flops_chinchilla': 'params_total',
+}
+# Names of a quantity's column, without case and punctuation, in groups. A group is tried before the next one;
+# two columns of the same group that differ are ambiguous.
 ALIASES = {
   'params': (
     *((name,) for name in PARAMS),
@@ -29,9 +37,8 @@ ALIASES = {
   ),
   'tokens': (
     ('tokens', 'd', 'n tokens', 'num tokens', 'training tokens', 'train tokens', 'tokens trained',
-     'trained tokens', 'num training tokens', 'num train tokens', 'n train tokens', 'total tokens', 'tokens '
-     'seen',
-     'number of tokens', 'dataset tokens'),
+     'trained tokens', 'num training tokens', 'num train tokens', 'n train tokens', 'total tokens',
+     'tokens seen', 'number of tokens', 'dataset tokens'),
     ('t',),
   ),
   'flops': (
@@ -59,16 +66,18 @@ UNITS = {
   'pflopsdays': cells.PF_DAYS, 'pflopdays': cells.PF_DAYS, 'petaflopsdaysdays': cells.PF_DAYS,
   **{f'{prefix}flop{s}': value for prefix, value in cells.PREFIXES.items() for s in ('', 's')},
 }  # fmt: skip
-SPELT = {'giga': 'g', 'tera': 't', 'peta': 'p', 'exa': 'e', 'zetta': 'z'}
+SPELT_OUT = {'giga': 'g', 'tera': 't', 'peta': 'p', 'exa': 'e', 'zetta': 'z'}
 
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-  """Which column holds what (None: found by name), and the units of its numbers.
+  """The columns of the quantities, and the units of their numbers.
 
-  `params_unit` and so on are what one unit in the table is worth: 1e9 for a column in billions.
-  `loss_unit` is 'nats' or 'bits', per token in either case, or 'perplexity'.
-  `inputs`: the columns of a law's other inputs, such as {'unique_tokens': 'U'}.
+  Attributes:
+    params, tokens, flops, loss, budget, run, status, role: names of columns; None to find one by its name.
+    params_unit, tokens_unit, flops_unit: what a 1 in the column stands for: 1e9 for a column in billions.
+    loss_unit: 'nats' or 'bits', both per token, or 'perplexity'; None to read it from the column's name.
+    inputs: the columns of a law's other inputs, such as {'unique_tokens': 'U'}.
   """
 
   params: str | None = None
@@ -99,17 +108,19 @@ def bare(name: str) -> str:
 
 
 def base_and_unit(name: str) -> tuple[str, str | None]:
-  """('tokens', 'b') of 'Tokens (B)', ('totalflops', 'gflops') of 'total_gflops'; or None."""
+  """The name and the unit in a column's name: ('tokens', 'b') of 'Tokens (B)', ('tokens', None) of 'tokens'."""
   text = str(name).strip()
   if match := re.fullmatch(r'(.*\S)\s*[(\[]([^()\[\]]*)[)\]]', text):
     return bare(match.group(1)), re.sub(r'[^a-z0-9^]', '', match.group(2).lower())
   if match := re.fullmatch(r'(.*?)[\s_]*pf(?:lops?)?[\s_-]*days?', text, re.IGNORECASE):
     return bare(match.group(1)) or 'compute', 'pfdays'
-  for long, short in SPELT.items():
+  for long, short in SPELT_OUT.items():
     text = re.sub(rf'{long}(?=flop)', short, text, flags=re.IGNORECASE)
   if match := re.fullmatch(r'(.*?)([gtpez])(flops?)', text, re.IGNORECASE):
     before = match.group(1)
-    if not before or before[-1] in ' _-/.':  # total_gflops, and not 'megflops' of some word
+    if (
+      not before or before[-1] in ' _-/.'
+    ):  # 'total_gflops', but not a word that ends in these letters
       return bare(before + match.group(3)), bare(match.group(2) + match.group(3))
   if match := re.fullmatch(
     r'(.*?)(?:[\s_]+in)?[\s_]+(k|m|b|t|g|bn|mn|thousands?|millions?|billions?|trillions?)',
@@ -121,7 +132,7 @@ def base_and_unit(name: str) -> tuple[str, str | None]:
 
 
 def unit_of(text: str | None) -> float | None:
-  """What a unit in a column's name is worth; None where it is none that is known."""
+  """What a unit in a column's name stands for, 1e9 for 'b'; 1 without a unit; None for an unknown one."""
   if text is None:
     return 1.0
   if match := re.fullmatch(r'(?:x)?(?:1e|10\^|1e\+)(\d+)', text):
@@ -130,7 +141,14 @@ def unit_of(text: str | None) -> float | None:
 
 
 def resolve(wanted: str, names: Iterable[str], what: str) -> str:
-  """The column that was asked for, by its name as it stands or without case and punctuation."""
+  """The column of the name `wanted`, as it stands or without case and punctuation.
+
+  Args:
+    what: the quantity, for the message.
+
+  Raises:
+    RowError: there is no such column, or several differ only in case and punctuation.
+  """
   names = list(names)
   if wanted in names:
     return wanted
@@ -141,14 +159,15 @@ def resolve(wanted: str, names: Iterable[str], what: str) -> str:
 
 
 def column_names(rows: Iterable[Mapping]) -> list[str]:
+  """The names of all columns, in the order in which the rows first have them."""
   return list(dict.fromkeys(str(name) for row in rows for name in row if name is not None))
 
 
 def find(rows: list[Mapping], columns: Columns, quantity: str) -> str | None:
-  """The column of a quantity, by the one that was asked for or by its name; None where there is none.
+  """The column of a quantity: the one that `columns` names, or one found by its name; None where there is none.
 
   Raises:
-    RowError: two columns could be meant and they differ.
+    RowError: `columns` names no column of the table, or two columns fit and differ.
   """
   names = column_names(rows)
   named = getattr(columns, quantity)
@@ -162,6 +181,7 @@ def find(rows: list[Mapping], columns: Columns, quantity: str) -> str | None:
     if quantity in QUANTITIES:
       matches = [name for name in matches if _has_values(rows, name)] or matches
       _check_alike(rows, matches, quantity)
+    # A column t may be time, and l layers: only the values tell.
     if matches[0].lower() in ('t', 'l') and not _is_plausible(rows, matches[0], quantity):
       continue
     return matches[0]
@@ -169,6 +189,7 @@ def find(rows: list[Mapping], columns: Columns, quantity: str) -> str | None:
 
 
 def _is_called(name: str, aliases: set[str], quantity: str) -> bool:
+  """Whether a column's name is an alias, perhaps with a unit (tokens_b) or a group before it (train/tokens)."""
   if bare(name) in aliases:
     return True
   if quantity not in QUANTITIES:
@@ -187,7 +208,7 @@ def _has_values(rows, name: str) -> bool:
 
 
 def _any_loss(rows, names: list[str]) -> str | None:
-  """The one column whose name ends in 'loss', be it of a corpus (c4_loss) or of training."""
+  """The column whose name ends in 'loss': of a corpus (c4_loss), or if there is no other of training."""
   losses = [name for name in names if bare(name).endswith('loss') and _has_values(rows, name)]
   matches = [name for name in losses if 'train' not in bare(name)] or losses
   if matches:
@@ -196,7 +217,7 @@ def _any_loss(rows, names: list[str]) -> str | None:
 
 
 def _check_alike(rows, matches: list[str], quantity: str) -> None:
-  """Two columns that could both be meant must say the same."""
+  """Raises RowError where two columns that both fit a quantity differ by more than rounding."""
   for other in matches[1:]:
     for row in rows:
       pair = row.get(matches[0]), row.get(other)
@@ -211,7 +232,7 @@ def _check_alike(rows, matches: list[str], quantity: str) -> None:
 
 
 def _is_plausible(rows, name: str, quantity: str) -> bool:
-  """Whether a column called t or L holds tokens or a loss, and not time or layers."""
+  """Whether a column called t has tokens and not times, or one called l losses and not numbers of layers."""
   values = [cells.number(row[name]) for row in rows if name in row and cells.is_number(row[name])]
   if not values:
     return False
@@ -221,7 +242,7 @@ def _is_plausible(rows, name: str, quantity: str) -> bool:
 
 
 def scale_of(column: str, quantity: str, columns: Columns) -> float:
-  """What one unit of a column of N, D or C is worth: what the caller says, or what its name does."""
+  """What a 1 in a column of N, D or C stands for, by `columns` or else by the unit in the column's name."""
   unit = getattr(columns, f'{quantity}_unit')
   if unit != 1.0:
     return unit
@@ -231,7 +252,11 @@ def scale_of(column: str, quantity: str, columns: Columns) -> float:
 
 
 def loss_unit(column: str, columns: Columns) -> str:
-  """'nats', 'bits' or 'perplexity'; an error where the name says another than nats and the caller nothing."""
+  """The unit of a column of losses: 'nats', 'bits' or 'perplexity'.
+
+  Raises:
+    RowError: the name suggests another unit than nats, and `columns` has none.
+  """
   if columns.loss_unit is not None:
     return columns.loss_unit
   unit = base_and_unit(column)[1] or ''
@@ -252,7 +277,7 @@ def loss_unit(column: str, columns: Columns) -> str:
 
 
 def missing(wanted: Iterable[str], rows: list[Mapping]) -> RowError:
-  """What to say where columns are not there."""
+  """The error for quantities without a column, with a hint where another column may be meant."""
   names = column_names(rows)
   hints = [name for name in names if 'ppl' in name.lower() or 'perplexity' in name.lower()]
   hint = (

@@ -1,6 +1,6 @@
-"""Results as rows: which of a table's rows count, and their N, D, C, loss and every other number.
+"""The rows of a table that count, as arrays of N, D, C, loss and every other number.
 
-`tables` reads files, `columns` finds columns; here each row becomes numbers, or is left out with a reason.
+`tables` reads files and `columns` finds columns. Here each row becomes numbers, or is left out with a reason.
 """
 
 import collections
@@ -13,35 +13,45 @@ import numpy as np
 from research.scaling import cells
 from research.scaling import columns as columns_module
 from research.scaling.cells import RowError
-from research.scaling.columns import FLOPS, PARAMS, Columns
+from research.scaling.columns import CONVENTIONS, FLOPS, PARAMS, Columns
 from research.scaling.tables import read_table
 
 __all__ = [
-  'CONVENTIONS',
-  'FLOPS',
-  'PARAMS',
-  'Columns',
-  'Observations',
-  'RowError',
-  'budget_groups',
-  'observe',
-  'read_table',
-]
+  'CONVENTIONS', 'FLOPS', 'PARAMS', 'Columns', 'Observations', 'RowError', 'budget_groups', 'observe',
+  'read_table', 'why_not',
+]  # fmt: skip
 
-DONE = ('finished', 'done', 'complete', 'completed', 'success', 'ok', '')
+DONE = (
+  'finished',
+  'done',
+  'complete',
+  'completed',
+  'success',
+  'ok',
+  '',
+)  # of a status, in any case
 ARRAYS = ('run', 'params', 'tokens', 'flops', 'loss', 'budget')
-# No more values than this make a column of names one of choices (data sets, schedules).
+# A column of words with at most so many different values is one of choices (data sets, schedules), not of
+# names.
 CHOICES = 20
+# Two runs whose losses agree to so many digits are copies; fewer digits may agree by chance.
+COPY_DIGITS = 5
 DEFAULT = Columns()
 
 
 @dataclasses.dataclass(frozen=True)
 class Observations:
-  """The rows that count, as arrays [rows]; `excluded` holds (run, why) for the others.
+  """The rows that count.
 
-  `budget` is the isoFLOP group's target C, NaN for a row of no group. `columns` says where each came from.
-  `extra`: every other column of numbers by name, NaN where a cell is blank. `labels`: columns of few words.
-  `remarks`: what was assumed in reading, as sentences.
+  Attributes:
+    run: the name of each row's run [rows].
+    params, tokens, flops, loss: N, D, C and the loss in nats per token [rows].
+    budget: the target C of the row's isoFLOP group [rows]; NaN for a row of no group.
+    excluded: (run, why) of the rows left out.
+    columns: the column of each quantity, quantity -> name.
+    extra: every other column of numbers by its name [rows], NaN where a cell is blank.
+    labels: the columns of few different words by their name [rows].
+    remarks: sentences on what was assumed in reading.
   """
 
   run: np.ndarray
@@ -60,7 +70,7 @@ class Observations:
     return len(self.loss)
 
   def take(self, keep) -> 'Observations':
-    """The rows of a mask or an index."""
+    """The rows that a mask or an index selects."""
     arrays = {name: getattr(self, name)[keep] for name in ARRAYS}
     tables = {
       name: {column: values[keep] for column, values in getattr(self, name).items()}
@@ -69,13 +79,13 @@ class Observations:
     return dataclasses.replace(self, **arrays, **tables)
 
   def without(self, leave_out: np.ndarray, why: Iterable[str]) -> 'Observations':
-    """The rows but those of the mask `leave_out`; they join `excluded`, each with its reason."""
+    """The rows outside the mask `leave_out`. The others join `excluded`, each with its reason."""
     listed = tuple((str(run), reason) for run, reason in zip(self.run[leave_out], why, strict=True))
     return dataclasses.replace(self.take(~leave_out), excluded=self.excluded + listed)
 
   @property
   def inputs(self) -> dict[str, np.ndarray]:
-    """What a law may be fitted to: N, D, C, D / N, and every other column of numbers."""
+    """The inputs that a law may have: N, D, C, D / N, and every other column of numbers."""
     known = {'params': self.params, 'tokens': self.tokens, 'flops': self.flops}
     return {**self.extra, **known, 'tokens_per_param': self.tokens / self.params}
 
@@ -83,23 +93,32 @@ class Observations:
 def observe(
   rows: Iterable[Mapping], columns: Columns = DEFAULT, role: str | None = 'fit'
 ) -> Observations:
-  """Rows as `Observations`.
+  """Reads the rows of a table into arrays.
 
-  Left out and listed: rows of another `role`, rows whose status is not a finished one, losses that are NaN
-  or infinite, blank cells, and exact repeats of a row (the same N, D and loss to every digit). Refused with the
-  row and the column: an unreadable, zero or negative number in a finished row, and numbers whose units
-  cannot be right. Where there is no tokens column, D = C / (6 N); where there is no FLOPs column, C is the
-  budget if that is near 6 N D, and else 6 N D.
+  It leaves out, with the reason: rows of another role, rows whose status is not a finished one, losses that are
+  NaN or infinite, blank cells, and exact copies of a row (the same N, D and loss to every digit). Without a
+  column of tokens D is C / (6 N). Without a column of FLOPs C is the budget if that is near 6 N D, else 6 N D.
+
+  Args:
+    role: take only rows of this role, or of none; None for all.
+
+  Raises:
+    RowError: a quantity has no column, a number in a finished row is unreadable, zero or negative (with its row
+      and column), or no row remains.
   """
   rows = list(rows)
   if not rows:
     raise RowError('The table has no rows.')
   remarks: list[str] = []
   column_of = find_columns(rows, columns, remarks)
-  used, excluded, numbers_of, run_of = [], [], [], {}
+  used = []
+  excluded = []
+  numbers_of = []
+  run_of = {}  # the run of every set of numbers so far
   for i, row in enumerate(rows):
     run = str(row.get(column_of.get('run'), '') or f'row {i + 1}')
-    reason, numbers = _why_not(row, column_of, role), {}
+    numbers = {}
+    reason = why_not(row, column_of, role)
     if reason is None:
       numbers, reason = _numbers(row, column_of, columns, f'row {i + 1} ({run})')
     if reason is None:
@@ -111,7 +130,7 @@ def observe(
       excluded.append((run, reason))
   if not used:
     why, count = collections.Counter(why for _, why in excluded).most_common(1)[0]
-    raise RowError(f'No row is left to fit: of {len(rows)}, {count} left out because {why}.')
+    raise RowError(f'No row remains to fit: of {len(rows)}, {count} left out because {why}.')
   arrays = {name: [row[name] for row in numbers_of] for name in ARRAYS}
   arrays['budget'] = _budgets(arrays['budget'], arrays['flops'])
   arrays = {name: np.array(values) for name, values in arrays.items()}
@@ -125,7 +144,11 @@ def observe(
 
 
 def find_columns(rows: list[Mapping], columns: Columns, remarks: list[str]) -> dict[str, str]:
-  """quantity -> column name; what is assumed on the way joins `remarks`."""
+  """The column of each quantity, quantity -> name. Adds to `remarks` what it assumes.
+
+  Raises:
+    RowError: N, the loss, or both D and C have no column.
+  """
   column_of = {}
   for quantity in columns_module.ALIASES:
     column = columns_module.find(rows, columns, quantity)
@@ -151,18 +174,23 @@ def find_columns(rows: list[Mapping], columns: Columns, remarks: list[str]) -> d
   return column_of
 
 
-def _why_not(row, column_of, role) -> str | None:
+def why_not(row: Mapping, column_of: Mapping, role: str | None) -> str | None:
+  """Why a row does not count, by its status and its role; None if it does."""
   status = str(row.get(column_of.get('status'), '') or '').strip().lower()
   if status not in DONE:
     return f'its status is {status!r}'
-  its = str(row.get(column_of.get('role'), '') or '').strip()
-  if role is not None and its and its != role:
-    return f'its role is {its!r}'
+  row_role = str(row.get(column_of.get('role'), '') or '').strip()
+  if role is not None and row_role and row_role != role:
+    return f'its role is {row_role!r}'
   return None
 
 
 def _numbers(row, column_of, columns: Columns, where: str) -> tuple[dict, str | None]:
-  """N, D, C, loss (nats) and budget of one row; or why the row does not count."""
+  """(N, D, C, loss in nats and budget of one row by name, None), or ({}, why the row does not count).
+
+  Args:
+    where: the row, for messages.
+  """
   values = {}
   for quantity in columns_module.QUANTITIES:
     if quantity not in column_of:
@@ -197,18 +225,18 @@ def _numbers(row, column_of, columns: Columns, where: str) -> tuple[dict, str | 
 
 
 def _repeats(numbers: dict, run: str, run_of: dict) -> str | None:
-  """Why a row is the copy of another: two seeds never have one loss to every digit."""
+  """Why a row is a copy of another; None if not. Two seeds never have the same loss to every digit."""
   key = tuple(numbers[name] for name in ('params', 'tokens', 'flops', 'loss', 'budget'))
   if key not in run_of:
     run_of[key] = run
     return None
-  # Rounded losses may agree by chance under two names.
+  # Rounded losses of two runs may agree by chance.
   digits = len(f'{numbers["loss"]:.12g}'.replace('.', '').strip('0'))
-  return f'it repeats {run_of[key]}' if digits >= 5 or run_of[key] == run else None
+  return f'it repeats {run_of[key]}' if digits >= COPY_DIGITS or run_of[key] == run else None
 
 
 def _budgets(marks: list, flops: list[float]) -> list[float]:
-  """Budgets in FLOPs; where they are names (small, large), the geometric mean C of the rows of that name."""
+  """Budgets in FLOPs; for budgets that are names (small, large) the geometric mean C of the rows of a name."""
   values = [math.nan if mark is None else mark for mark in marks]
   if all(cells.is_number(value) for value in values):
     return [cells.number(value) for value in values]
@@ -220,16 +248,14 @@ def _budgets(marks: list, flops: list[float]) -> list[float]:
 
 
 def _budget_as_cost(arrays: dict, remarks: list[str]) -> np.ndarray:
-  """C where there is no column of it: what was spent is the budget, and 6 N D only its usual estimate."""
-  budget, six = arrays['budget'], arrays['flops']
-  ratio = six / budget
-  if (
-    not np.isfinite(budget).all()
-    or not (budget > 0).all()
-    or not (ratio > 0.2).all()
-    or not (ratio < 5).all()
-  ):
-    return six
+  """C where it has no column: the budget, which was spent, where every row has one near 6 N D; else 6 N D."""
+  budget = arrays['budget']
+  six_nd = arrays['flops']
+  ratio = six_nd / budget
+  # Another unit, or a budget that is not of training FLOPs. NaN is not near either.
+  near = np.isfinite(budget) & (budget > 0) & (ratio > 0.2) & (ratio < 5)
+  if not near.all():
+    return six_nd
   if np.abs(np.log(ratio)).max() > 1e-3:
     remarks.append(
       f'there is no column of FLOPs: C is the budget, of which 6 N D is {ratio.min():.2f} to {ratio.max():.2f}.'
@@ -238,8 +264,9 @@ def _budget_as_cost(arrays: dict, remarks: list[str]) -> np.ndarray:
 
 
 def _other_columns(rows: list[Mapping], column_of: dict, columns: Columns) -> tuple[dict, dict]:
-  """The other columns that hold numbers (NaN where blank), and those of few words."""
-  extra, labels = {}, {}
+  """(the other columns of numbers, NaN where blank; the columns of few different words), by name."""
+  extra = {}
+  labels = {}
   taken = {column_of[quantity] for quantity in columns_module.QUANTITIES if quantity in column_of}
   for name in columns_module.column_names(rows):
     column = [row.get(name) for row in rows]
@@ -254,10 +281,10 @@ def _other_columns(rows: list[Mapping], column_of: dict, columns: Columns) -> tu
 
 
 def budget_groups(rows: Observations, tolerance: float = 0.12) -> list[tuple[float, np.ndarray]]:
-  """IsoFLOP groups [(C, row indices)] in rising C: by the budget column, else by gaps in ln C.
+  """IsoFLOP groups, (C, row indices) each, in rising C: by budget where every row has one, else by ln C.
 
-  Without a column, rows belong together whose ln C lie within `tolerance` of a neighbour's; a chain longer
-  than three tolerances is no isoFLOP group, and a row alone is none.
+  Without budgets, rows whose ln C lies within `tolerance` of a neighbour's form a group. A chain longer than
+  three tolerances is not a group, and a single row is none either.
   """
   labelled = np.isfinite(rows.budget)
   if labelled.all():
@@ -265,18 +292,9 @@ def budget_groups(rows: Observations, tolerance: float = 0.12) -> list[tuple[flo
   order = np.argsort(rows.flops, kind='stable')
   ln_c = np.log(rows.flops[order])
   groups = np.split(order, np.flatnonzero(np.diff(ln_c) > tolerance) + 1)
-  close = lambda g: np.ptp(np.log(rows.flops[g])) <= 3 * tolerance
-  return [
-    (float(np.exp(np.log(rows.flops[g]).mean())), np.sort(g))
-    for g in groups
-    if len(g) > 1 and close(g)
-  ]
-
-
-CONVENTIONS = {
-  'flops_6n_non_embedding': 'params_non_embedding',
-  'flops_6n_with_head': 'params_with_head',
-  'flops_attention_causal': 'params_with_head',
-  'flops_attention_full': 'params_with_head',
-  'flops_chinchilla': 'params_total',
-}
+  result = []
+  for members in groups:
+    ln_c = np.log(rows.flops[members])
+    if len(members) > 1 and np.ptp(ln_c) <= 3 * tolerance:
+      result.append((float(np.exp(ln_c.mean())), np.sort(members)))
+  return result
