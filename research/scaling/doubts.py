@@ -1,4 +1,4 @@
-"""Doubts about a table before any answer: wrong units are errors, what only looks wrong is a sentence."""
+"""Checks a table before a fit: impossible units are errors, and what only looks wrong is a sentence."""
 
 import collections
 import math
@@ -9,20 +9,28 @@ from research.scaling.cells import PF_DAYS, RowError
 from research.scaling.laws.published import published
 from research.scaling.rows import Observations
 
-# Names of columns that say how often the data were gone through, or how many tokens differ.
+# Names of columns of the passes over the data, of the unique tokens, and of the step of a checkpoint.
 EPOCHS = ('epochs', 'total_epochs', 'num_epochs', 'n_epochs')
 UNIQUE = ('unique_tokens', 'unique', 'n_unique_tokens', 'u')
 STEPS = ('step', 'steps', '_step', 'current_steps', 'global_step', 'iteration', 'train/step')
-DECADES = 2.5  # a gap of so many powers of ten within one column is two units
+# A gap of so many powers of ten within one column means two units: no sweep leaves a gap that wide.
+DECADES = 2.5
+# The largest plausible median losses in nats per token. ln of a vocabulary of 1e6 is 13.8, which an untrained
+# model has; a trained one is below 7.5.
+UNTRAINED_LOSS = 20
+TRAINED_LOSS = 7.5
 
 
 def check_units(rows: Observations) -> None:
-  """Raises RowError for numbers that only make sense in other units."""
+  """Raises RowError for numbers that only make sense in other units.
+
+  The thresholds are orders of magnitude beyond any run: nothing plausible is refused.
+  """
   names = rows.columns
-  if np.median(rows.loss) > 20:
+  if np.median(rows.loss) > UNTRAINED_LOSS:
     raise RowError(
       f'Column {names["loss"]!r} has a median of {np.median(rows.loss):.3g}: is it a perplexity? '
-      'A fit wants nats per token, the logarithm of the perplexity; pass --loss_unit=perplexity.'
+      'A fit needs nats per token, the logarithm of the perplexity; pass --loss_unit=perplexity.'
     )
   if 'tokens' in names and 'flops' in names:
     _check_cost(rows)
@@ -43,6 +51,7 @@ def check_units(rows: Observations) -> None:
 
 
 def _check_cost(rows: Observations) -> None:
+  """Raises RowError where C / (6 N D) is a power of a thousand, PF-days, or different in a few rows."""
   names = rows.columns
   log_ratio = np.log10(rows.flops / (6 * rows.params * rows.tokens))
   typical = float(np.median(log_ratio))
@@ -68,6 +77,7 @@ def _check_cost(rows: Observations) -> None:
 
 
 def _check_gap(rows: Observations, quantity: str) -> None:
+  """Raises RowError where the values of a quantity fall into two groups that are decades apart."""
   values = np.log10(np.unique(getattr(rows, quantity)))
   if len(values) < 2 or np.diff(values).max() < DECADES:
     return
@@ -82,76 +92,79 @@ def _check_gap(rows: Observations, quantity: str) -> None:
   )
 
 
-def last_of_each_run(seen: Observations) -> tuple[Observations, str | None]:
-  """Only the last row of every run where rows are its checkpoints, and the sentence that says so.
+def last_of_each_run(rows: Observations) -> tuple[Observations, str | None]:
+  """(the rows without earlier checkpoints of their runs, the sentence that says so or None).
 
-  A checkpoint within a schedule is no run of its own: its learning rate has not decayed, and its loss lies
-  above that of a run of its length (Hoffmann et al. 2022, section 3.1).
+  A checkpoint within a schedule does not count as a run: its learning rate has not decayed, so that its loss is
+  above that of a run of this length (Hoffmann et al. 2022, section 3.1). Rows of a run are checkpoints where a
+  column names the run and either that column is called so or there is a column of steps.
   """
-  column = seen.columns.get('run')
-  known = column is not None and (
-    'run' in column.lower() or any(name.lower() in STEPS for name in seen.extra)
+  column = rows.columns.get('run')
+  are_checkpoints = column is not None and (
+    'run' in column.lower() or any(name.lower() in STEPS for name in rows.extra)
   )
-  if not known:
-    return seen, None
+  if not are_checkpoints:
+    return rows, None
   groups = collections.defaultdict(list)
-  for i, key in enumerate(zip(seen.run, seen.params, strict=True)):
+  for i, key in enumerate(zip(rows.run, rows.params, strict=True)):
     groups[key].append(i)
-  last = {key: max(members, key=lambda i: seen.tokens[i]) for key, members in groups.items()}
-  several = [m for m in groups.values() if len({seen.tokens[i] for i in m}) > 1]
+  last = {key: max(members, key=rows.tokens.__getitem__) for key, members in groups.items()}
+  several = [m for m in groups.values() if len({rows.tokens[i] for i in m}) > 1]
   if not several:
-    return seen, None
-  leave_out = np.ones(len(seen), bool)
+    return rows, None
+  leave_out = np.ones(len(rows), bool)
   leave_out[list(last.values())] = False
-  # Seeds of one run at its last D all count.
+  # Several seeds of a run at its last D all count.
   for i in np.flatnonzero(leave_out):
-    final = last[seen.run[i], seen.params[i]]
-    leave_out[i] = seen.tokens[i] < seen.tokens[final]
+    final = last[rows.run[i], rows.params[i]]
+    leave_out[i] = rows.tokens[i] < rows.tokens[final]
   sentence = (
     f'{len(several)} runs (column {column!r}) have several rows, checkpoints before the schedule '
-    f'ends: only the last of each counts, {len(seen) - leave_out.sum()} of {len(seen)} rows. '
+    f'ends: only the last of each counts, {len(rows) - leave_out.sum()} of {len(rows)} rows. '
     '--pick=all takes every row.'
   )
-  return seen.without(
+  return rows.without(
     leave_out, ['an earlier checkpoint of its run'] * int(leave_out.sum())
   ), sentence
 
 
-def about(seen: Observations) -> list[str]:
-  """Sentences about what may be wrong with the table, each with what to do."""
+def about(rows: Observations) -> list[str]:
+  """Sentences on what may be wrong with the table, each with what to do."""
   sentences = []
-  swapped = float((seen.tokens < seen.params).mean())
+  swapped = float((rows.tokens < rows.params).mean())
   if swapped > 0.9:
     share = 'every row' if swapped == 1 else f'{swapped:.0%} of the rows'
     sentences.append(
       f'D is below N in {share}: are the columns swapped? Language models are trained on some 20 '
-      f'tokens a parameter; if so pass --params={seen.columns.get("tokens", "D")} '
-      f'--tokens={seen.columns.get("params", "N")}.'
+      f'tokens a parameter; if so pass --params={rows.columns.get("tokens", "D")} '
+      f'--tokens={rows.columns.get("params", "N")}.'
     )
-  sentences += _about_losses(seen) if swapped <= 0.9 else []
+  # Swapped columns make every loss look wrong, so that one sentence is enough.
+  sentences += _about_losses(rows) if swapped <= 0.9 else []
   copies = [
     run
-    for run, why in seen.excluded
+    for run, why in rows.excluded
     if why.startswith('it repeats ') and why != f'it repeats {run}'
   ]
   if copies:
     sentences.append(
       f'{len(copies)} {"row" if len(copies) == 1 else "rows"}, such as {copies[0]}, with the N, D '
-      'and loss of another row to every digit: taken for copies and left out, since counted again '
-      'they would make every interval too narrow.'
+      'and loss of another row to every digit: they are left out as copies, which would make every '
+      'interval too narrow.'
     )
-  return sentences + _about_epochs(seen)
+  return sentences + _about_epochs(rows)
 
 
 def _about_losses(rows: Observations) -> list[str]:
-  middle = float(np.median(rows.loss))
-  if middle > 7.5:
+  """A sentence where the losses may be perplexities, bits, or nats of another unit of text."""
+  median = float(np.median(rows.loss))
+  if median > TRAINED_LOSS:
     return [
-      f'the losses have a median of {middle:.3g}, more than a model that has learnt anything: are '
-      'they perplexities? If so pass --loss_unit=perplexity.'
+      f'the losses have a median of {median:.3g}, above that of any trained model: are they '
+      'perplexities? If so pass --loss_unit=perplexity.'
     ]
   if np.median(rows.params) < 1e7 or np.median(rows.tokens) < 1e8:
-    return []  # Hoffmann et al.'s law says nothing of smaller runs
+    return []  # far below the runs of Hoffmann et al., so that their law says nothing
   law, values = published('hoffmann 2022')
   ratio = float(np.median(rows.loss / law(values, params=rows.params, tokens=rows.tokens)))
   if 1.3 < ratio < 1.6:
@@ -169,18 +182,20 @@ def _about_losses(rows: Observations) -> list[str]:
 
 
 def _about_epochs(rows: Observations) -> list[str]:
-  told = []
+  """A sentence where rows repeat their data, by a column of epochs or of unique tokens."""
   for name, values in rows.extra.items():
-    if name.lower() in EPOCHS and (many := np.nan_to_num(values) > 1.5).any():
-      told.append((name, int(many.sum()), float(np.nanmax(values))))
-    elif (
-      name.lower() in UNIQUE
-      and (many := rows.tokens > 1.5 * np.nan_to_num(values, nan=np.inf)).any()
-    ):
-      told.append((name, int(many.sum()), float(np.nanmax(rows.tokens / values))))
-  return [
-    f'{count} of {len(rows)} rows go through their data more than once, up to {most:.3g} times '
-    f'(column {name!r}), and a law of N and D takes every token for a new one: leave them out '
-    f'(--where="{name}<=1"), or fit --law=DataConstrained with the number of unique tokens.'
-    for name, count, most in told[:1]
-  ]
+    if name.lower() in EPOCHS:
+      passes = np.nan_to_num(values)
+      cure = f'leave them out (--where="{name}<=1"), or fit --law=DataConstrained'
+    elif name.lower() in UNIQUE:
+      passes = np.where(values > 0, rows.tokens / np.where(values > 0, values, 1.0), 0.0)
+      cure = f'fit --law=DataConstrained --input unique_tokens={name}'
+    else:
+      continue
+    repeated = passes > 1.5  # a little over one pass is how a stream ends
+    if repeated.any():
+      return [
+        f'{repeated.sum()} of {len(rows)} rows go through their data more than once, up to {passes.max():.3g} '
+        f'times (column {name!r}), and a law of N and D takes every token for a new one: {cure}.'
+      ]
+  return []

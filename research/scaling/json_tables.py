@@ -1,4 +1,4 @@
-"""Tables in JSON: one array of rows, one object of columns, or an object on every line."""
+"""Reads tables in JSON: an array of rows, an object of columns, or an object on each line."""
 
 import json
 
@@ -6,6 +6,14 @@ from research.scaling.cells import RowError
 
 
 def read_json_rows(path, text: str) -> list[dict]:
+  """The rows of a JSON text, column -> cell; nested objects become columns a/b.
+
+  Args:
+    path: of the file, for its ending and for messages.
+
+  Raises:
+    RowError: the text is not JSON, or not a table.
+  """
   lines = path.suffix in ('.jsonl', '.ndjson') or '.jsonl' in path.suffixes
   if not lines:
     try:
@@ -13,7 +21,7 @@ def read_json_rows(path, text: str) -> list[dict]:
     except (json.JSONDecodeError, RecursionError, ValueError) as error:
       if not (isinstance(error, json.JSONDecodeError) and error.msg == 'Extra data'):
         raise _not_json(path, getattr(error, 'lineno', 1), error) from None
-      lines = True  # several values: one a line
+      lines = True  # several values, one on each line, whatever the file is called
     else:
       return _rows_of(path, value)
   rows = []
@@ -31,11 +39,12 @@ def read_json_rows(path, text: str) -> list[dict]:
 
 
 def _object(pairs: list[tuple]) -> dict:
+  """An object, or ValueError for a key that comes twice, of which Python would silently keep the last."""
   value = dict(pairs)
   if len(value) != len(pairs):
     names = [name for name, _ in pairs]
     twice = next(name for name in names if names.count(name) > 1)
-    raise ValueError(f'the key {twice!r} stands twice in one object')
+    raise ValueError(f'the key {twice!r} comes twice in an object')
   return value
 
 
@@ -45,15 +54,15 @@ def _not_json(path, line: int, error: Exception) -> RowError:
 
 
 def _rows_of(path, value) -> list[dict]:
-  """A list of objects, or an object of columns (lists of one length)."""
+  """The rows of a list of objects, of an object of columns (lists of one length), or of a single object."""
   if isinstance(value, dict) and value and all(isinstance(v, list) for v in value.values()):
     if len({len(v) for v in value.values()}) != 1:
-      raise RowError(f'{path} holds columns of different lengths.')
+      raise RowError(f'{path} has columns of different lengths.')
     return [dict(zip(value, cells, strict=True)) for cells in zip(*value.values(), strict=True)]
   if isinstance(value, dict):
     return [_flat(value)]
   if not isinstance(value, list):
-    raise RowError(f'{path} holds {_kind(value)} and not a list of rows.')
+    raise RowError(f'{path} has {_kind(value)} and not a list of rows.')
   for i, row in enumerate(value, 1):
     if not isinstance(row, dict):
       raise RowError(f'{path}: row {i} is {_kind(row)} and not an object {{column: value}}.')
@@ -72,6 +81,7 @@ def _flat(row: dict, prefix: str = '') -> dict:
 
 
 def _kind(value) -> str:
+  """What a JSON value is, for a message."""
   if value is None:
     return 'null'
   names = {list: 'a list', str: 'a text', bool: 'a truth value', dict: 'an object'}

@@ -1,7 +1,7 @@
-"""Reading a table of results: which kind of file it is, its encoding, its separator, its decimal mark.
+"""Reads a table of results: finds the kind of file, its encoding, its separator and its decimal mark.
 
-What a file is, its first bytes say, and its name only where they leave a choice. Whatever was not plain is told
-in one line (`Table.reading`), and what may be read in two ways is an error.
+The first bytes of a file decide what it is, and its name only where they leave a choice. `Table.reading` says
+in one line what was unusual, and what may be read in two ways is an error.
 """
 
 import bz2
@@ -36,7 +36,7 @@ DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError)
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-  """The rows of a file, column -> cell; `reading` says what was not plain about it, or is empty."""
+  """The rows of a file, column -> cell. `reading` says what was unusual about the file, or is ''."""
 
   rows: list[dict]
   reading: str = ''
@@ -48,11 +48,13 @@ def read_table(path) -> list[dict]:
 
 
 def read(path) -> Table:
-  """A CSV (any separator, UTF-8, UTF-16 or Windows-1252), JSON, JSON-lines or Parquet file, compressed or not.
+  """Reads a CSV, JSON, JSON-lines or Parquet file, compressed or not.
+
+  A CSV may have any separator, and be in UTF-8, UTF-16 or Windows-1252.
 
   Raises:
     RowError: there is no such file, it is of another kind or damaged, a row has more cells than there are
-      columns, or two columns of one name differ.
+      columns, or two columns of the same name differ.
   """
   path = pathlib.Path(path).expanduser()
   if not path.is_file():
@@ -89,6 +91,7 @@ def _line(remarks: list[str]) -> str:
 
 
 def _read_parquet(path, data: bytes) -> list[dict]:
+  # Only here: the import takes a quarter of a second.
   import pyarrow
   import pyarrow.parquet
 
@@ -96,10 +99,11 @@ def _read_parquet(path, data: bytes) -> list[dict]:
     return pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()
   except (pyarrow.ArrowException, OSError, ValueError) as error:
     reason = str(error).splitlines()[0].rstrip('.')
-    raise RowError(f'{path} is no Parquet file, or a damaged one: {reason}.') from None
+    raise RowError(f'{path} is not a Parquet file, or is damaged: {reason}.') from None
 
 
 def _decode(path, data: bytes, remarks: list[str]) -> str:
+  """The text of a file, by its byte order mark, else as UTF-8, else as Windows-1252, which any bytes can be."""
   for mark, encoding in (
     (b'\xff\xfe', 'utf-16'),
     (b'\xfe\xff', 'utf-16'),
@@ -111,9 +115,9 @@ def _decode(path, data: bytes, remarks: list[str]) -> str:
       try:
         return data.decode(encoding)
       except UnicodeDecodeError:
-        raise RowError(f'{path} begins as {encoding} and goes on as something else.') from None
+        raise RowError(f'{path} begins as {encoding}, but is not {encoding} throughout.') from None
   if b'\0' in data:
-    raise RowError(f'{path} is no table of text: it holds bytes that no text has.')
+    raise RowError(f'{path} is not a table of text: it has zero bytes.')
   try:
     return data.decode('utf-8')
   except UnicodeDecodeError:
@@ -121,19 +125,14 @@ def _decode(path, data: bytes, remarks: list[str]) -> str:
     return data.decode('cp1252', errors='replace')
 
 
-# JSON.
-
-
-# CSV and its like.
-
-
 def _read_separated(path, text: str, remarks: list[str]) -> list[dict]:
+  """The rows of a text with separators. Lines that begin with # before the header are comments."""
   lines = text.splitlines(keepends=True)
   comments = 0
   while comments < len(lines) and (lines[comments][:1] == '#' or not lines[comments].strip()):
     comments += 1
   if comments == len(lines):
-    raise RowError(f'{path} holds comments and no rows.')
+    raise RowError(f'{path} has comments and no rows.')
   separator, records = _split(path, ''.join(lines[comments:]))
   if separator != ',':
     remarks.append(f'separated by {SEPARATORS.get(separator, "spaces")}')
@@ -144,7 +143,7 @@ def _read_separated(path, text: str, remarks: list[str]) -> list[dict]:
     surplus = [cell for cell in record[len(names) :] if cell.strip()]
     if surplus:
       raise RowError(
-        f'{path}:{line + comments} has {len(record)} cells for {len(names)} columns '
+        f'{path}:{line + comments} has {len(record)} cells in {len(names)} columns '
         f'({surplus[0]!r} is surplus): put quotes around what holds a separator, or give the last '
         'column a name.'
       )
@@ -157,7 +156,10 @@ def _read_separated(path, text: str, remarks: list[str]) -> list[dict]:
 
 
 def _split(path, text: str) -> tuple[str, list[tuple[int, list[str]]]]:
-  """The separator, and of every record that is not empty its line and its cells."""
+  """(the separator, the (line, cells) of every record that is not empty).
+
+  The separator is the one that gives every row as many cells as the header has.
+  """
   header = text.splitlines()[0]
   readings = {}
   for separator in [s for s in SEPARATORS if s in header] or [',']:
@@ -167,20 +169,24 @@ def _split(path, text: str) -> tuple[str, list[tuple[int, list[str]]]]:
       if len({len(record) for _, record in by_spaces}) == 1:
         return ' ', by_spaces
     if not records:
-      raise RowError(f'{path} holds no rows.')
+      raise RowError(f'{path} has no rows.')
   even = [s for s, records in readings.items() if len({len(r) for _, r in records}) == 1]
   if len(even) > 1:
     raise RowError(
-      f'{path} may be separated by {" or by ".join(SEPARATORS[s] for s in even)}: every row has as '
-      'many of the one as of the other. Save it with one separator and quotes around the rest.'
+      f'{path} may be separated by {" or by ".join(SEPARATORS[s] for s in even)}: with either, every '
+      'row has the same number of cells. Save it with one of them, and with quotes around cells '
+      'that contain the other.'
     )
   if even:
     return even[0], readings[even[0]]
-  # Rows of different lengths: the separator that the header has most of.
-  return max(readings.items(), key=lambda item: len(item[1][0][1]))
+  # No separator fits all rows: take the one that gives the header most cells, so that the error names a row.
+  header_cells = {s: len(records[0][1]) for s, records in readings.items()}
+  separator = max(header_cells, key=header_cells.get)
+  return separator, readings[separator]
 
 
 def _records(path, text: str, separator: str) -> list[tuple[int, list[str]]]:
+  """The (line, cells) of every record that is not empty."""
   reader = csv.reader(io.StringIO(text, newline=''), delimiter=separator)
   records = []
   try:
@@ -188,12 +194,16 @@ def _records(path, text: str, separator: str) -> list[tuple[int, list[str]]]:
       if any(cell.strip() for cell in record):
         records.append((reader.line_num, record))
   except csv.Error as error:
-    raise RowError(f'{path}:{reader.line_num} is no CSV: {error}.') from None
+    raise RowError(f'{path}:{reader.line_num} is not CSV: {error}.') from None
   return records
 
 
 def _names(path, head: list[str], records) -> dict[str, int]:
-  """Column -> its place. A column without a name, as an index has, is called by its number."""
+  """The position of each column by its name.
+
+  A column without a name, such as an index, is called by its number. A column that repeats another one, name
+  and cells, is dropped.
+  """
   head = [name.strip() for name in head]
   while head and not head[-1]:
     head.pop()
@@ -209,8 +219,7 @@ def _names(path, head: list[str], records) -> dict[str, int]:
       names[name] = i
       continue
     other = names[name]
-    cell = lambda record, i: record[i].strip() if i < len(record) else ''
-    if any(cell(record, i) != cell(record, other) for _, record in records):
+    if any(_cell(record, i) != _cell(record, other) for _, record in records):
       raise RowError(
         f'{path} has two columns called {name!r} (the {other + 1}th and the {i + 1}th) that '
         'differ: rename or remove one of them.'
@@ -218,8 +227,15 @@ def _names(path, head: list[str], records) -> dict[str, int]:
   return names
 
 
+def _cell(record: list[str], position: int) -> str:
+  return record[position].strip() if position < len(record) else ''
+
+
 def _decimal_marks(path, rows: list[dict], remarks: list[str]) -> None:
-  """Writes what has commas among its digits as a plain number, in place, where the table shows how."""
+  """Rewrites numbers with commas as plain numbers, in place, where some cell shows what a comma means.
+
+  One cell decides for the whole table: 1,234 alone may be either number, but not beside 3,74.
+  """
   try:
     mark = cells.decimal_mark(cell for row in rows for cell in row.values())
   except ValueError as error:

@@ -46,7 +46,7 @@ DOUBTFUL = {
   'perbyte.csv': 'are they per byte',
   'ppl.csv': 'are they perplexities.*--loss_unit=perplexity',
   'swapped.csv': 'D is below N in 98% of the rows.*--params=tokens --tokens=params',
-  'dup5.csv': '960 rows.*taken for copies',
+  'dup5.csv': '960 rows.*left out as copies',
 }
 
 
@@ -122,6 +122,16 @@ def test_repeated_epochs_and_several_studies_are_told(shared_data):
     in told
   )
   assert not groups.several_studies(seen, fit(seen))  # its models' names say no more than N
+
+
+def test_rows_that_repeat_their_unique_tokens_are_sent_to_the_law_for_them():
+  table = [
+    {**row, 'unique_tokens': row['tokens'] / (1 + i % 2)} for i, row in enumerate(made_up('sound'))
+  ]
+  told = ' '.join(doubts.about(rows.observe(table)))
+  assert f'{len(table) // 2} of {len(table)} rows go through their data more than once' in told
+  assert 'up to 2 times' in told
+  assert 'fit --law=DataConstrained --input unique_tokens=unique_tokens' in told
 
 
 def test_several_studies_in_one_table_are_told():

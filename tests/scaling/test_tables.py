@@ -68,7 +68,7 @@ def test_an_export_of_a_logger_gives_the_same_rows(plain):
 
 REFUSED = {
   'book.xlsx': 'an Excel workbook; save the sheet as CSV',
-  'broken.parquet': 'is no Parquet file, or a damaged one',
+  'broken.parquet': 'is not a Parquet file, or is damaged',
   'dup_loss.csv': "two columns called 'loss' .* that differ: rename or remove one",
   'list_of_lists.json': 'row 1 is a list and not an object',
   'list_of_numbers.json': 'row 1 is a number and not an object',
@@ -77,7 +77,7 @@ REFUSED = {
   'mixed_units.csv': '5 of 24 rows, such as row 1 .* are in other units',
   'pfdays.csv': r'in PF-days: pass --flops_unit=8.64e\+19',
   'ppl.csv': "no column for loss.*'ppl' looks like a perplexity.*--loss_unit=perplexity",
-  'ragged_some.csv': r":4 has 5 cells for 4 columns \('restarted once' is surplus\)",
+  'ragged_some.csv': r":4 has 5 cells in 4 columns \('restarted once' is surplus\)",
 }
 
 
@@ -145,7 +145,7 @@ def test_every_spelling_of_three_rows_is_those_three_rows(text, tmp_path):
   ('text', 'message'),
   [
     ('', 'is empty'),
-    ('\x00\x01\x02', 'is no table of text'),
+    ('\x00\x01\x02', 'is not a table of text'),
     ('params,tokens,loss\n', 'names of columns and no rows'),
     (LINES, 'first row .* holds numbers'),
     ('a,b;c\n1,2;3\n', 'may be separated by commas or by semicolons'),
@@ -154,8 +154,8 @@ def test_every_spelling_of_three_rows_is_those_three_rows(text, tmp_path):
       'both decimal commas and decimal points',
     ),
     ('{"a": 1', 'is not JSON'),
-    ('[{"a": 1, "a": 2}]', "the key 'a' stands twice"),
-    ('"never closed', 'no column|is no CSV|no rows'),
+    ('[{"a": 1, "a": 2}]', "the key 'a' comes twice"),
+    ('"never closed', 'no column|is not CSV|no rows'),
   ],
 )
 def test_what_has_two_readings_or_none_is_refused(text, message, tmp_path):
