@@ -1,8 +1,8 @@
-"""Shares of n examples: an accuracy has the noise of a binomial count, and a fit should know it.
+"""Fits shares of examples, such as accuracies, with the noise of binomial counts.
 
-An accuracy near 1/2 of few examples says less than one near 0 or of many. The fit weighs each row by the
-inverse of its binomial variance, at the fitted shares (iterated: quasi-likelihood, McCullagh & Nelder 1989,
-chapter 9). The bootstrap draws counts anew, widened where the rows scatter more than counts alone would.
+An accuracy near 1/2, or of few examples, is noisier than one near 0, or of many. The fit weighs each row by the
+inverse of its binomial variance at the fitted share, in a few rounds (quasi-likelihood, McCullagh & Nelder
+1989, chapter 9). The bootstrap draws new counts, wider where the rows scatter more than counts.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,12 @@ ROUNDS = 3
 
 
 def fit(law: Law, inputs: Mapping[str, np.ndarray], share, examples, **options) -> Fit:
-  """`law_fit.fit` of shares [rows] of `examples` [rows] examples each, weighted by their binomial variance.
+  """`law_fit.fit` of shares, each weighted by the inverse of its binomial variance.
+
+  Args:
+    share: the law's output [rows], in [0, 1].
+    examples: how many examples each is of [rows], or one number for all.
+    options: of `law_fit.fit`; its loss and its residuals are fixed here.
 
   Raises:
     UserError: a share is not between 0 and 1, or a number of examples is below 1.
@@ -40,6 +45,7 @@ def fit(law: Law, inputs: Mapping[str, np.ndarray], share, examples, **options) 
       law, inputs, share, weights=1 / _variance(guess, examples), check=False, **options
     )
     guess = result.fitted
+  # The check fits again; it is only of interest for the last round.
   if check:
     weights = result.weights
     result = law_fit.fit(law, inputs, share, weights=weights, check=True, **options)
@@ -47,7 +53,7 @@ def fit(law: Law, inputs: Mapping[str, np.ndarray], share, examples, **options) 
 
 
 def _variance(share, examples) -> np.ndarray:
-  """p (1 - p) / n, p kept half an example away from 0 and 1."""
+  """p (1 - p) / n, with p at least half an example away from 0 and 1: no row has an infinite weight."""
   edge = 0.5 / examples
   inside = np.clip(share, edge, 1 - edge)
   return inside * (1 - inside) / examples
@@ -61,13 +67,14 @@ def dispersion(result: Fit, examples) -> float:
 
 def draw(share, examples, spread: float, rng) -> np.ndarray:
   """Measured shares of `examples` examples where the true ones are `share`, scattered `spread` times as far."""
-  share, examples = np.clip(share, 0.0, 1.0), np.round(examples).astype(int)
+  share = np.clip(share, 0.0, 1.0)
+  examples = np.round(examples).astype(int)
   counts = rng.binomial(np.broadcast_to(examples, share.shape), share)
   return share + spread * (counts / examples - share)
 
 
 def resample(result: Fit, examples, replicates: int = 1000, seed: int = 0) -> bootstrap.Bootstrap:
-  """Refits `result` to counts drawn from it, widened where the rows scatter more than counts would."""
+  """Refits `result` to counts that are drawn from it, wider where the rows scatter more than counts would."""
   rng = np.random.default_rng(seed)
   fitted = np.clip(result.fitted, 0.0, 1.0)
   examples = np.broadcast_to(np.asarray(examples, np.float64), fitted.shape)

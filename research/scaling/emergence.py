@@ -1,8 +1,8 @@
-"""Whether a skill that appears at some size is new, or was there and the metric could not see it.
+"""Whether a skill that appears at some size is new, or existed before and the metric could not measure it.
 
 An accuracy is a hard metric: it stays at chance until most of an answer is right. The loss of the right answer
-is a smooth one. If it falls all the while by one power law, the emergence is of the metric and the loss
-forecasts it (Schaeffer et al. 2023, arXiv:2304.15004); if it bends where the accuracy rises, the model changed.
+is a smooth one. If the loss falls by one power law all along, the emergence is of the metric, and the loss
+forecasts it (Schaeffer et al. 2023, arXiv:2304.15004). If it bends where the accuracy rises, the model changed.
 """
 
 import dataclasses
@@ -15,17 +15,20 @@ from research.scaling.laws.regimes import BrokenPower, ComputeOptimal
 
 # Rows that a law with a break, of six parameters, must have before it is compared with one without.
 FEWEST = 10
-# AICc weight above which one law is taken to be the better.
+# The AICc weight above which one law counts as the better one.
 CLEAR = 0.95
 
 
 @dataclasses.dataclass(frozen=True)
 class Emergence:
-  """`verdict`: 'metric', 'model', 'undecided' or 'none'.
+  """What the rows say about an emergence.
 
-  `chance_until`: the largest compute up to which no accuracy is told from chance; NaN where the first one is.
-  `fall`: how far the loss falls over those runs, as a share. `falls`: the p value of that fall. `broken`: the
-  AICc weight of a power law with a break against one without, NaN for too few rows.
+  Attributes:
+    verdict: 'metric', 'model', 'undecided' or 'none' (the accuracy is above chance from the start).
+    chance_until: the largest compute up to which every accuracy may be chance; NaN where the first one is not.
+    fall: by what share the loss falls over those runs.
+    falls: the p value of that fall.
+    broken: the AICc weight of a power law with a break against one without; NaN for too few rows.
   """
 
   verdict: str
@@ -37,54 +40,54 @@ class Emergence:
   def __str__(self) -> str:
     if self.verdict == 'none':
       return 'accuracy is above chance at the smallest compute: nothing emerges in these rows.'
-    start = (
-      f'up to {self.chance_until:.3g} FLOPs accuracy is not told from chance, while the loss falls '
-      f'by {self.fall:.1%} (p = {self.falls:.2g})'
-    )
     weight = '' if np.isnan(self.broken) else f' (weight of a break: {self.broken:.2f})'
+    ending = {
+      'metric': f'The loss has no break{weight}: the jump is of the metric, and the loss forecasts it.',
+      'model': f'The loss breaks too{weight}: the jump is of the model; smaller runs do not forecast it.',
+      'undecided': f'These rows do not decide whether the loss breaks{weight}.',
+    }
     return (
-      start
-      + {
-        'metric': f'. The loss has no break{weight}: the jump is of the metric, and the loss foresees it.',
-        'model': f'. The loss breaks too{weight}: the jump is of the model; smaller runs do not foresee it.',
-        'undecided': f'. Whether the loss breaks these rows do not tell{weight}.',
-      }[self.verdict]
+      f'up to {self.chance_until:.3g} FLOPs accuracy cannot be told from chance, while the loss '
+      f'falls by {self.fall:.1%} (p = {self.falls:.2g}). {ending[self.verdict]}'
     )
 
 
 def at_chance(accuracy, examples: float, chance: float) -> np.ndarray:
-  """Which accuracies [rows] of `examples` examples are not above chance at the level of 5%, one-sided.
+  """A mask of the accuracies [rows] of `examples` examples that are not above chance at 5%, one-sided.
 
-  The count of right answers is binomial; its exact tail is used, so that a chance of 0 needs no special case.
+  The test is exact, since the count of right answers is binomial.
   """
   correct = np.round(np.asarray(accuracy) * examples)
-  tail = (
-    stats.binom.sf(correct - 1, round(examples), chance) if chance > 0 else (correct == 0) * 1.0
-  )
-  return tail > 0.05
+  # Without a chance of guessing, a single right answer is above it.
+  if chance <= 0:
+    return correct == 0
+  return stats.binom.sf(correct - 1, round(examples), chance) > 0.05
 
 
 def judge(flops, accuracy, loss, examples: float, chance: float) -> Emergence:
-  """What rows of compute, accuracy and loss [rows] say of an emergence.
+  """Judges an emergence.
 
   Args:
-    flops: compute of each run. loss: the smooth metric, positive, lower is better.
-    examples: how many examples an accuracy is of. chance: the accuracy of guessing.
+    flops: compute of each run [rows].
+    accuracy: the hard metric [rows].
+    loss: the smooth metric [rows], positive; lower is better.
+    examples: how many examples an accuracy is of.
+    chance: the accuracy of guessing.
   """
   order = np.argsort(flops)
   flops, accuracy, loss = (
     np.asarray(values, np.float64)[order] for values in (flops, accuracy, loss)
   )
-  below = np.cumprod(at_chance(accuracy, examples, chance)).astype(
-    bool
-  )  # the first runs, all at chance
+  # A mask of the first runs, up to the first one above chance.
+  below = np.cumprod(at_chance(accuracy, examples, chance)).astype(bool)
   count = int(below.sum())
   if count == 0:
     return Emergence('none', np.nan, np.nan, np.nan, np.nan)
   fall, p_value = 0.0, 1.0
   if count >= 3 and np.ptp(flops[below]) > 0:
     line = stats.linregress(np.log(flops[below]), np.log(loss[below]), alternative='less')
-    fall, p_value = 1 - np.exp(line.slope * np.log(flops[below][-1] / flops[0])), line.pvalue
+    fall = 1 - np.exp(line.slope * np.log(flops[below][-1] / flops[0]))
+    p_value = line.pvalue
   broken = np.nan
   if len(loss) >= FEWEST and count < len(loss):
     compared = diagnostics.compare((ComputeOptimal(), BrokenPower()), {'flops': flops}, loss)

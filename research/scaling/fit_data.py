@@ -1,4 +1,4 @@
-"""Rows as the solver wants them: checked, with their logarithms and their typical sizes."""
+"""Prepares rows for the solver: checks them, and adds their logarithms and their typical sizes."""
 
 from collections.abc import Mapping
 
@@ -9,13 +9,13 @@ from research.scaling.laws.base import Law, LawError
 
 
 def make_data(law: Law, inputs: Mapping, loss) -> tuple[dict, np.ndarray]:
-  """Rows as the solver wants them, and the observed output [rows].
+  """(the rows for the solver, the observed output [rows]).
 
-  The first holds `x` (every input and its logarithm), `center` (ln of the typical size of every input and of
-  the output, by which the fit divides units out) and `ones` [rows, 1].
+  The rows are a dict of `x`, every input and its logarithm by name, [rows] each; `center`, ln of the typical
+  size of every input and of the output, by which the fit divides units out; and `ones` [rows, 1].
 
   Raises:
-    LawError: an input lacks, or a value is none that the law can take.
+    LawError: an input is missing, or a value is impossible for the law.
   """
   y = np.atleast_1d(np.asarray(loss, np.float64))
   x = {}
@@ -24,14 +24,18 @@ def make_data(law: Law, inputs: Mapping, loss) -> tuple[dict, np.ndarray]:
       raise LawError(f'{law.name} needs the input {name!r}.{did_you_mean(name, inputs)}')
     x[name] = np.broadcast_to(np.asarray(inputs[name], np.float64), y.shape)
   for name, values in {**x, law.output: y}.items():
-    bad, must = ~(np.isfinite(values) & (values > 0)), 'positive'
+    good = np.isfinite(values)
     if name in law.plain:
-      bad, must = ~np.isfinite(values), 'finite'
+      condition = 'finite'
     elif name in law.zeros:
-      bad, must = ~(np.isfinite(values) & (values >= 0)), 'zero or positive'
-    if bad.any():
-      row = int(np.flatnonzero(bad)[0])
-      raise LawError(f'{law.name}: {name} is {values[row]} in row {row}; it must be {must}.')
+      good &= values >= 0
+      condition = 'zero or positive'
+    else:
+      good &= values > 0
+      condition = 'positive'
+    if not good.all():
+      row = int(np.flatnonzero(~good)[0])
+      raise LawError(f'{law.name}: {name} is {values[row]} in row {row}; it must be {condition}.')
   logs = law.logarithms(x)
   center = {name: _mean_log(x[name]) for name in law.inputs if name not in law.plain}
   # An output of any sign has no geometric mean; its root mean square is as good a unit.
@@ -41,6 +45,6 @@ def make_data(law: Law, inputs: Mapping, loss) -> tuple[dict, np.ndarray]:
 
 
 def _mean_log(values: np.ndarray) -> float:
-  """The mean logarithm of the values that are not zero; 0 where all are."""
+  """The mean logarithm of the positive values; 0 where there are none."""
   positive = values[values > 0]
   return float(np.log(positive).mean()) if len(positive) else 0.0

@@ -1,4 +1,4 @@
-"""Whether one table holds several things: two units, two tokenizers, several studies. Asked of the losses."""
+"""Looks for several things in one table, by its losses: two units, two tokenizers, several studies."""
 
 import collections
 import math
@@ -10,24 +10,27 @@ from research.scaling.rows import Observations
 
 
 def two_groups(rows: Observations, rounds: int = 30) -> str | None:
-  """A sentence where the losses fall apart into two groups: two units or tokenizers in one table.
+  """A sentence where the losses fall into two groups, such as two units or tokenizers; else None.
 
-  ln L is taken as a quadratic in ln N and ln D, plus one offset for a group; rows and offset are found in turn
-  (as k-means does), from the sign of the residuals. Of one population that splits it near its middle, some
-  three of the halves' spreads apart.
+  ln L is modelled as a quadratic in ln N and ln D plus an offset for one group. Members and offset are fitted
+  in turn, as in k-means, from the sign of the residuals. A single population splits near its middle, with the
+  halves about three of their own spreads apart; the threshold is seven.
   """
   n = len(rows)
   if n < 16:
     return None
   x, z = (np.log(v) - np.log(v).mean() for v in (rows.params, rows.tokens))
+  # A quadratic and not a law: its least squares need no start, and it need only be smooth.
   surface = np.stack([np.ones(n), x, z, x * x, x * z, z * z], 1)
   y = np.log(rows.loss)
   above = y > surface @ np.linalg.lstsq(surface, y, rcond=None)[0]
   for _ in range(rounds):
+    # A few odd rows are outliers and not a group.
     if not 0.1 * n <= above.sum() <= 0.9 * n:
       return None
     coefficients = np.linalg.lstsq(np.column_stack([surface, above]), y, rcond=None)[0]
-    residual, before = y - surface @ coefficients[:-1], above
+    residual = y - surface @ coefficients[:-1]
+    before = above
     above = residual > coefficients[-1] / 2
     if (above == before).all():
       break
@@ -41,7 +44,7 @@ def two_groups(rows: Observations, rounds: int = 30) -> str | None:
     f'...) lie above the other {n - above.sum()}.'
   )
   in_bits = abs(gap - math.log(1 / math.log(2))) < 0.03
-  bits = ' 1.44 is bits over nats: some rows are in bits, it seems.' if in_bits else ''
+  bits = ' Bits are 1.44 times nats: some rows seem to be in bits.' if in_bits else ''
   return (
     f'{sentence}{bits} Two units, tokenizers or data sets cannot share one law: fit them apart '
     '(--where=COLUMN=VALUE).'
@@ -49,30 +52,32 @@ def two_groups(rows: Observations, rounds: int = 30) -> str | None:
 
 
 def several_studies(rows: Observations, fit: Fit) -> list[str]:
-  """A sentence for a column of words whose values lie apart: studies, data sets or schedules in one table."""
+  """A sentence for the column of words whose values lie furthest apart, such as studies or data sets; else [].
+
+  Two values lie apart where the medians of their residuals differ by more than 1% and 6 standard errors.
+  """
   residuals = np.log(rows.loss) - np.log(fit.fitted)
-  told = []
+  differences = []
   for name, labels in rows.labels.items():
     if rows.columns.get('run') == name:
       continue
     groups = {value: residuals[labels == value] for value in np.unique(labels)}
     groups = {value: group for value, group in groups.items() if len(group) >= 4}
-    if _names_sizes(rows, labels):
+    if len(groups) < 2 or _names_sizes(rows, labels):
       continue
-    if len(groups) < 2:
-      continue
-    middles = {value: float(np.median(group)) for value, group in groups.items()}
+    medians = {value: float(np.median(group)) for value, group in groups.items()}
     within = np.concatenate([group - np.median(group) for group in groups.values()])
     spread = 1.4826 * float(np.median(np.abs(within)))
-    low, high = min(middles, key=middles.get), max(middles, key=middles.get)
-    apart = middles[high] - middles[low]
+    low = min(medians, key=medians.get)
+    high = max(medians, key=medians.get)
+    apart = medians[high] - medians[low]
     error = spread * math.sqrt(1 / len(groups[low]) + 1 / len(groups[high]))
     if apart > 0.01 and apart > 6 * error:
-      told.append((apart, name, low, high))
+      differences.append((apart, name, low, high))
   return [
     f'rows of {name}={high} lie {math.expm1(apart):.1%} above those of {name}={low}: fit one at a '
     f'time, --where={name}={low}.'
-    for apart, name, low, high in sorted(told, reverse=True)[:1]
+    for apart, name, low, high in sorted(differences, reverse=True)[:1]
   ]
 
 
@@ -88,15 +93,16 @@ def _names_sizes(rows: Observations, labels: np.ndarray) -> bool:
 
 
 def step_in(rows: Observations, fit: Fit) -> str | None:
-  """A sentence where the losses jump at one value of N or of D: another tokenizer or data set on its two sides.
+  """A sentence where the losses jump at one value of N or of D, as with another tokenizer beyond it; else None.
 
-  Each threshold's jump is estimated beside the law's own parameters (linearised), with the rows that lie far
-  off left out, and counts where it is over 2% and 12 standard errors: a law that merely bends jumps by less.
+  The jump at each threshold is fitted together with the law's parameters (linearised), without the rows that
+  are far off. It counts above 2% and 12 standard errors: a law of the wrong shape jumps by less.
   """
   residuals = np.log(rows.loss) - np.log(fit.fitted)
   spread = 1.4826 * np.median(np.abs(residuals - np.median(residuals))) + 1e-12
   near = np.abs(residuals - np.median(residuals)) < 8 * spread
-  slopes, y = jacobian(fit)[near], residuals[near]
+  slopes = jacobian(fit)[near]
+  y = residuals[near]
   if len(y) < slopes.shape[1] + 8:
     return None
   best = None
