@@ -1,4 +1,4 @@
-"""What a forecast is: a loss and a size at a budget, with intervals, and by which rule."""
+"""A forecast: a loss and a size at a budget, with intervals and the rule that made it."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -10,10 +10,12 @@ from research.core.errors import UserError
 
 
 class NoForecast(UserError, ValueError):
-  """Neither a law nor two isoFLOP minima: nothing to forecast with. The message gives every reason."""
+  """There is neither a law nor two isoFLOP minima to forecast from. The message gives every reason."""
 
 
 class Optimum(NamedTuple):
+  """Compute-optimal N and D, and their loss, of the shape of the budgets."""
+
   params: np.ndarray
   tokens: np.ndarray
   loss: np.ndarray
@@ -21,10 +23,17 @@ class Optimum(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Forecast:
-  """What a run at `flops` should reach; intervals at `level`, that of the loss for one new run with its noise.
+  """The expected loss and size of a run.
 
-  `method` says in words which rule made it. `extrapolation` is flops over the largest budget that was fitted.
-  A rule that takes the mean of several approaches has each one's loss in `parts`.
+  Attributes:
+    flops: its budget C.
+    params, tokens, loss: N, D, and the loss in nats per token.
+    loss_low, loss_high: the interval of the loss of one new run, with its own scatter.
+    params_low, params_high, tokens_low, tokens_high: the intervals of the optimum.
+    level: of the intervals.
+    method: the rule, in words.
+    extrapolation: flops over the largest budget that was fitted.
+    parts: the loss by each approach, for a rule that takes the mean of several.
   """
 
   flops: float

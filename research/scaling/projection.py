@@ -1,7 +1,7 @@
-"""Variable projection: parameters in which a law is linear are solved for, not searched.
+"""Variable projection: solves for the parameters in which a law is linear instead of searching over them.
 
-At given exponents Chinchilla's E, A and B are a linear least-squares problem (Golub & Pereyra 1973, SIAM J.
-Numer. Anal. 10(2)): a grid of starts need only run over the exponents, and each begins at its best ones.
+With the exponents fixed, Chinchilla's E, A and B are a linear least-squares problem (Golub & Pereyra 1973, SIAM
+J. Numer. Anal. 10(2)). So a grid of starts need only run over the exponents, each with its best E, A and B.
 """
 
 import itertools
@@ -15,10 +15,10 @@ from research.scaling.laws.base import LawError, precise
 
 
 def starts(problem, data, target, weights) -> np.ndarray:
-  """The grid over the parameters that are not linear, each point with its best coefficients: [starts, free].
+  """A grid over the parameters that are not linear, each point with its best coefficients, [starts, free].
 
-  The coefficients are those of weighted least squares on the residuals of `problem` (where these are
-  logarithms, on relative residuals, which are the same to first order), and not negative.
+  The coefficients are those of weighted least squares, not negative. Where the residuals of `problem` are
+  logarithms, the least squares are of relative residuals, which are the same to first order.
 
   Raises:
     LawError: no free parameter of the law is linear.
@@ -34,17 +34,26 @@ def starts(problem, data, target, weights) -> np.ndarray:
   values_of = {name: _coordinates(law.parameters[name]) for name in free}
   others = [name for name in free if name not in linear]
   points = np.array(list(itertools.product(*(values_of[name] for name in others))))
-  # A column per coefficient: the law where that is one, in its own units, and the others are nothing.
+  # A column for each coefficient: the law where its coordinate is 0 (the value 1 in its units) and those of the
+  # others are minus infinity (the value 0). The last column has no coefficient at all.
   grid = np.full((len(points), len(linear) + 1, len(free)), -np.inf)
   for i, name in enumerate(others):
     grid[:, :, free.index(name)] = points[:, None, i]
   for k, name in enumerate(linear):
     grid[:, k, free.index(name)] = 0.0
+
+  @jax.jit
+  @jax.vmap
+  @jax.vmap
+  def predict(z):
+    return problem.predict(z, data)
+
   with precise():
-    columns = np.array(jax.jit(jax.vmap(jax.vmap(lambda z: problem.predict(z, data))))(grid))
+    columns = np.array(predict(grid))
   z = grid[:, -1].copy()
   for point, table in zip(z, columns, strict=True):
-    constant, matrix = table[-1], (table[:-1] - table[-1]).T
+    constant = table[-1]
+    matrix = (table[:-1] - constant).T
     solved, _ = optimize.nnls(scale[:, None] * matrix, scale * (observed - constant))
     for name, value in zip(linear, solved, strict=True):
       low, high = law.parameters[name].low, law.parameters[name].high
@@ -53,4 +62,5 @@ def starts(problem, data, target, weights) -> np.ndarray:
 
 
 def _coordinates(parameter) -> list[float]:
+  """The starts of a parameter, as coordinates."""
   return [math.log(v) if parameter.positive else v for v in parameter.start]
