@@ -1,10 +1,11 @@
-"""Repeated sampling: pass@k of counted successes, and its forecast from a beta-binomial distribution.
+"""Repeated sampling: pass@k from counts of successes, and its forecast from a beta-binomial distribution.
 
-A problem is attempted n times and solved c times. pass@k is the chance that at least one of k attempts
-solves it; coverage is its mean over problems.
+A problem is attempted n times and solved c times. pass@k is the chance that at least one of k attempts solves
+it. Coverage is its mean over problems.
 """
 
 import dataclasses
+import operator
 
 import numpy as np
 from scipy import optimize, special, stats
@@ -38,11 +39,13 @@ def pass_at_k(samples, correct, k) -> np.ndarray:
 def _pass_at_k(n: int, c: int, k: int) -> float:
   if n - c < k:
     return 1.0  # too few failures to fill k attempts
-  few, many = min(c, k), max(c, k)  # C(n - c, k) / C(n, k) is symmetric in c and k
+  # C(n - c, k) / C(n, k) is symmetric in c and k: take the product with fewer factors.
+  few, many = sorted((c, k))
   return float(-np.expm1(np.log1p(-many / (n - np.arange(few))).sum()))
 
 
 def _check_counts(n, c, k) -> None:
+  """Raises UserError unless the counts are whole numbers with 1 <= k <= n and 0 <= c <= n."""
   for name, values in (('samples', n), ('correct', c), ('k', k)):
     if not (np.isfinite(values) & (values == np.floor(values))).all():
       raise UserError(f'pass@k: {name} must be whole numbers.')
@@ -74,10 +77,10 @@ def grid_of_k(most: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class BetaBinomial:
-  """Chances of success per attempt that differ from problem to problem as Beta(alpha, beta).
+  """A chance of success for each problem, drawn from Beta(alpha, beta).
 
-  The mass near zero decides how coverage grows: -ln coverage falls as k^-alpha for large k where no problem is
-  hopeless (Schaeffer et al. 2025, arXiv:2502.17578).
+  The density near zero decides how coverage grows: -ln coverage falls as k^-alpha for large k
+  (Schaeffer et al. 2025, arXiv:2502.17578).
   """
 
   alpha: float
@@ -91,7 +94,7 @@ class BetaBinomial:
     )
 
   def exponent(self, ks) -> float:
-    """b of -ln coverage ~ k^-b: the slope of a straight line over these k, in logarithms."""
+    """b of -ln coverage ~ k^-b over these k."""
     return exponent_of(ks, self.pass_at(ks))
 
 
@@ -101,12 +104,13 @@ def exponent_of(ks, coverage) -> float:
 
 
 def power_law(ks, coverage) -> tuple[float, float]:
-  """(a, b) of -ln coverage = a k^-b by least squares in logarithms; coverages of 0 and 1 are left out.
+  """(a, b) of -ln coverage = a k^-b by least squares in logarithms, without coverages of 0 and 1.
 
   Raises:
     UserError: fewer than two k have a coverage between 0 and 1.
   """
-  ks, coverage = np.asarray(ks, np.float64), np.asarray(coverage, np.float64)
+  ks = np.asarray(ks, np.float64)
+  coverage = np.asarray(coverage, np.float64)
   inside = (coverage > 0) & (coverage < 1)
   if inside.sum() < 2:
     raise UserError(
@@ -117,14 +121,14 @@ def power_law(ks, coverage) -> tuple[float, float]:
 
 
 def fit_beta_binomial(samples, correct, start: BetaBinomial | None = None) -> BetaBinomial:
-  """The Beta distribution of chances that makes the counts of all problems most likely.
+  """The beta-binomial distribution of maximum likelihood.
 
   Args:
     samples, correct: n and c of each problem [problems].
-    start: where the search starts, and then with a coarser end, as a bootstrap wants; None: at two places.
+    start: where the search starts, to a coarser tolerance, as in a bootstrap; None to start at two places.
 
   Raises:
-    UserError: no problem, or every problem, was solved at each attempt: no distribution follows from that.
+    UserError: all problems were solved in the same share of their attempts, which no distribution explains.
   """
   n, c = (np.asarray(values, np.float64) for values in (samples, correct))
   _check_counts(n, c, np.ones_like(n))
@@ -137,11 +141,14 @@ def fit_beta_binomial(samples, correct, start: BetaBinomial | None = None) -> Be
   def surprise(z) -> float:
     return -stats.betabinom.logpmf(c, n, *np.exp(z)).sum()
 
-  # Nelder-Mead needs no gradient of gamma functions; two parameters take milliseconds.
-  starts, close = [(-1.0, 1.0), (-2.0, 4.0)], 1e-9
+  # z is (ln alpha, ln beta). Nelder-Mead needs no gradient of gamma functions, and takes milliseconds for two
+  # parameters.
+  starts = [(-1.0, 1.0), (-2.0, 4.0)]
+  tolerance = 1e-9
   if start is not None:
-    starts, close = [np.log([start.alpha, start.beta])], 1e-4
-  options = {'xatol': close, 'fatol': close, 'maxiter': 4000}
+    starts = [np.log([start.alpha, start.beta])]
+    tolerance = 1e-4
+  options = {'xatol': tolerance, 'fatol': tolerance, 'maxiter': 4000}
   ends = [optimize.minimize(surprise, z, method='Nelder-Mead', options=options) for z in starts]
-  best = min(ends, key=lambda end: end.fun)
+  best = min(ends, key=operator.attrgetter('fun'))
   return BetaBinomial(*(float(value) for value in np.exp(best.x)))

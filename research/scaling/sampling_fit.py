@@ -1,4 +1,4 @@
-"""Coverage of repeated sampling from counts: a row for each problem, attempted n times and solved c times."""
+"""Fits the coverage of repeated sampling to counts: a row for each problem, attempted n times, solved c times."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -25,10 +25,14 @@ MEANING = {
 
 @dataclasses.dataclass(frozen=True)
 class FittedCoverage:
-  """The power law of -ln coverage and the beta-binomial, both of the same counts.
+  """A power law of -ln coverage and a beta-binomial distribution, both fitted to the same counts.
 
-  `ks`, `coverage`: measured, by the unbiased estimator. `parameters`: those that MEANING names; `samples`: the
-  same, name -> [replicates], of tables whose problems are drawn anew.
+  Attributes:
+    ks, coverage: as measured, by the unbiased estimator [ks].
+    problems: how many there are.
+    parameters: those that MEANING names.
+    samples: the same under a bootstrap over problems, name -> [replicates].
+    level: of every interval.
   """
 
   beta_binomial: repeated_sampling.BetaBinomial
@@ -40,9 +44,9 @@ class FittedCoverage:
   level: float = 0.9
 
   def value_at(self, **inputs) -> tuple[float, float, float]:
-    """Coverage at k attempts as the beta-binomial forecasts it, with its interval.
+    """(coverage at k attempts by the beta-binomial, low, high).
 
-    Beyond the k that were measured it knows how chances differ; the power law knows their mean alone.
+    The beta-binomial forecasts beyond the measured k, since it models how chances differ between problems.
 
     Raises:
       LawError: another input than k, or k below 1.
@@ -57,6 +61,7 @@ class FittedCoverage:
     return value, *self.interval(drawn)
 
   def interval(self, drawn) -> tuple[float, float]:
+    """(low, high) of `drawn` [replicates]."""
     low, high = bootstrap.interval(drawn, self.level, self.problems - 2)
     return float(low), float(high)
 
@@ -74,7 +79,7 @@ class FittedCoverage:
 
 
 def has_counts(rows: list[Mapping], columns: Columns) -> bool:
-  """Whether the table holds counts of attempts, and not coverage by k."""
+  """Whether the table has counts of attempts, and not coverage by k."""
   names = {columns_module.bare(name) for name in columns_module.column_names(rows)}
   names |= {name.lower() for name in columns.inputs}
   return all(name in names for name in COUNTS) and 'coverage' not in names
@@ -88,8 +93,8 @@ def fit_coverage(
 ) -> FittedCoverage:
   """Fits the law to pass@k at k = 1, 2, 5, ... up to the fewest attempts, and a beta-binomial to the counts.
 
-  Problems are what is drawn at random, so that the bootstrap draws problems. The law is fitted by least squares
-  of ln(-ln coverage), in which it is a straight line.
+  The bootstrap draws problems, since they are the sample. The law is fitted by least squares of
+  ln(-ln coverage), in which it is a straight line.
 
   Raises:
     UserError: fewer than 5 problems, or no coverage between 0 and 1 at two k.
@@ -115,7 +120,7 @@ def fit_coverage(
 
 
 def _parameters(ks, coverage, forecast: repeated_sampling.BetaBinomial) -> dict[str, float]:
-  """What MEANING names."""
+  """The parameters that MEANING names."""
   a, b = repeated_sampling.power_law(ks, coverage)
   late = ks[ks >= 10] if (ks >= 10).sum() > 1 else ks
   exponent = forecast.exponent(late)

@@ -28,7 +28,7 @@ def test_conditions(conditions, kept):
   ('condition', 'message'),
   [
     ('dat=a', r"no column 'dat'\. Did you mean data"),
-    ('data=c', 'no row left has data=c; there are a, b'),
+    ('data=c', 'no row has data=c; there are a, b'),
     ('data', 'is not COLUMN=VALUE'),
     ('tokens<many', "'many' is not a number"),
   ],
