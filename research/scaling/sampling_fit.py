@@ -1,4 +1,4 @@
-"""Fits the coverage of repeated sampling to counts: a row for each problem, attempted n times, solved c times."""
+"""Fits the coverage of repeated sampling to counts: of each problem the attempts n and the successes c."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping

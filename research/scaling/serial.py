@@ -1,4 +1,4 @@
-"""An analysis to and from plain JSON values, and its file."""
+"""Writes an analysis to JSON, and reads it back."""
 
 import dataclasses
 import json
@@ -26,11 +26,11 @@ from research.scaling import (
 from research.scaling.analysis import Analysis
 from research.scaling.laws.base import Law, LawError
 
-FORMAT = 1
+FORMAT = 1  # raised when an older file can no longer be read
 
 
 def plain(value):
-  """Dataclasses, arrays and numpy scalars as JSON values; NaN and infinities as strings."""
+  """Dataclasses, arrays and numpy scalars as JSON values. NaN and infinities, which JSON lacks, are strings."""
   if isinstance(value, Law):
     return value.name
   if dataclasses.is_dataclass(value):
@@ -54,17 +54,24 @@ def array(value) -> np.ndarray:
 
 
 def save(analysis: Analysis, path) -> None:
-  """Writes the analysis to a JSON file; `load` reads it back."""
+  """Writes an analysis to a JSON file. `load` reads it back, unless it is of a law alone."""
   pathlib.Path(path).write_text(to_json(analysis) + '\n')
 
 
 def load(path, extra_laws: Iterable[Law] = ()) -> Analysis:
-  """The analysis of a file that `save` wrote; `extra_laws` are instances of other laws than this package's."""
+  """Reads the analysis that `save` wrote.
+
+  Args:
+    extra_laws: instances of laws that this package does not have.
+
+  Raises:
+    LawError: the file is of another format, or was fitted with an unknown law.
+  """
   return from_json(pathlib.Path(path).read_text(), extra_laws)
 
 
 def to_json(analysis: Analysis | any_law.FittedLaw) -> str:
-  """The analysis as JSON text; of a law that was fitted alone its parameters, intervals and minima."""
+  """The analysis as JSON text. Of a law alone it has the parameters, intervals and minima, and not the rows."""
   if isinstance(analysis, any_law.FittedLaw):
     return json.dumps(_of_a_law(analysis), indent=1)
   if isinstance(analysis, two_step.TwoSteps):
@@ -78,6 +85,7 @@ def to_json(analysis: Analysis | any_law.FittedLaw) -> str:
 
 
 def _of_a_law(fitted_law: any_law.FittedLaw) -> dict:
+  """A law alone as JSON values."""
   fit = fitted_law.fit
   return plain({
     'law': fit.law, 'form': fit.law.form, 'columns': fitted_law.columns, 'rows': len(fit.observed),
@@ -93,13 +101,15 @@ def from_json(text: str, extra_laws: Iterable[Law] = ()) -> Analysis:
 
 
 def analysis_to_dict(a: Analysis) -> dict:
+  """The analysis as JSON values, with the results that take long to compute again."""
   return {'format': FORMAT, **plain(a), 'trials': plain(a.trials), 'compared': plain(a.compared)}
 
 
 def analysis_from_dict(d: dict, extra_laws: Iterable[Law] = ()) -> Analysis:
+  """The inverse of `analysis_to_dict`."""
   if d.get('format') != FORMAT:
     raise LawError(
-      f'This is no saved analysis of format {FORMAT} (its format is {d.get("format")!r}).'
+      f'This is not a saved analysis of format {FORMAT} (its format is {d.get("format")!r}).'
     )
   known = {law.name: law for law in (*laws.standard(), *extra_laws)}
   analysis = Analysis(
@@ -116,8 +126,9 @@ def analysis_from_dict(d: dict, extra_laws: Iterable[Law] = ()) -> Analysis:
     rule=d.get('rule', forecasting.DEFAULT),
     doubts=tuple(d.get('doubts', ())),
   )
-  if 'trials' in d:  # where a cached property keeps its value
-    vars(analysis)['trials'] = tuple(rollout.RollOut(*t) for t in d['trials'])
+  # `trials` and `compared` are cached properties, which keep their values in the instance's dictionary.
+  if 'trials' in d:
+    vars(analysis)['trials'] = tuple(rollout.RollOut(*trial) for trial in d['trials'])
   if 'compared' in d:
     vars(analysis)['compared'] = tuple(comparison.Compared(*line) for line in d['compared'])
   return analysis
@@ -159,10 +170,10 @@ def _fit(d, known) -> fitted.Fit | None:
     raise LawError(
       f'The analysis was fitted with {p["law"]}; pass an instance of it in extra_laws.'
     )
-  pairs = lambda items: tuple((a, b) for a, b in items)
-  problem = objective.Problem(
-    known[p['law']], p['loss'], p['residuals'], pairs(p['fixed']), pairs(p['tied'])
-  )
+  # JSON has lists and no tuples; a Problem must be hashable.
+  fixed = tuple((name, value) for name, value in p['fixed'])
+  tied = tuple((name, other) for name, other in p['tied'])
+  problem = objective.Problem(known[p['law']], p['loss'], p['residuals'], fixed, tied)
   data = d['data']
   data = {
     'x': {k: array(v) for k, v in data['x'].items()},

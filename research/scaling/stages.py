@@ -1,4 +1,4 @@
-"""Which fit a table and its flags ask for: two steps, coverage of samples, a law, or the whole analysis."""
+"""Chooses the fit for a table and its flags: an analysis, a law alone, two steps, or coverage of samples."""
 
 import dataclasses
 
@@ -10,23 +10,25 @@ from research.scaling.options import Options
 
 
 def fit(picked: list[dict], parsed, chosen: dict, every: list[dict]):
-  """What `research.fit` fits: an Analysis, a FittedLaw, TwoSteps or a FittedCoverage.
+  """Fits what the flags of `research.fit` ask for: an Analysis, a FittedLaw, TwoSteps or a FittedCoverage.
 
   Args:
-    picked: the rows after --where and --pick; `every`: those before --pick, of which --then_pick takes its own.
-    parsed: the parsed flags. chosen: `flags.options` of them.
+    picked: the rows after --where and --pick.
+    parsed: the parsed flags.
+    chosen: `flags.options` of them.
+    every: the rows before --pick, from which --then_pick picks those of the second step.
 
   Raises:
-    UserError: a flag has no meaning for what is fitted.
+    UserError: a flag has no meaning for this fit.
   """
   law = chosen.get('law', Options().law)
   alone = 'law' in chosen and not flags.is_of_params_and_tokens(law)
   if parsed.then or alone:
     _refuse(
-      parsed, ('forecast', 'report'), 'no budget is split here: ask for --predict=NAME=X,NAME=X'
+      parsed, ('forecast', 'report'), 'this law splits no budget: use --predict=NAME=X,NAME=X'
     )
   if not parsed.then:
-    _refuse(parsed, ('then_pick', 'anchor'), '--then=LAW is missing, the second step')
+    _refuse(parsed, ('then_pick', 'anchor'), 'it is of the second step, so give --then=LAW too')
   if parsed.then:
     second_rows = selection.pick(every, parsed.then_pick) if parsed.then_pick else None
     anchors = flags.points(parsed.anchor, '--anchor')
@@ -36,24 +38,26 @@ def fit(picked: list[dict], parsed, chosen: dict, every: list[dict]):
       picked, law, second, second_rows=second_rows, anchors=anchors, **rest
     )
   if not alone:
-    _refuse(parsed, ('examples',), f'{law.name} gives a loss, and not a share of examples')
+    _refuse(parsed, ('examples',), f'{law.name} predicts a loss, and not a share of examples')
     return fit_results(picked, **chosen)
   columns = chosen.get('columns', Columns())
   if isinstance(law, laws.CoverageOfSamples) and sampling_fit.has_counts(picked, columns):
     ignored = ('examples', 'fix', 'tie', 'robust', 'residuals', 'resample')
     _refuse(
-      parsed, ignored, 'a table of counts is fitted in one way, and its bootstrap draws problems'
+      parsed, ignored, 'it has no effect on a table of counts, whose bootstrap draws problems'
     )
     return sampling_fit.fit_coverage(picked, **_arguments(chosen, parsed))
   if parsed.examples is not None:
     _refuse(
-      parsed, ('robust', 'residuals', 'resample'), 'with --examples the noise is that of counts'
+      parsed,
+      ('robust', 'residuals', 'resample'),
+      'it has no effect with --examples, whose noise is binomial',
     )
   return any_law.fit_law(picked, law, **_arguments(chosen, parsed))
 
 
 def _arguments(chosen: dict, parsed) -> dict:
-  """Arguments of a fit whose law is given apart; the options know of the examples."""
+  """The arguments of a fit without its law, with --examples among the options."""
   arguments = flags.of_a_law(chosen)
   del arguments['law']
   if parsed.examples is not None:
@@ -63,14 +67,14 @@ def _arguments(chosen: dict, parsed) -> dict:
 
 
 def _refuse(parsed, names: tuple[str, ...], why: str) -> None:
-  """An error for a flag that was given and would be ignored."""
+  """Raises UserError for the first of these flags on the command line: it would be ignored."""
   for name in names:
     if getattr(parsed, name):
       raise UserError(f'--{name}: {why}.')
 
 
 def tell(analysis, point: dict[str, float]) -> str:
-  """The line of --predict: the value at a point and its interval."""
+  """The line that --predict prints: the value at a point and its interval."""
   where = 'At ' + ', '.join(f'{name} = {x:.4g}' for name, x in point.items())
   value = _with_interval(*analysis.value_at(**point))
   if not isinstance(analysis, two_step.TwoSteps):
@@ -79,7 +83,7 @@ def tell(analysis, point: dict[str, float]) -> str:
   loss = _with_interval(*analysis.loss_at(**point))
   low, high = analysis.measured_at(**point)
   return (
-    f'{where}: loss {loss}, {second.output} {value}; a measured one within [{low:.5g}, {high:.5g}]'
+    f'{where}: loss {loss}, {second.output} {value}; a measurement within [{low:.5g}, {high:.5g}]'
   )
 
 

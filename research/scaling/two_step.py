@@ -1,8 +1,9 @@
-"""Two-step forecasts: from compute, or N and D, to a task's loss, and from that loss to what the task measures.
+"""Two-step forecasts: from compute, or N and D, to a task's loss, and from this loss to the task's metric.
 
-An accuracy of small models stays at chance and says nothing; the loss of the right answer falls all the while.
-So a first law forecasts the loss and a second, fitted to all checkpoints, turns it into the accuracy (Gadre et
-al. 2024, arXiv:2403.08540; Dubey et al. 2024, section 3.2.1; Bhagia et al. 2024, arXiv:2412.04403).
+The accuracy of small models stays at chance and says nothing, while the loss of the right answer falls all
+along. So a first law forecasts the loss, and a second one, fitted to all checkpoints, turns it into the
+accuracy (Gadre et al. 2024, arXiv:2403.08540; Dubey et al. 2024, arXiv:2407.21783, section 3.2.1; Bhagia et al.
+2024, arXiv:2412.04403).
 """
 
 import dataclasses
@@ -11,7 +12,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from research.core.errors import did_you_mean
-from research.scaling import any_law, binomial
+from research.scaling import any_law, binomial, bootstrap
 from research.scaling.any_law import FittedLaw
 from research.scaling.columns import Columns
 from research.scaling.emergence import Emergence, judge
@@ -21,7 +22,7 @@ from research.scaling.options import Options
 
 @dataclasses.dataclass(frozen=True)
 class TwoSteps:
-  """Both fitted laws. `emergence`: what the rows say of a jump of the accuracy, where they can."""
+  """Both fitted laws. `emergence`: the judgement of a jump of the accuracy, where the rows allow one."""
 
   first: FittedLaw
   second: FittedLaw
@@ -29,19 +30,20 @@ class TwoSteps:
 
   @property
   def level(self) -> float:
+    """Of every interval."""
     return self.first.level
 
   def value_at(self, **inputs) -> tuple[float, float, float]:
-    """The second law at the first one's loss, with the interval that the parameters of both leave."""
+    """(value, low, high) of the second law at the first one's loss, with the interval of both laws."""
     value = float(self.second.fit.predict(**{self.joint: self.first.fit.predict(**inputs)}))
     return value, *self._interval(self._samples(inputs))
 
   def measured_at(
     self, examples: float | None = None, seed: int = 0, **inputs
   ) -> tuple[float, float]:
-    """The interval of a measurement: of one run, whose loss scatters, on `examples` examples.
+    """(low, high) of a measurement: one run, with the scatter of its loss, on `examples` examples.
 
-    Without a number of examples, the second step's own residuals stand for the noise of the measurement.
+    Without a number of examples the noise of the measurement is that of the second step's residuals.
     """
     rng = np.random.default_rng(seed)
     samples = self._samples(inputs, rng)
@@ -54,22 +56,24 @@ class TwoSteps:
 
   @property
   def joint(self) -> str:
-    """What the steps share: the first one's output and the second one's input."""
+    """The quantity between the steps: the first one's output and the second one's input."""
     return self.second.fit.law.inputs[0]
 
   def loss_at(self, **inputs) -> tuple[float, float, float]:
+    """(loss, low, high) of the first step."""
     return self.first.value_at(**inputs)
 
   def _samples(self, inputs: Mapping[str, float], rng=None) -> np.ndarray:
-    """The second law's value of every pair of replicates [replicates]; `rng` adds a run's scatter."""
+    """The second law's value with the k-th replicate of both steps [replicates]; `rng` adds a run's scatter."""
     losses = self.first.fit.law(self.first.bootstrap.parameters, **inputs)
     if rng is not None:
       losses = _scattered(losses, self.first, rng)
     return self.second.fit.law(self.second.bootstrap.parameters, **{self.joint: losses})
 
   def _interval(self, samples: np.ndarray) -> tuple[float, float]:
-    narrower = min((self.first.bootstrap, self.second.bootstrap), key=lambda step: step.freedom)
-    low, high = narrower.interval(samples, self.level)
+    # Of both steps the one with fewer degrees of freedom, which gives the wider interval.
+    freedom = min(self.first.bootstrap.freedom, self.second.bootstrap.freedom)
+    low, high = bootstrap.interval(samples, self.level, freedom)
     return float(low), float(high)
 
   def __str__(self) -> str:
@@ -80,7 +84,7 @@ class TwoSteps:
 
 
 def _scattered(values: np.ndarray, step: FittedLaw, rng) -> np.ndarray:
-  """Values of a step's law, each with the residual of a row drawn at random."""
+  """Values of a step's law, each with the residual of a random row."""
   scatter = rng.choice(step.bootstrap.spread, len(values))
   return values * np.exp(scatter) if step.fit.problem.residuals == 'log' else values + scatter
 
@@ -96,22 +100,25 @@ def fit_two_steps(
   role: str | None = 'fit',
   options: Options = Options(),  # noqa: B008 (frozen)
 ) -> TwoSteps:
-  """Fits `first` to the rows and `second` to `second_rows` (the same rows by default).
+  """Fits `first` to `rows` and `second` to `second_rows`.
 
   Args:
+    second_rows: such as all checkpoints; None for the same rows.
     anchors: points of the second law that no run measured, such as {'loss': 0, 'accuracy': 1}.
-    columns: a column of bits per byte is taken as it stands: both steps have its unit, and it drops out.
-    options: of both fits. Held and tied parameters go to the law that has them; `examples` is of the second.
+    columns: as in `any_law.fit_law`. A loss in bits per byte stays as it is, since its unit drops out between
+      the steps.
+    options: of both fits. A fixed or tied parameter goes to the law that has it; `examples` is of the second.
 
   Raises:
-    LawError: the second law is not one of the first one's output, or a held parameter is of neither or of both.
+    LawError: the input of the second law is not the output of the first, or a fixed or tied parameter is in
+      neither law or in both.
   """
   rows = list(rows)
   second_rows = rows if second_rows is None else list(second_rows)
   if second.inputs != (first.output,):
     raise LawError(
-      f'{second.name} is a law of {", ".join(second.inputs)}, and {first.name} gives '
-      f'{first.output}: the second step must be a law of what the first one gives.'
+      f'{second.name} is a law of {", ".join(second.inputs)}, and {first.name} predicts '
+      f'{first.output}: the second step must be a law of what the first one predicts.'
     )
   columns = _same_unit(rows, first, columns)
   of_the_first = _options_of(options, first, second, examples=None)
@@ -124,39 +131,41 @@ def fit_two_steps(
 
 
 def _same_unit(rows, first: Law, columns: Columns) -> Columns:
-  """Columns whose loss keeps its unit; a perplexity is no loss and is still refused."""
+  """The columns, with a loss that keeps its unit. A perplexity has no unit that could drop out."""
   column = any_law.find_column(rows, first, columns, first.output)
-  linear = not any(word in str(column).lower() for word in ('ppl', 'perplexity'))
-  return (
-    dataclasses.replace(columns, loss_unit='nats')
-    if columns.loss_unit is None and linear
-    else columns
-  )
+  is_perplexity = any(word in str(column).lower() for word in ('ppl', 'perplexity'))
+  if columns.loss_unit is not None or is_perplexity:
+    return columns
+  return dataclasses.replace(columns, loss_unit='nats')
 
 
 def _options_of(options: Options, law: Law, other: Law, **changes) -> Options:
-  """The options of one step: of the held and tied parameters those that its law has."""
-  own_values = {}
+  """The options of the step with `law`: of the fixed and tied parameters only those that it has."""
+  constraints = {}
   for name in ('fixed', 'tied'):
-    wanted = dict(getattr(options, name) or {})
-    for parameter in wanted:
+    all_of_them = dict(getattr(options, name) or {})
+    for parameter in all_of_them:
       owners = [owner.name for owner in (law, other) if parameter in owner.parameters]
-      if len(owners) != 1:
+      if not owners:
         known = {*law.parameters, *other.parameters}
-        which = f'both {owners[0]} and {owners[1]}' if owners else 'neither law'
         raise LawError(
-          f'Parameter {parameter!r} is of {which}.{did_you_mean(parameter, known) if not owners else ""}'
+          f'Neither law has a parameter {parameter!r}.{did_you_mean(parameter, known)}'
         )
-    own_values[name] = {key: value for key, value in wanted.items() if key in law.parameters}
-  return dataclasses.replace(options, **own_values, **changes)
+      if len(owners) > 1:
+        raise LawError(
+          f'Both {owners[0]} and {owners[1]} have a parameter {parameter!r}, so it cannot be fixed or tied.'
+        )
+    constraints[name] = {key: v for key, v in all_of_them.items() if key in law.parameters}
+  return dataclasses.replace(options, **constraints, **changes)
 
 
 def _emergence(rows, steps, columns: Columns, role) -> Emergence | None:
-  """Judged on the rows of the first step, where these have compute and the second step's accuracy."""
+  """The judgement on the rows of the first step; None where they lack compute or the accuracy."""
   first, second = (step.fit.law for step in steps)
   examples = steps[1].examples
+  # Without a chance level and the noise of an accuracy there is no test of chance.
   if 'floor' not in second.parameters or examples is None:
-    return None  # without the noise of an accuracy nothing is told from chance
+    return None
   try:
     read = any_law.read(rows, ('flops', first.output, second.output), second, columns, role)
   except LawError:

@@ -55,7 +55,7 @@ def test_two_steps_by_flags(tmp_path, capsys):
   out = capsys.readouterr().out
   loss = 1.3 - 0.08 * math.log(100)
   want = 0.25 + 0.7 / (1 + math.exp(9 * (loss - 1.25)))
-  found = re.search(r'loss ([\d.]+) \[.*accuracy ([\d.]+) \[.*a measured one within \[', out)
+  found = re.search(r'loss ([\d.]+) \[.*accuracy ([\d.]+) \[.*a measurement within \[', out)
   assert [float(value) for value in found.groups()] == pytest.approx([loss, want], rel=1e-4)
   saved = json.loads((tmp_path / 'fit.json').read_text())
   assert saved['second']['parameters']['k'] == pytest.approx(9, rel=1e-4)
@@ -65,13 +65,19 @@ def test_two_steps_by_flags(tmp_path, capsys):
 @pytest.mark.parametrize(
   ('flags', 'why'),
   [
-    (['--law=LossOfCompute', '--then=StepLawBatch'], 'must be a law of what the first one gives'),
-    (['--law=LossOfCompute', '--then=AccuracyOfLoss', '--fix=L_halff=1'], 'of neither law.*L_half'),
+    (
+      ['--law=LossOfCompute', '--then=StepLawBatch'],
+      'must be a law of what the first one predicts',
+    ),
+    (
+      ['--law=LossOfCompute', '--then=AccuracyOfLoss', '--fix=L_halff=1'],
+      'Neither law has .*L_half',
+    ),
     (['--law=LossOfCompute', '--then=AccuracyOfLoss', '--forecast=1e22'], '--predict='),
     (['--law=LossOfCompute', '--then=AccuracyOfLoss', '--anchor=loss=0'], 'gives loss, accuracy'),
     (['--law=LossOfCompute', '--anchor=loss=0,accuracy=1'], '--then=LAW is missing'),
     (['--examples=100'], 'not a share of examples'),
-    (['--law=AccuracyOfLoss', '--examples=100', '--robust=l1'], 'the noise is that of counts'),
+    (['--law=AccuracyOfLoss', '--examples=100', '--robust=l1'], 'whose noise is binomial'),
     (['--law=AccuracyOfLoss', '--examples=many'], 'no column .many.'),
     (['--law=LossOfCompute', '--pick=mean:loss:flops:none'], "'none' is not a number of rows"),
     (['--law=LossOfCompute', '--pick=skip:2:flops'], "'2' is not a share"),
