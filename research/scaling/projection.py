@@ -31,9 +31,9 @@ def starts(problem, data, target, weights) -> np.ndarray:
   log = problem.residuals == 'log'
   observed = np.exp(target) if log else target
   scale = np.sqrt(weights) / (observed if log else 1.0)
-  values_of = {name: _coordinates(law.parameters[name]) for name in free}
   others = [name for name in free if name not in linear]
-  points = np.array(list(itertools.product(*(values_of[name] for name in others))))
+  starts_of = [law.parameters[name].coordinates() for name in others]
+  points = np.array(list(itertools.product(*starts_of)))
   # A column for each coefficient: the law where its coordinate is 0 (the value 1 in its units) and those of the
   # others are minus infinity (the value 0). The last column has no coefficient at all.
   grid = np.full((len(points), len(linear) + 1, len(free)), -np.inf)
@@ -59,8 +59,3 @@ def starts(problem, data, target, weights) -> np.ndarray:
       low, high = law.parameters[name].low, law.parameters[name].high
       point[free.index(name)] = np.clip(math.log(max(value, 1e-300)), low, high)
   return z
-
-
-def _coordinates(parameter) -> list[float]:
-  """The starts of a parameter, as coordinates."""
-  return [math.log(v) if parameter.positive else v for v in parameter.start]

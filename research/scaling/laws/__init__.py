@@ -1,4 +1,4 @@
-"""Every law, by name."""
+"""All laws, and how to find one by its name."""
 
 from research.core.errors import did_you_mean
 from research.scaling.laws.alignment import (
@@ -104,13 +104,17 @@ __all__ = [
 
 
 def standard() -> list[Law]:
-  """An instance of every law here that needs no arguments."""
+  """An instance of each law of this package that needs no arguments."""
   kinds = (value for value in globals().values() if isinstance(value, type))
   return [kind() for kind in kinds if issubclass(kind, Law) and kind not in (Law, MultiPower)]
 
 
 def by_name(name: str) -> Law:
-  """The law of that name, in any case; a LawError suggests the nearest."""
+  """The law of that name, in any case.
+
+  Raises:
+    LawError: there is none; the message suggests the nearest name.
+  """
   known = {law.name.lower(): law for law in standard()}
   if name.lower() not in known:
     raise LawError(

@@ -1,4 +1,4 @@
-"""Laws of reinforcement: over-optimising a reward model, and what more compute buys."""
+"""Laws of reinforcement: the over-optimisation of a reward model, and rewards against compute."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +8,7 @@ from research.scaling.laws.base import Law, Parameter, exponent
 
 
 def kl_of_best_of_n(n) -> np.ndarray:
-  """KL of best-of-n samples from the policy that drew them, in nats: ln n - (n - 1) / n.
+  """KL divergence of best-of-n samples from the policy that drew them, in nats: ln n - (n - 1) / n.
 
   It is exact for continuous rewards (Stiennon et al. 2020, appendix G.3; Gao et al. 2022, section 2).
   """
@@ -26,7 +26,8 @@ class _Overoptimization(Law):
   inputs = ('kl',)
   zeros = ('kl',)
   plain = ('gold_reward',)
-  robust, residuals = 'l2', 'linear'
+  robust = 'l2'
+  residuals = 'linear'
 
 
 class BestOfNReward(_Overoptimization):
@@ -52,15 +53,15 @@ class ReinforcementReward(_Overoptimization):
   b = Parameter('how over-optimisation eats it', {'output': 1, 'kl': -0.5}, (0.1, 0.5, 2.0))
 
   def predict(self, p, x):
-    # d ln d is 0 at d = 0, where ln_kl stands for minus infinity.
+    # d ln d is 0 at d = 0, since ln_kl is finite there (LN_ZERO).
     return jnp.sqrt(x.kl) * (p.a - p.b * x.ln_kl / 2)
 
 
 class RewardOfCompute(Law):
   """Pass rate or reward against the compute of reinforcement: a sigmoid in ln C (Khatri et al. 2025, ScaleRL).
 
-  R_0 + (A - R_0) / (1 + (C_mid / C)^B). Any unit of compute will do; the published C_mid is in GPU-hours.
-  Hold `R_0` at the start's reward where that was measured.
+  R_0 + (A - R_0) / (1 + (C_mid / C)^B). Compute may have any unit; the published C_mid is in GPU-hours. Fix
+  `R_0` at the reward before training where that was measured.
   """
 
   source = 'Khatri et al. 2025, arXiv:2510.13786, equation 1'
@@ -68,7 +69,8 @@ class RewardOfCompute(Law):
   output = 'reward'
   inputs = ('flops',)
   plain = ('reward',)
-  robust, residuals = 'l2', 'linear'
+  robust = 'l2'
+  residuals = 'linear'
   R_0 = Parameter('reward before', {'output': 1}, (0.2, 0.8), positive=False, low=-5.0, high=5.0)
   A = Parameter(
     'reward in the limit', {'output': 1}, (0.9, 1.5), positive=False, low=-5.0, high=20.0

@@ -1,8 +1,8 @@
-"""What a law is: a formula, parameters that carry their units, and where a fit should start.
+"""The base of a law: a formula, parameters with their units, and where a fit starts.
 
-A parameter's units are powers of the inputs and of the fitted quantity (called 'output').
-The fit divides them out, so that it sees numbers near one whoever counted tokens in billions:
-a change of units changes the fitted parameters exactly as dimensional analysis says.
+A parameter's units are powers of the inputs and of the fitted quantity (called 'output'). The fit divides them
+out, so that its numbers are near one in any unit, be tokens counted in ones or in billions. A change of units
+changes the fitted parameters exactly as dimensional analysis says.
 """
 
 import contextlib
@@ -21,35 +21,39 @@ from research.core.errors import UserError, did_you_mean
 
 @contextlib.contextmanager
 def precise():
-  """float64 on the host's CPU, and nothing of it left behind: accelerators are poor at float64."""
+  """A context with float64 on the host's CPU, since accelerators are slow at float64. JAX's settings stay."""
   try:
     device = jax.local_devices(backend='cpu')[0]
-  except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
+  except RuntimeError:  # JAX_PLATFORMS has no CPU
     device = None
   with jax.enable_x64(True), jax.numpy_rank_promotion('allow'), jax.default_device(device):
     yield
 
 
-# Stands for ln 0: minus infinity would make the gradient of exp(exponent * ln x) NaN, and exp(-1e6 * exponent)
-# is 0 in float64 from an exponent of 1e-3 on.
+# In place of ln 0. Minus infinity would make the gradient of exp(exponent * ln x) NaN; exp(-1e6 * exponent) is
+# 0 in float64 for every exponent above 1e-3.
 LN_ZERO = -1e6
 
 
 class LawError(UserError, ValueError):
-  """A law that cannot be used as asked: a parameter or an input that it does not have."""
+  """A law cannot be used like this, such as with a parameter or an input that it does not have."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
   """One fitted number.
 
-  `units`: powers of the inputs, and of the output under the name 'output'; a power is a number or the
-  name of another parameter, with a minus sign or without. A in A / N^alpha has the units output * N^alpha:
-  {'output': 1, 'params': 'alpha'}.
-  `start`: values to start from, in those units at the data's geometric mean, so that they need no scale.
-  `positive`: fitted through its logarithm. `low`, `high`: bounds; of the logarithm where positive.
-  `linear`: the law is linear in it (at fixed other parameters), which variable projection uses.
-  `limits`: the bounds are the law's own and not a guard: a share is at most 1. A fit may end at them.
+  Attributes:
+    meaning: for the table of parameters.
+    units: powers of the inputs, and of the output under the name 'output'. A power is a number, or the name of
+      another parameter, perhaps with a minus sign. A in A / N^alpha has the units output * N^alpha, written
+      {'output': 1, 'params': 'alpha'}.
+    start: values to start from, in these units at the geometric mean of the data, so that they need no scale.
+    positive: whether the fit is of its logarithm.
+    low, high: bounds, of the logarithm where `positive`.
+    linear: whether the law is linear in it (with the other parameters fixed), which variable projection uses.
+    limits: whether the bounds are part of the law, as a share is at most 1, so that a fit may end there. Other
+      bounds are guards, and a fit that ends there is refused.
   """
 
   meaning: str
@@ -60,6 +64,10 @@ class Parameter:
   high: float = 14.0
   linear: bool = False
   limits: bool = False
+
+  def coordinates(self) -> list[float]:
+    """`start` in the dimensionless coordinates of a fit: logarithms where `positive`."""
+    return [math.log(value) if self.positive else value for value in self.start]
 
 
 def share(meaning, start) -> Parameter:
@@ -73,30 +81,30 @@ def coefficient(meaning, start=(0.03, 0.3, 1.0), **units) -> Parameter:
 
 
 def exponent(meaning, start=(0.15, 0.35, 0.7), low=0.0, high=4.0) -> Parameter:
-  """A power; its bounds keep a fit from wandering along a direction in which nothing changes."""
+  """A power. Its bounds keep a fit from wandering along a direction in which nothing changes."""
   return Parameter(meaning, start=start, positive=False, low=low, high=high)
 
 
 @dataclasses.dataclass(frozen=True)
 class Law:
-  """Subclass it with `inputs`, a Parameter each and `predict`; docs/laws.md adds one in fifteen lines.
+  """A law. A subclass declares `form`, `source`, `inputs`, its Parameters and `predict`; see docs/laws.md.
 
-  `predict(p, x)` is traced by jax. `p.NAME` are natural parameter values; `x.NAME` are the inputs and
-  `x.ln_NAME` their logarithms, taken once outside the fit: write exp(-p.alpha * x.ln_params).
-  Two instances of one law are equal, so that they share a compiled fit.
+  JAX traces `predict(p, x)`. `p.NAME` are natural parameter values, `x.NAME` the inputs and `x.ln_NAME` their
+  logarithms, taken once outside the fit: write exp(-p.alpha * x.ln_params) for N^-alpha. Two instances of a law
+  are equal, so that they share a compiled fit.
   """
 
   source: ClassVar[str]
   form: ClassVar[str]
   output: ClassVar[str] = 'loss'
   inputs: ClassVar[tuple[str, ...]]
-  # Inputs that are labels or may have any sign: no logarithm is taken of them, and they have no units.
-  # An output that may be zero or negative (an accuracy, a reward) stands here too; it keeps its unit.
+  # Inputs that are labels or may have any sign: they have no logarithm and no units. An output that may be zero
+  # or negative (an accuracy, a reward) is listed too; it has a unit.
   plain: ClassVar[tuple[str, ...]] = ()
   # Inputs that may be zero; `x.ln_NAME` is LN_ZERO there, whose exponential is zero for any exponent.
   zeros: ClassVar[tuple[str, ...]] = ()
-  # How a fit measures misses unless it is told otherwise (see `law_fit.fit`). An accuracy has errors of
-  # its own size everywhere, so that its residuals are no logarithms.
+  # The default loss and residuals of a fit (see `law_fit.fit`). The errors of an accuracy do not grow with it,
+  # so that its residuals are linear.
   robust: ClassVar[str] = 'huber'
   residuals: ClassVar[str] = 'log'
   parameters: ClassVar[Mapping[str, Parameter]]
@@ -107,10 +115,12 @@ class Law:
     cls.parameters = {**getattr(cls, 'parameters', {}), **declared}
 
   def predict(self, p, x):
+    """The output at parameters `p` and inputs `x`, which broadcast."""
     raise NotImplementedError
 
   @property
   def name(self) -> str:
+    """The name of the class, by which flags and files name the law."""
     return type(self).__name__
 
   def __call__(self, parameters: Mapping[str, float], **inputs) -> np.ndarray:
@@ -121,6 +131,7 @@ class Law:
       return np.array(self.predict(p, self.namespace(inputs)))
 
   def namespace(self, inputs: Mapping) -> types.SimpleNamespace:
+    """The `x` of `predict`: the inputs and their logarithms. Raises LawError for a missing input."""
     missing = [name for name in self.inputs if name not in inputs]
     if missing:
       raise LawError(f'{self.name} needs {", ".join(self.inputs)}: missing {", ".join(missing)}.')
@@ -132,14 +143,14 @@ class Law:
     logs = {}
     for name, values in x.items():
       if name in self.zeros:
-        logs[f'ln_{name}'] = np.where(
-          values > 0, np.log(np.where(values > 0, values, 1.0)), LN_ZERO
-        )
+        positive = np.where(values > 0, values, 1.0)
+        logs[f'ln_{name}'] = np.where(values > 0, np.log(positive), LN_ZERO)
       elif name not in self.plain:
         logs[f'ln_{name}'] = np.log(values)
     return logs
 
   def check_names(self, parameters) -> None:
+    """Raises LawError for a name that is not one of the law's parameters."""
     for name in parameters:
       if name not in self.parameters:
         raise LawError(
@@ -147,11 +158,17 @@ class Law:
         )
 
   def natural(self, z: Mapping, center: Mapping[str, float], exp, fixed=(), tied=()) -> dict:
-    """Dimensionless coordinates -> natural values; `center` holds ln geometric means.
+    """Natural values of all parameters at dimensionless coordinates `z` of the free ones.
 
-    `fixed` maps names to natural values, `tied` names to the name whose value they share.
+    Args:
+      center: ln of the geometric mean of each input and of the output.
+      exp: `jnp.exp` or `np.exp`, by the arrays of `z`.
+      fixed: natural values of some parameters.
+      tied: for some parameters the name of the one that they equal.
     """
-    fixed, tied, values = dict(fixed), dict(tied), {}
+    fixed = dict(fixed)
+    tied = dict(tied)
+    values = {}
     for name, parameter in self._in_order(tied):
       if name in fixed:
         values[name] = fixed[name]
@@ -163,25 +180,33 @@ class Law:
     return {name: values[name] for name in self.parameters}
 
   def coordinates(self, values: Mapping[str, float], center: Mapping[str, float]) -> dict:
-    """The inverse of `natural`, in numpy, for a whole set of natural values."""
+    """The inverse of `natural`, in numpy, for values of all parameters."""
     z = {}
     for name, parameter in self.parameters.items():
       shift = self._shift(parameter, values, center)
       if parameter.positive:
-        with np.errstate(divide='ignore'):
+        with np.errstate(divide='ignore'):  # a value of 0 is at minus infinity
           z[name] = np.log(values[name]) - shift
       else:
         z[name] = values[name] * np.exp(-shift)
     return z
 
   def _in_order(self, tied):
-    """Exponents first, since the units of coefficients refer to them; what is tied after what it is "
-    "tied to."""
-    named = lambda p: any(isinstance(power, str) for power in p.units.values())
-    return sorted(self.parameters.items(), key=lambda item: (named(item[1]), item[0] in tied))
+    """(name, Parameter) with exponents first, since the units of coefficients refer to them.
+
+    Among each of the two, tied parameters come after those that they equal.
+    """
+
+    def rank(item):
+      name, parameter = item
+      refers_to_another = any(isinstance(power, str) for power in parameter.units.values())
+      return refers_to_another, name in tied
+
+    return sorted(self.parameters.items(), key=rank)
 
   @staticmethod
   def _shift(parameter: Parameter, values: Mapping, center: Mapping[str, float]):
+    """ln of a parameter's unit at the center of the data."""
     shift = 0.0
     for unit, power in parameter.units.items():
       if isinstance(power, str):
@@ -190,10 +215,7 @@ class Law:
     return shift
 
   def starts(self) -> dict[str, np.ndarray]:
-    """The product of every parameter's `start`, in dimensionless coordinates, [starts] each."""
-    z0 = [
-      [math.log(v) for v in p.start] if p.positive else list(p.start)
-      for p in self.parameters.values()
-    ]
-    grid = np.array(list(itertools.product(*z0)))
+    """The product of the starts of all parameters, in dimensionless coordinates, [starts] each."""
+    coordinates = [parameter.coordinates() for parameter in self.parameters.values()]
+    grid = np.array(list(itertools.product(*coordinates)))
     return dict(zip(self.parameters, grid.T, strict=True))

@@ -1,4 +1,4 @@
-"""From loss to what a benchmark measures, and from one attempt to many."""
+"""Laws from loss to a benchmark's metric, and from one attempt to many."""
 
 import jax.numpy as jnp
 
@@ -8,8 +8,8 @@ from research.scaling.laws.base import Law, Parameter, exponent, share
 class AccuracyOfLoss(Law):
   """A sigmoid from chance to ceiling as the task's loss falls (Llama 3; the second step of the OLMo ladder).
 
-  Hold `floor` at the guessing rate where that is known. The ladder writes a / (1 + exp(-k (L - x_0))) + b:
-  a is floor - ceiling, b is ceiling and x_0 is L_half. The loss may be 0, where a perfect model stands.
+  Fix `floor` at the guessing rate where that is known. The ladder writes a / (1 + exp(-k (L - x_0))) + b: a is
+  floor - ceiling, b is ceiling and x_0 is L_half. The loss may be 0, that of a perfect model.
   """
 
   source = (
@@ -20,7 +20,8 @@ class AccuracyOfLoss(Law):
   inputs = ('loss',)
   zeros = ('loss',)
   plain = ('accuracy',)
-  robust, residuals = 'l2', 'linear'
+  robust = 'l2'
+  residuals = 'linear'
   floor = share('accuracy of chance', (0.05, 0.3))
   ceiling = share('highest accuracy', (0.7, 0.95))
   k = Parameter('steepness, per unit of the loss', {'loss': -1}, (3.0, 10.0, 30.0))
@@ -33,7 +34,7 @@ class AccuracyOfLoss(Law):
 class AccuracyOfCompute(Law):
   """A sigmoid in ln C from chance to ceiling, in one step (Owen 2024; Ruan et al. 2024).
 
-  It needs no loss of the task. Two steps tell more where most accuracies are still at chance.
+  It needs no loss of the task. Two steps say more where most accuracies are still at chance.
   """
 
   source = 'Owen 2024, arXiv:2401.04757'
@@ -41,7 +42,8 @@ class AccuracyOfCompute(Law):
   output = 'accuracy'
   inputs = ('flops',)
   plain = ('accuracy',)
-  robust, residuals = 'l2', 'linear'
+  robust = 'l2'
+  residuals = 'linear'
   floor = share('accuracy of chance', (0.05, 0.3))
   ceiling = share('highest accuracy', (0.7, 0.95))
   k = exponent('steepness in ln C', (0.3, 1.0, 3.0), high=20.0)
@@ -59,7 +61,8 @@ class ErrorOfLoss(Law):
   form = 'epsilon - k exp(-gamma L)'
   output = 'error'
   inputs = ('loss',)
-  robust, residuals = 'l2', 'linear'
+  robust = 'l2'
+  residuals = 'linear'
   epsilon = Parameter('error of chance', {'output': 1}, (1.0, 1.2), low=-1.0, high=2.0)
   k = Parameter('size', {'output': 1}, (0.3, 1.0, 5.0), low=-8.0, high=20.0)
   gamma = exponent('decay per nat', (0.3, 1.0, 3.0), high=20.0)
@@ -86,7 +89,7 @@ class CoverageOfSamples(Law):
 
 
 class LossOfCompute(Law):
-  """A benchmark's loss as a line in log C: a - b ln C, the first half of Llama 3's two-step forecast.
+  """A benchmark's loss as a line in ln C, the first step of Llama 3's two-step forecast.
 
   Written around C_0 = 1e21 so that `a` is the loss there.
   """

@@ -1,4 +1,4 @@
-"""Laws of hyper-parameters: critical batch size, batch and learning rate."""
+"""Laws of hyper-parameters: critical batch size, batch size and learning rate."""
 
 import jax.numpy as jnp
 
@@ -6,8 +6,10 @@ from research.scaling.laws.base import Law, Parameter, exponent
 
 
 class CriticalBatch(Law):
-  """B_crit = c N^a, in sequences (Zhang et al. 2024); they find 93.2 (N / 1e6)^.47 and no growth "
-  "with N at fixed D."""
+  """B_crit = c N^a, in sequences (Zhang et al. 2024).
+
+  They find 93.2 (N / 1e6)^.47, and no growth with N at fixed D.
+  """
 
   source = 'Zhang et al. 2024, arXiv:2410.21676'
   form = 'c N^a'
@@ -25,7 +27,7 @@ class CriticalBatch(Law):
 class StepsToLoss(Law):
   """Steps to a given loss at batch size B: S = S_min (1 + B_crit / B) (McCandlish et al. 2018, eq. 2.11).
 
-  Fit it to (batch, steps) pairs of one model: B_crit is where twice the fewest steps are needed.
+  Fit it to (batch, steps) pairs of one model. At B_crit a run needs twice the fewest steps.
   """
 
   source = 'McCandlish et al. 2018, arXiv:1812.06162; Kaplan et al. 2020, equation 5.1'

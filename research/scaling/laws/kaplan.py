@@ -1,16 +1,16 @@
-"""The laws of Kaplan et al. 2020 (arXiv:2001.08361). N counts no embeddings; losses are nats per token."""
+"""The laws of Kaplan et al. 2020 (arXiv:2001.08361). N is without embeddings; losses are in nats per token."""
 
 import jax.numpy as jnp
 
 from research.scaling.laws.base import Law, Parameter, exponent
 
 _SOURCE = 'Kaplan et al. 2020, arXiv:2001.08361, equation'
-# N_c / N and its like are astronomically large where the exponent is small.
+# Bounds for N_c / N and its like, which are astronomically large where the exponent is small.
 _FAR = {'low': -80.0, 'high': 80.0}
 
 
 class KaplanParams(Law):
-  """L(N) = (N_c / N)^alpha_N, models trained to convergence on enough data."""
+  """L(N) = (N_c / N)^alpha_N, of models trained to convergence on enough data."""
 
   source = f'{_SOURCE} 1.1'
   form = '(N_c / N)^alpha_N'
@@ -23,7 +23,7 @@ class KaplanParams(Law):
 
 
 class KaplanTokens(Law):
-  """L(D) = (D_c / D)^alpha_D, large models stopped early on a small data set."""
+  """L(D) = (D_c / D)^alpha_D, of large models stopped early on a small data set."""
 
   source = f'{_SOURCE} 1.2'
   form = '(D_c / D)^alpha_D'

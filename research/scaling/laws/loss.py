@@ -29,16 +29,18 @@ def hoffmann_starts() -> dict[str, np.ndarray]:
 
   alpha, beta in {0, .5, ..., 2}, ln E in {-1, -.5, ..., 1}, ln A and ln B in {0, 5, ..., 25}.
   """
-  halves, fives = np.arange(0, 2.01, 0.5), np.arange(0, 25.1, 5.0)
-  grid = np.array(list(itertools.product(halves, halves, np.arange(-1, 1.01, 0.5), fives, fives)))
+  exponents = np.arange(0, 2.01, 0.5)
+  floors = np.arange(-1, 1.01, 0.5)
+  sizes = np.arange(0, 25.1, 5.0)
+  grid = np.array(list(itertools.product(exponents, exponents, floors, sizes, sizes)))
   alpha, beta, e, a, b = grid.T
   return {'E': np.exp(e), 'A': np.exp(a), 'B': np.exp(b), 'alpha': alpha, 'beta': beta}
 
 
 class TiedChinchilla(Law):
-  """Chinchilla with alpha = beta: one parameter less, for sweeps too small to tell them apart.
+  """Chinchilla with alpha = beta: one parameter fewer, for sweeps too small to tell them apart.
 
-  Muennighoff et al. 2023 (arXiv:2305.16264, appendix A) fit this form. N* and D* then both grow as C^.5.
+  Muennighoff et al. 2023 (arXiv:2305.16264, appendix A) fit this form. N* and D* both grow as C^.5.
   """
 
   source = 'Muennighoff et al. 2023, arXiv:2305.16264, appendix A'

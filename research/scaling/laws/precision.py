@@ -1,4 +1,4 @@
-"""Laws of low precision: in training, after training, and training that foresees the rounding."""
+"""Laws of low precision: in training, after training, and in quantization-aware training."""
 
 import jax.numpy as jnp
 
@@ -34,7 +34,7 @@ class Precision(Law):
 class PostTrainingQuantization(Law):
   """The loss added by rounding trained weights: C D^g_D / N^g_N exp(-bits / g) (Kumar et al. 2024, equation 2).
 
-  It grows with D: a model trained on more tokens is hurt more by the same rounding.
+  It grows with D: the same rounding harms a model more that was trained on more tokens.
   """
 
   source = 'Kumar et al. 2024, arXiv:2411.04330, equation 2'
@@ -53,9 +53,8 @@ class PostTrainingQuantization(Law):
 class QuantizationAwareTraining(Law):
   """The loss added by training with rounded numbers: k D^g_D (log2 G)^g_G / N^g_N (Chen et al. 2025).
 
-  G is the group that shares a scale, in numbers; at G = 1 nothing is lost, so that G must be 2 or more. One
-  fit holds one choice of bits: the published constants are those of 4 bits for weights (W4), activations (A4)
-  or both.
+  G is how many numbers share a scale. At G = 1 nothing is lost, so that G must be 2 or more. A fit is of one
+  choice of bits: the published constants are those of 4 bits for weights (W4), activations (A4) or both.
   """
 
   source = 'Chen et al. 2025, arXiv:2505.14302, the unified law of quantization error'

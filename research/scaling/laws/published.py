@@ -1,6 +1,7 @@
 """Published parameters, as (law, values). N and D are counts unless a name says otherwise."""
 
-from research.scaling.laws.base import Law, LawError, did_you_mean
+from research.core.errors import did_you_mean
+from research.scaling.laws.base import Law, LawError
 from research.scaling.laws.hyper import (
   BatchOfCompute,
   CriticalBatch,
@@ -71,7 +72,7 @@ PUBLISHED: dict[str, tuple[type[Law], dict[str, float]]] = {
 
 
 def published(name: str) -> tuple[Law, dict[str, float]]:
-  """(law, parameters) by name, such as 'hoffmann 2022'."""
+  """(law, parameters) by name, such as 'hoffmann 2022'. Raises LawError for an unknown name."""
   if name not in PUBLISHED:
     raise LawError(f'No published parameters named {name!r}.{did_you_mean(name, PUBLISHED)}')
   law, values = PUBLISHED[name]

@@ -1,4 +1,4 @@
-"""Laws of the loss in other regimes: repeated data, over-training, routed models, breaks."""
+"""Laws of the loss in other regimes: repeated data, over-training, routed models, broken power laws."""
 
 import jax.numpy as jnp
 
@@ -27,6 +27,7 @@ class DataConstrained(Law):
 
   def predict(self, p, x):
     ln_unique = jnp.minimum(x.ln_unique_tokens, x.ln_tokens)
+    # The N that is compute-optimal for U_D tokens: alpha A / N^alpha = beta B / D^beta.
     ln_best = (jnp.log(p.alpha * p.A / (p.beta * p.B)) + p.beta * ln_unique) / p.alpha
     ln_d = _effective(x.ln_tokens, ln_unique, p.R_D)
     ln_n = _effective(x.ln_params, jnp.minimum(x.ln_params, ln_best), p.R_N)
@@ -35,6 +36,7 @@ class DataConstrained(Law):
 
 def _effective(ln_x, ln_unique, r):
   """ln of U + U R (1 - exp(-(X / U - 1) / R))."""
+  # The bound keeps exp finite; so far beyond R the value does not change any more.
   excess = jnp.expm1(jnp.minimum(ln_x - ln_unique, 50.0))
   return ln_unique + jnp.log1p(-r * jnp.expm1(-excess / r))
 
@@ -42,7 +44,7 @@ def _effective(ln_x, ln_unique, r):
 class OverTraining(Law):
   """L(C, M) = E + (a M^eta + b M^-eta) C^-eta at M = D / N tokens per parameter (Gadre et al. 2024, eq. 4).
 
-  It is Chinchilla with alpha = beta = 2 eta: over-training shifts the curve and keeps its slope.
+  It is Chinchilla with alpha = beta = 2 eta: over-training shifts the curve without a change of its slope.
   """
 
   source = 'Gadre et al. 2024, arXiv:2403.08540, equation 4'
@@ -62,8 +64,8 @@ class OverTraining(Law):
 class Routed(Law):
   """log10 L = a log10 N + b log10 X + c log10 N log10 X + d, X the saturating count of experts (Clark 2022).
 
-  1 / X = 1 / (experts - 1 + 1 / (1 / X_start - 1 / X_max)) + 1 / X_max. N is the dense model's size, 1 expert
-  is the dense model. Logarithms are to base 10, as in the paper, and its published N counts no embeddings.
+  1 / X = 1 / (experts - 1 + 1 / (1 / X_start - 1 / X_max)) + 1 / X_max. N is the size of the dense model, which
+  has 1 expert. Logarithms are to base 10, as in the paper, whose N is without embeddings.
   """
 
   source = 'Clark et al. 2022, arXiv:2202.01169, equations 7 and 8'
@@ -87,8 +89,10 @@ class Routed(Law):
 
 
 class BrokenPower(Law):
-  """y = E + b C^-c0 (1 + (C / d)^(1 / f))^(-c1 f): a power law that bends once (Caballero et al. "
-  "2022, equation 1)."""
+  """A power law that bends once: y = E + b C^-c0 (1 + (C / d)^(1 / f))^(-c1 f).
+
+  It is equation 1 of Caballero et al. 2022 with one break.
+  """
 
   source = 'Caballero et al. 2022, arXiv:2210.14891, equation 1 with one break'
   form = 'E + b C^-c0 (1 + (C / d)^(1 / f))^(-c1 f)'
@@ -106,8 +110,10 @@ class BrokenPower(Law):
 
 
 class ComputeOptimal(Law):
-  """L*(C) = E + K / C^gamma along the compute-optimal frontier (Hoffmann et al. 2022, where it "
-  "follows from their law)."""
+  """L*(C) = E + K / C^gamma, the loss along the compute-optimal frontier.
+
+  It follows from the law of Hoffmann et al. 2022.
+  """
 
   source = 'follows from Hoffmann et al. 2022, equations 2 and 4'
   form = 'E + K / C^gamma'

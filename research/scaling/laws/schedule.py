@@ -1,4 +1,4 @@
-"""Whole loss curves under any learning-rate schedule."""
+"""A law of whole loss curves under any learning-rate schedule."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,7 +9,10 @@ import numpy as np
 
 from research.scaling.laws.base import Law, LawError, Parameter, coefficient, exponent
 
-BLOCK = 256  # drops that are summed at a time: a schedule has thousands, and each row wants its own
+# Drops that are summed at a time. A schedule has thousands, and an array [rows, drops] would not fit.
+BLOCK = 256
+# [rate drop, rate, sum of rates before]: a drop that never comes, to fill up shorter schedules.
+NO_DROP = (0.0, 1.0, np.inf)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -20,9 +23,12 @@ class MultiPower(Law):
   at which the rate changed; S_k(t) sums the rates from k to t. The sum is exact, and runs over the rises of a
   warm-up as over drops.
 
-  `schedules`: the learning rates of each run's steps, warm-up and all, an array [steps] each; `before`: a sum
-  of rates before the first of these steps, one for all. `knots`: gather the changes into at most so many a
-  schedule, for a fit that is quick and only near. Make rows with `points`.
+  `points` makes the rows of a run.
+
+  Attributes:
+    schedules: the learning rates of each run's steps, with the warm-up, an array [steps] each.
+    before: the sum of rates before the first of these steps, the same for all.
+    knots: gather the changes of each schedule into at most so many, for a quick and approximate fit.
   """
 
   schedules: Sequence[np.ndarray]
@@ -44,18 +50,25 @@ class MultiPower(Law):
   def __post_init__(self):
     lists = [self._drops(np.asarray(lr, np.float64)) for lr in self.schedules]
     longest = max(len(drops) for drops in lists)
-    pad = lambda d: np.concatenate([d, np.tile([0.0, 1.0, np.inf], (longest - len(d), 1))])
-    object.__setattr__(self, 'drops', np.stack([pad(d) for d in lists]))
+    padded = []
+    for drops in lists:
+      padded.append(np.concatenate([drops, np.tile(NO_DROP, (longest - len(drops), 1))]))
+    # The dataclass is frozen: a law is a static argument of jax.jit.
+    object.__setattr__(self, 'drops', np.stack(padded))
 
   def _drops(self, lr) -> np.ndarray:
-    """[drops, 3]: how far the rate fell, where it then was, and the sum of rates before that step."""
+    """(drop of the rate, rate after it, sum of rates before that step) of each change, [drops, 3].
+
+    Raises:
+      LawError: a schedule is not a list of rates of zero or more.
+    """
     if lr.ndim != 1 or len(lr) == 0 or not np.isfinite(lr).all() or (lr < 0).any():
       raise LawError('MultiPower.schedules: a schedule is a list of learning rates, none negative.')
     falls = -np.diff(lr)
     changes = np.flatnonzero(falls != 0) + 1
     if len(changes) == 0:
-      return np.array([[0.0, 1.0, np.inf]])
-    rate = np.maximum(lr[changes], 1e-30)  # a rate of zero pays at once
+      return np.array([NO_DROP])
+    rate = np.maximum(lr[changes], 1e-30)  # in G, a rate of zero pays all at once
     drops = np.stack([falls[changes - 1], rate, np.cumsum(lr)[changes - 1]], 1)
     if self.knots is None or len(drops) <= self.knots:
       return drops
@@ -72,7 +85,7 @@ class MultiPower(Law):
     }
 
   def predict(self, p, x):
-    """The loss at each row; drops are summed in blocks, so that memory does not grow with the schedule."""
+    """The loss of each row. Drops are summed in blocks, so that memory does not grow with the schedule."""
     which = jnp.asarray(x.schedule).astype(int)
     done = jnp.asarray(x.lr_main)[..., None]
     count = self.drops.shape[1]
@@ -80,12 +93,15 @@ class MultiPower(Law):
     padding = [(0, 0), (0, -count % size), (0, 0)]
     blocks = np.pad(self.drops, padding, constant_values=np.inf)
     blocks = np.moveaxis(blocks.reshape(len(blocks), -1, size, 3), 1, 0)
-    wide = lambda v: jnp.asarray(v)[..., None]
+
+    def wide(value):
+      return jnp.asarray(value)[..., None]
 
     def add(total, block):
       fell, rate, before = jnp.moveaxis(block[which], -1, 0)
       real = before < done
-      # What is yet to come has no share, and must not make a NaN in the gradient either.
+      # A drop that is still to come adds nothing, and must not make the gradient NaN: hence a `where` before
+      # the power, too.
       fell, rate = jnp.where(real, fell, 0.0), jnp.where(real, rate, 1.0)
       since = jnp.where(real, done - before, 0.0)
       paid = -jnp.expm1(-wide(p.beta) * jnp.log1p(wide(p.C) * rate ** -wide(p.gamma) * since))

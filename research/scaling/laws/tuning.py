@@ -1,4 +1,4 @@
-"""Laws of fine-tuning and distillation: what tuning data, a head start and a teacher are worth."""
+"""Laws of fine-tuning and distillation: the value of tuning data, of pre-training and of a teacher."""
 
 import jax.numpy as jnp
 
@@ -8,7 +8,7 @@ from research.scaling.laws.base import Law, Parameter, coefficient, exponent
 class DataTransferred(Law):
   """Effective data transferred: the data that pre-training is worth, D_T = k D_F^a N^b (Hernandez et al. 2021).
 
-  D_T is the data that training from scratch would need beyond the D_F it is fine-tuned on, in the unit of D_F
+  D_T is the data that training from scratch would need beyond the D_F of the fine-tuning, in the unit of D_F
   (characters in the paper).
   """
 
@@ -29,9 +29,9 @@ class DataTransferred(Law):
 class MultiplicativeTuning(Law):
   """The loss after fine-tuning: A / (X^a D_F^b) + E (Zhang et al. 2024).
 
-  X is what is scaled beside the tuning data: parameters, pre-training tokens, or the parameters that learn (the
-  rank of LoRA, the length of a prompt). The factors multiply, so that more of one helps more where there is
-  more of the other.
+  X is what varies beside the tuning data: parameters, pre-training tokens, or the parameters that learn (the
+    rank
+  of LoRA, the length of a prompt). The factors multiply, so that more of one helps more with more of the other.
   """
 
   source = 'Zhang et al. 2024, arXiv:2402.17193, equation 1'
@@ -49,8 +49,8 @@ class MultiplicativeTuning(Law):
 class RectifiedTuning(Law):
   """The loss after fine-tuning on D examples: E + drop / (1 + (D / D_0)^beta) (Lin et al. 2024).
 
-  Their B / (D_l + D^beta) + E with D_l = D_0^beta and B = drop D_l. D may be 0: E + drop is the loss before
-  tuning. Below D_0, the data that pre-training is worth, the curve is flat; above it is a power law.
+  It is their B / (D_l + D^beta) + E with D_l = D_0^beta and B = drop D_l. D may be 0: E + drop is the loss
+  before tuning. Below D_0, the data that pre-training is worth, the curve is flat. Above it is a power law.
   """
 
   source = 'Lin et al. 2024, arXiv:2402.02314, equation 5'
@@ -58,7 +58,8 @@ class RectifiedTuning(Law):
   inputs = ('tuning_data',)
   zeros = ('tuning_data',)
   E = coefficient('irreducible loss', (0.1, 0.5, 0.9))
-  # Where no flat part is seen, D_0 goes to zero and drop D_0^beta alone is told: room for both to go far.
+  # Without a flat part in the data, D_0 goes to zero and only drop D_0^beta is determined: both have wide
+  # bounds.
   drop = Parameter(
     'how far tuning can bring the loss down', {'output': 1}, (0.1, 0.5, 5.0), high=40.0
   )
@@ -77,9 +78,8 @@ class RectifiedTuning(Law):
 class Distillation(Law):
   """The loss of a distilled student of N parameters on D tokens (Busbridge et al. 2025, equation 8).
 
-  L_T is the teacher's loss, L_S that of the same student trained without a teacher (from a supervised law). The
-  middle factor tells a teacher that the student can follow from one that is too strong: as L_T falls below
-  d_1 L_S, a better teacher helps less and then harms.
+  L_T is the teacher's loss, and L_S that of the same student without a teacher (from a supervised law). The
+  middle factor is the capacity gap: as L_T falls below d_1 L_S, a better teacher helps less and then harms.
   """
 
   source = 'Busbridge et al. 2025, arXiv:2502.08606, equation 8'
