@@ -1,4 +1,4 @@
-"""Figures of training curves and of the designs beside isoFLOP. Each returns a matplotlib Figure."""
+"""Figures of training curves and of sizes. Each function returns a matplotlib Figure."""
 
 from collections.abc import Mapping, Sequence
 
@@ -21,7 +21,7 @@ def colors_of(keys: Sequence) -> dict:
 
 
 def sizes(observations: Observations, a: Analysis | None = None):
-  """Final losses of every size against D, with the fitted law if there is one, and against C."""
+  """Final losses of each size against D, with the fitted law if there is one, and against C."""
   figure, (by_tokens, by_flops) = new_figure(2)
   law = a is not None and a.approach3 is not None
   for n, color in colors_of(np.unique(observations.params)).items():
@@ -42,12 +42,18 @@ def sizes(observations: Observations, a: Analysis | None = None):
   by_flops.set(xlabel='training FLOPs $C$', title='The same by compute')
   by_flops.legend(title='$N$', fontsize=7, title_fontsize=8, frameon=False)
   for ax in (by_tokens, by_flops):
-    log_scale(ax, 'x'), log_scale(ax, 'y', plain=True)
+    log_scale(ax, 'x')
+    log_scale(ax, 'y', plain=True)
   return figure
 
 
 def curves(runs: Mapping[str, np.ndarray], params: Mapping[str, float] | None = None):
-  """Training curves: loss against tokens (or steps), coloured by N where it is known."""
+  """Training curves, loss against tokens, coloured by N where it is known.
+
+  Args:
+    runs: the points of each run, [points, 2] of (tokens, loss).
+    params: N of each run.
+  """
   from matplotlib import colormaps
 
   figure, (ax,) = new_figure(size=(6.0, 4.0))

@@ -1,4 +1,4 @@
-"""The style of every figure: its colours, its axes, its logarithmic ticks."""
+"""The style of all figures: colours, axes and logarithmic ticks; and the data of a figure as CSV."""
 
 import csv
 import io
@@ -11,11 +11,15 @@ from matplotlib.ticker import LogFormatterSciNotation, LogLocator, MaxNLocator, 
 
 INK, GRID, ACCENT, SECOND = '#222222', '#dddddd', '#c0392b', '#1f6f8b'
 MAP = 'viridis'
-FEW = 7  # shades of one map that the eye tells apart
+FEW = 7  # shades of one map that the eye can tell apart
 MARKERS = 'os^Dv'
 
 
 def new_figure(columns=1, rows=1, size=(5.2, 3.9), **kwargs):
+  """(a figure, its axes [columns * rows]); `size` in inches is that of each panel.
+
+  It has a canvas of its own: pyplot would keep every figure in a global list.
+  """
   figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout='constrained')
   FigureCanvasAgg(figure)
   axes = figure.subplots(rows, columns, squeeze=False, **kwargs).ravel()
@@ -32,7 +36,12 @@ def _style(ax):
 
 
 def log_scale(ax, axis: str, plain: bool = False):
-  """A logarithmic axis that labels its ticks even where it spans less than a decade; `plain` for losses."""
+  """Makes an axis logarithmic, with labelled ticks even where it spans less than a decade.
+
+  Args:
+    axis: 'x' or 'y'.
+    plain: label with plain numbers, as for losses.
+  """
   getattr(ax, f'set_{axis}scale')('log')
   low, high = sorted(getattr(ax, f'get_{axis}lim')())
   narrow = high / low < 30
@@ -42,14 +51,14 @@ def log_scale(ax, axis: str, plain: bool = False):
   if plain:
     line.set_major_locator(MaxNLocator(7))
     line.set_minor_locator(NullLocator())
-    line.set_major_formatter(lambda v, _: f'{v:.4g}')
+    line.set_major_formatter('{x:.4g}')
     return
   line.set_major_formatter(LogFormatterSciNotation(labelOnlyBase=False))
   line.set_minor_formatter('')
 
 
 def budget_colors(flops):
-  """A colour for each budget in the order of their size; over seven of them go through every hue."""
+  """A colour for each budget in the order of size: shades of one map, or for over seven budgets all hues."""
   from matplotlib import colormaps
 
   order = np.argsort(np.argsort(np.asarray(flops, np.float64), kind='stable'))
@@ -59,15 +68,15 @@ def budget_colors(flops):
 
 
 def budget_markers(flops) -> list[str]:
-  """A marker for each budget: neighbours differ in shape where there are too many colours to tell apart."""
+  """A marker for each budget. Neighbours differ in shape where there are too many colours to tell apart."""
   few = len(flops) <= FEW
   return ['o' if few else MARKERS[i % len(MARKERS)] for i in range(len(flops))]
 
 
 def data(figure) -> str:
-  """What a figure shows as CSV: panel, series, x, y, and for a band also the upper y.
+  """The data of a figure as CSV: panel, series, x, y, and for a band the upper y.
 
-  Lines that only guide the eye and contours, which follow from the fitted law, are left out.
+  It leaves out lines that only guide the eye, and contours, which follow from the fitted law.
   """
   out = io.StringIO()
   lines = csv.writer(out)
@@ -75,6 +84,7 @@ def data(figure) -> str:
   for ax in figure.axes:
     panel = ax.get_title() or ax.get_xlabel()
     for line in ax.get_lines():
+      # A line in other coordinates, as axhline draws it, has no data.
       if len(line.get_xdata()) > 0 and line.get_transform() == ax.transData:
         for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True):
           lines.writerow((panel, _series(line), float(x), float(y), ''))
@@ -88,15 +98,17 @@ def data(figure) -> str:
 
 
 def _write_band(lines, panel: str, part) -> None:
-  """The outline of a band runs along its lower edge and back along its upper one."""
-  low, high = {}, {}
+  """Writes the lower and the upper edge of a band, from the outline that matplotlib keeps of it."""
+  low = {}
+  high = {}
   for x, y in part.get_paths()[0].vertices:
-    low[x], high[x] = min(y, low.get(x, y)), max(y, high.get(x, y))
+    low[x] = min(y, low.get(x, y))
+    high[x] = max(y, high.get(x, y))
   for x in sorted(low):
     lines.writerow((panel, _series(part), float(x), float(low[x]), float(high[x])))
 
 
 def _series(artist) -> str:
-  """Its label; matplotlib's own, which begin with an underscore, say nothing."""
+  """The label of an artist; '' for one that matplotlib made up, which begins with an underscore."""
   label = str(artist.get_label())
   return '' if label.startswith('_') else label

@@ -1,4 +1,4 @@
-"""Figures of the later stages: a forecast in two steps, and coverage against attempts."""
+"""Figures of two-step forecasts, and of coverage against attempts. Each returns a matplotlib Figure."""
 
 import numpy as np
 
@@ -6,17 +6,18 @@ from research.scaling.report.figure import ACCENT, INK, SECOND, log_scale, new_f
 from research.scaling.sampling_fit import FittedCoverage
 from research.scaling.two_step import TwoSteps
 
-# Points of a line, and how far it goes beyond the rows, as a share of their range.
-POINTS, BEYOND = 120, 0.15
+POINTS = 120  # of a line
+BEYOND = 0.15  # how far a line goes beyond the rows, as a share of their range
 
 
 def two_steps(steps: TwoSteps):
-  """Left: the fitted loss of every row beside the measured one. Right: what the task measures against its loss.
+  """Left: the fitted loss of each row against the measured one. Right: the task's metric against its loss.
 
-  A law of N and D is a surface, so that the left side shows it row by row; the line there is a perfect fit.
+  A law of N and D is a surface, so that the left panel shows it row by row. Its line is a perfect fit.
   """
   figure, (first_axes, second_axes) = new_figure(2)
-  first, second = steps.first.fit, steps.second.fit
+  first = steps.first.fit
+  second = steps.second.fit
   first_axes.plot(first.observed, first.fitted, 'o', color=SECOND, markersize=4)
   ends = [
     min(first.observed.min(), first.fitted.min()),
@@ -29,9 +30,11 @@ def two_steps(steps: TwoSteps):
     title=f'Step 1, {first.law.name}: {np.mean(misses):.2g}% mean error',
   )  # fmt: skip
   loss = second.data['x'][steps.joint]
-  measured = loss > 0  # a point at a loss of 0 is made up, and would squeeze all others
-  low, high = loss[measured].min(), loss[measured].max()
-  line = np.linspace(max(low - BEYOND * (high - low), 1e-6), high + BEYOND * (high - low), POINTS)
+  measured = loss > 0  # an anchor at a loss of 0 is not a measurement, and would squeeze all others
+  low = loss[measured].min()
+  high = loss[measured].max()
+  margin = BEYOND * (high - low)
+  line = np.linspace(max(low - margin, 1e-6), high + margin, POINTS)
   parameters = {name: values[:, None] for name, values in steps.second.bootstrap.parameters.items()}
   band = steps.second.bootstrap.interval(second.law(parameters, **{steps.joint: line}), steps.level)
   second_axes.fill_between(
@@ -65,7 +68,8 @@ def coverage(fitted: FittedCoverage):
     markersize=4,
     label='measured',
   )
-  log_scale(ax, 'x'), log_scale(ax, 'y')
+  log_scale(ax, 'x')
+  log_scale(ax, 'y')
   ax.set(
     xlabel='attempts k', ylabel='-ln coverage', title=f'Coverage of {fitted.problems} problems'
   )

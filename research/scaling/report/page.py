@@ -1,4 +1,4 @@
-"""One self-contained HTML page: its frame, its tables, its figures."""
+"""A self-contained HTML page: its frame, its tables and its figures."""
 
 import base64
 import html
@@ -30,7 +30,7 @@ details { margin: .8rem 0; } summary { cursor: pointer; font-family: Helvetica, 
 
 
 def write(path, title: str, sections: Iterable[str]) -> pathlib.Path:
-  """Writes sections (HTML; empty ones are left out) as one page and returns its path."""
+  """Writes sections of HTML as one page, without the empty ones, and returns its path."""
   body = '\n'.join(s for s in (f'<h1>{text(title)}</h1>', *sections) if s)
   page = (
     '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -44,14 +44,17 @@ def write(path, title: str, sections: Iterable[str]) -> pathlib.Path:
 
 
 def image(figure, caption: str, name: str = '') -> str:
-  """A matplotlib figure within the page, with its caption; also as SVG and its data as CSV, to be saved.
+  """A matplotlib figure in the page, with its caption and links to save it as SVG and its data as CSV.
 
-  `name`: of the files, without an ending; the caption's first words by default.
+  Args:
+    name: of the saved files, without an ending; '' for the first words of the caption.
   """
   words = re.findall(r'[a-z0-9]+', (name or caption).lower())
   name = '-'.join(words[:4]) or 'figure'
-  png, svg = io.BytesIO(), io.BytesIO()
+  png = io.BytesIO()
   figure.savefig(png, format='png', dpi=130)
+  svg = io.BytesIO()
+  # Without its date, the same figure has the same bytes.
   figure.savefig(svg, format='svg', metadata={'Date': None})
   caption = text(caption)
   picture = f'<img alt="{caption}" src="{_inline("image/png", png.getvalue())}">'
@@ -66,15 +69,17 @@ def image(figure, caption: str, name: str = '') -> str:
 
 
 def _inline(kind: str, content: bytes) -> str:
+  """Content as a data URL: the page needs no other file."""
   return f'data:{kind};base64,{base64.b64encode(content).decode()}'
 
 
 def formula(form: str) -> str:
   """A law's form as HTML: 'A / N^alpha' with an italic A and N and a raised alpha.
 
-  Names of Greek letters become the letters; what follows ^ is raised, what follows _ is lowered.
+  Names of Greek letters become the letters. What follows ^ is raised, and what follows _ is lowered.
   """
-  out, i = [], 0
+  out = []
+  i = 0
   while i < len(form):
     if form[i] in '^_':
       level = 'sup' if form[i] == '^' else 'sub'
@@ -90,7 +95,7 @@ def formula(form: str) -> str:
 
 
 def _argument(form: str, begin: int) -> tuple[str, int]:
-  """What a ^ or _ applies to, and where it ends: brackets and what is in them, or one signed name or number."""
+  """(the argument of a ^ or _, where it ends): the contents of parentheses, or a signed name or number."""
   if form[begin : begin + 1] == '(':
     depth = 0
     for i in range(begin, len(form)):
@@ -103,6 +108,7 @@ def _argument(form: str, begin: int) -> tuple[str, int]:
 
 
 def _symbol(word: str) -> str:
+  """A name in a formula: Greek letters and short names are italic, functions and words upright."""
   if word in GREEK:
     return f'<i>{GREEK[word]}</i>'
   upright = word in FUNCTIONS or len(word) > 2
@@ -110,29 +116,35 @@ def _symbol(word: str) -> str:
 
 
 def table(head, rows) -> str:
-  """Cells are escaped; long ones may wrap."""
-  cell = lambda v: f'<td class="text">{text(v)}</td>' if len(str(v)) > 30 else f'<td>{text(v)}</td>'
+  """A table of texts, which are escaped here. Long cells may wrap."""
+
+  def cell(value) -> str:
+    kind = ' class="text"' if len(str(value)) > 30 else ''
+    return f'<td{kind}>{text(value)}</td>'
+
   lines = ''.join('<tr>' + ''.join(map(cell, row)) + '</tr>' for row in rows)
   return '<table><tr>' + ''.join(f'<th>{text(h)}</th>' for h in head) + f'</tr>{lines}</table>'
 
 
 def records(rows: Iterable[dict], most: int = 500) -> str:
-  """Dicts as a table with a column for every key; numbers to five digits."""
+  """Dicts as a table with a column for each key; at most `most` rows, and numbers to five digits."""
   rows = list(rows)
   names = list(dict.fromkeys(k for row in rows for k in row))
   return table(names, [[_cell(row.get(k, '')) for k in names] for row in rows[:most]])
 
 
 def details(summary: str, body: str) -> str:
-  """What a click opens."""
+  """A body that a click on the summary opens."""
   return f'<details><summary>{text(summary)}</summary>{body}</details>'
 
 
 def text(value) -> str:
+  """A value as HTML text."""
   return html.escape(str(value))
 
 
 def _cell(value) -> str:
+  """A number to five digits; whole numbers below a million, and what is not a number, as they are."""
   try:
     number = float(value)
   except (TypeError, ValueError):
@@ -143,8 +155,9 @@ def _cell(value) -> str:
 
 
 def interval(low, high, digits=3, bare=False) -> str:
-  """'[0.1, 0.2]'; nothing where it is not known, or a dash where it stands alone."""
+  """'[0.1, 0.2]'. For an unknown interval '', or a dash where it is `bare`, alone in a cell."""
   if not (np.isfinite(low) and np.isfinite(high)):
-    return '' if not bare else '—'
-  show = (lambda v: f'{v:.{digits}f}') if 1e-3 <= abs(high) < 1e3 else si
-  return f'[{show(low)}, {show(high)}]'
+    return '—' if bare else ''
+  if 1e-3 <= abs(high) < 1e3:
+    return f'[{low:.{digits}f}, {high:.{digits}f}]'
+  return f'[{si(low)}, {si(high)}]'

@@ -1,4 +1,7 @@
-"""Figures a paper could use. Each returns a matplotlib Figure and touches no global state."""
+"""Figures of an analysis. Each function returns a matplotlib Figure and changes no global state."""
+
+import itertools
+import textwrap
 
 import numpy as np
 from matplotlib.colors import LogNorm
@@ -19,12 +22,12 @@ from research.scaling.report.figure import (
 )
 from research.scaling.report.page import GREEK
 
-BAND = 'interval'
+BAND = 'interval'  # the label of every band
 
 
 def isoflop(a: Analysis, ax=None):
   """Loss against N at each budget, the fitted profiles and their minima; refused curves are dashed."""
-  figure, ax = _own(ax)
+  figure, ax = _figure_of(ax)
   if a.approach2 is None:
     return _says(figure, ax, a.refusals.get('approach 2', 'no isoFLOP curves'))
   profiles = a.approach2.profiles
@@ -52,37 +55,31 @@ def isoflop(a: Analysis, ax=None):
 
 def surface(a: Analysis, ax=None):
   """Contours of the fitted loss over C and N, the runs, and the efficient frontier."""
-  figure, ax = _own(ax)
+  figure, ax = _figure_of(ax)
   if a.approach3 is None:
     return _says(figure, ax, a.refusals.get('approach 3', 'no law was fitted'))
-  c, n = (_span(v, pad) for v, pad in ((a.rows.flops, 2.0), (a.rows.params, 1.6)))
+  c = _span(a.rows.flops, 2.0)
+  n = _span(a.rows.params, 1.6)
   grid_c, grid_n = np.meshgrid(c, n)
   tokens = a.cost.tokens(grid_n, grid_c)
   loss = a.predict(grid_n, tokens)
-  shown = a.rows.loss
-  top = min(shown.max() * 1.05, shown.min() * 4)
-  levels = np.geomspace(max(loss.min(), shown.min() * 0.95), top, 14)
-  filled = ax.contour(grid_c, grid_n, loss, levels=levels, cmap=MAP, linewidths=1.0, norm=LogNorm())
-  ax.clabel(filled, fmt='%.2f', fontsize=6)
+  observed = a.rows.loss
+  # Levels over the losses of the runs; a diverged run does not stretch them.
+  top = min(observed.max() * 1.05, observed.min() * 4)
+  levels = np.geomspace(max(loss.min(), observed.min() * 0.95), top, 14)
+  lines = ax.contour(grid_c, grid_n, loss, levels=levels, cmap=MAP, linewidths=1.0, norm=LogNorm())
+  ax.clabel(lines, fmt='%.2f', fontsize=6)
   ax.scatter(
-    a.rows.flops,
-    a.rows.params,
-    c=shown,
-    cmap=MAP,
-    norm=filled.norm,
-    s=16,
-    edgecolor=INK,
+    a.rows.flops, a.rows.params, c=observed, cmap=MAP, norm=lines.norm, s=16, edgecolor=INK,
     linewidth=0.3,
-  )
+  )  # fmt: skip
   best = a.optimum(c)
   inside = (best.params > n[0]) & (best.params < n[-1])
   ax.plot(c[inside], best.params[inside], color=ACCENT, linewidth=2, label='efficient frontier')
-  log_scale(ax, 'x'), log_scale(ax, 'y')
-  ax.set(
-    xlabel='training FLOPs $C$',
-    ylabel='parameters $N$',
-    title=f'Fitted loss, {a.approach3.law.name}',
-  )
+  log_scale(ax, 'x')
+  log_scale(ax, 'y')
+  title = f'Fitted loss, {a.approach3.law.name}'
+  ax.set(xlabel='training FLOPs $C$', ylabel='parameters $N$', title=title)
   ax.legend(frameon=False, fontsize=8, loc='upper left')
   return figure
 
@@ -90,42 +87,23 @@ def surface(a: Analysis, ax=None):
 def allocation(a: Analysis, forecast: Forecast | None = None):
   """N* and D* against C by every approach, with bootstrap bands."""
   figure, axes = new_figure(2)
-  ends = [a.rows.flops.min(), max(a.rows.flops.max() * 2, forecast.flops * 1.3 if forecast else 0)]
-  c = np.geomspace(*ends, 60)
-  many = a.optimum_samples(c)
+  highest = max(a.rows.flops.max() * 2, forecast.flops * 1.3 if forecast else 0)
+  c = np.geomspace(a.rows.flops.min(), highest, 60)
   best = a.optimum(c)
-  exponents = a.exponents()
+  samples = a.optimum_samples(c)
   for ax, name, field in ((axes[0], 'a', 'params'), (axes[1], 'b', 'tokens')):
     which = 3 if a.approach3 is not None else 2
-    band = a.interval(getattr(many, field))
-    ax.fill_between(
-      c, *band, color=ACCENT, alpha=0.15, linewidth=0, label=f'{BAND} of approach {which}'
-    )
-    ax.plot(c, getattr(best, field), color=ACCENT, label=_slope_label(exponents, name, which))
-    for k, answer, color in ((2, a.approach2, SECOND), (1, a.approach1, '#7d3c98')):
-      if answer is None or k == which:
-        continue
-      if k == 2:
-        band = a.interval(getattr(a.optimum_samples(c, 'approach 2'), field))
-        ax.fill_between(
-          c, *band, color=SECOND, alpha=0.15, linewidth=0, label=f'{BAND} of approach 2'
-        )
-      ax.plot(
-        c, getattr(answer, field)(c), '--', color=color, label=_slope_label(exponents, name, k)
-      )
-    if a.approach2 is not None:
-      for p in a.approach2.used:
-        ax.plot(p.flops, getattr(p, f'{field}_opt'), 'o', color=SECOND, markersize=5)
+    low, high = a.interval(getattr(samples, field))
+    label = f'{BAND} of approach {which}'
+    ax.fill_between(c, low, high, color=ACCENT, alpha=0.15, linewidth=0, label=label)
+    label = _slope_label(a.exponents(), name, which)
+    ax.plot(c, getattr(best, field), color=ACCENT, label=label)
+    _other_approaches(ax, a, c, name, field)
     if forecast is not None:
-      ax.plot(
-        forecast.flops,
-        getattr(forecast, field),
-        '*',
-        color=INK,
-        markersize=12,
-        label='forecast run',
-      )
-    log_scale(ax, 'x'), log_scale(ax, 'y')
+      size = getattr(forecast, field)
+      ax.plot(forecast.flops, size, '*', color=INK, markersize=12, label='forecast run')
+    log_scale(ax, 'x')
+    log_scale(ax, 'y')
     ax.set_xlabel('training FLOPs $C$')
     ax.legend(frameon=False, fontsize=8)
   axes[0].set(ylabel='$N^*$, parameters', title='Compute-optimal parameters')
@@ -133,10 +111,27 @@ def allocation(a: Analysis, forecast: Forecast | None = None):
   return figure
 
 
+def _other_approaches(ax, a: Analysis, c, name: str, field: str) -> None:
+  """N* or D* at budgets `c` by the approaches beside the first choice, and the isoFLOP minima as dots."""
+  if a.approach2 is not None and a.approach3 is not None:
+    low, high = a.interval(getattr(a.optimum_samples(c, 'approach 2'), field))
+    label = f'{BAND} of approach 2'
+    ax.fill_between(c, low, high, color=SECOND, alpha=0.15, linewidth=0, label=label)
+    label = _slope_label(a.exponents(), name, 2)
+    ax.plot(c, getattr(a.approach2, field)(c), '--', color=SECOND, label=label)
+  if a.approach1 is not None:
+    label = _slope_label(a.exponents(), name, 1)
+    ax.plot(c, getattr(a.approach1, field)(c), '--', color='#7d3c98', label=label)
+  if a.approach2 is not None:
+    for p in a.approach2.used:
+      ax.plot(p.flops, getattr(p, f'{field}_opt'), 'o', color=SECOND, markersize=5)
+
+
 def forecast(a: Analysis, forecast: Forecast, outcome: float | None = None):
-  """What the rule in use forecasts at every C, with its band, the fitted minima, and what came of it."""
+  """The forecasts at every C by the rule in use, with their band, the fitted minima, and the outcome."""
   figure, (ax,) = new_figure(size=(6.0, 4.2))
   c = np.geomspace(a.rows.flops.min(), forecast.flops * 1.3, 60)
+  # Fewer points: a rule may take a bootstrap for each.
   _by_the_rule(ax, a, np.geomspace(c[0], c[-1], 12))
   law = 'law' if a.approach3 is not None else 'power law'
   ax.plot(c, a.optimum(c).loss, color=ACCENT, linewidth=1, label=f'$L^*(C)$ of the fitted {law}')
@@ -158,7 +153,8 @@ def forecast(a: Analysis, forecast: Forecast, outcome: float | None = None):
     ax.plot(
       forecast.flops, outcome, '*', color='#27ae60', markersize=14, markeredgecolor=INK, label=miss
     )
-  log_scale(ax, 'x'), log_scale(ax, 'y', plain=True)
+  log_scale(ax, 'x')
+  log_scale(ax, 'y', plain=True)
   title = f'Forecast at {forecast.extrapolation:.2g}x the largest fitted budget'
   ax.set(xlabel='training FLOPs $C$', ylabel='loss (nats per token)', title=title)
   ax.legend(frameon=False, fontsize=8)
@@ -166,12 +162,13 @@ def forecast(a: Analysis, forecast: Forecast, outcome: float | None = None):
 
 
 def _by_the_rule(ax, a: Analysis, flops):
-  """The forecasts of `a.rule`, each of one new run with its own scatter."""
+  """The forecasts of `a.rule`, with a band that includes the scatter of a new run; nothing if it has none."""
   try:
     forecasts = [a.forecast(float(c)) for c in flops]
   except NoForecast:
     return
-  low, high = ([getattr(f, name) for f in forecasts] for name in ('loss_low', 'loss_high'))
+  low = [f.loss_low for f in forecasts]
+  high = [f.loss_high for f in forecasts]
   ax.fill_between(flops, low, high, color=INK, alpha=0.1, linewidth=0, label=f'its {BAND}')
   ax.plot(
     flops, [f.loss for f in forecasts], color=INK, linewidth=1.2, label=f'by the rule: {a.rule}'
@@ -183,7 +180,8 @@ def residuals(a: Analysis):
   figure, axes = new_figure(2, 2, size=(4.6, 3.1), sharey=True)
   if a.approach3 is None:
     return _says(figure, axes[0], a.refusals.get('approach 3', 'no law was fitted'))
-  r, rows = a.approach3.residuals, a.rows
+  r = a.approach3.residuals
+  rows = a.rows
   names = {
     'parameters $N$': rows.params,
     'tokens $D$': rows.tokens,
@@ -197,11 +195,8 @@ def residuals(a: Analysis):
     log_scale(ax, 'x')
     ax.set_xlabel(name)
     ax.yaxis.set_major_locator(MaxNLocator(5))
-  unit = (
-    'fitted over observed, %'
-    if a.approach3.problem.residuals == 'log'
-    else '100 (fitted - observed)'
-  )
+  log = a.approach3.problem.residuals == 'log'
+  unit = 'fitted over observed, %' if log else '100 (fitted - observed)'
   for ax in axes[::2]:
     ax.set_ylabel(unit)
   figure.colorbar(dots, ax=list(axes), label='training FLOPs $C$', shrink=0.8)
@@ -209,18 +204,15 @@ def residuals(a: Analysis):
 
 
 def bootstrap(a: Analysis, most: int = 1000):
-  """Clouds of the bootstrapped parameters, two by two, with the fit itself in red."""
+  """Clouds of the bootstrapped parameters, in pairs, with the fit itself in red; at most `most` dots each."""
   if a.approach3 is None:
-    figure, ax = _own(None)
+    figure, ax = _figure_of(None)
     return _says(figure, ax, a.refusals.get('approach 3', 'no law was fitted'))
   values = a.bootstrap.parameters
-  pairs = [
-    p
-    for p in (('alpha', 'beta'), ('A', 'alpha'), ('B', 'beta'), ('E', 'alpha'))
-    if set(p) <= set(values)
-  ]
-  free = a.approach3.problem.free
-  pairs = pairs or [(x, y) for i, x in enumerate(free) for y in free[i + 1 :]][:4]
+  # The pairs that trade off in Chinchilla; of another law the first four.
+  usual = (('alpha', 'beta'), ('A', 'alpha'), ('B', 'beta'), ('E', 'alpha'))
+  pairs = [pair for pair in usual if set(pair) <= set(values)]
+  pairs = pairs or list(itertools.combinations(a.approach3.problem.free, 2))[:4]
   columns = min(len(pairs), 2)
   figure, axes = new_figure(columns, -(-len(pairs) // columns), size=(4.2, 3.2))
   for ax, (x, y) in zip(axes, pairs, strict=False):
@@ -244,7 +236,8 @@ def overview(a: Analysis):
   return figure
 
 
-def _own(ax):
+def _figure_of(ax):
+  """(the figure of the axes, the axes); new ones for None."""
   if ax is not None:
     return ax.figure, ax
   figure, (ax,) = new_figure(size=(6.0, 4.4))
@@ -252,10 +245,12 @@ def _own(ax):
 
 
 def _span(values, pad):
+  """120 values on a logarithmic scale from a factor `pad` below the smallest to as far above the largest."""
   return np.geomspace(values.min() / pad, values.max() * pad, 120)
 
 
 def _slope_label(exponents, name, approach):
+  """'approach 3: a = 0.5 [0.4, 0.6]'."""
   key = f'{name}, approach {approach}'
   if key not in exponents:
     raise LawError(f'{key} was not fitted.')
@@ -265,24 +260,19 @@ def _slope_label(exponents, name, approach):
 
 
 def _math(name: str) -> str:
-  """A parameter's name as mathematics: alpha is the letter."""
-  return rf'$\{name}$' if name in GREEK else name if '_' in name or len(name) > 2 else f'${name}$'
+  """A parameter's name in matplotlib's mathematics: alpha is the letter, and long names stay as they are."""
+  if name in GREEK:
+    return rf'$\{name}$'
+  return name if '_' in name or len(name) > 2 else f'${name}$'
 
 
 def _says(figure, ax, why):
-  import textwrap
-
+  """The figure with a sentence in place of what it cannot show."""
   for other in figure.axes:
     if other is not ax and len(figure.axes) > 2:
       other.set_axis_off()
   ax.set_axis_off()
-  ax.text(
-    0.5,
-    0.5,
-    '\n'.join(textwrap.wrap(why, 60)),
-    ha='center',
-    va='center',
-    transform=ax.transAxes,
-    fontsize=9,
-  )
+  sentence = '\n'.join(textwrap.wrap(why, 60))
+  middle = {'ha': 'center', 'va': 'center', 'transform': ax.transAxes}
+  ax.text(0.5, 0.5, sentence, fontsize=9, **middle)
   return figure

@@ -1,4 +1,4 @@
-"""What an analysis says, for somebody who has seen neither the code nor the sweep, as sections of a page."""
+"""The sections of a page about an analysis, for a reader who knows neither the code nor the sweep."""
 
 import pathlib
 from collections.abc import Iterable, Mapping
@@ -22,12 +22,13 @@ def write(
   outcome: float | None = None,
   meta: Mapping | None = None,
 ) -> pathlib.Path:
-  """Writes a page of its own and returns its path.
+  """Writes a page about an analysis and returns its path.
 
   Args:
-    runs: rows of results for the table at the end; curves: run -> [(tokens, loss), ...].
-    forecast, outcome: what was forecast before its run, and the loss that the run reached.
-    meta: anything that says where this comes from (config, corpus, commit, time).
+    runs: rows of results for the table at the end.
+    curves: the training curve of each run, [(tokens, loss), ...].
+    forecast, outcome: the forecast that was made before its run, and the loss that the run reached.
+    meta: the provenance by name, such as config, corpus, commit, time.
   """
   params = {str(r): float(n) for r, n in zip(analysis.rows.run, analysis.rows.params, strict=True)}
   sections = [
@@ -42,7 +43,7 @@ def write(
 def law(
   a: Analysis, forecast: Forecast | None = None, outcome: float | None = None, after: str = ''
 ) -> list[str]:
-  """The sections of what was fitted, forecast and doubted; `after` comes after the headline."""
+  """The sections on the fits, the forecast and the doubts. The section `after` comes after the headline."""
   return [
     _headline(a, forecast, outcome),
     _reading(a),
@@ -57,7 +58,7 @@ def law(
 
 
 def training_curves(curves: Mapping | None, params: Mapping | None = None) -> str:
-  """Loss while training; `curves`: run -> [(tokens, loss), ...]."""
+  """The section with the training curves; `curves`: run -> [(tokens, loss), ...]."""
   if not curves:
     return ''
   figure = charts.curves(curves, params)
@@ -67,7 +68,7 @@ def training_curves(curves: Mapping | None, params: Mapping | None = None) -> st
 
 
 def rows(runs: Iterable[Mapping] | None, excluded: Iterable[tuple[str, str]] = ()) -> str:
-  """The rows, to be opened by a click, and those that no fit saw."""
+  """The section with the rows, which a click opens, and those that no fit used."""
   out = '<h2>Rows left out</h2>' + page.table(('run', 'why'), excluded) if excluded else ''
   if runs := list(runs or ()):
     out += page.details(f'All {len(runs)} rows', page.records(runs))
@@ -75,12 +76,12 @@ def rows(runs: Iterable[Mapping] | None, excluded: Iterable[tuple[str, str]] = (
 
 
 def facts(title: str, facts: Mapping | None) -> str:
-  """Names and what they are."""
+  """A section with names and their values."""
   return f'<h2>{page.text(title)}</h2>' + page.table(('', ''), facts.items()) if facts else ''
 
 
 def _headline(a: Analysis, forecast, outcome) -> str:
-  """The exponents as fitted, the best split by the rule that forecasts, and the forecast."""
+  """The headline: the fitted exponents, the best split by the rule that forecasts, and the forecast."""
   exponents = a.exponents()
   which = 'approach 3' if a.approach3 is not None else 'approach 2'
   grows = []
@@ -97,17 +98,18 @@ def _headline(a: Analysis, forecast, outcome) -> str:
     scale = f'{forecast.extrapolation:.2g} times the largest budget'
     interval = page.interval(forecast.loss_low, forecast.loss_high, 4)
     loss = f'forecast as <b>{forecast.loss:.4f}</b> {interval}'
-    text += (
-      f' At {scale} the loss is {loss}.'
-      if outcome is None
-      else f' Before the run at {scale} started, its loss was {loss}; it came out at <b>{outcome:.4f}</b>, '
-      f'an error of <b>{forecast.error(outcome):+.2%}</b>.'
-    )
+    if outcome is None:
+      text += f' At {scale} the loss is {loss}.'
+    else:
+      text += (
+        f' Before the run at {scale} started, its loss was {loss}; it came out at <b>{outcome:.4f}</b>, '
+        f'an error of <b>{forecast.error(outcome):+.2%}</b>.'
+      )
   return f'<p class="headline">{text}</p>'
 
 
 def _best_split(a: Analysis) -> str:
-  """The split of the largest budget by the rule in use; by the fitted law alone where that rule has none."""
+  """A sentence on the split of the largest budget by the rule in use, or where it has none by the law."""
   largest = float(a.rows.flops.max())
   try:
     best = a.forecast(largest)
@@ -126,6 +128,7 @@ def _best_split(a: Analysis) -> str:
 
 
 def _reading(a: Analysis) -> str:
+  """How to read the page: N, D, C, the loss, the brackets and the three approaches."""
   return (
     '<p class="small">N is the number of parameters (column '
     f'<code>{page.text(a.rows.columns.get("params", "params"))}</code>), D the number of training '
@@ -139,9 +142,10 @@ def _reading(a: Analysis) -> str:
 
 
 def _isoflop(a: Analysis) -> str:
+  """The section on approach 2."""
   out = '<h2>IsoFLOP curves</h2>'
   if a.approach2 is None and not table.budget_groups(a.rows):
-    return ''  # nobody asked for any
+    return ''  # the rows are not in budgets, so that nobody expects curves
   if a.approach2 is None:
     return out + f'<p class="warn">{page.text(a.refusals.get("approach 2", "Not fitted."))}</p>'
   out += page.image(
@@ -149,21 +153,16 @@ def _isoflop(a: Analysis) -> str:
     'Each colour is one budget; stars are the minima of the fitted profiles.',
     'isoflop',
   )
-  rows = [
-    (
-      f'{p.flops:.3g}',
-      len(p.params),
-      si(p.params_opt),
-      si(p.tokens_opt),
-      f'{p.loss_opt:.4f}',
-      p.refused or '; '.join(p.warnings),
-    )
-    for p in a.approach2.profiles
-  ]
+  rows = []
+  for p in a.approach2.profiles:
+    remarks = p.refused or '; '.join(p.warnings)
+    optimum = si(p.params_opt), si(p.tokens_opt), f'{p.loss_opt:.4f}'
+    rows.append((f'{p.flops:.3g}', len(p.params), *optimum, remarks))
   return out + page.table(('C', 'sizes', 'N*', 'D*', 'lowest loss', 'remarks'), rows)
 
 
 def _law(a: Analysis) -> str:
+  """The section on approach 3."""
   out = '<h2>The fitted law</h2>'
   if a.approach3 is None:
     return out + f'<p class="warn">{page.text(a.refusals.get("approach 3", "Not fitted."))}</p>'
@@ -172,15 +171,11 @@ def _law(a: Analysis) -> str:
   out += f'<p><i>L</i> = {page.formula(fit.law.form)} {source}</p>'
   if sentence := comparison.sentence(a.compared):
     out += f'<p>{page.text(sentence)}</p>'
-  rows = [
-    (
-      page.GREEK.get(name, name),
-      f'{value:.5g}',
-      '[{:.4g}, {:.4g}]'.format(*spread[name]),
-      fit.law.parameters[name].meaning,
-    )
-    for name, value in fit.parameters.items()
-  ]
+  rows = []
+  for name, value in fit.parameters.items():
+    low, high = spread[name]
+    meaning = fit.law.parameters[name].meaning
+    rows.append((page.GREEK.get(name, name), f'{value:.5g}', f'[{low:.4g}, {high:.4g}]', meaning))
   out += page.table(('parameter', 'value', f'{a.level:.0%} interval', 'meaning'), rows)
   return out + page.image(
     plots.surface(a),
@@ -190,6 +185,7 @@ def _law(a: Analysis) -> str:
 
 
 def _allocation(a: Analysis, forecast) -> str:
+  """The section on N* and D* against C."""
   rows = [
     (name, f'{v:.4f}', page.interval(low, high, 3, bare=True))
     for name, (v, low, high) in a.exponents().items()
@@ -206,6 +202,7 @@ def _allocation(a: Analysis, forecast) -> str:
 
 
 def _forecast(a: Analysis, forecast, outcome) -> str:
+  """The section on the forecast and its outcome; '' without a forecast."""
   if forecast is None:
     return ''
   rows = [
@@ -240,6 +237,7 @@ def _forecast(a: Analysis, forecast, outcome) -> str:
 
 
 def _doubts(a: Analysis, forecast) -> str:
+  """The section on notes and refusals, with the figures that show how well the law fits."""
   out = '<h2>How far to believe it</h2>'
   items = [*a.notes, *(f'{name} refused: {why}' for name, why in a.refusals.items())]
   if forecast is not None and (parts := forecast.parts):
@@ -268,9 +266,13 @@ def _doubts(a: Analysis, forecast) -> str:
 
 
 def _minima(fit) -> str:
-  """Every distinct minimum, and apart from them the ends of starts that did not converge."""
+  """A table of the distinct minima, and one that a click opens of the ends that did not converge."""
   head = ('objective', 'kind', 'starts that end there', 'parameters')
-  line = lambda m: (f'{m.objective:.8g}', m.kind, m.starts, _values(m.parameters))
+
+  def line(minimum) -> tuple:
+    parameters = ', '.join(f'{name} {v:.4g}' for name, v in minimum.parameters.items())
+    return f'{minimum.objective:.8g}', minimum.kind, minimum.starts, parameters
+
   converged = [line(m) for m in fit.minima if m.kind != 'unconverged']
   stopped = [line(m) for m in fit.minima if m.kind == 'unconverged']
   out = page.table(head, converged) + (
@@ -286,6 +288,7 @@ def _minima(fit) -> str:
 
 
 def _conventions(a: Analysis) -> str:
+  """The section on other counts of N and C; '' where the rows have one of each."""
   if not a.conventions:
     return ''
   return (
@@ -293,7 +296,3 @@ def _conventions(a: Analysis) -> str:
     'FLOPs are counted changes the exponents, most of all for small '
     'models.</p>' + page.records(a.conventions)
   )
-
-
-def _values(parameters) -> str:
-  return ', '.join(f'{k} {v:.4g}' for k, v in parameters.items())
