@@ -91,14 +91,15 @@ def allocation(a: Analysis, forecast: Forecast | None = None):
   c = np.geomspace(a.rows.flops.min(), highest, 60)
   best = a.optimum(c)
   samples = a.optimum_samples(c)
+  exponents = a.exponents()
   for ax, name, field in ((axes[0], 'a', 'params'), (axes[1], 'b', 'tokens')):
     which = 3 if a.approach3 is not None else 2
     low, high = a.interval(getattr(samples, field))
     label = f'{BAND} of approach {which}'
     ax.fill_between(c, low, high, color=ACCENT, alpha=0.15, linewidth=0, label=label)
-    label = _slope_label(a.exponents(), name, which)
+    label = _slope_label(exponents, name, which)
     ax.plot(c, getattr(best, field), color=ACCENT, label=label)
-    _other_approaches(ax, a, c, name, field)
+    _other_approaches(ax, a, c, exponents, name, field)
     if forecast is not None:
       size = getattr(forecast, field)
       ax.plot(forecast.flops, size, '*', color=INK, markersize=12, label='forecast run')
@@ -111,16 +112,16 @@ def allocation(a: Analysis, forecast: Forecast | None = None):
   return figure
 
 
-def _other_approaches(ax, a: Analysis, c, name: str, field: str) -> None:
+def _other_approaches(ax, a: Analysis, c, exponents: dict, name: str, field: str) -> None:
   """N* or D* at budgets `c` by the approaches beside the first choice, and the isoFLOP minima as dots."""
   if a.approach2 is not None and a.approach3 is not None:
     low, high = a.interval(getattr(a.optimum_samples(c, 'approach 2'), field))
     label = f'{BAND} of approach 2'
     ax.fill_between(c, low, high, color=SECOND, alpha=0.15, linewidth=0, label=label)
-    label = _slope_label(a.exponents(), name, 2)
+    label = _slope_label(exponents, name, 2)
     ax.plot(c, getattr(a.approach2, field)(c), '--', color=SECOND, label=label)
   if a.approach1 is not None:
-    label = _slope_label(a.exponents(), name, 1)
+    label = _slope_label(exponents, name, 1)
     ax.plot(c, getattr(a.approach1, field)(c), '--', color='#7d3c98', label=label)
   if a.approach2 is not None:
     for p in a.approach2.used:
