@@ -83,6 +83,7 @@ class Sized:
     return sizes
 
   def macros(self) -> list[dict[str, int]]:
+    """The gin macros of each size; a design may make others than the ladder's."""
     return self.ladder.macros()
 
   def train_for(
@@ -139,4 +140,5 @@ class Picked(Sized):
     positive(self, params=self.params)
 
   def sizes(self, rungs: list[Size]) -> list[Size]:
+    """The size nearest to each of `params`, without repeats."""
     return list({(size := nearest(rungs, n)).name: size for n in self.params}.values())

@@ -13,7 +13,7 @@ def rates(best_of: Mapping[str, dict], line: tuple[float, float, float] | None):
 
   Args:
     best_of: {size: its `rates.best_rate`}.
-    line: (value, at, exponent) of the fitted law of the best rate, if there is one.
+    line: (value, centre, exponent) of the best rate = value (N / centre)^exponent, if it was fitted.
   """
   figure, (curves, law) = new_figure(2)
   highest = 0.0
@@ -127,7 +127,7 @@ def epochs(rows: Mapping[str, np.ndarray], predict=None):
         fresh = predict(params, grid * u, grid * u)
         ax.plot(grid, fresh, ':', color=color, linewidth=1)
     log_scale(ax, 'x')
-    ax.xaxis.set_major_formatter(lambda v, _: f'{v:g}')
+    ax.xaxis.set_major_formatter('{x:g}')
     ax.set(xlabel='epochs', title=f'N = {params:.3g}')
   for ax in axes[len(n) :]:
     ax.set_axis_off()

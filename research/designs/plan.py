@@ -1,4 +1,4 @@
-"""The parts of a plan: a ladder of sizes, rules for hyper-parameters, planned runs."""
+"""The parts of a plan: a ladder of sizes, rules for hyper-parameters, and planned runs."""
 
 import dataclasses
 import math
@@ -17,6 +17,7 @@ class Size:
 
   @property
   def name(self) -> str:
+    """Its width and depth, '128x4'."""
     return 'x'.join(str(self.macros[k]) for k in ('EMBED', 'LAYERS'))
 
 
@@ -114,6 +115,7 @@ class Ladder:
       raise Invalid(Ladder, 'widths', f'{self.widths!r} must rise in multiples of {unit}.')
 
   def macros(self) -> list[dict[str, int]]:
+    """The gin macros of each size, smallest first."""
     first, last, step = self.widths
     return [
       {

@@ -30,15 +30,16 @@ def best_rate(members: list[tuple[Planned, float]]) -> dict:
   points = collections.defaultdict(list)
   for (batch, rate), values in sorted(cells.items()):
     points[batch].append((rate, float(np.mean(values))))
-  batch, (rate, loss) = min(
-    ((batch, point) for batch, row in points.items() for point in row), key=lambda m: m[1][1]
+  loss, batch, rate = min(
+    (loss, batch, rate) for batch, row in points.items() for rate, loss in row
   )
   best = {'params': members[0][0].size.params, 'rate': rate, 'batch': batch, 'loss': loss}
   best |= {'points': dict(points), 'parabola': None, 'note': ''}
   row = points[batch]
-  i = [r for r, _ in row].index(rate)
+  i = row.index((rate, loss))
   if i in (0, len(row) - 1):
     return best | {'note': ' (the best rate is at the end of the grid)'}
+  # Two neighbours on each side: further out the loss rises faster than a parabola in ln rate.
   x, y = np.array(row[max(0, i - 2) : i + 3]).T
   a, b, c = np.polyfit(np.log(x), y, 2)
   if a <= 0:

@@ -11,12 +11,21 @@ from research.designs.plan import Planned, Size
 from research.scaling import bootstrap, fitted, law_fit, laws
 from research.scaling.rows import CONVENTIONS
 
+# Tied parameters of each form of the law, from the widest to the narrowest. The paper has the second.
+FORMS = {
+  '': {},
+  ', alpha = beta': {'beta': 'alpha'},
+  ', alpha = beta, R_N = R_D': {'beta': 'alpha', 'R_N': 'R_D'},
+}
+
 
 def repeats(runs: list[Planned], rows: list[dict], flops: str) -> Answer:
-  """The data-constrained law of Muennighoff et al. 2023, in the widest form that the rows determine.
+  """The data-constrained law of Muennighoff et al. 2023, in the widest of `FORMS` that the rows determine.
 
-  The unique tokens of a row are its tokens / epochs. The forms are: all seven parameters free; alpha = beta, as
-  in the paper; and R_N = R_D too.
+  The unique tokens of a row are its tokens / epochs.
+
+  Args:
+    flops: the FLOP convention of the design, which decides what N counts.
   """
   from research.designs.charts import epochs
 
@@ -32,41 +41,43 @@ def repeats(runs: list[Planned], rows: list[dict], flops: str) -> Answer:
   loss = column('loss')
   law = laws.DataConstrained()
   refused = []
-  forms = {'': {}, ', alpha = beta': {'beta': 'alpha'}}
-  forms[', alpha = beta, R_N = R_D'] = {'beta': 'alpha', 'R_N': 'R_D'}
   fit = None
-  for form, tied in forms.items():
+  for form, tied in FORMS.items():
     try:
       fit = law_fit.fit(law, data, loss, tied=tied)
       break
     except (fitted.NotIdentifiable, laws.LawError) as error:
       refused.append(f'{law.name}{form} refused: {error}')
-  predict = None
-  if fit:
+  if fit is None:
+    lines = ['no law of repeated data was fitted: the runs do not determine one.', *refused]
+    figure = epochs({**data, 'loss': loss})
+    return Answer('\n'.join(lines), {'epochs': (figure, 'Points are runs.')})
 
-    def predict(n, d, unique):
-      return fit.predict(params=n, tokens=d, unique_tokens=unique)
+  def predict(n, d, unique):
+    return fit.predict(params=n, tokens=d, unique_tokens=unique)
 
-    values = fit.parameters
-    spread = bootstrap.bootstrap(fit, 'residual', replicates=400).intervals(0.9)
-    low, high = spread['R_D']
-    lines = [
-      f'after {values["R_D"]:.3g} [{low:.3g}, {high:.3g}] repeats one more is worth 1/e of new tokens.',
-      f"L = {law.form}{form}; N' and D' are effective numbers ({law.source}); 90% intervals:",
-      *(
-        f'  {k:5} {v:<9.4g} [{spread[k][0]:.4g}, {spread[k][1]:.4g}]  {law.parameters[k].meaning}'
-        for k, v in values.items()
-      ),
-      f'fitted over observed loss: within {np.abs(np.expm1(fit.residuals)).max():.2%}',
-    ]
-  else:
-    lines = ['no law of repeated data was fitted: the runs do not determine one.']
-  caption = 'Points are runs' + (
-    '; lines the fitted law, dotted: had every token been new.' if fit else '.'
-  )
   figure = epochs({**data, 'loss': loss}, predict)
-  fitted_values = {'law': law.name, 'tied': tied, 'parameters': fit.parameters} if fit else None
-  return Answer('\n'.join([*lines, *refused]), {'epochs': (figure, caption)}, fitted_values)
+  caption = 'Points are runs; lines the fitted law, dotted: had every token been new.'
+  values = {'law': law.name, 'tied': tied, 'parameters': fit.parameters}
+  text = '\n'.join([*_describe(fit, form), *refused])
+  return Answer(text, {'epochs': (figure, caption)}, values)
+
+
+def _describe(fit: fitted.Fit, form: str) -> list[str]:
+  """Lines on a fitted law of repeated data; `form` is a key of `FORMS`."""
+  law = fit.law
+  spread = bootstrap.bootstrap(fit, 'residual', replicates=400).intervals(0.9)
+  low, high = spread['R_D']
+  lines = [
+    f'after {fit.parameters["R_D"]:.3g} [{low:.3g}, {high:.3g}] repeats one more is worth 1/e of new tokens.',
+    f"L = {law.form}{form}; N' and D' are effective numbers ({law.source}); 90% intervals:",
+  ]
+  for name, value in fit.parameters.items():
+    low, high = spread[name]
+    meaning = law.parameters[name].meaning
+    lines.append(f'  {name:5} {value:<9.4g} [{low:.4g}, {high:.4g}]  {meaning}')
+  worst = np.abs(np.expm1(fit.residuals)).max()
+  return [*lines, f'fitted over observed loss: within {worst:.2%}']
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

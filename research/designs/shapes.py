@@ -24,7 +24,8 @@ def shapes(runs: list[Planned], rows: list[dict]) -> Answer:
     lines.append(f'{width:8}' + ' '.join(shown))
   if not loss_of:
     return Answer('\n'.join(lines))
-  (width, depth), loss = min(loss_of.items(), key=lambda item: item[1])
+  width, depth = min(loss_of, key=loss_of.get)
+  loss = loss_of[width, depth]
   lines.append(f'best: {width} wide, {depth} layers ({width / depth:.3g} wide a layer): {loss:.4f}')
   caption = 'Every run spends the same compute: a larger model sees fewer tokens.'
   return Answer('\n'.join(lines), {'shapes': (charts.shapes(loss_of), caption)})

@@ -1,5 +1,6 @@
-"""The two ends of a sweep's command: the one that starts workers and waits, and a worker's process."""
+"""The two processes of a sweep's command: the one that starts workers and waits, and a worker."""
 
+import functools
 import os
 import sys
 
@@ -16,7 +17,7 @@ from research.training import interrupt
 
 
 def get_done(flags, sweep: Sweep, runs: list[Planned], folder: Folder, table: Table) -> bool:
-  """Has the launcher start workers until every run is over; False where the user must start them."""
+  """Starts workers by the launcher until every run is over; False where the user must start them."""
   launcher = by_name.named(flags.launcher) if flags.launcher else sweep.launcher
   if flags.address:
     launcher = by_name.with_address(launcher, flags.address)
@@ -24,15 +25,21 @@ def get_done(flags, sweep: Sweep, runs: list[Planned], folder: Folder, table: Ta
   def waiting() -> list[Planned]:
     return [run for run in runs if folder.row(run) is None]
 
+  def todo() -> int:
+    return len(waiting())
+
+  def at_once() -> int:
+    return len(populations(sweep, waiting()))
+
   arguments = [f'--gin_file={file}' for file in flags.gin_file] + [f'--gin.{b}' for b in flags.gin]
   job = Job(
     arguments=(*arguments, f'--workdir={folder.path}', '--worker'),
     workdir=folder.path,
-    todo=lambda: len(waiting()),
-    at_once=lambda: len(populations(sweep, waiting())),
-    watch=lambda: table(runs),
-    hung=lambda: hung(sweep, runs, folder),
-    dispatch=lambda: Dispatch(sweep, folder, runs),
+    todo=todo,
+    at_once=at_once,
+    watch=functools.partial(table, runs),
+    hung=functools.partial(hung, sweep, runs, folder),
+    dispatch=functools.partial(Dispatch, sweep, folder, runs),
   )
   if waiting() and not launcher.run(job):
     return False
@@ -50,7 +57,8 @@ def hung(sweep: Sweep, runs: list[Planned], folder: Folder) -> set[int]:
 
 def work(sweep: Sweep, folder: Folder, peers: int) -> int:
   """Does the runs of a sweep until all are over, as one of `peers` workers; returns the exit status."""
-  worker, runs = Worker(sweep, folder, peers), folder.plan()
+  worker = Worker(sweep, folder, peers)
+  runs = folder.plan()
   worker.share_cores(runs)
   # The launcher sees by this file that the worker got as far as taking runs.
   (folder.path / 'workers').mkdir(exist_ok=True)
@@ -59,5 +67,5 @@ def work(sweep: Sweep, folder: Folder, peers: int) -> int:
     worker.work(runs)
   except interrupt.Interrupted as stop:
     print(stop, file=sys.stderr)
-    return 143
+    return 143  # as a shell reports SIGTERM
   return 0

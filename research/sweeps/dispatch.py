@@ -1,12 +1,13 @@
-"""Hands the runs of a sweep out in groups, for launchers that send runs to hosts.
+"""Assigns the runs of a sweep in groups, for launchers that send runs to hosts.
 
-A worker that chooses its runs itself reads every lease that it meets. Here one process knows what it handed
-out, so that ten thousand runs cost it no more than their rows. The leases still decide: other workers may share
-the folder, and a group that was handed out twice is trained once.
+A worker that chooses its runs itself reads the lease of each. Here a single process knows what it assigned, so
+that ten thousand runs cost it no more than their rows. The leases still decide: other workers may share the
+folder, and a group that was assigned twice is trained once.
 """
 
 import collections
 import math
+import operator
 import time
 
 from research.designs.plan import Planned
@@ -14,15 +15,15 @@ from research.sweeps.folder import Folder
 from research.sweeps.sweep import Sweep
 from research.sweeps.worker import Worker
 
-# Seconds until a run is handed out again that another worker had, or that is not ready.
+# Seconds until a run is assigned again that another worker had, or that was not ready.
 PAUSE = 2.0
 
 
 class Dispatch:
-  """The runs of a sweep that nobody was given yet.
+  """The runs of a sweep that are still to be assigned.
 
   Args:
-    runs: of the sweep; those that have a row are left out.
+    runs: of the sweep. Those that have a row are over, and do not take part.
   """
 
   def __init__(self, sweep: Sweep, folder: Folder, runs: list[Planned]):
@@ -31,7 +32,8 @@ class Dispatch:
     self.asks = Worker(sweep, folder)  # whether a run can start; it takes no lease
     waiting = [run for run in runs if folder.row(run) is None]
     # The most expensive first, as a worker does, so that all hosts end at about the same time.
-    self.waiting = {run.name: run for run in sorted(waiting, key=lambda run: -run.cost)}
+    by_cost = sorted(waiting, key=operator.attrgetter('cost'), reverse=True)
+    self.waiting = {run.name: run for run in by_cost}
     self.given: dict[str, Planned] = {}
     self.not_before: dict[str, float] = {}
     self.left = sum(run.cost for run in waiting)  # FLOPs of the runs that have no row
@@ -53,6 +55,7 @@ class Dispatch:
       return groups
     free: dict[tuple, list[Planned]] = collections.defaultdict(list)
     for run in self.waiting.values():
+      # More shapes than groups to fill: the rest waits for the next call.
       if len(free) > most and Worker.kind(run) not in free:
         continue
       if self.not_before.get(run.name, 0.0) > now:

@@ -58,6 +58,7 @@ def measured(sweep: Sweep, runs: list[Planned]) -> Speed:
   seconds = np.array([step_seconds(sweep.config(run).build()) for run in ends])
   device = jax.devices()[0]
   chips, hardware = jax.device_count(), device.device_kind
+  # Two sizes that are too alike, or timings that are noise, do not determine a line.
   if flops[1] < 1.5 * flops[0] or seconds[1] <= seconds[0]:
     return Speed(0.0, float(flops[1] / seconds[1]), chips, hardware)
   rate = float((flops[1] - flops[0]) / (seconds[1] - seconds[0]))
@@ -183,8 +184,9 @@ def informative(sweep: Sweep, runs: list[Planned], draws: int = 3) -> str:
     f'if the law were {name}{values}, and seeds moved the loss by {sweep.noise:.1%}, a fit would say:'
   ]
   for name in dict.fromkeys(name for exponents in drawn for name in exponents):
-    intervals = sorted((e[name] for e in drawn if name in e), key=lambda e: e[2] - e[1])
-    value, low, high = intervals[len(intervals) // 2]
+    intervals = [exponents[name] for exponents in drawn if name in exponents]
+    widths = [high - low for _, low, high in intervals]
+    value, low, high = intervals[int(np.argsort(widths, kind='stable')[len(widths) // 2])]
     lines.append(
       f'  N* ~ C^a with {name}: {value:.3f} [{low:.3f}, {high:.3f}], +-{(high - low) / 2:.3f}'
     )

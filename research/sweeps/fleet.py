@@ -1,4 +1,4 @@
-"""How long a sweep takes on a fleet whose hosts are taken away now and then, by simulation."""
+"""Simulates a sweep on a fleet whose hosts may be preempted, to estimate how long it takes."""
 
 import dataclasses
 import heapq

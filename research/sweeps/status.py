@@ -62,7 +62,7 @@ class Table:
   max_rows = 40  # of the live table; the other runs are only counted
 
   def __init__(
-    self, folder: Folder, stream=sys.stderr, law: Callable[[list[Planned]], str] = lambda runs: ''
+    self, folder: Folder, stream=sys.stderr, law: Callable[[list[Planned]], str] | None = None
   ):
     self.folder = folder
     self.stream = stream
@@ -101,7 +101,8 @@ class Table:
       table.add_row(run.name, *numbers, f'{run.steps:,}', status, loss, when)
     if len(runs) > len(shown):
       table.add_row(f'{len(self.over)} of {len(runs)} are over')
-    if len(self.over) != self.runs_of_law:
+    # The law takes a while, so it is only fitted again when another run is over.
+    if self.law is not None and len(self.over) != self.runs_of_law:
       self.runs_of_law = len(self.over)
       self.law_text = self.law(runs)
     captions = ['' if last else time_left(self.folder, runs), self.law_text]

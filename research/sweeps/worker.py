@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import operator
 import os
 import time
 
@@ -59,7 +60,7 @@ class Worker:
     """
     for run in runs:
       self.alike.setdefault(self.kind(run), []).append(run)
-    runs = sorted(runs, key=lambda run: -run.cost)
+    runs = sorted(runs, key=operator.attrgetter('cost'), reverse=True)
     while runs := [run for run in runs if self.folder.row(run) is None]:
       trained_any = False
       flops_left = sum(run.cost for run in runs)
