@@ -35,16 +35,16 @@ def test_the_example_of_inference_in_the_laws_runs(monkeypatch, capsys):
 
 def test_the_example_of_a_new_law_runs():
   code = example('class Depth')
-  law = code[code.index('class Depth') : code.index('found =')]
+  law = code[code.index('class Depth') : code.index('fitted =')]
   assert len([line for line in law.splitlines() if line.strip()]) <= 15
   rng = np.random.default_rng(0)
   n, layers = np.exp(rng.uniform(16, 23, 40)), rng.integers(2, 64, 40).astype(float)
   loss = 1.7 + 400 / n**0.34 + 0.8 / layers**0.6
   names = {'n': n, 'layers': layers, 'loss': loss}
   exec(code, names)
-  found = names['found'].parameters
-  assert found['kappa'] == pytest.approx(0.6, rel=1e-6)
-  assert found['K'] == pytest.approx(0.8, rel=1e-6)
+  parameters = names['fitted'].parameters
+  assert parameters['kappa'] == pytest.approx(0.6, rel=1e-6)
+  assert parameters['K'] == pytest.approx(0.8, rel=1e-6)
 
 
 def test_the_example_is_fitted_from_a_table_outside_the_repository(tmp_path, monkeypatch, capsys):
@@ -52,7 +52,7 @@ def test_the_example_is_fitted_from_a_table_outside_the_repository(tmp_path, mon
   from research import fit
 
   code = example('class Depth')
-  (tmp_path / 'depth.py').write_text(code[: code.index('found =')])
+  (tmp_path / 'depth.py').write_text(code[: code.index('fitted =')])
   rng = np.random.default_rng(0)
   n, layers = np.exp(rng.uniform(16, 23, 40)), rng.integers(2, 64, 40)
   loss = 1.7 + 400 / n**0.34 + 0.8 / layers**0.6
