@@ -41,12 +41,14 @@ def profile(flops, params, tokens, loss, cost: Cost, method='parabola', window=N
   params, tokens, loss = (np.asarray(v, np.float64)[order] for v in (params, tokens, loss))
   params, tokens, loss = _merge(params, tokens, loss)
   if window is not None and len(loss):
+    # A size exactly at the edge of the window counts, whatever the rounding.
     near = np.abs(np.log(params / params[np.argmin(loss)])) <= np.log(window) + 1e-9
     params, tokens, loss = params[near], tokens[near], loss[near]
   base = Profile(float(flops), params, tokens, loss, method)
   if len(params) < FEWEST_SIZES[method]:
     count = '1 size' if len(params) == 1 else f'{len(params)} sizes'
     return dataclasses.replace(base, refused=f'{count}; a {method} needs {FEWEST_SIZES[method]}')
+  # A curve that is lowest at an edge may have its minimum anywhere beyond.
   lowest = int(np.argmin(loss))
   if lowest in (0, len(loss) - 1):
     end = 'smallest' if lowest == 0 else 'largest'
@@ -59,6 +61,7 @@ def profile(flops, params, tokens, loss, cost: Cost, method='parabola', window=N
     return dataclasses.replace(base, refused=why)
   n = float(np.exp(ln_n_opt))
   warnings = [] if len(params) > 3 else ['3 sizes: no check of the shape']
+  # Akima's curve goes through every point, and so through the noise; a polynomial averages over it.
   if method == 'akima' and (np.diff(np.sign(np.diff(loss))) < 0).any():
     warnings.append('more than one local minimum: the runs are noisy')
   return dataclasses.replace(
@@ -209,6 +212,7 @@ def _steady(p: Profile, cost, noise, replicates, rng) -> tuple[Profile, float]:
   n = float(np.exp(np.median(optima[inside])))
   loss = float(interpolant(x, p.loss, p.method)(np.log(n)))
   # Copies without a minimum inside have no N*: the fewer remain, the more their spread understates the noise.
+  # And no curve locates its optimum much better than the spacing of its sizes.
   spread = max(optima[inside].std(), np.ptp(x) / (len(x) - 1) / 3) / inside.mean()
   best = {'params_opt': n, 'tokens_opt': float(cost.tokens(n, p.flops)), 'loss_opt': loss}
   return dataclasses.replace(p, refused=None, **best), float(spread)
@@ -236,6 +240,7 @@ def _resample(used, cost, method, noise, weights, floor, replicates, rng) -> np.
     shape = (replicates, len(center))
     drawn = rng.choice(pool, size=shape) if noise is None else noise * rng.normal(size=shape)
     minima[:, j], lowest[:, j] = _minima(np.log(p.params), center + drawn, method)
+  # A curve may lose its minimum in a replicate, whose power law then goes through the others.
   samples = np.full((replicates, 6), np.nan)
   for r in range(replicates):
     good = np.isfinite(minima[r]) & (lowest[r] > floor)

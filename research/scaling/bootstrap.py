@@ -143,12 +143,14 @@ def _refit(fit: fitted.Fit, y, w, replicates: int, minima: int = 2):
   """
   starts = [m for m in fit.minima[:minima] if m.kind != 'unconverged'] or [fit.minima[0]]
   each = np.arange(replicates)
+  # A residual bootstrap has a y for each replicate and one w for all; the others the reverse.
   rows = np.stack([each * (len(y) > 1), each * (len(w) > 1)], axis=1)
   ends = []
   for start in starts:
     z0 = fit.problem.law.coordinates(start.parameters, fit.data['center'])
     z0 = np.tile([z0[name] for name in fit.problem.free], (replicates, 1))
     ends.append(law_fit.minimise(fit.problem, fit.data, z0, y, w, rows, fit.delta, fit.tau))
+  # A replicate may move the best minimum from one to another; starting at both finds it.
   best = np.argmin([end.objective for end in ends], axis=0)
   z = np.stack([end.z for end in ends])[best, each]
   objective = np.stack([end.objective for end in ends])[best, each]

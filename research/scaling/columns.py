@@ -179,6 +179,7 @@ def find(rows: list[Mapping], columns: Columns, quantity: str) -> str | None:
     if not matches:
       continue
     if quantity in QUANTITIES:
+      # A logger may write a column and leave it empty.
       matches = [name for name in matches if _has_values(rows, name)] or matches
       _check_alike(rows, matches, quantity)
     # A column t may be time, and l layers: only the values tell.
@@ -195,6 +196,7 @@ def _is_called(name: str, aliases: set[str], quantity: str) -> bool:
   if quantity not in QUANTITIES:
     return False
   base, unit = base_and_unit(name)
+  # 'train/tokens' and the like, as loggers group their metrics.
   last = base_and_unit(str(name).rsplit('/', 1)[-1])[0] if '/' in str(name) else base
   if quantity == 'loss' and unit is not None:
     return base in aliases and unit.startswith(('nat', 'bit', 'perplexity', 'ppl'))
@@ -246,6 +248,7 @@ def scale_of(column: str, quantity: str, columns: Columns) -> float:
   unit = getattr(columns, f'{quantity}_unit')
   if unit != 1.0:
     return unit
+  # A name of the list has no unit in it.
   if bare(column) in {bare(alias) for group in ALIASES[quantity] for alias in group}:
     return 1.0
   return unit_of(base_and_unit(column)[1]) or 1.0

@@ -85,6 +85,7 @@ def coverage(
   redrawn = fitted[:, None] + np.take_along_axis(spread[:, None], drawn, axis=2)
   start = np.repeat(solution.z, replicates, axis=0)
   ends = _fit_each(problem, data, start, redrawn.reshape(-1, n), delta)
+  # [replications * replicates] values of each parameter, those of a simulated sweep side by side.
   sampled = problem.values(ends.z.T, data['center'], np.exp)
   shares = {}
   for name, truth in values.items():

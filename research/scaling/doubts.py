@@ -55,10 +55,12 @@ def _check_cost(rows: Observations) -> None:
   names = rows.columns
   log_ratio = np.log10(rows.flops / (6 * rows.params * rows.tokens))
   typical = float(np.median(log_ratio))
+  # Within a factor of two, as conventions of C differ from each other.
   if abs(typical + math.log10(PF_DAYS)) < 0.3:
     raise RowError(
       f'{names["flops"]} is 6 {names["params"]} {names["tokens"]} in PF-days: pass --flops_unit={PF_DAYS:g}.'
     )
+  # A power of a thousand, up to a factor of six: units go by thousands, and conventions of C by less than six.
   thousands = round(typical / 3)
   if thousands and abs(typical - 3 * thousands) < 0.8:
     raise RowError(
@@ -82,6 +84,7 @@ def _check_gap(rows: Observations, quantity: str) -> None:
   if len(values) < 2 or np.diff(values).max() < DECADES:
     return
   k = int(np.argmax(np.diff(values)))
+  # The smaller of the two groups is more likely to be the one in another unit.
   low = np.log10(getattr(rows, quantity)) <= values[k] + 1e-9
   few = low if low.sum() <= (~low).sum() else ~low
   i = int(np.flatnonzero(few)[0])

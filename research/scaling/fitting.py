@@ -173,12 +173,12 @@ def _about_groups(rows, fit: fitted.Fit | None) -> tuple[str, ...]:
 
   A column that names the studies says most, a jump or a gap without a name less: the first of them counts.
   """
-  told = groups.two_groups(rows)
+  sentence = groups.two_groups(rows)
   if fit is not None and (studies := groups.several_studies(rows, fit)):
     return tuple(studies)
   if fit is not None:
-    told = told or groups.step_in(rows, fit)
-  return (told,) if told else ()
+    sentence = sentence or groups.step_in(rows, fit)
+  return (sentence,) if sentence else ()
 
 
 def _check_law(law: Law, rows: table.Observations) -> None:

@@ -108,10 +108,12 @@ def step_in(rows: Observations, fit: Fit) -> str | None:
   best = None
   for name, symbol in (('params', 'N'), ('tokens', 'D')):
     values = getattr(rows, name)[near]
+    # Not near the ends, where a jump and a bend of the law look alike.
     for threshold in np.quantile(values, np.linspace(0.15, 0.85, 15)):
       below = (values < threshold).astype(float)
       if not 5 <= below.sum() <= len(y) - 5:
         continue
+      # Columns of one length: the derivatives by the parameters differ by orders of magnitude.
       table = np.column_stack([slopes / np.linalg.norm(slopes, axis=0), below])
       coefficients, *_ = np.linalg.lstsq(table, y, rcond=None)
       residual = y - table @ coefficients

@@ -19,6 +19,7 @@ def read_json_rows(path, text: str) -> list[dict]:
     try:
       value = json.loads(text, object_pairs_hook=_object)
     except (json.JSONDecodeError, RecursionError, ValueError) as error:
+      # 'Extra data' after the first value is how JSON-lines looks to a JSON parser.
       if not (isinstance(error, json.JSONDecodeError) and error.msg == 'Extra data'):
         raise _not_json(path, getattr(error, 'lineno', 1), error) from None
       lines = True  # several values, one on each line, whatever the file is called

@@ -74,6 +74,7 @@ def fit(
   if len(y) < len(problem.free):
     few = f'{len(y)} rows for {len(problem.free)} parameters'
     raise NotIdentifiable(law, [few], 'Add runs, or fix or tie parameters.')
+  # The solver compares the law, or its logarithm, with the target.
   target = np.log(y) if residuals == 'log' else y
   z0 = _starts(problem, starts, data, target, w)
   minima = _multistart(problem, data, z0, target, w, delta, tau)
@@ -166,6 +167,8 @@ def _multistart(problem, data, z0, target, w, delta, tau):
   if len(target) > SUBSET:
     part, *few = _subset(data, target, w)
     rough = minimise(problem, part, z0, *few, None, delta, tau)
+    # All rows change a minimum of the subset by little: one that is not among the best eight is not
+    # expected to become best.
     groups = _distinct(problem, part, rough, len(z0))[:8]
     z0, counts = np.stack([g[0] for g in groups]), np.array([g[2] for g in groups])
   else:
@@ -196,6 +199,7 @@ def _distinct(problem, data, solution: solver.Solution, counts, most: int = 24):
   """
   counts = np.broadcast_to(counts, solution.objective.shape)
   order = np.argsort(solution.objective, kind='stable')
+  # A start where the law is negative has no objective.
   order = order[np.isfinite(solution.objective[order])]
   if len(order) == 0:
     raise LawError(f'{problem.law.name}: no start could be evaluated; check the inputs.')
@@ -211,7 +215,7 @@ def _distinct(problem, data, solution: solver.Solution, counts, most: int = 24):
     predicted = predicted / np.exp(data['center']['output'])
   remaining, groups = np.ones(len(order), bool), []
   while remaining.any() and len(groups) < most:
-    i = int(np.argmax(remaining))
+    i = int(np.argmax(remaining))  # the best that is not in a group yet
     same = remaining & (np.abs(predicted - predicted[i]).max(1) < 1e-4)
     k = order[i]
     kind = _kind(problem, solution, k)

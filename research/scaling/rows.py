@@ -134,7 +134,7 @@ def observe(
   arrays = {name: [row[name] for row in numbers_of] for name in ARRAYS}
   arrays['budget'] = _budgets(arrays['budget'], arrays['flops'])
   arrays = {name: np.array(values) for name, values in arrays.items()}
-  if 'flops' not in column_of:
+  if 'flops' not in column_of:  # so far it is 6 N D
     arrays['flops'] = _budget_as_cost(arrays, remarks)
   extra, labels = _other_columns(used, column_of, columns)
   return Observations(

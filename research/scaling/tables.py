@@ -164,6 +164,7 @@ def _split(path, text: str) -> tuple[str, list[tuple[int, list[str]]]]:
   readings = {}
   for separator in [s for s in SEPARATORS if s in header] or [',']:
     readings[separator] = records = _records(path, text, separator)
+    # No separator at all: columns may be aligned by spaces, as many in every row.
     if separator == ',' and ',' not in header and len(header.split()) > 1:
       by_spaces = [(i, line.split()) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
       if len({len(record) for _, record in by_spaces}) == 1:

@@ -79,6 +79,7 @@ def step_seconds(run: Run, repeats: int = 5) -> float:
     def draw(length: int) -> np.ndarray:
       return random.integers(2, 64, (run.batch_size, length), np.int32)
 
+    # Values do not change the time of a step; lengths and dtypes must be those of training.
     batch = {
       'decoder_target_tokens': draw(length),
       'decoder_input_tokens': draw(length),
@@ -96,6 +97,7 @@ def step_seconds(run: Run, repeats: int = 5) -> float:
     fixed = program.fixed()
     step = jax.jit(program.step, donate_argnums=0)
     walls = []
+    # One more than counts, since the first call compiles.
     for _ in range(repeats + 1):
       began = time.perf_counter()
       state, scalars = step(state, batch, rate, fixed)

@@ -87,33 +87,36 @@ def simulate(jobs: Sequence[Job], fleet: Fleet, retries: int, seed: int) -> Simu
   end, lost, trained = 0.0, 0.0, 0.0
   preempted = failed = 0
   while ready or waiting:
-    clock_time = heapq.heappop(free)
-    if not ready and waiting[0][0] > clock_time:
+    time = heapq.heappop(free)
+    # No run is free: the host waits until the lease of a lost host expires.
+    if not ready and waiting[0][0] > time:
       heapq.heappush(free, waiting[0][0])
       continue
-    while waiting and waiting[0][0] <= clock_time:
+    while waiting and waiting[0][0] <= time:
       _, i = heapq.heappop(waiting)
       heapq.heappush(ready, (-remaining[i], i))
+    # The longest first, as workers take them.
     _, i = heapq.heappop(ready)
     needs = fleet.start + remaining[i]
+    # Preemptions are a Poisson process, so that a host does not age.
     alive = chance.expovariate(rate) if rate else float('inf')
     if alive >= needs:
       trained += jobs[i].seconds
-      end = max(end, clock_time + needs)
-      heapq.heappush(free, clock_time + needs)
+      end = max(end, time + needs)
+      heapq.heappush(free, time + needs)
       continue
     done = max(0.0, alive - fleet.start)
     saved = done - done % jobs[i].saved_every
     remaining[i] -= saved
     lost += done - saved
     preempted += 1
-    heapq.heappush(free, clock_time + alive + fleet.replace)
+    heapq.heappush(free, time + alive + fleet.replace)
     failures[i] += not saved
     if failures[i] > retries:
       failed += 1
-      end = max(end, clock_time + alive)
+      end = max(end, time + alive)
     else:
-      heapq.heappush(waiting, (clock_time + alive + fleet.lease, i))
+      heapq.heappush(waiting, (time + alive + fleet.lease, i))
   return Simulated(end, preempted, lost, trained, failed)
 
 

@@ -27,6 +27,7 @@ class Folder:
   def row(self, planned: Planned) -> dict | None:
     """The row of a run that finished or failed, with its role and budget; None while it is not over."""
     if planned.name not in self._rows:
+      # One read and no test before it: in a bucket either is a request.
       try:
         row = json.loads((self.run(planned) / 'run.json').read_text())
       except FileNotFoundError:

@@ -162,6 +162,7 @@ def _endings(runs, rows) -> str:
 
 def _curves(folder: Folder, runs, most: int = 200) -> tuple[dict, dict]:
   """({run: its training curve}, {run: N}) of at most `most` runs, evenly chosen."""
+  # More lines than this cannot be told apart, and would make the page large.
   runs = runs[:: -(-len(runs) // most)]
   curves = {}
   for run in runs:

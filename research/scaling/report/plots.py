@@ -146,6 +146,7 @@ def forecast(a: Analysis, forecast: Forecast, outcome: float | None = None):
       [p.flops for p in used], [p.loss_opt for p in used], 'o', color=SECOND, label='isoFLOP minima'
     )
   error = [[forecast.loss - forecast.loss_low], [forecast.loss_high - forecast.loss]]
+  # Matplotlib refuses negative bars, as of a mean just outside its interval, and NaN.
   error = None if np.isnan(error).any() else np.maximum(error, 0)
   label = f'forecast {forecast.loss:.4f}'
   ax.errorbar(forecast.flops, forecast.loss, error, fmt='s', color=INK, capsize=4, label=label)
