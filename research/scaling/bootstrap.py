@@ -109,7 +109,7 @@ def bootstrap(
     return _normal(fit, spread, replicates, rng)
   y, w = target[None], fit.weights[None]
   if kind == 'residual':
-    # The mean of residuals biases a least-squares refit; a robust fit expects a median of zero and keeps them.
+    # About their mean for least squares; the residuals of a robust fit need not have a mean of zero.
     drawn = spread - np.average(spread) if fit.problem.loss == 'l2' else spread
     y = target - (-fit.residuals) + drawn[rng.integers(n, size=(replicates, n))]
   elif draws is not None:
