@@ -74,7 +74,10 @@ def test_two_steps_by_flags(tmp_path, capsys):
       'Neither law has .*L_half',
     ),
     (['--law=LossOfCompute', '--then=AccuracyOfLoss', '--forecast=1e22'], '--predict='),
-    (['--law=LossOfCompute', '--then=AccuracyOfLoss', '--anchor=loss=0'], 'gives loss, accuracy'),
+    (
+      ['--law=LossOfCompute', '--then=AccuracyOfLoss', '--anchor=loss=0'],
+      'needs exactly loss, accuracy',
+    ),
     (['--law=LossOfCompute', '--anchor=loss=0,accuracy=1'], 'give --then=LAW too'),
     (['--examples=100'], 'not a share of examples'),
     (['--law=AccuracyOfLoss', '--examples=100', '--robust=l1'], 'whose noise is binomial'),
