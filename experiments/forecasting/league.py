@@ -67,9 +67,7 @@ def by_law(law):
 
 def by_mean(seen, unseen) -> dict:
   """A rule: the mean of approaches 2 and 3, with its 90% interval."""
-  analysis = fitting.analyse(
-    seen, Options(replicates=REPLICATES, rule='mean of approaches')
-  )
+  analysis = fitting.analyse(seen, Options(replicates=REPLICATES, rule='mean of approaches'))
   told = [
     analysis.forecast(c, params=n, tokens=d)
     for n, d, c in zip(unseen.params, unseen.tokens, unseen.flops, strict=True)
