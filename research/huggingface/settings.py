@@ -12,6 +12,7 @@ from typing import Any
 
 from research.core.errors import UserError, did_you_mean
 from research.core.storage import LFS_POINTER
+from research.core.text import one_line
 from research.huggingface.defaults import ALIASES, DEFAULTS
 from research.huggingface.harmless import HARMLESS, WITHOUT_EFFECT, wanted
 
@@ -93,8 +94,8 @@ class Settings:
     return values
 
   def name(self, key: str) -> str:
-    """How a message calls a key."""
-    return f'{self.inside}.{key}' if self.inside else key
+    """How a message calls a key, which may be any text of a file."""
+    return one_line(f'{self.inside}.{key}' if self.inside else key)
 
   def is_given(self, key: str) -> bool:
     """Whether the file has the key at all."""
@@ -159,7 +160,7 @@ class Settings:
       known = {*self.read, *HARMLESS, *self.defaults} - {key}
       hint = did_you_mean(key, known)
       raise UserError(
-        f'config.json: {self.name(key)} = {value!r} of {self.model_type} is not supported'
+        f'config.json: {self.name(key)} = {one_line(repr(value))} of {self.model_type} is not supported'
         f'{": this project does not know what it does" if key not in HARMLESS else ""}. '
         f'Take it out if it has no effect.{hint if hint.startswith(" Did") else ""}'
       )
