@@ -8,7 +8,6 @@ says; times are a roofline: the largest of those for arithmetic, memory and netw
 """
 
 import json
-import sys
 
 from research.compilation import chips
 from research.core import cli
@@ -44,7 +43,7 @@ if __name__ == '__main__':
   try:
     chips.prepare(FLAGS.topology)
   except UserError as error:
-    sys.exit(f'error: {error}')
+    _parser.exit(2, f'error: {error}\n')
 
 
 from research.compilation import decoding

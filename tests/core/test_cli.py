@@ -22,7 +22,7 @@ STARTS = {
   'sweep': ['--gin_file=gin/sweeps/quickstart.gin', '--workdir={tmp}/none', '--status'],
   'fit': ['--results={tmp}/none.csv'],
   'freeze': ['--gin_file={tmp}/none.gin'],
-  'compile': [RUN, '--topology=none'],
+  'compile': [RUN, '--topology=cpu:8'],
   'convert': ['--from_hf={tmp}/none', '--out={tmp}/out'],
   'count': ['--gin_file={tmp}/none.gin'],
   'generate': ['--checkpoint={tmp}/none', '--prompt=a'],
