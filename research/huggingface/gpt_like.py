@@ -81,6 +81,19 @@ FALCON_SIZES = (
 )  # fmt: skip
 GELU = Options(('gelu', 'gelu_python'))
 GELU_TANH = Options(('gelu_new', 'gelu_pytorch_tanh', 'gelu_fast'))
+
+
+def _one_norm(settings: Settings) -> dict:
+  """Attention and MLP of Falcon 7B read one norm."""
+  # Any other number builds one norm, too.
+  if settings.get_or_refuse_null('num_ln_in_parallel_attn') == 2:
+    raise UserError(
+      'config.json: falcon with num_ln_in_parallel_attn = 2 is supported only with '
+      'new_decoder_architecture = true.'
+    )
+  return {}
+
+
 FALCON_WHEN = {'parallel_attn': True, 'bias': False, 'alibi': False, 'activation': GELU}
 
 
@@ -210,7 +223,7 @@ GPT_LIKE = (
   ),
   Family(
     'falcon', 'FalconForCausalLM', 'gin/models/falcon/family.gin',
-    (*FALCON_SIZES, always({'KV_HEADS': 1}), Unused(('num_kv_heads', 'num_ln_in_parallel_attn'))),
+    (*FALCON_SIZES, always({'KV_HEADS': 1}), Unused(('num_kv_heads',)), Derived(_one_norm)),
     transformer(('input_layernorm',), 'transformer.h.{}.', FUSED_QKV, FOUR_H), FALCON_TOP,
     {**FALCON_WHEN, 'new_decoder_architecture': False, 'multi_query': True}, prefix='transformer.',
   ),

@@ -89,7 +89,7 @@ def start(command: str, flags: list[str], environment: dict) -> subprocess.Popen
     env={**environment, 'PYTHONPATH': str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
   )  # fmt: skip
   words = pathlib.Path(f'/proc/{process.pid}/cmdline')
-  while words.read_bytes().split(b'\0')[1] != b'-m':
+  while words.read_bytes().split(b'\0')[1:2] != [b'-m'] and process.poll() is None:
     time.sleep(0.002)
   return process
 
