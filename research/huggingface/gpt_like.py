@@ -75,7 +75,17 @@ INNER = Field('n_inner', 'MLP', lambda settings: 4 * width(settings))
 FOUR_TIMES = Derived(lambda settings: {'MLP': 4 * width(settings)})
 WORD_HEAD = Head('transformer.word_embeddings.weight')
 WTE_HEAD = Head('transformer.wte.weight')
+
+
+def _no_head_dim(settings: Settings) -> dict:
+  """Falcon's config class computes it, and refuses a file that says it."""
+  if settings.is_given('head_dim'):
+    raise UserError('config.json: head_dim of falcon follows from hidden_size; take it out.')
+  return {}
+
+
 FALCON_SIZES = (
+  Derived(_no_head_dim),
   *SIZES, HEAD_DIM_ONLY_OURS, LAYER_NORM, ROPE, WORD_HEAD,
   Field('ffn_hidden_size', 'MLP', lambda settings: 4 * width(settings)),
 )  # fmt: skip

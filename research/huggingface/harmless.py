@@ -42,9 +42,9 @@ NULL = frozenset((
 ))  # fmt: skip
 NULL_IN = {
   'attention_dropout': (
-    'llama', 'gemma2', 'gemma3_text', 'glm', 'phi', 'falcon', 'deepseek_v2', 'deepseek_v3',
+    'llama', 'gemma2', 'gemma3_text', 'glm', 'phi', 'deepseek_v2', 'deepseek_v3',
   ),
-  'classifier_dropout': ('bert',), 'hidden_dropout': ('falcon',),
+  'classifier_dropout': ('bert',),
   'pretraining_tp': ('llama', 'deepseek_v2', 'deepseek_v3'),
 }  # fmt: skip
 PROBLEMS = ('regression', 'single_label_classification', 'multi_label_classification')

@@ -5,32 +5,14 @@ import errno
 import os
 import pathlib
 import re
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
 from research.core import cli
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
-RUN = '--gin_file=gin/runs/tiny.gin'
-# Every command with flags that are right and an input that is not there.
-STARTS = {
-  'train': [RUN, '--workdir=gs:/none'],
-  'sweep': ['--gin_file=gin/sweeps/quickstart.gin', '--workdir={tmp}/none', '--status'],
-  'fit': ['--results={tmp}/none.csv'],
-  'freeze': ['--gin_file={tmp}/none.gin'],
-  'compile': [RUN, '--topology=cpu:8'],
-  'convert': ['--from_hf={tmp}/none', '--out={tmp}/out'],
-  'count': ['--gin_file={tmp}/none.gin'],
-  'generate': ['--checkpoint={tmp}/none', '--prompt=a'],
-  'evaluate': ['--gin_file=gin/evaluation/quickstart.gin', '--checkpoint={tmp}/none'],
-  'serve': ['--checkpoint={tmp}/none'],
-  'quantise': [RUN, '--checkpoint={tmp}/none', '--out={tmp}/out'],
-  'shrink': [RUN, '--checkpoint={tmp}/none', '--out={tmp}/out'],
-}
 
 
 def run(code: str, shell: str = '', **environment) -> subprocess.CompletedProcess:
@@ -69,46 +51,6 @@ def test_an_interrupt_that_a_package_catches_while_it_is_imported_ends_the_comma
   env = {**os.environ, 'PYTHONPATH': str(ROOT)}
   done = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True)
   assert (done.returncode, done.stderr, done.stdout) == (cli.INTERRUPTED, 'interrupted\n', '')
-
-
-def seconds_of(process: subprocess.Popen) -> float:
-  """The processor time that a process has used: where it is in its start, however busy the machine."""
-  fields = pathlib.Path(f'/proc/{process.pid}/stat').read_text().rpartition(')')[2].split()
-  return (int(fields[11]) + int(fields[12])) / os.sysconf('SC_CLK_TCK')
-
-
-def start(command: str, flags: list[str], environment: dict) -> subprocess.Popen:
-  """A command that has just begun, and does not ignore Ctrl-C as jobs in the background do."""
-  code = (
-    'import os, signal, sys\n'
-    'signal.signal(signal.SIGINT, signal.SIG_DFL)\n'
-    'os.execv(sys.executable, [sys.executable, *sys.argv[1:]])'
-  )
-  process = subprocess.Popen(
-    [sys.executable, '-c', code, '-m', f'research.{command}', *flags], cwd=ROOT, text=True,
-    env={**environment, 'PYTHONPATH': str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-  )  # fmt: skip
-  words = pathlib.Path(f'/proc/{process.pid}/cmdline')
-  while words.read_bytes().split(b'\0')[1:2] != [b'-m'] and process.poll() is None:
-    time.sleep(0.002)
-  return process
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
-@pytest.mark.parametrize('command', STARTS)
-def test_an_interrupt_at_any_moment_of_a_start_is_one_word(command, tmp_path, user_environment):
-  flags = [flag.format(tmp=tmp_path) for flag in STARTS[command]]
-  for moment in (0.2, 0.4, 0.8, 1.5):  # seconds; Python's own start is half of the first
-    process = start(command, flags, user_environment)
-    began = seconds_of(process)
-    while process.poll() is None and seconds_of(process) < began + moment:
-      time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    if process.returncode == 2 and said.splitlines()[-1].startswith('error: '):
-      return  # it was faster: its input is not there
-    assert (process.returncode, said) == (cli.INTERRUPTED, 'interrupted\n'), moment
 
 
 def test_every_command_runs_by_the_function_that_catches():
