@@ -1,9 +1,8 @@
 """The curvature of a fit at its minimum: covariance, condition number and correlations of the parameters."""
 
-import jax
 import numpy as np
 
-from research.scaling.laws.base import precise
+from research.scaling import solver
 from research.scaling.objective import TINY
 
 
@@ -13,12 +12,7 @@ def covariance(problem, data, z, target, w, delta, tau) -> dict:
   The sandwich is H^-1 (J^T diag(meat) J) H^-1 with H = J^T diag(bread) J (Huber 1967; White 1980). It holds for
   errors of any size in each row, since the meat is of the residuals themselves.
   """
-
-  def predict(z):
-    return problem.predict(z, data)
-
-  with precise():
-    m, jacobian = np.asarray(predict(z)), np.asarray(jax.jacfwd(predict)(np.asarray(z)))
+  m, jacobian = solver.with_slopes(problem, data, z)
   if problem.residuals == 'log':
     r, jacobian = np.log(m) - target, jacobian / m[:, None]
   else:

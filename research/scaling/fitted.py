@@ -2,12 +2,11 @@
 
 import dataclasses
 
-import jax
 import numpy as np
 
 from research.core.errors import UserError
-from research.scaling import objective
-from research.scaling.laws.base import Law, precise
+from research.scaling import objective, solver
+from research.scaling.laws.base import Law
 
 # A free coordinate closer to a bound than this has run to it.
 AT_BOUND = 1e-6
@@ -120,13 +119,8 @@ class Fit:
 
 def jacobian(result: Fit) -> np.ndarray:
   """d ln L / dz of the fitted law at its rows, [rows, free]."""
-
-  def predict(z):
-    return result.problem.predict(z, result.data)
-
-  with precise():
-    slopes = np.asarray(jax.jacfwd(predict)(np.asarray(result.z)))
-  return slopes / result.fitted[:, None]
+  predicted, slopes = solver.with_slopes(result.problem, result.data, result.z)
+  return slopes / predicted[:, None]
 
 
 def unidentified(result: Fit) -> list[str]:

@@ -3,14 +3,13 @@
 import dataclasses
 from collections.abc import Mapping
 
-import jax
 import numpy as np
 
 from research.core.errors import did_you_mean
 from research.scaling import curvature, projection, solver
 from research.scaling.fit_data import make_data
 from research.scaling.fitted import Fit, Minimum, NotIdentifiable, cure, near_zero, unidentified
-from research.scaling.laws.base import Law, LawError, precise
+from research.scaling.laws.base import Law, LawError
 from research.scaling.objective import LOSSES, TINY, Problem
 
 # With more rows than this, all starts run on a random subset, and only the distinct minima run on all rows.
@@ -203,12 +202,7 @@ def _distinct(problem, data, solution: solver.Solution, counts, most: int = 24):
   order = order[np.isfinite(solution.objective[order])]
   if len(order) == 0:
     raise LawError(f'{problem.law.name}: no start could be evaluated; check the inputs.')
-
-  def predict(z):
-    return problem.predict(z, data)
-
-  with precise():
-    predicted = np.asarray(jax.vmap(predict)(solution.z[order]))
+  predicted = solver.predictions(problem, data, solution.z[order])
   if problem.residuals == 'log':
     predicted = np.log(np.maximum(predicted, 1e-300))
   else:

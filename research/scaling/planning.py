@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import types
 from collections.abc import Mapping
 
@@ -33,24 +34,38 @@ def optimum(law: Law, parameters: Mapping, flops, cost: Cost = SIX_ND):
   flops = np.asarray(flops, np.float64)
   with precise():
     line = float(np.log(cost.k)), cost.p, cost.constant
-    ln_n = np.asarray(_bisect(law, parameters, np.log(flops), *line))
+    ln_n = _optimal_size(law, parameters, np.log(flops), *line)
   params = np.exp(ln_n)
   tokens = cost.tokens(params, flops)
   return params, tokens, law(parameters, params=params, tokens=tokens)
 
 
+def _optimal_size(law, parameters, ln_c, *line) -> np.ndarray:
+  """ln N* at every ln C, of the shape to which the parameters and `ln_c` broadcast."""
+  shape = np.broadcast_shapes(ln_c.shape, *(value.shape for value in parameters.values()))
+  count = math.prod(shape)
+  # As rows of a few lengths, so that most calls share a compiled program.
+  length = 256
+  while length < count:
+    length *= 16
+
+  def row(values):
+    return np.resize(np.broadcast_to(values, shape), length)  # repeats them
+
+  rows = {name: row(values) for name, values in parameters.items()}
+  ln_n = np.asarray(_bisect(law, rows, row(ln_c), *line))
+  return ln_n[:count].reshape(shape)
+
+
 @functools.partial(jax.jit, static_argnames='law')
 def _bisect(law, parameters, ln_c, ln_k, p, constant):
-  """ln N* where the derivative of the loss along C = (k N^p + constant) D is zero."""
+  """ln N* [n] at ln C [n], where the derivative of the loss along C = (k N^p + constant) D is zero."""
 
   def loss(ln_n, parameters, ln_c):
     ln_d = ln_c - jnp.log(jnp.exp(ln_k + p * ln_n) + constant)
     x = {'params': jnp.exp(ln_n), 'tokens': jnp.exp(ln_d), 'ln_params': ln_n, 'ln_tokens': ln_d}
     return law.predict(types.SimpleNamespace(**parameters), types.SimpleNamespace(**x))
 
-  shape = jnp.broadcast_shapes(jnp.shape(ln_c), *(jnp.shape(v) for v in parameters.values()))
-  parameters = {k: jnp.broadcast_to(v, shape).ravel() for k, v in parameters.items()}
-  ln_c = jnp.broadcast_to(ln_c, shape).ravel()
   slope = jax.vmap(jax.grad(loss))
   # From one parameter to as many as leave one token.
   low = jnp.zeros_like(ln_c)
@@ -66,7 +81,7 @@ def _bisect(law, parameters, ln_c, ln_k, p, constant):
   # 60 halvings of an interval of at most 100 e-folds are exact in float64. A bisection, unlike Newton's method,
   # needs no start and does not leave the interval.
   low, high = jax.lax.fori_loop(0, 60, halve, (low, high))
-  return jnp.where(inside, (low + high) / 2, jnp.nan).reshape(shape)
+  return jnp.where(inside, (low + high) / 2, jnp.nan)
 
 
 def isoloss(law: Law, parameters: Mapping, loss: float, params) -> np.ndarray:

@@ -234,12 +234,9 @@ def _share_shapes(data, y, w, rows, problems):
     size *= 4
   if n > _MOST_PADDED_ROWS:
     return data, y, w, rows, size
-  # Two sizes for each doubling of n, but no step below 16 rows.
-  step = max(16, 1 << (max(n - 1, 1).bit_length() - 2))
-  extra = -n % step
-  inputs = {name: _repeat_first(values, extra) for name, values in data['x'].items()}
-  data = {**data, 'x': inputs, 'ones': _repeat_first(data['ones'], extra)}
+  extra = _missing_rows(n)
   # Repeated rows are valid inputs, so that no NaN arises which a weight of 0 would not cancel.
+  data = _with_rows(data, extra)
   y = np.pad(y, ((0, 0), (0, extra)), constant_values=y[0, 0])
   w = np.pad(w, ((0, 0), (0, extra)))
   if size * (n + extra) <= _MOST_COPIED_VALUES:
@@ -248,6 +245,50 @@ def _share_shapes(data, y, w, rows, problems):
     w = _repeat_first(w[rows[:, 1]], size - problems)
     rows = np.stack([np.arange(problems)] * 2, axis=1)
   return data, y, w, rows, size
+
+
+def _missing_rows(n: int) -> int:
+  """How many rows to add to `n`: two sizes for each doubling of n, but no step below 16 rows."""
+  step = max(16, 1 << (max(n - 1, 1).bit_length() - 2))
+  return -n % step if n <= _MOST_PADDED_ROWS else 0
+
+
+def _with_rows(data: dict, count: int) -> dict:
+  """The data with `count` copies of its first row at the end."""
+  inputs = {name: _repeat_first(values, count) for name, values in data['x'].items()}
+  return {**data, 'x': inputs, 'ones': _repeat_first(data['ones'], count)}
+
+
+def predictions(problem, data: dict, z: np.ndarray) -> np.ndarray:
+  """The law at many points `z` [points, free] of the free coordinates: [points, rows]."""
+  points, n = len(z), len(data['ones'])
+  size = 64
+  while size < points:
+    size *= 4
+  data = _with_rows(data, _missing_rows(n))
+  with precise():
+    predicted = np.asarray(_predictions(problem, data, _repeat_first(z, size - points)))
+  return predicted[:points, :n]
+
+
+def with_slopes(problem, data: dict, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """The law at one point `z` [free], [rows], and its derivatives there, [rows, free]."""
+  n = len(data['ones'])
+  data = _with_rows(data, _missing_rows(n))
+  with precise():
+    predicted, slopes = _with_slopes(problem, data, np.asarray(z, np.float64))
+  return np.asarray(predicted)[:n], np.asarray(slopes)[:n]
+
+
+# One program for each of a few shapes: JAX's operations one by one compile each for every number of rows.
+@functools.partial(jax.jit, static_argnames='problem')
+def _predictions(problem, data, z):
+  return jax.vmap(problem.predict, in_axes=(0, None))(z, data)
+
+
+@functools.partial(jax.jit, static_argnames='problem')
+def _with_slopes(problem, data, z):
+  return problem.predict(z, data), jax.jacfwd(problem.predict)(z, data)
 
 
 def _repeat_first(array: np.ndarray, count: int) -> np.ndarray:

@@ -7,6 +7,7 @@ changes the fitted parameters exactly as dimensional analysis says.
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 import types
@@ -85,6 +86,12 @@ def exponent(meaning, start=(0.15, 0.35, 0.7), low=0.0, high=4.0) -> Parameter:
   return Parameter(meaning, start=start, positive=False, low=low, high=high)
 
 
+# One program: JAX's operations one by one compile each for every shape.
+@functools.partial(jax.jit, static_argnames='law')
+def _evaluate(law: 'Law', parameters: dict, inputs: dict):
+  return law.predict(types.SimpleNamespace(**parameters), types.SimpleNamespace(**inputs))
+
+
 @dataclasses.dataclass(frozen=True)
 class Law:
   """A law. A subclass declares `form`, `source`, `inputs`, its Parameters and `predict`; see docs/laws.md.
@@ -128,7 +135,7 @@ class Law:
     self.check_names(parameters)
     p = types.SimpleNamespace(**{k: np.asarray(v, np.float64) for k, v in parameters.items()})
     with precise():
-      return np.array(self.predict(p, self.namespace(inputs)))
+      return np.array(_evaluate(self, vars(p), vars(self.namespace(inputs))))
 
   def namespace(self, inputs: Mapping) -> types.SimpleNamespace:
     """The `x` of `predict`: the inputs and their logarithms. Raises LawError for a missing input."""
