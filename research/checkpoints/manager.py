@@ -1,7 +1,7 @@
-"""Checkpoints that are verified on load: Orbax, behind one small class.
+"""Saves and restores checkpoints by Orbax, and verifies them when they are loaded.
 
-Orbax restores a flipped byte as NaN without an error, so every checkpoint carries a checksum of each array,
-and a restore that does not match falls back to the previous good step and says so.
+Orbax restores a flipped byte without an error. So every checkpoint has a checksum of each array. If one does
+not match, the restore reports it and falls back to the previous good step.
 """
 
 import contextlib
@@ -26,67 +26,77 @@ from research.parallel import hosts
 
 
 def names(tree) -> dict[str, Any]:
-  """The leaves of nested dicts by path, 'params/embedder/tokens'."""
+  """Returns the leaves of nested dicts by path, such as 'params/embedder/tokens'."""
   flat, _ = jax.tree.flatten_with_path(tree)
   return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in flat}
 
 
 @jax.jit
 def _checksums(tree):
-  def one(x):
+  def checksum(x):
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
       x = jax.random.key_data(x)
     size = x.dtype.itemsize
     bits = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[size])
-    bits, place, stride = bits.astype(jnp.uint32), jnp.zeros((), jnp.uint32), 1
+    bits = bits.astype(jnp.uint32)
+    place = jnp.zeros((), jnp.uint32)  # becomes each element's index in the flattened array
+    stride = 1
     for axis in reversed(range(x.ndim)):
       place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * np.uint32(stride % 2**32)
       stride *= x.shape[axis]
-    # Odd weights: no single flipped bit can vanish modulo 2^32. Integer sums do not depend on the mesh.
+    # The weights are odd, so that no flipped bit vanishes modulo 2^32. Sums of integers do not depend on the
+    # mesh.
     return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
 
-  return jax.tree.map(one, tree)
+  return jax.tree.map(checksum, tree)
 
 
 def checksums(tree) -> dict[str, int]:
-  """A 32-bit checksum of every array, by name; the same on every mesh."""
-  if all(_at_hand(x) for x in jax.tree.leaves(tree)):  # nothing to compile
+  """Returns a 32-bit checksum of every array, by name. It is the same on every mesh."""
+  # numpy needs no compilation, which takes longer than the sums of a small model.
+  if all(_at_hand(x) for x in jax.tree.leaves(tree)):
     return {name: partial_checksum(np.asarray(x), 0) for name, x in names(tree).items()}
   return {name: int(value) for name, value in names(_checksums(tree)).items()}
 
 
 def _at_hand(x) -> bool:
-  """Whether an array lies in this process's own memory."""
+  """Returns whether numpy can read an array in this process's memory."""
   if not isinstance(x, jax.Array):
     return isinstance(x, np.ndarray)
   on_cpu = all(device.platform == 'cpu' for device in x.devices())
   return on_cpu and x.is_fully_addressable and not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-_WEIGHTS = np.arange(1, 2**20, 2, dtype=np.uint32)
+_WEIGHTS = np.arange(1, 2**20, 2, dtype=np.uint32)  # of the first elements: 1, 3, 5, ...
 
 
 def partial_checksum(x: np.ndarray, start: int) -> int:
-  """What contiguous values on the host add to the checksum of the array they begin at place `start` of.
+  """Returns the share of a piece in the checksum of an array.
 
   The checksum of an array is the sum of those of its pieces, modulo 2^32.
+
+  Args:
+    x: contiguous values on the host.
+    start: their first index in the flattened array.
   """
-  bits, total, step = x.reshape(-1).view(f'u{x.dtype.itemsize}'), 0, _WEIGHTS.size
+  bits = x.reshape(-1).view(f'u{x.dtype.itemsize}')
+  total = 0
+  step = _WEIGHTS.size
   for i in range(0, bits.size, step):
     part = bits[i : i + step].astype(np.uint32, copy=False)
-    # At place `start + i + j` the weight is 2 (start + i) more than at place j.
+    # The weight of index `start + i + j` is 2 (start + i) more than that of index j.
     total += int(part @ _WEIGHTS[: part.size])
     total += 2 * (start + i) * int(np.sum(part, dtype=np.uint32))
   return total % 2**32
 
 
 def _are_parameters(paths: Iterable[str]) -> bool:
-  """Whether nothing but parameters has these names: no optimizer's state, no step."""
+  """Returns whether all names are those of parameters: no optimizer's state, no step."""
   return all(path.startswith('params/') for path in paths)
 
 
 class _NotOfFullDisk(logging.Filter):
-  """Leaves out the hundreds of lines that Orbax and asyncio log about a full disk: `Checkpoints` says it."""
+  """Drops the hundreds of lines that Orbax and asyncio log about a full disk: `Checkpoints` reports it once."""
 
   def filter(self, record: logging.LogRecord) -> bool:
     errors = [Exception(record.getMessage()), record.exc_info and record.exc_info[1]]
@@ -97,9 +107,9 @@ _NOT_OF_FULL_DISK = _NotOfFullDisk()
 
 
 class Checkpoints:
-  """The checkpoints of one run, in `folder`/<step>; the newest `keep` of them.
+  """The newest `keep` checkpoints of a run, in `folder`/<step>.
 
-  Saving is asynchronous; an error of a save is raised by the next `save` or by `close`.
+  Saving is asynchronous. The error of a save is raised by the next `save`, by `wait` or by `close`.
   """
 
   def __init__(self, folder: pathlib.Path, *, keep: int = 2):
@@ -109,28 +119,40 @@ class Checkpoints:
     )
     handlers = {'state': ocp.StandardCheckpointHandler(), 'meta': ocp.JsonCheckpointHandler()}
     for logger in ('absl', 'asyncio'):
-      logging.getLogger(logger).addFilter(_NOT_OF_FULL_DISK)  # the same one is added once
+      logging.getLogger(logger).addFilter(
+        _NOT_OF_FULL_DISK
+      )  # logging ignores a filter that it has already
     plain = storage.plain_path(self.folder)
     self.manager = ocp.CheckpointManager(plain, options=options, item_handlers=handlers)
 
   def save(self, step: int, state, meta: dict[str, Any]) -> None:
-    """Starts to save `state` (arrays may be donated after this) with `meta` (JSON) beside it."""
+    """Starts to save a state. Its arrays may be donated after this call.
+
+    Args:
+      step: the step of the state; a step that is saved already is skipped.
+      state: a tree of arrays.
+      meta: JSON values to save beside it.
+
+    Raises:
+      UserError: the disk is full.
+    """
     if step in self.manager.all_steps():
       return
     meta = {**meta, 'checksums': checksums(state)}
     items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
-    with self._told_if_full():
+    with self._full_disk_as_error():
       self.manager.save(step, args=items)
 
   def restore(self, abstract_state, log=tell) -> tuple[int, Any, dict] | None:
-    """The newest good checkpoint: (step, state, meta), or None where there is none.
+    """Restores the newest good checkpoint: (step, state, meta), or None if there is none.
 
     Args:
-      abstract_state: what is wanted, as `jax.eval_shape` gives it under the mesh to restore onto.
-      log: told of every damaged checkpoint, which is moved to `<folder>_damaged`.
+      abstract_state: the shapes of the state, as `jax.eval_shape` returns them under the mesh to restore onto.
+      log: called with a line about every damaged checkpoint, which is moved to `<folder>_damaged`.
 
     Raises:
-      UserError: the checkpoint holds another model: names what is missing, extra or misshapen.
+      UserError: the checkpoint is of another model. The message names arrays that are missing, extra or
+        misshapen.
     """
     target = hosts.on_mesh(abstract_state)
     for step in sorted(self.manager.all_steps(), reverse=True):
@@ -140,10 +162,12 @@ class Checkpoints:
       )
       try:
         restored = self.manager.restore(step, args=items)
-        saved, read = restored.meta.pop('checksums'), checksums(restored.state)
-        bad = [name for name, value in saved.items() if read.get(name) != value]
+        expected = restored.meta.pop('checksums')
+        actual = checksums(restored.state)
+        bad = [name for name, value in expected.items() if actual.get(name) != value]
       except (ValueError, OSError, KeyError) as error:
         bad = [f'{type(error).__name__}: {str(error).splitlines()[0][:200]}']
+      # All hosts must fall back together, or they would continue from different steps.
       if not self._anywhere(bool(bad)):
         return step, restored.state, restored.meta
       why = bad[0] if bad else 'on another host'
@@ -155,13 +179,11 @@ class Checkpoints:
     try:
       saved = names(self.manager.item_metadata(step)['state'].tree)
     except (ValueError, OSError, KeyError, AttributeError, TypeError):
-      return  # unreadable: the restore will say so
+      return  # unreadable: the restore reports it
     saved = {k: tuple(v.shape) for k, v in saved.items()}
     wanted = {k: tuple(v.shape) for k, v in names(target).items()}
-    # Parameters before the optimizer's copies of them.
-    saved, wanted = (
-      {k: d[k] for k in sorted(d, key=lambda k: (k[:6] != 'params', k))} for d in (saved, wanted)
-    )
+    saved = _parameters_first(saved)
+    wanted = _parameters_first(wanted)
     problems = [f'{k} is missing' for k in wanted if k not in saved]
     problems += [f'{k} is not in this model' for k in saved if k not in wanted]
     problems += [
@@ -171,8 +193,8 @@ class Checkpoints:
     ]
     if saved and _are_parameters(saved) and not _are_parameters(wanted):
       raise UserError(
-        f'{self.folder / str(step)} holds the parameters of a model alone, as conversion writes them, and '
-        'nothing of a run that could go on; give this run a workdir of its own, and name that folder in '
+        f'{self.folder / str(step)} has only the parameters of a model, as conversion writes them, and no '
+        'state of a run to resume; give this run a workdir of its own, and name that folder in '
         'Run.init = @starts.Checkpoint() to start from its parameters.'
       )
     if problems:
@@ -182,10 +204,9 @@ class Checkpoints:
         'give this run a workdir of its own.'
       )
 
-  # A host alone may read a checkpoint wrongly; all must fall back to the same step.
   @staticmethod
   def _anywhere(flag: bool) -> bool:
-    """Whether it is so on any host."""
+    """Returns whether `flag` is True on any host."""
     return (
       bool(np.any(multihost_utils.process_allgather(flag))) if jax.process_count() > 1 else flag
     )
@@ -199,23 +220,23 @@ class Checkpoints:
         (self.folder / str(step)).rmtree()
       else:
         shutil.move(self.folder / str(step), damaged / f'{step}')
-    self._anywhere(False)  # nobody looks before it is moved
+    self._anywhere(False)  # a barrier: no host lists the steps before the folder is moved
     self.manager.reload()
 
   @contextlib.contextmanager
-  def _told_if_full(self):
-    """A disk without room becomes one sentence that says what was kept; what was half written is removed."""
+  def _full_disk_as_error(self):
+    """Turns the error of a full disk into one sentence, and removes the files of the unfinished checkpoint."""
     try:
       yield
     except Exception as error:  # Orbax and TensorStore raise it as various types
       if cli.machine_fault(error) is None:
         raise
       self._remove_unfinished()
-      kept = folders.saved_steps(self.folder)
-      left = f'the one of step {kept[-1]:,} is kept' if kept else 'there is none before it'
+      steps = folders.saved_steps(self.folder)
+      remaining = f'the one of step {steps[-1]:,} is kept' if steps else 'there is none before it'
       raise UserError(
-        f'{self.folder}: the disk has no room for a checkpoint, and {left}; free some space, and start '
-        'the same command again to go on.'
+        f'{self.folder}: the disk has no room for a checkpoint, and {remaining}; free some space, and start '
+        'the same command again to continue.'
       ) from error
 
   def _remove_unfinished(self) -> None:
@@ -225,11 +246,20 @@ class Checkpoints:
           shutil.rmtree(folder, ignore_errors=True)
 
   def wait(self) -> None:
-    """Returns when what was saved is on disk."""
-    with self._told_if_full():
+    """Waits until every save is on disk."""
+    with self._full_disk_as_error():
       self.manager.wait_until_finished()
 
   def close(self) -> None:
-    """Waits for the last save and ends."""
-    with self._told_if_full():
+    """Waits for the last save and closes the manager."""
+    with self._full_disk_as_error():
       self.manager.close()
+
+
+def _parameters_first(shapes: dict) -> dict:
+  """Sorts by name, with parameters before the optimizer's copies of them: messages name the first few."""
+
+  def order(name):
+    return not name.startswith('params'), name
+
+  return {name: shapes[name] for name in sorted(shapes, key=order)}

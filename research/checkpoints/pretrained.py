@@ -1,6 +1,6 @@
-"""A whole trained model that something else reads: a teacher, a reference, what is evaluated.
+"""A trained model that something else reads: a teacher, a reference, or the model of an evaluation.
 
-Its folder is a run's (config.gin and checkpoints/) or a converted model's (model.gin and a checkpoint).
+Its folder is that of a run (config.gin and checkpoints/) or of a converted model (model.gin and a checkpoint).
 """
 
 import dataclasses
@@ -21,11 +21,11 @@ from research.parallel import hosts
 
 
 def read_params(model, params: streamed.Params) -> dict:
-  """A model's parameters, on the mesh in use; the optimizer's state is not read.
+  """Reads a model's parameters onto the mesh in use. The optimizer's state is not read.
 
   Args:
-    model: makes it: `model(rngs=...)`.
-    params: of its checkpoint.
+    model: `model(rngs=...)` makes the model.
+    params: the parameters of its checkpoint.
 
   Raises:
     UserError: a parameter is missing, has another shape, or does not match its checksum.
@@ -40,7 +40,8 @@ def read_params(model, params: streamed.Params) -> dict:
     value = np.asarray(params.piece(keys, ()))
     if value.shape != wanted.shape:
       raise UserError(
-        f'{params.folder}: {name} is {value.shape} in the checkpoint, and {wanted.shape} in the model.'
+        f'{params.folder}: {name} is {value.shape} in the checkpoint and {wanted.shape} in the model; check '
+        'that its gin file belongs to the checkpoint.'
       )
     total = expected.get(f'params/{name}')
     if total is not None and partial_checksum(np.ascontiguousarray(value), 0) != total:
@@ -49,29 +50,29 @@ def read_params(model, params: streamed.Params) -> dict:
         'the one before it.'
       )
     arrays.append(jax.device_put(value.astype(wanted.dtype), wanted.sharding))
-    params.forget()
+    params.forget()  # so that the host never has more than one parameter twice
   return jax.tree.unflatten(treedef, arrays)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pretrained:
-  """A model with its parameters, which do not learn: a field of a loss or of what is frozen beside a stream.
+  """A model with its parameters, which do not learn. It is a field of losses and of the scores of a stream.
 
   Attributes:
-    folder: of a run of ours, or of a model that `research.convert` wrote.
-    step: of the checkpoint; None for the newest.
+    folder: the folder of a run, or of a model that `research.convert` wrote.
+    step: the step of the checkpoint; None for the newest.
   """
 
   folder: str
   step: int | None = None
 
   def described(self) -> dict:
-    """What stands in a run's identity: what the checkpoint holds, and not where it lies."""
+    """Returns its part of a run's identity: the content of the checkpoint, and not its folder."""
     return {'step': self.checkpoint.step, 'signature': self.signature}
 
   @functools.cached_property
   def checkpoint(self) -> streamed.Params:
-    """Its parameters on disk.
+    """The parameters on disk.
 
     Raises:
       Invalid: there is no checkpoint, or none of that step.
@@ -83,23 +84,23 @@ class Pretrained:
 
   @property
   def signature(self) -> str:
-    """Differs when any parameter does."""
+    """A digest that differs if any parameter does."""
     return self.checkpoint.signature
 
   @functools.cached_property
   def model(self):
-    """Makes the model: `model(rngs=...)`.
+    """The factory of the model: `model(rngs=...)`.
 
     Raises:
-      Invalid: the folder does not say what its model is.
+      Invalid: the folder has no gin file of its model.
     """
     folder = pathlib.Path(self.folder)
     if (folder / 'model.gin').is_file():
       return configs.load(str(folder / 'model.gin'), root='MODEL').tree()
     if (folder / 'config.gin').is_file():
-      # The tree and not the run: the teacher's own data need not be here any more.
+      # The tree and not the run: building the run would need the teacher's data, which may be gone.
       return configs.load(str(folder / 'config.gin')).tree().keywords['model']
-    why = f'{self.folder} holds no config.gin (of a run) and no model.gin (of a converted model).'
+    why = f'{self.folder} has no config.gin (of a run) and no model.gin (of a converted model).'
     raise Invalid(type(self), 'folder', why)
 
   @functools.cached_property
@@ -108,7 +109,7 @@ class Pretrained:
     return abstract_model(self.model)
 
   def shapes(self) -> dict:
-    """Of its parameters, and where they live under the mesh in use."""
+    """Returns the shapes and shardings of the parameters under the mesh in use."""
     return nnx.to_pure_dict(nnx.state(abstract_model(self.model)))
 
   def params(self) -> dict:

@@ -1,9 +1,10 @@
-"""Checkpoints of parameters alone, written and read a piece at a time.
+"""Writes and reads checkpoints of parameters, a piece at a time.
 
-A piece is a parameter, or one layer's (or one expert's) slice of a stacked one. Neither direction holds more
-than the pieces in hand: Orbax makes the checkpoint of arrays that are still empty, in chunks of one piece,
-and the pieces are put in one by one; `Checkpoints` then restores it like any other, onto any mesh. Until the
-last piece is in, its checksums do not match, so a checkpoint cut short is found to be damaged.
+A piece is a parameter, or the slice of a stacked one that belongs to one layer or one expert. Neither direction
+has more than a piece in memory. For writing, Orbax makes the checkpoint with empty arrays, in chunks of one
+piece, and the pieces are written into it one by one. `Checkpoints` restores it like any other checkpoint, onto
+any mesh. Until the last piece is written the checksums do not match, so an interrupted checkpoint counts as
+damaged.
 """
 
 import json
@@ -23,7 +24,7 @@ from research.core import storage
 from research.core.errors import UserError
 from research.data.spec import digest
 
-Path = tuple  # of keys in nested dicts
+Path = tuple  # the keys of a parameter in nested dicts
 Pieces = Iterable[tuple[Path, tuple[int, ...], np.ndarray]]
 
 
@@ -37,11 +38,11 @@ def write_params(
   """Writes parameters as the checkpoint of step 0.
 
   Args:
-    folder: of checkpoints.
-    shapes: of every parameter.
-    leading: how many leading axes of a parameter a piece has one index of.
-    pieces: called twice, for the checksums and to write: (path, index on the leading axes, values).
-    dtypes: of the parameters that are not float32, such as packed ones.
+    folder: the folder of checkpoints.
+    shapes: the shape of every parameter.
+    leading: how many leading axes of a parameter are indexed by its pieces.
+    pieces: yields (path, index on the leading axes, values). It is called twice: for checksums, and to write.
+    dtypes: the dtypes of parameters that are not float32, such as packed ones.
   """
   dtypes = {path: np.dtype(dtypes.get(path, np.float32)) for path in shapes}
   sums = dict.fromkeys(shapes, 0)
@@ -56,18 +57,18 @@ def write_params(
 
 
 def _write_empty(folder, shapes, leading, sums, dtypes) -> pathlib.Path:
-  """The checkpoint without the values; the folder of its arrays."""
-  # One number seen as a whole array: Orbax must not copy it, and writes nothing of what is empty.
+  """Writes the checkpoint without values; returns the folder of its arrays."""
+  # A single zero, broadcast to the whole shape: Orbax must not copy it, and skips chunks of zeros.
   zeros = {path: np.zeros((), dtype) for path, dtype in dtypes.items()}
   arrays = {path: np.broadcast_to(zeros[path], shape) for path, shape in shapes.items()}
   chunks = {path: ocp.SaveArgs(shard_axes=tuple(range(n))) for path, n in leading.items()}
-  as_they_are = ocp.type_handlers.create_type_handler_registry(
+  without_copies = ocp.type_handlers.create_type_handler_registry(
     (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
-    # No array is one of jax, but Orbax warns where it cannot ask how those are described.
+    # No array here is a jax.Array, but Orbax warns if the registry has no handler for them.
     (jax.Array, ocp.type_handlers.ArrayHandler(array_metadata_store=None)),
   )
   handlers = {
-    'state': ocp.PyTreeCheckpointHandler(type_handler_registry=as_they_are),
+    'state': ocp.PyTreeCheckpointHandler(type_handler_registry=without_copies),
     'meta': ocp.JsonCheckpointHandler(),
   }
   meta = {'checksums': {'/'.join(map(str, ('params', *path))): n for path, n in sums.items()}}
@@ -83,23 +84,23 @@ def _write_empty(folder, shapes, leading, sums, dtypes) -> pathlib.Path:
 
 
 def _open(state: pathlib.Path, path: Path, **mode) -> tensorstore.TensorStore:
-  """An array of a checkpoint as Orbax lays it out."""
+  """Opens an array of a checkpoint, in the format of Orbax."""
   name = '.'.join(map(str, ('params', *path)))
-  # A driver and a path, not a URL, in which #, ? and % would mean something.
+  # A driver and a path and not a URL, in which #, ? and % of a folder's name would have a meaning.
   base = {'driver': 'file', 'path': f'{state}/'}
   kvstore = {'driver': 'ocdbt', 'base': base, 'path': f'{name}/'}
   return tensorstore.open({'driver': 'zarr', 'kvstore': kvstore}, open=True, **mode).result()
 
 
 class Params:
-  """The parameters in a checkpoint of a folder (a run's, or a folder of checkpoints), read by need.
+  """The parameters in a checkpoint, read on demand.
 
-  A piece is read by itself where the checkpoint is chunked so; else its whole parameter is read and held
-  until `forget`.
+  A piece is read alone if the checkpoint has chunks of single pieces. Otherwise the whole parameter is read and
+  stays in memory until `forget`.
 
   Args:
-    folder: of a run, or of checkpoints.
-    step: which checkpoint; None for the newest.
+    folder: the folder of a run, or of checkpoints.
+    step: the step of the checkpoint; None for the newest.
 
   Raises:
     UserError: there is no such checkpoint.
@@ -107,7 +108,7 @@ class Params:
 
   def __init__(self, folder: str | pathlib.Path, step: int | None = None):
     folder = pathlib.Path(folder).absolute()
-    # A run's checkpoints stand in its folder 'checkpoints'.
+    # A run has its checkpoints in the folder 'checkpoints'.
     folder = next((f for f in (folder / 'checkpoints', folder) if f.is_dir()), folder)
     if not folder.is_dir():
       raise UserError(f'there is no folder {folder}.')
@@ -120,32 +121,34 @@ class Params:
     self.step = steps[-1] if step is None else step
     self.state = storage.plain_path(folder) / str(self.step) / 'state'
     self.folder = folder
-    self.held: dict[Path, np.ndarray] = {}
+    self.in_memory: dict[Path, np.ndarray] = {}
     self.arrays: dict[Path, tensorstore.TensorStore] = {}
     self.sources: dict[str, str] = {}
     self.base = self._open_base()
 
   def _open_base(self) -> 'Params | None':
-    """The checkpoint that has the parameters which did not learn, where some did not.
+    """Returns the checkpoint of the parameters that did not learn; None if all of them learned.
 
     Raises:
-      UserError: it is not there any more, or holds something else.
+      UserError: that checkpoint is gone, or was changed.
     """
     base = self._meta().get('base')
     if base is None:
       return None
-    why = f'{self.folder} holds what learned alone; the other parameters are in {base["folder"]}'
+    why = f'{self.folder} has only the parameters that learned; the others are in {base["folder"]}'
     try:
       params = Params(base['folder'], base['step'])
     except UserError as error:
       raise UserError(f'{why}, which cannot be read: {error}') from None
     if params.signature != base['signature']:
-      raise UserError(f'{why}, which was changed since: put back what was there at the time.')
+      raise UserError(
+        f'{why}, which has changed since: restore the checkpoint that the run started from.'
+      )
     self.sources = base['sources']
     return params
 
   def piece(self, path: Path, index: tuple[int, ...]) -> np.ndarray:
-    """The values of a parameter at `index` of its leading axes.
+    """Returns the values of a parameter at `index` of its leading axes.
 
     Raises:
       UserError: the checkpoint has no parameter of this name.
@@ -161,12 +164,12 @@ class Params:
     array = self.arrays[path]
     if all(n == 1 for n in array.chunk_layout.read_chunk.shape[: len(index)]):
       return array[index].read().result()
-    if path not in self.held:
-      self.held[path] = array.read().result()
-    return self.held[path][index]
+    if path not in self.in_memory:
+      self.in_memory[path] = array.read().result()
+    return self.in_memory[path][index]
 
   def checksums(self) -> dict[str, int]:
-    """The checksum of every array by name, 'params/...'; empty where none were written."""
+    """Returns the checksum of every array by name, 'params/...'; empty if the checkpoint has none."""
     sums = dict(self._meta().get('checksums', {}))
     if self.base is not None:
       of_base = self.base.checksums()
@@ -176,12 +179,12 @@ class Params:
 
   @property
   def signature(self) -> str:
-    """Differs when any parameter does."""
+    """A digest that differs if any parameter does."""
     sums = self.checksums()
     return digest({name: n for name, n in sums.items() if name.startswith('params/')})
 
   def shapes(self) -> dict[str, tuple[int, ...]]:
-    """The shape of every parameter by name, 'stack/norm/scale'."""
+    """Returns the shape of every parameter by name, such as 'stack/norm/scale'."""
     tree = ocp.StandardCheckpointHandler().metadata(self.state).tree['params']
     shapes = {name: tuple(value.shape) for name, value in names(tree).items()}
     if self.base is not None:
@@ -190,19 +193,19 @@ class Params:
     return shapes
 
   def _meta(self) -> dict:
-    """What was saved beside the arrays."""
+    """Returns the JSON values that were saved beside the arrays."""
     path = self.state.parent / 'meta' / 'metadata'
     return json.loads(path.read_text()) if path.is_file() else {}
 
   def forget(self) -> None:
-    """Frees what is held."""
-    self.held.clear()
+    """Frees the parameters in memory."""
+    self.in_memory.clear()
     if self.base is not None:
       self.base.forget()
 
 
 def nested(flat: Mapping[Path, object]) -> dict:
-  """Nested dicts of values by path."""
+  """Turns values by path into nested dicts."""
   tree: dict = {}
   for path, value in flat.items():
     node = tree

@@ -1,7 +1,8 @@
-"""The report of decoding, compiled for devices that need not exist here: prefill, one step, memory, a roofline.
+"""Compiles decoding for devices that need not exist on this machine, and reports memory and a roofline.
 
-The programs are those of `inference.decode`, of a batch of rows that share one room. As for a train step
-(`report`), memory and collectives are read from what XLA made, and times are computed from the chip's peaks.
+The programs are those of `inference.decode` (prefill and one step), for a batch of rows of the same room. As
+for a train step (`report`), memory and collectives are those of the compiled program, and times are
+computed from the chip's peak rates.
 """
 
 import time
@@ -23,20 +24,25 @@ from research.training.run import Run
 def compile_decode(
   run: Run, topology: str, slices: int = 1, *, batch: int, room: int, prompt: int = 0
 ) -> dict:
-  """The report of decoding with a run's model on its mesh, as a dict of JSON values.
+  """Returns the report of decoding with a run's model on its mesh, as a dict of JSON values.
 
   Args:
+    run: its model and its mesh are used.
+    topology: the devices, such as 'v5e:2x4' (`chips.prepare`).
+    slices: how many slices of TPUs.
     batch: rows, over all devices.
-    room: the most tokens of a row; the step is that of a full one.
-    prompt: the tokens of each prompt; 0 for half of the room.
+    room: the most tokens of a row. The step is that of a full row.
+    prompt: tokens of each prompt; 0 for half of the room.
 
   Raises:
-    Invalid: the mesh, the batch and the devices do not go together.
+    UserError: the prompt or the batch does not suit the room or the devices.
     DoesNotFit: prefill or the step needs more memory than a device has.
   """
   prompt = prompt or max(room // 2, 1)
   if not 1 <= prompt < room:
-    raise UserError(f'--prompt={prompt} and --room={room}: a room has its prompt and a token more.')
+    raise UserError(
+      f'--prompt={prompt} and --room={room}: a prompt has 1 token or more, and fewer than the room.'
+    )
   if batch < 1:
     raise UserError(f'--batch={batch}: ask for 1 or more rows.')
   devices, chip = chips.devices_of(topology, slices)
@@ -56,11 +62,12 @@ def compile_decode(
     report['compile_s'] = time.monotonic() - began
   lengths = {'targets': room, 'inputs': run.train.lengths.get('inputs', 0)}
   step = counts.count_decoding(run.model, lengths)
-  whole = counts.count(run.model, {**lengths, 'targets': prompt})
+  training = counts.count(run.model, {**lengths, 'targets': prompt})
   report['step']['flops'] = batch * step.flops
-  # Of the head only the last token of a prompt is asked for; the layers read all of them.
-  head = 2 * (whole.params_with_head - whole.params_non_embedding)
-  report['prefill']['flops'] = batch * (prompt * (whole.flops_attention_causal / 3 - head) + head)
+  # The forward pass is a third of training. Only the last token of a prompt goes through the head.
+  head = 2 * (training.params_with_head - training.params_non_embedding)
+  layers = training.flops_attention_causal / 3 - head
+  report['prefill']['flops'] = batch * (prompt * layers + head)
   if chip:
     for name in programs:
       report[name] |= _roofline(report[name], len(devices), chip)
@@ -70,20 +77,24 @@ def compile_decode(
 
 
 def lower(run: Run, mesh: jax.sharding.Mesh, batch: int, room: int, prompt: int) -> dict:
-  """{'prefill', 'step': lowered programs; 'params', 'cache': abstract trees}, under the mesh in use."""
+  """Lowers prefill and a step, under the mesh in use.
+
+  Returns:
+    'prefill' and 'step', lowered programs; 'params' and 'cache', trees of shapes and shardings.
+  """
   if batch % axes.axis_size('batch'):
     why = (
       f'{batch} rows are not a multiple of the {axes.axis_size("batch")} devices that split them.'
     )
     raise Invalid(Run, 'mesh', f'--batch: {why}')
 
-  def at(x):
-    where = x.sharding.spec if x.sharding is not None else jax.P()
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, where))
+  def on_mesh(x):
+    spec = x.sharding.spec if x.sharding is not None else jax.P()
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
 
   def tokens(length: int):
-    where = jax.sharding.NamedSharding(mesh, axes.spec('batch', None))
-    return jax.ShapeDtypeStruct((batch, length), jnp.int32, sharding=where)
+    sharding = jax.sharding.NamedSharding(mesh, axes.spec('batch', None))
+    return jax.ShapeDtypeStruct((batch, length), jnp.int32, sharding=sharding)
 
   def make():
     model = run.model(rngs=nnx.Rngs(params=jax.random.key(0)))
@@ -94,7 +105,7 @@ def lower(run: Run, mesh: jax.sharding.Mesh, batch: int, room: int, prompt: int)
   abstract = jax.eval_shape(make)
   decode.check_decodes(abstract)
   graphdef, params = nnx.graphdef(abstract), nnx.to_pure_dict(nnx.state(abstract))
-  params = jax.tree.map(at, params)
+  params = jax.tree.map(on_mesh, params)
   inputs = {'decoder_input_tokens': tokens(prompt)}
   if 'encoder' in abstract.inputs:
     inputs['encoder_input_tokens'] = tokens(run.train.lengths['inputs'])
@@ -105,7 +116,7 @@ def lower(run: Run, mesh: jax.sharding.Mesh, batch: int, room: int, prompt: int)
   def step(params, tokens, cache):
     return decode.step(nnx.merge(graphdef, params), tokens, cache)
 
-  cache = jax.tree.map(at, jax.eval_shape(prefill, params, inputs)[1])
+  cache = jax.tree.map(on_mesh, jax.eval_shape(prefill, params, inputs)[1])
   return {
     'prefill': jax.jit(prefill).lower(params, inputs),
     'step': jax.jit(step, donate_argnums=2).lower(params, tokens(1), cache),
@@ -115,7 +126,7 @@ def lower(run: Run, mesh: jax.sharding.Mesh, batch: int, room: int, prompt: int)
 
 
 def _program_report(lowered, mesh, chip, topology: str) -> dict:
-  """Memory of a device, bytes moved and collectives of a program."""
+  """Compiles a program; returns its memory per device, the bytes that it moves, and its collectives."""
   try:
     compiled = lowered.compile()
   except Exception as error:  # XLA's runtime error has no public type
@@ -126,19 +137,20 @@ def _program_report(lowered, mesh, chip, topology: str) -> dict:
       f'decoding does not fit a device ({used}): take fewer rows or a smaller room, split the model further '
       '(Mesh.tensor, Mesh.fsdp), or take a larger slice.'
     ) from None
-  stats, text = compiled.memory_analysis(), compiled.as_text()
+  stats = compiled.memory_analysis()
+  text = compiled.as_text()
   return {
     'arguments': stats.argument_size_in_bytes,
     'temporaries': stats.temp_size_in_bytes,
     'peak': stats.peak_memory_in_bytes,
-    # Every argument, parameters and cache, is read once; results of the program come to it.
+    # Every argument (parameters and cache) is read once, in addition to the results of the program.
     'moved_bytes_per_device': stats.argument_size_in_bytes + hlo.moved_bytes(text),
     'collectives': network(hlo.collectives(text), mesh, chip, topology),
   }
 
 
 def _roofline(program: dict, devices: int, chip: chips.Chip) -> dict:
-  """Seconds of each resource at its peak, and the largest of them."""
+  """Returns the seconds of each resource at its peak rate, and the largest of them."""
   terms = {
     'compute_s': program['flops'] / devices / chip.flops,
     'hbm_s': program['moved_bytes_per_device'] / chip.hbm_rate,
@@ -148,7 +160,7 @@ def _roofline(program: dict, devices: int, chip: chips.Chip) -> dict:
 
 
 def show(report: dict) -> str:
-  """The report as text."""
+  """Returns the report as text."""
   mesh = ' x '.join(f'{k} {v}' for k, v in report['mesh'].items() if v > 1) or 'one device'
   memory = report['memory']
   lines = [

@@ -1,4 +1,4 @@
-"""What a compiled program does on one device, read from its text: collectives, and bytes moved."""
+"""Reads the text of a compiled program: its collectives, and the bytes that it moves, on one device."""
 
 import dataclasses
 import math
@@ -13,7 +13,7 @@ KINDS = (
 )  # fmt: skip
 _SHAPE = re.compile(r'\b(pred|bf16|[suf]\d+|f8\w+)\[([\d,]*)\]')
 _KIND = re.compile(rf' ({"|".join(KINDS)})(-start)?\(')
-# Between slices a TPU sends to its host, which talks to the other hosts.
+# Between slices a TPU sends to its host, which sends to the other hosts.
 _BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _TRANSFERS = {'ONE_TO_ONE': 'collective-permute'}
 _CALL = re.compile(
@@ -23,10 +23,15 @@ _CALL = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """One collective of a device: `count` a step, `bytes` of its result each time (operand of a reduce-scatter).
+  """Equal collectives of a device.
 
-  `group` are the places in the mesh, flattened, of the devices that one of them joins; where it is between
-  slices (`dcn`), over the network of their hosts, the slices.
+  Attributes:
+    kind: one of `KINDS`.
+    count: how many there are in a step.
+    bytes: the size of the result of one of them (the operand of a reduce-scatter).
+    group: the flattened places in the mesh of the devices that one of them joins. Of a collective between
+      slices, the slices.
+    dcn: whether it is between slices, over the network of their hosts.
   """
 
   kind: str
@@ -37,72 +42,78 @@ class Collective:
 
   @property
   def wire_bytes(self) -> float:
-    """What a device sends in a step, by the best algorithms: rings."""
+    """The bytes that a device sends in a step by the best algorithm, a ring."""
     n = max(len(self.group), 1)
     share = {'all-reduce': 2 * (n - 1) / n, 'collective-permute': 1.0}
     return self.count * self.bytes * share.get(self.kind, (n - 1) / n)
 
 
 def shapes(text: str) -> list[tuple[str, tuple[int, ...]]]:
-  """Every array type in a piece of HLO: ('bf16', (8, 128))."""
+  """Returns every array type in a piece of HLO, such as ('bf16', (8, 128))."""
   return [(t, tuple(int(n) for n in dims.split(',') if n)) for t, dims in _SHAPE.findall(text)]
 
 
 def size(kind: str, dims: tuple[int, ...]) -> int:
+  """Returns the bytes of an array of this type."""
   digits = re.search(r'\d+', kind)  # bf16, s32; pred has none
   return math.prod(dims) * (int(digits[0]) // 8 if digits else 1)
 
 
 def computations(text: str) -> tuple[dict[str, list[str]], str]:
-  """{name: its instructions}, and the entry's name."""
-  found, entry, name = {}, '', None
+  """Returns {name: its instructions} of every computation, and the name of the entry."""
+  result = {}
+  entry = ''
+  name = None
   for line in text.splitlines():
     head = re.match(r'(ENTRY )?(%?[\w.\-]+) .*\{$', line)
     if head and not line.startswith(' ') and '=' not in line.split('(')[0]:
       name = head[2].lstrip('%')
-      found[name], entry = [], name if head[1] else entry
+      result[name] = []
+      entry = name if head[1] else entry
     elif line.rstrip() == '}':
       name = None
     elif name:
-      found[name].append(line)
-  return found, entry
+      result[name].append(line)
+  return result, entry
 
 
 def trip_counts(text: str) -> dict[str, int]:
-  """How often a step runs every computation: the product of the loops around it."""
-  found, entry = computations(text)
+  """Returns how often a step runs every computation: the product of the trip counts of the loops around it."""
+  lines_of, entry = computations(text)
   times = Counter()
   stack = [(entry, 1)]
   while stack:
     name, n = stack.pop()
     times[name] += n
-    for line in found.get(name, ()):
-      loop = ' while(' in line
-      trips = _trips(line, found) if loop else 1
+    for line in lines_of.get(name, ()):
+      trips = _trips(line, lines_of) if ' while(' in line else 1
       names = (name for pair in _CALL.findall(line) for name in (pair[0] or pair[1]).split(','))
       for called in {name.strip().lstrip('%') for name in names}:
-        if called in found:
+        if called in lines_of:
           stack.append((called, n * trips))
   return dict(times)
 
 
-def _trips(line: str, found: dict[str, list[str]]) -> int:
-  """Of a while loop: as the compiler says, or the constant that its condition compares with."""
+def _trips(line: str, lines_of: dict[str, list[str]]) -> int:
+  """Returns the trip count of a while loop: the compiler's, or the constant in the loop's condition."""
   known = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', line)
   if known:
     return int(known[1])
   condition = re.search(r'condition=%?([\w.\-]+)', line)
-  bounds = (
-    re.findall(r'constant\((\d+)\)', '\n'.join(found.get(condition[1], ()))) if condition else []
-  )
+  if not condition:
+    return 1
+  lines = '\n'.join(lines_of.get(condition[1], ()))
+  bounds = re.findall(r'constant\((\d+)\)', lines)
   return max(map(int, bounds), default=1)
 
 
 def collectives(text: str) -> list[Collective]:
-  """All the collectives of a step; equal ones as one with their count."""
-  found, _ = computations(text)
-  times, total, seen = trip_counts(text), Counter(), set()
-  for name, line in ((name, line) for name, lines in found.items() for line in lines):
+  """Returns the collectives of a step, equal ones as one with their count."""
+  lines_of, _ = computations(text)
+  times = trip_counts(text)
+  total = Counter()
+  overlapped = set()
+  for name, line in ((name, line) for name, lines in lines_of.items() for line in lines):
     if not times.get(name):
       continue
     if ' send(' in line and (type_ := _BETWEEN_SLICES.search(line)):
@@ -115,15 +126,14 @@ def collectives(text: str) -> list[Collective]:
     if not match:
       continue
     kind = match[1]
-    # TPU: one collective that overlaps several products stands in every one of their fusions.
+    # On a TPU a collective that overlaps several products appears in each of their fusions.
     channel = re.search(r'channel_id=(\d+)', line)
     if channel and 'fus' in name:
-      if (kind, channel[1]) in seen:
+      if (kind, channel[1]) in overlapped:
         continue
-      seen.add((kind, channel[1]))
-    if (
-      'reduce-scatter' in name
-    ):  # TPU: a reduce-scatter is a fusion of this name around an all-reduce
+      overlapped.add((kind, channel[1]))
+    # On a TPU a reduce-scatter is a fusion of this name around an all-reduce.
+    if 'reduce-scatter' in name:
       kind = 'reduce-scatter'
     result = line[: match.start()].split(' = ', 1)[1]
     arrays = [size(*shape) for shape in shapes(result)]
@@ -136,7 +146,10 @@ def collectives(text: str) -> list[Collective]:
 
 
 def slice_group(line: str) -> tuple[int, ...]:
-  """The slices, from 0, that a transfer between slices joins: pairs of devices, or slices x devices."""
+  """Returns the slices, from 0, that a transfer between slices joins.
+
+  HLO writes pairs of devices, numbered 100,000 (slice + 1) + device, or ranges of slices, from 1.
+  """
   if pair := re.search(r'_xla_megascale_target=\{\{(\d+)->(\d+)\}', line):
     return tuple(int(device) // 100_000 - 1 for device in pair.groups())
   listed = re.search(r'_xla_megascale_target="\{([\d,:]+)\}x', line)
@@ -145,7 +158,7 @@ def slice_group(line: str) -> tuple[int, ...]:
 
 
 def replica_group(line: str) -> list[int]:
-  """The first group of devices of a collective, in any of the ways in which HLO writes groups."""
+  """Returns the first group of devices of a collective, in any of the notations of HLO."""
   if pairs := re.search(r'source_target_pairs=\{\{(\d+),(\d+)\}', line):
     return [int(pairs[1]), int(pairs[2])]
   if mesh := re.search(r'replica_groups=mesh\[([^\]]*)\](?: device_ids=\S+)? ?\{([^}]*)\}', line):
@@ -163,7 +176,7 @@ def replica_group(line: str) -> list[int]:
 
 
 def axes_of(group: tuple[int, ...], mesh_shape: dict[str, int]) -> tuple[str, ...]:
-  """The mesh axes along which the devices of a group differ."""
+  """Returns the mesh axes along which the devices of a group differ."""
   places = np.array(np.unravel_index(np.array(group, int), tuple(mesh_shape.values())))
   return tuple(
     axis for axis, row in zip(mesh_shape, places, strict=True) if len(set(row.tolist())) > 1
@@ -171,9 +184,12 @@ def axes_of(group: tuple[int, ...], mesh_shape: dict[str, int]) -> tuple[str, ..
 
 
 def arrays(text: str) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-  """(computation, type, shape) of every result that a program writes to memory; what fusions hold is none."""
-  found, _ = computations(text)
-  for name, lines in found.items():
+  """Yields (computation, type, shape) of every result that a program writes to memory.
+
+  The results within a fusion do not reach memory.
+  """
+  lines_of, _ = computations(text)
+  for name, lines in lines_of.items():
     if 'fus' in name:
       continue
     for line in lines:
@@ -186,13 +202,13 @@ _FREE = (
   'parameter', 'tuple', 'get-tuple-element', 'bitcast', 'constant', 'while', 'conditional', 'iota',
   'opt-barrier', 'after-all',
 )  # fmt: skip
-# Operations that change a part of their first operand, and which operand is that part.
+# Operations that update a part of their first operand, and the number of the operand that has the part.
 _IN_PLACE = {'dynamic-update-slice': 1, 'scatter': 2}
 
 
 @dataclasses.dataclass(frozen=True)
 class _Instruction:
-  """One line of HLO: the text of its result's type, its operation, and the names of its operands."""
+  """A line of HLO: the text of its result's type, its operation, its operands, and what it calls."""
 
   type: str
   operation: str
@@ -205,33 +221,36 @@ class _Instruction:
 
 
 def moved_bytes(text: str) -> int:
-  """Bytes to and from a device's memory in a step, if every result is written once and read once.
+  """Returns the bytes to and from a device's memory in a step, if every result is written once and read once.
 
-  An update in place (a slice of a stacked array, an entry of a cache) counts as what it writes and not as the
-  whole array. Where XLA cannot update in place it writes a `copy` first, which counts. What fusions hold
-  inside is free; so are the program's arguments, which are read where a result needs them.
+  An update in place (a slice of a stacked array, an entry of a cache) counts only the bytes that it writes. If
+  XLA cannot update in place, it writes a `copy` first, which counts as a whole. Results within fusions count
+  nothing, and neither do the program's arguments.
   """
-  found, _ = computations(text)
-  times, total = trip_counts(text), 0
-  read = {name: _instructions(lines) for name, lines in found.items()}
-  for name, (instructions, _) in read.items():
+  lines_of, _ = computations(text)
+  times = trip_counts(text)
+  total = 0
+  parsed = {name: _instructions(lines) for name, lines in lines_of.items()}
+  for name, (instructions, _) in parsed.items():
     if 'fus' in name or not times.get(name):
       continue
     for instruction in instructions.values():
       if instruction.operation not in _FREE and not instruction.operation.endswith('-done'):
-        total += 2 * times[name] * _written(instruction, instructions, read)
+        total += 2 * times[name] * _written(instruction, instructions, parsed)
   return total
 
 
 def _instructions(lines: list[str]) -> tuple[dict[str, _Instruction], _Instruction | None]:
-  """{name: instruction} of a computation, and its root."""
-  instructions, root = {}, None
+  """Returns {name: instruction} of a computation, and its root."""
+  instructions = {}
+  root = None
   for line in lines:
     match = re.match(r'\s*(ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\(', line)
     if not match:
       continue
-    # Operands end where the bracket closes; what follows are attributes.
-    depth, end = 1, match.end()
+    # The operands end at the closing bracket; attributes follow.
+    depth = 1
+    end = match.end()
     while depth and end < len(line):
       depth += {'(': 1, ')': -1}.get(line[end], 0)
       end += 1
@@ -244,27 +263,30 @@ def _instructions(lines: list[str]) -> tuple[dict[str, _Instruction], _Instructi
   return instructions, root
 
 
-def _written(instruction: _Instruction, beside: dict[str, _Instruction], read, fused=False) -> int:
-  """Bytes that an instruction writes.
+def _written(
+  instruction: _Instruction, siblings: dict[str, _Instruction], parsed, fused=False
+) -> int:
+  """Returns the bytes that an instruction writes.
 
   Args:
-    beside: the instructions of its computation, by name.
-    read: `_instructions` of every computation.
-    fused: whether it is inside of a fusion.
+    instruction: the instruction.
+    siblings: the instructions of its computation, by name.
+    parsed: `_instructions` of every computation.
+    fused: whether it is within a fusion.
   """
   if fused and instruction.operation in ('bitcast', 'tuple'):
-    results = [beside[name] for name in instruction.operands if name in beside]
-    return sum(_written(result, beside, read, fused) for result in results)
-  inside, root = read.get(instruction.calls or '', ({}, None))
+    results = [siblings[name] for name in instruction.operands if name in siblings]
+    return sum(_written(result, siblings, parsed, fused) for result in results)
+  inside, root = parsed.get(instruction.calls or '', ({}, None))
   if instruction.operation == 'fusion' and root is not None:
-    return _written(root, inside, read, fused=True)
+    return _written(root, inside, parsed, fused=True)
   place = _IN_PLACE.get(instruction.operation)
   if place is None or len(instruction.operands) <= place:
     return instruction.bytes
-  whole, part = (beside.get(instruction.operands[i]) for i in (0, place))
+  whole, part = (siblings.get(instruction.operands[i]) for i in (0, place))
   while fused and whole is not None and whole.operation == 'bitcast':
-    whole = beside.get(whole.operands[0])
-  # A fusion that makes the array which it updates writes all of it.
+    whole = siblings.get(whole.operands[0])
+  # A fusion that computes the array that it updates writes all of it.
   if part is None or (fused and (whole is None or whole.operation != 'parameter')):
     return instruction.bytes
   return part.bytes

@@ -1,10 +1,11 @@
-"""The report of a compiled train step: memory of a device, FLOPs, collectives, and a roofline of its time.
+"""Reports of a compiled train step: memory per device, FLOPs, collectives, and a roofline of its time.
 
-Memory and collectives are read from the program that XLA made for the topology, so they hold for hardware that
-nobody here has; times are computed from the chip's peak rates and were measured on no TPU.
+Memory and collectives are those of the program that XLA compiles for the topology, so they hold for hardware
+that this machine lacks. Times are computed from the chip's peak rates; they were not measured on a TPU.
 """
 
 import math
+import operator
 import time
 
 import jax
@@ -26,7 +27,7 @@ class DoesNotFit(UserError):
 
 
 def batch_features(run: Run) -> dict[str, int]:
-  """{key: length} of the run's batches, as the frozen stream will have them."""
+  """Returns {key: length} of the run's batches, as the frozen stream will have them."""
   stream = getattr(run.train, 'streams', None)
   stream = next(iter(stream.values())) if isinstance(stream, dict) else run.train
   lengths = run.train.lengths
@@ -42,37 +43,42 @@ def batch_features(run: Run) -> dict[str, int]:
 
 
 def lower(run: Run, mesh: jax.sharding.Mesh):
-  """(lowered step, abstract state, batch, and what it only reads) of a run, under the mesh in use."""
+  """Lowers the step of a run, under the mesh in use.
+
+  Returns:
+    The lowered step; and trees of shapes and shardings: the state, a batch, and what the step only reads.
+  """
   program = make_program(run)
   checks.check_divides(run)
 
-  def at(shape, dtype, spec):
+  def abstract(shape, dtype, spec):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
 
-  where = lambda x: x.sharding.spec if x.sharding is not None else jax.P()
+  def on_mesh(x):
+    return abstract(x.shape, x.dtype, x.sharding.spec if x.sharding is not None else jax.P())
+
   state = jax.eval_shape(lambda: program.init(jax.random.key(0)))
-  state, fixed = jax.tree.map(
-    lambda x: at(x.shape, x.dtype, where(x)), (state, program.abstract_fixed)
-  )
+  state, fixed = jax.tree.map(on_mesh, (state, program.abstract_fixed))
+  rows = axes.spec('batch', 'length')
   batch = {
-    key: at((run.batch_size, length), jnp.int32, axes.spec('batch', 'length'))
+    key: abstract((run.batch_size, length), jnp.int32, rows)
     for key, length in batch_features(run).items()
   }
   for key, (shape, dtype) in run.beside_tokens.items():
-    batch[key] = at((run.batch_size, *shape), dtype, axes.spec('batch', 'length'))
+    batch[key] = abstract((run.batch_size, *shape), dtype, rows)
   step = jax.jit(program.step, donate_argnums=0)
-  return step.lower(state, batch, at((), jnp.float32, jax.P()), fixed), state, batch, fixed
+  return step.lower(state, batch, abstract((), jnp.float32, jax.P()), fixed), state, batch, fixed
 
 
 def device_bytes(tree) -> int:
-  """Bytes of one device's share of an abstract tree."""
+  """Returns the bytes of a device's share of a tree of shapes and shardings."""
   return sum(
     math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
   )
 
 
 def remat_of(tree) -> str:
-  """The rematerialisation policy of a model's first stack, as configured."""
+  """Returns the rematerialisation policy of a model's first stack, from its tree of partials."""
   policies = []
 
   def walk(value):
@@ -90,32 +96,34 @@ def remat_of(tree) -> str:
 
 
 def flops(run: Run) -> dict[str, float]:
-  """FLOPs of a step on all devices: the model's own (visible pairs of attention only), and with recomputation.
+  """Returns the FLOPs of a step on all devices: those of the model, and those with recomputation.
 
-  The forward pass is a third of a step. The backward pass computes again, by policy: nothing ('none'); the
-  attention's products ('dots' keeps those without a batch axis); everything but the head ('full').
+  The model's FLOPs count only visible pairs of attention. The forward pass is a third of a step. By the policy,
+  the backward pass computes again: nothing ('none'), the products of attention ('dots' stores those without a
+  batch axis), or everything but the head ('full').
   """
   count = counts.count(run.model, run.train.lengths)
   tokens = run.batch_size * run.target_length
   head = 6 * (count.params_with_head - count.params_non_embedding)
   mixing = count.flops_attention_causal - count.flops_6n_with_head
-  again = {'none': 0.0, 'dots': mixing / 3}.get(
-    remat_of(run.model), (count.flops_attention_causal - head) / 3
-  )
+  all_but_head = (count.flops_attention_causal - head) / 3
+  recomputed = {'none': 0.0, 'dots': mixing / 3}.get(remat_of(run.model), all_but_head)
   return {
     'model_flops': tokens * count.flops_attention_causal,
-    'hardware_flops': tokens * (count.flops_attention_causal + again),
+    'hardware_flops': tokens * (count.flops_attention_causal + recomputed),
   }
 
 
 def network(
   collectives: list[hlo.Collective], mesh, chip: chips.Chip | None, topology: str
 ) -> list[dict]:
-  """Every collective with the mesh axes it runs over and its time at the network's peak."""
-  devices, sizes, rows = mesh.devices.ravel(), dict(mesh.shape), []
-  for c in sorted(collectives, key=lambda c: -c.wire_bytes):
+  """Returns every collective, with the mesh axes that it runs over and its time at the network's peak rate."""
+  devices = mesh.devices.ravel()
+  sizes = dict(mesh.shape)
+  rows = []
+  for c in sorted(collectives, key=operator.attrgetter('wire_bytes'), reverse=True):
     row = {'kind': c.kind, 'count': c.count, 'bytes': c.bytes}
-    group = _one_a_slice(devices, c.group) if c.dcn else c.group
+    group = _one_per_slice(devices, c.group) if c.dcn else c.group
     row['axes'] = '+'.join(hlo.axes_of(group, sizes)) or '-'
     if chip is not None and len(group) > 1:
       rate = chip.dcn_rate
@@ -126,31 +134,36 @@ def network(
   return rows
 
 
-def _one_a_slice(devices, slices: tuple[int, ...]) -> tuple[int, ...]:
-  """The indices in the mesh of one device of each slice: the one with the coordinates of the mesh's first."""
-  order, first = sorted({d.slice_index for d in devices}), devices[0].coords
+def _one_per_slice(devices, slices: tuple[int, ...]) -> tuple[int, ...]:
+  """Returns the index in the mesh of a device of each slice: that with the coordinates of the mesh's first."""
+  order = sorted({d.slice_index for d in devices})
+  first = devices[0].coords
   place = {d.slice_index: i for i, d in enumerate(devices) if d.coords == first}
   return tuple(place[order[i]] for i in slices)
 
 
 def _links(members, topology: str) -> int:
-  """Over how many links a device sends at once to these neighbours: two along a side that wraps round."""
+  """Returns over how many links a device sends to these neighbours at once: two along a side that wraps."""
   extents = [len(set(side)) for side in zip(*(d.coords for d in members), strict=True)]
   sides = [int(n) for n in topology.partition(':')[2].split('x')]
-  round_ = [
-    n == side and wrap for n, side, wrap in zip(extents, sides, chips.wraps(topology), strict=False)
-  ]
-  return max(sum(1 + torus for n, torus in zip(extents, round_, strict=False) if n > 1), 1)
+  links = 0
+  for extent, side, wrap in zip(extents, sides, chips.wraps(topology), strict=False):
+    if extent > 1:
+      links += 2 if extent == side and wrap else 1
+  return max(links, 1)
 
 
 def compile_run(run: Run, topology: str, slices: int = 1, keep_hlo: str | None = None) -> dict:
-  """The report of a run's step on this topology, as a dict of JSON values: its keys are listed below.
+  """Returns the report of a run's step on this topology, as a dict of JSON values with the keys below.
 
   Args:
+    run: the run.
+    topology: the devices, such as 'v5e:2x4' (`chips.prepare`).
+    slices: how many slices of TPUs.
     keep_hlo: a file for the text of the compiled program.
 
   Raises:
-    Invalid: the mesh, the batch and the devices do not go together.
+    Invalid: the mesh, the batch and the devices do not fit together.
     DoesNotFit: the step needs more memory than a device has.
   """
   devices, chip = chips.devices_of(topology, slices)
@@ -180,13 +193,13 @@ def compile_run(run: Run, topology: str, slices: int = 1, keep_hlo: str | None =
 
 
 def memory(compiled, state, batch, fixed, chip) -> dict[str, float]:
-  """Bytes per device. The step's new state replaces the old one in place.
+  """Returns bytes per device. The new state of the step replaces the old one in place.
 
-  `parameters` are those that learn, `frozen` what the step only reads: the others, and a teacher's.
+  `parameters` are those that learn. `frozen` are those that the step only reads: the others, and a teacher's.
 
-  `peak` is the most that is alive at once; XLA compares what it allocates for that with the device's memory.
-  `total` is jax's sum of arguments and temporaries, on a TPU up to a third more than is allocated
-  (experiments/tpu_fit/heap.py). With `host` memory in use `peak` was seen above `total`; then `total` is right.
+  `peak` is the most that is alive at once; XLA compares the allocation for it with the device's memory. `total`
+  is jax's sum of arguments and temporaries, on a TPU up to a third more than is allocated
+  (experiments/tpu_fit/heap.py). If `host` memory is in use, `peak` can exceed `total`; then `total` is right.
   """
   stats = compiled.memory_analysis()
   fresh = stats.output_size_in_bytes - stats.alias_size_in_bytes
@@ -200,7 +213,7 @@ def memory(compiled, state, batch, fixed, chip) -> dict[str, float]:
 
 
 def roofline(report: dict, chip: chips.Chip) -> dict:
-  """Seconds of each resource at its peak; a step takes at least the largest, at most their sum."""
+  """Returns the seconds of each resource at its peak; a step takes at least the largest, at most their sum."""
 
   def network_seconds(kind: str) -> float:
     return sum(c.get('seconds', 0) for c in report['collectives'] if c.get('network') == kind)
@@ -221,49 +234,38 @@ def roofline(report: dict, chip: chips.Chip) -> dict:
 
 
 def _advice(run: Run, error: str, state: int, chip) -> str:
-  """What to change so that the step fits, the cheapest remedy that can help."""
+  """Returns a sentence with the cheapest change that can make the step fit."""
   used = next((line.strip() for line in error.splitlines() if 'sed' in line), '').rstrip('.')
   limit = chip.hbm_bytes if chip else math.inf
   if state > 0.8 * limit:
-    remedy = (
-      'parameters and optimizer fill it: split them further (Mesh.fsdp = -1) or take a larger slice'
-    )
+    remedy = 'split parameters and optimizer further (Mesh.fsdp = -1), or take a larger slice'
   elif remat_of(run.model) != 'full':
     remedy = "recompute more: Stack.remat = 'full'"
   else:
     remedy = (
-      'halve what is in memory at once: double Run.microbatches, or Mesh.tensor or Mesh.context'
+      'halve the activations in memory: double Run.microbatches, or Mesh.tensor or Mesh.context'
     )
   return f'the step does not fit a device ({used}; state {state / GIB:.2f} GiB): {remedy}.'
 
 
 def show(report: dict) -> str:
-  """The report as a table."""
+  """Returns the report as a table."""
   mesh = ' x '.join(f'{k} {v}' for k, v in report['mesh'].items() if v > 1) or 'one device'
-  m, gib = report['memory'], lambda n: f'{n / GIB:8.3f} GiB'
+  memory = report['memory']
+  keys = ['parameters', 'optimizer', 'frozen', 'batch', 'temporaries', 'total', 'peak', 'host']
+  if not memory['frozen']:
+    keys.remove('frozen')
   lines = [
     f'{report["topology"]} x {report["slices"]}: {report["devices"]} devices, mesh {mesh}, batch '
     f'{report["batch_size"]:,}, remat {report["remat"]}; compiled in {report["compile_s"]:.0f} s',
     'memory per device:',
-    *(
-      f'  {key:12}{gib(m[key])}'
-      for key in (
-        'parameters',
-        'optimizer',
-        'frozen',
-        'batch',
-        'temporaries',
-        'total',
-        'peak',
-        'host',
-      )
-      if key != 'frozen' or m[key]
-    ),
+    *(f'  {key:12}{_gib(memory[key])}' for key in keys),
   ]
-  if m['limit']:
-    lines.append(f'  {"of":12}{gib(m["limit"])}  ({m["peak"] / m["limit"]:.0%})')
+  if memory['limit']:
+    share = memory['peak'] / memory['limit']
+    lines.append(f'  {"of":12}{_gib(memory["limit"])}  ({share:.0%})')
   lines += [
-    f'FLOPs of a step: {report["model_flops"]:.3e}; {report["hardware_flops"]:.3e} with what is computed again',
+    f'FLOPs of a step: {report["model_flops"]:.3e}; {report["hardware_flops"]:.3e} with recomputation',
     'collectives of a step, per device:',
     f'  {"kind":20}{"axes":16}{"count":>7}{"MiB each":>10}  seconds at peak',
   ]
@@ -280,3 +282,7 @@ def show(report: dict) -> str:
       f'overlap at their peaks; {report["no_overlap_step_s"]:.3f} s, {report["no_overlap_mfu"]:.0%} if none do',
     ]
   return '\n'.join(lines)
+
+
+def _gib(size: float) -> str:
+  return f'{size / GIB:8.3f} GiB'

@@ -1,4 +1,4 @@
-"""A search over meshes, microbatches and rematerialisation for the fastest step that fits."""
+"""Searches meshes, microbatches and rematerialisation policies for the fastest step that fits."""
 
 import dataclasses
 import itertools
@@ -16,7 +16,7 @@ REMAT = ('none', 'dots', 'full')
 
 
 def candidates(run: Run, devices: int) -> list[tuple[Mesh, int, str]]:
-  """(mesh, microbatches, policy) of everything worth trying; the batch of the run stays as it is."""
+  """Returns (mesh, microbatches, policy) of all candidates. The batch of the run is unchanged."""
   meshes = [Mesh(), Mesh(data=1, fsdp=-1)]
   meshes += [Mesh(data=1, fsdp=-1, tensor=n) for n in (2, 4, 8) if devices % n == 0]
   microbatches = [n for n in (1, 2, 4) if run.batch_size % n == 0]
@@ -24,9 +24,9 @@ def candidates(run: Run, devices: int) -> list[tuple[Mesh, int, str]]:
 
 
 def search(run: Run, flags) -> list[dict]:
-  """A report of every candidate, or the error that refuses it; the fastest first, those that do not fit last.
+  """Returns a report of every candidate, or its error, the fastest first and those that do not fit last.
 
-  Prints each as soon as it is compiled, since all of them take minutes.
+  Prints each as soon as it is compiled, since all of them together take minutes.
   """
   devices, _ = chips.devices_of(flags.topology, flags.slices)
   rows = []
@@ -42,11 +42,15 @@ def search(run: Run, flags) -> list[dict]:
       row['error'] = str(error)
     print(show_row(row), file=sys.stderr, flush=True)
     rows.append(row)
-  return sorted(rows, key=lambda row: row.get('predicted_step_s', math.inf))
+
+  def step_seconds(row):
+    return row.get('predicted_step_s', math.inf)
+
+  return sorted(rows, key=step_seconds)
 
 
 def mesh_text(mesh: Mesh) -> str:
-  """The axes of a mesh that split anything: 'fsdp * x tensor 2'; * is all devices that are left."""
+  """Returns the axes of a mesh that split anything, as in 'fsdp * x tensor 2'; * means all other devices."""
   sizes = {axis: getattr(mesh, axis) for axis in MESH_AXES}
   return (
     ' x '.join(f'{k} {"*" if v == -1 else v}' for k, v in sizes.items() if v != 1) or 'one device'
@@ -54,13 +58,13 @@ def mesh_text(mesh: Mesh) -> str:
 
 
 def show_rows(rows: list[dict]) -> str:
-  """The reports of a search as a table."""
+  """Returns the reports of a search as a table."""
   head = f'{"mesh":22}{"parts":>6}  {"remat":8}{"GiB":>8}{"step s":>9}{"no overlap":>12}{"MFU":>7}'
   return '\n'.join([head, *map(show_row, rows)])
 
 
 def show_row(row: dict) -> str:
-  """One line of the table."""
+  """Returns a line of the table."""
   head = f'{row["mesh"]:22}{row["microbatches"]:>6}  {row["remat"]:8}'
   if 'error' in row:
     return f'{head}{row["error"]}'

@@ -1,4 +1,4 @@
-"""What all commands share: flags, errors as one sentence, the environment. Imports nothing heavy."""
+"""Shared by all commands: flags, errors as one sentence, the environment. Imports nothing heavy."""
 
 import argparse
 import contextlib
@@ -14,11 +14,11 @@ from collections.abc import Callable
 from research import end_interrupted
 from research.core.errors import UserError, did_you_mean
 
-INTERRUPTED = 130  # what a shell expects of a program that SIGINT ended
-PIPE_CLOSED = 141  # and of one that wrote to a pipe nobody reads any more
+INTERRUPTED = 130  # the exit status that shells expect after SIGINT
+PIPE_CLOSED = 141  # the one after writing to a pipe that has no reader any more
 _running: list[Callable] = []  # the command of `run`, unless an error of its own ended it
 
-# Fresh 4 KiB pages cost jax on CPU a third of its time; huge pages must be asked for before the process starts.
+# Page faults of 4 KiB pages cost jax on a CPU a third of its time. Huge pages are chosen when a process starts.
 CPU_ENVIRONMENT = {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}
 
 
@@ -28,7 +28,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser(command: str, description: str, gin: bool = True) -> argparse.ArgumentParser:
-  """The flags of `python -m research.<command>`; `gin` adds --gin_file and --gin.NAME=VALUE."""
+  """Returns the parser of `python -m research.<command>`; `gin` adds --gin_file and --gin.NAME=VALUE."""
   _prepare_terminal()
   first, _, rest = description.partition('\n')
   result = _Parser(
@@ -48,14 +48,14 @@ def parser(command: str, description: str, gin: bool = True) -> argparse.Argumen
     )
     result.epilog = (
       (result.epilog or '')
-      + '\n\n--gin.Class.argument=VALUE and --gin.MACRO=VALUE override what the files say; '
-      'a string wants quotes inside: --gin.TextFiles.files="\'books/*.txt\'".'
+      + '\n\n--gin.Class.argument=VALUE and --gin.MACRO=VALUE override the values of the files; '
+      'a string needs quotes inside: --gin.TextFiles.files="\'books/*.txt\'".'
     ).strip()
   return result
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
-  """Parsed flags, with the --gin.X=Y ones as the list `flags.gin`."""
+  """Parses flags; the --gin.X=Y ones become the list `flags.gin`."""
   argv = sys.argv[1:] if argv is None else argv
   gin = [arg.removeprefix('--gin.') for arg in argv if arg.startswith('--gin.')]
   flags, unknown = parser.parse_known_args([arg for arg in argv if not arg.startswith('--gin.')])
@@ -69,19 +69,20 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
 
 
 def use_huge_pages() -> None:
-  """Starts this command again with the environment that jax on a CPU wants, once; a few milliseconds."""
+  """Starts this command again, once, in the environment in which jax on a CPU is fastest."""
   missing = {k: v for k, v in CPU_ENVIRONMENT.items() if k not in os.environ}
   if missing and sys.platform == 'linux':
     os.environ.update(missing)
-    # Ctrl-C waits until `_prepare_terminal` of the new process: while Python starts it would be a traceback.
+    # Ctrl-C is blocked until `_prepare_terminal` of the new process: while Python starts, it prints a
+    # traceback.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    with contextlib.suppress(OSError):  # this user may not start it; it is only faster
+    with contextlib.suppress(OSError):  # without permission to start it, this process continues
       os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def run(main: Callable[..., int | None], *args) -> None:
-  """Runs `main` and exits: 2 with one sentence where the input or the machine was wrong."""
+  """Runs `main` and exits. The status is 2, with one sentence, for an error of the input or of the machine."""
   _prepare_terminal()
   if signal.getsignal(signal.SIGINT) is end_interrupted:
     signal.signal(signal.SIGINT, _interrupt)
@@ -99,7 +100,7 @@ def run(main: Callable[..., int | None], *args) -> None:
   except BrokenPipeError:
     if not any(map(_reader_is_gone, (1, 2))):
       raise
-    # Whatever is still in the buffers goes nowhere, or Python complains about it at its end.
+    # The rest of the buffers goes to the null device, or Python reports an error when it exits.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     sys.exit(PIPE_CLOSED)
@@ -125,13 +126,13 @@ def _interrupt(number, frame) -> None:
 
 
 def machine_fault(error: BaseException) -> str | None:
-  """What is wrong with this machine, in a sentence, where an exception says so; else None."""
+  """Returns a sentence about a fault of this machine (a full disk, a missing plugin), None for other errors."""
   text = f'{error} {error.__cause__ or ""}'
   frames = traceback.extract_tb(error.__traceback__)
   # Without any plugin of the platform jax fails an assertion that has no text.
   if frames and frames[-1].filename.endswith('xla_bridge.py'):
-    asked = os.environ.get('JAX_PLATFORMS')
-    setting = f'JAX_PLATFORMS={asked}' if asked else 'jax'
+    platforms = os.environ.get('JAX_PLATFORMS')
+    setting = f'JAX_PLATFORMS={platforms}' if platforms else 'jax'
     first = (str(error).strip().splitlines() or ['no plugin'])[0].rstrip('.')
     return (
       f'{setting}: this machine has no such platform, or jax lacks its plugin ({first}); '
@@ -146,19 +147,19 @@ def machine_fault(error: BaseException) -> str | None:
   if reason:
     name = getattr(error, 'filename', None)
     place = f' ({name})' if name else ''
-    return f'{reason}{place}: free some space, and start the same command again to go on.'
+    return f'{reason}{place}: free some space, and start the same command again to continue.'
   if number == errno.EROFS and error.filename:
-    return f'{error.filename} is on a disk that can only be read; choose another folder.'
+    return f'{error.filename} is on a read-only disk; choose another folder.'
   if number == errno.EROFS:
     return (
-      'a folder that Python needs can only be read (/dev/shm or the temporary folder): mount it for writing, '
-      'or name another in TMPDIR.'
+      'a folder that Python needs is read-only (/dev/shm or the temporary folder): mount it for writing, or '
+      'name another in TMPDIR.'
     )
   return None
 
 
 def _prepare_terminal() -> None:
-  """Characters that a terminal lacks become question marks; Ctrl-C is one word, also while modules load."""
+  """Prints characters that a terminal lacks as question marks, and Ctrl-C as one word, also during imports."""
   for stream in (sys.stdout, sys.stderr):
     with contextlib.suppress(AttributeError, ValueError):  # no terminal, or something in its place
       stream.reconfigure(errors='replace')
@@ -170,15 +171,15 @@ def _prepare_terminal() -> None:
 
 
 def _is_echo_of_full_disk(kind, error) -> bool:
-  """Whether TensorStore calls back into a save that a full disk has ended: the save itself says why.
+  """Returns whether an error is only TensorStore's callback into a save that a full disk has ended.
 
-  An error of the command itself leaves nothing in `_running`.
+  The save itself reports the reason. After an error of the command itself `_running` is empty.
   """
   return bool(_running) and kind is RuntimeError and str(error) == 'Event loop is closed'
 
 
 def _quiet_hook(module, name: str) -> None:
-  """Wraps, once, the hook that Python calls for an exception which nobody can catch."""
+  """Wraps, once, the hook that Python calls for an exception that no code can catch."""
   hook = getattr(module, name)
   if getattr(hook, 'is_quiet', False):
     return
@@ -198,11 +199,11 @@ def _excepthook(kind, error, trace) -> None:
     sys.__excepthook__(kind, error, trace)
     return
   _say('interrupted', INTERRUPTED)
-  os._exit(INTERRUPTED)  # modules that are half loaded cannot be asked to end
+  os._exit(INTERRUPTED)  # without clean-up: modules may be half loaded
 
 
 def _reader_is_gone(descriptor: int) -> bool:
-  """Whether the other end of a pipe was closed."""
+  """Returns whether the other end of a pipe was closed."""
   try:
     poll = select.poll()
     poll.register(descriptor, 0)

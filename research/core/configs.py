@@ -1,9 +1,8 @@
 """gin in, partials out.
 
 A gin file is read once, into a tree of `functools.partial`s that can be printed, compared, and written by hand
-in a test; after that nothing consults gin again. The bindings live in a `Config` and not in a global, so a
-misspelt name, a binding that nothing uses, a required argument that nothing sets is an error with its file and
-line.
+in a test. After that no code reads gin's state. The bindings are in a `Config` and not in a global variable, so
+a misspelt name, an unused binding and a missing argument are errors with file and line.
 """
 
 import contextlib
@@ -24,7 +23,7 @@ __all__ = ['ROOT', 'Config', 'find_file', 'load']
 
 
 class Config:
-  """The bindings of gin files and of the command line. `build()` makes the object they describe.
+  """The bindings of gin files and of the command line. `build()` makes the object that they describe.
 
   Attributes:
     root: the macro that names this object.
@@ -42,13 +41,13 @@ class Config:
 
   @property
   def text(self) -> str:
-    """One self-contained gin file that says the same."""
+    """A single self-contained gin file with the same bindings."""
     return ''.join(self._lines)
 
   # Reading.
 
   def read_file(self, name: str, where: str | None = None) -> None:
-    """Reads a gin file, and what it includes, over what was read before.
+    """Reads a gin file and its includes. Its bindings override those that were read before.
 
     Args:
       name: its path from the current folder, or from the project's root.
@@ -64,7 +63,7 @@ class Config:
     self._open_files.pop()
 
   def read_binding(self, binding: str) -> None:
-    """One `Class.argument=value` or `MACRO=value` of the command line."""
+    """Reads a `Class.argument=value` or `MACRO=value` of the command line."""
     where = f'--gin.{one_line(binding)}'
     if not re.match(r'[\w./]+\s*=', binding):
       raise UserError(f'{where}: write it as --gin.Class.argument=value or --gin.MACRO=value.')
@@ -85,7 +84,7 @@ class Config:
     text_lines = content.splitlines(keepends=True)
     if text_lines and not text_lines[-1].endswith('\n'):
       text_lines[-1] += '\n'
-    kept = 0
+    copied = 0  # lines of this file that are in the one text already
     for statement in gin_reader.statements(content, source):
       line = statement.location.line_num
       where = f'{source}:{line}'
@@ -95,10 +94,11 @@ class Config:
             names.add(statement, where)
             imports[statement.bound_name()] = statement.format() + '\n'
         case IncludeStatement():
-          self._lines += text_lines[kept : line - 1]
-          kept = line
+          self._lines += text_lines[copied : line - 1]
+          copied = line
           self.read_file(statement.filename, where)
-          # In the one text that says the same, names mean again what they mean in this file.
+          # In the one text, an include may have imported other modules under this file's names: import them
+          # again.
           changed = [
             name for name, path in names.paths.items() if self._names.paths.get(name, path) != path
           ]
@@ -107,7 +107,7 @@ class Config:
           self._find(statement.selector, names, where)
         case BindingStatement():
           self._bind(statement, names, where)
-    self._lines += text_lines[kept:]
+    self._lines += text_lines[copied:]
     self._names.paths.update(names.paths)
     if names.moved:
       _tell_moved(source, len(names.moved), *next(iter(names.moved.items())))
@@ -116,7 +116,7 @@ class Config:
     binding = Binding(statement.value, names.copy(), where)
     for reference in gin_reader.references(statement.value):
       if reference.selector.partition('.')[0] in names.paths:
-        names.path(reference.selector)  # notes it where it is of an earlier version
+        names.path(reference.selector)  # records names of earlier versions
     if not statement.arg_name:
       self.macros[statement.selector] = binding
       return
@@ -136,9 +136,9 @@ class Config:
     self.bindings[statement.scope, target, statement.arg_name] = binding
 
   def _find(self, selector: str, names: Names, where: str):
-    """The class or function that a selector names, by the imports of its file.
+    """Returns the class or function that a selector names, by the imports of its file.
 
-    On the command line a bare name is enough where it is the only one of that name bound so far.
+    On the command line a bare name is enough if only one class or function of that name is bound so far.
     """
     if not where.startswith('--gin.') or selector.partition('.')[0] in names.paths:
       return names.find(selector, where)
@@ -156,9 +156,9 @@ class Config:
     raise UserError(f'{where}: no configured class or function {selector!r}.{hint}')
 
   def _referenced(self):
-    """Every class or function that some binding of a file refers to."""
+    """Yields every class or function that a binding of a file refers to."""
     for binding in (*self.bindings.values(), *self.macros.values()):
-      if not binding.where.startswith('--gin.'):  # whose own bare names are looked up here
+      if not binding.where.startswith('--gin.'):  # `_find` calls this for the bare names of those
         for reference in gin_reader.references(binding.value):
           yield self._find(reference.selector, binding.names, binding.where)
 
@@ -204,7 +204,7 @@ class Config:
 
   @contextlib.contextmanager
   def explains(self):
-    """Within this an `Invalid` value becomes a `UserError` with the gin file and line that set it."""
+    """Turns an `Invalid` value within the block into a `UserError` with the gin file and line that set it."""
     try:
       yield
     except Invalid as error:

@@ -1,4 +1,4 @@
-"""The text of a resolved configuration: every value that will be used, defaults too."""
+"""The text of a resolved configuration: every value that the run uses, defaults too."""
 
 import dataclasses
 import functools
@@ -12,20 +12,20 @@ def _has_parts(value) -> bool:
 
 
 def describe(value, indent: int = 0) -> str:
-  """The resolved tree as text, defaults included."""
+  """Returns a resolved tree as text, with defaults."""
   pad = '  ' * indent
   if dataclasses.is_dataclass(value) and not inspect.isclass(value):
     fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-    # A checkpoint is what it holds, and not the folder where it lies.
+    # A checkpoint is described by its content and not by its folder.
     fields = value.described() if hasattr(value, 'described') else fields
     name = type(value).__name__
   elif callable(value):
-    target, given = (
-      (value.func, value.keywords) if isinstance(value, functools.partial) else (value, {})
-    )
+    target, arguments = value, {}
+    if isinstance(value, functools.partial):
+      target, arguments = value.func, value.keywords
     defaults = {n: p.default for n, p in parameters(target).items() if p.default is not p.empty}
     name = f'{target.__module__}.{target.__qualname__}'
-    fields = {**defaults, **given} if given or inspect.isclass(value) else {}
+    fields = {**defaults, **arguments} if arguments or inspect.isclass(value) else {}
   elif isinstance(value, list | tuple) and any(map(_has_parts, value)):
     return '[\n' + ''.join(f'{pad}  {describe(v, indent + 1)}\n' for v in value) + f'{pad}]'
   else:

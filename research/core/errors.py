@@ -1,11 +1,11 @@
-"""What a person is told when an input is wrong: one sentence, where to mend it, what to try."""
+"""Errors of an input: one sentence that says where the error is and how to correct it."""
 
 import difflib
 import traceback
 
 
 class UserError(Exception):
-  """A mistake in an input. Commands print its message alone, without a traceback, and exit 2."""
+  """A mistake in an input. Commands print only its message, without a traceback, and exit with status 2."""
 
 
 class Invalid(UserError, ValueError):
@@ -15,12 +15,14 @@ class Invalid(UserError, ValueError):
   """
 
   def __init__(self, owner: type, field: str, why: str):
-    self.owner, self.field, self.why = owner, field, why
+    self.owner = owner
+    self.field = field
+    self.why = why
     super().__init__(f'{owner.__name__}.{field}: {why}')
 
 
 def did_you_mean(name: str, options) -> str:
-  """' Did you mean X?' for the nearest of `options`, or the whole short list, or nothing."""
+  """Returns ' Did you mean X?' for the nearest of `options`, or a short list of them, or nothing."""
   options = sorted(map(str, options))
   near = difflib.get_close_matches(str(name), options, n=2, cutoff=0.6)
   if near:
@@ -29,9 +31,10 @@ def did_you_mean(name: str, options) -> str:
 
 
 def failure(error: BaseException) -> str:
-  """An exception of somebody's code in a clause: 'ValueError at model.py:12: what it says'."""
+  """Returns a clause about an exception of other code: 'ValueError at model.py:12: its message'."""
   if isinstance(error, SyntaxError) and error.filename:
-    place, why = f' at {error.filename}:{error.lineno}', error.msg
+    place = f' at {error.filename}:{error.lineno}'
+    why = error.msg
   else:
     frames = [f for f in traceback.extract_tb(error.__traceback__) if 'importlib' not in f.filename]
     place = f' at {frames[-1].filename}:{frames[-1].lineno}' if frames else ''

@@ -1,7 +1,7 @@
-"""Reads the text of gin files: which statements it has, and what the names in them mean.
+"""Reads the text of gin files: their statements, and the classes and functions that their names refer to.
 
-The grammar is gin-config's own, in the style of its dynamic registration: a file imports the modules whose
-classes it configures. `research.core.configs` collects the bindings and makes objects of them.
+The grammar is that of gin-config with dynamic registration: a file imports the modules whose classes it
+configures. `research.core.configs` collects the bindings and makes objects from them.
 """
 
 import dataclasses
@@ -49,9 +49,9 @@ class _Delegate(config_parser.ParserDelegate):
 
 
 class Names:
-  """What the names in one file mean: its imports, as dotted Python paths.
+  """The imports of a file: dotted Python paths by name.
 
-  Names of the layout before the present one are read as their present ones; `moved` collects them.
+  Names of earlier versions are read as the present ones; `moved` collects them.
   """
 
   def __init__(self, paths: dict[str, str] | None = None):
@@ -62,7 +62,7 @@ class Names:
     return Names(self.paths)
 
   def add(self, statement: config_parser.ImportStatement, where: str) -> None:
-    """Imports what an import statement names.
+    """Imports the module or the name of an import statement.
 
     Raises:
       UserError: there is no such module, or it cannot be imported.
@@ -73,7 +73,7 @@ class Names:
     self.paths[name] = path
 
   def path(self, selector: str) -> str:
-    """The present dotted path that a selector stands for; its first name must be known."""
+    """Returns the present dotted path of a selector; its first name must be known."""
     first, dot, rest = selector.partition('.')
     path = self.paths[first] + dot + rest
     current = moved.current_path(path)
@@ -82,10 +82,10 @@ class Names:
     return current
 
   def find(self, selector: str, where: str):
-    """The class or function that a selector names.
+    """Returns the class or function that a selector names.
 
     Raises:
-      UserError: it is not imported, not there, or neither a class nor a function.
+      UserError: it is not imported, does not exist, or is neither a class nor a function.
     """
     first = selector.partition('.')[0]
     if first not in self.paths:
@@ -100,7 +100,7 @@ class Names:
 
 
 def _module(path: str, where: str):
-  """The module at a path, or where it moved to."""
+  """Returns the module of a path, also of an earlier version's."""
   path = moved.current_path(path)
   try:
     return importlib.import_module(path)
@@ -125,7 +125,7 @@ def _is_module(path: str) -> bool:
 
 
 def _look_up(path: str, where: str):
-  """The object at a dotted path: modules as far as they are imported, then attributes."""
+  """Returns the object of a dotted path: modules as far as they are imported, then attributes."""
   parts = path.split('.')
   count = len(parts)
   while count > 1 and not _is_module('.'.join(parts[:count])):
@@ -145,7 +145,7 @@ def _look_up(path: str, where: str):
 
 @dataclasses.dataclass
 class Binding:
-  """A value, as the parser gives it, with what its names mean and where it stands."""
+  """A value from the parser, with the imports of its file, and its file and line."""
 
   value: Any
   names: Names
@@ -154,7 +154,7 @@ class Binding:
 
 
 def references(value) -> Iterator[Reference]:
-  """Every reference in a value, at any depth."""
+  """Yields every reference in a value, at any depth."""
   if isinstance(value, Reference):
     yield value
   elif isinstance(value, dict):
@@ -167,7 +167,7 @@ def references(value) -> Iterator[Reference]:
 
 
 def find_file(name: str, where: str | None = None) -> pathlib.Path:
-  """A gin file by its path from the current folder, or else from the project's root.
+  """Returns a gin file by its path from the current folder, or else from the project's root.
 
   Raises:
     UserError: there is none.
@@ -185,13 +185,13 @@ def find_file(name: str, where: str | None = None) -> pathlib.Path:
 
 
 def shown(path: pathlib.Path) -> str:
-  """The name of a file in messages: from the project's root where it is in the project."""
+  """Returns the name of a file for messages: its path from the project's root if it is in the project."""
   path = path.resolve()
   return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 
 def read_text(path: pathlib.Path) -> str:
-  """The text of a gin file, which is UTF-8; a byte order mark of UTF-8 is left out.
+  """Returns the text of a gin file in UTF-8, without a byte order mark.
 
   Raises:
     UserError: the file cannot be read, or is in another encoding.
@@ -213,31 +213,33 @@ def read_text(path: pathlib.Path) -> str:
   if '\0' in text:
     line = text[: text.index('\0')].count('\n') + 1
     raise UserError(f'{shown(path)}:{line}: this is not a gin file: it has a NUL byte.')
-  # As Python reads text: the lines of Windows and of old Macs end like ours.
+  # As Python reads text: lines that end as on Windows or on old Macs end like ours.
   return text.replace('\r\n', '\n').replace('\r', '\n')
 
 
 def statements(text: str, source: str, one_line: bool = False) -> Iterator:
-  """The statements of a gin text, in order.
+  """Yields the statements of a gin text, in order.
 
   Args:
-    text: what to read.
-    source: how a message names it.
-    one_line: it is a binding of the command line, whose line number says nothing.
+    text: the text.
+    source: its name in messages.
+    one_line: it is a binding of the command line, which has no line number.
 
   Raises:
-    UserError: it is not gin; with the line.
+    UserError: it is not gin. The message has the line.
   """
-  place = lambda line: source if one_line or line is None else f'{source}:{line}'
+
+  def place(line):
+    return source if one_line or line is None else f'{source}:{line}'
+
   try:
     parser = config_parser.ConfigParser(io.StringIO(text), _Delegate())
     yield from parser
-    if (
-      parser.current_token.type != tokenize.ENDMARKER
-    ):  # the parser stops quietly at some ends of a text
+    # The parser stops without an error at some incomplete ends of a text.
+    if parser.current_token.type != tokenize.ENDMARKER:
       raise UserError(f'{place(parser.current_token.start[0])}: this line is cut short.')
   except SyntaxError as error:  # also IndentationError
-    # The parser's first line is Python's own about its syntax tree; its last says what it could not read.
+    # The first line of the message is Python's, about its syntax tree; the last one is the parser's own.
     why = (error.msg or 'not gin').splitlines()[-1].strip().rstrip('.')
     hint = ' (a string needs quotes)' if 'token' in why else ''
     raise UserError(f'{place(error.lineno)}: {why}{hint}.') from None
@@ -246,21 +248,19 @@ def statements(text: str, source: str, one_line: bool = False) -> Iterator:
     raise UserError(f'{place(line)}: this is not gin syntax ({why}).') from None
   except (RecursionError, MemoryError):
     raise UserError(f'{source}: brackets are nested too deeply.') from None
-  except (
-    TypeError,
-    ValueError,
-  ) as error:  # a dict whose key is a list, a number that Python does not take
+  # A dict whose key is a list, or a number that Python does not accept.
+  except (TypeError, ValueError) as error:
     raise UserError(
       f'{place(parser.current_token.start[0])}: this value cannot be read ({error}).'
     ) from None
 
 
 def qualify(text: str, find) -> str:
-  """A binding of the command line as a gin file would say it: names with their module, and its imports.
+  """Returns a binding of the command line in the form of a gin file: imports, and names with their module.
 
   Args:
     text: `name = value`.
-    find: the class or function of a bare name.
+    find: returns the class or function of a bare name.
   """
   modules = {}
 
@@ -280,10 +280,13 @@ def qualify(text: str, find) -> str:
 
 
 def _replace_references(value: str, full) -> str:
-  """`value` with `full(selector)` for the selector of every reference outside strings."""
+  """Returns `value` with the selector of every reference outside strings replaced by `full(selector)`."""
   parts = re.split(r"""("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')""", value)
   reference = r'@((?:\w+/)*)(\w+(?:\.\w+)*)'
-  parts[::2] = [
-    re.sub(reference, lambda match: f'@{match[1]}{full(match[2])}', part) for part in parts[::2]
-  ]
+
+  def replace(match):
+    return f'@{match[1]}{full(match[2])}'
+
+  # Every second part is a string in quotes.
+  parts[::2] = [re.sub(reference, replace, part) for part in parts[::2]]
   return ''.join(parts)

@@ -1,13 +1,13 @@
-"""Where the classes and functions of earlier versions are now.
+"""The present places of the classes and functions of earlier versions.
 
-Gin files, and the `config.gin` and `config.txt` that a run leaves in its workdir, name classes by their Python
-module. The modules were once laid out otherwise. This table keeps what was written then readable:
-`research.core.gin_reader` looks old names up here, and `current_paths` rewrites a `config.txt`.
+Gin files, and the `config.gin` and `config.txt` in a run's workdir, name classes by their Python module, and
+earlier versions had other modules. With these tables their files can still be read: `research.core.gin_reader`
+looks old names up here, and `current_paths` rewrites a `config.txt`.
 """
 
 import re
 
-# Old module -> the module that has most of it now.
+# Old module -> the module that has most of its content now.
 MODULES = {
   'research.chips': 'research.compilation.chips',
   'research.cleaning': 'research.data.cleaning',
@@ -52,7 +52,7 @@ MODULES = {
   'research.workers': 'research.sweeps.worker',
 }
 
-# New module -> what came to it from a module that otherwise stayed or went elsewhere.
+# New module -> names that came to it from a module that otherwise stayed or moved elsewhere.
 _NAMES = {
   'research.data.mixtures': {'research.streams': ('Curriculum', 'Mixture')},
   'research.designs.ablation': {'research.scaling.grids': ('Ablation',)},
@@ -117,7 +117,7 @@ NAMES = {
 }
 PRESENT_MODULES = {*MODULES.values(), *_NAMES}
 
-# Arguments that became another class's, and what to write now.
+# Arguments that moved to another class, and what to write instead.
 ARGUMENTS = {
   'research.training.run.Run.z_loss': (
     'it is CrossEntropy.z_loss now: bind run.Run.loss = @losses.CrossEntropy() and losses.CrossEntropy.z_loss, '
@@ -127,7 +127,7 @@ ARGUMENTS = {
 
 
 def current_path(path: str) -> str:
-  """The present dotted path of a module, class or function; `path` itself where it did not move."""
+  """Returns the present dotted path of a module, class or function; `path` itself if it has not moved."""
   parts = path.split('.')
   for count in range(len(parts), 0, -1):
     head = '.'.join(parts[:count])
@@ -138,12 +138,14 @@ def current_path(path: str) -> str:
 
 
 def current_paths(config_text: str) -> str:
-  """The text of a run's `config.txt` with every class under its present module.
+  """Returns the text of a run's `config.txt` with the present module of every class and function.
 
-  Only what stands there as a class or a function is rewritten, never a string that looks like one.
+  Strings that look like a class are not changed.
   """
   # `describe` puts a class or a function alone on a line, or after `name = `.
   line = r'^(\s*(?:\w+ = )?)(research(?:\.\w+)+)$'
-  return re.sub(
-    line, lambda match: match[1] + current_path(match[2]), config_text, flags=re.MULTILINE
-  )
+
+  def rewrite(match):
+    return match[1] + current_path(match[2])
+
+  return re.sub(line, rewrite, config_text, flags=re.MULTILINE)

@@ -1,4 +1,4 @@
-"""Resolves the bindings of a configuration into values: every reference a `functools.partial`."""
+"""Resolves the bindings of a configuration into values: every reference becomes a `functools.partial`."""
 
 import ast
 import contextlib
@@ -12,25 +12,29 @@ from research.core.gin_reader import Binding, Macro, Reference
 
 
 class Resolver:
-  """Makes values of bindings; knows what it is in the middle of, so that a circle is an error."""
+  """Turns bindings into values. It tracks open macros and references, so that a circle is an error."""
 
   def __init__(self, bindings: dict[tuple, Binding], macros: dict[str, Binding], find: Callable):
-    """Args:
-    bindings, macros: of a `Config`; those that are needed are marked as used.
-    find: the class or function of (selector, names, where).
     """
-    self.bindings, self.macros, self.find = bindings, macros, find
+    Args:
+      bindings: of a `Config`; those that are needed are marked as used.
+      macros: of a `Config`; those that are needed are marked as used.
+      find: returns the class or function of (selector, names, where).
+    """
+    self.bindings = bindings
+    self.macros = macros
+    self.find = find
     self.open_macros: list[str] = []
     self.open_references: list[tuple] = []
 
   def resolve(self, value, scope: str, binding: Binding, path: str):
-    """The value with its macros and references replaced.
+    """Returns a value with its macros and references replaced.
 
     Args:
-      value: as the parser gave it.
-      scope: of the reference that this is an argument of.
-      binding: what the value is part of.
-      path: from the root to here, for messages.
+      value: from the parser.
+      scope: the scope of the reference that this is an argument of.
+      binding: the binding that has the value.
+      path: from the root to this value, for messages.
     """
     match value:
       case Macro():
@@ -38,12 +42,11 @@ class Resolver:
       case Reference():
         return self._reference(value, value.scope or scope, binding, path)
       case dict():
-        return {
-          self.resolve(key, scope, binding, path): self.resolve(
-            part, scope, binding, f'{path}[{key!r}]'
-          )
-          for key, part in value.items()
-        }
+        result = {}
+        for key, part in value.items():
+          resolved = self.resolve(key, scope, binding, path)
+          result[resolved] = self.resolve(part, scope, binding, f'{path}[{key!r}]')
+        return result
       case list() | tuple():
         return type(value)(
           self.resolve(part, scope, binding, f'{path}[{i}]') for i, part in enumerate(value)
@@ -72,6 +75,7 @@ class Resolver:
         f'{binding.where}: {path} is a {_name(target)} inside of itself, without end.'
       )
     self.open_references.append((target, scope))
+    # A circle through a reference is found by `open_references`; these macros start anew.
     outer, self.open_macros = self.open_macros, []
     arguments = {
       name: self._argument(target, name, bound, scope, f'{path}.{name}')
@@ -86,7 +90,7 @@ class Resolver:
     return call(bound, f'{binding.where}: {path}') if reference.call else bound
 
   def _bound(self, target, scope: str) -> dict[str, Binding]:
-    """The bindings of a class in a scope; an inner scope's win over an outer's."""
+    """Returns the bindings of a class in a scope; those of an inner scope win."""
     arguments = {}
     parts = scope.split('/') if scope else []
     for count in range(len(parts) + 1):
@@ -113,7 +117,7 @@ def _name(target) -> str:
 
 
 def _mismatch(hint, value) -> str:
-  """Why a value is not one that an annotation allows."""
+  """Returns why an annotation does not allow a value."""
   wanted = getattr(hint, '__name__', str(hint)) if isinstance(hint, type) else str(hint)
   wanted = wanted.replace('NoneType', 'None')
   if isinstance(value, str):
@@ -138,7 +142,7 @@ def _check_required(target, arguments, place: str) -> None:
 
 
 def call(partial, place: str):
-  """Calls what a gin file describes; an error of the code becomes a `UserError` that starts with `place`."""
+  """Calls a partial of a gin file. An error of its code becomes a `UserError` that starts with `place`."""
   try:
     return partial()
   except UserError:
@@ -149,7 +153,7 @@ def call(partial, place: str):
 
 
 def place(binding: Binding, macros: dict[str, Binding]) -> str:
-  """The file and line of a value, through the macro that holds it."""
+  """Returns the file and line of a value, and those of the macro that has it, for messages."""
   if isinstance(binding.value, Macro) and binding.value.name in macros:
     return f'{macros[binding.value.name].where}, by %{binding.value.name} at {binding.where}'
   return binding.where

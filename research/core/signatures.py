@@ -1,4 +1,4 @@
-"""What a class or a function takes: its arguments, and which values their annotations allow."""
+"""The arguments of classes and functions, and which values their annotations allow."""
 
 import collections.abc
 import functools
@@ -10,7 +10,7 @@ import typing
 # The plan of a sweep reads some hundred configurations, and each asks this of the same classes.
 @functools.cache
 def parameters(target) -> dict[str, inspect.Parameter]:
-  """The arguments of a class or a function, without `self`; none where Python cannot tell."""
+  """Returns the arguments of a class or a function, without `self`; none if Python does not know them."""
   # The signature of an NNX class itself is (*args, **kwargs).
   function = target.__init__ if inspect.isclass(target) else target
   try:
@@ -23,7 +23,7 @@ def parameters(target) -> dict[str, inspect.Parameter]:
 
 @functools.cache
 def hints(target) -> dict[str, typing.Any]:
-  """The annotation of each argument, {} where they cannot be evaluated."""
+  """Returns the annotation of each argument; {} if they cannot be evaluated."""
   try:
     return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
   except (AttributeError, NameError, TypeError, ValueError):
@@ -31,13 +31,16 @@ def hints(target) -> dict[str, typing.Any]:
 
 
 def allows(hint, value) -> bool:
-  """Whether an annotation allows a plain value: a string, a number, a bool, None, or a tuple or list of these.
+  """Returns whether an annotation allows a plain value: a string, number, bool, None, or tuple or list of
+  these.
 
-  What it does not understand it allows: an annotation is not written for a checker.
+  An annotation that this function does not understand allows everything, since annotations are not written for
+  it.
   """
   if not _plain(value) or hint is inspect.Parameter.empty:
     return True
-  origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+  origin = typing.get_origin(hint)
+  arguments = typing.get_args(hint)
   if origin in (typing.Union, types.UnionType):
     return any(allows(argument, value) for argument in arguments)
   if origin is typing.Literal:

@@ -18,14 +18,14 @@ from research.core.errors import UserError
 
 # The package through which each kind of bucket is read.
 PACKAGES = {'gs': 'gcsfs', 's3': 's3fs'}
-# How a file begins that stands for one in Git's large file storage.
+# The first bytes of a pointer file of Git LFS.
 LFS_POINTER = b'version https://git-lfs.github.com/spec/'
 # Characters with a meaning in globs or URLs; and `name:`, which looks like the start of a URL.
 _SPECIAL = re.compile(r'[\[\]*?#%|\\\ud800-\udfff]|:(?=/|$)')
 
 
 def place(name, setting: str = '--workdir'):
-  """The path that a flag or a variable names.
+  """Returns the path that a flag or a variable names.
 
   Args:
     name: a folder (`~` is the home folder) or a URL; a path that this function made is returned unchanged.
@@ -35,7 +35,7 @@ def place(name, setting: str = '--workdir'):
     A `pathlib.Path`, or for a bucket an `etils.epath.Path`, which Orbax takes too.
 
   Raises:
-    UserError: the name is no path, the kind of bucket is unknown, or its package is not installed.
+    UserError: the name is not a path, the kind of bucket is unknown, or its package is not installed.
   """
   if not isinstance(name, str):
     return _expanded(name, setting) if isinstance(name, pathlib.Path) else name
@@ -75,7 +75,7 @@ def _bucket(url: str, scheme: str, setting: str):
     from etils import epath
     from etils.epath import gpath
 
-    gpath._is_tf_installed.cache_clear()  # its answer may be older than the line above
+    gpath._is_tf_installed.cache_clear()  # it may have cached an answer before EPATH_USE_TF was set
     # Other processes write to the bucket too, so a listing must not come from a cache.
     fsspec.config.conf.setdefault(scheme, {})['use_listings_cache'] = False
     fsspec.get_filesystem_class(scheme)
@@ -88,15 +88,15 @@ def _bucket(url: str, scheme: str, setting: str):
 
 
 def is_bucket(path) -> bool:
-  """Whether a path is in a bucket."""
+  """Returns whether a path is in a bucket."""
   return not isinstance(path, pathlib.Path)
 
 
 def plain_path(folder):
-  """A path to the same folder without characters that are special in globs and URLs.
+  """Returns a path to the same folder without characters that are special in globs and URLs.
 
-  Orbax and TensorStore make globs and URLs of paths, and then do not find files under 'runs[1]' or 'a#b'. For
-  such a path this makes the folder, and a link to it with the same name in every process.
+  Orbax and TensorStore make globs and URLs from paths, and do not find files under 'runs[1]' or 'a#b'. For such
+  a path this makes the folder, and a link to it that has the same name in every process.
 
   Raises:
     UserError: the link cannot be made.
@@ -107,15 +107,13 @@ def plain_path(folder):
   links = pathlib.Path(tempfile.gettempdir()) / f'isoflop-{os.getuid()}'
   link = links / hashlib.sha256(target).hexdigest()[:16]
   try:
-    folder.mkdir(
-      parents=True, exist_ok=True
-    )  # a link to a folder that does not exist cannot be used
+    # First the folder: a link to a folder that does not exist cannot be used.
+    folder.mkdir(parents=True, exist_ok=True)
     links.mkdir(mode=0o700, exist_ok=True)
     if links.stat().st_uid != os.getuid() or _SPECIAL.search(str(link)):
       raise PermissionError(1, f'{links} cannot be used')
-    with contextlib.suppress(
-      FileExistsError
-    ):  # its name is a hash of its target, so it is the same link
+    # An existing link is the same one, since its name is a hash of its target.
+    with contextlib.suppress(FileExistsError):
       os.symlink(target, os.fsencode(link))
   except OSError as error:
     special = _SPECIAL.search(str(folder.absolute()))[0]
@@ -135,7 +133,9 @@ def make(workdir, setting: str = '--workdir') -> None:
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     if is_bucket(workdir):
-      (workdir / '.writable').write_text('\n')  # a bucket has no other way to find out
+      (workdir / '.writable').write_text(
+        '\n'
+      )  # with a bucket only a write shows whether it is allowed
     elif not os.access(workdir, os.W_OK):
       raise PermissionError(13, 'not writable')
   except Exception as error:  # every kind of bucket raises its own classes of errors
@@ -147,7 +147,7 @@ def make(workdir, setting: str = '--workdir') -> None:
 
 
 def _why(error: Exception, path) -> str:
-  """The reason in an error of a store, as a clause."""
+  """Returns the reason of a storage error, as a clause."""
   if isinstance(error, FileNotFoundError) and is_bucket(path):
     return 'no such bucket'
   text = getattr(error, 'strerror', None) or str(error).strip()
@@ -155,7 +155,7 @@ def _why(error: Exception, path) -> str:
 
 
 def size(path) -> int:
-  """The size of a file in bytes; -1 where there is none."""
+  """Returns the size of a file in bytes; -1 if it does not exist."""
   try:
     stat = path.stat()
   except FileNotFoundError:
@@ -171,7 +171,7 @@ def append(path, text: str) -> None:
 
 @contextlib.contextmanager
 def appending(path):
-  """A text file open for appending; in a bucket the text is written when the file is closed."""
+  """Opens a text file for appending. In a bucket the text is written when the file is closed."""
   if not is_bucket(path):
     with path.open('a', encoding='utf-8') as file:
       yield file
@@ -184,7 +184,7 @@ def appending(path):
 
 
 def write_atomic(path, content: str | bytes) -> None:
-  """Writes a file whole or not at all, whatever dies meanwhile."""
+  """Writes a file whole or not at all, even if the process dies."""
   data = content.encode() if isinstance(content, str) else content
   if is_bucket(path):
     path.write_bytes(data)
@@ -193,13 +193,13 @@ def write_atomic(path, content: str | bytes) -> None:
   try:
     temporary.write_bytes(data)
     temporary.replace(path)
-  except OSError:  # on a full disk, the partial file would take the last room
+  except OSError:  # on a full disk the partial file would occupy the last bytes
     temporary.unlink(missing_ok=True)
     raise
 
 
 def read_rows(path) -> list[dict]:
-  """The rows of a JSON-lines file, without a last line that a kill cut off."""
+  """Returns the rows of a JSON-lines file, without a last line that is incomplete."""
   if not path.exists():
     return []
   rows = []
@@ -212,7 +212,7 @@ def read_rows(path) -> list[dict]:
 
 
 def names(folder) -> set[str]:
-  """The names of the files in a folder; none where it does not exist.
+  """Returns the names of the files in a folder; none if it does not exist.
 
   Raises:
     UserError: the folder cannot be read.
@@ -248,7 +248,7 @@ def copy_files(source, target, files: Iterable[str], log: Callable[[str], None] 
 
 @contextlib.contextmanager
 def _explained(what: str, path):
-  """Turns an error of a store into a sentence that starts with `what`."""
+  """Turns a storage error into a sentence that starts with `what`."""
   try:
     yield
   except Exception as error:  # every kind of bucket raises its own classes of errors
@@ -258,7 +258,7 @@ def _explained(what: str, path):
 
 
 def key_value_store(folder):
-  """The TensorStore key-value store of a folder or a bucket, for conditional writes."""
+  """Returns the TensorStore key-value store of a folder or a bucket, for conditional writes."""
   import tensorstore
 
   if is_bucket(folder):

@@ -1,4 +1,4 @@
-"""How a number or a duration is written for a person, and where a line of progress goes."""
+"""Formats numbers, durations and text for a person, and prints lines of progress."""
 
 import math
 import sys
@@ -10,10 +10,10 @@ def tell(line: str) -> None:
 
 
 def si(value: float, unit: str = '') -> str:
-  """A number in three digits: 1234567 -> '1.23M'; a dash where it is not finite.
+  """Returns a number in three digits: 1234567 -> '1.23M'; a dash if it is not finite.
 
-  Without a unit the letters are those of parameter and token counts (k, M, B, T), and beyond 1e15 the number is
-  written in powers of ten. With a unit they are the prefixes of physics: si(3.5e10, 'FLOPs') -> '35 GFLOPs'.
+  Without a unit the letters are those of parameter and token counts (k, M, B, T), and beyond 1e15 the number
+  has an exponent. With a unit they are SI prefixes: si(3.5e10, 'FLOPs') -> '35 GFLOPs'.
   """
   value = float(value)
   if not math.isfinite(value):
@@ -36,7 +36,7 @@ def clock(seconds: float) -> str:
 
 
 def one_line(value: str, length: int = 200) -> str:
-  """What a person typed, for a message: what does not print is escaped, the middle of a long one cut out."""
+  """Returns typed text for a message: unprintable characters escaped, and the middle of a long text cut out."""
   shown = ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in value)
   half = length // 2
   return shown if len(shown) <= length else f'{shown[:half]}...{shown[-half:]}'

@@ -1,4 +1,4 @@
-"""Batches of the examples of a frozen stream. Each batch is a pure function of (seed, step)."""
+"""Batches of the examples of a frozen stream. Every batch is a pure function of the seed and the step."""
 
 import queue
 import threading
@@ -11,7 +11,11 @@ from research.data.mixtures import Curriculum
 
 
 def shortened(batch: Batch, cut: int) -> Batch:
-  """The batch with every row cut into `cut` shorter rows. A document that is cut restarts at position 0."""
+  """Returns the batch with every row cut into `cut` shorter rows. A cut document restarts at position 0.
+
+  Raises:
+    UserError: the batch is of an encoder-decoder, or `cut` does not divide its rows.
+  """
   if cut == 1:
     return batch
   sides = {k.split('_')[0] for k in batch}
@@ -33,7 +37,16 @@ def shortened(batch: Batch, cut: int) -> Batch:
 def batch_at(
   frozen, batch_size: int | Curriculum, seed: int, index: int, share: int = 0, shares: int = 1
 ) -> Batch:
-  """Batch `index` of the endless, shuffled stream: of its `shares` equal shares, share number `share`."""
+  """Returns the rows of one process in batch `index` of the endless, shuffled stream.
+
+  Args:
+    frozen: the stream.
+    batch_size: examples in a whole batch, or a curriculum of batch sizes.
+    seed: of the order of the examples.
+    index: the number of the batch, from 0.
+    share: the number of the process.
+    shares: the number of processes, which have equal, contiguous shares of the rows.
+  """
   if not isinstance(batch_size, Curriculum):
     batch_size = Curriculum(batch_size)
   first, size, cut = batch_size.at_step(index)
@@ -52,26 +65,24 @@ def batches(
   process_count: int = 1,
   prefetch: int = 2,
 ):
-  """This process's rows of every batch from batch `start` on, without end.
+  """Yields this process's rows of every batch from batch `start` on, without end.
 
-  Batch i of the whole job depends on (frozen, batch_size, seed, i) alone, and process p gets the p-th
-  contiguous share of its rows. So the integer i is all that a job needs to resume, on any number of
-  processes.
+  Batch i of the whole job depends only on (frozen, batch_size, seed, i), and process p gets the p-th contiguous
+  share of its rows. So a job can resume from the integer i, on any number of processes.
 
   Args:
     frozen: the stream.
     batch_size: examples in a batch of the whole job, or a curriculum of batch sizes.
-    seed: of the order of examples, which differs from epoch to epoch.
+    seed: of the order of the examples, which differs from epoch to epoch.
     start: index of the first batch.
-    process_index: which share of a batch to give.
+    process_index: which share of a batch to yield.
     process_count: how many shares a batch has.
     prefetch: how many batches a thread prepares ahead; 0 prepares each batch on demand.
 
   Yields:
-    {key: (batch_size / process_count, length) int32}; what a model says of a row may be float32, and
-    [..., length, k].
+    {key: (batch_size / process_count, length) int32}. Scores of a model may be float32 and [..., length, k].
   """
-  # A wrong size is an error at the call, and not at the first batch, perhaps in a thread.
+  # A wrong size is an error of this call, and not of the first batch, which a thread may make.
   batch_at(frozen, batch_size, seed, start, process_index, process_count)
 
   def generate():
@@ -86,7 +97,7 @@ def batches(
 def eval_batches(
   frozen: Frozen | FrozenMixture, batch_size: int, process_index: int = 0, process_count: int = 1
 ):
-  """All examples once, in order. Rows of loss weight 0 fill up the last batch."""
+  """Yields all examples once, in order. The last batch is filled with rows of loss weight 0."""
   if batch_size % process_count:
     raise UserError(
       f'a batch of {batch_size} does not divide equally among {process_count} processes.'
@@ -103,12 +114,12 @@ def eval_batches(
 
 
 def prefetched(items, ahead: int):
-  """The same items, up to `ahead` of them prepared early by a thread. An error comes in its item's place."""
+  """Yields the same items; a thread prepares up to `ahead` of them. An error is raised in its item's place."""
   ready = queue.Queue(ahead)
   stop = threading.Event()
 
   def put(item):
-    # With a timeout, so that the thread ends when nobody reads on.
+    # With a timeout, so that the thread ends if the consumer stops reading.
     while not stop.is_set():
       try:
         return ready.put(item, timeout=0.2)

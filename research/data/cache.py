@@ -1,4 +1,4 @@
-"""Opens frozen streams: from the cache, from a bucket, or freshly frozen by a process of its own."""
+"""Opens frozen streams: from the cache, from a bucket, or after a separate process has frozen them."""
 
 import collections
 import json
@@ -13,7 +13,7 @@ from research.core import storage
 from research.core.errors import UserError
 from research.core.text import tell
 from research.data.frozen import Frozen, FrozenMixture
-from research.data.mixtures import Mixture
+from research.data.mixtures import Mixture, streams_of
 from research.data.scored import Scored
 from research.data.shards import complete
 from research.data.spec import digest
@@ -24,12 +24,12 @@ SETTING = 'ISOFLOP_CACHE'
 
 
 def default_cache() -> pathlib.Path:
-  """The local data cache: $ISOFLOP_CACHE or ~/.cache/isoflop, or the local copy of a bucket."""
+  """Returns the local data cache: $ISOFLOP_CACHE or ~/.cache/isoflop, or the local copy of a bucket."""
   return local_cache(os.environ.get('ISOFLOP_CACHE') or HOME)
 
 
 def local_cache(place) -> pathlib.Path:
-  """The local folder of a cache, which is a folder or the URL of a bucket."""
+  """Returns the local folder of a cache, which is a folder or the URL of a bucket."""
   path = storage.place(place, SETTING)
   if storage.is_bucket(path):
     return storage.place(HOME, SETTING) / 'remote' / digest(str(place).rstrip('/'))
@@ -37,7 +37,7 @@ def local_cache(place) -> pathlib.Path:
 
 
 def open_stream(stream: Stream | Mixture, cache_dir=None, log=tell) -> Frozen | FrozenMixture:
-  """Opens a stream or a mixture. Freezes it first where it is missing."""
+  """Opens a stream or a mixture; freezes it first if it is missing."""
   return open_streams([stream], cache_dir, log)[0]
 
 
@@ -45,13 +45,13 @@ def open_streams(streams: list, cache_dir=None, log=tell) -> list[Frozen | Froze
   """Opens several streams or mixtures. One process freezes all that are missing.
 
   Args:
-    streams: what to open.
-    cache_dir: the folder of frozen streams; None is `default_cache()`. From a URL such as gs://bucket/data
-      streams are copied to a local folder, and streams that are frozen now are copied back.
+    streams: streams and mixtures.
+    cache_dir: the folder of frozen streams; None is `default_cache()`. With a URL such as gs://bucket/data
+      streams are copied to a local folder, and newly frozen streams are copied back.
     log: called with lines of progress.
 
   Raises:
-    UserError: a stream cannot be made, or its files were altered; names it.
+    UserError: a stream cannot be frozen, or its files were altered. The message names it.
   """
   place = cache_dir or os.environ.get('ISOFLOP_CACHE') or HOME
   shared = storage.place(place, SETTING)
@@ -64,11 +64,8 @@ def open_streams(streams: list, cache_dir=None, log=tell) -> list[Frozen | Froze
       folders[key] = cache / 'streams' / stream.key()
     return folders[key]
 
-  parts = [
-    part.unscored
-    for s in streams
-    for part in (s.streams.values() if isinstance(s, Mixture) else [s])
-  ]
+  # Scores are frozen later, and not by the process that freezes text.
+  parts = [part.unscored for stream in streams for part in streams_of(stream)]
   missing = [s for s in parts if not complete(folder(s), s.passes, s.examples)]
   if missing and storage.is_bucket(shared):
     for s in missing:
@@ -90,36 +87,38 @@ def open_streams(streams: list, cache_dir=None, log=tell) -> list[Frozen | Froze
 
 
 def _rank(name: str) -> int:
-  """The order to copy a file in: a header completes its stream and a JSON file its shard, so they come last."""
-  return 2 if name == 'header.json' else 1 if name.endswith('.json') else 0
+  """Returns the order to copy a file in: JSON files complete a shard, and the header completes the stream."""
+  if name == 'header.json':
+    return 2
+  return 1 if name.endswith('.json') else 0
 
 
 def _fetch(source, target: pathlib.Path, log) -> None:
-  """Copies the files of a stream from a bucket that the local folder lacks."""
+  """Copies those files of a stream from a bucket that the local folder lacks."""
   missing = storage.names(source) - storage.names(target)
   storage.copy_files(source, target, sorted(missing, key=_rank), log)
 
 
 def _send(source: pathlib.Path, target, log) -> None:
-  """Copies the files of a stream to a bucket that the bucket lacks."""
+  """Copies those files of a stream to a bucket that the bucket lacks."""
   files = {name for name in storage.names(source) if name.endswith(('.bin', '.json'))}
   missing = files - storage.names(target) - {'verified.json'}
   storage.copy_files(source, target, sorted(missing, key=_rank), log)
 
 
 def child_environment() -> dict[str, str]:
-  """The environment of a process that has TensorFlow, beside one that has the accelerator."""
+  """Returns the environment of a child that imports TensorFlow; this process has the accelerator."""
   root = str(pathlib.Path(__file__).resolve().parent.parent.parent)
-  # The child finds the user's modules, with an objective or a corpus, where this process finds them.
+  # The child must find the user's modules, with an objective or a corpus, in the same folders.
   outside = [p for p in sys.path if p and not p.startswith((sys.prefix, sys.base_prefix))]
   paths = os.pathsep.join([root, os.getcwd(), os.environ.get('PYTHONPATH', ''), *outside])
-  # The accelerator belongs to the process that waits for this one.
+  # The accelerator belongs to this process, which waits for the child.
   quiet = {'TF_CPP_MIN_LOG_LEVEL': '3', 'CUDA_VISIBLE_DEVICES': '', 'JAX_PLATFORMS': 'cpu'}
   return os.environ | quiet | {'PYTHONPATH': paths.rstrip(os.pathsep)}
 
 
 def _freeze(streams, cache: pathlib.Path, log):
-  """Freezes streams in a process of its own, so that this one never imports TensorFlow."""
+  """Freezes streams in a separate process, so that this one never imports TensorFlow."""
   try:
     cache.mkdir(parents=True, exist_ok=True)
   except OSError as e:
@@ -132,7 +131,8 @@ def _freeze(streams, cache: pathlib.Path, log):
     command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=child_environment()
   ) as child:
     errors = collections.deque(maxlen=40)
-    reader = threading.Thread(target=lambda: errors.extend(child.stderr))
+    # A thread reads stderr, or the child would block once the pipe is full.
+    reader = threading.Thread(target=errors.extend, args=(child.stderr,))
     reader.start()
     try:
       for line in child.stdout:
@@ -148,7 +148,7 @@ def _freeze(streams, cache: pathlib.Path, log):
 
 
 def _ended(code: int, errors: list[str]) -> str:
-  """A sentence about a freezing process that failed without one."""
+  """Returns a sentence about a freezing process that failed without a message."""
   if code < 0:
     name = signal.Signals(-code).name if -code in set(signal.Signals) else -code
     hint = ' (out of memory?)' if code == -signal.SIGKILL else ''

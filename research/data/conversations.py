@@ -36,11 +36,11 @@ Messages = list[dict[str, str]]
 
 
 class Unsuitable(ValueError):
-  """Why a record is not a conversation to learn from: the end of a sentence about it."""
+  """A record is not a conversation to learn from. The message is the end of a sentence about the record."""
 
 
 def read_messages(record: dict) -> Messages:
-  """The messages of a JSON record in any of the usual shapes.
+  """Returns the messages of a JSON record in any of the usual shapes.
 
   These are {'messages': [{'role', 'content'}]}, ShareGPT's {'conversations': [{'from', 'value'}]},
   {'prompt', 'completion'} and Alpaca's {'instruction', 'input', 'output'}.
@@ -69,7 +69,7 @@ def read_messages(record: dict) -> Messages:
 
 
 def read_turns(record: dict, name: str) -> Messages:
-  """The messages {'role', 'content'} that a record has under a name."""
+  """Returns the messages {'role', 'content'} that a record has under a name."""
   return [_message(m, i, 'role', 'content') for i, m in _turns(record, name)]
 
 
@@ -87,10 +87,10 @@ def _pair(record, prompt, completion) -> Messages:
 
 
 def text_of(value, what: str) -> str:
-  """A value that must be text.
+  """Returns a value that must be text; `what` names it in messages.
 
   Raises:
-    Unsuitable: it is something else.
+    Unsuitable: it is not text.
   """
   if not isinstance(value, str):
     kind = 'null' if value is None else f'of type {type(value).__name__}'
@@ -110,7 +110,7 @@ def _message(message, number: int, role: str, content: str) -> dict[str, str]:
 
 
 def check(messages: Messages):
-  """Raises `Unsuitable` where turns are out of order or empty, or the last is not the assistant's."""
+  """Raises `Unsuitable` if turns are out of order or empty, or the last turn is not the assistant's."""
   last = None
   for number, message in enumerate(messages, 1):
     role = message['role']
@@ -138,7 +138,7 @@ def render_plain(messages: Messages, add_generation_prompt: bool = False) -> str
 
 
 def template(path: str | None) -> Callable[..., str]:
-  """The function (messages, add_generation_prompt) -> text of a template.
+  """Returns the function (messages, add_generation_prompt) -> text of a template.
 
   Args:
     path: a tokenizer_config.json with a chat_template, or a file with the jinja2 template itself; None is
@@ -151,11 +151,11 @@ def template(path: str | None) -> Callable[..., str]:
 
 
 class Template:
-  """A jinja2 template, with the functions and filters that transformers gives it.
+  """A jinja2 template, with the functions and filters that transformers provides.
 
   Attributes:
     knows_tools: whether it writes the tools that a conversation may call.
-    source: of the template that is used without tools.
+    source: the text of the template that is used without tools.
   """
 
   def __init__(self, path: str):
@@ -180,7 +180,7 @@ class Template:
   def __call__(
     self, messages: list[dict], add_generation_prompt: bool = False, tools: list | None = None
   ) -> str:
-    """The text of a conversation.
+    """Returns the text of a conversation.
 
     Raises:
       Unsuitable: the template refuses the messages.
@@ -197,35 +197,35 @@ class Template:
 
 
 def _environment():
-  """The sandbox of transformers' `apply_chat_template`."""
+  """Returns a jinja2 environment like that of transformers' `apply_chat_template`."""
   from jinja2.sandbox import ImmutableSandboxedEnvironment
 
   def refuse(message):
     raise Unsuitable(f'is refused by the template: {message}')
 
   def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-    # jinja2's own would write < and > as in HTML.
+    # The filter of jinja2 itself escapes < and > for HTML.
     return json.dumps(
       value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
 
-  def now(form):
+  def format_time(form):
     return datetime.datetime.now().strftime(form)
 
   environment = ImmutableSandboxedEnvironment(
     trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols']
   )
-  environment.globals |= {'raise_exception': refuse, 'strftime_now': now}
+  environment.globals |= {'raise_exception': refuse, 'strftime_now': format_time}
   environment.filters['tojson'] = to_json
   return environment
 
 
 def _read_template(path: str) -> tuple[dict[str, str], dict[str, str]]:
-  """(jinja2 sources by name, one of them 'default'; {name: special token} that they may use)."""
+  """Returns the jinja2 sources of a template by name, one of them 'default', and {name: special token}."""
   try:
     text = pathlib.Path(path).expanduser().read_text(encoding='utf-8')
     if not path.endswith('.json'):
-      # Beside a Hugging Face folder's template lie the tokens that it names.
+      # In a Hugging Face folder this file beside the template has the tokens that the template names.
       config = pathlib.Path(path).expanduser().parent / 'tokenizer_config.json'
       settings = json.loads(config.read_text(encoding='utf-8')) if config.is_file() else {}
       return {'default': text}, _special_tokens(settings if isinstance(settings, dict) else {})
@@ -234,8 +234,8 @@ def _read_template(path: str) -> tuple[dict[str, str], dict[str, str]]:
     raise UserError(f'{path}: the chat template cannot be read ({e}).') from e
   source = settings.get('chat_template') if isinstance(settings, dict) else None
   sources = {'default': source}
-  if isinstance(source, list):  # several by name
-    sources = {one.get('name'): one.get('template') for one in source}
+  if isinstance(source, list):  # several templates by name
+    sources = {entry.get('name'): entry.get('template') for entry in source}
   if not isinstance(sources.get('default'), str):
     raise UserError(f'{path} has no chat_template: name a jinja2 file, or leave the template out.')
   return sources, _special_tokens(settings)
@@ -252,7 +252,7 @@ def _special_tokens(settings: dict) -> dict[str, str]:
 
 
 def segments(messages: Messages, render: Callable[..., str]) -> list[tuple[str, bool]]:
-  """(text, whether it carries loss) of each segment in order; the assistant's segments carry loss.
+  """Returns (text, whether it carries loss) of every segment, in order. The assistant's segments carry loss.
 
   The context before an assistant's turn is exactly the prompt of the same turn at generation.
 

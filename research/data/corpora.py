@@ -1,6 +1,6 @@
-"""Where text comes from: dataclasses. `tasks.readers` reads them, and `tasks.store` keeps the text.
+"""Corpora: dataclasses that describe where text is. `tasks.readers` reads it, and `tasks.store` caches it.
 
-The cache is keyed by `signature()`, which is cheap and changes whenever the text may have changed.
+The key of the cache includes `signature()`, which is cheap and changes whenever the text may have changed.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ BROKEN = ('refuse', 'skip')
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-  """Base of the corpora.
+  """Base class of corpora.
 
   Attributes:
     filters: rules of `research.data.cleaning`, in order, such as (Length(200), Gopher()).
@@ -39,7 +39,7 @@ class Corpus:
 
   name: ClassVar[str]
 
-  # Where a reader does not name the split, a hash sends this fraction of the documents to validation.
+  # If a reader does not name the split, a hash sends this fraction of the documents to validation.
   validation_fraction: ClassVar[float] = 0.01
 
   @property
@@ -48,7 +48,7 @@ class Corpus:
     return 'text'
 
   def signature(self) -> list:
-    """What else decides the text besides these fields, for the key of the cache."""
+    """Returns what decides the text besides these fields, for the key of the cache."""
     return []
 
 
@@ -96,7 +96,7 @@ def version(package: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Files(Corpus):
-  """Base of the corpora that are files.
+  """Base class of corpora that are files.
 
   Attributes:
     files: a path or glob, or several; local or gs:// (through TensorFlow's file system); plain or compressed
@@ -187,7 +187,7 @@ class TextFiles(Files):
 
 @dataclasses.dataclass(frozen=True)
 class _Records:
-  """What corpora of records add: the field of the text.
+  """The fields that corpora of records add: which field of a record has the text.
 
   Attributes:
     field: the field with the text (with `prompt`: with the completion).

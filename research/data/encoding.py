@@ -1,4 +1,4 @@
-"""Text to token ids and back, without TensorFlow, with the same ids as in frozen streams."""
+"""Turns text into token ids and back, without TensorFlow, with the same ids as in frozen streams."""
 
 import json
 import pathlib
@@ -11,17 +11,22 @@ BYTE_OFFSET = 3  # ids 0 to 2 are padding, end of text and unknown
 
 
 class Encoding(Protocol):
-  """A tokenizer. `end` is the id of its end-of-text token, `size` one more than its highest id."""
+  """A tokenizer.
+
+  Attributes:
+    end: the id of the end-of-text token.
+    size: the highest id plus one.
+  """
 
   end: int
   size: int
 
   def encode(self, text: str) -> list[int]:
-    """The ids of a text, without special tokens."""
+    """Returns the ids of a text, without special tokens."""
     ...
 
   def decode(self, ids: list[int]) -> str:
-    """The text of ids, without special tokens."""
+    """Returns the text of ids, without special tokens."""
     ...
 
 
@@ -57,7 +62,7 @@ class SentencePieceEncoding:
 
 
 class HuggingFaceEncoding:
-  """The ids of a tokenizer.json, as `vocabularies.HuggingFaceTokenizer`: one higher where its id 0 is text."""
+  """The ids of a tokenizer.json, as `vocabularies.HuggingFaceTokenizer`: one higher if its id 0 is text."""
 
   def __init__(self, vocabulary: vocabularies.HuggingFaceTokenizer):
     import tokenizers
@@ -85,10 +90,10 @@ class HuggingFaceEncoding:
 
 
 def make_encoding(vocabulary: vocabularies.Vocabulary) -> Encoding:
-  """The tokenizer of a vocabulary.
+  """Returns the tokenizer of a vocabulary.
 
   Raises:
-    UserError: the vocabulary is a SentencePiece model without a file: freezing trained it.
+    UserError: the vocabulary is a SentencePiece model without a file, which freezing has trained.
   """
   if isinstance(vocabulary, vocabularies.Bytes):
     return ByteEncoding()

@@ -1,4 +1,4 @@
-"""Frozen streams and mixtures of them, as memory: examples by index.
+"""Frozen streams and mixtures of them, mapped into memory: examples by index.
 
 `examples_at(seed, positions)` is the order of training: the examples at these positions of the endless,
 shuffled stream. It depends on the seed and the positions alone, and every position costs the same to read.
@@ -20,7 +20,7 @@ from research.data.streams import Stream
 
 Batch = dict[str, np.ndarray]
 
-# After every so many positions a mixture has drawn exactly its share from each stream.
+# In every block of so many positions a mixture draws exactly its share from each stream.
 ROUND = 4096
 
 
@@ -100,7 +100,7 @@ class Frozen:
     return np.memmap(self.folder / facts['file'], self._dtype, 'r')
 
   def _check(self, facts):
-    """Checks the size of every shard, and its hash where the file changed since the last check."""
+    """Checks the size of every shard, and its hash if the file has changed since the last check."""
     stamp = self.folder / 'verified.json'
     verified = json.loads(stamp.read_text()) if stamp.exists() else {}
     newly_verified = {}
@@ -122,7 +122,7 @@ class Frozen:
             raise UserError(f'shard {path} was altered since it was written: {remedy}')
         newly_verified[shard['file']] = state
     if newly_verified:
-      # A cache without write permission can still be read; it is only checked again next time.
+      # A cache without write permission can be read too; it is only checked again next time.
       with contextlib.suppress(OSError):
         storage.write_atomic(stamp, json.dumps(verified | newly_verified))
 

@@ -1,4 +1,4 @@
-"""Descriptions of mixtures of streams and of curricula of batches. Each checks itself when it is made."""
+"""Mixtures of streams, and curricula of batches: dataclasses that check themselves."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ class Curriculum:
   stages: tuple[tuple[int, int, int], ...] = ()
 
   def at_step(self, step: int) -> tuple[int, int, int]:
-    """(first example, batch size, cut) of a step; steps count from 0."""
+    """Returns (first example, batch size, cut) of a step; steps count from 0."""
     first = 0
     for steps, size, cut in self.stages:
       if step < steps:
@@ -30,11 +30,11 @@ class Curriculum:
     return first + step * self.batch_size, self.batch_size, 1
 
   def examples(self, steps: int) -> int:
-    """How many examples the first `steps` steps read."""
+    """Returns how many examples the first `steps` steps read."""
     return self.at_step(steps)[0]
 
   def sizes(self) -> list[tuple[int, int]]:
-    """(batch size, cut) of every stage, and of the steps after the last."""
+    """Returns (batch size, cut) of every stage, and of the steps after the last stage."""
     return [*((size, cut) for _, size, cut in self.stages), (self.batch_size, 1)]
 
 
@@ -87,7 +87,7 @@ class Mixture:
     return next(iter(self.streams.values())).lengths
 
   def shares(self, examples: dict[str, int]) -> dict[str, float]:
-    """{name: share of the examples}, which sum to 1; `examples` is each stream's number of examples."""
+    """Returns {name: share of the examples}, which sum to 1, for each stream's number of examples."""
     weights = {n: float((self.rates or examples)[n]) for n in self.streams}
     if self.maximum is not None:
       weights = {n: min(w, self.maximum) for n, w in weights.items()}
@@ -96,5 +96,5 @@ class Mixture:
 
 
 def streams_of(stream: Stream | Mixture) -> list[Stream]:
-  """The streams of a mixture, or the one stream."""
+  """Returns the streams of a mixture, or a list of the stream itself."""
   return list(stream.streams.values()) if isinstance(stream, Mixture) else [stream]

@@ -1,11 +1,11 @@
-"""What every objective has: the base of those in `objectives`, and of your own."""
+"""The base class of objectives, for those in `objectives` and for your own."""
 
 import dataclasses
 from typing import ClassVar
 
 from research.core.errors import Invalid
 
-# The kinds of documents that a corpus can give, in words for messages.
+# The kinds of documents that a corpus can have, in words for messages.
 READS = {
   'text': 'plain text',
   'pairs': 'pairs of prompt and completion (JsonLines with prompt=...)',
@@ -17,7 +17,7 @@ READS = {
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-  """Base of the objectives.
+  """Base class of objectives.
 
   Class attributes:
     name: the short name that `Stream.task` takes.
@@ -41,15 +41,15 @@ class Objective:
   mark_names: ClassVar[tuple[str, ...]] = ()
 
   def signature(self) -> list:
-    """What else decides the examples besides these fields (a template's text), for the key of the cache."""
+    """Returns what decides the examples besides these fields (a template's text), for the key of the cache."""
     return []
 
   def targets_length(self, inputs: int) -> int | None:
-    """The length of targets that fits inputs of this length without waste; None where there is none."""
+    """Returns the length of targets that suits inputs of this length without waste; None if there is none."""
     del inputs
 
   def check(self, stream) -> None:
-    """Raises `Invalid` where the lengths or the vocabulary of a stream do not suit this objective."""
+    """Raises `Invalid` if the lengths or the vocabulary of a stream do not suit this objective."""
     if stream.passes > 1 and not self.random:
       raise Invalid(
         type(stream),

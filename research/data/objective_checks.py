@@ -5,7 +5,15 @@ from research.data.spans import encoder_share, span_lengths
 
 
 def check_spans(stream, density, mean_span, reserved=0, owner=None):
-  """Raises `Invalid` where this corruption needs longer targets or more sentinels."""
+  """Raises `Invalid` if this corruption needs longer targets or more sentinels.
+
+  Args:
+    stream: the stream.
+    density: the fraction of tokens that spans replace.
+    mean_span: mean tokens per span.
+    reserved: tokens of the inputs that are not text, such as a mode token.
+    owner: the class that messages name; None for that of the objective.
+  """
   owner = owner or type(stream.task)
   if not 0 < density < 1:
     raise Invalid(owner, 'noise_density', f'{density} must lie between 0 and 1.')
@@ -25,7 +33,7 @@ def check_spans(stream, density, mean_span, reserved=0, owner=None):
 
 
 def check_targets_hold_inputs(stream):
-  """Raises `Invalid` where the targets of an encoder-decoder are shorter than its inputs."""
+  """Raises `Invalid` if the targets of an encoder-decoder are shorter than its inputs."""
   lengths = stream.lengths
   if stream.architecture == 'encoder_decoder' and lengths['targets'] < lengths['inputs']:
     why = (
@@ -35,7 +43,7 @@ def check_targets_hold_inputs(stream):
 
 
 def check_marks(stream):
-  """Raises `Invalid` where the vocabulary has too few extra ids for the marks of the objective."""
+  """Raises `Invalid` if the vocabulary has too few extra ids for the marks of the objective."""
   marks = len(stream.task.mark_names)
   if stream.vocabulary.extra_ids < marks:
     why = (

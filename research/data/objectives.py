@@ -1,7 +1,7 @@
-"""The objectives: which tokens a model sees, and which it must predict.
+"""Objectives: which tokens a model sees, and which it must predict.
 
-Each is a dataclass that only describes. `tasks.objectives` makes seqio preprocessors of it in the freezing
-process; this module never imports TensorFlow.
+They are dataclasses. `tasks.objectives` turns them into seqio preprocessors in the freezing process; this
+module never imports TensorFlow.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from research.data.spans import span_lengths
 
 @dataclasses.dataclass(frozen=True)
 class CausalLM(Objective):
-  """Predict every token from those before it in its document; EOS ends each document."""
+  """Predict every token from the tokens before it in its document. EOS ends each document."""
 
   name: ClassVar[str] = 'causal_lm'
   random: ClassVar[bool] = False
@@ -235,11 +235,11 @@ class Conversation(Objective):
 
 @dataclasses.dataclass(frozen=True)
 class Preferences(Conversation):
-  """Answers to compare: the chosen one and the rejected one of a pair, side by side in one row.
+  """Pairs of a chosen and a rejected answer to the same prompt, side by side in a row.
 
-  Segments 1 and 2 of a row are a chosen answer and the rejected one to the same prompt, 3 and 4 the next pair,
-  and so on; each has the prompt before it, and the loss is on the answer alone. In one row no microbatch tears
-  a pair apart. A pair that is longer than a row is left out, counted, and told with file and line.
+  Segments 1 and 2 of a row are a chosen answer and the rejected one, 3 and 4 the next pair, and so on. Each has
+  the prompt before it, and only the answer carries loss. A pair is in one row, so that no microbatch separates
+  it. A pair that is longer than a row is left out; such pairs are counted and reported with file and line.
   """
 
   name: ClassVar[str] = 'preferences'
@@ -248,7 +248,8 @@ class Preferences(Conversation):
 
 @dataclasses.dataclass(frozen=True)
 class Judgements(Preferences):
-  """Answers that were judged alone: segments with odd numbers are good answers, those with even numbers bad.
+  """Answers that were judged one by one: segments with odd numbers are good answers, those with even numbers
+  bad.
 
   The n-th answer of a row is segment 2 n - 1 or 2 n. All else is as for `Preferences`.
   """

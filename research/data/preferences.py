@@ -1,14 +1,15 @@
-"""What people prefer, as files have it: pairs of answers to one prompt, or answers that were judged alone."""
+"""Reads preferences from records: pairs of answers to a prompt, or answers that were judged one by one."""
 
 from research.data.conversations import Messages, Unsuitable, check, read_turns, text_of
 
-# What is said of an answer, a conversation's last turn. Segments of a row with odd numbers are good.
-GOOD, BAD = 1, 2
+# The judgement of an answer, a conversation's last turn. Segments of a row with odd numbers are good answers.
+GOOD = 1
+BAD = 2
 Answer = tuple[int, Messages]
 
 
 def read_preference(record: dict) -> list[Answer]:
-  """The chosen conversation of a JSON record, and the rejected one, which differ in their last turn.
+  """Returns the chosen conversation of a JSON record, and the rejected one. They differ in their last turn.
 
   The shapes are {'prompt', 'chosen', 'rejected'}, each a text or a list of messages, and {'chosen', 'rejected'}
   as whole conversations.
@@ -28,7 +29,7 @@ def read_preference(record: dict) -> list[Answer]:
 
 
 def read_judgement(record: dict) -> list[Answer]:
-  """The conversation of a JSON record {'prompt', 'completion', 'label'}, whose label is true where it is good.
+  """Returns the conversation of a JSON record {'prompt', 'completion', 'label'}; true labels good answers.
 
   Raises:
     Unsuitable: it has another shape, roles out of order, or an empty turn.
@@ -42,9 +43,9 @@ def read_judgement(record: dict) -> list[Answer]:
 
 
 def _conversation(record: dict, name: str) -> Messages:
-  """The prompt and the answer `name` as messages, checked."""
+  """Returns the prompt and the answer `name` as messages, after checking them."""
   answer = _messages(record, name, 'assistant')
-  # Some files have the prompt in the conversation as well (UltraFeedback); it is not said twice.
+  # In some files the conversation begins with the prompt (UltraFeedback), which must not be repeated.
   if answer[0]['role'] == 'assistant':
     if 'prompt' not in record:
       raise Unsuitable(f"has no 'prompt', and {name!r} begins with the assistant's turn")

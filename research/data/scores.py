@@ -1,4 +1,4 @@
-"""The description of what a model says of a stream's examples; `research.training.scores` has the ways."""
+"""The interface of a model's scores of a stream's examples. `research.training.scores` implements it."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,13 +11,13 @@ Batch = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scores:
-  """Base of what is frozen beside a stream.
+  """Base class of scores.
 
   Class attributes:
-    keys: of the features that it adds to a row.
+    keys: the keys of the features that it adds to a row.
 
   Attributes:
-    batch_size: rows that are scored at a time.
+    batch_size: rows that are scored at once.
   """
 
   batch_size: int = 64
@@ -25,21 +25,21 @@ class Scores:
   keys: ClassVar[tuple[str, ...]]
 
   def described(self) -> dict:
-    """What decides the features, JSON-able."""
+    """Returns everything that decides the scores, as JSON values."""
     raise NotImplementedError
 
   def shapes(self, length: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """(shape, dtype) of the features in a row of `length` tokens, by key."""
+    """Returns (shape, dtype) of the features of a row of `length` tokens, by key."""
     raise NotImplementedError
 
   def scorer(self) -> Callable[[Batch], Batch]:
-    """The function of a batch that gives the features [batch, length, ...] of `keys`."""
+    """Returns the function from a batch to the features of `keys`, [batch, length, ...]."""
     raise NotImplementedError
 
   def facts(self, rows: Batch) -> dict[str, float]:
-    """Sums over rows with their features that a person should be told, and their 'weight'."""
+    """Returns sums over rows with their features, for `summary`, and their 'weight'."""
     return {'weight': float(rows['decoder_loss_weights'].sum())}
 
-  def told(self, facts: dict[str, float]) -> str:
-    """`facts` over the whole stream in words; empty for nothing to tell."""
+  def summary(self, facts: dict[str, float]) -> str:
+    """Returns the `facts` of the whole stream in words; empty if there is nothing to say."""
     return ''

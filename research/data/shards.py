@@ -1,8 +1,8 @@
-"""Frozen streams on disk: rows of the smallest unsigned integers, in shards with their facts beside them.
+"""Frozen streams on disk: rows of the smallest unsigned integers, in shards, and facts about each shard.
 
-A shard is two files: NAME.bin holds the rows one after the other, and NAME.json the facts about them. The
-JSON file is written last, so a shard is complete when it exists. Shards are numbered by pass and piece; a
-stream is the shards 0, 1, ... of each pass.
+A shard is two files: NAME.bin has the rows one after the other, and NAME.json the facts about them. The JSON
+file is written last, so a shard is complete once it exists. Shards are numbered by pass and piece; a stream is
+the shards 0, 1, ... of each pass.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from research.core.errors import UserError
 
 
 def shard_name(number: int, piece: int) -> str:
-  """The file name of pass `number` over piece `piece`."""
+  """Returns the file name of pass `number` over piece `piece`."""
   return f'pass{number}-{piece:05d}.bin'
 
 
@@ -42,9 +42,9 @@ def locked(path: pathlib.Path, log):
 
 
 def facts_of(folder: pathlib.Path, number: int, examples: int | None) -> list[dict] | None:
-  """Facts of the shards that give the first `examples` of a pass (all of it for None).
+  """Returns the facts of the shards with the first `examples` of a pass (all of them for None).
 
-  None where some of them are not written yet.
+  Returns None if some of these shards are not written yet.
   """
   shards = []
   examples_so_far = 0
@@ -61,19 +61,19 @@ def facts_of(folder: pathlib.Path, number: int, examples: int | None) -> list[di
 
 
 def is_written(folder: pathlib.Path, number: int, piece: int) -> bool:
-  """Whether the shard of pass `number` over `piece` is there, whole."""
+  """Returns whether the shard of pass `number` over `piece` is complete."""
   return (folder / shard_name(number, piece)).with_suffix('.json').exists()
 
 
 def complete(folder: pathlib.Path, passes: int, examples: int | None) -> bool:
-  """Whether a stream has all the shards of every pass."""
+  """Returns whether a stream has all shards of every pass."""
   if not (folder / 'header.json').exists():
     return False
   return all(facts_of(folder, number, examples) is not None for number in range(passes))
 
 
 def row_dtype(features: dict[str, int], vocab_size: int) -> np.dtype:
-  """The record of one example on disk: features of these lengths, each in the smallest unsigned integers."""
+  """Returns the dtype of an example on disk: each feature in the smallest unsigned integers."""
 
   def smallest(key, length):
     if key.endswith('_tokens'):
@@ -86,13 +86,13 @@ def row_dtype(features: dict[str, int], vocab_size: int) -> np.dtype:
 
 
 class Shard:
-  """One shard being written. A context manager: on an error the shard does not come to exist.
+  """Writes a shard. It is a context manager: after an error the shard does not exist.
 
   Args:
-    folder: of the stream.
-    number: the pass.
-    piece: the piece of text.
-    token_bytes: (vocab_size,) bytes of text that each id stands for.
+    folder: the folder of the stream.
+    number: the number of the pass.
+    piece: the number of the piece of text.
+    token_bytes: (vocab_size,) bytes of text per id.
     last: whether this is the last piece of the pass.
   """
 
@@ -117,12 +117,13 @@ class Shard:
     n = len(next(iter(rows.values())))
     table = np.empty(n, self.dtype)
     for key, value in rows.items():
-      low, high = value.min(initial=0), value.max(initial=0)
+      low = value.min(initial=0)
+      high = value.max(initial=0)
       if low < 0 or high > np.iinfo(self.dtype[key].base).max:
         raise UserError(f'cannot store {key}: its values go from {low} to {high}.')
       table[key] = value
     data = table.tobytes()
-    # Hashed on the way to the disk: the file need not be read again.
+    # Hashed before it is written, so that the file need not be read again.
     self.file.write(data)
     self.hash.update(data)
     side = 'encoder' if 'encoder_target_tokens' in rows else 'decoder'

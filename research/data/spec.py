@@ -1,6 +1,6 @@
-"""Dataclasses as JSON and back: the spec of a stream.
+"""Turns dataclasses into JSON and back: the spec of a stream.
 
-It names the stream's frozen files, and it tells the freezing process what to make.
+The spec names the stream's frozen files, and tells the freezing process what to make.
 
 A spec names a class of this project by its bare name. It names a class from outside as 'module:Class', so
 that the freezing process imports the same module as the gin file.
@@ -23,12 +23,12 @@ _MODULES = tuple(
 
 
 def digest(value) -> str:
-  """A hash of a JSON-able value: 16 hexadecimal digits."""
+  """Returns a hash of a JSON value: 16 hexadecimal digits."""
   return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def class_name(kind: type) -> str:
-  """The name of a class in a spec.
+  """Returns the name of a class in a spec.
 
   Raises:
     UserError: the class is in a script, a notebook or a function, so no other process can import it.
@@ -44,7 +44,7 @@ def class_name(kind: type) -> str:
 
 
 def find_class(name: str) -> type:
-  """The class with this name in a spec; imports its module.
+  """Returns the class with this name in a spec; imports its module.
 
   Raises:
     UserError: the module cannot be imported or has no such class.
@@ -68,7 +68,7 @@ def find_class(name: str) -> type:
 
 
 def to_spec(value):
-  """A value made of dataclasses, containers and scalars as JSON-able data."""
+  """Turns a value of dataclasses, containers and scalars into JSON values."""
   if dataclasses.is_dataclass(value):
     fields = {f.name: to_spec(getattr(value, f.name)) for f in dataclasses.fields(value)}
     return {'class': class_name(type(value)), **fields}
@@ -82,7 +82,7 @@ def to_spec(value):
 
 
 def from_spec(spec):
-  """The value that `to_spec` described. Lists become tuples."""
+  """Undoes `to_spec`. Lists become tuples."""
   if isinstance(spec, dict) and 'class' in spec:
     fields = {k: from_spec(v) for k, v in spec.items() if k != 'class'}
     return find_class(spec['class'])(**fields)
@@ -94,9 +94,9 @@ def from_spec(spec):
 
 
 def outside_code(spec) -> dict[str, str]:
-  """{module: digest of its source} of the classes in a spec that come from outside the project.
+  """Returns {module: digest of its source} for the classes in a spec that come from outside the project.
 
-  Their code decides what is frozen just as their fields do, so it is part of a stream's key.
+  Their code decides the frozen text as their fields do, so it is part of a stream's key.
   """
   if isinstance(spec, list):
     parts = spec

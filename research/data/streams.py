@@ -1,4 +1,4 @@
-"""The description of a data stream: a frozen dataclass that checks itself and imports nothing heavy.
+"""Data streams: a frozen dataclass that checks itself and imports nothing heavy.
 
     Stream = objective x corpus x vocabulary x lengths
 
@@ -15,7 +15,7 @@ from research.data.objective import READS, Objective
 from research.data.scores import Scores
 from research.data.spec import digest, outside_code, to_spec
 
-# Part of every key: raise it when the same corpus or Stream gets other bytes on disk.
+# Part of every key. Raise it when a change gives the same corpus or stream other bytes on disk.
 FORMAT = 3
 
 ARCHITECTURES = ('decoder', 'encoder_decoder', 'encoder')
@@ -62,7 +62,10 @@ class Stream:
       object.__setattr__(self, 'task', objectives.OBJECTIVES[self.task]())
     object.__setattr__(self, 'lengths', dict(self.lengths))
     self._check_numbers()
-    self._check_registered() if self.registered else self._check_ours()
+    if self.registered:
+      self._check_registered()
+    else:
+      self._check_described()
 
   @property
   def registered(self) -> bool:
@@ -107,7 +110,7 @@ class Stream:
         Stream, 'module', f'there is no Python module {self.module!r}: is its folder in PYTHONPATH?'
       )
 
-  def _check_ours(self):
+  def _check_described(self):
     if not isinstance(self.task, Objective):
       raise Invalid(Stream, 'task', f'{self.task!r} is neither an objective nor the name of one.')
     if not isinstance(self.corpus, corpora.Corpus):
@@ -123,7 +126,8 @@ class Stream:
       why = f'{self.name} runs as {" or ".join(self.task.architectures)}, not as {architecture}.'
       raise Invalid(Stream, 'architecture', why)
     if self.task.reads != self.corpus.gives:
-      needs, has = READS[self.task.reads], READS[self.corpus.gives]
+      needs = READS[self.task.reads]
+      has = READS[self.corpus.gives]
       raise Invalid(Stream, 'corpus', f'{self.name} needs {needs}, and this corpus gives {has}.')
     sides = {
       'decoder': ['targets'],
@@ -136,30 +140,30 @@ class Stream:
       if targets:
         self.lengths['targets'] = targets
     if sorted(self.lengths) != features:
-      why = f'{self.name} on a {architecture} wants exactly {features}, not {sorted(self.lengths)}.'
+      why = f'{self.name} on a {architecture} needs exactly {features}, not {sorted(self.lengths)}.'
       raise Invalid(Stream, 'lengths', why)
     self.task.check(self)
 
   def described(self) -> dict:
-    """The fields in a run's identity, where those that came later count once they are set."""
+    """Returns the fields in a run's identity; `scores`, which earlier versions lacked, only if it is set."""
     fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
     if self.scores is None:
       del fields['scores']
     return fields
 
   def spec(self) -> dict:
-    """A JSON-able dict; `from_spec` makes an equal Stream of it, without its scores."""
+    """Returns a dict of JSON values, from which `from_spec` makes an equal stream without scores."""
     spec = to_spec(self.unscored)
-    del spec['scores']  # the text does not depend on it, and is frozen without
+    del spec['scores']  # the frozen text does not depend on them
     return spec
 
   @property
   def unscored(self) -> 'Stream':
-    """The stream without what a model says of it."""
+    """The stream without its scores."""
     return dataclasses.replace(self, scores=None) if self.scores else self
 
   def key(self) -> str:
-    """The name of the frozen files. It leaves out `examples`, which only says how many of them there are."""
+    """Returns the name of the frozen files. Streams that differ only in `examples` share them."""
     spec = self.spec() | {'examples': None}
     if self.registered:
       # A registered task reads neither.

@@ -1,7 +1,7 @@
-"""How text becomes tokens: dataclasses. `tasks.vocabularies` makes seqio vocabularies of them.
+"""Vocabularies: dataclasses that describe how text becomes tokens. `tasks.vocabularies` builds them for seqio.
 
-Rows are padded with 0, as in seqio and t5. Segment ids and loss weights mark the padding, so that 0 may also
-be a token. The highest `extra_ids` ids are T5's sentinels, counted downwards from the last.
+Rows are padded with 0, as in seqio and t5. Segment ids and loss weights mark the padding, so 0 may be a token
+as well. The highest `extra_ids` ids are T5's sentinels, counted downwards from the last.
 """
 
 import dataclasses
@@ -14,13 +14,13 @@ from research.core.errors import Invalid, did_you_mean
 from research.core.storage import LFS_POINTER
 from research.data.spec import digest, to_spec
 
-# A tokenizer.json does not say which token ends a document: it is the first of these that it has.
+# A tokenizer.json does not say which token ends a document. We take the first of these that it has.
 EOS_NAMES = ('</s>', '<|endoftext|>', '<eos>', '<|end_of_text|>', '<|im_end|>', '[SEP]')
 
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-  """Base of the vocabularies.
+  """Base class of vocabularies.
 
   To add one, write a subclass in a module that the gin file imports. The freezing process calls its method
   `build()`, which returns a `seqio.Vocabulary`.
@@ -29,7 +29,7 @@ class Vocabulary:
   name: ClassVar[str]
 
   def signature(self) -> list:
-    """What else decides the tokens besides these fields (a file's size and time), for the key of the cache."""
+    """Returns what decides the tokens besides these fields (a file's size and time), for the cache's key."""
     return []
 
 
@@ -100,7 +100,7 @@ class SentencePiece(Vocabulary):
 
 
 def trained_file(vocabulary: SentencePiece, cache: pathlib.Path, fingerprint: str) -> pathlib.Path:
-  """Where a SentencePiece model lies that is trained on the text of this fingerprint (the training split's)."""
+  """Returns the path of the SentencePiece model that is trained on the training split of this fingerprint."""
   key = digest([to_spec(vocabulary), fingerprint])
   return cache / 'vocabularies' / f'{vocabulary.model_type}-{vocabulary.size}-{key}.model'
 
@@ -109,9 +109,9 @@ def trained_file(vocabulary: SentencePiece, cache: pathlib.Path, fingerprint: st
 class HuggingFaceTokenizer(Vocabulary):
   """Any fast tokenizer's `tokenizer.json`.
 
-  Where id 0 is text ("!" in GPT-2), every id moves up by one, and so do the rows of the model's embedding;
-  `Frozen.manifest['vocabulary']` has the offset. Where id 0 is a special token (the EOS of GPT-NeoX, Pythia and
-  MPT), ids stay as they are.
+  If id 0 is text ("!" in GPT-2), every id moves up by one, and so do the rows of the model's embedding;
+  `Frozen.manifest['vocabulary']` has the offset. If id 0 is a special token (the EOS of GPT-NeoX, Pythia and
+  MPT), ids are unchanged.
 
   Attributes:
     file: path of the tokenizer.json.
@@ -134,7 +134,7 @@ class HuggingFaceTokenizer(Vocabulary):
 
 
 def file_signature(path: str) -> list:
-  """Path, size and time of a file: cheap to read, and changed by every write."""
+  """Returns path, size and time of a file, which are cheap to read and change with every write."""
   stat = pathlib.Path(path).stat()
   return [str(path), stat.st_size, stat.st_mtime_ns]
 
@@ -159,11 +159,12 @@ def check_file(owner: type, file: str):
 
 @functools.lru_cache
 def eos_of_tokenizer(eos: str | None, path: str, *_state) -> int | None:
-  """The id of the token that ends a document in a tokenizer.json; None where that cannot be told.
+  """Returns the id of the token that ends a document in a tokenizer.json; None if that is not known.
 
   Args:
     eos: the token; None takes the first of `EOS_NAMES`.
-    path: of the file. What follows (its size and time) makes another cache entry of another file.
+    path: the file.
+    *_state: its size and time, so that a changed file has another entry in the function's cache.
   """
   try:
     settings = json.loads(pathlib.Path(path).read_text())
@@ -171,14 +172,14 @@ def eos_of_tokenizer(eos: str | None, path: str, *_state) -> int | None:
     if isinstance(vocabulary, list):  # of a unigram model: [piece, score] by id
       vocabulary = {piece: i for i, (piece, _) in enumerate(vocabulary)}
     ids = vocabulary | {t['content']: t['id'] for t in settings.get('added_tokens') or ()}
-  except Exception:  # the freezing process opens the file as well, and says what is wrong with it
+  except Exception:  # the freezing process opens the file as well, and reports the error
     return None
   return next((ids[name] for name in ([eos] if eos else EOS_NAMES) if name in ids), None)
 
 
 @functools.lru_cache
 def eos_of_sentencepiece(path: str, *_state) -> int | None:
-  """The id that ends a document in a SentencePiece model; None where that cannot be told."""
+  """Returns the id that ends a document in a SentencePiece model; None if that is not known."""
   try:
     import sentencepiece
 
@@ -188,8 +189,8 @@ def eos_of_sentencepiece(path: str, *_state) -> int | None:
 
 
 def _zero_mark(eos: int | None) -> list:
-  """Part of the signature where id 0, which also pads rows, ends documents.
+  """Returns a part of the signature for vocabularies in which id 0, which also pads rows, ends documents.
 
-  Such ends once carried no loss; the mark keeps the streams of that time from being read again.
+  In an earlier version such ends carried no loss. The mark keeps its streams from being read again.
   """
   return ['eos 0'] if eos == 0 else []

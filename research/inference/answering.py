@@ -1,4 +1,4 @@
-"""What answers requests: the engine with slots, and programs that answer one request as a whole."""
+"""The interface of everything that answers requests: the engine with slots, beam search, speculation."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -9,7 +9,13 @@ from research.inference.request import Completion, Request
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-  """What one step did for a request: its text as far as it is sure, and its completion so far."""
+  """The result of one step for a request.
+
+  Attributes:
+    number: the request's number, from `submit`.
+    text: the text that this step added. It may be empty: text that could still change is held back.
+    completion: everything so far.
+  """
 
   number: int
   text: str
@@ -17,34 +23,37 @@ class Event:
 
 
 class Answering:
-  """A queue of requests and the steps that answer them.
+  """A queue of requests, and the steps that answer them.
 
-  A subclass defines `submit`, `busy` and `step`. `room` is the most tokens of a request, its prompt included;
-  `encoder_room` the most tokens that an encoder reads, 0 for a decoder.
+  A subclass defines `submit`, `busy` and `step`.
+
+  Attributes:
+    room: the most tokens of a request, its prompt included.
+    encoder_room: the most tokens that an encoder reads; 0 for a decoder.
   """
 
   room: int
   encoder_room: int
 
   def submit(self, request: Request) -> int:
-    """Puts a request into the queue; its number.
+    """Puts a request into the queue and returns its number.
 
     Raises:
-      UserError: it does not fit the room, or names a token that the model does not have.
+      UserError: the request is longer than the room, or has a token that the model lacks.
     """
     raise NotImplementedError
 
   @property
   def busy(self) -> bool:
-    """Whether any request is at work or waits."""
+    """Whether any request is active or waits in the queue."""
     raise NotImplementedError
 
   def step(self) -> list[Event]:
-    """Goes on with the requests, and says what came of it."""
+    """Continues the active requests, and returns the results."""
     raise NotImplementedError
 
   def run(self, requests: Sequence[Request]) -> list[Completion]:
-    """The answers, in the order of the requests."""
+    """Answers requests; returns the completions in the order of the requests."""
     numbers = [self.submit(request) for request in requests]
     done = {}
     while self.busy:
@@ -52,7 +61,11 @@ class Answering:
     return [done[number] for number in numbers]
 
   def stream(self, request: Request) -> Iterator[str]:
-    """The text of one request as it comes."""
+    """Yields the text of one request as it is generated.
+
+    Raises:
+      UserError: the request ended with an error.
+    """
     number = self.submit(request)
     while self.busy:
       for event in self.step():

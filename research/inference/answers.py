@@ -1,4 +1,4 @@
-"""Prompts from a file of JSON lines, and answers to one, which goes on where it was interrupted."""
+"""Reads prompts from a file of JSON lines, and writes answers to another file, also after an interruption."""
 
 import hashlib
 import json
@@ -9,15 +9,15 @@ from research.core.errors import UserError
 from research.inference.generator import Generator
 from research.inference.request import Completion
 
-# (the completion to keep, the scores of all), of a prompt and its completions.
+# Chooses one of the completions of a prompt; returns it, and the scores of all.
 Choice = Callable[[str, list[Completion]], tuple[Completion, list[float | None]]]
 
 
 def read_prompts(path: pathlib.Path) -> list[str]:
-  """The prompts of a file: a JSON string, or an object with 'prompt', on each line.
+  """Reads the prompts of a file. Every line is a JSON string, or an object with the key 'prompt'.
 
   Raises:
-    UserError: a line has neither.
+    UserError: there is no such file, it has no prompts, or a line is neither of the two.
   """
   if not path.is_file():
     raise UserError(f'--prompts={path}: there is no such file.')
@@ -31,7 +31,9 @@ def read_prompts(path: pathlib.Path) -> list[str]:
       raise UserError(f'{path}:{number}: not JSON ({error}).') from error
     prompt = value.get('prompt') if isinstance(value, dict) else value
     if not isinstance(prompt, str) or not prompt:
-      raise UserError(f'{path}:{number}: a string, or an object with a "prompt", is wanted here.')
+      raise UserError(
+        f'{path}:{number}: write a string, or an object with a "prompt", on every line.'
+      )
     prompts.append(prompt)
   if not prompts:
     raise UserError(f'{path} has no prompts.')
@@ -39,7 +41,7 @@ def read_prompts(path: pathlib.Path) -> list[str]:
 
 
 def as_row(number: int, prompt: str, identity: str, completions: list[Completion]) -> dict:
-  """One line of the answers."""
+  """Returns one line of the answers, as JSON values."""
   return {
     'number': number,
     'prompt': prompt,
@@ -54,26 +56,27 @@ def as_row(number: int, prompt: str, identity: str, completions: list[Completion
 
 
 def identity_of(settings: dict) -> str:
-  """A digest of everything that an answer depends on besides its prompt."""
+  """Returns a digest of everything that an answer depends on beside its prompt."""
   return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def answered(path: pathlib.Path, prompts: list[str], identity: str) -> set[int]:
-  """The numbers of the prompts that a file answers; a line that was cut off is removed from it.
+  """Returns the numbers of the prompts that a file already answers. Removes a last line that was cut off.
 
   Raises:
     UserError: the file answers other prompts, or was written with other settings.
   """
   if not path.is_file():
     return set()
-  done, whole = set(), []
+  done = set()
+  whole = []
   for line in path.read_text().splitlines(keepends=True):
     try:
       row = json.loads(line)
     except ValueError:
       row = None
     if row is None or not line.endswith('\n'):
-      break  # the process ended while it wrote this
+      break  # the process was killed while it wrote this line
     number = row.get('number') if isinstance(row, dict) else None
     if number not in range(len(prompts)) or row.get('prompt') != prompts[number]:
       raise UserError(f'{path} answers other prompts; choose another --out, or delete it.')
@@ -97,16 +100,27 @@ def answer_all(
   choose: Choice | None = None,
   **settings,
 ) -> Iterator[dict]:
-  """Answers every prompt that `out` lacks; writes, and yields, each as soon as all its samples are done.
+  """Answers every prompt that `out` lacks. Writes and yields a row as soon as all samples of a prompt are done.
 
   Args:
-    choose: keeps one of the samples of each prompt.
+    generator: the model and its tokenizer.
+    prompts: all prompts, those that are answered already too.
+    out: the file of answers.
+    identity: `identity_of` the settings.
+    samples: answers per prompt.
+    choose: chooses one of the samples of each prompt; None writes them all.
+    **settings: of `Request`.
+
+  Raises:
+    UserError: `out` has other answers, or a prompt does not fit the model.
   """
   done = answered(out, prompts, identity)
-  engine, waiting, owner = generator.engine, {}, {}
+  engine = generator.engine
+  waiting = {}  # completions by prompt, until all samples are done
+  owner = {}  # the prompt of every request
   for number, prompt in enumerate(prompts):
     if number not in done:
-      # All are checked before the first is answered.
+      # All requests are checked before the first is answered.
       for request in generator.requests(prompt, samples, **settings):
         owner[engine.submit(request)] = number
   out.parent.mkdir(parents=True, exist_ok=True)

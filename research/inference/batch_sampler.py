@@ -1,7 +1,8 @@
-"""Several answers to each of many prompts, drawn at once in one compiled loop: rollouts, best-of-n.
+"""Draws several answers to each of many prompts in one compiled loop, for rollouts and best-of-n.
 
-`engine.Engine` answers requests as they come. Here all prompts are known, and so the whole is one program: each
-prompt is read once, its row is repeated for its answers, and a step draws a token for every row.
+`engine.Engine` answers requests as they arrive. Here all prompts are known at the start, so everything is one
+program: it reads every prompt once, repeats its row for its answers, and draws a token for every row in each
+step.
 """
 
 import dataclasses
@@ -19,19 +20,19 @@ from research.inference.sampling import Sampling
 from research.parallel import hosts
 from research.parallel.axes import shard, spec_of
 
-PROMPT_STEP = 8  # prompts are padded to a multiple of it, so that few programs are compiled
+PROMPT_STEP = 8  # prompts are padded to a multiple of this, so that few programs are compiled
 
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-  """Answers [rows, most], the answers to one prompt side by side, as host arrays.
+  """Answers as host arrays [rows, most]. The answers to one prompt are consecutive rows.
 
   Attributes:
-    tokens: 0 after the end.
-    mask: 1 on the tokens of the answer, its stop included.
-    log_probs: of the tokens by softmax(logits / temperature), before any filter.
-    entropy: of that distribution before each token, in nats.
-    kept: the probability that the filters left at each token.
+    tokens: the tokens, 0 after the end.
+    mask: 1 for the tokens of the answer, its stop token included.
+    log_probs: the tokens' log-probabilities by softmax(logits / temperature), before any filter.
+    entropy: the entropy of that distribution at each token, in nats.
+    kept: the probability of all tokens that pass the filters, at each token.
     stopped: [rows], whether a stop token ended the answer.
   """
 
@@ -54,14 +55,16 @@ def draw_answers(
   room: int,
   stops: Sequence[int],
 ) -> Drawn:
-  """Draws answers under the mesh in use.
+  """Draws answers, under the mesh in use.
 
   Args:
-    prompts: token ids, with what stands before the first.
-    seeds: [prompts, answers], each below 2^31; an answer depends on its prompt and its seed alone.
+    graphdef: the structure of the model.
+    params: its parameters.
+    prompts: token ids, with the ids that the tokenizer puts before a text.
+    seeds: [prompts, answers], each below 2^31. An answer depends only on its prompt and its seed.
     settings: temperature (above 0) and filters; its seed is not used.
-    most: tokens of an answer.
-    room: tokens of a prompt and its answer.
+    most: the most tokens of an answer.
+    room: the most tokens of a prompt and its answer.
     stops: ids that end an answer.
   """
   graph, params = decode.for_backend(graphdef, params)
@@ -92,50 +95,59 @@ def _draw(
   room: int,
   filters: bool,
 ) -> dict[str, jax.Array]:
-  """The fields of `Drawn`."""
+  """Returns the fields of `Drawn`, on the devices."""
   model = merge(graphdef, params)
   logits, cache = decode.prefill(model, batch, room)
   logits = jnp.repeat(logits, answers, 0, out_sharding=spec_of(logits))
   count = logits.shape[0]
-  said = {
-    'tokens': jnp.zeros((count, most), jnp.int32),
-    'mask': jnp.zeros((count, most), jnp.int32),
-    **{name: jnp.zeros((count, most)) for name in ('log_probs', 'entropy', 'kept')},
-  }
+  results = _empty(count, most)
   loop = {
     'number': jnp.zeros((), jnp.int32),
     'logits': logits.astype(jnp.float32),
     'cache': decode.repeat(cache, answers),
     'ended': jnp.zeros(count, bool),
-    'said': said,
+    'results': results,
   }
 
-  def go_on(loop):
+  def unfinished(loop):
     return (loop['number'] < most) & ~jnp.all(loop['ended'])
 
   def one_token(loop):
     number, ended = loop['number'], loop['ended']
+    # Every device draws for all rows, so that a token does not depend on the mesh.
     chosen = _choose(shard(loop['logits'], None, None), rows, number, filters)
     chosen['tokens'] = jnp.where(ended, 0, chosen['tokens'])
     chosen['mask'] = (~ended).astype(jnp.int32)
 
-    def put(said, new):
-      new = jnp.where(ended, 0, new).astype(said.dtype)
-      return jax.lax.dynamic_update_index_in_dim(said, new, number, 1)
+    def put(results, new):
+      new = jnp.where(ended, 0, new).astype(results.dtype)
+      return jax.lax.dynamic_update_index_in_dim(results, new, number, 1)
 
-    said = {name: put(loop['said'][name], chosen[name]) for name in loop['said']}
+    results = {name: put(loop['results'][name], chosen[name]) for name in loop['results']}
     ended = ended | jnp.any(chosen['tokens'][:, None] == stops, axis=1)
     tokens = shard(chosen['tokens'][:, None], 'batch', None)
     logits, cache = decode.step(model, tokens, loop['cache'])
     logits = logits[:, 0].astype(jnp.float32)
-    return {'number': number + 1, 'logits': logits, 'cache': cache, 'ended': ended, 'said': said}
+    return {
+      'number': number + 1,
+      'logits': logits,
+      'cache': cache,
+      'ended': ended,
+      'results': results,
+    }
 
-  loop = jax.lax.while_loop(go_on, one_token, loop)
-  return {**loop['said'], 'stopped': loop['ended']}
+  loop = jax.lax.while_loop(unfinished, one_token, loop)
+  return {**loop['results'], 'stopped': loop['ended']}
+
+
+def _empty(rows: int, most: int) -> dict[str, jax.Array]:
+  """Returns zeros for every field of `Drawn` but `stopped`, [rows, most]."""
+  drawn = {name: jnp.zeros((rows, most), jnp.int32) for name in ('tokens', 'mask')}
+  return drawn | {name: jnp.zeros((rows, most)) for name in ('log_probs', 'entropy', 'kept')}
 
 
 def _choose(logits: jax.Array, rows: dict, number: jax.Array, filters: bool) -> dict:
-  """The next token of every row, and what the policy said of it, [rows] each."""
+  """Draws the next token of every row; returns fields of `Drawn`, [rows] each."""
   log_p = jax.nn.log_softmax(logits / rows['temperature'][:, None], axis=-1)
   filtered = sampling.distribution(logits, rows, filters)
   tokens = sampling.draw(filtered, rows['seed'], jnp.full(len(logits), number))
@@ -143,7 +155,7 @@ def _choose(logits: jax.Array, rows: dict, number: jax.Array, filters: bool) -> 
   return {
     'tokens': tokens,
     'log_probs': jnp.take_along_axis(log_p, tokens[:, None], axis=-1)[:, 0],
-    # A token of probability 0 adds nothing, and not 0 x infinity.
+    # A token of probability 0 adds 0, and not 0 x infinity.
     'entropy': -jnp.sum(jnp.where(p > 0, p * log_p, 0.0), axis=-1),
     'kept': jnp.sum(jnp.where(jnp.isfinite(filtered), p, 0.0), axis=-1),
   }

@@ -1,4 +1,4 @@
-"""Matrices kept [outputs, inputs]: a CPU multiplies a few rows by them faster."""
+"""Matrices that are stored as [outputs, inputs], which a CPU multiplies faster with few rows."""
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,14 @@ class ByOutput(Weight):
   """A plain matrix whose output axes come first; see `parameters.FEW_ROWS`."""
 
   def __init__(self, kernel: nnx.Param, inputs: int):
-    """`kernel` is [inputs..., outputs...], of which the first `inputs` axes are contracted."""
-    self.axes, self.inputs = kernel.axes, inputs
+    """Transposes a kernel.
+
+    Args:
+      kernel: [inputs..., outputs...].
+      inputs: how many axes are inputs.
+    """
+    self.axes = kernel.axes
+    self.inputs = inputs
     order = *range(inputs, kernel.ndim), *range(inputs)
     axes = tuple(kernel.axes[i] for i in order)
     transposed = jnp.transpose(kernel[...], order)
@@ -30,9 +36,9 @@ class ByOutput(Weight):
 
 
 def turn_matrices(module: nnx.Module) -> None:
-  """Puts `ByOutput` in place of every plain matrix of the `Linear`s in a module. Call it outside of the step.
+  """Replaces every plain matrix of the `Linear`s in a module by a `ByOutput`. Call it outside of the step.
 
-  Stacked layers, whose matrices have an axis more, stay as they are: see `stack.separate_layers`.
+  The matrices of stacked layers have one more axis and stay as they are: see `stack.separate_layers`.
   """
   for _, linear in nnx.iter_modules(module):
     if not isinstance(linear, Linear) or not isinstance(linear.kernel, nnx.Param):

@@ -1,7 +1,7 @@
-"""A model reads prompts once (`prefill`) and then a few tokens a step (`step`): all that decoding is made of.
+"""Decoding: a model reads prompts once (`prefill`) and then a few tokens per step (`step`).
 
-Both are pure functions to be compiled by the caller. The cache between them is a tree of arrays [batch, ...];
-a caller who compiles `step` donates it, so that it is changed in place.
+Both are pure functions that the caller compiles. The cache between them is a tree of arrays [batch, ...]. A
+caller that compiles `step` donates the cache, so that it is updated in place.
 """
 
 import dataclasses
@@ -27,13 +27,13 @@ from research.parallel.mesh import Mesh
 )
 @dataclasses.dataclass(frozen=True)
 class Cache:
-  """What a model keeps of the tokens that it has read.
+  """What a model keeps of the tokens that it has read, such as keys and values.
 
   Attributes:
-    entries: arrays [batch, ...], as `State.close` gives them.
-    length: [batch], the tokens of each row, which is the position of its next.
+    entries: arrays [batch, ...], as `State.close` returns them.
+    length: [batch], the number of tokens of each row, which is the position of its next token.
     room: the most tokens of a row.
-    forgets: whether a row's newest tokens can be taken back by making `length` smaller (no recurrence).
+    forgets: True if a smaller `length` takes back a row's newest tokens. A recurrence cannot do that.
   """
 
   entries: tuple
@@ -43,7 +43,7 @@ class Cache:
 
 
 def check_decodes(model: nnx.Module) -> None:
-  """Raises where a model cannot decode as a whole, or not on the mesh in use."""
+  """Raises UserError if a model cannot decode at all, or not on the mesh in use."""
   if not getattr(model, 'causal', True):
     raise UserError(
       'this model sees both ways, so it does not generate text: use a decoder or an encoder-decoder.'
@@ -66,31 +66,35 @@ def prefill(
 
   Args:
     model: a decoder or an encoder-decoder.
-    batch: as for training, a prompt in each row, padded (`decoder_segment_ids` 0) before or behind it.
-    room: the most tokens of a row, the prompt's included.
-    ahead: the most tokens of one later step.
-    int8: keys and values are kept as whole numbers.
+    batch: as in training, with a prompt in each row, padded (`decoder_segment_ids` 0) before or after it.
+    room: the most tokens of a row, its prompt included.
+    ahead: the most tokens of a later step.
+    int8: stores keys and values in int8.
 
   Returns:
     The logits [batch, vocab] after each prompt, and the cache.
 
   Raises:
-    UserError: the prompts are longer than the room; a part of the model cannot decode.
+    UserError: the prompts are longer than the room, or a part of the model cannot decode.
   """
   check_decodes(model)
-  ours = {k: shard(x, 'batch', None) for k, x in batch.items() if k.startswith('decoder_')}
-  tokens = ours['decoder_input_tokens']
+  decoder = {k: shard(x, 'batch', None) for k, x in batch.items() if k.startswith('decoder_')}
+  tokens = decoder['decoder_input_tokens']
   if tokens.shape[1] > room:
-    raise UserError(f'prompts of {tokens.shape[1]} tokens do not fit into a room of {room}.')
-  real = ours.get('decoder_segment_ids', jnp.ones_like(tokens)) > 0
-  order = jnp.argsort(real, axis=1, stable=True)  # padding first
-  ours = {k: pick(x, order) for k, x in ours.items()}
+    raise UserError(
+      f'prompts of {tokens.shape[1]} tokens do not fit into a room of {room}; shorten them or raise the room.'
+    )
+  real = decoder.get('decoder_segment_ids', jnp.ones_like(tokens)) > 0
+  # Padding first, so that the newest token of every row is its last one.
+  order = jnp.argsort(real, axis=1, stable=True)
+  decoder = {k: pick(x, order) for k, x in decoder.items()}
   length = jnp.sum(real, axis=1, dtype=jnp.int32)
   places = jnp.arange(tokens.shape[1]) - (tokens.shape[1] - length)[:, None]
-  ours['decoder_positions'] = jnp.maximum(places, 0)
-  ours = {k: shard(x, 'batch', 'length') for k, x in ours.items()}
+  decoder['decoder_positions'] = jnp.maximum(places, 0)
+  decoder = {k: shard(x, 'batch', 'length') for k, x in decoder.items()}
   state = State(room, ahead, int8=int8)
-  x, _ = model.features({**batch, **ours}, state)
+  x, _ = model.features({**batch, **decoder}, state)
+  # Logits of the last token only: those of whole prompts would need much memory.
   x = shard(x, 'batch', None, None)[:, -1:]
   return model.logits(x)[:, 0], Cache(state.close(), length, room, not state.carries)
 
@@ -99,11 +103,13 @@ def step(model: nnx.Module, tokens: jax.Array, cache: Cache) -> tuple[jax.Array,
   """Reads the next tokens of every row.
 
   Args:
-    tokens: [batch, length], at most as many as `prefill` was told by `ahead`.
+    model: as for `prefill`.
+    tokens: [batch, length], at most as many as `ahead` of `prefill`.
+    cache: from the call before.
 
   Returns:
-    The logits [batch, length, vocab] after each of them, and the cache. The logits of a position past the
-    room are NaN: its token took the slot of an earlier one.
+    The logits [batch, length, vocab] after each token, and the new cache. The logits of a position beyond the
+    room are NaN, since its token overwrote the slot of an earlier one.
   """
   positions = cache.length[:, None] + jnp.arange(tokens.shape[1])
   state = State(cache.room, entries=cache.entries)
@@ -115,10 +121,11 @@ def step(model: nnx.Module, tokens: jax.Array, cache: Cache) -> tuple[jax.Array,
 
 
 def separated(graphdef: nnx.GraphDef, params: dict) -> tuple[nnx.GraphDef, dict]:
-  """The same model with parameters of its own for every layer, and matrices kept by output (`ByOutput`).
+  """Returns the same model with separate parameters for every layer, and matrices stored by output
+  (`ByOutput`).
 
-  XLA on a CPU copies what it slices from stacked parameters, so that a step would write and read all of the
-  parameters once more. Where a model is in this form already, nothing happens. The parameters are copied.
+  XLA on a CPU copies the slices of stacked parameters, so a step would write and read all parameters once more.
+  The parameters are copied here, unless the model has this form already.
   """
   abstract = jax.eval_shape(functools.partial(_suited, graphdef), params)
   new = nnx.graphdef(abstract)
@@ -126,12 +133,12 @@ def separated(graphdef: nnx.GraphDef, params: dict) -> tuple[nnx.GraphDef, dict]
 
 
 def for_backend(graphdef: nnx.GraphDef, params: dict) -> tuple[nnx.GraphDef, dict]:
-  """The model as it decodes fastest here: on a CPU `separated`, elsewhere as it is."""
+  """Returns the model in the form that decodes fastest: on a CPU `separated`, otherwise unchanged."""
   return separated(graphdef, params) if jax.default_backend() == 'cpu' else (graphdef, params)
 
 
 def suit_cpu(model: nnx.Module) -> None:
-  """Gives a model the form that `separated` describes. Call it outside of the step."""
+  """Changes a model to the form that `separated` describes. Call it outside of the step."""
   separate_layers(model)
   turn_matrices(model)
 
@@ -148,7 +155,7 @@ def _separate(graphdef: nnx.GraphDef, params: dict) -> dict:
 
 
 def insert(cache: Cache, other: Cache, row: jax.Array | int) -> Cache:
-  """The cache with the rows of another in place of its own, from `row` on."""
+  """Returns the cache with its rows from `row` on replaced by those of another cache."""
 
   def put(x, y):
     return jax.lax.dynamic_update_slice_in_dim(x, y, row, 0)
@@ -157,5 +164,5 @@ def insert(cache: Cache, other: Cache, row: jax.Array | int) -> Cache:
 
 
 def repeat(cache: Cache, times: int) -> Cache:
-  """The cache with every row so many times, one after another."""
+  """Returns the cache with every row repeated, the copies side by side."""
   return jax.tree.map(lambda x: jnp.repeat(x, times, 0, out_sharding=spec_of(x)), cache)

@@ -1,8 +1,8 @@
-"""Continuous batching: requests come to the slots of one cache and leave them, and no shape ever changes.
+"""Continuous batching: requests enter and leave the slots of one cache, and no shape ever changes.
 
-A prompt is read alone, padded to one of a few lengths, a long one in chunks. Its row of the cache then takes
-the place of a free one, and every step generates a token for all the slots at work. So few programs are
-compiled, and a request's answer does not depend on its company (JetStream, and Yu et al. 2022, "Orca").
+A prompt is read alone, padded to one of a few lengths; a long prompt in chunks. Its row of the cache then goes
+to a free slot, and every step generates a token for all active slots. So few programs are compiled, and a
+request's answer does not depend on the other requests (JetStream; Yu et al. 2022, "Orca").
 
     engine = Engine(graphdef, params, slots=8, room=512)
     for completion in engine.run(requests):
@@ -11,6 +11,7 @@ compiled, and a request's answer does not depend on its company (JetStream, and 
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -43,20 +44,21 @@ class _Work:
 
 
 class Engine(Answering):
-  """Answers requests with a model. Use it under the mesh on which the parameters lie.
+  """Answers requests with a model. Use it under the mesh of the parameters.
 
   Args:
-    graphdef, params: the model, as `nnx.merge` takes it.
-    decode: token ids to text; None to answer with ids alone.
-    slots: how many requests are at work at a time.
+    graphdef: the structure of the model.
+    params: its parameters.
+    decode: maps token ids to text; None to answer with ids alone.
+    slots: how many requests are active at once.
     room: the most tokens of a request, its prompt included.
     chunk: the most tokens of a prompt that are read at once.
     encoder_room: the most tokens that an encoder reads; 0 for a decoder.
     prefix: prompts see themselves both ways (prefix-LM); they are read in one piece.
-    int8: keys and values are kept as whole numbers.
-    pieces: of how many `chunk`s a step reads at most while texts are under way, so that they do not wait for
-      long prompts; None for all that have a slot.
-    kept: of how many prompts what was read is kept, for prompts that begin with them (`PromptReader`).
+    int8: stores keys and values in int8.
+    pieces: the most chunks of prompts that a step reads while other requests are active, so that they do not
+      wait for long prompts; None for all prompts that have a slot.
+    kept: how many prompts stay in the cache, for later prompts that begin with them (`PromptReader`).
   """
 
   def __init__(
@@ -77,11 +79,15 @@ class Engine(Answering):
     for field, value in {'slots': slots, 'room': room, 'chunk': chunk, 'pieces': pieces}.items():
       if value is not None and value < 1:
         raise Invalid(Engine, field, f'{value!r} must be 1 or more.')
-    self._given, self.decode = graphdef, decode
-    self.room, self.prefix, self.int8 = room, prefix, int8
+    self._training_graph = graphdef
+    self.decode = decode
+    self.room = room
+    self.prefix = prefix
+    self.int8 = int8
     self.chunk = room if prefix else min(chunk, room)
-    self.encoder_room, self.pieces = encoder_room, pieces
-    # A prompt that sees itself both ways cannot go on from a shorter one.
+    self.encoder_room = encoder_room
+    self.pieces = pieces
+    # A prompt that sees itself both ways cannot continue the cache of a shorter one.
     self._reader = PromptReader(self._read, self._read_more, self.chunk, 0 if prefix else kept)
     self._reading: tuple[_Work, Reading] | None = None
     self.load(params)
@@ -89,27 +95,25 @@ class Engine(Answering):
     self.vocab = model.vocab
     check_model(Engine, model, room, encoder_room)
     self._waiting: collections.deque[_Work] = collections.deque()
-    self._at_work: list[_Work | None] = [None] * slots
+    self._active: list[_Work | None] = [None] * slots
     self._count = 0
     self._changed()
     self.slots = self._empty(slots)
 
   def load(self, params: dict) -> None:
-    """Takes other parameters of the same model for all the tokens to come."""
-    graphdef, self.params = decoding.for_backend(self._given, params)
+    """Replaces the parameters, for all tokens from now on."""
+    graphdef, self.params = decoding.for_backend(self._training_graph, params)
     self.graphdef = graph_of(graphdef)
     self._reader.forget()
     self._reading = None
 
   def _empty(self, slots: int) -> Slots:
+    """Returns slots without requests. Their shapes are those of a short prompt's cache."""
     request = Request(prompt=(1,), encoder=(1,) if self.encoder_room else ())
     batch = self._batch(request.prompt, request)
-    logits, cache = jax.eval_shape(
-      lambda params: programs.read(
-        self.graphdef, params, batch, room=self.room, ahead=self.chunk, int8=self.int8
-      ),
-      self.params,
-    )
+    knobs = {'room': self.room, 'ahead': self.chunk, 'int8': self.int8}
+    read = functools.partial(programs.read, self.graphdef, batch=batch, **knobs)
+    logits, cache = jax.eval_shape(read, self.params)
 
     def zeros(x):
       return jnp.zeros((slots, *x.shape[1:]), x.dtype)
@@ -118,7 +122,7 @@ class Engine(Answering):
     return Slots(
       logits=zeros(logits),
       cache=jax.tree.map(zeros, cache),
-      seen=jnp.zeros(table, bool),
+      occurred=jnp.zeros(table, bool),
       generated=jnp.zeros(table, jnp.int32),
       number=jnp.zeros(slots, jnp.int32),
     )
@@ -136,16 +140,16 @@ class Engine(Answering):
 
   @property
   def busy(self) -> bool:
-    return bool(self._waiting) or any(self._at_work)
+    return bool(self._waiting) or any(self._active)
 
   def step(self) -> list[Event]:
-    """Admits requests that wait, generates a token for each at work, and says what came of it."""
+    """Admits requests that wait, generates a token for each active one, and returns the results."""
     self._admit()
-    if not any(self._at_work):
+    if not any(self._active):
       return []
     chosen = programs.choose(self.slots, self._rows, self._adjustment(), plan=self._plan)
-    active = np.array([work is not None for work in self._at_work])
-    # The next step is on its way while the host reads this one's tokens.
+    active = np.array([work is not None for work in self._active])
+    # The devices compute the next step while the host reads the tokens of this one.
     self.slots = programs.advance(
       self.graphdef,
       self.params,
@@ -156,48 +160,48 @@ class Engine(Answering):
     )
     host = jax.device_get(chosen)
     events = []
-    for slot, work in enumerate(self._at_work):
+    for slot, work in enumerate(self._active):
       if work is None:
         continue
       text = self._record(work, {key: value[slot] for key, value in host.items()})
       events.append(Event(work.number, text, work.completion))
       if work.completion.finish:
-        self._at_work[slot] = None
+        self._active[slot] = None
         self._changed()
     return events
 
   def cancel(self, number: int) -> None:
-    """Forgets a request that waits or is at work."""
+    """Drops a request that waits or is active."""
     self._waiting = collections.deque(work for work in self._waiting if work.number != number)
-    for slot, work in enumerate(self._at_work):
+    for slot, work in enumerate(self._active):
       if work is not None and work.number == number:
-        self._at_work[slot] = None
+        self._active[slot] = None
         self._changed()
 
   def _admit(self) -> None:
-    """Reads prompts that wait into the slots that are free; beside texts under way at most `pieces`."""
+    """Reads waiting prompts into free slots; at most `pieces` chunks while other requests are active."""
     read = 0
-    while self._waiting and None in self._at_work:
+    while self._waiting and None in self._active:
       new = self._waiting[0]
       if self._reading is None or self._reading[0] is not new:
         self._reading = new, self._reader.begin(new.request)
       reading = self._reading[1]
       while not reading.done:
-        if self.pieces is not None and any(self._at_work):
+        if self.pieces is not None and any(self._active):
           if read == self.pieces:
             return
           read += 1
         reading.step()
       self._reading = None
-      self._put(self._waiting.popleft(), self._at_work.index(None), reading.result)
+      self._put(self._waiting.popleft(), self._active.index(None), reading.result)
 
   def _put(self, new: _Work, slot: int, result: Result) -> None:
-    """Puts a request that was read into a slot."""
+    """Puts a request whose prompt has been read into a slot."""
     self._reader.keep(new.request, result)
     tokens = np.full(padded_length(len(new.request.prompt), self.room), -1, np.int32)
     tokens[: len(new.request.prompt)] = new.request.prompt
     self.slots = programs.admit(self.slots, slot, *result, tokens)
-    self._at_work[slot] = new
+    self._active[slot] = new
     self._changed()
 
   def _read(self, prompt: tuple[int, ...], request: Request) -> Result:
@@ -218,25 +222,25 @@ class Engine(Answering):
     return batch
 
   def _changed(self) -> None:
-    """What the steps need follows from the requests at work."""
-    requests = [work.request if work else None for work in self._at_work]
+    """Updates the settings of the steps after the active requests have changed."""
+    requests = [work.request if work else None for work in self._active]
     settings = [request.sampling if request else Sampling() for request in requests]
-    at_work = [request for request in requests if request]
+    active = [request for request in requests if request]
     self._rows = sampling.as_rows(settings)
     self._plan = Plan(
       draws=any(s.draws for s in settings),
       filters=any(s.filters for s in settings),
       penalises=any(s.penalises for s in settings),
-      adjusts=any(r.sampling.logit_bias or r.mask for r in at_work),
-      top=max((request.top for request in at_work), default=0),
+      adjusts=any(r.sampling.logit_bias or r.mask for r in active),
+      top=max((request.top for request in active), default=0),
     )
 
   def _adjustment(self) -> np.ndarray | None:
-    """[slots, vocab] to add to the logits."""
+    """Returns what is added to the logits, [slots, vocab]: biases, and minus infinity for masked tokens."""
     if not self._plan.adjusts:
       return None
-    adjustment = np.zeros((len(self._at_work), self.vocab), np.float32)
-    for slot, work in enumerate(self._at_work):
+    adjustment = np.zeros((len(self._active), self.vocab), np.float32)
+    for slot, work in enumerate(self._active):
       if work is None:
         continue
       for token, bias in work.request.sampling.logit_bias.items():
@@ -244,25 +248,26 @@ class Engine(Answering):
       if work.request.mask is not None:
         allowed = np.asarray(work.request.mask(tuple(work.completion.tokens)))
         if allowed.dtype != bool or allowed.shape != (self.vocab,):
-          why = f'it gave {allowed.dtype}{list(allowed.shape)}; bool[{self.vocab}] is wanted.'
+          why = f'it returned {allowed.dtype}{list(allowed.shape)}; return bool[{self.vocab}].'
           raise Invalid(Request, 'mask', why)
         adjustment[slot, ~allowed] = -np.inf
     return adjustment
 
-  def _record(self, work: _Work, said: dict) -> str:
-    """Adds a token to a completion and ends it where it is to end; the text that is sure now."""
+  def _record(self, work: _Work, chosen: dict) -> str:
+    """Adds a token to a completion, and ends it if it is complete; returns the text that is now certain."""
     request, completion = work.request, work.completion
-    if not said['numbers']:
+    if not chosen['numbers']:
       completion.finish = 'error'
       completion.error = (
-        'the logits are not numbers (NaN or infinite), or no token is allowed: look at the checkpoint, or at '
-        'the mask and the biases.'
+        'the logits are not numbers (NaN or infinite), or no token is allowed: check the checkpoint, or the '
+        'mask and the biases.'
       )
       return ''
-    token, text = int(said['tokens']), ''
+    token = int(chosen['tokens'])
+    text = ''
     completion.tokens.append(token)
-    completion.logprobs.append(float(said['logprobs']))
-    pairs = zip(said['top_tokens'], said['top_logprobs'], strict=True)
+    completion.logprobs.append(float(chosen['logprobs']))
+    pairs = zip(chosen['top_tokens'], chosen['top_logprobs'], strict=True)
     completion.top.append([(int(t), float(p)) for t, p in pairs][: request.top])
     if token in request.stop_tokens:
       completion.finish = 'stop_token'

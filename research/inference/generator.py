@@ -23,22 +23,24 @@ class Generator:
   """Generates text.
 
   Args:
-    engine: answers requests, with this tokenizer's `decode`.
-    tokenizer: of the model.
-    source: where the parameters are from, in words.
+    engine: answers requests, with the `decode` of this tokenizer.
+    tokenizer: the model's tokenizer.
+    source: where the parameters come from, in words.
   """
 
   def __init__(self, engine: Answering, tokenizer: Tokenizer, source: str = ''):
-    self.engine, self.tokenizer, self.source = engine, tokenizer, source
+    self.engine = engine
+    self.tokenizer = tokenizer
+    self.source = source
 
   def request(self, prompt: str, **settings) -> Request:
-    """The request of a prompt; `settings` are `Request`'s.
+    """Returns the request of a prompt; `settings` are fields of `Request`.
 
     Raises:
       UserError: the prompt is empty.
     """
     if not prompt:
-      raise UserError('the prompt is empty: give some text to go on from.')
+      raise UserError('the prompt is empty: give some text to continue.')
     ids = tuple(self.encode(prompt))
     if self.engine.encoder_room:
       tokens = {'encoder': ids, 'prompt': self.tokenizer.start or (0,)}
@@ -47,12 +49,12 @@ class Generator:
     return Request(**{'stop_tokens': self.tokenizer.ends, **tokens, **settings})
 
   def encode(self, text: str) -> list[int]:
-    """The ids of a prompt: of what the decoder reads, or of what the encoder reads."""
+    """Returns the ids of a prompt, for the decoder or, in an encoder-decoder, for the encoder."""
     ids = list(self.tokenizer.encode(text))
     return ids if self.engine.encoder_room else [*self.tokenizer.start, *ids]
 
   def requests(self, prompt: str, samples: int = 1, **settings) -> list[Request]:
-    """As many requests of one prompt, with seeds of their own."""
+    """Returns `samples` requests of one prompt, with different seeds."""
     if samples < 1:
       raise UserError(f'{samples} samples: ask for 1 or more.')
     request = self.request(prompt, **settings)
@@ -64,29 +66,28 @@ class Generator:
   def __call__(
     self, prompts: Sequence[str] | str, *, samples: int = 1, **settings
   ) -> list[Completion]:
-    """The completions of all prompts in their order, the samples of one prompt side by side.
+    """Returns the completions of all prompts in order, the samples of a prompt side by side.
 
     Raises:
       UserError: a prompt is empty or does not fit, or the model's logits are not numbers.
     """
     if isinstance(prompts, str):
-      raise Invalid(Generator, 'prompts', 'it is one string; give a list of them.')
-    completions = self.engine.run(
-      [r for prompt in prompts for r in self.requests(prompt, samples, **settings)]
-    )
+      raise Invalid(Generator, 'prompts', 'it is a single string; give a list of strings.')
+    requests = [r for prompt in prompts for r in self.requests(prompt, samples, **settings)]
+    completions = self.engine.run(requests)
     for completion in completions:
       if completion.error:
         raise UserError(completion.error)
     return completions
 
   def stream(self, prompt: str, **settings) -> Iterator[str]:
-    """The text of one prompt as it comes."""
+    """Yields the text of one prompt as it is generated."""
     yield from self.engine.stream(self.request(prompt, **settings))
 
 
 def with_seed(sampling: Sampling, number: int) -> Sampling:
-  """A seed of its own for each sample. The first has the request's, so that one sample is as without."""
-  # A large odd step, so that neighbouring seeds of prompts do not share their samples.
+  """Returns the settings with the seed of sample `number`. Sample 0 has the seed of the request."""
+  # A large odd step, so that requests with consecutive seeds do not share samples.
   return dataclasses.replace(sampling, seed=(sampling.seed + number * 1_000_003) % 2**31)
 
 
@@ -105,15 +106,16 @@ def make_generator(
   speculation: Speculation | None = None,
   source: str = '',
 ) -> Generator:
-  """A generator of a model and its tokenizer.
+  """Returns a generator of a model and its tokenizer.
 
   Args:
-    model: with shapes in place of arrays.
+    model: the model, with shapes in place of arrays.
     params: its parameters.
+    tokenizer: its tokenizer.
     architecture: 'decoder', 'prefix' (the prompt sees itself both ways) or 'encoder_decoder'.
-    room, slots, int8, pieces, kept: as of `Engine`.
-    beams, speculation: answers one request at a time in this way, without slots.
-    source: where the parameters are from, in words.
+    room, slots, int8, pieces, kept: as for `Engine`.
+    beams, speculation: answers one request at a time by this method, without slots.
+    source: where the parameters come from, in words.
 
   Raises:
     UserError: the tokenizer does not belong to the model.
@@ -127,6 +129,7 @@ def make_generator(
   if method:
     engine = OneByOne(method, **knobs)
   else:
-    slotted = {'slots': slots, 'int8': int8, 'pieces': pieces, 'kept': kept}
-    engine = Engine(nnx.graphdef(model), params, **slotted, **knobs)
+    engine = Engine(
+      nnx.graphdef(model), params, slots=slots, int8=int8, pieces=pieces, kept=kept, **knobs
+    )
   return Generator(engine, tokenizer, source)

@@ -1,4 +1,4 @@
-"""A model's graph as a static argument of compiled functions, without the price of its hash in every call."""
+"""A model's graph as a static argument of compiled functions, without computing its hash in every call."""
 
 import functools
 
@@ -6,14 +6,15 @@ from flax import nnx
 
 
 class Graph:
-  """A graph that knows its hash.
+  """A graph with a stored hash.
 
-  jax.jit hashes and compares static arguments in every call. Of a graph of 30 layers that takes longer than
-  their products for one token, so make this once, with `graph_of`.
+  jax.jit hashes and compares static arguments in every call. For a graph of 30 layers that takes longer than
+  their products for one token. Make this once, with `graph_of`.
   """
 
   def __init__(self, graphdef: nnx.GraphDef):
-    self.graphdef, self._hash = graphdef, hash(graphdef)
+    self.graphdef = graphdef
+    self._hash = hash(graphdef)
 
   def __hash__(self) -> int:
     return self._hash
@@ -24,10 +25,10 @@ class Graph:
 
 @functools.cache
 def graph_of(graphdef: nnx.GraphDef) -> Graph:
-  """The one `Graph` of all equal ones, so that comparing them takes no time either."""
+  """Returns the same `Graph` for equal graphs, so that comparing them takes no time either."""
   return Graph(graphdef)
 
 
 def merge(graph: Graph | nnx.GraphDef, params: dict) -> nnx.Module:
-  """The model with these parameters."""
+  """Returns the model with these parameters."""
   return nnx.merge(graph.graphdef if isinstance(graph, Graph) else graph, params)

@@ -1,4 +1,4 @@
-"""Requests answered one at a time, each by one compiled program: beam search, or speculation."""
+"""Answers requests one at a time, each by one compiled program: beam search or speculative decoding."""
 
 import collections
 import dataclasses
@@ -17,18 +17,19 @@ from research.inference.request import Completion, Request
 from research.inference.request_check import check_model, check_request
 from research.inference.text import TextStream
 
-# The tokens of an answer to a request, which is given as a batch of one row.
+# Returns the tokens of the answer to a request; the batch has its prompt, as one row.
 Method = Callable[[dict, Request], list[int]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Beams:
-  """The likeliest of `beams` beams (`beams.beam_search`).
+  """Answers by the likeliest text of a beam search (`beams.beam_search`).
 
   Attributes:
-    graphdef, params: the model.
-    beams: how many are followed.
-    penalty: of the length.
+    graphdef: the structure of the model.
+    params: its parameters.
+    beams: how many beams are followed.
+    penalty: the length penalty.
   """
 
   graphdef: nnx.GraphDef
@@ -46,20 +47,23 @@ class Beams:
     return best[: ends[0] + 1] if ends else best
 
   def check(self, request: Request) -> None:
-    """Raises where a request asks for what beams do not do."""
+    """Raises UserError if a request has settings that beams do not support."""
     if request.sampling.draws or request.sampling.penalises or request.sampling.logit_bias:
-      raise UserError('beams take the likeliest tokens: ask for no temperature, penalty or bias.')
+      raise UserError(
+        'beam search finds the likeliest text: leave out temperature, penalties and biases.'
+      )
 
 
 @dataclasses.dataclass(frozen=True)
 class Speculation:
-  """Tokens that a draft guesses and the model checks (`speculate.speculate`).
+  """Answers by speculative decoding: a draft guesses tokens, and the model checks them (`speculate.speculate`).
 
   Attributes:
-    graphdef, params: the model.
-    draft: the graph of a smaller model, or `Ngram`.
-    draft_params: of the smaller model.
-    guesses: for each step of the model.
+    graphdef: the structure of the model.
+    params: its parameters.
+    draft: the structure of a smaller model, or `Ngram`.
+    draft_params: the parameters of the smaller model.
+    guesses: tokens that are guessed per step of the model.
   """
 
   graphdef: nnx.GraphDef
@@ -69,27 +73,27 @@ class Speculation:
   guesses: int = 4
 
   def __call__(self, batch: dict, request: Request) -> list[int]:
-    # The seed is an array, so that samples share a compiled program.
+    # The seed is an array and not part of the static settings, so that samples share a compiled program.
     seeds = jnp.array([request.sampling.seed], jnp.uint32)
-    said = speculate.compiled(
+    continuation = speculate.compiled(
       self.graphdef, self.params, self.draft, self.draft_params, batch, request.max_tokens, seeds,
       settings=dataclasses.replace(request.sampling, seed=0), guesses=self.guesses,
       ends=tuple(request.stop_tokens),
     )  # fmt: skip
-    return np.asarray(said.tokens)[0, : int(said.length[0])].tolist()
+    return np.asarray(continuation.tokens)[0, : int(continuation.length[0])].tolist()
 
   def check(self, request: Request) -> None:
-    """Raises where a request asks for what a draft does not go with."""
+    """Raises UserError if a request has settings that speculation does not support."""
     speculate.check_settings(request.sampling, self.guesses)
 
 
 class OneByOne(Answering):
-  """Answers each request by one call of a method. The whole text comes at once.
+  """Answers each request by one call of a method, so its whole text comes at once.
 
   Args:
-    method: `Beams` or `Speculation`; its parameters are taken as `decode.separated` gives them.
-    decode: token ids to text; None to answer with ids alone.
-    room, encoder_room: as of `Engine`.
+    method: `Beams` or `Speculation`.
+    decode: maps token ids to text; None to answer with ids alone.
+    room, encoder_room, prefix: as for `Engine`.
   """
 
   def __init__(
@@ -103,8 +107,12 @@ class OneByOne(Answering):
   ):
     model = jax.eval_shape(lambda params: nnx.merge(method.graphdef, params), method.params)
     check_model(OneByOne, model, room, encoder_room)
-    self.method, self.decode, self.vocab = _separated(method), decode, model.vocab
-    self.room, self.encoder_room, self.prefix = room, encoder_room, prefix
+    self.method = _separated(method)
+    self.decode = decode
+    self.vocab = model.vocab
+    self.room = room
+    self.encoder_room = encoder_room
+    self.prefix = prefix
     self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
     self._count = 0
 
@@ -112,7 +120,7 @@ class OneByOne(Answering):
     check_request(request, self.vocab, self.room, self.encoder_room, self.decode is not None)
     if request.top or request.mask is not None:
       field = 'top' if request.top else 'mask'
-      raise Invalid(Request, field, 'it goes with neither beams nor a draft.')
+      raise Invalid(Request, field, 'it works with neither beams nor a draft; leave it out.')
     self.method.check(request)
     self._waiting.append((self._count, request))
     self._count += 1
@@ -124,7 +132,7 @@ class OneByOne(Answering):
 
   def step(self) -> list[Event]:
     number, request = self._waiting.popleft()
-    # The answer follows its prompt, so the padding may not take the answer's room.
+    # The answer follows the padded prompt, so the padding must leave room for it.
     length = padded_length(len(request.prompt), self.room - request.max_tokens)
     batch = padded_row('decoder', request.prompt, length)
     if self.prefix:
@@ -135,7 +143,7 @@ class OneByOne(Answering):
     return [Event(number, completion.text, completion)]
 
   def _completion(self, request: Request, tokens: list[int]) -> Completion:
-    """The tokens up to a stop string, with their text."""
+    """Returns the completion of these tokens, up to a stop token or a stop string."""
     completion = Completion()
     stream = None
     if self.decode is not None:
@@ -158,7 +166,7 @@ class OneByOne(Answering):
 
 
 def _separated(method: Beams | Speculation) -> Beams | Speculation:
-  """The method with parameters as the backend reads them fastest."""
+  """Returns the method with its models in the form that the backend decodes fastest."""
   graphdef, params = decode.for_backend(method.graphdef, method.params)
   changed = {'graphdef': graphdef, 'params': params}
   if isinstance(method, Speculation) and isinstance(method.draft, nnx.GraphDef):

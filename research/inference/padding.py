@@ -1,14 +1,14 @@
-"""Prompts padded to few lengths, so that few programs are compiled."""
+"""Pads prompts to a few lengths, so that few programs are compiled."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-SHORTEST = 32  # the least length that a prompt is padded to
+SHORTEST = 32  # the smallest padded length
 
 
 def padded_length(length: int, most: int) -> int:
-  """A power of two that is long enough, at most `most`: few lengths, so few programs."""
+  """Returns the padded length of a prompt: the next power of two, at most `most`."""
   padded = SHORTEST
   while padded < length:
     padded *= 2
@@ -16,6 +16,8 @@ def padded_length(length: int, most: int) -> int:
 
 
 def padded_row(side: str, tokens: Sequence[int], length: int) -> dict[str, np.ndarray]:
+  """Returns a batch of one row, [1, length], with the tokens of 'decoder' or 'encoder', by seqio's keys."""
   padded, real = np.zeros((2, 1, length), np.int32)
-  padded[0, : len(tokens)], real[0, : len(tokens)] = tokens, 1
+  padded[0, : len(tokens)] = tokens
+  real[0, : len(tokens)] = 1
   return {f'{side}_input_tokens': padded, f'{side}_segment_ids': real}

@@ -15,12 +15,12 @@ from research.inference.graph import Graph, merge
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """What the requests at work need, so that nothing else is computed. A change compiles a new step.
+  """What the active requests need, so that a step computes nothing else. Every plan compiles a step of its own.
 
   Attributes:
-    draws, filters, penalises: whether any request does (`sampling.Sampling`).
-    adjusts: whether any has a bias or a mask.
-    top: how many of the likeliest tokens are told.
+    draws, filters, penalises: whether any request does so (`sampling.Sampling`).
+    adjusts: whether any request has a bias or a mask.
+    top: how many of the likeliest tokens are reported.
   """
 
   draws: bool = False
@@ -32,24 +32,24 @@ class Plan:
 
 @functools.partial(
   jax.tree_util.register_dataclass,
-  data_fields=('logits', 'cache', 'seen', 'generated', 'number'),
+  data_fields=('logits', 'cache', 'occurred', 'generated', 'number'),
   meta_fields=(),
 )
 @dataclasses.dataclass(frozen=True)
 class Slots:
-  """All that an engine keeps on its devices, a row for each slot.
+  """The arrays of an engine, with a row for each slot.
 
   Attributes:
-    logits: [slots, vocab], for the next token of each.
-    cache: what the model keeps.
-    seen: [slots, vocab], whether a token occurred in the prompt or since.
-    generated: [slots, vocab], how often it was generated.
+    logits: [slots, vocab], for the next token.
+    cache: the model's cache.
+    occurred: [slots, vocab], whether a token occurred in the prompt or the answer.
+    generated: [slots, vocab], how often a token was generated.
     number: [slots], how many tokens were generated.
   """
 
   logits: jax.Array
   cache: Cache
-  seen: jax.Array
+  occurred: jax.Array
   generated: jax.Array
   number: jax.Array
 
@@ -58,7 +58,7 @@ class Slots:
 def read(
   graphdef: Graph | nnx.GraphDef, params: dict, batch: Mapping, *, room: int, ahead: int, int8: bool
 ) -> tuple[jax.Array, Cache]:
-  """(logits after each prompt [rows, vocab], cache)."""
+  """Reads prompts; returns the logits after each of them, [rows, vocab], and the cache."""
   logits, cache = decode.prefill(merge(graphdef, params), batch, room, ahead=ahead, int8=int8)
   return logits.astype(jnp.float32), cache
 
@@ -67,7 +67,7 @@ def read(
 def read_more(
   graphdef: Graph | nnx.GraphDef, params: dict, tokens: jax.Array, cache: Cache
 ) -> tuple[jax.Array, Cache]:
-  """The same after another part [rows, length] of the prompts."""
+  """Reads another part of the prompts, tokens [rows, length]; returns logits and cache as `read` does."""
   logits, cache = decode.step(merge(graphdef, params), tokens, cache)
   return logits[:, -1].astype(jnp.float32), cache
 
@@ -76,15 +76,17 @@ def read_more(
 def admit(
   slots: Slots, slot: jax.Array, logits: jax.Array, cache: Cache, prompt_tokens: jax.Array
 ) -> Slots:
-  """The slots with a request that was read in place of what was in one of them.
+  """Puts a request whose prompt has been read into a slot.
 
   Args:
-    logits: [1, vocab].
-    cache: of one row.
-    prompt_tokens: [n], with -1 where there is none.
+    slots: all slots.
+    slot: the number of the slot.
+    logits: [1, vocab], after the prompt.
+    cache: the prompt's cache, of one row.
+    prompt_tokens: [n], padded with -1.
   """
-  vocab = slots.seen.shape[-1]
-  seen = (
+  vocab = slots.occurred.shape[-1]
+  occurred = (
     jnp.zeros(vocab, bool)
     .at[jnp.where(prompt_tokens < 0, vocab, prompt_tokens)]
     .set(True, mode='drop')
@@ -93,7 +95,7 @@ def admit(
   return Slots(
     logits=put(slots.logits, logits[0]),
     cache=decode.insert(slots.cache, cache, slot),
-    seen=put(slots.seen, seen),
+    occurred=put(slots.occurred, occurred),
     generated=put(slots.generated, jnp.zeros(vocab, slots.generated.dtype)),
     number=put(slots.number, jnp.zeros((), slots.number.dtype)),
   )
@@ -103,21 +105,23 @@ def admit(
 def choose(
   slots: Slots, rows: Mapping[str, jax.Array], adjustment: jax.Array | None, *, plan: Plan
 ) -> dict[str, jax.Array]:
-  """The next token of every slot.
+  """Chooses the next token of every slot.
 
   Args:
-    rows: `sampling.as_rows`.
-    adjustment: [slots, vocab] added to the logits (biases, and minus infinity for what a mask forbids).
+    slots: all slots.
+    rows: the settings of all slots, by `sampling.as_rows`.
+    adjustment: [slots, vocab], added to the logits (biases, and minus infinity for tokens that a mask forbids).
+    plan: what the active requests need.
 
   Returns:
-    'tokens' [slots]; 'logprobs' [slots] of them by the model alone; 'top_tokens' and 'top_logprobs'
-    [slots, top]; 'numbers' [slots], whether the logits were numbers.
+    'tokens' [slots]; 'logprobs' [slots], their log-probabilities by the model itself; 'top_tokens' and
+    'top_logprobs' [slots, top]; 'numbers' [slots], whether the logits are finite numbers.
   """
   raw = slots.logits
   log_p = jax.nn.log_softmax(raw, axis=-1)
   logits = raw
   if plan.penalises:
-    logits = sampling.penalise(logits, rows, slots.seen, slots.generated)
+    logits = sampling.penalise(logits, rows, slots.occurred, slots.generated)
   if plan.adjusts:
     logits = logits + adjustment
   tokens = sampling.choose(logits, rows, slots.number, draws=plan.draws, filters=plan.filters)
@@ -141,24 +145,29 @@ def advance(
   *,
   penalises: bool,
 ) -> Slots:
-  """The slots after a token each. A slot that is not active stays where it is, and what it computes is nothing.
+  """Reads a token per slot; returns the slots after it. The values of a slot that is not active are
+  meaningless.
 
   Args:
+    graphdef: the structure of the model.
+    params: its parameters.
+    slots: all slots. Their memory is donated.
     tokens: [slots].
     active: [slots] bool.
-    penalises: whether to keep count of the tokens.
+    penalises: whether to count the tokens.
   """
   logits, cache = decode.step(merge(graphdef, params), tokens[:, None], slots.cache)
-  # An idle slot would walk past its room in time.
+  # An idle slot stays at position 0. Otherwise it would pass the end of its room at some time.
   cache = dataclasses.replace(cache, length=jnp.where(active, cache.length, 0))
-  seen, generated = slots.seen, slots.generated
+  occurred, generated = slots.occurred, slots.generated
   if penalises:
-    said = (tokens[:, None] == jnp.arange(seen.shape[-1])) & active[:, None]
-    seen, generated = seen | said, generated + said
+    chosen = (tokens[:, None] == jnp.arange(occurred.shape[-1])) & active[:, None]
+    occurred = occurred | chosen
+    generated = generated + chosen
   return Slots(
     logits=logits[:, 0].astype(jnp.float32),
     cache=cache,
-    seen=seen,
+    occurred=occurred,
     generated=generated,
     number=slots.number + active,
   )

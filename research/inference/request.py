@@ -1,4 +1,4 @@
-"""What is asked of an engine, and what it answers: plain values."""
+"""Requests to an engine, and its completions: plain values."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -8,22 +8,22 @@ import numpy as np
 from research.core.errors import Invalid
 from research.inference.sampling import Sampling
 
-# Which tokens may come next, given the tokens generated so far: a bool array [vocab].
+# Maps the tokens generated so far to those that may come next: a bool array [vocab].
 Mask = Callable[[Sequence[int]], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-  """One prompt and how to go on from it.
+  """A prompt, and how to continue it.
 
   Attributes:
-    prompt: token ids that the decoder reads; of an encoder-decoder, what it starts with.
+    prompt: token ids that the decoder reads; in an encoder-decoder, those that it starts from.
     encoder: token ids that the encoder reads; empty for a decoder.
     max_tokens: the most tokens to generate.
-    sampling: how they are chosen.
-    stop_tokens: ids that end the text; the id itself is part of the answer's tokens.
-    stop: strings that end the text; neither they nor what follows is part of the answer's text.
-    top: how many of the likeliest tokens to tell at each place, with their log-probabilities.
+    sampling: how tokens are chosen.
+    stop_tokens: ids that end the text. The id is part of the answer's tokens.
+    stop: strings that end the text. Neither the string nor the text after it is part of the answer.
+    top: how many of the likeliest tokens to report at each place, with their log-probabilities.
     mask: which tokens may come next (a grammar); None for all.
   """
 
@@ -49,13 +49,13 @@ class Request:
 
 @dataclasses.dataclass
 class Completion:
-  """What was generated for a request.
+  """The tokens that were generated for a request.
 
   Attributes:
-    tokens: the ids, with the stop token where one ended it.
-    text: of the tokens, without what stopped it; empty where the engine has no tokenizer.
-    logprobs: of each token, by the model's own distribution (before penalties, temperature and filters).
-    top: for each token, (id, log-probability) of the likeliest ones.
+    tokens: their ids, with the stop token if one ended the text.
+    text: their text, without the stop string; empty if the engine has no tokenizer.
+    logprobs: each token's log-probability by the model itself (before penalties, temperature and filters).
+    top: for each token, (id, log-probability) of the likeliest tokens in its place.
     finish: why it ended: 'stop_token', 'stop' (a string), 'length', or 'error'; empty until then.
     error: what went wrong, in a sentence.
   """

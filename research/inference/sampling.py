@@ -1,8 +1,8 @@
-"""How the next token is chosen: a request's settings, and the choice for all rows of a batch at once.
+"""Chooses the next token: the settings of a request, and the choice for all rows of a batch at once.
 
-Settings of the rows are arrays, so that requests with different ones share a compiled step. The order is that
-of transformers: penalties and biases, temperature, top-k, top-p, min-p, typical; each works on what the one
-before has left.
+The settings of all rows are arrays, so that requests with different settings share a compiled step. The order
+is that of transformers: penalties and biases, temperature, top-k, top-p, min-p, typical. Each filter works on
+the tokens that the one before has left.
 """
 
 import dataclasses
@@ -21,21 +21,24 @@ HIDDEN = -jnp.inf  # the logit of a token that cannot be chosen
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-  """How one request's tokens are chosen.
+  """How the tokens of a request are chosen.
 
   Attributes:
-    temperature: the logits are divided by it; 0 is greedy, the likeliest token.
-    top_k: only the k likeliest (Fan et al. 2018, arXiv:1805.04833); 0 for all.
-    top_p: only the fewest that together reach this probability (Holtzman et al. 2019, arXiv:1904.09751).
-    min_p: only those at least so many times as likely as the likeliest (Nguyen et al. 2024, arXiv:2407.01082).
-    typical: only those whose surprise is nearest to the entropy, the fewest that together reach this
-      probability (Meister et al. 2022, arXiv:2202.00666).
-    repetition_penalty: positive logits of tokens that occurred in the prompt or since are divided by it, and
-      negative ones multiplied (Keskar et al. 2019, arXiv:1909.05858).
-    presence_penalty, frequency_penalty: subtracted from the logit of a token that was generated before, once
-      and for each time (as OpenAI's interface defines them; the prompt does not count).
+    temperature: divides the logits; 0 is greedy, the likeliest token.
+    top_k: keeps only the k likeliest tokens (Fan et al. 2018, arXiv:1805.04833); 0 for all.
+    top_p: keeps the fewest tokens that together have this probability (Holtzman et al. 2019, arXiv:1904.09751).
+    min_p: keeps tokens with at least this fraction of the highest probability (Nguyen et al. 2024,
+      arXiv:2407.01082).
+    typical: keeps the fewest tokens that together have this probability, those whose surprise is nearest to the
+      entropy first (Meister et al. 2022, arXiv:2202.00666).
+    repetition_penalty: divides positive logits of tokens that occurred in the prompt or the answer, and
+      multiplies negative ones (Keskar et al. 2019, arXiv:1909.05858).
+    presence_penalty: subtracted from the logit of a token that was generated before, as OpenAI's API defines
+      it: the prompt does not count.
+    frequency_penalty: the same, for each time that the token was generated.
     logit_bias: added to the logits of these tokens.
-    seed: of this request: its tokens depend on nothing else. Several samples take seeds of their own from it.
+    seed: the request's tokens depend on this and on nothing else that is random. Samples derive their seeds
+      from it.
   """
 
   temperature: float = 0.0
@@ -51,9 +54,8 @@ class Sampling:
   seed: int = 0
 
   def __post_init__(self):
-    least = (
-      1e-30  # a smaller share or penalty is 0, or nearly, in float32, and no token would be left
-    )
+    # A smaller probability or penalty is 0 in float32, or nearly 0, and no token would be left.
+    least = 1e-30
     wrong = {
       'temperature': (self.temperature >= 0, 'must be 0 (greedy) or more'),
       'top_k': (isinstance(self.top_k, int) and self.top_k >= 0, 'must be 0 (all) or a number of tokens'),
@@ -71,17 +73,17 @@ class Sampling:
 
   @property
   def draws(self) -> bool:
-    """Whether a token is drawn at random."""
+    """Whether tokens are drawn at random."""
     return self.temperature > 0 and self.top_k != 1
 
   @property
   def filters(self) -> bool:
-    """Whether some tokens are left out of the draw."""
+    """Whether some tokens are excluded from the draw."""
     return self.draws and bool(self.top_k or self.top_p < 1 or self.min_p or self.typical < 1)
 
   @property
   def penalises(self) -> bool:
-    """Whether the logits depend on the tokens before in this way."""
+    """Whether the logits depend on which tokens occurred before."""
     return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty)
 
 
@@ -93,29 +95,30 @@ INTEGERS = ('top_k', 'seed')
 
 
 def as_rows(settings: list[Sampling]) -> dict[str, np.ndarray]:
-  """The settings of all rows, an array [rows] each."""
+  """Returns the settings of all rows, an array [rows] for each field."""
   dtype = {name: np.int32 if name in INTEGERS else np.float32 for name in FIELDS}
   return {name: np.array([getattr(s, name) for s in settings], dtype[name]) for name in FIELDS}
 
 
 def penalise(
-  logits: jax.Array, rows: Mapping[str, jax.Array], seen: jax.Array, generated: jax.Array
+  logits: jax.Array, rows: Mapping[str, jax.Array], occurred: jax.Array, generated: jax.Array
 ) -> jax.Array:
-  """The logits with the three penalties.
+  """Applies the three penalties to logits.
 
   Args:
     logits: [rows, vocab].
-    seen: [rows, vocab], whether a token occurred in the prompt or since.
-    generated: [rows, vocab], how often it was generated.
+    rows: the settings, by `as_rows`.
+    occurred: [rows, vocab], whether a token occurred in the prompt or the answer.
+    generated: [rows, vocab], how often a token was generated.
   """
   penalty = rows['repetition_penalty'][:, None]
-  logits = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+  logits = jnp.where(occurred, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
   logits = logits - rows['presence_penalty'][:, None] * (generated > 0)
   return logits - rows['frequency_penalty'][:, None] * generated
 
 
 def keep_top_k(logits: jax.Array, k: jax.Array) -> jax.Array:
-  """Only the k [rows] likeliest, and those that are as likely as the last of them; 0 keeps all."""
+  """Hides all but the k [rows] likeliest tokens and those as likely as the last of them; 0 keeps all."""
   vocab = logits.shape[-1]
   ordered = jnp.sort(logits, axis=-1, descending=True)
   last = jnp.take_along_axis(ordered, jnp.clip(k - 1, 0, vocab - 1)[:, None], axis=-1)
@@ -123,7 +126,7 @@ def keep_top_k(logits: jax.Array, k: jax.Array) -> jax.Array:
 
 
 def keep_top_p(logits: jax.Array, p: jax.Array) -> jax.Array:
-  """Only the fewest that together have probability p [rows]; 1 keeps all."""
+  """Hides all but the fewest tokens that together have probability p [rows]; 1 keeps all."""
   ordered = jnp.sort(logits, axis=-1, descending=True)
   probability = jax.nn.softmax(ordered, axis=-1)
   before = jnp.cumsum(probability, axis=-1) - probability
@@ -132,13 +135,13 @@ def keep_top_p(logits: jax.Array, p: jax.Array) -> jax.Array:
 
 
 def keep_min_p(logits: jax.Array, p: jax.Array) -> jax.Array:
-  """Only those at least p [rows] times as likely as the likeliest; 0 keeps all."""
+  """Hides tokens that have less than p [rows] times the highest probability; 0 keeps all."""
   least = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(p)[:, None]
   return jnp.where(logits < least, HIDDEN, logits)
 
 
 def keep_typical(logits: jax.Array, mass: jax.Array) -> jax.Array:
-  """Only those of a surprise near the entropy, the fewest that have probability `mass` [rows]; 1 keeps all."""
+  """Hides all but the fewest tokens near the entropy that have probability `mass` [rows]; 1 keeps all."""
   log_p = jax.nn.log_softmax(logits, axis=-1)
   p = jnp.exp(log_p)
   entropy = -jnp.sum(jnp.where(p > 0, p * log_p, 0.0), axis=-1, keepdims=True)
@@ -146,21 +149,19 @@ def keep_typical(logits: jax.Array, mass: jax.Array) -> jax.Array:
   order = jnp.argsort(off, axis=-1)
   ordered = jnp.take_along_axis(p, order, axis=-1)
   before = jnp.cumsum(ordered, axis=-1) - ordered
-  furthest = jnp.max(
-    jnp.where(before < mass[:, None], jnp.take_along_axis(off, order, axis=-1), -1.0),
-    axis=-1,
-    keepdims=True,
-  )
+  included = before < mass[:, None]
+  ordered_off = jnp.take_along_axis(off, order, axis=-1)
+  furthest = jnp.max(jnp.where(included, ordered_off, -1.0), axis=-1, keepdims=True)
   return jnp.where((mass[:, None] < 1) & (off > furthest), HIDDEN, logits)
 
 
 def distribution(logits: jax.Array, rows: Mapping[str, jax.Array], filters: bool) -> jax.Array:
-  """Logits whose softmax is what tokens are drawn from; a greedy row has its likeliest token alone.
+  """Returns the logits of the distribution that tokens are drawn from. That of a greedy row has a single token.
 
   Args:
     logits: [rows, vocab], after penalties and biases.
-    rows: `as_rows`.
-    filters: whether any row has a filter; without, none is computed.
+    rows: the settings, by `as_rows`.
+    filters: whether any row has a filter; if not, none is computed.
   """
   greedy = (rows['temperature'] == 0)[:, None]
   best = jnp.argmax(logits, axis=-1)[:, None] == jnp.arange(logits.shape[-1])
@@ -174,16 +175,22 @@ def distribution(logits: jax.Array, rows: Mapping[str, jax.Array], filters: bool
 
 
 def draw(logits: jax.Array, seeds: jax.Array, number: jax.Array) -> jax.Array:
-  """A token [rows] from each row's softmax, by its own seed and how many it has drawn before.
+  """Draws a token for each row, [rows], from the softmax of its logits.
 
-  So a row's tokens do not depend on its slot, on its company, or on when it came.
+  The key of a row depends on its seed and on how many tokens it has drawn. So its tokens do not depend on its
+  slot, on the other rows, or on the time of the request.
+
+  Args:
+    logits: [rows, vocab].
+    seeds: [rows].
+    number: [rows], how many tokens each row has drawn.
   """
 
-  def one(logits, seed, number):
+  def draw_row(logits, seed, number):
     key = jax.random.fold_in(jax.random.key(seed), number)
     return jax.random.categorical(key, logits)
 
-  return jax.vmap(one)(logits, seeds, number).astype(jnp.int32)
+  return jax.vmap(draw_row)(logits, seeds, number).astype(jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnames=('draws', 'filters'))
@@ -195,11 +202,11 @@ def choose(
   draws: bool,
   filters: bool,
 ) -> jax.Array:
-  """The next token [rows] of every row.
+  """Returns the next token of every row, [rows].
 
   Args:
     logits: [rows, vocab], after penalties and biases.
-    rows: `as_rows`.
+    rows: the settings, by `as_rows`.
     number: [rows], how many tokens each row has generated.
     draws, filters: whether any row draws, or has a filter.
   """

@@ -1,17 +1,19 @@
-"""What a model keeps of the tokens that it has read, so that the next token need not read them again.
+"""The cache of decoding: what a model keeps of the tokens that it has read, so that it need not read them
+again.
 
-A part asks its context (`model.part.Context`), and in decoding a `State` answers:
+A part calls the methods of its context (`model.part.Context`), and in decoding a `State` does the work:
 
-- `recall`: arrays with an entry per token. They are kept in slots, and a token's slot is its position modulo
-  the number of slots. A sliding window so needs only as many slots as it sees, and each row may be at a
-  position of its own.
+- `recall`: arrays with an entry per token, such as keys. They are kept in slots. The slot of a token is its
+position
+  modulo the number of slots. So a sliding window needs only as many slots as it sees, and every row may be at
+  its own position.
 - `carry`: the state of a recurrence.
 - `once`: arrays that only the first call computes, such as the encoder's keys.
 
-The first call makes an entry for each question, in the order in which the parts ask. Later calls find the
-entries in the same order and leave new ones. Every array of an entry is [batch, layers, ...]: rows can be
-picked, repeated and replaced, and a scanned stack changes its layer's part in place. Slots are the last axis
-but one, which is the order that a CPU's matrix products read fastest.
+The first call makes an entry for each request of a part, in the order of the requests. Later calls find the
+entries in the same order and replace them. Every array of an entry is [batch, layers, ...], so that rows can be
+picked, repeated and replaced, and a scanned stack updates the part of its layer in place. Slots are the last
+axis but one, the order in which a CPU's matrix products read fastest.
 
 Prompts are padded on the left, so that the newest token of every row is its last.
 """
@@ -29,15 +31,15 @@ from research.parallel.axes import axes_of
 
 
 class Rounded(NamedTuple):
-  """An array in int8 with one scale for each last axis, whose largest value is 127 times the scale."""
+  """An array in int8, with a scale for every vector along its last axis: the largest value is 127 scales."""
 
   values: jax.Array
   scale: jax.Array
 
   @classmethod
-  def of(cls, x: jax.Array) -> 'Rounded':
+  def from_array(cls, x: jax.Array) -> 'Rounded':
     scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / 127
-    # A token whose entry is all zeros has no scale; any would do.
+    # The scale of a vector of zeros would be 0; any other number does as well.
     values = jnp.round(x / jnp.where(scale > 0, scale, 1)).astype(jnp.int8)
     return cls(values, scale)
 
@@ -46,14 +48,15 @@ class Rounded(NamedTuple):
 
 
 class State:
-  """Answers the parts of a model during one call (`model.part.DecodingState`).
+  """The cache during one call of a model (`model.part.DecodingState`).
 
   Args:
     room: the most tokens of a row.
-    ahead: the most tokens of a later call; a sliding window keeps so many slots more, less one.
-    int8: whether `recall` keeps its arrays as `Rounded`.
-    entries: what the call before left; None in the first call.
-    layer: whose turn it is, among the layers that the entries are of.
+    ahead: the most tokens of a later call. A sliding window has `ahead` - 1 more slots: the oldest query of
+      such a call needs keys that its newest token must not overwrite.
+    int8: `recall` stores its arrays as `Rounded`.
+    entries: from the call before; None in the first call.
+    layer: the layer whose part of the entries is used.
   """
 
   def __init__(
@@ -65,49 +68,58 @@ class State:
     entries: tuple | None = None,
     layer: int | jax.Array = 0,
   ):
-    self.room, self.ahead, self.int8, self.layer = room, ahead, int8, layer
+    self.room = room
+    self.ahead = ahead
+    self.int8 = int8
+    self.layer = layer
     self.first = entries is None
-    self.asked = 0
+    self.requests = 0
     self.carries = False  # whether any part has a recurrence
     self._old = entries or ()
     self._new: list = []
 
   def close(self) -> tuple:
-    """The entries for the next call.
+    """Returns the entries for the next call.
 
     Raises:
-      UserError: the parts asked less often than in the first call.
+      UserError: the parts used the cache less often than in the first call.
     """
-    if not self.first and self.asked != len(self._old):
+    if not self.first and self.requests != len(self._old):
       raise UserError(
-        f'the model asked {self.asked} times for what it keeps, and {len(self._old)} times when it read the '
-        'prompt; what a part asks its context must not depend on the call.'
+        f'the model used its cache {self.requests} times, and {len(self._old)} times when it read the '
+        'prompt; a part must use its context equally often in every call.'
       )
     return tuple(self._new)
 
   def recall(self, new: tuple, context: Context, window: int | None) -> tuple:
     """See `Context.recall`."""
-    positions, length = _whole(context.positions), new[0].shape[1]
+    positions = _whole(context.positions)
+    length = new[0].shape[1]
     last = positions[:, -1:]
     if self.first:
       slots = self.room if window is None else min(self.room, window + self.ahead - 1)
-      # The token of each slot, by its place in the padded prompt; slots that are empty hold anything.
+      # The token of each slot, by its place in the padded prompt. The values of empty slots are never seen.
       places = jnp.maximum(_newest(last, slots) - last + length - 1, 0)
-      kept = tuple(map(Rounded.of, new)) if self.int8 else new
-      self._make(jax.tree.map(lambda x: jnp.moveaxis(pick(_whole(x), places), 1, -2), kept))
+
+      def to_slots(x):
+        return jnp.moveaxis(pick(_whole(x), places), 1, -2)
+
+      stored = tuple(map(Rounded.from_array, new)) if self.int8 else new
+      self._make(jax.tree.map(to_slots, stored))
       return *new, context
     entry = self._next()
     slots = jax.tree.leaves(entry)[0].shape[-2]
-    new = tuple(map(Rounded.of, new)) if isinstance(entry[0], Rounded) else new
+    new = tuple(map(Rounded.from_array, new)) if isinstance(entry[0], Rounded) else new
 
-    def put(kept, x, slot):  # of one row: [layers, ..., slots, n], [length, ..., n], [length]
-      between = [slice(None)] * (kept.ndim - 3)
-      return kept.at[(self.layer, *between, slot)].set(x.astype(kept.dtype))
+    def put_row(stored, x, slot):  # [layers, ..., slots, n], [length, ..., n], [length]
+      between = [slice(None)] * (stored.ndim - 3)
+      return stored.at[(self.layer, *between, slot)].set(x.astype(stored.dtype))
 
-    # `vmap` over rows, or jax gathers the whole cache on a mesh.
-    entry = jax.tree.map(
-      lambda kept, x: jax.vmap(put)(kept, _whole(x), positions % slots), entry, new
-    )
+    def put(stored, x):
+      # `vmap` over rows, or jax gathers the whole cache on a mesh.
+      return jax.vmap(put_row)(stored, _whole(x), positions % slots)
+
+    entry = jax.tree.map(put, entry, new)
     self._new.append(entry)
     arrays = (x.array() if isinstance(x, Rounded) else x for x in self._of_layer(entry))
     arrays = (jnp.moveaxis(x, -2, 1) for x in arrays)
@@ -123,8 +135,8 @@ class State:
     entry = self._next()
     state, y = f(self._of_layer(entry))
 
-    def put(kept, x):
-      return jax.lax.dynamic_update_index_in_dim(kept, x.astype(kept.dtype), self.layer, 1)
+    def put(stored, x):
+      return jax.lax.dynamic_update_index_in_dim(stored, x.astype(stored.dtype), self.layer, 1)
 
     self._new.append(jax.tree.map(put, entry, state))
     return y
@@ -139,7 +151,7 @@ class State:
     return self._of_layer(entry)
 
   def through_layers(self, layer: Callable, x: jax.Array, stacked) -> jax.Array:
-    """x after all the layers of a stack, in a loop.
+    """Applies all layers of a stack to x, in a loop.
 
     Args:
       layer: `layer(x, parameters, state) -> x`.
@@ -147,40 +159,43 @@ class State:
       stacked: the parameters, [layers, ...].
     """
 
-    def one(loop, inputs):
+    def one_layer(loop, inputs):
       (x, entries), (number, parameters) = loop, inputs
       state = State(self.room, self.ahead, int8=self.int8, entries=entries, layer=number)
       x = layer(x, parameters, state)
-      left = state.close()
+      new_entries = state.close()
       self.carries |= state.carries
-      return ((x, None), left) if self.first else ((x, left), None)
+      return ((x, None), new_entries) if self.first else ((x, new_entries), None)
 
     layers = jnp.arange(jax.tree.leaves(stacked)[0].shape[0])
-    # The entries are what the loop carries, not its inputs and outputs: those would be copied in every call.
+    # The loop carries the entries. As its inputs and outputs they would be copied in every call.
     start = x, None if self.first else self._next()
-    (x, changed), made = jax.lax.scan(one, start, (layers, stacked))
+    (x, entries), first_entries = jax.lax.scan(one_layer, start, (layers, stacked))
     if self.first:
-      self.asked += 1
+      self.requests += 1
       # [layers, batch, 1, ...] to [batch, layers, ...]
-      changed = jax.tree.map(lambda x: jnp.swapaxes(x[:, :, 0], 0, 1), made)
-    self._new.append(changed)
+      entries = jax.tree.map(lambda x: jnp.swapaxes(x[:, :, 0], 0, 1), first_entries)
+    self._new.append(entries)
     return x
 
   def _next(self):
-    """The entry whose turn it is."""
-    if self.asked >= len(self._old):
+    """Returns the entry of the next request."""
+    if self.requests >= len(self._old):
       raise UserError(
-        f'the model asks more than the {len(self._old)} times that it asked when it read the prompt; what a '
-        'part asks its context must not depend on the call.'
+        f'the model uses its cache more than the {len(self._old)} times that it did when it read the prompt; '
+        'a part must use its context equally often in every call.'
       )
-    self.asked += 1
-    return self._old[self.asked - 1]
+    self.requests += 1
+    return self._old[self.requests - 1]
 
   def _make(self, entry) -> None:
-    self.asked += 1
+    """Stores the entry of a request of the first call, as that of one layer."""
+    self.requests += 1
     self._new.append(jax.tree.map(lambda x: x[:, None], entry))
 
   def _of_layer(self, entry):
+    """Returns the current layer's part of an entry."""
+
     def part(x):
       return jax.lax.dynamic_index_in_dim(x, self.layer, 1, keepdims=False)
 
@@ -188,16 +203,16 @@ class State:
 
 
 def pick(x: jax.Array, index: jax.Array) -> jax.Array:
-  """x[b, index[b]] for every row b: a gather that stays on the device of the row."""
+  """Returns x[b, index[b]] for every row b, by a gather that stays on the device of the row."""
   return jax.vmap(lambda x, i: x[i])(x, index)
 
 
 def _newest(last: jax.Array, slots: int) -> jax.Array:
-  """[batch, slots]: the newest position of each slot, by a row's last [batch, 1]; negative if there is none."""
+  """Returns the newest position in each slot [batch, slots], by the last [batch, 1]; negative if empty."""
   return last - (last - jnp.arange(slots)) % slots
 
 
 def _whole(x: jax.Array) -> jax.Array:
-  """[batch, length, ...] with its length on every device."""
-  where = axes_of(x)
-  return x if where[1] is None else jax.sharding.reshard(x, jax.P(where[0], None, *where[2:]))
+  """Gathers the length of x [batch, length, ...] to every device."""
+  axes = axes_of(x)
+  return x if axes[1] is None else jax.sharding.reshard(x, jax.P(axes[0], None, *axes[2:]))

@@ -1,4 +1,4 @@
-"""Generation on a terminal: the text as it comes, and a conversation of prompts and answers."""
+"""Generation on a terminal: prints text as it is generated, and asks for prompts."""
 
 import sys
 
@@ -7,14 +7,14 @@ from research.inference.generator import Generator
 
 
 def show(generator: Generator, prompt: str, settings: dict) -> None:
-  """Prints the text of one prompt as it comes; `settings` are `Request`'s."""
+  """Prints the text of one prompt as it is generated; `settings` are fields of `Request`."""
   for text in generator.stream(prompt, **settings):
     print(text, end='', flush=True)
   print()
 
 
 def converse(generator: Generator, settings: dict) -> None:
-  """Asks for prompts until there are no more; one that is wrong is no reason to end."""
+  """Asks for prompts until the input ends. An error of one prompt does not end the loop."""
   while True:
     try:
       prompt = input('> ' if sys.stdin.isatty() else '')

@@ -1,32 +1,32 @@
-"""Tokens to text as they come: whole characters only, and nothing that may turn out to be a stop string."""
+"""Turns tokens into text as they are generated: only whole characters, and no beginning of a stop string."""
 
 from collections.abc import Callable, Sequence
 
-BEFORE = (
-  8  # tokens of the prompt that are decoded too: some tokenizers drop the space of a first word
-)
+# Tokens of the prompt that are decoded with the answer: some tokenizers drop the space before a first word.
+BEFORE = 8
 
 
 class TextStream:
   """The text of one request.
 
   Args:
-    decode: token ids to text.
-    prompt: what came before; only its last tokens are looked at.
-    stop: strings that end the text, also where they lie across tokens.
+    decode: maps token ids to text.
+    prompt: the ids before the answer; only the last ones are used.
+    stop: strings that end the text; they may span several tokens.
   """
 
   def __init__(
     self, decode: Callable[[list[int]], str], prompt: Sequence[int] = (), stop: Sequence[str] = ()
   ):
-    self.decode, self.stop = decode, tuple(stop)
+    self.decode = decode
+    self.stop = tuple(stop)
     self.before = list(prompt[-BEFORE:])
     self.tokens: list[int] = []
-    self.text = ''  # all of it, as far as it is sure
+    self.text = ''  # all text that cannot change any more
     self.stopped = False
 
   def add(self, token: int) -> str:
-    """The text that this token makes sure, which may be empty. `stopped` says whether a stop string came."""
+    """Adds a token; returns the new text that cannot change any more, and sets `stopped` at a stop string."""
     self.tokens.append(token)
     whole = self._decoded()
     places = [whole.index(stop) for stop in self.stop if stop in whole]
@@ -37,7 +37,7 @@ class TextStream:
     return self._up_to(whole[:sure])
 
   def finish(self) -> str:
-    """What was held back, when no token follows."""
+    """Returns the text that was held back; call it when no token follows."""
     return '' if self.stopped else self._up_to(self._decoded())
 
   def _up_to(self, text: str) -> str:
@@ -53,8 +53,8 @@ class TextStream:
     return self.decode(self.tokens)  # the prompt ends within a character
 
   def _unsure(self, text: str) -> int:
-    """How many of the last characters may still change or begin a stop string."""
-    # A character of several tokens is shown as U+FFFD until its last token has come.
+    """Returns how many of the last characters may still change, or may begin a stop string."""
+    # Tokenizers decode the first tokens of a character of several tokens as U+FFFD.
     half = len(text) - len(text.rstrip('\ufffd'))
     longest = max((len(stop) - 1 for stop in self.stop), default=0)
     for length in range(min(longest, len(text)), 0, -1):

@@ -1,10 +1,10 @@
-"""A model's tokenizer as generation needs it: a prompt's ids with what stands before it, ids to text, the ends.
+"""The interface that generation needs of a tokenizer, for runs of this project and for other models.
 
-A run's tokenizer is that of its data. A model of somebody else brings its own files, and its ids are used as
-they are.
+A run's tokenizer is that of its data. Other models come with tokenizer files, and their ids are used unchanged.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Callable
@@ -15,14 +15,14 @@ from research.data.encoding import Encoding
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-  """What generation asks of a tokenizer.
+  """A tokenizer.
 
   Attributes:
-    encode: text to ids, with the special tokens that a prompt has.
-    decode: ids to text, without special tokens.
-    size: one more than the highest id.
+    encode: maps text to ids, with the special tokens of a prompt.
+    decode: maps ids to text, without special tokens.
+    size: the highest id plus one.
     ends: ids that end a text.
-    start: ids that the decoder starts from, before the prompt; of an encoder-decoder, all that it starts from.
+    start: ids that the decoder reads before the prompt; in an encoder-decoder, all that it starts from.
   """
 
   encode: Callable[[str], list[int]]
@@ -33,10 +33,21 @@ class Tokenizer:
 
 
 def of_encoding(encoding: Encoding, two_sided: bool) -> Tokenizer:
-  """The tokenizer of a run's data. In training a row begins with token 0, and an encoder's text has an end."""
+  """Returns the tokenizer of a run's data.
+
+  In training a row begins with token 0, and the text of an encoder ends with EOS.
+
+  Args:
+    encoding: of the data.
+    two_sided: the model is an encoder-decoder.
+  """
   end = [encoding.end] if two_sided else []
+
+  def encode(text: str) -> list[int]:
+    return encoding.encode(text) + end
+
   return Tokenizer(
-    encode=lambda text: encoding.encode(text) + end,
+    encode=encode,
     decode=encoding.decode,
     size=encoding.size,
     ends=(encoding.end,),
@@ -45,7 +56,7 @@ def of_encoding(encoding: Encoding, two_sided: bool) -> Tokenizer:
 
 
 def of_folder(folder: pathlib.Path) -> Tokenizer:
-  """The tokenizer beside the weights of a Hugging Face model: tokenizer.json, or a SentencePiece model.
+  """Returns the tokenizer in the folder of a Hugging Face model: tokenizer.json, or a SentencePiece model.
 
   Raises:
     UserError: there is none.
@@ -61,7 +72,7 @@ def of_folder(folder: pathlib.Path) -> Tokenizer:
 
 
 def of_file(path: pathlib.Path) -> Tokenizer:
-  """The tokenizer of one file, a tokenizer.json or a SentencePiece .model."""
+  """Returns the tokenizer of a file, a tokenizer.json or a SentencePiece .model."""
   if not path.is_file():
     raise UserError(f'--tokenizer={path}: there is no such file.')
   read = _fast if path.suffix == '.json' else _sentencepiece
@@ -69,9 +80,9 @@ def of_file(path: pathlib.Path) -> Tokenizer:
 
 
 def check_belongs(tokenizer: Tokenizer, vocab: int) -> None:
-  """Raises where a model of `vocab` logits was not trained with this tokenizer.
+  """Raises UserError if a model of `vocab` logits cannot belong to this tokenizer.
 
-  A vocabulary is often padded to a round number, so that a model may have some logits more than there are ids.
+  Vocabularies are often padded to a round number, so a model may have more logits than there are ids.
   """
   if not vocab / 2 <= tokenizer.size <= vocab:
     raise UserError(
@@ -81,7 +92,7 @@ def check_belongs(tokenizer: Tokenizer, vocab: int) -> None:
 
 
 def _settings(folder: pathlib.Path) -> dict:
-  """What the folder says of special ids; generation_config.json comes first, as in transformers."""
+  """Returns the settings of special ids in a folder; generation_config.json wins, as in transformers."""
   settings: dict = {}
   for name in ('special_ids.json', 'config.json', 'generation_config.json'):
     path = folder / name
@@ -110,9 +121,13 @@ def _fast(path: pathlib.Path, ends, start) -> Tokenizer:
     inner = tokenizers.Tokenizer.from_file(str(path))
   except Exception as error:  # the library raises a bare Exception
     raise UserError(f'{path} is not a tokenizer.json: {error}.') from error
+
+  def encode(text: str) -> list[int]:
+    return inner.encode(text).ids
+
   return Tokenizer(
-    encode=lambda text: inner.encode(text).ids,
-    decode=lambda ids: inner.decode(ids, skip_special_tokens=True),
+    encode=encode,
+    decode=functools.partial(inner.decode, skip_special_tokens=True),
     size=1 + max(inner.get_vocab(with_added_tokens=True).values()),
     ends=ends,
     start=start,
@@ -129,11 +144,19 @@ def _sentencepiece(path: pathlib.Path, ends, start) -> Tokenizer:
     raise UserError(f'{path} is not a SentencePiece model: {error}.') from error
   size = inner.get_piece_size()
   begin = [inner.bos_id()] if inner.bos_id() >= 0 else []
-  # T5's models have no token of a beginning; their inputs end with one of an end.
+  # T5's models have no BOS token, and their inputs end with EOS.
   end = [] if begin else [inner.eos_id()]
+
+  def encode(text: str) -> list[int]:
+    return begin + inner.encode(text) + end
+
+  def decode(ids: list[int]) -> str:
+    # A model may have more logits than the tokenizer has ids.
+    return inner.decode([i for i in ids if i < size and not inner.is_control(i)])
+
   return Tokenizer(
-    encode=lambda text: begin + inner.encode(text) + end,
-    decode=lambda ids: inner.decode([i for i in ids if i < size and not inner.is_control(i)]),
+    encode=encode,
+    decode=decode,
     size=size,
     ends=ends or (inner.eos_id(),),
     start=start,

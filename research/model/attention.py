@@ -1,4 +1,4 @@
-"""Attention: masks, and the parts around the product."""
+"""Attention: its masks, and the parts that project queries, keys and values."""
 
 import functools
 from collections.abc import Callable
@@ -29,10 +29,20 @@ def visible(
   prefix: jax.Array | None = None,
   window: int | None = None,
 ) -> jax.Array | None:
-  """[batch or 1, 1, query, key] bool: may the query see the key? None: every query sees every key.
+  """Returns the mask of attention, [batch or 1, 1, query, key]: True if the query may see the key.
 
-  A causal query sees no later key, except that two tokens of one prefix see each other. A window of w hides
-  keys w or more tokens away. A query sees only keys of its own segment.
+  A query sees only keys of its own segment.
+
+  Args:
+    query_segments: [batch, query], the packed document of every query; None for unpacked rows.
+    key_segments: [batch, key]; None if every key is visible to every query in this respect.
+    length: the number of queries and of keys.
+    causal: hides later keys, except that two tokens of one prefix see each other.
+    prefix: [batch, length] bool, the tokens of a prefix.
+    window: hides keys that are `window` or more tokens away.
+
+  Returns:
+    The mask, or None if every query sees every key.
   """
   distance = np.arange(length[0])[:, None] - np.arange(length[1])[None, :]
   see = None
@@ -52,12 +62,12 @@ def visible(
 
 
 def _whole(x):
-  """[batch, length] of keys, whole on every device, which may have only a part of the queries."""
+  """Gathers the length of keys [batch, length] to every device, which may have only a part of the queries."""
   return shard(x, 'batch', None)
 
 
 def recalled(context: Context, window: int | None = None) -> tuple[jax.Array, jax.Array | None]:
-  """The mask and the bias for the keys of a decoding state, by their positions.
+  """Returns the mask and the bias for the keys of a decoding state, by their positions.
 
   Returns:
     A mask [batch, 1, query, key], and the bias [batch, heads, query, key] or None.
@@ -70,6 +80,7 @@ def recalled(context: Context, window: int | None = None) -> tuple[jax.Array, ja
   if context.bias is None:
     return see[:, None], None
   bias = shard(context.bias, 'heads', None)
+  # The middle entry is that of distance 0; the entries before it are those of earlier keys.
   index = jnp.maximum(bias.shape[1] // 2 - distance, 0)
   bias = bias.at[:, index].get(out_sharding=spec('heads', 'batch', None, None))
   return see[:, None], jnp.swapaxes(bias, 0, 1)
@@ -85,11 +96,15 @@ def self_attention(
   soft_cap: float | None = None,
   window: int | None = None,
 ) -> jax.Array:
-  """Attention of a sequence to itself; a ring of devices computes it where the mesh splits the length.
+  """Attention of a sequence to itself, by the fastest kernel that can compute it on the mesh in use.
 
   Args:
-    query: [batch, length, heads, head_dim]; key, value: [batch, length, kv_heads, head_dim].
+    query: [batch, length, heads, head_dim].
+    key: [batch, length, kv_heads, head_dim].
+    value: [batch, length, kv_heads, head_dim of value].
     context: segments, prefix, causality and the bias.
+    scale: the factor of the logits.
+    soft_cap: c in c tanh(logits / c) (Gemma 2).
     window: as in `visible`.
 
   Returns:
@@ -117,7 +132,7 @@ def self_attention(
   mask = visible(
     segments, segments, (length, length), causal=context.causal, prefix=prefix, window=window
   )
-  # Without a prefix no query sees a later key, so the product may skip those.
+  # With a prefix some queries see later keys, so the product must not skip them.
   causal = context.causal and prefix is None
   key, value = (shard(y, 'batch', None, 'kv_heads', None) for y in (key, value))
   bias = None if context.bias is None else by_place(context.bias, length)[None]
@@ -131,11 +146,14 @@ class Attention(nnx.Module):
 
   Knobs:
     rotary: rotates queries and keys by position (`positions.rotary`).
-    qk_norm: a norm of queries and keys, over head_dim (Qwen 3);
-    qk_norm_heads: over all heads together (OLMo 2).
-    scale: of the logits; None is head_dim^-1/2. T5 has 1, and initialises its queries smaller by that factor.
+    qk_norm: a norm of queries and keys, over head_dim (Qwen 3).
+    qk_norm_heads: the norm is over all heads together (OLMo 2).
+    scale: the factor of the logits; None is head_dim^-1/2. T5 has 1, and initialises its queries smaller by
+      that factor.
+    soft_cap: c in c tanh(logits / c) (Gemma 2).
     window: a query sees itself and the window - 1 keys before it (Mistral).
     clip: queries, keys and values are clipped to [-clip, clip] after their projections (MPT).
+    qkv_bias, output_bias: the projections have biases.
     prefix: makes learned keys and values that every token sees beside the others (`prefixes.Prefix`).
   """
 
@@ -194,7 +212,7 @@ class Attention(nnx.Module):
     return self.output(y), {}
 
   def project(self, x, source, context):
-    """Queries of x, and keys and values of `source`; normalised and rotated."""
+    """Returns the queries of x, and the keys and values of `source`, normalised and rotated."""
     q, k, v = self.query(x), self.key(source), self.value(source)
     if self.clip is not None:
       q, k, v = (jnp.clip(y, -self.clip, self.clip) for y in (q, k, v))
@@ -207,15 +225,16 @@ class Attention(nnx.Module):
     return q, k, v
 
   def norm(self, norm, x, axis):
+    """Normalises x [batch, length, heads, head_dim] over head_dim, or over heads and head_dim together."""
     if not self.qk_norm_heads:
       return norm(x)
     flat = shard(x, 'batch', 'length', None, None).reshape(*x.shape[:2], -1)
     return shard(norm(flat).reshape(x.shape), 'batch', 'length', axis, None)
 
   def cost(self, length: int, encoder_length: int) -> Cost:
-    """The products query key^T and weights value; decoding keeps keys and values."""
+    """The products query key^T and weights value. Decoding caches keys and values."""
     window = min(self.window or length, length)
-    # The causal mask leaves a band of `window` keys without the corner before the first token.
+    # The causal mask leaves a band of `window` keys, less the triangle that lies before the first token.
     pairs = length * window
     visible = pairs - window * (window - 1) // 2
     per_pair = 4 * self.heads * self.head_dim
@@ -231,7 +250,7 @@ class Attention(nnx.Module):
 
 
 class CrossAttention(Attention):
-  """Attention from the decoder to the encoder's output, without a position bias; it hides only padding."""
+  """Attention from the decoder to the encoder's output, without a position bias. Only padding is hidden."""
 
   def __call__(self, x: jax.Array, context: Context):
     if self.prefix is not None:
@@ -240,7 +259,7 @@ class CrossAttention(Attention):
     mask = visible(context.segments, context.encoded_segments, lengths, causal=False)
     q, k, v = self.project(x, context.encoded, context)
     k, v = context.once(k, v)
-    # Where lengths are split, every device compares its queries with all keys.
+    # If the mesh splits lengths, every device compares its queries with all keys.
     k, v = (shard(y, 'batch', None, 'kv_heads', None) for y in (k, v))
     y = dot_product_attention(q, k, v, mask=mask, scale=self.scale, soft_cap=self.soft_cap)
     return self.output(y), {}

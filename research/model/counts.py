@@ -1,15 +1,16 @@
-"""How large a model is and what a token costs, by every convention of the scaling literature.
+"""Counts the parameters of a model and the FLOPs of a token, by every convention of the scaling literature.
 
 `python -m research.count --gin_file=gin/models/llama/7b.gin` prints all of it.
 
-Parameters (N), by which scaling laws differ (Porian et al. 2024, arXiv:2406.19146; Pearce & Song 2024,
+Parameters (N). Scaling laws differ by this choice (Porian et al. 2024, arXiv:2406.19146; Pearce & Song 2024,
 arXiv:2406.12907):
 
 - `params_total`: all of them.
 - `params_non_embedding`: without token, position and type tables and without an untied head's matrix
   (Kaplan et al. 2020, arXiv:2001.08361). T5's relative biases count as the layers' own.
-- `params_with_head`: that and the matrix of the logits, embed x vocab, tied or not: what multiplies a token.
-- `params_active`: `params_total` with the routed experts that one token visits in place of all of them.
+- `params_with_head`: the same plus the matrix of the logits, embed x vocab, tied or not: what multiplies a
+token.
+- `params_active`: `params_total`, with only those routed experts that one token visits.
 
 Floating-point operations (C), forward and backward (twice the forward), per target token. Routed experts
 count as far as they are active:
@@ -20,16 +21,17 @@ count as far as they are active:
   scan of a state-space layer.
 - `flops_attention_causal`: the same with only the pairs that the causal mask and the window leave.
 - `flops_chinchilla`: Hoffmann et al. 2022, arXiv:2203.15556, appendix F: embeddings as a dense product, the
-  matrices of the layers (no norms, no biases), full attention with 3 FLOPs a pair and head for the softmax,
-  and the logits. (The ratios to 6ND in their table A4 come out when embeddings and logits are left away.)
+  matrices of the layers (no norms, no biases), full attention with 3 FLOPs per pair and head for the softmax,
+  and the logits. (The ratios to 6ND in their table A4 come out only without embeddings and logits.)
 
-A token is a position of the target sequence that is not padding, whether it carries a loss or (masked and
-prefix language modelling) not: it is computed all the same. An encoder-decoder has two lengths, and its D
-counts the target tokens too, so that nats per token and C = D x FLOPs per token mean what they do in a
-language model: the encoder, and the keys and values of cross attention, cost their FLOPs per input token times
-inputs / targets, and the rest of the decoder what it costs. (At equal lengths a token of either side then
-meets half of the parameters: so Raffel et al. 2020, arXiv:1910.10683, section 3.2.2, compare architectures,
-and Brown et al. 2020, table D.1, count T5.)
+A token is a position of the target sequence that is not padding. It counts with or without a loss (masked and
+prefix language modelling leave some out), since it is computed anyway.
+
+An encoder-decoder has two lengths. Its D counts the target tokens, so that nats per token and C = D x FLOPs per
+token mean the same as in a language model. The encoder, and the keys and values of cross-attention, cost their
+FLOPs per input token times inputs / targets; the rest of the decoder costs its FLOPs per target token. (At
+equal lengths a token of either side meets half of the parameters. Raffel et al. 2020, arXiv:1910.10683, section
+3.2.2, compare architectures so, and Brown et al. 2020, table D.1, count T5 so.)
 """
 
 import dataclasses
@@ -59,29 +61,30 @@ class Counts:
   flops_attention_causal: float
   flops_attention_full: float
   flops_chinchilla: float
-  # Of the decoder's own sequence, in the model's dtype, while it is shorter than any window:
+  # Per token of the decoder's own sequence, in the model's dtype, while the sequence is shorter than any
+  # window.
   kv_cache_bytes_per_token: int
-  # Per token of the encoder's input, beside the former:
+  # Per token of the encoder's input, in addition.
   cross_cache_bytes_per_token: int
-  # Of all parameters as they are stored: 4 for each unless the model is quantised.
+  # All parameters as they are stored: 4 bytes each unless the model is quantised.
   stored_bytes: int
 
 
 def abstract(model: Callable[..., nnx.Module]) -> nnx.Module:
-  """The model with shapes in place of arrays: nothing is computed or allocated."""
+  """Returns the model with shapes in place of arrays. Nothing is computed or allocated."""
   with Mesh(data=1).use(jax.devices()[:1]):
     return abstract_model(model)
 
 
 def count(model: Callable[..., nnx.Module], lengths: Mapping[str, int]) -> Counts:
-  """What `model` counts on sequences of these lengths.
+  """Counts the parameters of a model and its FLOPs per token on sequences of these lengths.
 
   Args:
-    model: a partial that needs only `rngs`, as `configs.load(..., root='MODEL').tree()` gives it.
-    lengths: as a stream's. {'inputs': tokens, 'targets': tokens} for an encoder-decoder, one of them otherwise.
+    model: a partial that needs only `rngs`, as `configs.load(..., root='MODEL').tree()` returns it.
+    lengths: {'inputs': tokens, 'targets': tokens} for an encoder-decoder, one of the two for other models.
 
   Raises:
-    UserError: a length is missing, or not positive; a part does not say what it costs.
+    UserError: a length is missing or not positive, or a part has no method `cost`.
   """
   module = abstract(model)
   targets, inputs = _check_lengths(module, lengths)
@@ -89,11 +92,13 @@ def count(model: Callable[..., nnx.Module], lengths: Mapping[str, int]) -> Count
   # A parameter that is multiplied with the encoder's tokens meets inputs / targets of them per target token.
   share = inputs / targets
   sizes = _sizes(module)
-  active, matrices = size(module) - sizes.outside, size(module, 'matrix') - sizes.head_matrix
+  active = size(module) - sizes.outside
+  matrices = size(module, 'matrix') - sizes.head_matrix
   active += (share - 1) * cost.encoder_params if share else 0
   matrices += (share - 1) * cost.encoder_matrices if share else 0
   one_hot = cost.one_hot * (1 + share)
   with_head = 6 * (active + cost.logits)
+  # Per target token. The backward pass costs twice the forward pass, hence the factor of 3 below.
   full, visible, softmax = (x / targets for x in (cost.full, cost.visible, cost.softmax))
   return Counts(
     params_total=sizes.total,
@@ -113,15 +118,15 @@ def count(model: Callable[..., nnx.Module], lengths: Mapping[str, int]) -> Count
 
 @dataclasses.dataclass(frozen=True)
 class DecodingCounts:
-  """What it costs to generate one token behind a text, for one row.
+  """The cost of generating one more token after a text, for one row.
 
   Attributes:
-    flops: of the forward pass. The token meets every parameter of the decoder that it visits, the matrix of the
-      logits, and all the tokens before it that its windows leave.
-    params_bytes: of those parameters, in the model's dtype, or as they are stored where they are quantised; all
-      the rows of a step read them together.
-    cache_bytes: of what is kept of the tokens before, which every row reads for itself; the most that it can
-      be, since a window keeps fewer tokens. A recurrence's state is not in it.
+    flops: the FLOPs of the forward pass. The token meets every parameter of the decoder that it visits, the
+      matrix of the logits, and all earlier tokens that the windows leave.
+    params_bytes: the bytes of those parameters, in the model's dtype, or as they are stored if they are
+      quantised. All rows of a step share one reading of them.
+    cache_bytes: the bytes of the cache of earlier tokens, which every row reads for itself. This is an upper
+      bound: a window keeps fewer tokens. The state of a recurrence is not included.
   """
 
   flops: float
@@ -130,14 +135,16 @@ class DecodingCounts:
 
 
 def count_decoding(model: Callable[..., nnx.Module], lengths: Mapping[str, int]) -> DecodingCounts:
-  """What the last token of a text of these lengths costs to generate; arguments as of `count`.
+  """Returns the cost of generating the last token of a text of these lengths. Arguments as for `count`.
 
   Raises:
-    UserError: as of `count`; and of an encoder alone, which generates nothing.
+    UserError: as for `count`; also for an encoder alone, which generates nothing.
   """
   module = abstract(model)
   if not getattr(module, 'causal', True):
-    raise UserError('a model that sees both ways does not generate, so decoding has no cost.')
+    raise UserError(
+      'a model that sees both ways generates no text, so decoding has no cost; choose a causal model.'
+    )
   targets, inputs = _check_lengths(module, lengths)
   cost = cost_of(module, targets, inputs)
   # The encoder, and the keys and values made of its output, are computed once, before the first token.
@@ -157,15 +164,16 @@ def without_gradients(
   frozen: Collection[str],
   lengths: Mapping[str, int],
 ) -> Counts:
-  """The counts of training in which these parameters do not learn.
+  """Returns the counts of training in which some parameters do not learn.
 
-  The products that would make their gradients are not computed, 2 of the 6 FLOPs for a parameter and token. The
-  gradient still passes through them to the layers before.
+  The products of their gradients are not computed: 2 of the 6 FLOPs per parameter and token. The gradient still
+  passes through them to the layers before.
 
   Args:
-    count: of training in which all parameters learn.
-    frozen: names of parameters, 'stack/norm/scale'.
-    lengths: as in `count`.
+    count: the counts of training in which all parameters learn.
+    model: as for `count`.
+    frozen: names of the parameters that do not learn, such as 'stack/norm/scale'.
+    lengths: as for `count`.
   """
   module = abstract(model)
   targets, inputs = _check_lengths(module, lengths)
@@ -179,7 +187,7 @@ def without_gradients(
     embeds = value.kind == 'table' and 'embed' in value.axes
     reads_out = value.kind != 'table' and 'vocab' in value.axes
     if '/'.join(map(str, path)) not in frozen:
-      # Of the token vectors too: a tied head multiplies with them.
+      # If the token vectors learn, a tied head, which multiplies with them, needs its gradient.
       head = 0 if 'vocab' in value.axes and value.kind != 'vector' else head
     elif embeds:
       tables += number if 'vocab' in value.axes else 0
@@ -198,25 +206,29 @@ def without_gradients(
 
 
 def _check_lengths(module, lengths) -> tuple[int, int]:
-  """Tokens of the target, and of the input (0 without an encoder)."""
+  """Returns the number of target tokens, and of input tokens (0 without an encoder)."""
   if 'encoder' in module.inputs:
-    targets, inputs = lengths.get('targets', 0), lengths.get('inputs', 0)
-    needed, smallest = "its 'inputs' and 'targets'", min(targets, inputs)
-  else:  # masked language modelling calls its one length 'inputs'
-    targets, inputs = lengths.get('targets', lengths.get('inputs', 0)), 0
-    needed, smallest = "its 'targets'", targets
+    targets = lengths.get('targets', 0)
+    inputs = lengths.get('inputs', 0)
+    needed = "its 'inputs' and 'targets'"
+    smallest = min(targets, inputs)
+  else:  # masked language modelling calls its only length 'inputs'
+    targets = lengths.get('targets', lengths.get('inputs', 0))
+    inputs = 0
+    needed = "its 'targets'"
+    smallest = targets
   if smallest < 1:
-    got = ', '.join(f'{k}={v}' for k, v in lengths.items()) or 'nothing'
+    actual = ', '.join(f'{k}={v}' for k, v in lengths.items()) or 'nothing'
     raise UserError(
-      f'lengths: {type(module).__name__} needs positive lengths of {needed}; got {got}.'
+      f'lengths: {type(module).__name__} needs positive lengths of {needed}; got {actual}.'
     )
   return targets, inputs
 
 
 def _of_quantised(module: nnx.Module, itemsize: int) -> float:
-  """The bytes that decoding reads beyond `itemsize` for every number; below 0 where some are quantised.
+  """Returns the bytes that decoding reads beyond `itemsize` per number; below 0 for a quantised model.
 
-  A table of token vectors is read whole only if it also makes the logits.
+  A table of token vectors is read whole only if it is also the matrix of the logits.
   """
   tied = not _sizes(module).head_matrix
   more = 0.0
@@ -231,7 +243,7 @@ def _of_quantised(module: nnx.Module, itemsize: int) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class _Sizes:
-  """Numbers of parameters: all, those outside of the layers, and the head's own matrix (0 where it is tied)."""
+  """Numbers of parameters: all, those outside of the layers, and the head's own matrix (0 if it is tied)."""
 
   total: int
   outside: int
@@ -239,10 +251,11 @@ class _Sizes:
 
 
 def _sizes(module: nnx.Module) -> _Sizes:
-  """By kind and axes: a table of vectors of the stream embeds, and what has an axis of `vocab` reads out.
+  """Sorts parameters by kind and axes.
 
-  T5's relative biases are a table without such vectors; what lies between the last layer and the matrix of the
-  logits (BERT's dense layer) has no axis of `vocab`. Both count as layers.
+  A table with an axis 'embed' holds token, position or type vectors. Any other parameter with an axis 'vocab'
+  belongs to the head. All others count as layers: T5's relative biases (a table without 'embed'), and BERT's
+  dense layer before the logits (no axis 'vocab').
   """
   total = outside = head_matrix = 0
   for _, value in all_parameters(module):

@@ -1,4 +1,4 @@
-"""The first layer of every model: from tokens to vectors."""
+"""The first layer of every model: turns tokens into vectors."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from research.model.part import Cost, Factory
 from research.model.weights import Matrix, make_weight, rows
 from research.parallel.axes import gather, shard
 
-# A number, or a function of `embed`, which is right at every width of a ladder.
+# A number, or a function of `embed`, which suits models of every width.
 Scale = float | Callable[[int], float]
 
 
@@ -20,15 +20,16 @@ def inverse_sqrt(embed: int) -> float:
 
 
 class Embedder(nnx.Module):
-  """Vectors of tokens, plus learned or fixed positions and types where there are any.
+  """Token vectors, plus learned or fixed vectors of positions and of token types if the model has them.
 
   Knobs:
     positions: number of learned positions (GPT-2, BERT); None for none.
     position_offset: the row of position 0 (the table of OPT has 2 rows before it).
-    fixed_positions: a function of positions to add, such as `positions.sinusoidal`.
+    fixed_positions: a function of positions that is added, such as `positions.sinusoidal`.
     types: number of token types (BERT); all tokens are of type 0.
-    scale: of the token vectors, a number or a function of embed (Gemma: `math.sqrt`).
-    norm: after the sum (BERT, BLOOM).
+    scale: factor of the token vectors, a number or a function of embed (Gemma: `math.sqrt`).
+    norm: a norm after the sum (BERT, BLOOM).
+    init: initializer of the tables.
     weight: makes the table of token vectors (see `weights`); None takes the model's choice.
   """
 
@@ -74,7 +75,7 @@ class Embedder(nnx.Module):
     return self.norm(x) if self.norm is not None else x
 
   def weights(self, dtype) -> jax.Array:
-    """The token vectors [vocab, embed], gathered for a product."""
+    """Returns the token vectors [vocab, embed], gathered over 'embed' for the product of a tied head."""
     return gather(self.tokens[...].astype(dtype), 'vocab', None)
 
   def cost(self, length: int, encoder_length: int) -> Cost:

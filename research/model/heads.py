@@ -1,7 +1,8 @@
-"""Feature vectors to logits: the last layer of every model.
+"""The last layer of every model: turns feature vectors into logits.
 
-A head has `weights(embedder, dtype)`, its matrix as it is multiplied with, and `head(x, weights) -> logits`,
-so that a loss that cuts the length into chunks gathers the matrix once.
+A head has two methods: `weights(embedder, dtype)` returns its matrix, gathered for the product, and
+`head(x, weights)` returns logits. They are separate, so that a loss that cuts the length into chunks gathers
+the matrix only once.
 """
 
 import functools
@@ -24,17 +25,18 @@ def _soft_cap(logits: jax.Array, cap: float | None) -> jax.Array:
 
 
 def _logits(x: jax.Array, kernel: jax.Array, axes: tuple, **options) -> jax.Array:
-  """Float32 logits [batch, length, vocab] of x [batch, length, embed]."""
+  """Returns float32 logits [batch, length, vocab] of x [batch, length, embed]."""
+  # In float32 whatever the dtype of x: the softmax over a large vocabulary loses too much in bfloat16.
   return project(x, kernel, axes, ('batch', 'length', 'vocab'), dtype=jnp.float32, **options)
 
 
-def _against(x: jax.Array, table: jax.Array) -> jax.Array:
-  """Float32 logits of x against vectors [vocab, embed]."""
+def _tied_logits(x: jax.Array, table: jax.Array) -> jax.Array:
+  """Returns float32 logits of x by token vectors [vocab, embed]."""
   return _logits(x, table, ('vocab', None), transposed=True)
 
 
 def _kernel(embed: int, vocab: int, init: Initializer | None, weight: Factory | None, rngs):
-  """The matrix [embed, vocab] of an untied head, by default of variance 1/embed."""
+  """Makes the matrix [embed, vocab] of an untied head, by default with variance 1/embed."""
   init = init or functools.partial(normal, stddev=embed**-0.5)
   return make_weight(Matrix((embed, vocab), ('embed', 'vocab'), init), weight, rngs=rngs)
 
@@ -44,10 +46,10 @@ def _bias(vocab: int, rngs: nnx.Rngs) -> nnx.Param:
 
 
 class Head(nnx.Module):
-  """Base of the heads: a matrix of embed x vocab, its own or the embedder's, multiplies every token.
+  """Base class of heads: a matrix of embed x vocab, its own or the embedder's, multiplies every token.
 
   Class attributes:
-    gives: 'logits' of all tokens, or one number per token, 'scores'. A loss is of one of the two.
+    gives: 'logits', or 'scores', which are one number per token. A loss needs one of the two.
   """
 
   gives = 'logits'
@@ -63,7 +65,7 @@ class TiedHead(Head):
   """Logits against the token vectors (Press & Wolf 2017, arXiv:1608.05859).
 
   Knobs:
-    scale: of x, a number or a function of embed (T5 1.0: `inverse_sqrt`).
+    scale: factor of x, a number or a function of embed (T5 1.0: `inverse_sqrt`).
     soft_cap: c in c tanh(logits / c) (Gemma 2).
   """
 
@@ -84,11 +86,11 @@ class TiedHead(Head):
     return embedder.weights(dtype)
 
   def __call__(self, x: jax.Array, weights: jax.Array) -> jax.Array:
-    return _soft_cap(_against(x * self.scale, weights), self.soft_cap)
+    return _soft_cap(_tied_logits(x * self.scale, weights), self.soft_cap)
 
 
 class UntiedHead(Head):
-  """Logits by a matrix of their own.
+  """Logits by a matrix of its own.
 
   Knobs:
     bias: adds a bias (GPT-J, Phi).
@@ -144,6 +146,7 @@ class NormalisedHead(Head):
 
   def weights(self, embedder: Embedder, dtype) -> jax.Array:
     kernel = self.kernel[...]
+    # Under the root: the gradient of sqrt at 0 is infinite.
     length = jnp.sqrt(jnp.sum(kernel * kernel, axis=0) + 1e-24)
     return gather((kernel / length).astype(dtype), None, 'vocab')
 
@@ -183,18 +186,20 @@ class MaskedHead(Head):
 
   def __call__(self, x: jax.Array, weights: jax.Array) -> jax.Array:
     x = self.norm(self.activation(self.dense(x)))
-    logits = _against(x, weights) if self.kernel is None else _logits(x, weights, (None, 'vocab'))
+    logits = (
+      _tied_logits(x, weights) if self.kernel is None else _logits(x, weights, (None, 'vocab'))
+    )
     return logits + self.bias[...]
 
 
 class ScalarHead(Head):
   """One number per token in place of logits: a reward model's score, or a value.
 
-  The matrix starts at zero, so that every score does (Ziegler et al. 2019, arXiv:1909.08593, section 2.1, start
-  small).
+  The matrix starts at zero, so every score starts at zero (Ziegler et al. 2019, arXiv:1909.08593, section 2.1,
+  use a small start).
 
   Knobs:
-    init: of the matrix [embed, 1].
+    init: initializer of the matrix [embed, 1].
   """
 
   gives = 'scores'

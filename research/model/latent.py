@@ -18,15 +18,15 @@ from research.parallel.axes import shard, spec
 class LatentAttention(nnx.Module):
   """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1 and appendix C).
 
-  Keys and values are projections of one small vector per token, and all heads share the rotated part of a key.
-  Decoding keeps only these two.
+  Keys and values are projections of one small latent vector per token. Only a part of a key is rotated, and all
+  heads share that part. Decoding caches the latent vector and the rotated part.
 
   Knobs:
     heads: number of heads; queries and keys have head_dim + rotary_dim channels, values value_dim.
-    key_rank, query_rank: widths of the small vectors (query_rank None projects queries directly).
-    norm: of the small vectors.
+    key_rank, query_rank: widths of the latent vectors (query_rank None projects queries directly).
+    norm: a norm of the latent vectors.
     rotary: as in `Attention`, for the rotary_dim channels.
-    scale: of the logits; None is (head_dim + rotary_dim)^-1/2, which DeepSeek's YaRN multiplies.
+    scale: factor of the logits; None is (head_dim + rotary_dim)^-1/2, which DeepSeek's YaRN multiplies.
   """
 
   def __init__(
@@ -87,6 +87,7 @@ class LatentAttention(nnx.Module):
     k_rotary, recalled_context = context.recall(k_rotary)
     if recalled_context.key_positions is not None:
       return self.output(self.absorbed(q, latent, k_rotary, recalled_context)), {}
+    # Training expands keys and values to all heads, for the fused kernels.
     shared = (*k.shape[:3], self.rotary_dim)
     sharding = spec('batch', 'length', 'heads', None, shape=shared)
     k_rotary = jnp.broadcast_to(k_rotary, shared, out_sharding=sharding)
@@ -95,9 +96,9 @@ class LatentAttention(nnx.Module):
     return self.output(y), {}
 
   def absorbed(self, q, latent, k_rotary, context) -> jax.Array:
-    """Attention to a decoding state: W_K multiplies the queries and W_V the result (section 2.1.2).
+    """Attention over the cached latent vectors: W_K multiplies the queries and W_V the result (section 2.1.2).
 
-    So a step does not compute the keys and values of all earlier tokens again.
+    So a step need not compute the keys and values of all earlier tokens again.
     """
 
     def up(linear):
@@ -105,14 +106,14 @@ class LatentAttention(nnx.Module):
 
     q, q_rotary = jnp.split(q, [self.head_dim], axis=-1)
     q = jnp.concatenate([jnp.einsum('bqhd,rhd->bqhr', q, up(self.key)), q_rotary], axis=-1)
-    latent = latent[:, :, None]
+    latent = latent[:, :, None]  # a single key head for all query heads
     k = jnp.concatenate([latent, k_rotary], axis=-1)
     mask, bias = recalled(context)
     y = dot_product_attention(q, k, latent, mask=mask, bias=bias, scale=self.scale)
     return jnp.einsum('bqhr,rhd->bqhd', y, up(self.value))
 
   def cost(self, length: int, encoder_length: int) -> Cost:
-    """The products query key^T and weights value; decoding keeps the small vector and the rotated key."""
+    """The products query key^T and weights value. Decoding caches the latent vector and the rotated key."""
     pairs = length * length
     visible = length * (length + 1) // 2
     per_pair = 2 * self.heads * (self.head_dim + self.rotary_dim + self.value_dim)

@@ -1,4 +1,4 @@
-"""The layers that parts are made of: projections and norms.
+"""Projections and norms, the layers inside parts.
 
 They compute in the dtype of the activations. Parameters are float32, and are cast where they are used.
 """
@@ -20,9 +20,15 @@ from research.parallel.axes import shard
 class Linear(nnx.Module):
   """y[..., outputs] = sum over inputs of x[..., inputs] kernel[inputs, outputs] (+ bias[outputs]).
 
-  `inputs` and `outputs` map axis names to sizes; each may have several, as in {'heads': 8, 'head_dim': 64}.
-  The default initialisation is normal with variance 1/fan_in, which `init_scale` multiplies. `weight` makes the
-  kernel (see `weights`); None takes the model's choice.
+  Args:
+    inputs: names and sizes of the input axes; there may be several, as in {'heads': 8, 'head_dim': 64}.
+    outputs: names and sizes of the output axes.
+
+  Knobs:
+    bias: adds a bias.
+    init: initializer of the kernel; None is normal with variance init_scale / fan_in.
+    init_scale: see `init`.
+    weight: makes the kernel (see `weights`); None takes the model's choice.
   """
 
   def __init__(
@@ -43,13 +49,15 @@ class Linear(nnx.Module):
     shape = (*inputs.values(), *outputs.values())
     kernel = Matrix(shape, (*inputs, *outputs), init, inputs=len(inputs))
     self.kernel = make_weight(kernel, weight, rngs=rngs)
-    shape, zeros = tuple(outputs.values()), nnx.initializers.zeros
+    shape = tuple(outputs.values())
+    zeros = nnx.initializers.zeros
     self.bias = param(rngs, shape, self.outputs, zeros, kind='vector') if bias else None
 
   def __call__(self, x: jax.Array) -> jax.Array:
     n = len(self.inputs)
     to = (*('batch', 'length', *[None] * 8)[: x.ndim - n], *_whole(self.outputs))
     y = multiply(x, self.kernel, (*self.inputs, *self.outputs), to, contract=n)
+    # Back in the residual stream, whose length is split as 'sequence' (sequence parallelism).
     if self.outputs == ('embed',):
       y = shard(y, 'batch', 'sequence', None)
     if self.bias is None:
@@ -60,7 +68,7 @@ class Linear(nnx.Module):
 class RMSNorm(nnx.Module):
   """x / sqrt(mean(x^2) + epsilon) * scale (Zhang & Sennrich 2019, arXiv:1910.07467), in float32.
 
-  `scale_offset` 1 stores the scale as its difference from one (Gemma).
+  With `scale_offset` 1 the parameter is the difference of the scale from one (Gemma).
   """
 
   def __init__(

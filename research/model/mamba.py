@@ -1,4 +1,4 @@
-"""Mamba, the selective state space: every channel carries a state along the sequence."""
+"""Mamba, the selective state-space model: every channel carries a state along the sequence."""
 
 import functools
 
@@ -21,9 +21,22 @@ from research.parallel.axes import shard, spec
 
 
 def _token_by_token(a, h, x, step, b, c, first):
-  """A chunk of the recurrence: its last state [batch, mlp, state], and C h [batch, chunk, mlp].
+  """Computes a chunk of the recurrence, token by token.
 
-  For CPUs, whose caches hold the states of one token but not of a chunk: four times as fast as the scan below.
+  This is for CPUs. Their caches hold the states of one token but not of a whole chunk, and so it is four times
+  as fast as `_all_tokens_at_once`.
+
+  Args:
+    a: A, [mlp, state], negative.
+    h: the state before the chunk, [batch, mlp, state].
+    x: [batch, chunk, mlp].
+    step: dt, [batch, chunk, mlp].
+    b: B, [batch, chunk, state].
+    c: C, [batch, chunk, state].
+    first: [batch, chunk] bool, the first token of each packed document, which resets the state.
+
+  Returns:
+    The state after the chunk, and C h, [batch, chunk, mlp].
   """
 
   def token(h, inputs):
@@ -38,12 +51,12 @@ def _token_by_token(a, h, x, step, b, c, first):
 
 
 def _all_tokens_at_once(a, h, x, step, b, c, first):
-  """The same by an associative scan, in logarithmically few steps, for chips that run each in parallel."""
+  """The same by an associative scan: logarithmically many steps, each parallel on an accelerator."""
   decay = jnp.where(first[..., None, None], 0.0, jnp.exp(step[..., None] * a))
   drive = (step * x)[..., None] * b[:, :, None]
 
-  def join(left, right):
-    return left[0] * right[0], left[1] * right[0] + right[1]
+  def join(earlier, later):
+    return earlier[0] * later[0], earlier[1] * later[0] + later[1]
 
   decay, states = jax.lax.associative_scan(join, (decay, drive), axis=1)
   states = states + decay * h[:, None]
@@ -57,11 +70,12 @@ class Mamba(nnx.Module):
 
   Knobs:
     inner: number of channels; None is 2 embed.
-    rank: of the projection of dt; None is embed / 16, rounded up.
+    rank: rank of the projection of dt; None is embed / 16, rounded up.
     state: size of the state of each channel.
-    width: of the convolution.
-    bias: whether the projections in and out have biases.
-    norm: of dt (before its second projection), B and C (Jamba, arXiv:2403.19887).
+    width: width of the convolution.
+    bias: the projections in and out have biases.
+    convolution_bias: the convolution has a bias.
+    norm: a norm of dt (before its second projection), B and C (Jamba, arXiv:2403.19887).
     chunk: tokens whose states are in memory at once.
   """
 
@@ -115,13 +129,16 @@ class Mamba(nnx.Module):
       step = self.step_norm(step)
       b = self.b_norm(b)
       c = self.c_norm(c)
+    # dt and the recurrence are in float32: errors of the decay would grow along the sequence.
     step = jax.nn.softplus(self.step(step).astype(jnp.float32) + self.step_bias[...])
     y = self.scan(x, step, b, c, context)
     y = y + self.d[...].astype(x.dtype) * x
     return self.output(y * jax.nn.silu(gate)), {}
 
   def scan(self, x, step, b, c, context) -> jax.Array:
+    """Runs the recurrence over the whole length, chunk by chunk; returns C h, [batch, length, mlp]."""
     segments = context.segments
+    # Stored as a logarithm, so that A stays negative and the state decays.
     a = -jnp.exp(shard(self.log_a[...], 'channels', None))
     x, step = (shard(y, 'batch', None, 'channels') for y in (x, step))
     b, c = (shard(y.astype(jnp.float32), 'batch', None, None) for y in (b, c))
@@ -138,6 +155,7 @@ class Mamba(nnx.Module):
     h = jnp.zeros(shape, jnp.float32, out_sharding=spec('batch', 'channels', None, shape=shape))
     inputs = [_chunks(y, min(self.chunk, x.shape[1])) for y in (x, step, b, c, first)]
 
+    # The backward pass computes the states within a chunk again: only those between chunks are stored.
     def chunks(h):
       return jax.lax.scan(jax.checkpoint(chunk), h, tuple(inputs))
 

@@ -15,7 +15,12 @@ from research.model.part import Context, Cost, Factory
 class Mlp(nnx.Module):
   """output(product of activation_i(input_i(x))): `(gelu,)` is plain, `(silu, identity)` is gated (SwiGLU).
 
-  Gating is Shazeer 2020, arXiv:2002.05202.
+  Gating is from Shazeer 2020, arXiv:2002.05202.
+
+  Knobs:
+    mlp: the inner width.
+    activations: one for each input projection; the results are multiplied.
+    bias: the projections have biases.
   """
 
   def __init__(

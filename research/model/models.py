@@ -1,7 +1,7 @@
 """Whole models: from a batch to logits.
 
 A model has `features(batch) -> (x [batch, length, embed], penalties)` and `logits(x)`. They are separate, so
-that a loss need not hold the logits of a whole batch at once. Batches have the keys of seqio.
+that a loss need not have the logits of a whole batch in memory. Batches have seqio's keys.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from research.parallel.axes import spec
 
 
 def _positions(batch: dict, name: str) -> jax.Array:
+  """Returns the positions [batch, length] of a batch; unpacked rows have none and count from 0."""
   if f'{name}_positions' in batch:
     return batch[f'{name}_positions']
   shape = batch[f'{name}_input_tokens'].shape
@@ -27,14 +28,18 @@ def _positions(batch: dict, name: str) -> jax.Array:
 
 
 class LanguageModel(nnx.Module):
-  """One stack: GPT, LLaMA, Mamba when `causal`; BERT when not; GLM by the batch's prefix.
+  """A model of one stack: GPT, LLaMA and Mamba if `causal`, BERT if not, GLM by the batch's prefix.
 
   Args:
     vocab: number of logits; at least the vocabulary of the data.
     embed: width of the residual stream.
-    value: a second head, `heads.ScalarHead`: what reinforcement expects before each token. None for none.
+    embedder: makes the first layer, such as `embedder.Embedder`.
+    stack: makes the layers, such as `stack.Stack`.
+    head: makes the last layer, such as `heads.TiedHead`.
+    value: makes a second head, `heads.ScalarHead`: the value function of reinforcement learning. None for none.
+    causal: a token sees no later one.
     weight: makes every matrix of the model (see `weights`); None makes plain parameters.
-    dtype: of activations and so of the computation. Parameters, logits and loss are float32.
+    dtype: the dtype of activations and so of the computation. Parameters, logits and loss are float32.
   """
 
   inputs = ('decoder',)
@@ -64,7 +69,7 @@ class LanguageModel(nnx.Module):
       self.value = value(embed, vocab, rngs=rngs) if value else None
 
   def cost(self, length: int, encoder_length: int) -> Cost:
-    """The cost of a sequence; without a causal mask, `visible` is `full`."""
+    """The cost of a sequence. Without a causal mask `visible` equals `full`."""
     stack = cost_of(self.stack, length, encoder_length)
     if not self.causal:
       stack = dataclasses.replace(stack, visible=stack.full)
@@ -72,6 +77,12 @@ class LanguageModel(nnx.Module):
     return _with_ends(stack, ends, length, encoder_length)
 
   def features(self, batch: dict[str, jax.Array], state: DecodingState | None = None):
+    """Returns features [batch, length, embed], and penalties by name.
+
+    Args:
+      batch: arrays [batch, length] by seqio's keys.
+      state: in decoding, the cache of earlier tokens.
+    """
     positions = _positions(batch, 'decoder')
     context = Context(
       positions=positions,
@@ -83,13 +94,12 @@ class LanguageModel(nnx.Module):
     return self.stack(self.embedder(batch['decoder_input_tokens'], positions, self.dtype), context)
 
   def values(self, x: jax.Array) -> jax.Array:
-    """What is expected before each token, [batch, length], of features [batch, length, embed]."""
+    """Returns the value before each token, [batch, length], of features [batch, length, embed]."""
     return self.value(x, self.value.weights(self.embedder, self.dtype))[..., 0]
 
   def readout(self) -> Callable[[jax.Array], jax.Array]:
-    """A function of features that gives logits. It gathers the matrix of the head once, for all its calls."""
-    weights = self.head.weights(self.embedder, self.dtype)
-    return lambda x: self.head(x, weights)
+    """Returns the function from features to logits, which gathers the matrix of the head only once."""
+    return _readout(self)
 
   def logits(self, x: jax.Array) -> jax.Array:
     return self.readout()(x)
@@ -130,7 +140,7 @@ class EncoderDecoder(nnx.Module):
   def cost(self, length: int, encoder_length: int) -> Cost:
     """The cost of a pair of sequences, target and input."""
     encoder = cost_of(self.encoder, encoder_length, encoder_length)
-    # The encoder is bidirectional, keeps nothing for decoding, and its parameters see only input tokens.
+    # The encoder is bidirectional, caches nothing for decoding, and its parameters meet only input tokens.
     encoder = dataclasses.replace(
       encoder,
       visible=encoder.full,
@@ -142,11 +152,13 @@ class EncoderDecoder(nnx.Module):
     return _with_ends(encoder + decoder, (self.embedder, self.head), length, encoder_length)
 
   def encode(self, batch: dict[str, jax.Array]):
-    """What the decoder reads: [batch, encoder length, embed], its segments, and penalties."""
-    if 'encoder_input_tokens' not in batch:  # a step of decoding, which has it all in its state
+    """Returns the encoder's output [batch, encoder length, embed], its segments, and penalties."""
+    # A decoding step needs no encoder: its state has the keys and values of the encoder's output.
+    if 'encoder_input_tokens' not in batch:
       rows = batch['decoder_input_tokens'].shape[0]
       return jnp.zeros((rows, 0, self.embed), self.dtype), jnp.zeros((rows, 0), jnp.int32), {}
-    source, positions = batch['encoder_input_tokens'], _positions(batch, 'encoder')
+    source = batch['encoder_input_tokens']
+    positions = _positions(batch, 'encoder')
     # Unpacked rows have no segments; token 0 is padding, as everywhere in seqio.
     segments = (
       batch['encoder_segment_ids']
@@ -158,8 +170,10 @@ class EncoderDecoder(nnx.Module):
     return encoded, segments, penalties
 
   def features(self, batch: dict[str, jax.Array], state: DecodingState | None = None):
+    """As `LanguageModel.features`: the features of the target tokens, and penalties of both stacks."""
     encoded, segments, penalties = self.encode(batch)
-    target, positions = batch['decoder_input_tokens'], _positions(batch, 'decoder')
+    target = batch['decoder_input_tokens']
+    positions = _positions(batch, 'decoder')
     if state is not None:
       (segments,) = state.once((segments,))
     context = Context(
@@ -173,9 +187,8 @@ class EncoderDecoder(nnx.Module):
     return x, {k: penalties.get(k, 0.0) + more.get(k, 0.0) for k in {**penalties, **more}}
 
   def readout(self) -> Callable[[jax.Array], jax.Array]:
-    """A function of features that gives logits. It gathers the matrix of the head once, for all its calls."""
-    weights = self.head.weights(self.embedder, self.dtype)
-    return lambda x: self.head(x, weights)
+    """Returns the function from features to logits, which gathers the matrix of the head only once."""
+    return _readout(self)
 
   def logits(self, x: jax.Array) -> jax.Array:
     return self.readout()(x)
@@ -185,8 +198,17 @@ class EncoderDecoder(nnx.Module):
     return self.logits(x), penalties
 
 
+def _readout(model) -> Callable[[jax.Array], jax.Array]:
+  weights = model.head.weights(model.embedder, model.dtype)
+
+  def readout(x):
+    return model.head(x, weights)
+
+  return readout
+
+
 def _with_ends(layers: Cost, ends: tuple, length: int, encoder_length: int) -> Cost:
-  """The cost of the layers, and of the embedder and the heads around them."""
+  """Returns the cost of the layers, and of the embedder and the heads around them."""
   for end in ends:
     layers = layers + cost_of(end, length, encoder_length)
   return layers

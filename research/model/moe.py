@@ -1,4 +1,4 @@
-"""Mixtures of experts: the router, and the part around it and the experts."""
+"""Mixtures of experts: the router, and the part that routes tokens to experts."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -19,19 +19,20 @@ SCORES = {'softmax': jax.nn.softmax, 'sigmoid': jax.nn.sigmoid}
 class Router(nnx.Module):
   """Chooses the experts of every token, and their weights, in float32.
 
-  scores = softmax(x W) or sigmoid(x W); the `active` best are chosen; their scores are the weights.
+  scores = softmax(x W) or sigmoid(x W). The `active` experts with the highest scores are chosen, and their
+  scores are the weights.
 
   Knobs:
     active: experts per token. 1 is Switch (Fedus et al. 2021, arXiv:2101.03961), 2 is Mixtral.
     scores: 'softmax', or 'sigmoid' (DeepSeek-V3, arXiv:2412.19437, equation 15).
-    normalise: weights divided by their sum (Mixtral: the same as a softmax over the chosen logits).
-    scale: of the weights, after that (DeepSeek's routed scaling factor).
-    groups, active_groups: choose among the experts of the `active_groups` best of `groups` groups.
-    group_top: a group is as good as the sum of its best so many (1 in DeepSeek-V2, 2 in V3).
-    selection_bias: rate of a bias per expert that is added to its score when choosing, not when weighing. Its
-      gradient is the rate times the sign of the expert's load above the mean (DeepSeek-V3, section 2.1.2:
+    normalise: divides the weights by their sum (Mixtral: the same as a softmax over the chosen logits).
+    scale: factor of the weights, after that (DeepSeek's routed scaling factor).
+    groups, active_groups: only experts of the `active_groups` best of `groups` groups can be chosen.
+    group_top: the score of a group is the sum of its highest `group_top` scores (1 in DeepSeek-V2, 2 in V3).
+    selection_bias: the rate of a bias per expert that is added to scores for the choice, not for the weights.
+      Its gradient is the rate times the sign of the expert's load above the mean (DeepSeek-V3, section 2.1.2:
       balance without an auxiliary loss); None for no such bias.
-    balance: coefficient of experts x sum over experts of load x mean score, which is 1 at uniform
+    balance: coefficient of experts x sum over experts of load x mean score, which is 1 for uniform routing
       (Switch, equation 4).
     z_loss: coefficient of the mean squared logsumexp of the logits (Zoph et al. 2022, arXiv:2202.08906).
   """
@@ -60,33 +61,41 @@ class Router(nnx.Module):
       raise Invalid(Router, 'groups', f'{groups} groups do not divide the {experts} experts.')
     if active_groups > groups:
       raise Invalid(Router, 'active_groups', f'{active_groups} of {groups} groups is too many.')
-    if active > experts * active_groups // groups:
-      raise Invalid(
-        Router,
-        'active',
-        f'{active} is more than the {experts * active_groups // groups} to choose from.',
-      )
-    self.experts, self.active, self.scores = experts, active, scores
-    self.normalise, self.scale, self.rate = normalise, scale, selection_bias
-    self.groups, self.active_groups, self.group_top = groups, active_groups, group_top
-    self.balance, self.z_loss = balance, z_loss
-    self.kernel = param(
-      rngs, (embed, experts), ('embed', None), functools.partial(normal, stddev=embed**-0.5),
-      kind='matrix',
-    )  # fmt: skip
-    bias = lambda: param(rngs, (experts,), (None,), nnx.initializers.zeros, kind='vector')
-    self.bias = bias() if selection_bias is not None else None
+    choices = experts * active_groups // groups
+    if active > choices:
+      raise Invalid(Router, 'active', f'{active} is more than the {choices} to choose from.')
+    self.experts = experts
+    self.active = active
+    self.scores = scores
+    self.normalise = normalise
+    self.scale = scale
+    self.rate = selection_bias
+    self.groups = groups
+    self.active_groups = active_groups
+    self.group_top = group_top
+    self.balance = balance
+    self.z_loss = z_loss
+    init = functools.partial(normal, stddev=embed**-0.5)
+    self.kernel = param(rngs, (embed, experts), ('embed', None), init, kind='matrix')
+    self.bias = None
+    if selection_bias is not None:
+      self.bias = param(rngs, (experts,), (None,), nnx.initializers.zeros, kind='vector')
 
   def __call__(self, x: jax.Array, real: jax.Array | None):
-    """x [batch, length, embed] and whether each token is real [batch, length] (None: all are).
+    """Chooses experts.
+
+    Args:
+      x: [batch, length, embed].
+      real: [batch, length] bool, False for padding; None if no token is padding.
 
     Returns:
-      (weights, index), both [batch, length, active], and the penalties.
+      (weights, index), both [batch, length, active], and the penalties by name.
     """
     kernel = shard(self.kernel[...], None, None)
-    here = spec('batch', 'length', None)
+    sharding = spec('batch', 'length', None)
+    # At full precision: rounding could change which experts are chosen.
     logits = jnp.einsum(
-      'ble,ex->blx', x.astype(jnp.float32), kernel, precision='highest', out_sharding=here
+      'ble,ex->blx', x.astype(jnp.float32), kernel, precision='highest', out_sharding=sharding
     )
     scores = SCORES[self.scores](logits)
     index = jax.lax.stop_gradient(self.choose(scores))
@@ -96,7 +105,7 @@ class Router(nnx.Module):
     return weights * self.scale, index, self.penalties(logits, scores, index, real)
 
   def choose(self, scores: jax.Array) -> jax.Array:
-    """The experts [batch, length, active] that the scores [batch, length, experts] choose."""
+    """Returns the chosen experts [batch, length, active], by scores [batch, length, experts]."""
     if self.bias is not None:
       scores = scores + self.bias[...]
     if self.groups > 1:
@@ -108,10 +117,14 @@ class Router(nnx.Module):
     return jax.lax.top_k(scores, self.active)[1]
 
   def penalties(self, logits, scores, index, real) -> dict[str, jax.Array]:
+    """Returns the terms that training adds to the loss, by name: means over tokens that are not padding."""
     count = logits.shape[0] * logits.shape[1]
     weight = jnp.ones(logits.shape[:2]) if real is None else real.astype(jnp.float32)
     count = count if real is None else jnp.maximum(jnp.sum(weight), 1.0)
-    mean = lambda y: jnp.sum(y * weight[..., None], axis=(0, 1)) / count
+
+    def mean(y):
+      return jnp.sum(y * weight[..., None], axis=(0, 1)) / count
+
     load = mean(jnp.sum(_one_hot(index, self.experts), axis=2)) / self.active
     penalties = {}
     if self.balance:
@@ -121,7 +134,8 @@ class Router(nnx.Module):
       z = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
       penalties['router_z'] = self.z_loss * jnp.sum(mean(z * z))
     if self.bias is not None:
-      # A penalty of value zero, whose gradient is the update that the paper makes by hand.
+      # The value of this penalty is zero, and its gradient is the update that the paper does outside of the
+      # loss.
       push = jnp.sum(self.bias[...] * jnp.sign(load - 1 / self.experts))
       penalties['selection_bias'] = self.rate * (push - jax.lax.stop_gradient(push))
     return penalties
@@ -137,14 +151,15 @@ class MoE(nnx.Module):
   y = sum over the chosen experts of weight x expert(x), + shared(x). Padding goes to no expert.
 
   Knobs:
-    experts, mlp, activations: as many MLPs of this width (see `layers.Mlp`).
-    router: `Router`, which also says how many are active.
-    capacity: None is dropless. Else an expert takes at most capacity x its fair share of every sequence, the
-      earlier tokens first: no token's place depends on a later one, but one packed document's may on another.
-    places: instead, how many tokens of every sequence an expert takes at most, whatever the length (Switch as
-      transformers has it).
-    shared: an MLP that every token goes through (DeepSeek-V2, Qwen 2 MoE).
-    shared_gate: the shared MLP is weighed by sigmoid(x w) (Qwen 2 MoE).
+    experts, mlp, activations: the number of MLPs, their width and their activations (see `mlp.Mlp`).
+    router: makes the `Router`, which also defines how many experts are active.
+    capacity: None is dropless. Otherwise an expert takes at most capacity x its fair share of every sequence,
+      earlier tokens first. No token's place depends on a later token, but that of a packed document may depend
+      on another document.
+    places: instead of a capacity, the most tokens of every sequence that an expert takes, whatever the length
+      (Switch in transformers).
+    shared: makes an MLP that every token goes through (DeepSeek-V2, Qwen 2 MoE).
+    shared_gate: multiplies the output of the shared MLP by sigmoid(x w) (Qwen 2 MoE).
     weight: makes the experts' matrices (see `weights`); None is the model's choice.
   """
 
@@ -180,7 +195,7 @@ class MoE(nnx.Module):
     self.shared_gate = param(rngs, (embed,), (None,), init, kind='vector') if shared_gate else None
 
   def cost(self, length: int, encoder_length: int) -> Cost:
-    """Nothing beyond its parameters, which say themselves what fraction a token uses."""
+    """Nothing beyond its parameters. Their metadata have the fraction that a token uses."""
     return cost_of(self.shared, length, encoder_length) if self.shared is not None else Cost()
 
   def __call__(self, x: jax.Array, context: Context):

@@ -1,4 +1,4 @@
-"""Parameters with named axes and a kind, and the two products that are made with them.
+"""Parameters with named axes and a kind, and the two operations that use them: a product and a look-up.
 
 The mesh shards a parameter by the names of its axes. Optimizers and counts read its kind, never its name.
 """
@@ -20,7 +20,7 @@ from research.parallel.mesh import as_tuple
 
 Initializer = Callable[..., jax.Array]
 
-# The use of a parameter, from which weight decay and the learning rates of muP follow:
+# How a parameter is used. Weight decay and the learning rates of muP depend on it:
 #   matrix: multiplies channels, so that each output is a sum over inputs (the taps of a convolution too);
 #   table: has a row to look up for each token, position or distance;
 #   vector: scales or shifts single channels (norms, biases, decay rates), whatever its rank.
@@ -28,9 +28,9 @@ Kind = Literal['matrix', 'table', 'vector']
 
 
 def normal(key, shape, dtype=jnp.float32, out_sharding=None, *, stddev: float = 0.02) -> jax.Array:
-  """An initializer: normal with this standard deviation, whatever the shape (GPT-2, BERT)."""
-  # An axis that is not split is drawn as one with the axis before it. The numbers are the same, but XLA
-  # compiles the generator of a flat array several times faster.
+  """An initializer: draws from a normal distribution with this standard deviation (GPT-2, BERT)."""
+  # An axis that is not split is merged with the axis before it for the drawing. The numbers are the same, but
+  # XLA compiles the generator of a flat array several times faster.
   split = out_sharding or (None,) * len(shape)
   sizes = []
   axes = []
@@ -59,41 +59,45 @@ def param(
   """Makes a parameter, sharded by the names of its axes.
 
   Args:
-    shape: sizes.
-    axes: names of the axes (None for an axis that is never split).
+    rngs: the source of the initializer's key.
+    shape: the size of every axis.
+    axes: the names of the axes (None for an axis that is never split).
     init: the initializer.
     kind: 'matrix', 'table' or 'vector' (`Kind`).
     active: the fraction that one token uses; below 1 for the experts of a mixture.
-    dtype: float32 for what learns; of a quantised matrix, what it is stored in.
-    holds: how many numbers of the model one element stands for: 2 where a byte packs two of 4 bits, 0 for the
-      scales of a quantised matrix, which are no numbers of the model. Counts go by it.
+    dtype: float32 for a parameter that learns; the storage dtype of a quantised matrix.
+    holds: how many numbers of the model one element stores: 2 if a byte packs two numbers of 4 bits, 0 for the
+      scales of a quantised matrix, which are not numbers of the model. Counts multiply by it.
 
   Returns:
-    The parameter. It keeps `axes`, `kind`, `active` and `holds` as metadata.
+    The parameter, with `axes`, `kind`, `active` and `holds` as metadata.
+
+  Raises:
+    UserError: there is no such kind.
   """
   if kind not in get_args(Kind):
-    raise UserError(f'no kind of parameter {kind!r}.{did_you_mean(kind, get_args(Kind))}')
+    raise UserError(f'there is no kind of parameter {kind!r}.{did_you_mean(kind, get_args(Kind))}')
   if _shapes_only.get():
     init = nnx.initializers.zeros
   value = init(rngs.params(), shape, dtype, out_sharding=spec(*axes, shape=shape))
   return nnx.Param(value, axes=tuple(axes), kind=kind, active=active, holds=holds)
 
 
-# Set while `abstract_model` makes a model.
+# True while `abstract_model` makes a model.
 _shapes_only = contextvars.ContextVar('shapes_only', default=False)
 
 
 def abstract_model(model: Callable[..., nnx.Module]) -> nnx.Module:
-  """The model with shapes in place of arrays, on the mesh in use: nothing is computed or allocated.
+  """Returns a model with shapes in place of arrays, on the mesh in use. Nothing is computed or allocated.
 
   Args:
-    model: makes it: `model(rngs=...)`.
+    model: `model(rngs=...)` makes the model.
   """
 
   def make(key):
     return model(rngs=nnx.Rngs(params=key))
 
-  # Half of the time to trace a model is that of its random numbers, and a plan traces each of its sizes.
+  # Random numbers take half of the time to trace a model, and the plan of a sweep traces each of its sizes.
   token = _shapes_only.set(True)
   try:
     return jax.eval_shape(make, jax.random.key(0))
@@ -102,12 +106,12 @@ def abstract_model(model: Callable[..., nnx.Module]) -> nnx.Module:
 
 
 def all_parameters(module: nnx.Module) -> Iterator[tuple[tuple, nnx.Param]]:
-  """(path, parameter) of every parameter of a module."""
+  """Yields (path, parameter) for every parameter of a module."""
   yield from nnx.to_flat_state(nnx.state(module, nnx.Param))
 
 
 def size(module: nnx.Module, kind: Kind | None = None) -> float:
-  """The number of parameters of this kind (None: of any) that one token uses in a module."""
+  """Returns how many parameters of a kind (None: of any kind) one token uses in a module."""
   return sum(
     number_of(value) * value.active
     for _, value in all_parameters(module)
@@ -116,17 +120,17 @@ def size(module: nnx.Module, kind: Kind | None = None) -> float:
 
 
 def number_of(parameter: nnx.Param) -> int:
-  """How many numbers of the model a parameter stands for, however they are stored."""
+  """Returns how many numbers of the model a parameter stores, whatever its dtype and packing."""
   return math.prod(parameter.shape) * parameter.holds
 
 
 def stored_bytes(module: nnx.Module) -> int:
-  """The bytes of all parameters of a module as they are stored."""
+  """Returns the bytes of all parameters of a module as they are stored."""
   return sum(math.prod(x.shape) * x.dtype.itemsize for _, x in all_parameters(module))
 
 
 def kinds(module: nnx.Module) -> dict:
-  """The kind of every parameter, in a tree like that of the parameters."""
+  """Returns the kind of every parameter, nested as the parameters are."""
   tree: dict = {}
   for path, value in all_parameters(module):
     node = tree
@@ -137,9 +141,10 @@ def kinds(module: nnx.Module) -> dict:
 
 
 def named_axes(module: nnx.Module) -> dict[str, tuple[tuple[str | None, ...], tuple[int, ...]]]:
-  """{path: (names of the axes, shape)} of every parameter; the first axis in a stack is 'layers'."""
+  """Returns {path: (names of the axes, shape)} of every parameter. In a stack the first axis is 'layers'."""
   parameters = {}
   for path, value in all_parameters(module):
+    # `jax.vmap` over a stack's constructor adds an axis to the value and not to the metadata.
     stacked = len(value.shape) - len(value.axes)
     parameters['.'.join(map(str, path))] = ('layers',) * stacked + value.axes, value.shape
   return parameters
@@ -162,30 +167,34 @@ def project(
   transposed: bool = False,
   dtype=None,
 ) -> jax.Array:
-  """The product of x and a kernel: contracts the last `contract` axes of x with the first of the kernel.
+  """Multiplies x with a kernel: contracts the last `contract` axes of x with the first axes of the kernel.
 
-  FSDP: the kernel is gathered over 'embed' for the product, forward and backward; it stays split over 'tensor'.
+  FSDP gathers the kernel over 'embed' for the product, forward and backward. It stays split over 'tensor'.
 
   Args:
     x: [..., inputs].
     kernel: a parameter [inputs, outputs]; it is cast to the dtype of x.
     axes: names of the axes of the kernel.
     to: names of the axes of the result.
-    transposed: the kernel is [outputs, inputs], such as a table of token vectors that makes logits.
-    dtype: of the result; None is that of x.
+    contract: how many axes are inputs.
+    transposed: the kernel is [outputs, inputs], such as the table of token vectors of a tied head.
+    dtype: the dtype of the result; None for that of x.
+
+  Returns:
+    [..., outputs].
   """
   n = kernel.ndim - contract if transposed else contract
   order = tuple(range(n)), tuple(range(n, kernel.ndim))
   ins, outs = order[::-1] if transposed else order
   # Between parts the length is split as 'sequence'; within a part, and so in this product, as 'length'.
   x = shard(x, *to[: x.ndim - contract], *(_whole(axes)[i] for i in ins))
-  # With its shape, because a single key head (multi-query) must stay whole where 'tensor' would split it.
+  # `spec` needs the shape: a single key head (multi-query) stays whole although 'tensor' splits heads.
   shape = (*x.shape[: x.ndim - contract], *(kernel.shape[i] for i in outs))
   return _project(ins, outs, _whole(axes), spec(*to, shape=shape), dtype or x.dtype, x, kernel)
 
 
-# Up to as many rows (tokens of a decoding step), a CPU multiplies a kernel [outputs, inputs] faster by columns:
-# see experiments/speed/README.md, "Decoding".
+# For so many rows or fewer (the tokens of a decoding step), a CPU computes the product with a kernel
+# [outputs, inputs] faster as kernel times columns: see experiments/speed/README.md, "Decoding".
 FEW_ROWS = 32
 
 
@@ -201,14 +210,14 @@ def _project(ins, outs, whole, to, dtype, x, kernel):
 
 
 def _columns(x, kernel, lead, ins, to, dtype):
-  """The product of a kernel [outputs, inputs] and few rows, as kernel times columns.
+  """Multiplies few rows with a kernel [outputs, inputs], as kernel times columns.
 
-  XLA on a CPU packs its second operand anew for every product. Here that is the small one; barriers keep XLA
-  from turning the product round again.
+  XLA on a CPU copies the second operand of every product to another layout. Here that is the small operand. The
+  barriers keep XLA from swapping the operands back.
   """
   columns = jax.lax.optimization_barrier(jnp.moveaxis(x, range(lead), range(-lead, 0)))
   contract = (ins, tuple(range(len(ins))))
-  rank = kernel.ndim - len(ins)  # of the outputs
+  rank = kernel.ndim - len(ins)  # how many axes are outputs
   if to is not None:
     to = jax.P(*to[lead:], *to[:lead])
   y = jax.lax.optimization_barrier(_dot(kernel, columns, contract, to, dtype))
@@ -225,8 +234,8 @@ def _project_backward(ins, outs, whole, to, dtype, residuals, dy):
   dy = dy.astype(x.dtype)
   gathered, back = jax.vjp(lambda kernel: gather(kernel.astype(x.dtype), *whole), kernel)
   dx = _dot(dy, gathered, (tuple(range(lead, dy.ndim)), outs), spec_of(x), x.dtype)
-  # A CPU first transposes its first operand, so the smaller one comes first. The gradient is transposed after
-  # the product and behind a barrier, because XLA would otherwise transpose the large operands instead.
+  # A CPU transposes the first operand of this product, so the smaller one comes first. The gradient is
+  # transposed after the product and behind a barrier, or XLA would transpose the large operands instead.
   inputs = math.prod(kernel.shape[i] for i in ins)
   outputs = math.prod(kernel.shape[i] for i in outs)
   pair, order = ((x, dy), ins + outs) if inputs <= outputs else ((dy, x), outs + ins)
@@ -245,11 +254,18 @@ _project.defvjp(_project_forward, _project_backward)
 
 
 def look_up(table: jax.Array, rows: str | None, index: jax.Array) -> jax.Array:
-  """Rows [batch, length, embed] of a table [rows, embed], sharded by 'batch' and 'sequence'.
+  """Looks up rows of a table.
 
-  Every device gathers 'embed' and looks up its own tokens. Where the mesh splits the rows (a vocabulary over
-  'tensor'), a device looks up the rows that it has, and a sum over the devices completes them. An index past
-  the end means the last row.
+  Every device gathers 'embed' and looks up its own tokens. If the mesh splits the rows (a vocabulary over
+  'tensor'), a device looks up the rows that it has, and a sum over the devices completes the result.
+
+  Args:
+    table: [rows, embed].
+    rows: the name of its first axis.
+    index: [batch, length] integers. An index past the end means the last row.
+
+  Returns:
+    [batch, length, embed], sharded by 'batch' and 'sequence'.
   """
   table_spec = spec(rows, 'embed', shape=table.shape)
   index_spec = spec('batch', 'length')
@@ -266,7 +282,7 @@ def look_up(table: jax.Array, rows: str | None, index: jax.Array) -> jax.Array:
     if not row_axes:
       return table.at[index].get(mode='clip')
     index = index - jax.lax.axis_index(row_axes) * table.shape[0]
-    # A negative index would count from the end: past the end it gives 0, as for the rows of later devices.
+    # A negative index would count from the end. Moved past the end it gives 0, as the rows of later devices do.
     index = jnp.where(index < 0, table.shape[0], index)
     vectors = table.at[index].get(mode='fill', fill_value=0)
     return jax.lax.psum(vectors, row_axes)
@@ -278,6 +294,7 @@ def look_up(table: jax.Array, rows: str | None, index: jax.Array) -> jax.Array:
 
 
 def _whole(axes: Sequence[str | None]) -> tuple[str | None, ...]:
+  """Returns the axes without 'embed', over which FSDP gathers."""
   return tuple(None if axis == 'embed' else axis for axis in axes)
 
 

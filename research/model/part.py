@@ -1,9 +1,9 @@
-"""What a part is: the contract between a stack and whatever mixes tokens or channels in it.
+"""The contract between a stack and its parts, the modules that mix tokens or channels.
 
-A *part* is a module `part(embed, **knobs, rngs=...)`. The parent gives `embed`; the knobs are the part's own
-and come from gin. Attention, an MLP, a mixture of experts and a state-space layer are parts. So are the
-wirings (`residual.PreNorm`), which hold parts, and stacks, which hold wirings. docs/parts.md shows how to
-write one.
+A *part* is a module `part(embed, **knobs, rngs=...)`. The parent passes `embed`; gin binds the knobs.
+Attention, an MLP, a mixture of experts and a state-space layer are parts. So are the wirings
+(`residual.PreNorm`), which contain parts, and stacks, which contain wirings. docs/parts.md shows how to write
+one.
 """
 
 import dataclasses
@@ -16,13 +16,13 @@ from flax import nnx
 from research.core.errors import UserError
 from research.parallel.axes import split_axes, splits
 
-# What gin binds for a part, a norm, a head: `factory(sizes that the parent gives, rngs=rngs)` makes the module.
+# What gin binds for a part, a norm or a head: `factory(sizes from the parent, rngs=rngs)` returns the module.
 Factory = Callable[..., nnx.Module]
 
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-  """What a part may look at besides its own input. `segments` is 0 where there is only padding."""
+  """What a part may use besides its own input. `segments` is 0 for padding."""
 
   positions: jax.Array  # [batch, length], from 0 in every packed document
   segments: jax.Array | None = None  # [batch, length], the packed document each token belongs to
@@ -31,49 +31,54 @@ class Context:
   bias: jax.Array | None = None  # [heads, 2 length - 1], by the distance key - query
   encoded: jax.Array | None = None  # [batch, encoder length, embed]
   encoded_segments: jax.Array | None = None  # [batch, encoder length]
-  state: 'DecodingState | None' = None  # in decoding: what the parts keep of the tokens before
-  key_positions: jax.Array | None = (
-    None  # [batch, keys], of recalled keys; negative where there is none
-  )
+  # In decoding: the cached arrays of the tokens before.
+  state: 'DecodingState | None' = None
+  # [batch, keys], the positions of the keys that `recall` returned; negative for empty entries of the cache.
+  key_positions: jax.Array | None = None
 
   def recall(self, *new: jax.Array, window: int | None = None) -> tuple:
-    """Arrays with an entry per token, such as keys and values: in decoding, of the tokens before as well.
+    """Adds the cached entries of earlier tokens to arrays with an entry per token, such as keys and values.
 
     Args:
-      new: [batch, length, heads, ...] or [batch, length, ...], of these tokens.
-      window: only so many tokens back are ever asked for.
+      *new: [batch, length, heads, ...] or [batch, length, ...], of these tokens.
+      window: the part never needs a token further back than this.
 
     Returns:
-      The arrays and a context for them. In training both are what was given. In decoding, after the prompt,
-      the arrays have all the tokens that are kept, and the context's `key_positions` say which.
+      The arrays and a context for them. In training both are unchanged. In decoding, after the prompt, the
+      arrays have all cached tokens, and the context has their `key_positions`.
     """
     return (*new, self) if self.state is None else self.state.recall(new, self, window)
 
   def carry(self, f: Callable, initial):
-    """y of f(state) -> (state, y), a recurrence: from `initial`, or in decoding from the state left before."""
+    """Runs a recurrence f(state) -> (state, y) and returns y.
+
+    It starts from `initial`; in decoding, from the state after the token before.
+    """
     return f(initial)[1] if self.state is None else self.state.carry(f, initial)
 
   def once(self, *arrays: jax.Array) -> tuple:
-    """Arrays that do not change from token to token: in decoding, those of the first call."""
+    """Returns arrays that are the same for every token: in decoding, those of the first call."""
     return arrays if self.state is None else self.state.once(arrays)
 
   def reach(self, length: int) -> int:
-    """How far apart two tokens can be: the length; in decoding after the prompt, all the room."""
+    """Returns how far apart two tokens can be: the length; in decoding after the prompt, the cache's length."""
     return length if self.state is None or self.state.first else self.state.room
 
 
 class DecodingState(Protocol):
-  """What the parts of a model keep from call to call (`inference.state.State`); `Context` asks it.
+  """The arrays that the parts of a model cache from call to call (`inference.state.State`).
+
+  Parts use it through `Context`.
 
   Attributes:
-    first: whether this is the call that reads the prompts.
-    room: the most tokens of a row.
-    asked: how often parts have asked it for anything in this call.
+    first: True in the call that reads the prompts.
+    room: the most tokens that a row can have.
+    requests: how often parts have called `recall`, `carry` or `once` in this call of the model.
   """
 
   first: bool
   room: int
-  asked: int
+  requests: int
 
   def recall(self, new: tuple, context: Context, window: int | None) -> tuple: ...
 
@@ -86,16 +91,16 @@ class DecodingState(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """What a part costs beyond multiplying its parameters with tokens, which the counts see by themselves.
+  """What a part costs beyond the products of its parameters with tokens, which `counts` adds by itself.
 
-  All of it is for one forward pass of one sequence, unless a field says otherwise.
+  All fields are for one forward pass of one sequence, unless they say otherwise.
 
   Attributes:
     full: FLOPs of mixing tokens (a multiplication and an addition are two), if every query saw every key.
     visible: the same for the pairs that a causal mask and the window leave. Equal to `full` for a recurrence.
-    softmax: FLOPs of the softmax over all pairs, 3 for a pair and head (Hoffmann et al. 2022, appendix F).
-    cached: array elements that decoding keeps per token of the part's own sequence.
-    cached_encoder: array elements that decoding keeps per token of the encoder's input.
+    softmax: FLOPs of the softmax over all pairs, 3 per pair and head (Hoffmann et al. 2022, appendix F).
+    cached: array elements that decoding caches per token of the part's own sequence.
+    cached_encoder: array elements that decoding caches per token of the encoder's input.
     encoder_params: parameters that are multiplied with the encoder's tokens and not with the part's own.
     encoder_matrices: those of them that are matrices.
     one_hot: multiplications per token of the look-up of token vectors, written as a dense product.
@@ -117,35 +122,35 @@ class Cost:
     return Cost(*(a + b for a, b in pairs))
 
   def times(self, repeats: int) -> 'Cost':
-    """The cost of so many parts like this one."""
+    """Returns the cost of `repeats` parts like this one."""
     return Cost(*(repeats * value for value in dataclasses.astuple(self)))
 
 
 @runtime_checkable
 class Part(Protocol):
-  """The contract of parts, wirings and stacks: two methods, and no base class but nnx.Module."""
+  """The contract of parts, wirings and stacks: two methods. The only base class is nnx.Module."""
 
   def __call__(self, x: jax.Array, context: Context) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The output, and scalars by name that training adds to the loss (most parts have none).
+    """Returns the output, and scalars by name that training adds to the loss (most parts have none).
 
     Args:
-      x: [batch, length, embed], as is the output. Its dtype is the dtype of the computation: parameters stay
-        float32 and are cast where they are used.
-      context: positions, packed documents, what may see what.
+      x: [batch, length, embed], as is the output. Its dtype is that of the computation: parameters stay float32
+        and are cast where they are used.
+      context: positions, packed documents, and which token may see which.
     """
 
   def cost(self, length: int, encoder_length: int) -> Cost:
-    """What the part costs on a sequence of `length` tokens; `encoder_length` is 0 without an encoder.
+    """Returns the cost for a sequence of `length` tokens; `encoder_length` is 0 without an encoder.
 
     A part that does not mix tokens returns `Cost()`.
     """
 
 
 def check_part(part: nnx.Module) -> nnx.Module:
-  """The part itself.
+  """Returns the part.
 
   Raises:
-    UserError: it does not say what it costs. Its FLOPs would be missing from C, the x-axis of every law.
+    UserError: it has no method `cost`. Its FLOPs would be missing from C, the x-axis of every law.
   """
   if not isinstance(part, Part):
     missing = '__call__(x, context)' if not callable(part) else 'cost(length, encoder_length)'
@@ -157,14 +162,14 @@ def check_part(part: nnx.Module) -> nnx.Module:
 
 
 def call_part(part: nnx.Module, x: jax.Array, context: Context) -> tuple[jax.Array, dict]:
-  """What a part makes of x, checked.
+  """Calls a part and checks its output.
 
   Raises:
-    UserError: the output is not like x (a smaller one would be broadcast without a word), or the part does not
-      run on this mesh. In decoding also: it mixes tokens without asking for those before.
+    UserError: the output has another shape or dtype than x (a smaller shape would be broadcast silently), or
+      the part does not run on this mesh. In decoding also: it mixes tokens without the cache of earlier ones.
   """
   name = f'{type(part).__module__}.{type(part).__name__}'
-  asked = None if context.state is None else context.state.asked
+  requests = None if context.state is None else context.state.requests
   try:
     result = part(x, context)
   except Exception as error:
@@ -172,8 +177,8 @@ def call_part(part: nnx.Module, x: jax.Array, context: Context) -> tuple[jax.Arr
       raise
     why = str(error).strip().splitlines()[0].rstrip('.')
     raise UserError(
-      f'{name} does not run on this mesh, which splits {", ".join(split_axes())}: {why}. Bring its arrays '
-      'where it needs them with axes.shard(x, ...) (docs/parts.md), or choose another mesh.'
+      f'{name} does not run on this mesh, which splits {", ".join(split_axes())}: {why}. Move its arrays to '
+      'the devices that need them with axes.shard(x, ...) (docs/parts.md), or choose another mesh.'
     ) from error
   if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
     raise UserError(f'{name} returned {type(result).__name__}; return (y, penalties by name).')
@@ -182,25 +187,26 @@ def call_part(part: nnx.Module, x: jax.Array, context: Context) -> tuple[jax.Arr
     raise UserError(
       f'{name} returned {y.dtype}{list(y.shape)} for an input of {x.dtype}{list(x.shape)}; they must be alike.'
     )
-  if asked is not None and context.state.asked == asked and cost_of(part, 2, 2).full:
+  # A part without any cost of mixing (an MLP) needs no cache.
+  if requests is not None and context.state.requests == requests and cost_of(part, 2, 2).full:
     raise UserError(
-      f'{name} mixes tokens and keeps none of them, so it cannot decode: let it ask its context '
-      '(context.recall or context.carry, docs/parts.md).'
+      f'{name} mixes tokens and keeps none of them, so it cannot decode: call context.recall or context.carry '
+      'in it (docs/parts.md).'
     )
   return result
 
 
 def _is_about_sharding(error: Exception) -> bool:
   # jax exports no class for these: it raises a private ShardingTypeError, or a ValueError with such words.
-  said = f'{type(error).__name__} {error}'.lower()
-  return any(word in said for word in ('shard', 'partitionspec', 'mesh'))
+  text = f'{type(error).__name__} {error}'.lower()
+  return any(word in text for word in ('shard', 'partitionspec', 'mesh'))
 
 
 def cost_of(part: nnx.Module, length: int, encoder_length: int) -> Cost:
-  """What a part costs (`Part.cost`).
+  """Returns the cost of a part (`Part.cost`).
 
   Raises:
-    UserError: the part has no such method, or it returns something else than a `Cost`.
+    UserError: the part has no such method, or the method returns no `Cost`.
   """
   cost = check_part(part).cost(length, encoder_length)
   if not isinstance(cost, Cost):

@@ -1,9 +1,9 @@
-"""Pipeline parallelism: layers split over stages, through which microbatches circulate.
+"""Pipeline parallelism: the layers are split over stages, through which microbatches circulate.
 
-The schedule is circular (interleaved in Narayanan et al. 2021, arXiv:2104.04473, section 2.2). The layers are
-cut into stages x rounds blocks, stage s has the blocks s, s + stages, ..., and every microbatch passes all
-stages once per round. A stage works in rounds x microbatches of the rounds x microbatches + stages - 1 ticks,
-so the bubble is (stages - 1) / ticks of the time. The backward pass is the same in reverse.
+The schedule is circular ("interleaved" in Narayanan et al. 2021, arXiv:2104.04473, section 2.2). The layers are
+cut into stages x rounds blocks. Stage s has the blocks s, s + stages, ..., and every microbatch passes all
+stages once per round. A stage computes in rounds x microbatches of the rounds x microbatches + stages - 1
+ticks, so the bubble is (stages - 1) / ticks of the time. The backward pass is the same in reverse.
 """
 
 import dataclasses
@@ -19,12 +19,20 @@ from research.model.part import Context
 from research.parallel.axes import axes_of, spec
 from research.parallel.mesh import Mesh, as_tuple, pipeline_shape
 
-_ROWS = ('positions', 'segments', 'prefix', 'encoded', 'encoded_segments')  # with a batch axis
+# Fields of `Context` with a batch axis.
+_ROWS = ('positions', 'segments', 'prefix', 'encoded', 'encoded_segments')
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-  """The schedule of a pipeline; `axis` is the mesh axis of the stages."""
+  """The schedule of a pipeline.
+
+  Attributes:
+    axis: the mesh axis of the stages.
+    stages: devices along that axis.
+    rounds: how often a microbatch passes all stages.
+    microbatches: parts of a batch.
+  """
 
   axis: str
   stages: int
@@ -37,12 +45,12 @@ class Schedule:
 
   @property
   def bubble(self) -> float:
-    """The fraction of the time that a stage waits."""
+    """The fraction of the time that a stage is idle."""
     return (self.stages - 1) / self.ticks
 
 
 def over_stages(x: jax.Array) -> jax.Array:
-  """[layers, ...] with its layers split over the stages of the mesh in use."""
+  """Splits the first axis of x [layers, ...] over the stages of the mesh in use."""
   if jax.typeof(x).sharding.mesh.empty:
     return x
   stages = spec('layers', shape=x.shape[:1])[0]
@@ -50,7 +58,7 @@ def over_stages(x: jax.Array) -> jax.Array:
 
 
 def schedule_of(layers: int) -> Schedule | None:
-  """The schedule of a stack of so many layers on the mesh in use; None where the mesh has no stages.
+  """Returns the schedule of a stack of layers on the mesh in use; None if the mesh has no stages.
 
   Raises:
     Invalid: the layers are not a multiple of stages x rounds, or there are too few microbatches.
@@ -63,14 +71,16 @@ def schedule_of(layers: int) -> Schedule | None:
   microbatches = stages if microbatches is None else microbatches
   if microbatches < stages:
     why = (
-      f'{microbatches} microbatches are less than the {stages} stages, some of which would be idle.'
+      f'{microbatches} microbatches are fewer than the {stages} stages, and some stages would be idle; '
+      'raise it or lower Mesh.stage.'
     )
     raise Invalid(Mesh, 'stage_microbatches', why)
   if layers % (stages * rounds):
-    why = f'a stack of {layers} layers does not go into {stages} stages x {rounds} rounds of equal blocks; '
-    raise Invalid(
-      Mesh, 'stage', why + 'change Mesh.stage, Mesh.stage_rounds or the number of layers.'
+    why = (
+      f'a stack of {layers} layers cannot be cut into {stages} stages x {rounds} rounds of equal blocks; '
+      'change Mesh.stage, Mesh.stage_rounds or the number of layers.'
     )
+    raise Invalid(Mesh, 'stage', why)
   return Schedule(axis, stages, rounds, microbatches)
 
 
@@ -81,20 +91,24 @@ def pipelined(
   x: jax.Array,
   context: Context,
 ) -> tuple[jax.Array, dict]:
-  """x after all the layers, and their penalties.
+  """Applies all the layers to x, stage by stage.
 
-  With more than one round, the stages first exchange parameters (and their gradients afterwards), because
-  parameters are stored in the order of the layers, and the blocks of a stage are not consecutive.
+  With more than one round the stages first exchange parameters, and their gradients afterwards: parameters are
+  stored in the order of the layers, and the blocks of a stage are not consecutive.
 
   Args:
+    schedule: the schedule.
     block: `block(x, layers of one block, context) -> (x, penalties)`.
     layers: a tree of arrays [layers, ...], the first axis split over the stages.
     x: [batch, length, embed]; equal on all stages, like the result.
     context: its arrays with a batch axis are cut into microbatches like x.
 
   Returns:
-    x, and every penalty as the mean over microbatches, weighted by their tokens. A penalty that is not linear
-    in the tokens (a load balance) is that of a microbatch, as with `Run.microbatches`.
+    x after the layers, and every penalty as the mean over microbatches, weighted by their tokens. A penalty
+    that is not linear in the tokens (a load balance) is computed per microbatch, as with `Run.microbatches`.
+
+  Raises:
+    Invalid: the microbatches do not divide the batch.
   """
   n = schedule.microbatches
   shards = math.prod(
@@ -124,18 +138,22 @@ def pipelined(
 
 
 def _cut(x: jax.Array, n: int) -> jax.Array:
-  """[microbatches, rows, ...]. A microbatch takes every n-th row, so that all devices have rows of each."""
+  """Cuts x [batch, ...] into [microbatches, rows, ...].
+
+  A microbatch takes every n-th row, so that every device has rows of every microbatch.
+  """
   rows, *others = axes_of(x)
   x = x.reshape(-1, n, *x.shape[1:], out_sharding=jax.P(rows, None, *others))
   return jnp.moveaxis(x, 1, 0)
 
 
 def _take(tree, i):
+  """Returns entry i of the first axis of every array."""
   return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), tree)
 
 
 def _stage(schedule, block, stage, layers, xs, rows, context):
-  """The work of stage number `stage`, as its devices run it."""
+  """What the devices of stage number `stage` compute: every tick, one block for one microbatch."""
   stages = schedule.stages
   n = schedule.microbatches
   tasks = schedule.rounds * n  # a task is one block for one microbatch
@@ -144,7 +162,7 @@ def _stage(schedule, block, stage, layers, xs, rows, context):
   weights = _weights(rows, n)
 
   def keep(waiting, arriving, t):
-    """Stores what the last stage sent until its next round. The first `stages` ticks send nothing."""
+    """Stores a microbatch from the last stage until its next round. The first `stages` ticks send none."""
     slot = (t - stages) % n
     new = jnp.where(t >= stages, arriving, _take(waiting, slot))
     return jax.lax.dynamic_update_index_in_dim(waiting, new, slot, 0)
@@ -152,7 +170,7 @@ def _stage(schedule, block, stage, layers, xs, rows, context):
   def tick(carry, t):
     waiting, arriving = carry
     waiting = keep(waiting, arriving, t)
-    # Before its first task and after its last a stage repeats that one, and its result is discarded.
+    # Before its first task and after its last one a stage repeats that task, and the result is discarded.
     i = jnp.clip(t - stage, 0, tasks - 1)
     x = jnp.where(stage == 0, _take(waiting, i % n), arriving)
     of_microbatch = dataclasses.replace(context, **_take(rows, i % n))
@@ -173,7 +191,7 @@ def _stage(schedule, block, stage, layers, xs, rows, context):
 
 
 def _weights(rows: dict, n: int) -> jax.Array:
-  """[microbatches]: the fraction of the tokens in each."""
+  """Returns the fraction of the tokens in each microbatch, [microbatches]."""
   if 'segments' not in rows:
     return jnp.full(n, 1 / n)
   tokens = jnp.sum(rows['segments'] > 0, axis=(1, 2), dtype=jnp.float32)
@@ -181,13 +199,15 @@ def _weights(rows: dict, n: int) -> jax.Array:
 
 
 def _blocks(schedule: Schedule, stage, w: jax.Array) -> jax.Array:
-  """[rounds, layers of a block, ...] of a stage, from its consecutive part of the layers."""
+  """Returns the blocks of a stage, [rounds, layers of a block, ...], from consecutive parts of the layers."""
   stages = schedule.stages
   rounds = schedule.rounds
   w = w.reshape(rounds, -1, *w.shape[1:], out_sharding=jax.P(None, None, *axes_of(w)[1:]))
   if rounds == 1:
     return w
-  # An all_to_all has equal parts: every stage sends `width` blocks to every stage, though not all are needed.
+  # An all_to_all needs equal parts: every stage sends `width` blocks to every stage, though some are not
+  # needed. `send[s, t]` are the blocks that stage s sends to stage t, `take[t]` the entries that stage t needs,
+  # by round.
   width = -(-rounds // stages)
   send = np.zeros((stages, stages, width), np.int32)
   take = np.zeros((stages, rounds), np.int32)

@@ -1,6 +1,6 @@
-"""Positions: rotations of queries and keys, and biases on their products.
+"""Positions: rotations of queries and keys, and biases on the logits of attention.
 
-`embedder.Embedder` adds learned positions.
+Learned positions are in `embedder.Embedder`.
 """
 
 import math
@@ -13,7 +13,7 @@ from flax import nnx
 
 from research.model.parameters import check_sizes, normal, param
 
-# The result of scaling rotary frequencies: the new frequencies [rotated / 2], and a factor of cos and sin.
+# What a scaling of rotary frequencies returns: the new frequencies [rotated / 2], and a factor of cos and sin.
 Scaled = tuple[np.ndarray, float]
 
 
@@ -32,10 +32,13 @@ def rotary(
     x: [batch, length, heads, head_dim].
     positions: [batch, length].
     base: the longest wavelength is 2 pi base.
-    fraction: of head_dim to rotate; the other channels are unchanged.
+    fraction: the fraction of head_dim that is rotated; the other channels are unchanged.
     interleaved: pairs are (0, 1), (2, 3), ... as in the paper, GPT-J, GLM and DeepSeek; otherwise
       (0, n/2), (1, n/2 + 1), ... as in GPT-NeoX and LLaMA.
-    scaling: of the frequencies, for a longer context than in training (`linear_scaling` and the others).
+    scaling: changes the frequencies for a longer context than in training (`linear_scaling` and the others).
+
+  Returns:
+    An array of the shape and dtype of x.
   """
   rotated = int(x.shape[-1] * fraction)
   frequency = base ** (-np.arange(0, rotated, 2, dtype=np.float32) / rotated)
@@ -50,7 +53,7 @@ def rotary(
     b = y[..., 1]
   else:
     a, b = jnp.split(y, 2, axis=-1)
-  # In float32, but one half at a time: no array of the size of x is in float32.
+  # In float32, but one half at a time, so that no float32 array is as large as x.
   a = a.astype(jnp.float32)
   b = b.astype(jnp.float32)
   pair = (a * cos - b * sin).astype(x.dtype), (a * sin + b * cos).astype(x.dtype)
@@ -69,7 +72,7 @@ def linear_scaling(frequency: np.ndarray, *, factor: float) -> Scaled:
 def ntk_scaling(frequency: np.ndarray, *, factor: float) -> Scaled:
   """NTK-aware interpolation (see arXiv:2309.00071, section 3.1): base x factor^(d / (d - 2)).
 
-  So the highest frequency stays, and the lowest is divided by the factor.
+  The highest frequency stays, and the lowest is divided by the factor.
   """
   n = len(frequency)
   return frequency * factor ** (-np.arange(n) / max(n - 1, 1)), 1.0
@@ -83,10 +86,10 @@ def llama3_scaling(
   high: float = 4.0,
   original_length: int = 8192,
 ) -> Scaled:
-  """The scaling of Llama 3.1, which depends on how often a pair turns within the original length.
+  """The scaling of Llama 3.1, by how often a pair turns within the original length.
 
-  Pairs that turn more than `high` times keep their frequency, and those that turn less than `low` times are
-  divided by the factor. Between the two the frequency is interpolated.
+  A pair that turns more than `high` times keeps its frequency. The frequency of a pair that turns less than
+  `low` times is divided by the factor. Between the two it is interpolated.
   """
   turns = original_length * frequency / (2 * np.pi)
   keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
@@ -105,12 +108,21 @@ def yarn_scaling(
 ) -> Scaled:
   """YaRN (Peng et al. 2023, arXiv:2309.00071, section 3.2 and equation 22).
 
-  As `llama3_scaling`, but the interpolation is linear in the index of the pair, from the last that turns `fast`
-  times to the first that turns `slow` times. `truncate` rounds both to whole pairs. `magnitude` multiplies cos
-  and sin; None is 0.1 ln factor + 1.
+  As `llama3_scaling`, but the interpolation is linear in the index of the pair.
+
+  Args:
+    frequency: [rotated / 2].
+    factor: how many times longer the context is than in training.
+    original_length: the length in training.
+    fast: the interpolation begins at the last pair that turns so often within that length.
+    slow: it ends at the first pair that turns so often.
+    truncate: rounds both to whole pairs.
+    magnitude: the factor of cos and sin; None is 0.1 ln factor + 1.
   """
   n = len(frequency)
-  step = math.log(frequency[0] / frequency[-1]) / max(n - 1, 1)  # of the log frequency, per pair
+  step = math.log(frequency[0] / frequency[-1]) / max(
+    n - 1, 1
+  )  # difference of log frequency between pairs
 
   def index(turns: float) -> float:
     return math.log(original_length * frequency[0] / (2 * math.pi * turns)) / step
@@ -128,9 +140,18 @@ def yarn_scaling(
 
 
 def sinusoidal(positions: jax.Array, embed: int, *, base: float = 10_000.0) -> jax.Array:
-  """[batch, length, embed]: sines in the first half, cosines in the second, of wavelengths 2 pi to 2 pi base.
+  """Sinusoidal position vectors (Vaswani et al. 2017, arXiv:1706.03762, section 3.5).
 
-  Vaswani et al. 2017, arXiv:1706.03762, section 3.5, with the order of the channels of tensor2tensor.
+  The order of the channels is that of tensor2tensor: sines in the first half, cosines in the second, with
+  wavelengths 2 pi to 2 pi base.
+
+  Args:
+    positions: [batch, length].
+    embed: how many channels.
+    base: see above.
+
+  Returns:
+    [batch, length, embed], float32.
   """
   frequency = base ** (-np.arange(embed // 2, dtype=np.float32) / max(embed // 2 - 1, 1))
   angle = positions.astype(jnp.float32)[..., None] * frequency
@@ -138,8 +159,9 @@ def sinusoidal(positions: jax.Array, embed: int, *, base: float = 10_000.0) -> j
 
 
 def by_place(bias: jax.Array, length: int) -> jax.Array:
-  """[..., query, key] of `length` each from [..., 2 length - 1] by the distance key - query."""
-  # Rows with one entry more than there are distances, read as rows without it: each starts one entry earlier.
+  """Turns a bias by distance key - query, [..., 2 length - 1], into one by [..., query, key]."""
+  # No gather: all rows are the same with one entry of padding. Read as rows without the padding, each of them
+  # starts one entry earlier than the row before.
   bias = jnp.pad(bias, [(0, 0)] * (bias.ndim - 1) + [(0, 1)])
   rows = jnp.broadcast_to(bias[..., None, :], (*bias.shape[:-1], length, 2 * length))
   flat = rows.reshape(*bias.shape[:-1], -1)[..., : length * (2 * length - 1)]
@@ -150,8 +172,9 @@ class RelativePositionBias(nnx.Module):
   """T5's learned bias per head and bucket of distance (Raffel et al. 2020, arXiv:1910.10683, section 2.1).
 
   Half of the buckets are single distances; the others grow logarithmically up to `max_distance`. A call with a
-  length gives [heads, 2 length - 1]: a bias for every distance key - query from 1 - length on (`by_place`).
-  Packed documents are contiguous, so two tokens of one are as far apart as their places in the row.
+  length returns [heads, 2 length - 1]: a bias for every distance key - query from 1 - length on (`by_place`).
+  Packed documents are contiguous, so the distance of two tokens of a document is that of their places in the
+  row.
   """
 
   def __init__(
@@ -196,8 +219,8 @@ def _heads_spec(table):
 class ALiBi(nnx.Module):
   """A fixed bias of -slope x distance per head (Press et al. 2022, arXiv:2108.12409).
 
-  The slopes are the geometric sequence of the paper. Where the number of heads is no power of two, they are
-  those of the next lower power, and then every second one of the next higher power (the code of the authors).
+  The slopes are the geometric sequence of the paper. If the number of heads is not a power of two, they are
+  those of the next lower power, and then every second one of the next higher power, as in the authors' code.
   """
 
   def __init__(self, *, heads: int, rngs: nnx.Rngs):
@@ -210,6 +233,7 @@ class ALiBi(nnx.Module):
 
 
 def alibi_slopes(heads: int) -> list[float]:
+  """Returns the slope of every head (see `ALiBi`)."""
   power = 2 ** math.floor(math.log2(heads))
   slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
   extra = [2 ** (-4 * (i + 1) / power) for i in range(0, 2 * power, 2)]

@@ -1,11 +1,11 @@
-"""What state-space mixers share: a causal convolution, and scans over chunks.
+"""A causal convolution, and scans over chunks, for state-space mixers.
 
-The mixers carry a state along the sequence and reset it where a packed document begins. The forward pass keeps
-one state per chunk, and the backward pass computes the states inside a chunk again. So memory is linear in the
-length, and its largest part is one state per token of a single chunk.
+The mixers carry a state along the sequence and reset it at the start of every packed document. The forward pass
+stores one state per chunk, and the backward pass computes the states within a chunk again. So memory is linear
+in the length, and its largest part is one state per token of a single chunk.
 
-Where the mesh splits sequences, the scan has whole sequences and splits the channels instead, by an all_to_all
-before and one after it (as DeepSpeed-Ulysses does with heads, arXiv:2309.14509). So no device waits for the
+If the mesh splits sequences, the scan works on whole sequences and splits the channels instead, with an
+all_to_all before and after (as DeepSpeed-Ulysses does with heads, arXiv:2309.14509). So no device waits for the
 state of another.
 """
 
@@ -23,18 +23,20 @@ from research.parallel.axes import spec_of
 
 
 def step_bias(smallest: float, largest: float):
-  """Initialiser: the softplus of the bias is log-uniform between these step sizes (Mamba, section 3.6)."""
+  """Returns an initializer: the softplus of the bias is log-uniform in this range (Mamba, section 3.6)."""
 
   def init(key, shape, dtype, out_sharding):
-    low, high = math.log(smallest), math.log(largest)
+    low = math.log(smallest)
+    high = math.log(largest)
     step = jnp.exp(jax.random.uniform(key, shape, dtype, low, high, out_sharding=out_sharding))
+    # The inverse of softplus, in a form that does not overflow.
     return step + jnp.log(-jnp.expm1(-step))
 
   return init
 
 
 def log_range(axis: int):
-  """Initialiser: log(1, 2, ...) along this axis (S4D-real)."""
+  """Returns an initializer: log(1, 2, ...) along this axis (S4D-real)."""
 
   def init(key, shape, dtype, out_sharding):
     index = jax.lax.broadcasted_iota(dtype, shape, axis, out_sharding=out_sharding)
@@ -57,7 +59,8 @@ class CausalConvolution(nnx.Module):
   def __call__(self, x: jax.Array, context: Context) -> jax.Array:
     if context.state is None:
       return self.convolve(x, context.segments)
-    if context.segments is not None:  # padding at generation is all before the first token
+    # In decoding all padding comes before the first token, and must not reach it.
+    if context.segments is not None:
       real = context.segments.reshape(*x.shape[:2], *[1] * (x.ndim - 2)) > 0
       x = jnp.where(real, x, 0)
     past = self.kernel.shape[0] - 1
@@ -83,6 +86,7 @@ class CausalConvolution(nnx.Module):
 
 
 def _delay(x: jax.Array, steps: int) -> jax.Array:
+  """Shifts x [batch, length, ...] by so many tokens; the first ones are zeros."""
   if is_split(x.shape[1]):
     return delayed(x, steps)
   pad = jnp.pad(x, ((0, 0), (steps, 0), *[(0, 0)] * (x.ndim - 2)))
@@ -90,7 +94,7 @@ def _delay(x: jax.Array, steps: int) -> jax.Array:
 
 
 def _chunks(x: jax.Array, chunk: int) -> jax.Array:
-  """[batch, length, ...] to [chunks, batch, chunk, ...], padded with zeros at the end."""
+  """Cuts [batch, length, ...] into [chunks, batch, chunk, ...], padded with zeros at the end."""
   n = -(-x.shape[1] // chunk)
   x = jnp.pad(x, ((0, 0), (0, n * chunk - x.shape[1]), *[(0, 0)] * (x.ndim - 2)))
   return jnp.moveaxis(x.reshape(x.shape[0], n, chunk, *x.shape[2:]), 1, 0)

@@ -22,8 +22,8 @@ class RelativeAttention(Attention):
   """Multi-head attention whose logits also depend on a projection of the distance (Dai et al. 2019).
 
   logits[i, j] = scale ((q_i + u) k_j + (q_i + v) W r_{i-j}), where r are the sinusoids of the distance and u, v
-  are learned for each head (arXiv:1901.02860, section 3.3). W is [embed, heads, head_dim]. The paper's memory
-  between segments is left out.
+  are learned for each head (arXiv:1901.02860, section 3.3). W is [embed, heads, head_dim]. There is no memory
+  between segments, unlike in the paper.
 
   Knobs:
     window: as in `Attention`.
@@ -55,7 +55,7 @@ class RelativeAttention(Attention):
   def __call__(self, x: jax.Array, context: Context):
     q, k, v = self.project(x, x, context)
     k, v, context = context.recall(k, v, window=self.window)
-    # Where lengths are split, every device compares its queries with all keys.
+    # If the mesh splits lengths, every device compares its queries with all keys.
     k, v = (shard(y, 'batch', None, 'kv_heads', None) for y in (k, v))
     content_bias, position_bias = (
       shard(y[...].astype(x.dtype), 'heads', None) for y in (self.content_bias, self.position_bias)
@@ -78,7 +78,7 @@ class RelativeAttention(Attention):
     return self.output(dot_product_attention(q, k, v, mask=mask, bias=bias, scale=self.scale)), {}
 
   def at_distances(self, q: jax.Array, context: Context) -> jax.Array:
-    """`by_distance` for generation: few queries [batch, length, heads, head_dim], and keys of the state."""
+    """As `by_distance`, in decoding: few queries [batch, length, heads, head_dim], and the cached keys."""
     kernel = shard(self.position[...].astype(q.dtype), None, 'heads', None)
     r = sinusoids(np.arange(context.state.room), kernel.shape[0]).astype(q.dtype)
     q = jnp.einsum('bqhd,ehd->bqhe', q * self.scale, kernel)
@@ -87,7 +87,7 @@ class RelativeAttention(Attention):
     return jnp.take_along_axis(logits, jnp.clip(distance, 0, r.shape[0] - 1)[:, None], axis=3)
 
   def by_distance(self, q: jax.Array) -> jax.Array:
-    """scale q_i W r_{i-j}: [batch, heads, query, key] from [batch, length, heads, head_dim]."""
+    """Returns scale q_i W r_{i-j}, [batch, heads, query, key], of q [batch, length, heads, head_dim]."""
     batch, length, heads, _ = q.shape
     q = shard(q, 'batch', None, 'heads', None)  # the reshapes below move entries between rows
     kernel = shard(self.position[...].astype(q.dtype), None, 'heads', None)
@@ -98,22 +98,21 @@ class RelativeAttention(Attention):
     def reshape(x, *shape):
       return x.reshape(shape, out_sharding=spec('batch', 'heads', None, None, shape=shape))
 
-    # Row i has the distances length - 1 down to 1 - length, and needs i down to i + 1 - length. In rows that
-    # are one entry shorter, each row starts one entry further on: pad a column, drop the first `length`,
-    # reshape.
+    # Row i has the distances length - 1 down to 1 - length, and needs i down to i + 1 - length. The trick is
+    # the paper's: pad a column, read the rows as one entry shorter, and each row starts one entry further on.
     logits = jnp.pad(logits, ((0, 0), (0, 0), (0, 0), (1, 0)))
     logits = reshape(logits, batch, heads, 2 * length, length)[:, :, 1:]
     logits = reshape(logits, batch, heads, length, 2 * length - 1)[..., :length]
     return shard(logits, 'batch', 'heads', 'length', None)
 
   def cost(self, length: int, encoder_length: int) -> Cost:
-    """`Attention`'s, and half as many FLOPs again for the products with distances."""
+    """That of `Attention`, and half as many FLOPs again for the products with distances."""
     cost = super().cost(length, encoder_length)
     return dataclasses.replace(cost, full=cost.full * 3 // 2, visible=cost.visible * 3 // 2)
 
 
 def sinusoids(positions: np.ndarray, embed: int) -> jax.Array:
-  """[n, embed]: sines and then cosines of the positions, wavelengths 2 pi to 20000 pi (Dai et al. 2019)."""
+  """Returns sines, then cosines, of positions [n], [n, embed]; the wavelengths are 2 pi to 20000 pi."""
   frequency = 10_000.0 ** (-np.arange(0, embed, 2) / embed)
   angle = positions[:, None] * frequency
   return jnp.asarray(np.concatenate([np.sin(angle), np.cos(angle)], axis=-1), jnp.float32)

@@ -1,4 +1,4 @@
-"""Wirings: how the parts of a layer add to the residual stream, and the places of the norms."""
+"""Wirings: how the outputs of parts are added to the residual stream, and where the norms are."""
 
 import jax
 from flax import nnx
@@ -6,14 +6,14 @@ from flax import nnx
 from research.model.part import Context, Cost, Factory, call_part, check_part, cost_of
 
 
-def add_to_stream(*penalties: dict) -> dict:
-  """Sums of penalties by name."""
+def add_penalties(*penalties: dict) -> dict:
+  """Adds up penalties by name."""
   names = dict.fromkeys(name for p in penalties for name in p)
   return {name: sum(p[name] for p in penalties if name in p) for name in names}
 
 
 class SideBySide(nnx.Module):
-  """Base of the wirings: `parts` side by side on one stream, whose costs add up."""
+  """Base class of wirings: `parts` side by side on one stream. Their costs add up."""
 
   parts: nnx.List
 
@@ -30,12 +30,13 @@ class Residual(SideBySide):
     self.parts = nnx.List([check_part(part(embed, rngs=rngs)) for part in parts])
 
   def sum_of_parts(self, x, context):
+    """Returns the sum of the parts' outputs for x, and their penalties."""
     ys, penalties = zip(*(call_part(part, x, context) for part in self.parts), strict=True)
-    return sum(ys), add_to_stream(*penalties)
+    return sum(ys), add_penalties(*penalties)
 
 
 class PreNorm(Residual):
-  """x + sum of part(norm(x)): GPT-2 and after; with several parts, PaLM's parallel layer."""
+  """x + sum of part(norm(x)): GPT-2 and later models. With several parts, PaLM's parallel layer."""
 
   def __call__(self, x: jax.Array, context: Context):
     y, penalties = self.sum_of_parts(self.norm(x), context)
@@ -51,7 +52,7 @@ class PostNorm(Residual):
 
 
 class PreNormEach(SideBySide):
-  """x + sum of part_i(norm_i(x)): parts side by side, each behind a norm of its own (GPT-NeoX, Falcon-40B)."""
+  """x + sum of part_i(norm_i(x)): parts side by side, each after its own norm (GPT-NeoX, Falcon-40B)."""
 
   def __init__(self, embed: int, parts: tuple[Factory, ...], *, norm: Factory, rngs: nnx.Rngs):
     self.parts = nnx.List([check_part(part(embed, rngs=rngs)) for part in parts])
@@ -61,7 +62,7 @@ class PreNormEach(SideBySide):
     pairs = zip(self.parts, self.norms, strict=True)
     results = (call_part(part, norm(x), context) for part, norm in pairs)
     ys, penalties = zip(*results, strict=True)
-    return x + sum(ys), add_to_stream(*penalties)
+    return x + sum(ys), add_penalties(*penalties)
 
 
 class NormAfter(Residual):

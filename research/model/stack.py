@@ -1,4 +1,4 @@
-"""Stacks of layers: repetition, recomputation, and pipelines."""
+"""Stacks of layers: repetition, rematerialisation, and pipelines."""
 
 import dataclasses
 import functools
@@ -12,9 +12,9 @@ from research.core.errors import Invalid, did_you_mean
 from research.model.parameters import check_sizes
 from research.model.part import Context, Cost, Factory, cost_of
 from research.model.pipeline import over_stages, pipelined, schedule_of
-from research.model.residual import add_to_stream
+from research.model.residual import add_penalties
 
-# What the backward pass keeps from the forward pass of a layer; it computes everything else again.
+# What the backward pass has stored of the forward pass of a layer. It computes everything else again.
 _LAYER_INPUT = 'layer_input'
 REMAT = {
   'none': None,
@@ -30,17 +30,18 @@ REMAT = {
 class Stack(nnx.Module):
   """The same `parts`, `repeats` times in sequence, with stacked parameters [layers, ...].
 
-  `parts = (Attention, Mlp)` is a decoder layer; `((Attention, Mlp),)` puts them side by side;
-  `(Attention, CrossAttention, Mlp)` is T5's decoder. A longer tuple makes a period of several layers.
+  `parts = (Attention, Mlp)` is a decoder layer, `((Attention, Mlp),)` puts the two side by side, and
+  `(Attention, CrossAttention, Mlp)` is T5's decoder. A longer tuple is a period of several layers.
 
   Knobs:
     residual: the wiring (`PreNorm`, `PostNorm`, ...).
-    norm: after the last layer.
-    bias: a position bias that all layers share, made from the length.
-    scan: whether to compile one layer and loop over it, which compiles fast at any depth. Without it all layers
-      are unrolled, which runs faster in a small model. The parameters are the same.
-    remat: what the backward pass computes again: 'none' nothing, 'full' everything, 'dots' all but matrix
-      products; 'offload' everything, from layer inputs that are kept in the memory of the host.
+    repeats: how often the parts are repeated.
+    norm: a norm after the last layer.
+    bias: makes a position bias that all layers share (`positions.ALiBi`).
+    scan: compiles one layer and loops over it, which compiles fast at any depth. Without it all layers are
+      unrolled, which runs faster in a small model. The parameters are the same.
+    remat: what the backward pass computes again: 'none' nothing, 'full' everything, 'dots' everything but
+      matrix products, 'offload' everything, from layer inputs that are stored in the host's memory.
   """
 
   def __init__(
@@ -58,7 +59,7 @@ class Stack(nnx.Module):
   ):
     check_sizes(Stack, repeats=repeats)
     if remat not in REMAT:
-      raise Invalid(Stack, 'remat', f'no policy {remat!r}.{did_you_mean(remat, REMAT)}')
+      raise Invalid(Stack, 'remat', f'there is no policy {remat!r}.{did_you_mean(remat, REMAT)}')
     self.repeats = repeats
     self.scan = scan
     self.remat = remat
@@ -68,9 +69,8 @@ class Stack(nnx.Module):
       return residual(embed, tuple(parts), rngs=nnx.Rngs(params=key))
 
     def repeated(part):
-      layers = jax.vmap(functools.partial(build, part=part))(
-        jax.random.split(rngs.params(), repeats)
-      )
+      keys = jax.random.split(rngs.params(), repeats)
+      layers = jax.vmap(functools.partial(build, part=part))(keys)
       return jax.tree.map(over_stages, layers)
 
     self.sublayers = nnx.List([repeated(part) for part in parts])
@@ -93,7 +93,7 @@ class Stack(nnx.Module):
     return (self.norm(x) if self.norm is not None else x), penalties
 
   def decode(self, x: jax.Array, context: Context) -> jax.Array:
-    """x after these layers in decoding, where each layer has a state of its own. Nothing is recomputed."""
+    """Returns x after these layers in decoding: each layer has its own state. There is no backward pass."""
 
     def layer(x, sublayers, state):
       of_layer = dataclasses.replace(context, state=state)
@@ -108,7 +108,7 @@ class Stack(nnx.Module):
     return x
 
   def cost(self, length: int, encoder_length: int) -> Cost:
-    """The cost of all layers. A layer is costed without the layers axis of its stacked parameters."""
+    """The cost of one layer, without the axis of its stacked parameters, times `repeats`."""
     if self.layers is not None:
       layer = self.layers[0]
     else:
@@ -117,7 +117,7 @@ class Stack(nnx.Module):
     return sum(costs, Cost()).times(self.repeats)
 
   def run(self, x: jax.Array, stacked, context: Context):
-    """x after these layers (all or some of the stack), and their penalties."""
+    """Returns x after these layers (all or some of the stack), and their penalties."""
 
     def layer(x, sublayers):
       penalties = []
@@ -125,8 +125,9 @@ class Stack(nnx.Module):
       for sublayer in sublayers:
         x, penalty = sublayer(x, context)
         penalties.append(penalty)
-      return x, add_to_stream(*penalties)
+      return x, add_penalties(*penalties)
 
+    # In a loop XLA cannot merge the recomputation with the forward pass, so it needs no barrier against that.
     if self.remat != 'none':
       layer = jax.checkpoint(layer, policy=REMAT[self.remat], prevent_cse=not self.scan)
     if self.scan and self.layers is None:
@@ -135,14 +136,14 @@ class Stack(nnx.Module):
     penalties = {}
     for sublayers in self.layers or _unstack(stacked):
       x, penalty = layer(x, sublayers)
-      penalties = add_to_stream(penalties, penalty)
+      penalties = add_penalties(penalties, penalty)
     return x, penalties
 
 
 class Stacks(nnx.Module):
   """Stacks in sequence, for models whose layers differ.
 
-  DeepSeek-V2 begins with a dense layer; Gemma 3 1B ends with a part of its period.
+  DeepSeek-V2 begins with a dense layer, and Gemma 3 1B ends within a period.
   """
 
   def __init__(
@@ -160,15 +161,15 @@ class Stacks(nnx.Module):
     for stack in self.stacks:
       x, penalty = stack(x, context)
       penalties.append(penalty)
-    return (self.norm(x) if self.norm is not None else x), add_to_stream(*penalties)
+    return (self.norm(x) if self.norm is not None else x), add_penalties(*penalties)
 
 
 def separate_layers(module: nnx.Module) -> None:
-  """Gives every layer of the stacks in a module parameters of its own, in place of stacked ones.
+  """Replaces the stacked parameters of every stack in a module by separate ones for every layer.
 
-  A program that slices stacked parameters copies them. In training that is little beside the products of a
-  batch; in decoding it is as much as all of a step, which reads every parameter once. Call this outside of
-  the step.
+  A program that slices stacked parameters copies them. In training that costs little beside the products of a
+  batch. A decoding step reads every parameter once, so a copy would double its time. Call this outside of the
+  step.
   """
   if isinstance(module, Stack) and module.layers is None:
     layers = [nnx.List(list(layer)) for layer in _unstack(module.sublayers)]
@@ -180,8 +181,9 @@ def separate_layers(module: nnx.Module) -> None:
 
 
 def _unstack(tree) -> list:
-  """A tree for every index of the first axis. One `split` per array, whose gradient is one concatenation."""
+  """Splits a tree of arrays into one tree per index of the first axis."""
   leaves, treedef = jax.tree.flatten(tree)
   n = leaves[0].shape[0]
+  # One `split` per array, since its gradient is a single concatenation; that of n slices would be n additions.
   slices = [[s[0] for s in jax.lax.split(leaf, (1,) * n)] for leaf in leaves]
   return [jax.tree.unflatten(treedef, layer) for layer in zip(*slices, strict=True)]

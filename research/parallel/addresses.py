@@ -7,21 +7,21 @@ from research.core.errors import UserError
 
 
 def split_address(address: str, setting: str) -> tuple[str, int]:
-  """'host:port' or '[IPv6 address]:port' in its parts.
+  """Splits 'host:port' or '[IPv6 address]:port'.
 
   Args:
-    address: of process 0.
-    setting: what set it, for messages.
+    address: the address of process 0.
+    setting: the flag or variable that set it, for messages.
 
   Raises:
-    UserError: it is neither.
+    UserError: it has neither form.
   """
   host, _, port = address.rpartition(':')
   bare = host.removeprefix('[').removesuffix(']')
   if not bare or bare.strip() != bare or '/' in bare:
     raise UserError(f'{setting} must be host:port of process 0.')
   if ':' in bare and (bare == host or not _is_ipv6(bare)):
-    raise UserError(f'{setting}: an IPv6 address stands in brackets, as in [::1]:8476.')
+    raise UserError(f'{setting}: write an IPv6 address in brackets, as in [::1]:8476.')
   if not (port.isascii() and port.isdigit()) or not 0 < int(port) < 2**16:
     raise UserError(f'{setting}: the port {port!r} must be a number from 1 to 65535.')
   return bare, int(port)
@@ -36,7 +36,7 @@ def _is_ipv6(host: str) -> bool:
 
 
 def unknown_name(host: str) -> str:
-  """Says so where a host's name has no address."""
+  """Returns a clause for a message if a host's name has no address, else ''."""
   try:
     socket.getaddrinfo(host, None)
   except OSError as error:

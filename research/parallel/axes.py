@@ -1,4 +1,4 @@
-"""Arrays on the mesh in use: how their axes are split, gathered and checked."""
+"""Splits, gathers and checks the axes of arrays on the mesh in use."""
 
 import math
 from collections.abc import Mapping
@@ -11,32 +11,33 @@ from research.parallel.mesh import MAY_STAY_WHOLE, Mesh, as_tuple, rules_in_use
 
 
 def axis_size(name: str) -> int:
-  """The number of devices that the mesh in use splits the array axis `name` over."""
+  """Returns over how many devices the mesh in use splits the array axis `name`."""
   rules = rules_in_use.get() or {}
   sizes = jax.sharding.get_abstract_mesh().shape
   return math.prod(sizes.get(axis, 1) for axis in as_tuple(rules.get(name)))
 
 
 def split_axes() -> list[str]:
-  """The names of the array axes that the mesh in use splits."""
+  """Returns the names of the array axes that the mesh in use splits."""
   return [name for name in rules_in_use.get() or {} if axis_size(name) > 1]
 
 
 def splits() -> bool:
-  """Whether the mesh in use splits anything."""
+  """Returns whether the mesh in use splits any array."""
   return bool(split_axes())
 
 
 def on_each(size: int, name: str) -> int:
-  """The part of an array axis `name` of this size that one device has, at least 1."""
+  """Returns the size that one device has of an array axis `name` of this size, at least 1."""
   return max(1, size // axis_size(name))
 
 
 def spec(*names: str | None, shape: tuple[int, ...] | None = None) -> P:
-  """`spec('batch', 'length', None)`: the PartitionSpec of an array with these axes under the mesh in use.
+  """Returns the PartitionSpec of an array with these axes under the mesh in use: `spec('batch', 'length',
+  None)`.
 
-  With `shape`, an axis whose size the mesh does not divide stays whole. Where two names claim one mesh axis,
-  the first gets it. For parameters `check` makes both an error. Outside any mesh every axis is whole.
+  With `shape`, an axis whose size the mesh does not divide stays whole. If two names claim the same mesh axis,
+  the first gets it. For parameters both cases are errors of `check`. Outside any mesh every axis is whole.
   """
   rules = rules_in_use.get() or {}
   sizes = dict(jax.sharding.get_abstract_mesh().shape)
@@ -54,13 +55,13 @@ def spec(*names: str | None, shape: tuple[int, ...] | None = None) -> P:
 
 
 def check(parameters: Mapping[str, tuple[tuple[str | None, ...], tuple[int, ...]]]) -> None:
-  """Raises Invalid where the rules cannot put a parameter onto the mesh in use.
+  """Checks that the rules can put every parameter onto the mesh in use.
 
   Args:
     parameters: path -> (names of the axes, shape).
 
   Raises:
-    Invalid: of `Mesh`: two axes of one parameter claim one mesh axis, or the devices do not divide a size.
+    Invalid: two axes of a parameter claim the same mesh axis, or the devices do not divide a size.
   """
   rules = rules_in_use.get() or {}
   sizes = dict(jax.sharding.get_abstract_mesh().shape)
@@ -93,23 +94,23 @@ def check(parameters: Mapping[str, tuple[tuple[str | None, ...], tuple[int, ...]
 
 
 def shard(x: jax.Array, *names: str | None) -> jax.Array:
-  """`x` resharded by the names of its axes."""
+  """Returns `x` resharded by the names of its axes."""
   if rules_in_use.get() is None:
     return x
   return jax.sharding.reshard(x, spec(*names, shape=x.shape))
 
 
 def gather(x: jax.Array, *names: str | None) -> jax.Array:
-  """A parameter that is whole on every device except along `names`, as FSDP gathers it before use.
+  """Gathers a parameter to every device, except along `names`, as FSDP does before its use.
 
-  Its gradient is a reduce-scatter to the sharding of `x`. Every device first adds up the gradients of its own
-  examples without a collective (their type is `unreduced`), so that any number of uses costs one sum. A
+  The gradient is a reduce-scatter to the sharding of `x`. Every device first adds up the gradients of its own
+  examples without a collective (their type is `unreduced`), so any number of uses costs one sum over devices. A
   parameter that is gathered already is returned unchanged.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if rules_in_use.get() is None or jax.typeof(x).sharding.spec.reduced:
     return x
-  if mesh.manual_axes:  # in a pipeline's stage, where jax knows no partial sums yet
+  if mesh.manual_axes:  # within a stage of a pipeline jax does not support `unreduced` yet
     return shard(x, *names)
   source = [as_tuple(axes) for axes in axes_of(x)]
   target = [as_tuple(axes) for axes in spec(*names, shape=x.shape)]
@@ -140,17 +141,17 @@ def per_device(f, *, in_specs, out_specs):
   Inside another such function (a stage of a pipeline) it maps over the remaining axes.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  left = set(mesh.axis_names) - set(mesh.manual_axes)
-  # No check for varying values: trip counts and branches may differ between devices.
-  return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, axis_names=left, check_vma=False)
+  axes = set(mesh.axis_names) - set(mesh.manual_axes)
+  # Without jax's check of varying values: trip counts and branches may differ between devices.
+  return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=False)
 
 
 def spec_of(x: jax.Array) -> P | None:
-  """The sharding of `x`, for an `out_sharding`; None outside any mesh."""
+  """Returns the sharding of `x`, for an `out_sharding`; None outside any mesh."""
   sharding = jax.typeof(x).sharding
   return None if sharding.mesh.empty else sharding.spec
 
 
 def axes_of(x: jax.Array) -> tuple:
-  """The mesh axes that split each axis of `x`: an entry of a PartitionSpec for every axis."""
+  """Returns the mesh axes that split each axis of `x`: an entry of a PartitionSpec for every axis."""
   return (*jax.typeof(x).sharding.spec.partitions, *[None] * x.ndim)[: x.ndim]

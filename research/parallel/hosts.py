@@ -1,4 +1,4 @@
-"""The part of each host in a job: its share of a batch, and its arrays on the mesh."""
+"""The share of each host in a job: its rows of a batch, and its parts of arrays on the mesh."""
 
 import jax
 import numpy as np
@@ -7,9 +7,9 @@ from research.parallel.axes import axis_size, spec
 
 
 def host_share() -> tuple[int, int]:
-  """(k, n): the devices of this process hold the k-th of n equal parts of the rows of every batch.
+  """Returns (k, n): the devices of this process have the k-th of n equal parts of the rows of every batch.
 
-  Where they hold all rows, or scattered ones (because a mesh axis without examples spans the processes), the
+  If they have all rows, or rows that are not contiguous (a mesh axis without examples spans the processes), the
   share is the whole batch: (0, 1).
   """
   n = axis_size('batch')
@@ -23,7 +23,7 @@ def host_share() -> tuple[int, int]:
 
 
 def place(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-  """This process's `host_share` of a batch of host arrays [batch, length], as global arrays on the mesh."""
+  """Turns this process's `host_share` of a batch, arrays [batch, length], into global arrays on the mesh."""
   sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), spec('batch', 'length'))
   part, parts = host_share()
 
@@ -41,7 +41,7 @@ def place(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
 
 
 def on_mesh(abstract):
-  """The shapes that `jax.eval_shape` gave, with shardings on the mesh in use: what Orbax and jax.jit want."""
+  """Returns the shapes of `jax.eval_shape` with shardings on the mesh in use, for Orbax and jax.jit."""
   mesh = jax.sharding.get_mesh()  # eval_shape uses an abstract mesh, which they refuse
 
   def with_sharding(x):

@@ -1,8 +1,8 @@
 """The device mesh: the names of array axes, and the mesh axes that split them.
 
-A model declares every array by the names of its axes (`'batch'`, `'embed'`, `'mlp'`, ...). A `Mesh` says how
+A model declares every array by the names of its axes (`'batch'`, `'embed'`, `'mlp'`, ...). A `Mesh` defines how
 many devices each mesh axis has, and which array axis is split over which mesh axis. No other module of the
-project names a mesh axis. The mesh is explicit: the type of every array says how it is sharded.
+project names a mesh axis. The mesh is explicit: the sharding of every array is part of its type.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import jax
 
 from research.core.errors import Invalid, did_you_mean
 
-# Outermost first: neighbours along the last axes are neighbours in the slice, with the fastest links.
+# Outermost first: neighbours along the last axes are neighbours in the slice and have the fastest links.
 MESH_AXES = ('data', 'stage', 'fsdp', 'expert', 'context', 'tensor')
 ARRAY_AXES = (
   'batch', 'length', 'embed', 'heads', 'kv_heads', 'head_dim', 'mlp', 'vocab', 'expert', 'layers', 'state',
@@ -37,10 +37,10 @@ RULES = {
   # The channels of parts that carry a state along the sequence: each device has the whole sequence.
   'channels': ('tensor', 'context'),
   # The length of the residual stream, between parts. ('context', 'tensor') is Megatron's sequence parallelism
-  # (arXiv:2205.05198): tensor devices then keep a part of each activation, not a copy.
+  # (arXiv:2205.05198): then every tensor device has a part of each activation, and not a copy.
   'sequence': 'context',
 }
-# Grouped queries have few key heads. With fewer of them than devices, each device holds all of them.
+# Grouped queries have few key heads. If there are fewer of them than devices, every device has all of them.
 MAY_STAY_WHOLE = ('kv_heads',)
 
 rules_in_use = contextvars.ContextVar('rules', default=None)
@@ -52,8 +52,8 @@ _pipeline = contextvars.ContextVar('pipeline', default=(1, None))
 class Mesh:
   """The number of devices along each mesh axis, and the rules that split array axes over mesh axes.
 
-  One size may be -1, for all the devices that are left. The sizes are of one slice. Several slices, connected
-  by a slower network (DCN), multiply `data` by `dcn_data` and `stage` by `dcn_stage`.
+  One size may be -1, which means all remaining devices. The sizes are those of one slice. Several slices,
+  connected by a slower network (DCN), multiply `data` by `dcn_data` and `stage` by `dcn_stage`.
 
   Attributes:
     data: copies of the parameters, each with its own examples.
@@ -101,11 +101,11 @@ class Mesh:
 
   @property
   def table(self) -> dict:
-    """{array axis: the mesh axes that split it: None, one, or a tuple}."""
+    """{array axis: the mesh axes that split it: None, a name, or a tuple}."""
     return {**RULES, **self.rules}
 
   def shape(self, devices: int, slices: int = 1) -> dict[str, int]:
-    """The size of every mesh axis on this many devices, over all slices."""
+    """Returns the size of every mesh axis for so many devices, over all slices."""
     within = self._within(devices // slices)
     across = self._across(slices)
     return {axis: size * across.get(axis, 1) for axis, size in within.items()}
@@ -131,12 +131,12 @@ class Mesh:
     return {'data': data, 'stage': self.dcn_stage}
 
   def batch_shards(self, devices: int, slices: int = 1) -> int:
-    """The number of devices that a batch is split over; the batch size must be a multiple of it."""
+    """Returns over how many devices a batch is split; the batch size must be a multiple of it."""
     sizes = self.shape(devices, slices)
     return math.prod(sizes[axis] for axis in as_tuple(self.table['batch']))
 
   def arrange(self, devices) -> jax.sharding.Mesh:
-    """A jax mesh of this shape. Neighbours in the mesh are neighbours in the network."""
+    """Returns a jax mesh of this shape. Neighbours in the mesh are neighbours in the network."""
     from jax.experimental import mesh_utils
 
     slices = count_slices(devices)
@@ -158,7 +158,7 @@ class Mesh:
 
   @contextlib.contextmanager
   def use(self, devices=None):
-    """A context in which `spec` and `shard` use this mesh over `devices` (by default all of them)."""
+    """Makes `spec` and `shard` use this mesh over `devices` (all by default) within the block."""
     devices = jax.devices() if devices is None else devices
     mesh = self.arrange(devices)
     rules = rules_in_use.set(self.table)
@@ -174,48 +174,51 @@ class Mesh:
 
 
 def platform() -> str:
-  """The kind of the devices in use: 'cpu', 'gpu' or 'tpu'."""
+  """Returns the kind of the devices in use: 'cpu', 'gpu' or 'tpu'."""
   return _platform.get() or jax.default_backend()
 
 
 def cores() -> int:
-  """The number of CPU cores that this process may use."""
+  """Returns how many CPU cores this process may use."""
   return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
 
 def threads() -> int:
-  """The number of cores that jax uses for a product: all, unless PJRT_NPROC says otherwise."""
+  """Returns how many cores jax uses for a product: all of them, unless PJRT_NPROC is set."""
   return int(os.environ.get('PJRT_NPROC') or cores())
 
 
 def count_slices(devices) -> int:
-  """The number of TPU slices (connected by DCN) of these devices; 1 for other devices."""
+  """Returns how many TPU slices (connected by DCN) these devices belong to; 1 for other devices."""
   return len({getattr(device, 'slice_index', None) for device in devices})
 
 
 def describe(mesh: jax.sharding.Mesh) -> str:
-  """The mesh axes with more than one device, as in 'data 2 x fsdp 4'."""
+  """Returns the mesh axes with more than one device, as in 'data 2 x fsdp 4'."""
   return ' x '.join(f'{axis} {n}' for axis, n in mesh.shape.items() if n > 1) or 'of one device'
 
 
 def default_mesh(state_bytes: int, device_bytes: int | None) -> Mesh:
-  """The mesh of a run that names none: data parallel where the state is small, FSDP where it is not.
+  """Returns the mesh of a run that names none: data parallelism for a small state, FSDP for a large one.
 
-  Data parallelism costs one all-reduce a step, FSDP three collectives a layer. So every device has a copy of
-  the state while that takes at most a quarter of its memory.
+  Data parallelism costs one all-reduce per step, FSDP three collectives per layer. So every device has a copy
+  of the state as long as that needs at most a quarter of its memory.
 
   Args:
-    state_bytes: of parameters and optimizer state.
-    device_bytes: memory of a device; None for CPUs, which share the machine's memory.
+    state_bytes: the size of parameters and optimizer state.
+    device_bytes: the memory of a device; None for CPUs, which share the machine's memory.
   """
   small = device_bytes is None or state_bytes <= device_bytes / 4
   return Mesh() if small else Mesh(data=1, fsdp=-1)
 
 
 def as_tuple(axes) -> tuple:
-  return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+  """Returns an entry of a PartitionSpec (None, a name, or a tuple) as a tuple."""
+  if axes is None:
+    return ()
+  return (axes,) if isinstance(axes, str) else tuple(axes)
 
 
 def pipeline_shape() -> tuple[int, int | None]:
-  """(rounds, microbatches) of a pipeline on the mesh in use; microbatches may be None."""
+  """Returns (rounds, microbatches) of a pipeline on the mesh in use; microbatches may be None."""
   return _pipeline.get()

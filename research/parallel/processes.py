@@ -1,7 +1,7 @@
-"""Several processes as one job: they find each other, wait for each other, and compare their devices.
+"""Joins several processes to one job: they find each other, wait for each other, and compare their devices.
 
-Call `initialize` before anything that asks jax for devices. Every wait has a limit, after which it names the
-processes that are missing.
+Call `initialize` before any code that uses jax's devices. Every wait has a time limit, after which an error
+names the missing processes.
 """
 
 import contextlib
@@ -19,20 +19,20 @@ from research.core.text import tell
 from research.parallel.addresses import split_address, unknown_name
 
 TIMEOUT = 300.0  # seconds that hosts wait for each other at start-up
-_count = itertools.count()  # makes every key different: a job can set a key only once
+_count = itertools.count()  # makes every key unique: jax's store can set a key only once
 
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
   """How the processes of a job find each other.
 
-  Without a coordinator jax asks the cluster (Slurm, TPU VM, GKE).
+  Without a coordinator jax gets the rest from the cluster (Slurm, TPU VM, GKE).
 
   Attributes:
-    source: where these facts come from, for messages.
+    source: where these settings come from, for messages.
     coordinator: host:port of process 0.
     processes: the number of processes.
-    process: the number of this one.
+    process: the number of this process.
   """
 
   source: str
@@ -47,13 +47,13 @@ def find(
   process: int | None = None,
   env: Mapping[str, str] | None = None,
 ) -> Cluster | None:
-  """The cluster that flags or the environment describe; None for a single process.
+  """Returns the cluster that flags or the environment describe; None for a single process.
 
   Flags come first (`--num_processes=1` means a single process), then the variables of Ray Train and torchrun
   (MASTER_ADDR, MASTER_PORT, WORLD_SIZE, RANK), then a Slurm step of several tasks, then a TPU.
 
   Raises:
-    UserError: some of the flags or variables are missing, or do not go together.
+    UserError: some of the flags or variables are missing, or contradict each other.
   """
   env = os.environ if env is None else env
   flags = {'coordinator': coordinator, 'num_processes': processes, 'process_id': process}
@@ -80,7 +80,7 @@ def find(
 
 
 def _of_torchrun(env: Mapping[str, str]) -> Cluster:
-  """The cluster that the variables of Ray Train and torchrun describe."""
+  """Returns the cluster that the variables of Ray Train and torchrun describe."""
   count = _whole(env, 'WORLD_SIZE', 1)
   missing = [name for name in ('MASTER_ADDR', 'MASTER_PORT', 'RANK') if not env.get(name)]
   if missing:
@@ -93,14 +93,14 @@ def _of_torchrun(env: Mapping[str, str]) -> Cluster:
     raise UserError(f'RANK={rank} must be from 0 to {count - 1}, for WORLD_SIZE={count}.')
   host = env['MASTER_ADDR']
   port = env['MASTER_PORT']
-  # torchrun gives a bare IPv6 address; host:port needs it in brackets.
+  # torchrun sets a bare IPv6 address; in host:port it needs brackets.
   address = f'[{host}]:{port}' if ':' in host and not host.startswith('[') else f'{host}:{port}'
   split_address(address, f'MASTER_ADDR={host}, MASTER_PORT={port}')
   return Cluster('WORLD_SIZE and RANK', address, count, rank)
 
 
 def _whole(env: Mapping[str, str], name: str, default: int, least: int = 1) -> int:
-  """A variable that is a whole number, `default` where it is not set."""
+  """Returns a variable that must be a whole number; `default` if it is not set."""
   text = env.get(name) or str(default)
   if not text.strip().isascii() or not text.strip().isdigit() or int(text) < least:
     raise UserError(
@@ -115,7 +115,7 @@ def _has_tpu() -> bool:
 
 
 def initialize(cluster: Cluster | None, timeout: float = TIMEOUT, log=tell) -> None:
-  """Joins the job, and checks that all processes came and have equal devices.
+  """Joins the job, and checks that all processes have joined and have equal devices.
 
   Args:
     cluster: from `find`; None only checks the devices of this process.
@@ -123,7 +123,7 @@ def initialize(cluster: Cluster | None, timeout: float = TIMEOUT, log=tell) -> N
     log: called with a line about the job.
 
   Raises:
-    UserError: a process is missing, or a host has other devices; names it.
+    UserError: a process is missing, or a host has other devices. The message names it.
   """
   if cluster is not None:
     _join(cluster, timeout)
@@ -167,10 +167,12 @@ def _join(cluster: Cluster, timeout: float) -> None:
 
 
 def meet(cluster: Cluster, timeout: float = TIMEOUT) -> None:
-  """Waits until all processes have come to the coordinator. (jax would abort without naming the missing ones.)
+  """Waits until all processes have connected to the coordinator.
+
+  jax would wait too, but it aborts without naming the missing processes.
 
   Raises:
-    UserError: in every process that came; names those that did not.
+    UserError: in every process that has connected. It names those that have not.
   """
   host, port = split_address(cluster.coordinator, f'--coordinator={cluster.coordinator}')
   wait = _wait_for_others if cluster.process == 0 else _go_to_first
@@ -196,20 +198,20 @@ def _wait_for_others(cluster: Cluster, host: str, port: int, end: float) -> str:
   with server, contextlib.ExitStack() as stack:
     while others - {*came} and time.monotonic() < end:
       server.settimeout(max(end - time.monotonic(), 0.1))
-      with contextlib.suppress(OSError, ValueError):  # a timeout, or a program that is none of ours
+      with contextlib.suppress(OSError, ValueError):  # a timeout, or another program's connection
         connection, _ = server.accept()
         stack.enter_context(connection).settimeout(5)
         came[int(connection.recv(16))] = connection
     missing = ', '.join(map(str, sorted(others - {*came})))
     for connection in came.values():
-      with contextlib.suppress(OSError):  # the process died: jax will report it
+      with contextlib.suppress(OSError):  # the process died, and jax will report it
         connection.sendall(f'{missing}.'.encode())
         connection.recv(1)  # the other side closes first, so that the port is free for jax
   return missing
 
 
 def _listen(port: int) -> socket.socket:
-  """A server on every address of this host, IPv6 included where the host has it."""
+  """Opens a server on every address of this host, IPv6 included if the host has it."""
   if socket.has_dualstack_ipv6():
     with contextlib.suppress(OSError):  # a kernel without IPv6
       return socket.create_server(('', port), family=socket.AF_INET6, dualstack_ipv6=True)
@@ -229,7 +231,7 @@ def _go_to_first(cluster: Cluster, host: str, port: int, end: float) -> str:
 
 
 def check_platform(backend: str, env: Mapping[str, str] | None = None) -> None:
-  """Raises UserError where jax does not use the accelerator of this machine."""
+  """Raises UserError if jax does not use the accelerator of this machine."""
   env = os.environ if env is None else env
   if backend != 'cpu' or env.get('JAX_PLATFORMS'):
     return
@@ -237,23 +239,25 @@ def check_platform(backend: str, env: Mapping[str, str] | None = None) -> None:
     if os.path.exists(device):
       raise UserError(
         f'this machine has {device} and jax found only CPUs: install the {extra} extra (uv sync --extra '
-        f'{extra}), or set JAX_PLATFORMS=cpu to mean it.'
+        f'{extra}), or set JAX_PLATFORMS=cpu to use the CPU.'
       )
 
 
 def exchange(name: str, value: str, timeout: float = TIMEOUT) -> list[str]:
-  """The values of all processes under this name, in order. A barrier that names the processes that do not come.
+  """Sends a value to all processes; returns the values of all, in order. It is a barrier too.
 
   All processes must make the same exchanges in the same order. A single process gets [value].
 
   Raises:
-    UserError: naming the processes that did not come in time.
+    UserError: some processes did not arrive in time. The message names them.
   """
   import jax
 
   if jax.process_count() == 1:
     return [value]
-  from jax._src import distributed  # what Orbax waits by, too: jax has no public timed barrier
+  from jax._src import (
+    distributed,
+  )  # Orbax uses it as well: jax has no public barrier with a time limit
 
   client = distributed.global_state.client
   key = f'isoflop/{name}/{next(_count)}'

@@ -1,4 +1,4 @@
-"""Joins a Ray cluster (extra `ray`), and asks what its hosts have."""
+"""Joins a Ray cluster (extra `ray`), and counts the resources of its hosts."""
 
 import dataclasses
 import os
@@ -9,17 +9,17 @@ from collections.abc import Mapping
 from research.core.errors import UserError
 from research.parallel.addresses import split_address
 
-CONNECT_SECONDS = 5.0  # that a head may take to accept a connection
+CONNECT_SECONDS = 5.0  # how long a head may take to accept a connection
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Needs:
-  """What one call takes of a host.
+  """The resources of a host that a call needs.
 
   Attributes:
     cpus, gpus: as Ray counts them.
-    resources: more of Ray's resources by name, such as {'TPU': 4}.
-    memory: bytes; 0 asks for none.
+    resources: other resources of Ray by name, such as {'TPU': 4}.
+    memory: bytes; 0 requests none.
   """
 
   cpus: float = 1
@@ -28,18 +28,18 @@ class Needs:
   memory: int = 0
 
   def wanted(self) -> dict[str, float]:
-    """Every resource by the name that `ray.cluster_resources` has for it."""
+    """Returns every resource by the name that it has in `ray.cluster_resources`."""
     wanted = {'CPU': self.cpus, 'GPU': self.gpus, 'memory': self.memory, **self.resources}
     return {name: amount for name, amount in wanted.items() if amount}
 
   def slots(self, resources: Mapping[str, float]) -> int:
-    """How many calls fit into these resources of a host at once; it needs something."""
+    """Returns how many calls fit into these resources of a host at once. A call must need some resource."""
     wanted = self.wanted()
     return int(min(resources.get(name, 0) // amount for name, amount in wanted.items()))
 
 
 def load_ray(asked_by: str):
-  """The module `ray`.
+  """Returns the module `ray`.
 
   Args:
     asked_by: the flag that needs it, for the message.
@@ -47,7 +47,7 @@ def load_ray(asked_by: str):
   Raises:
     UserError: it is not installed.
   """
-  # Before the import: no report of use to Ray's makers, and no notice about GPUs that a task did not ask for.
+  # Before the import: no usage report to Ray's makers, and no warning about GPUs that a task did not request.
   os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
   os.environ.setdefault('RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO', '0')
   try:
@@ -58,7 +58,7 @@ def load_ray(asked_by: str):
 
 
 def connect(address: str | None, asked_by: str) -> None:
-  """Joins a cluster; does nothing where this process has joined one.
+  """Joins a cluster; does nothing if this process has joined one.
 
   Args:
     address: HOST:PORT of the head, or 'auto'; None is $RAY_ADDRESS, else the cluster of this machine, else a
@@ -66,7 +66,7 @@ def connect(address: str | None, asked_by: str) -> None:
     asked_by: the flag that needs Ray, for messages.
 
   Raises:
-    UserError: the head does not answer, has another version, or this machine is no node of the cluster.
+    UserError: the head does not answer or has another version, or this machine is not a node of the cluster.
   """
   ray = load_ray(asked_by)
   if ray.is_initialized():
@@ -82,11 +82,10 @@ def connect(address: str | None, asked_by: str) -> None:
     _check_answers(address)
   try:
     with warnings.catch_warnings():
-      warnings.simplefilter('ignore')  # Ray warns of its own future defaults
+      warnings.simplefilter('ignore')  # Ray warns about changes of its own defaults
       ray.init(address=address, log_to_driver=False, logging_level='ERROR')
-  except (
-    Exception
-  ) as error:  # Ray raises RuntimeError, ConnectionError, ValueError and AssertionError here
+  # Ray raises RuntimeError, ConnectionError, ValueError and AssertionError here.
+  except Exception as error:
     raise UserError(_why_not_joined(shown, error)) from error
 
 
@@ -121,13 +120,15 @@ def _why_not_joined(shown: str, error: Exception) -> str:
 
 
 def _versions(text: str) -> str:
-  """'Ray 2.9 and 2.60' out of Ray's message, which has a line for each version of each side."""
-  found: dict[str, list[str]] = {}
+  """Returns 'Ray 2.9 and 2.60' from Ray's message, which has a line for each version of each side."""
+  versions: dict[str, list[str]] = {}
   for line in text.splitlines():
     name, _, version = line.strip().partition(':')
     if name in ('Ray', 'Python') and version.strip():
-      found.setdefault(name, []).append(version.strip())
-  different = [f'{name} {" and ".join(pair)}' for name, pair in found.items() if len(set(pair)) > 1]
+      versions.setdefault(name, []).append(version.strip())
+  different = [
+    f'{name} {" and ".join(pair)}' for name, pair in versions.items() if len(set(pair)) > 1
+  ]
   return ', '.join(different) or ' '.join(text.split())[:200]
 
 
@@ -139,18 +140,18 @@ def disconnect() -> None:
 
 
 def slots_of(needs: Needs) -> int:
-  """How many calls with these needs the cluster that this process has joined can answer at once."""
+  """Returns how many calls with these needs the joined cluster can answer at once."""
   import ray
 
-  # Host by host: two halves of a GPU on two hosts are none.
+  # Host by host: half a GPU on each of two hosts is not a GPU.
   return sum(needs.slots(node['Resources']) for node in ray.nodes() if node['Alive'])
 
 
 def check_slots(needs: Needs) -> int:
-  """`slots_of`, at least 1.
+  """Returns `slots_of`, which must be 1 or more.
 
   Raises:
-    UserError: no host has what a call needs.
+    UserError: no host has the resources that a call needs.
   """
   count = slots_of(needs)
   if not count:
@@ -159,6 +160,7 @@ def check_slots(needs: Needs) -> int:
 
 
 def impossible(needs: Needs) -> str:
+  """Returns a sentence about needs that no host of the cluster can meet."""
   import ray
 
   resources = ray.cluster_resources()

@@ -1,9 +1,9 @@
-"""Calls of a function on the hosts of a Ray cluster that this process has joined.
+"""Calls a function on the hosts of a Ray cluster that this process has joined.
 
-A call names its function, and the host imports it from its own copy of the project. So a host without the
-project, with another version of it, or without the shared folder says so in one sentence, before it computes
-anything. Ray itself retries nothing here: the caller learns that a call was lost with its host and decides,
-because it knows what of the work is already on the shared disk.
+A call names its function, and the host imports it from its own copy of the project. A host without the project,
+with another version of it, or without the shared folder is an error in one sentence, before it computes
+anything. Ray retries nothing here: the caller learns that a call was lost with its host, and decides, since it
+knows which results are on the shared disk already.
 """
 
 import atexit
@@ -22,19 +22,19 @@ from research.core.errors import UserError
 from research.parallel.ray_cluster import Needs, impossible, slots_of
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
-# Variables that a task is to see as this process does, where they are set.
+# Variables of this process that its tasks get too, if they are set.
 PASSED_ON = ('ISOFLOP_CACHE', 'JAX_PLATFORMS', 'TF_CPP_MIN_LOG_LEVEL')
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """How a call ended.
+  """The end of a call.
 
   Attributes:
-    key: as given to `Tasks.start`.
-    value: what the function returned.
-    lost: why there is no value, where the host or its process died; '' otherwise.
-    error: an exception of the function, None otherwise.
+    key: the key of `Tasks.start`.
+    value: the result of the function.
+    lost: why there is no value if the host or its process died; '' otherwise.
+    error: an exception of the function; None otherwise.
   """
 
   key: object
@@ -45,7 +45,7 @@ class Outcome:
 
 @functools.cache
 def project_digest(root: str) -> str:
-  """Equal for two copies of the project's Python code."""
+  """Returns a digest of the project's Python code; it is equal for equal copies."""
   digest = hashlib.sha256()
   for room in ('research', 'tasks'):
     for path in sorted(pathlib.Path(root, room).rglob('*.py')):
@@ -55,9 +55,9 @@ def project_digest(root: str) -> str:
 
 @functools.cache
 def mark_folder(folder) -> str:
-  """Writes a file into a folder that every host is to share; returns its path, for `Tasks`.
+  """Writes a file into a folder that every host must share; returns its path, for `Tasks`.
 
-  Its name is drawn, so that a host that sees it sees this very folder. It goes away with this process.
+  Its name is random, so a host that sees it sees the same folder. This process removes it at its exit.
   """
   storage.make(folder)
   path = folder / f'.shared-{uuid.uuid4().hex}'
@@ -67,7 +67,7 @@ def mark_folder(folder) -> str:
 
 
 def sees(path: str) -> bool:
-  """Whether this host sees the file of `mark_folder`."""
+  """Returns whether this host sees the file of `mark_folder`."""
   try:
     return storage.place(path).exists()
   except (OSError, UserError):
@@ -75,7 +75,7 @@ def sees(path: str) -> bool:
 
 
 def _entry():
-  """The function that Ray carries to a host: as it is nested, as code and not as the name of a module."""
+  """Returns the function that Ray sends to a host: nested, so that its code is sent and not a module name."""
 
   def call(root, digest, folder, marks, module, name, arguments):
     import importlib
@@ -100,7 +100,9 @@ def _entry():
         return 'unshared', host, os.path.dirname(path)
     try:
       return 'done', host, function(*arguments)
-    except tasks.UserError as error:  # as text: its class may keep what cannot travel
+    except (
+      tasks.UserError
+    ) as error:  # as text: the exception may have attributes that cannot be pickled
       return 'refused', host, str(error)
 
   return call
@@ -110,9 +112,10 @@ class Tasks:
   """Calls of one function on the hosts of the cluster that this process has joined.
 
   Args:
-    module, name: of the function, which every host imports.
-    needs: of each call.
-    shared: folders that every host must see; a bucket is one too.
+    module: the module of the function, which every host imports.
+    name: the name of the function.
+    needs: the resources of each call.
+    shared: folders or buckets that every host must see.
   """
 
   def __init__(
@@ -132,7 +135,7 @@ class Tasks:
     passed = {key: os.environ[key] for key in PASSED_ON if key in os.environ}
     variables = {**cli.CPU_ENVIRONMENT, **passed}
     if not needs.gpus:
-      # jax starts a thread for each core that it sees; a call is to use those that it asked for.
+      # jax starts a thread for each core of the host; a call may use only as many as it has requested.
       variables.setdefault('PJRT_NPROC', str(max(1, math.ceil(needs.cpus))))
     self._remote = ray.remote(_entry()).options(
       num_cpus=needs.cpus,
@@ -149,11 +152,11 @@ class Tasks:
     self.pending[self._remote.remote(*self._head, *self._function, arguments)] = key
 
   def slots(self) -> int:
-    """How many calls the cluster can answer at once, as it is now."""
+    """Returns how many calls the cluster can answer at once, with its present hosts."""
     return slots_of(self.needs)
 
   def check_possible(self, patience: float) -> None:
-    """Raises UserError where no host has had what a call needs for `patience` seconds."""
+    """Raises UserError if no host has had the resources of a call for `patience` seconds."""
     if not self.pending or self.slots():
       self._settled = time.monotonic()
     elif time.monotonic() - self._settled > patience:
@@ -163,7 +166,7 @@ class Tasks:
     """Waits for at most so many seconds until a call ends; returns all that have.
 
     Raises:
-      UserError: a host has not the project, has another version of it, or does not share a folder.
+      UserError: a host lacks the project, has another version of it, or does not share a folder.
     """
     import ray
 
@@ -196,7 +199,7 @@ class Tasks:
     raise UserError(_refusal(kind, host, value))
 
   def cancel(self) -> None:
-    """Ends the calls that still run, as SIGINT does, and forgets them."""
+    """Ends the calls that still run, as SIGINT does, and drops them."""
     import ray
 
     for reference in self.pending:
@@ -225,27 +228,33 @@ def _refusal(kind: str, host: str, value: str) -> str:
   )
 
 
+def _ignore(outcome: Outcome) -> None:
+  """Shows no progress."""
+
+
 def do_all(
   tasks: Tasks,
   calls: Mapping[object, tuple],
-  ended: Callable[[Outcome], None] = lambda outcome: None,
+  ended: Callable[[Outcome], None] = _ignore,
   retries: int = 5,
   queue: int = 256,
 ) -> dict:
   """Makes every call until each has a value; returns {key: value}.
 
   Args:
+    tasks: makes the calls.
     calls: {key: arguments}.
-    ended: called with each outcome, for progress.
+    ended: called with each outcome, to show progress.
     retries: how often a call may be lost with its host before that is an error.
-    queue: how many calls wait in Ray at a time, so that its memory does not grow with their number.
+    queue: how many calls wait in Ray at once, so that its memory does not grow with their number.
 
   Raises:
     UserError: a call was lost too often.
     Exception: what the function raised.
   """
   waiting = list(calls)[::-1]
-  values, losses = {}, dict.fromkeys(calls, 0)
+  values = {}
+  losses = dict.fromkeys(calls, 0)
   try:
     while len(values) < len(calls):
       while waiting and len(tasks.pending) < queue:

@@ -1,4 +1,4 @@
-"""Which runs are alike enough to be trained together in one compiled step."""
+"""Decides which runs are alike enough to be trained together in one compiled step."""
 
 import dataclasses
 import functools
@@ -12,23 +12,33 @@ from research.parallel.mesh import cores
 from research.training.experience import Experience
 from research.training.run import Run
 
-# Numbers of optimizers that members may differ in: optax computes with them and never asks what they are.
+# Arguments of optimizers that members may differ in. optax only computes with them and never branches on their
+# values, so they may be traced arrays.
 OPTIMIZER_INPUTS = ('weight_decay', 'weight_decay_rate', 'b1', 'b2', 'eps')
 
 
 def _any_schedule(steps: int):
-  """Stands for a schedule in the comparison of runs: learning rates are inputs of the step."""
+  """Replaces every schedule when runs are compared: learning rates are inputs of the step."""
 
 
 def inputs_of(run: Run) -> dict[str, float]:
-  """The numbers of a run, beside its rates and its seed, that its compiled step takes as inputs."""
+  """Returns the numbers of a run that its compiled step can take as inputs, beside its rates and its seed.
+
+  Returns:
+    Values by name: 'loss.<field>' for numbers of the loss, the plain argument name for those of the optimizer.
+  """
   bound = run.optimizer.keywords if isinstance(run.optimizer, functools.partial) else {}
   of_optimizer = {name: bound[name] for name in OPTIMIZER_INPUTS if name in bound}
   return {f'loss.{name}': value for name, value in run.loss.numbers.items()} | of_optimizer
 
 
 def with_inputs(run: Run, values: dict) -> Run:
-  """The run with these values, numbers or arrays, in place of its own; names as `inputs_of` gives them."""
+  """Returns the run with these values in place of its own.
+
+  Args:
+    run: any run.
+    values: numbers or arrays, by the names that `inputs_of` returns.
+  """
   of_loss = {k.removeprefix('loss.'): v for k, v in values.items() if k.startswith('loss.')}
   of_optimizer = {k: v for k, v in values.items() if not k.startswith('loss.')}
   optimizer = functools.partial(run.optimizer, **of_optimizer) if of_optimizer else run.optimizer
@@ -37,8 +47,8 @@ def with_inputs(run: Run, values: dict) -> Run:
 
 
 def shape(run: Run) -> str:
-  """A text that is equal for runs that may be members of one population."""
-  # No number, which a loss could refuse: a temperature of 0, say.
+  """Returns a text that is equal for runs that may be members of one population."""
+  # None and not some number: a loss may refuse a number, such as a temperature of 0.
   run = with_inputs(run, dict.fromkeys(inputs_of(run)))
   run = dataclasses.replace(run, seed=0, schedule=_any_schedule)
   reports = ('log_every', 'checkpoint_every', 'keep_checkpoints')
@@ -46,36 +56,42 @@ def shape(run: Run) -> str:
 
 
 def possible(run: Run) -> bool:
-  """Whether a run may be a member at all: it lives on one device and one process, and reads a stream."""
+  """Returns whether a run may be a member at all: it uses one device and one process, and reads a stream."""
   alone = run.mesh is not None or isinstance(run.train, Experience)
   return not alone and jax.process_count() == 1
 
 
 def check_alike(runs: Sequence[Run]) -> None:
-  """Raises UserError where the runs cannot be one population."""
+  """Raises UserError if the runs cannot be one population."""
   shapes = [shape(run) for run in runs]
   if len(set(shapes)) > 1:
     other = next(text for text in shapes if text != shapes[0])
     lines = zip(shapes[0].splitlines(), other.splitlines(), strict=False)
-    left, right = next(pair for pair in lines if pair[0] != pair[1])
+    first_line, other_line = next(pair for pair in lines if pair[0] != pair[1])
     raise UserError(
-      f'runs of a population have one shape, and these differ ("{left.strip()}", "{right.strip()}").'
+      'runs of one population may differ only in their seed, rates and other numbers, and these differ '
+      f'("{first_line.strip()}", "{other_line.strip()}"); train them one by one.'
     )
   if not possible(runs[0]):
     raise UserError(
-      'members of a population live on one device each, of one process, and read a stream: unset Run.mesh; '
-      'runs of reinforcement are trained alone.'
+      'every member of a population uses one device of one process and reads a frozen stream: unset Run.mesh, '
+      'and train runs of reinforcement learning alone.'
     )
 
 
 def share_cores(most: int) -> bool:
-  """Makes the cores that this process may use, `most` at most, devices of jax, which has not started yet.
+  """Gives each member a core of its own: makes up to `most` cores of this process separate jax devices.
 
-  A core to a member: by itself jax would divide every product over the cores, which small ones do not repay.
-  True where there are several; then a run that is alone has one core.
+  Call it before jax starts. By default jax divides every matrix product over all cores, which is slower for
+  small products.
+
+  Returns:
+    True if there are several devices. A run that is trained alone then has one core.
   """
   devices = min(cores(), most)
   if devices > 1:
-    os.environ['PJRT_NPROC'] = '1'  # threads to divide a product over; a device has one of its own
+    os.environ['PJRT_NPROC'] = (
+      '1'  # the threads that a product is divided over, beside the device's own
+    )
     jax.config.update('jax_num_cpu_devices', devices)
   return devices > 1

@@ -1,31 +1,35 @@
-"""Programs that are compiled in the background: a run has three, and XLA compiles each on few cores."""
+"""Compiles programs in the background.
+
+A run has three programs (init, step, evaluate), and XLA compiles each on a few cores only.
+"""
 
 import concurrent.futures
 import os
 
 import jax
 
-# Those that were asked for first are first: as many at once as there are cores to compile on.
+# Programs are compiled in the order of their requests, at most one per core at once.
 _compilers = concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 8), 'compiler')
 
 
 def jit(f, *arguments, **options):
-  """`jax.jit(f, **options)`, which is being compiled for `arguments` from now on, under the mesh in use.
+  """Returns `jax.jit(f, **options)` and starts to compile it for `arguments`, under the mesh in use.
 
-  Calls wait for that. Those with other shapes are compiled when they come, as ever.
+  A call waits for that compilation. A call with other shapes compiles then, as with `jax.jit`.
 
   Args:
-    f: a function. It is traced at once: Python does one thing at a time.
-    *arguments: as it will be called first: arrays, or shapes `on_mesh`. Without any it is compiled when called.
-    **options: of `jax.jit`.
+    f: the function. It is traced before this returns, since tracing needs Python's only interpreter lock.
+    *arguments: arguments of the first call: arrays, or shapes from `hosts.on_mesh`. Without any, nothing is
+      compiled before the first call.
+    **options: options of `jax.jit`.
   """
   if jax.default_backend() == 'cpu':
-    # At the third level compiling takes a sixth longer, and the step is no faster (experiments/speed).
+    # Level 3 makes compilation a sixth slower and the step no faster (experiments/speed).
     options['compiler_options'] = {'xla_backend_optimization_level': 2}
   jitted = jax.jit(f, **options)
   if not arguments:
     return jitted
-  # jax keeps the lowered program, and with it what it is compiled to, for the call.
+  # jax caches the lowered program together with its executable, so the call below finds both.
   compiled = _compilers.submit(jitted.lower(*arguments).compile)
 
   def call(*arguments):

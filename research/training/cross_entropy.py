@@ -1,4 +1,8 @@
-"""Cross-entropy that never holds the logits of a whole batch."""
+"""Cross-entropy, and other functions of logits, without the logits of a whole batch in memory.
+
+With a vocabulary of 32,000 the logits are the largest array of a small model's step. Here they exist for a
+chunk of the length at a time.
+"""
 
 import functools
 import operator
@@ -11,14 +15,20 @@ import jax.numpy as jnp
 def token_losses(
   logits: jax.Array, targets: jax.Array, z_loss: float
 ) -> tuple[jax.Array, jax.Array]:
-  """Negative log-likelihood in nats, and z_loss * log(Z)^2 (PaLM, arXiv:2204.02311, section 5), per token.
+  """Returns the negative log-likelihood and the z-loss of every token.
+
+  The z-loss is z_loss * log(Z)^2 (PaLM, arXiv:2204.02311, section 5).
 
   Args:
-    logits: [..., vocab] float32, vocab may be sharded.
+    logits: [..., vocab] float32. The vocabulary may be sharded.
     targets: [...] integers.
+    z_loss: weight of log(Z)^2.
+
+  Returns:
+    Two arrays [...], in nats.
   """
   log_z = jax.nn.logsumexp(logits, axis=-1)
-  # A masked sum and not a gather: a gather over a sharded vocabulary would collect the logits.
+  # A masked sum and not a gather: a gather over a sharded vocabulary would bring all logits to every device.
   hit = jax.lax.broadcasted_iota(jnp.int32, (1,) * targets.ndim + logits.shape[-1:], targets.ndim)
   target_logit = jnp.sum(jnp.where(hit == targets[..., None], logits, 0.0), axis=-1)
   return log_z - target_logit, z_loss * log_z**2
@@ -33,12 +43,15 @@ def cross_entropy(
   z_loss: float = 0.0,
   chunks: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
-  """Weighted sums over all tokens of the negative log-likelihood and of the z-loss.
+  """Returns the sums over all tokens of weight times negative log-likelihood, and of weight times z-loss.
 
   Args:
-    head, x, chunks: as of `sum_over_tokens`.
+    head: as for `sum_over_tokens`.
+    x: as for `sum_over_tokens`.
     targets: [batch, length] integers.
     weights: [batch, length].
+    z_loss: weight of log(Z)^2.
+    chunks: as for `sum_over_tokens`.
   """
 
   def sums(logits, targets, weights):
@@ -55,19 +68,25 @@ def sum_over_tokens(
   *arrays: jax.Array,
   chunks: int = 1,
 ) -> tuple[tuple, tuple]:
-  """Sums over all tokens of what logits cost, without the logits of the whole batch.
+  """Sums a function of the logits over all tokens, without the logits of the whole batch.
 
-  The length is cut into `chunks`, each of every so many-th token so that all devices have part in all of them;
-  logits exist for one chunk at a time, and its gradient is taken on the way, so that the backward pass has no
-  logits to compute again.
+  The length is cut into `chunks`. Chunk i has tokens i, i + chunks, i + 2 chunks, ..., so that every device has
+  tokens of every chunk. Logits exist for one chunk at a time. The forward pass takes the chunk's gradient as
+  well, so the backward pass computes no logits again.
 
   Args:
-    head: features [batch, length, embed] to logits [batch, length, vocab]; may close over parameters.
-    sums: (logits, *arrays), each of one chunk, to (terms, counts), tuples of scalars. The terms are minimised
-      together and are differentiated as one; the counts have no gradient.
-    x: [batch, length, embed].
-    *arrays: [batch, length, ...], which have no gradient.
-    chunks: divides length, or what a device has of it.
+    head: maps features [batch, length, embed] to logits [batch, length, vocab]; may close over parameters.
+    sums: maps (logits, *arrays) of one chunk to (terms, counts), tuples of scalars. The terms are minimised
+      together and are differentiated as one sum. The counts have no gradient.
+    x: the features, [batch, length, embed].
+    *arrays: [batch, length, ...]. They have no gradient.
+    chunks: must divide the length, or the part of it that a device has.
+
+  Returns:
+    (terms, counts), each summed over the chunks.
+
+  Raises:
+    ValueError: `chunks` does not divide the length.
   """
 
   def of_chunk(head_consts, x, *arrays):
@@ -77,7 +96,9 @@ def sum_over_tokens(
   if x.shape[1] % chunks:
     raise ValueError(f'{chunks} chunks do not divide the length {x.shape[1]}')
   split = functools.partial(_split, chunks=chunks)
-  # Traced at a chunk's shape: gradients that the head defines itself keep the shape they were traced at.
+  # A custom_vjp cannot differentiate by what its function closes over, so the head's parameters become
+  # arguments. The head is traced at a chunk's shape: gradients that it defines itself keep the shape they were
+  # traced at.
   head_fn, consts = jax.closure_convert(head, x if chunks == 1 else split(x)[0])
   if chunks == 1:
     return of_chunk(consts, x, *arrays)[1]
@@ -85,7 +106,10 @@ def sum_over_tokens(
   dtypes = [c.dtype for c in consts], x.dtype
 
   def zeros(consts, x):
-    of_first = lambda consts, *chunk: of_chunk(consts, *(a[0] for a in chunk))[1]
+    def of_first(consts, *chunks):
+      first = (a[0] for a in chunks)
+      return of_chunk(consts, *first)[1]
+
     shapes = jax.eval_shape(of_first, consts, split(x), *map(split, arrays))
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
@@ -104,15 +128,21 @@ def sum_over_tokens(
       (_, new), (dc, dx) = gradient(consts, *chunk)
       return jax.tree.map(jnp.add, (parts, d_consts), (new, dc)), dx
 
+    def cast(gradient, dtype):
+      return gradient.astype(dtype)
+
     zero = (zeros(consts, x), jax.tree.map(_no_gradient, consts))
     (parts, d_consts), dx = jax.lax.scan(body, zero, (split(x), *map(split, arrays)))
-    like = lambda d, dtype: d.astype(dtype)
-    return parts, (jax.tree.map(like, d_consts, dtypes[0]), _join(dx, x))
+    return parts, (jax.tree.map(cast, d_consts, dtypes[0]), _join(dx, x))
 
   def backward(residuals, cotangents):
-    # The terms are differentiated as one: training always adds them with equal weight.
-    g = cotangents[0][0]
-    return jax.tree.map(lambda d, dtype: _scaled(d, g, dtype), residuals, dtypes)
+    # Training adds the terms with equal weight, so all terms have the same cotangent.
+    factor = cotangents[0][0]
+
+    def scaled(gradient, dtype):
+      return _scaled(gradient, factor, dtype)
+
+    return jax.tree.map(scaled, residuals, dtypes)
 
   total.defvjp(forward, backward)
   return total(consts, x)
@@ -121,13 +151,16 @@ def sum_over_tokens(
 def log_probabilities(
   head: Callable[[jax.Array], jax.Array], x: jax.Array, targets: jax.Array, *, chunks: int = 1
 ) -> jax.Array:
-  """The log-probability of every target, float32 [batch, length].
+  """Returns the log-probability of every target, float32 [batch, length], in nats.
 
-  Logits exist for one chunk at a time, in the backward pass too, which computes them again.
+  Logits exist for one chunk at a time. The backward pass computes them again, chunk by chunk: it needs the
+  cotangent of every token, which the forward pass does not know.
 
   Args:
-    head, x, chunks: as of `sum_over_tokens`.
+    head: as for `sum_over_tokens`.
+    x: as for `sum_over_tokens`.
     targets: [batch, length] integers.
+    chunks: as for `sum_over_tokens`.
   """
   if chunks == 1:
     return -token_losses(head(x), targets, 0.0)[0]
@@ -142,7 +175,7 @@ def log_probabilities(
     return _join(jax.lax.map(of_chunk, (split(x), split(targets))), targets)
 
   def backward(residuals, cotangent):
-    # d(sum of cotangent x log p): a cross-entropy of these weights.
+    # The gradient of sum(cotangent * log p) is that of a cross-entropy with weights -cotangent.
     def weighted(consts, x):
       def head_of_chunk(chunk):
         return head_fn(chunk, *consts)
@@ -151,7 +184,10 @@ def log_probabilities(
 
     return jax.grad(weighted, argnums=(0, 1))(*residuals)
 
-  of_all.defvjp(lambda consts, x: (of_all(consts, x), (consts, x)), backward)
+  def forward(consts, x):
+    return of_all(consts, x), (consts, x)
+
+  of_all.defvjp(forward, backward)
   return of_all(consts, x)
 
 
@@ -162,12 +198,15 @@ def _split(a: jax.Array, chunks: int) -> jax.Array:
 
 
 def _join(a: jax.Array, like: jax.Array) -> jax.Array:
-  """What `_split` cut, in the shape of `like`."""
+  """Undoes `_split`: returns an array of the shape of `like`."""
   return jnp.moveaxis(a, 0, 2).reshape(like.shape, out_sharding=_where(like))
 
 
 def _where(x: jax.Array, chunked: bool = False):
-  """Where [batch, length, ...] lives, or [batch, length / chunks, chunks, ...]; None outside any mesh."""
+  """Returns the sharding of x [batch, length, ...], or None outside any mesh.
+
+  With `chunked`, returns that of x as [batch, length / chunks, chunks, ...].
+  """
   sharding = jax.typeof(x).sharding
   if sharding.mesh.empty:
     return None
@@ -176,9 +215,10 @@ def _where(x: jax.Array, chunked: bool = False):
 
 
 def _no_gradient(x: jax.Array) -> jax.Array:
-  """Zeros where the gradient of `x` lives: not summed over the devices, where `x` is gathered to them.
+  """Returns zeros with the sharding of the gradient of `x`.
 
-  In float32, whatever `x` is: the gradients of many chunks are added up.
+  Where every device has a copy of `x`, its gradient is not yet summed over the devices. The zeros are in
+  float32 at least, since the gradients of many chunks are added to them.
   """
   where = jax.typeof(x).to_ct_aval().sharding
   dtype = jnp.promote_types(x.dtype, jnp.float32)
@@ -186,14 +226,16 @@ def _no_gradient(x: jax.Array) -> jax.Array:
 
 
 def _scaled(gradient: jax.Array, factor: jax.Array, dtype) -> jax.Array:
+  # jax multiplies an array that is not yet summed over mesh axes only by one that is marked as reduced over
+  # them.
   axes = jax.typeof(gradient).sharding.spec.unreduced
   factor = jax.sharding.reshard(factor, jax.P(reduced=axes)) if axes else factor
   return (factor * gradient).astype(dtype)
 
 
 def default_chunks(batch: int, length: int, vocab: int, limit: int = 2**24) -> int:
-  """The fewest chunks that divide the length with at most `limit` logits in each."""
-  fits = (
-    n for n in range(1, length + 1) if length % n == 0 and batch * length * vocab <= n * limit
-  )
-  return next(fits, length)
+  """Returns the fewest chunks that divide the length and have at most `limit` logits each."""
+  for chunks in range(1, length + 1):
+    if length % chunks == 0 and batch * length * vocab <= chunks * limit:
+      return chunks
+  return length

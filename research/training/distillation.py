@@ -1,7 +1,7 @@
 """Distillation: a run learns the distribution of a teacher's next token.
 
-The teacher is another model, which reads the same batches in every step, or what it said of them once, frozen
-beside the stream (`scores.TopTokens`).
+The teacher is another model that reads the same batches in every step. Or its likeliest tokens are computed
+once and frozen beside the stream (`scores.TopTokens`).
 """
 
 import dataclasses
@@ -23,14 +23,14 @@ DIRECTIONS = ('forward', 'reverse')
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Distillation(Loss):
-  """mix T^2 KL(teacher || student) at temperature T, and 1 - mix of the cross-entropy.
+  """mix * T^2 * KL(teacher || student) + (1 - mix) * cross-entropy, with both distributions at temperature T.
 
-  Hinton et al. (2015), arXiv:1503.02531, section 2, with the KL divergence in place of the cross-entropy of the
-  two distributions, which differs by a constant. The reverse direction, KL(student || teacher), is that of
-  MiniLLM (Gu et al. 2024, arXiv:2306.08543). A run is judged by its cross-entropy, 'loss'.
+  Hinton et al. (2015), arXiv:1503.02531, section 2. We use the KL divergence where they use the cross-entropy
+  of the two distributions; the two differ by a constant. The reverse direction, KL(student || teacher), is that
+  of MiniLLM (Gu et al. 2024, arXiv:2306.08543). The run's 'loss' is its plain cross-entropy.
 
   Attributes:
-    teacher: a model of any family with the same vocabulary; None where the rows hold its likeliest tokens.
+    teacher: a model of any family with the same vocabulary; None if the rows hold its likeliest tokens.
     temperature: both distributions are softmax(logits / temperature).
     mix: the share of the teacher's term; 1 - mix is that of the data.
     direction: 'forward' or 'reverse'.
@@ -44,7 +44,7 @@ class Distillation(Loss):
   reports: ClassVar[tuple[str, ...]] = ('divergence',)
 
   def __post_init__(self):
-    # Arrays stand here while the members of a population are traced.
+    # The numbers are arrays while the members of a population are traced, and an array has no truth value.
     if isinstance(self.temperature, int | float) and not self.temperature > 0:
       raise Invalid(Distillation, 'temperature', f'{self.temperature!r} must be above 0.')
     if isinstance(self.mix, int | float) and not 0 <= self.mix <= 1:
@@ -62,7 +62,7 @@ class Distillation(Loss):
 
   @property
   def evaluation(self) -> Loss:
-    """Where the teacher is frozen beside the training rows, those of validation are plain text."""
+    """Plain cross-entropy if the teacher is frozen beside the training rows: validation rows have none."""
     return self if self.teacher else CrossEntropy()
 
   def check(self, run, vocab: int) -> None:
@@ -78,17 +78,17 @@ class Distillation(Loss):
   def __call__(self, model, features, batch, chunks, teacher=None):
     weights = batch['decoder_loss_weights'].astype(jnp.float32)
     if teacher is None:
-      given = tuple(batch[key] for key in TopTokens.keys)
+      teacher_values = tuple(batch[key] for key in TopTokens.keys)
       distributions = self._with_frozen
     else:
-      given = (teacher.features(batch)[0],)
+      teacher_values = (teacher.features(batch)[0],)
       readout = teacher.readout()
 
       def distributions(logits, features):
         return self._log_softmax(logits), self._log_softmax(readout(features))
 
-    def sums(logits, targets, weights, *given):
-      student, teacher = distributions(logits, *given)
+    def sums(logits, targets, weights, *teacher_values):
+      student, teacher = distributions(logits, *teacher_values)
       kl = jnp.sum(weights * self._divergence(student, teacher))
       nll = jnp.sum(weights * token_losses(logits, targets, 0.0)[0])
       return (self.mix * self.temperature**2 * kl, (1 - self.mix) * nll), (nll, kl)
@@ -99,7 +99,7 @@ class Distillation(Loss):
       features,
       batch['decoder_target_tokens'],
       weights,
-      *given,
+      *teacher_values,
       chunks=chunks,
     )
     counts = {'weight': jnp.sum(weights), 'loss': nll, 'divergence': kl}
@@ -109,19 +109,25 @@ class Distillation(Loss):
     return jax.nn.log_softmax(logits / self.temperature)
 
   def _divergence(self, student: jax.Array, teacher: jax.Array) -> jax.Array:
-    """Of log-probabilities [batch, length, outcomes], [batch, length]."""
-    p, q = (teacher, student) if self.direction == 'forward' else (student, teacher)
+    """Returns KL(p || q) per token [batch, length], of log-probabilities [batch, length, outcomes]."""
+    forward = self.direction == 'forward'
+    p, q = (teacher, student) if forward else (student, teacher)
     return jnp.sum(jnp.exp(p) * (p - q), axis=-1)
 
   def _with_frozen(self, logits, tokens, log_probs):
-    """Log-probabilities of the teacher's k likeliest tokens, and of all others as one outcome.
+    """Returns student's and teacher's log-probabilities over the teacher's k likeliest tokens and "the rest".
 
-    Without that outcome the k would stand for all the teacher's mass, and the student would learn that
-    nothing else is possible. By the chain rule of the divergence the result is at most that of the whole
-    distributions, and equal to it where the k are the whole vocabulary.
+    Without the outcome "the rest" the k tokens would have all of the teacher's mass, and the student would
+    learn that nothing else is possible. By the chain rule of the KL divergence the result is a lower bound of
+    the divergence of the whole distributions. The two are equal if the k tokens are the whole vocabulary.
+
+    Args:
+      logits: of the student, [batch, length, vocab].
+      tokens: the teacher's likeliest tokens, integers [batch, length, k].
+      log_probs: their log-probabilities by the teacher, [batch, length, k].
     """
     student = self._log_softmax(logits)
-    # A gather over a sharded vocabulary is refused: every device has the whole of its tokens here.
+    # jax refuses a gather along a sharded axis, so every device takes the whole vocabulary of its tokens.
     student = shard(student, 'batch', 'length', None)
     student = jnp.take_along_axis(student, tokens, axis=-1)
     if tokens.shape[-1] == logits.shape[-1]:  # nothing is left
@@ -130,8 +136,8 @@ class Distillation(Loss):
 
 
 def _with_rest(log_probs: jax.Array) -> jax.Array:
-  """Log-probabilities [..., k], and behind them that of everything else."""
+  """Appends the log-probability of all other outcomes to log-probabilities [..., k]."""
   rest = 1 - jnp.sum(jnp.exp(log_probs), axis=-1, keepdims=True)
-  # Less than float32 can tell from 1 is rounding.
+  # float32 resolves 1 to 6e-8: anything smaller than this is rounding, and can even be negative.
   log_rest = jnp.log(jnp.maximum(rest, 1e-7))
   return jnp.concatenate([log_probs, log_rest], axis=-1)

@@ -1,6 +1,6 @@
-"""What a run does with evaluations of its own: the interface that `research.evaluation` fulfils.
+"""The interface of evaluations that a run does as it trains. `research.evaluation` implements it.
 
-Training knows no task and no tokenizer. A gin file binds whatever evaluates:
+Training knows no task and no tokenizer, so a gin file binds the evaluations:
 
     Run.evaluations = (@suite.Suite(),)
 """
@@ -12,12 +12,12 @@ from typing import Protocol, runtime_checkable
 
 @runtime_checkable
 class Evaluation(Protocol):
-  """Looks at what a run can do.
+  """Measures what a model can do.
 
   Attributes:
-    name: of its folder; differs from that of every other evaluation of the run.
-    labels: of what it measures; its columns are eval/<label>/<metric>.
-    during: whether it is done at each evaluation of the run, and not at its end alone.
+    name: the name of its folder, unique among the evaluations of a run.
+    labels: the names of its tasks. Its columns are eval/<label>/<metric>.
+    during: True to evaluate at each validation of the run, False to evaluate only at its end.
   """
 
   name: str
@@ -27,12 +27,15 @@ class Evaluation(Protocol):
   def columns(
     self, run, params: dict, step: int, folder: pathlib.Path, log: Callable[[str], None]
   ) -> dict[str, float | int | str]:
-    """What it finds, by column. It does nothing twice that it left in the folder.
+    """Evaluates the parameters and returns the results by column.
+
+    It reuses the results that an earlier call left in the folder.
 
     Args:
       run: the `training.run.Run`.
-      params: of now, host arrays as nested dicts.
-      folder: to keep results in; need not exist.
-      log: takes lines for a person.
+      params: the current parameters, host arrays as nested dicts.
+      step: the step that the parameters come from.
+      folder: where results are stored; created if missing.
+      log: called with lines of progress.
     """
     ...

@@ -1,6 +1,6 @@
-"""Rows that a model makes itself as it learns: the interface that `research.reinforcement` fulfils.
+"""The interface of training rows that the model itself generates. `research.reinforcement` implements it.
 
-Training knows no sampler and no reward. A gin file binds whatever makes the rows in the place of a stream:
+Training knows no sampler and no reward, so a gin file binds what generates the rows in place of a stream:
 
     Run.train = @rollouts.Rollouts()
 """
@@ -14,13 +14,13 @@ Batch = dict[str, np.ndarray]
 
 
 class Experience(abc.ABC):
-  """What a run trains on, where no stream is frozen beforehand.
+  """A source of training rows that replaces a frozen stream.
 
   Attributes:
-    name: of the run's task, for its row.
-    lengths: tokens per row, by seqio task feature, as of a stream.
-    round_steps: updates between two rounds of rows. A run stops and saves only between rounds, so a checkpoint
-      needs no rows: the next ones are made of its parameters.
+    name: the name of the task, which stands in the run's row of results.
+    lengths: tokens per row, by seqio task feature, as in a stream.
+    round_steps: updates per round of generated rows. A run stops and saves only between rounds, so a checkpoint
+      holds no rows: its parameters generate the next ones.
   """
 
   name: str
@@ -29,11 +29,11 @@ class Experience(abc.ABC):
 
   @abc.abstractmethod
   def shapes(self, length: int) -> dict[str, tuple]:
-    """{key: (shape of a row, dtype)} of what a row holds beside its tokens."""
+    """Returns {key: (shape of a row, dtype)} of the arrays that a row holds beside its tokens."""
 
   @abc.abstractmethod
   def open(self, run) -> 'Opened':
-    """What makes the rows of a run.
+    """Prepares to generate rows for a run.
 
     Raises:
       Invalid: it does not suit the run.
@@ -41,12 +41,12 @@ class Experience(abc.ABC):
 
 
 class Opened(abc.ABC):
-  """An `Experience` of one run; it has what the loop asks of a frozen stream.
+  """The `Experience` of one run, with the methods of a frozen stream that the training loop needs.
 
   Attributes:
-    vocab_size: one more than the highest token id.
+    vocab_size: the highest token id plus one.
     features: {key: (shape of a row, dtype)}.
-    manifest: says the 'vocabulary', as a frozen stream's does.
+    manifest: has the key 'vocabulary', as the manifest of a frozen stream does.
   """
 
   vocab_size: int
@@ -54,28 +54,29 @@ class Opened(abc.ABC):
   manifest: dict
 
   def empty(self, rows: int) -> Batch:
-    """A batch of nothing, which a step is compiled for: there is no first batch yet."""
+    """Returns a batch of zeros. The step is compiled for its shapes before the first batch exists."""
     return {key: np.zeros((rows, *shape), dtype) for key, (shape, dtype) in self.features.items()}
 
   @abc.abstractmethod
   def batches(
     self, program, start: int, params: Callable[[], dict]
   ) -> Iterator[tuple[Batch, dict[str, float]]]:
-    """Without end (batch, what a row of metrics says of it), from step `start` on.
+    """Yields (batch, its metrics by name) for every step from `start` on, without end.
 
     Args:
       program: the run's `training.program.Program`.
-      params: gives all parameters of now, on the mesh in use.
+      start: the number of steps done so far.
+      params: returns all current parameters, on the mesh in use.
     """
 
   @abc.abstractmethod
   def epochs(self, examples: int) -> dict[str, float]:
-    """{name: passes over the prompts} after training on so many rows."""
+    """Returns {name: passes over the prompts} after training on `examples` rows."""
 
   @abc.abstractmethod
   def state(self) -> dict:
-    """What else the next round depends on, beside parameters, seed and step: JSON values for a checkpoint."""
+    """Returns JSON values for the checkpoint: what the next round needs beside parameters, seed and step."""
 
   @abc.abstractmethod
   def restore(self, state: dict) -> None:
-    """Goes on from what `state` gave."""
+    """Continues from what `state` returned."""

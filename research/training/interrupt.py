@@ -1,4 +1,4 @@
-"""SIGTERM: a run notices it between two steps, saves, and stops."""
+"""Handles SIGTERM: a run notices it between two steps, saves a checkpoint, and stops."""
 
 import signal
 
@@ -6,26 +6,29 @@ import jax
 
 
 class Interrupted(Exception):
-  """SIGTERM came; the state is saved."""
+  """The run received SIGTERM and saved its state."""
 
 
 class TerminationSignal:
-  """Whether SIGTERM was received, by any host."""
+  """Records whether any host has received SIGTERM."""
 
   def __init__(self):
     self.received = False
     self.previous = None
-    if jax.process_count() > 1:  # jax listens itself, and makes all processes stop at the same step
+    if (
+      jax.process_count() > 1
+    ):  # jax handles the signal, and makes all processes stop at the same step
       return
     try:
       self.previous = signal.signal(signal.SIGTERM, self._receive)
-    except ValueError:  # not the main thread, whose owner handles signals
+    except ValueError:  # Python allows handlers in the main thread only, and this is another one
       self.previous = None
 
   def _receive(self, *_):
     self.received = True
 
   def check(self, step: int) -> bool:
+    """Returns whether to stop after this step. All processes get the same answer."""
     if jax.process_count() == 1:
       return self.received
     from jax.experimental import multihost_utils
@@ -33,5 +36,6 @@ class TerminationSignal:
     return multihost_utils.reached_preemption_sync_point(step)
 
   def restore(self):
+    """Restores the signal handler that was there before."""
     if self.previous is not None:
       signal.signal(signal.SIGTERM, self.previous)

@@ -1,4 +1,4 @@
-"""Which parameters of a run learn: `Run.learns`.
+"""Decides which parameters of a run learn (`Run.learns`), and splits and joins trees of parameters.
 
 Parameters that do not learn are an input of the step. They have no gradient and no optimizer state, and the
 run's checkpoints do not hold them.
@@ -16,19 +16,19 @@ from research.core.errors import Invalid, did_you_mean
 from research.model.parameters import Kind, all_parameters
 from research.training.run import Run
 
-# How a pattern chooses by kind: 'kind:vector' is every norm and bias.
+# Prefix of a pattern that chooses by kind: 'kind:vector' matches every norm and bias.
 BY_KIND = 'kind:'
 
 
 def frozen_names(model, learns: tuple[str, ...] | None) -> frozenset[str]:
-  """Names of the parameters that do not learn, 'stack/sublayers/0/parts/0/query/kernel'.
+  """Returns the names of the parameters that do not learn, such as 'stack/sublayers/0/parts/0/query/kernel'.
 
   Args:
     model: the module, with arrays or shapes.
-    learns: patterns of names, or 'kind:' and a kind; None for all parameters.
+    learns: regular expressions that match whole names, or 'kind:' and a kind; None for all parameters.
 
   Raises:
-    Invalid: a pattern chooses nothing, or what is quantised.
+    Invalid: a pattern matches nothing, or matches a quantised parameter.
   """
   parameters = {'/'.join(map(str, path)): value for path, value in all_parameters(model)}
   kinds = {name: value.kind for name, value in parameters.items()}
@@ -48,15 +48,14 @@ def frozen_names(model, learns: tuple[str, ...] | None) -> frozenset[str]:
 
 
 def _check_floating(parameters: Mapping, learned: Iterable[str]) -> None:
-  """Refuses to let what is stored in few bits learn: no optimizer's step is as large as theirs."""
+  """Raises Invalid if a parameter in few bits is to learn: updates are smaller than the gaps of its values."""
   for name in learned:
     if parameters[name].dtype != jnp.float32:
       why = (
         f'{name} is stored as {parameters[name].dtype} and cannot learn; say what learns, such as '
+        "('.*/lora_[ab]',), or train with StraightThrough matrices."
       )
-      raise Invalid(
-        Run, 'learns', why + "('.*/lora_[ab]',), or train with StraightThrough matrices."
-      )
+      raise Invalid(Run, 'learns', why)
 
 
 def _chooses(pattern: str, name: str, kind: str) -> bool:
@@ -66,46 +65,59 @@ def _chooses(pattern: str, name: str, kind: str) -> bool:
 
 
 def keep(tree: Mapping, chosen: Iterable[str], path: str = '') -> dict:
-  """The part of nested dicts that has these names; dicts that are left empty go."""
+  """Returns only the chosen entries of nested dicts, without dicts that become empty.
+
+  Args:
+    tree: nested dicts.
+    chosen: names of leaves, 'a/b/c'.
+    path: the name of `tree` itself, with a final '/'.
+  """
   chosen = frozenset(chosen)
-  kept = {}
+  result = {}
   for key, value in tree.items():
     name = f'{path}{key}'
     if isinstance(value, Mapping):
       value = keep(value, chosen, name + '/')
       if value:
-        kept[key] = value
+        result[key] = value
     elif name in chosen:
-      kept[key] = value
-  return kept
+      result[key] = value
+  return result
 
 
 def without(tree: Mapping, frozen: frozenset[str]) -> dict:
-  """Nested dicts without these names; the tree itself where there are none."""
+  """Returns nested dicts without the leaves of these names."""
   return keep(tree, frozenset(names(tree)) - frozen) if frozen else tree
 
 
 def joined(tree: Mapping, other: Mapping) -> dict:
-  """Two nested dicts as one."""
+  """Merges two nested dicts."""
   result = dict(tree)
   for key, value in other.items():
     result[key] = joined(result.get(key, {}), value) if isinstance(value, Mapping) else value
   return result
 
 
-def filled(tree: Mapping, given: Mapping[str, Mapping], path: str = '') -> dict:
-  """Nested dicts with given values in place of their own (`starts.Checkpoint.load` makes them)."""
+def filled(tree: Mapping, replacements: Mapping[str, Mapping], path: str = '') -> dict:
+  """Replaces leaves of nested dicts by other values.
+
+  Args:
+    tree: nested dicts of arrays.
+    replacements: by name, the arguments of `_replace` (`starts.Checkpoint.load` returns them).
+    path: the name of `tree` itself, with a final '/'.
+  """
   result = {}
   for key, value in tree.items():
     name = f'{path}{key}'
     if isinstance(value, Mapping):
-      result[key] = filled(value, given, name + '/')
-    elif name in given:
-      result[key] = _taken(value, **given[name])
+      result[key] = filled(value, replacements, name + '/')
+    elif name in replacements:
+      result[key] = _replace(value, **replacements[name])
     else:
       result[key] = value
   return result
 
 
-def _taken(drawn: jax.Array, value: jax.Array, kept: jax.Array | None = None) -> jax.Array:
-  return value if kept is None else jnp.where(kept, value, drawn)
+def _replace(drawn: jax.Array, value: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+  """Returns `value`; where the boolean array `mask` is False, `drawn` (rows that the checkpoint lacks)."""
+  return value if mask is None else jnp.where(mask, value, drawn)

@@ -1,4 +1,4 @@
-"""Rows of metrics: JSON lines, TensorBoard events, and the line a person watches."""
+"""Rows of metrics: JSON lines, TensorBoard events, and the line of progress on a terminal."""
 
 import contextlib
 import importlib.util
@@ -15,27 +15,32 @@ from research.core.text import clock, si
 
 
 class _Object:
-  """Lines that are added to an object of a bucket: it is written again now and then, as a whole."""
+  """A text file in a bucket. Objects cannot be appended to, so the whole text is written again now and then."""
 
-  interval = 30.0
+  interval = 30.0  # seconds
 
   def __init__(self, path, text: str):
-    self.path, self.text, self.new, self.written = path, text, False, time.monotonic()
+    self.path = path
+    self.text = text
+    self.changed = False
+    self.written = time.monotonic()
 
   def write(self, line: str) -> None:
-    self.text, self.new = self.text + line, True
+    self.text += line
+    self.changed = True
 
   def flush(self, at_once: bool = False) -> None:
-    if self.new and (at_once or time.monotonic() - self.written > self.interval):
+    if self.changed and (at_once or time.monotonic() - self.written > self.interval):
       self.path.write_text(self.text)
-      self.new, self.written = False, time.monotonic()
+      self.changed = False
+      self.written = time.monotonic()
 
   def close(self) -> None:
     self.flush(at_once=True)
 
 
 def _summary_writer():
-  """The class that writes TensorBoard's events.
+  """Returns the class that writes events for TensorBoard.
 
   Raises:
     UserError: its package is not installed, or cannot be imported.
@@ -44,9 +49,8 @@ def _summary_writer():
     if importlib.util.find_spec('tensorboardX') is None:
       raise ModuleNotFoundError('it is not installed')
     from tensorboardX import SummaryWriter
-  except (
-    Exception
-  ) as error:  # it imports torch where it finds it, and a broken torch raises anything
+  # tensorboardX imports torch if it is installed, and a broken torch raises errors of any type.
+  except Exception as error:
     first = (str(error).splitlines() or [type(error).__name__])[0].rstrip('.')
     raise UserError(
       f'a run writes events for TensorBoard by tensorboardX, which cannot be imported ({first}): '
@@ -56,16 +60,16 @@ def _summary_writer():
 
 
 def _import_writer() -> None:
-  """Imports it ahead of its use, which tells what is wrong with it."""
+  """Imports the class ahead of its use. The use reports an error."""
   with contextlib.suppress(UserError):
     _summary_writer()
 
 
 class Rows:
-  """`metrics.jsonl` of a run, with every row also as TensorBoard scalars.
+  """Writes `metrics.jsonl` of a run, and every row as TensorBoard scalars as well.
 
-  On resuming from `step`, rows after it are dropped: they will come again, so there is no gap and no double.
-  In a bucket rows appear every half minute and before every checkpoint, and there is no TensorBoard.
+  A run that resumes from `step` drops the rows after it and writes them again, so no row is missing or double.
+  In a bucket, rows appear every half minute and before every checkpoint, and there is no TensorBoard.
 
   Raises:
     UserError: the folder `tensorboard` cannot be written, or tensorboardX cannot be imported.
@@ -76,23 +80,26 @@ class Rows:
     self.bucket = storage.is_bucket(path)
     self.tensorboard = workdir / 'tensorboard' if tensorboard and not self.bucket else None
     self.writer = None
+    # TensorBoard hides events from this step on that the interrupted run wrote.
     self.purge = step + 1 if step else None
     if self.tensorboard is not None:
       storage.make(self.tensorboard)
       if importlib.util.find_spec('tensorboardX') is None:
-        _summary_writer()  # says so before anything is computed
-      # While the run waits for its programs: it imports torch where it finds it, in two seconds.
+        _summary_writer()  # raises before anything is computed
+      # In a thread, while XLA compiles the run: tensorboardX imports torch if it is installed, which takes 2 s.
       threading.Thread(target=_import_writer).start()
-    kept = ''.join(json.dumps(row) + '\n' for row in read_rows(path) if row['step'] <= step)
-    write_atomic(path, kept)
-    self.file = _Object(path, kept) if self.bucket else path.open('a')
+    earlier_rows = [row for row in read_rows(path) if row['step'] <= step]
+    text = ''.join(json.dumps(row) + '\n' for row in earlier_rows)
+    write_atomic(path, text)
+    self.file = _Object(path, text) if self.bucket else path.open('a')
 
   def flush(self) -> None:
-    """What was written can be read from now on, whatever dies."""
+    """Makes every row that was written readable for others, even if this process dies."""
     if self.bucket:
       self.file.flush(at_once=True)
 
   def write(self, row: dict) -> None:
+    """Writes a row: numbers by name, with the key 'step'."""
     self.file.write(json.dumps(row) + '\n')
     self.file.flush()
     if self.tensorboard is not None:
@@ -109,7 +116,7 @@ class Rows:
 
 
 class NoRows:
-  """In place of `Rows` where another process writes them."""
+  """Replaces `Rows` in processes that write none: the first process writes them."""
 
   def write(self, row: dict) -> None: ...
 
@@ -119,33 +126,33 @@ class NoRows:
 
 
 class Progress:
-  """One line that is rewritten on a terminal, and a new line now and then elsewhere."""
+  """Shows progress: one line that is rewritten on a terminal, and a new line every 10 seconds elsewhere."""
 
   def __init__(self, steps: int, start: int, flops_per_token: float, stream=sys.stderr):
-    self.steps, self.start, self.flops_per_token, self.stream = (
-      steps,
-      start,
-      flops_per_token,
-      stream,
-    )
+    self.steps = steps
+    self.start = start
+    self.flops_per_token = flops_per_token
+    self.stream = stream
     self.began = time.monotonic()
-    self.shown = -1e9
-    self.interval = 0.2 if stream.isatty() else 10.0
+    self.shown = -1e9  # long ago, so that the first row is shown
+    self.interval = 0.2 if stream.isatty() else 10.0  # seconds
 
   def show(self, row: dict, last: bool = False) -> None:
-    now = time.monotonic()
-    if now - self.shown < self.interval and not last:
+    """Shows a row of metrics, unless the line before is too recent."""
+    time_now = time.monotonic()
+    if time_now - self.shown < self.interval and not last:
       return
-    self.shown = now
+    self.shown = time_now
     done = row['step'] - self.start
-    left = (now - self.began) / max(done, 1) * (self.steps - row['step'])
+    seconds_left = (time_now - self.began) / max(done, 1) * (self.steps - row['step'])
     speed = row['tokens_per_second']
-    # The loss of a policy says nothing of how good it is.
+    # The loss of a policy gradient does not say how good the policy is; its mean reward does.
     name = 'reward' if 'reward' in row else 'loss'
     line = (
       f'step {row["step"]:,}/{self.steps:,}  {name} {row[name]:.4f}  {si(speed)} tokens/s  '
-      f'{si(speed * self.flops_per_token, "FLOP/s")}  {clock(left)} left'
+      f'{si(speed * self.flops_per_token, "FLOP/s")}  {clock(seconds_left)} left'
     )
+    # '\r\x1b[K' returns to the start of the line and erases it.
     terminal = self.stream.isatty()
     self.stream.write(f'\r\x1b[K{line}' if terminal else line + '\n')
     if last and terminal:
@@ -153,5 +160,6 @@ class Progress:
     self.stream.flush()
 
   def say(self, text: str) -> None:
+    """Prints a line of its own."""
     self.stream.write(('\r\x1b[K' if self.stream.isatty() else '') + text + '\n')
     self.stream.flush()

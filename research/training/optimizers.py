@@ -1,7 +1,7 @@
-"""Optimizers are optax's own, bound in gin (`Run.optimizer = @optax.lion`). This says what they must know.
+"""Tells optimizers the kinds of the parameters. The optimizers are optax's, bound in gin (`@optax.lion`).
 
-optax sees parameters as nested dicts of arrays, which do not say what they are. `knowing` tells it: within the
-optimizer's functions, `kinds_of` gives the kind of every parameter ('matrix', 'table', 'vector').
+optax sees parameters as nested dicts of arrays, which do not say what they are. Within the functions of an
+optimizer that `knowing` wraps, `kinds_of` returns the kind of every parameter: 'matrix', 'table' or 'vector'.
 """
 
 import contextvars
@@ -18,13 +18,14 @@ _kinds: contextvars.ContextVar[Mapping | None] = contextvars.ContextVar('kinds',
 def knowing(
   kinds: Mapping, optimizer: optax.GradientTransformation
 ) -> optax.GradientTransformation:
-  """The same optimizer, whose masks may ask for the kinds of the parameters.
+  """Returns the same optimizer, whose masks may call `kinds_of`.
 
   Args:
     kinds: nested as the parameters are (`model.parameters.kinds`).
-    optimizer: whose `init` and `update` then know them.
+    optimizer: any optax transformation.
   """
 
+  # A context variable, since optax passes masks nothing but the parameters.
   def within(function):
     def call(*args, **options):
       token = _kinds.set(kinds)
@@ -39,10 +40,10 @@ def knowing(
 
 
 def kinds_of(params) -> dict:
-  """The kind of every parameter in a tree that has all of the model's parameters or some.
+  """Returns the kind of every parameter in a tree of all or some of the model's parameters.
 
   Raises:
-    UserError: outside of an optimizer made by `knowing`.
+    UserError: called outside of an optimizer that `knowing` wrapped.
   """
   known = _kinds.get()
   if known is None:
@@ -61,5 +62,5 @@ def kinds_of(params) -> dict:
 
 
 def matrices(params) -> dict:
-  """The weight-decay mask: True for matrices and tables of vectors, False for norms, biases and decay rates."""
+  """Returns the mask of weight decay: True for matrices and tables, False for norms, biases, decay rates."""
   return jax.tree.map(lambda kind: kind != 'vector', kinds_of(params))

@@ -1,11 +1,10 @@
-"""Runs of one shape trained in one compiled step, along an axis of members.
+"""Trains several runs of one shape in one compiled step, along an axis of members.
 
 Members differ only in numbers: the seed (initialisation and order of the data), the schedule (learning rate and
-warm-up), weight decay and other numbers of the optimizer, numbers of the loss. Each leaves in its workdir what
-`research.train` leaves of a run. Either may resume what the other began.
+warm-up), weight decay and other numbers of the optimizer, numbers of the loss. The workdir of a member looks
+like that of a run by `research.train`, and either may resume the other.
 """
 
-import dataclasses
 import functools
 import pathlib
 import sys
@@ -20,12 +19,11 @@ from research.data import batches as batches_module
 from research.data import cache
 from research.data.batches import batch_at, eval_batches
 from research.parallel import hosts
-from research.training import background_jit, checks, interrupt
-from research.training import program as program_module
-from research.training.alike import check_alike, inputs_of, with_inputs
+from research.training import background_jit, checks, interrupt, schedules
+from research.training.alike import check_alike, inputs_of
 from research.training.interrupt import TerminationSignal
 from research.training.loop import total
-from research.training.member import Member
+from research.training.member import Member, MemberProgram
 from research.training.over_members import over_members
 from research.training.program import keep_compiled, make_program
 from research.training.record import Record
@@ -39,23 +37,23 @@ def train_population(
   texts: Sequence[str] | None = None,
   streams: Sequence | None = None,
 ) -> list[dict]:
-  """Trains runs of one `shape` together, each to its end or from where its checkpoint left it.
+  """Trains runs of one `alike.shape` together, each to its end, from its last checkpoint if it has one.
 
-  A member whose loss is not finite ends as 'nan' and the others go on. Equal to the runs trained one by one, up
-  to the rounding of another compiled program.
+  A member whose loss is not finite ends as 'nan', and the others continue. The results equal those of the runs
+  trained one by one, up to the rounding of a different compiled program.
 
   Args:
-    runs: of one shape; their learning rates, seeds, weight decays, z-losses may differ.
-    workdirs: of each run.
+    runs: runs of one shape; their learning rates, seeds, weight decays and z-losses may differ.
+    workdirs: the workdir of each run.
     texts: the gin text of each run, for its config.gin.
-    streams: where each run's progress is written.
+    streams: where the progress of each run is printed; stderr by default.
 
   Returns:
-    The row of each run, as `research.training.loop.train` returns it, with the members' number as 'population'.
+    The row of each run, as `loop.train` returns it, with the number of members as 'population'.
 
   Raises:
-    UserError: the runs differ in more than that, or something does not fit.
-    train.Interrupted: SIGTERM came; every member's checkpoint was saved.
+    UserError: the runs differ in more than these numbers, or something does not fit.
+    Interrupted: the process received SIGTERM; every member's checkpoint was saved.
   """
   check_alike(runs)
   workdirs = [storage.place(workdir) for workdir in workdirs]
@@ -76,9 +74,9 @@ def train_population(
 
 
 class Population:
-  """Members, their states as arrays [places, ...], and the step that advances them all.
+  """The members, their states as arrays [places, ...], and the step that updates them all.
 
-  Every device has the same number of places. Where the members do not fill them, the last places are idle.
+  Every device has the same number of places. If there are more places than members, the last ones are idle.
   """
 
   def __init__(self, runs, workdirs, streams):
@@ -94,7 +92,7 @@ class Population:
     self.program = make_program(run)
     checks.check_fits(run, self.program.vocab, self.program.inputs, self.frozen, validation)
     self.batch_size = run.batch_size
-    # A number that is equal for all stays a constant of the program, as it is in a run's own.
+    # A number that is equal for all members stays a constant of the program, as in a run that is trained alone.
     values = {name: [inputs_of(r)[name] for r in runs] for name in inputs_of(run)}
     self.inputs = {
       name: self.spread(np.asarray(value, np.float32))
@@ -103,26 +101,28 @@ class Population:
     }
     self.fixed = self.program.fixed()
     self.signal = TerminationSignal()
+    # XLA compiles in the background while the checkpoints are read.
     self.compile(workdirs, validation)
-    self.evaluated: dict = {}
+    self.evaluated: dict = {}  # sums of all members by stream, for the current step
     self.members: list[Member] = []
     self.open_members(workdirs, validation, streams)
     self.state = self.first_state()
 
   def open_members(self, workdirs, validation, streams) -> None:
-    """Opens every member's record, and restores the checkpoint where there is one."""
+    """Opens every member's record, which restores its checkpoint if there is one."""
     count = checks.count_of(self.runs[0])
-    all_rates = program_module.rates(self.runs)
+    all_rates = schedules.rates(self.runs)
     for i, (run, workdir, stream) in enumerate(zip(self.runs, workdirs, streams, strict=True)):
-      own = functools.partial(self.sum_losses, i), functools.partial(self.params_of, i)
+      sum_losses = functools.partial(self.sum_losses, i)
+      params = functools.partial(self.params_of, i)
       record = Record(
-        run, workdir, self.frozen, validation, count, all_rates[i], stream, self.program.abstract, *own,
-        base=self.program.base(),
+        run, workdir, self.frozen, validation, count, all_rates[i], stream, self.program.abstract,
+        sum_losses, params, base=self.program.base(),
       )  # fmt: skip
       self.members.append(Member(record, self.size))
 
   def params_of(self, i: int) -> dict:
-    """Those of member i, host arrays."""
+    """Returns all parameters of member i, as host arrays."""
     params = jax.tree.map(lambda x: np.array(x[i]), jax.device_get(self.state['params']))
     return jax.device_get(self.program.whole(params, self.fixed))
 
@@ -131,40 +131,45 @@ class Population:
     for member in self.members:
       member.record.close()
 
-  # What is compiled.
+  # Compilation.
 
   def compile(self, workdirs, validation) -> None:
-    """Begins to compile what makes, trains and evaluates the members, before their records are opened."""
-    init, one, evaluate = map(over_members, (self.init, self.step, self.evaluate))
+    """Starts to compile init, step and evaluate in the background, before the records are opened."""
+    member = MemberProgram(self.program)
+    init, step_members, evaluate = map(over_members, (member.init, member.step, member.evaluate))
 
-    def step(state, own, shared):
-      return one({'state': state, **own}, shared)
+    # The state is an argument of its own, so that its memory can be donated.
+    def step(state, varying, shared):
+      return step_members({'state': state, **varying}, shared)
 
     state = hosts.on_mesh(jax.eval_shape(init, self.seeds(), {}))
     saved = [folders.saved_steps(workdir / 'checkpoints') for workdir in workdirs]
-    self.given = {} if all(saved) else self.program.given()
-    self.init_fn = background_jit.jit(init, *([] if all(saved) else [self.seeds(), self.given]))
+    self.initial = {} if all(saved) else self.program.initial_values()
+    # If all members resume, init is not called, and without arguments it is not compiled.
+    arguments = [] if all(saved) else [self.seeds(), self.initial]
+    self.init_fn = background_jit.jit(init, *arguments)
     orders = [(r.seed, max(steps, default=0)) for r, steps in zip(self.runs, saved, strict=True)]
     batches = {o: batch_at(self.frozen, self.program.run.batches, *o) for o in orders}
     active = self.spread([True] * self.size, spare=False)
     arguments = self.arguments(batches, orders, [0.0] * self.size, active)
     self.step_fn = background_jit.jit(step, state, *arguments, donate_argnums=0)
     batch = next(eval_batches(validation, self.batch_size))
-    own = {'params': state['params'], 'active': active}
-    self.evaluate_fn = background_jit.jit(evaluate, own, self.shared(batch))
+    varying = {'params': state['params'], 'active': active}
+    self.evaluate_fn = background_jit.jit(evaluate, varying, self.shared(batch))
 
   def seeds(self) -> dict:
-    """The arguments of `init`."""
+    """Returns the members' arguments of `init`."""
     keys = [jax.random.key_data(jax.random.key(run.seed)) for run in self.runs]
     return {'key': self.spread(keys), 'active': self.spread([True] * self.size)}
 
   def first_state(self) -> dict:
-    """[places, ...]: each member's restored state, or a new one."""
+    """Returns the states [places, ...]: of each member the restored state, or a new one."""
     records = [member.record for member in self.members]
     new = None
     if any(record.state is None for record in records):
-      new = self.init_fn(self.seeds(), self.given or self.program.given())
-    self.given = {}  # it is in the members' states
+      # `initial` is empty here if all checkpoints of a member were damaged.
+      new = self.init_fn(self.seeds(), self.initial or self.program.initial_values())
+    self.initial = {}  # the members' states hold its values; free its memory
     if all(record.state is None for record in records):
       return new
     states = []
@@ -176,125 +181,117 @@ class Population:
       record.state = None
     return jax.tree.map(lambda *x: self.spread(x), *states)
 
-  def init(self, own: dict, given: dict) -> dict:
-    return self.program.init(jax.random.wrap_key_data(own['key']), given)
-
-  def step(self, own: dict, shared: dict) -> tuple[dict, dict]:
-    """One member's update."""
-    program = self.program
-    if own['inputs']:
-      values = {**inputs_of(program.run), **own['inputs']}
-      program = dataclasses.replace(program, run=with_inputs(program.run, values))
-    batch = own['batch'] or shared['batch']
-    return program.step(own['state'], batch, own['rate'], shared['fixed'])
-
-  def evaluate(self, own: dict, shared: dict) -> dict:
-    return self.program.evaluate(own['params'], shared['batch'], shared['fixed'])
-
   # Arrays over the members.
 
   def place(self, x, axis: str | None = 'member'):
+    """Puts a host array on the mesh, split over its members, or copied to all devices where axis is None."""
     return jax.device_put(x, jax.NamedSharding(jax.sharding.get_mesh(), jax.P(axis)))
 
   def shared(self, batch: dict) -> dict:
+    """Returns the arguments that all members share."""
     return {'batch': {k: self.place(v, None) for k, v in batch.items()}, 'fixed': self.fixed}
 
   def spread(self, values: Sequence, spare=None):
-    """[places, ...] of a value of each member; `spare`, or the first one's again, where there is no member."""
+    """Stacks one value per member to [places, ...]. Idle places get `spare`, or the first value again."""
     more = [values[0] if spare is None else spare] * self.spare
     return self.place(np.stack([*values, *more]))
 
   def active(self):
+    """Returns which places have a member in training, [places] booleans."""
     return self.spread([member.status is None for member in self.members], spare=False)
 
   def arguments(self, batches: dict, orders: list, rates: list, active) -> tuple[dict, dict]:
-    """What the step takes beside the state: each member's own, and what they share.
+    """Returns the arguments of the step beside the state: those of each member, and the shared ones.
 
     Args:
-      batches: host arrays by order of the data, one that all members share or several.
-      orders: of each member.
-      rates: of each member.
+      batches: the host batch of every order of the data. With a single order all members share the batch.
+      orders: each member's order of the data.
+      rates: each member's learning rate.
       active: [places], which members are in training.
     """
     rates = self.spread(np.asarray(rates, np.float32))
-    own = {'batch': {}, 'rate': rates, 'active': active, 'inputs': self.inputs}
+    varying = {'batch': {}, 'rate': rates, 'active': active, 'inputs': self.inputs}
     if len(batches) == 1:
       (batch,) = batches.values()
-      return own, self.shared(batch)
+      return varying, self.shared(batch)
     rows = [batches[order] for order in orders]
-    own['batch'] = {name: self.spread([row[name] for row in rows]) for name in rows[0]}
-    return own, self.shared({})
+    varying['batch'] = {name: self.spread([row[name] for row in rows]) for name in rows[0]}
+    return varying, self.shared({})
 
-  # The loop.
+  # Training.
 
   def train(self) -> list[dict]:
     """Trains every member to its end; returns their rows.
 
     Raises:
-      Interrupted: SIGTERM was received; every member's checkpoint was saved.
+      Interrupted: the process received SIGTERM; every member's checkpoint was saved.
     """
     members = self.members
     start = functools.partial(batches_module.batches, self.frozen)
     batches = {m.order: start(m.run.batches, *m.order) for m in members}
-    self.pause([member for member in members if member.at == member.run.steps])
+    self.pause([member for member in members if member.step == member.run.steps])
     pending = []
     while live := self.living():
       scalars = self.advance(batches)
       for member in live:
-        member.at += 1
-      self.look(pending)
-      pending = [(member, member.at, scalars) for member in self.living()]
-      stop = self.signal.check(live[0].at)
-      if stop or any(member.record.pauses_at(member.at) for member in live):
-        self.look(pending)
+        member.step += 1
+      # The metrics of the step before: the devices have the next step to compute while the host waits for them.
+      self.log_step(pending)
+      pending = [(member, member.step, scalars) for member in self.living()]
+      stop = self.signal.check(live[0].step)
+      if stop or any(member.record.pauses_at(member.step) for member in live):
+        # Nothing is saved or evaluated before the metrics say that the states are finite.
+        self.log_step(pending)
         pending = []
-        due = [m for m in self.living() if stop or m.record.pauses_at(m.at)]
+        due = [m for m in self.living() if stop or m.record.pauses_at(m.step)]
         self.pause(due, stop)
       if stop and self.living():
         for member in members:
           member.record.checkpoints.wait()
-        why = 'stopped, with a checkpoint of every member; start again to go on'
+        why = 'stopped with a checkpoint of every member; start the same command again to continue'
         raise interrupt.Interrupted(why)
     return [member.final for member in members]
 
   def living(self) -> list[Member]:
+    """Returns the members that are in training."""
     return [member for member in self.members if member.status is None]
 
   def advance(self, batches: dict) -> dict:
     """Dispatches the next step of every member that is in training; returns its metrics [members]."""
     self.evaluated = {}
     new = {order: next(stream) for order, stream in batches.items()}
-    rates = [m.record.rates[min(m.at, m.run.steps - 1)] for m in self.members]
+    # A member that has ended needs some rate as well: the step ignores it.
+    rates = [m.record.rates[min(m.step, m.run.steps - 1)] for m in self.members]
     orders = [member.order for member in self.members]
     arguments = self.arguments(new, orders, rates, self.active())
     self.state, scalars = self.step_fn(self.state, *arguments)
     return scalars
 
-  def look(self, pending: list) -> None:
-    """Looks at the members' metrics of a step; a member whose loss is not finite has ended."""
+  def log_step(self, pending: list) -> None:
+    """Logs the members' metrics of a step, and ends members whose loss is not finite."""
     if not pending:
       return
     scalars = jax.device_get(pending[0][2])
     for member, step, _ in pending:
       i = self.members.index(member)
-      if not member.record.look(step, {name: value[i] for name, value in scalars.items()}):
+      if not member.record.log_step(step, {name: value[i] for name, value in scalars.items()}):
         member.end('nan')
 
   def pause(self, due: list[Member], stop: bool = False) -> None:
-    """Between steps: evaluates and saves the members that are due, and ends those after their last step."""
+    """Between two steps: evaluates and saves the members that are due, and ends those at their last step."""
     host = jax.device_get(self.state) if due else None
     for member in due:
       i = self.members.index(member)
       state = jax.tree.map(lambda x, i=i: np.array(x[i]), host)
-      member.record.pause(member.at, state, save=stop or member.record.saves_at(member.at))
-      if member.at == member.run.steps:
+      member.record.pause(member.step, state, save=stop or member.record.saves_at(member.step))
+      if member.step == member.run.steps:
         member.end('finished')
 
   def sum_losses(self, i: int, frozen) -> dict[str, float]:
-    """Sums over a whole stream, of member i; computed for all members in training at once."""
+    """Returns member i's sums over a whole stream. The first call computes those of all members in training."""
     if id(frozen) not in self.evaluated:
-      own = {'params': self.state['params'], 'active': self.active()}
+      varying = {'params': self.state['params'], 'active': self.active()}
       batches = eval_batches(frozen, self.batch_size)
-      results = [self.evaluate_fn(own, self.shared(batch)) for batch in batches]
+      results = [self.evaluate_fn(varying, self.shared(batch)) for batch in batches]
       self.evaluated[id(frozen)] = total(results)
     return {name: value[i] for name, value in self.evaluated[id(frozen)].items()}

@@ -1,9 +1,9 @@
-"""Losses of preferences: answers that people chose before others to the same prompt.
+"""Losses of preferences: of two answers to a prompt, people chose one and rejected the other.
 
-Of every row segments 1 and 2 are a chosen answer and a rejected one, 3 and 4 the next pair, and so on
-(`objectives.Preferences`). Each loss is a mean over pairs, and `KTO` over answers. What a reference model says
-of the answers is frozen beside the stream (`scores.LogProbabilities`), so that a step holds one model, or it is
-computed in every step.
+In every row segment 1 is a chosen answer and segment 2 the rejected one, 3 and 4 are the next pair, and so on
+(`objectives.Preferences`). Each loss is a mean over pairs; that of `KTO` is a mean over answers. The
+log-probabilities of a reference model are frozen beside the stream (`scores.LogProbabilities`), so that the
+step needs one model only, or they are computed in every step.
 """
 
 import dataclasses
@@ -21,14 +21,18 @@ from research.training.cross_entropy import log_probabilities
 from research.training.losses import Loss
 from research.training.scores import LogProbabilities
 
-# (of the chosen answers, of the rejected ones), [batch, length / 2] each.
+# Values of the chosen and of the rejected answers, [batch, length / 2] each: a row has at most length / 2
+# pairs.
 Pair = tuple[jax.Array, jax.Array]
 
 
 def of_segments(values: jax.Array, segments: jax.Array) -> Pair:
-  """Sums of values [batch, length] over the odd segments of every row and over the even ones."""
+  """Sums values [batch, length] over every segment of a row; returns those of odd and of even segments."""
+  # The shapes must be static, so there is an entry for every pair that a row could have.
   most = 2 * (values.shape[1] // 2) + 1
-  values, segments = shard(values, 'batch', None), shard(segments, 'batch', None)
+  # A segment may cross devices that share a row's length, so each device takes whole rows.
+  values = shard(values, 'batch', None)
+  segments = shard(segments, 'batch', None)
   add = functools.partial(jax.ops.segment_sum, num_segments=most)
   # Segment 0 is padding.
   sums = jax.vmap(add)(values, segments)
@@ -38,7 +42,7 @@ def of_segments(values: jax.Array, segments: jax.Array) -> Pair:
 def _check_positive(loss, *names: str) -> None:
   for name in names:
     value = getattr(loss, name)
-    # An array stands here while the members of a population are traced.
+    # It is an array while the members of a population are traced, and an array has no truth value.
     if isinstance(value, int | float) and not value > 0:
       raise Invalid(type(loss), name, f'{value!r} must be above 0.')
 
@@ -51,34 +55,32 @@ def _check_smoothing(loss) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pairs(Loss):
-  """What the losses of pairs share."""
+  """Base class of the losses of pairs."""
 
   nats: ClassVar[bool] = False
   reads: ClassVar[tuple[str, ...]] = (*Loss.reads, 'decoder_segment_ids')
   reports: ClassVar[tuple[str, ...]] = ('accuracy', 'margin')
 
-  # The objective whose rows it reads.
+  # The name of the objective whose rows the loss reads.
   task: ClassVar[str] = 'preferences'
 
   def check(self, run, vocab: int) -> None:
     super().check(run, vocab)
     if any(cut > 1 for _, cut in run.batches.sizes()):
       raise Invalid(type(run), 'curriculum', 'would cut through answers; let cut be 1.')
-    # Of any other rows every pair would be missing, and the loss 0.
+    # Rows of another objective have no pairs, and the loss would be 0 without a word.
     for stream in (*streams_of(run.train), *streams_of(run.validation)):
       if stream.name != self.task:
-        why = (
-          f'{type(self).__name__} reads {self.task!r}, and a stream of the run is {stream.name!r}.'
-        )
+        why = f'{type(self).__name__} needs rows of {self.task!r}, and a stream of the run has {stream.name!r}.'
         raise Invalid(type(run), 'loss', why)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preference(Pairs):
-  """Base of the losses of a policy. A subclass says what a pair costs.
+  """Base class of the losses of a policy. A subclass defines the reward of an answer and the cost of a pair.
 
   Attributes:
-    beta: how much a difference of log-probabilities counts.
+    beta: the factor of differences of log-probabilities.
   """
 
   beta: float = 0.1
@@ -102,9 +104,9 @@ class Preference(Pairs):
     return {'loss': jnp.sum(cost)}, {name: jnp.sum(value) for name, value in counts.items()}
 
   def rewards(self, model, features, batch, chunks, **models) -> tuple:
-    """Rewards of the answers of odd segments and of even ones, their lengths and log-probabilities, as pairs.
+    """Returns (rewards of odd segments, rewards of even segments, lengths, log-probabilities).
 
-    A length is 0 where a row has no such segment.
+    Lengths and log-probabilities are pairs as of `of_segments`. The length of a segment that a row lacks is 0.
     """
     weights = batch['decoder_loss_weights'].astype(jnp.float32)
     targets, segments = batch['decoder_target_tokens'], batch['decoder_segment_ids']
@@ -112,33 +114,41 @@ class Preference(Pairs):
     policy = of_segments(log_probs * weights, segments)
     reference = self.reference_sums(batch, weights, chunks, **models)
     lengths = of_segments(weights, segments)
+    # At least 1, so that a missing segment does not divide by 0; its cost is masked later.
     sides = zip(policy, reference, (jnp.maximum(n, 1.0) for n in lengths), strict=True)
     return *(self.reward(*side) for side in sides), lengths, policy
 
   def reference_sums(self, batch, weights, chunks) -> tuple:
-    """Log-probabilities of the answers by the reference, where there is one."""
+    """Returns the reference's log-probabilities of the answers, as a pair; zeros without a reference."""
     return 0.0, 0.0
 
   def reward(self, policy, reference, length):
-    """The reward that the policy implies of an answer, up to a constant of its prompt.
+    """Returns the reward of an answer that the policy implies, up to a constant of its prompt.
 
     Args:
-      policy, reference: log-probabilities of the answer.
-      length: its tokens.
+      policy: the answer's log-probability by the policy, summed over tokens.
+      reference: the same by the reference.
+      length: tokens of the answer.
     """
     raise NotImplementedError
 
   def cost(self, margin: jax.Array, policy: Pair, lengths: Pair) -> jax.Array:
-    """What pairs cost whose rewards differ by `margin`."""
+    """Returns the cost of every pair.
+
+    Args:
+      margin: the reward of the chosen answer minus that of the rejected one.
+      policy: log-probabilities of the answers by the policy.
+      lengths: tokens of the answers.
+    """
     raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AgainstReference(Preference):
-  """Base of those that compare the policy with a reference.
+  """Base class of losses that compare the policy with a reference.
 
   Attributes:
-    reference: a model; None where the rows hold its log-probabilities.
+    reference: a model; None if the rows hold its log-probabilities.
   """
 
   reference: Pretrained | None = None
@@ -160,7 +170,7 @@ class AgainstReference(Preference):
 
 
 def _log_loss(margin: jax.Array, label_smoothing) -> jax.Array:
-  """-log sigma(margin), where a share of the labels is taken to be wrong."""
+  """-log sigma(margin), where the share `label_smoothing` of the labels is assumed to be wrong."""
   right = jax.nn.log_sigmoid(margin)
   wrong = jax.nn.log_sigmoid(-margin)
   return -(1 - label_smoothing) * right - label_smoothing * wrong
@@ -173,7 +183,7 @@ class DPO(AgainstReference):
   Rafailov et al. (2023), arXiv:2305.18290, equation 7.
 
   Attributes:
-    label_smoothing: the share of pairs that is taken to be labelled wrongly: cDPO (Mitchell 2023, "A note on
+    label_smoothing: the share of pairs that is assumed to be labelled wrongly: cDPO (Mitchell 2023, "A note on
       DPO with noisy preferences and relationship to IPO", equation 3).
   """
 
@@ -211,14 +221,16 @@ class IPO(AgainstReference):
 class KTO(AgainstReference):
   """1 - sigma(r - z) of good answers, 1 - sigma(z - r) of bad ones, r = beta log-ratio: a mean over answers.
 
-  Ethayarajh et al. (2024), arXiv:2402.01306, equations 7 and 8, for answers that were judged alone
-  (`objectives.Judgements`). There z is beta times an estimate of the policy's divergence from the reference, of
-  answers to other prompts in the same microbatch, so that the loss depends on how a batch is cut. Here it is a
-  number; 0 is the unpaired form of APO-zero (D'Oosterlinck et al. 2024, arXiv:2408.06266).
+  Ethayarajh et al. (2024), arXiv:2402.01306, equations 7 and 8, for answers that were judged one by one
+  (`objectives.Judgements`). In the paper z is beta times an estimate of the policy's divergence from the
+  reference, over the answers to other prompts in the same microbatch, so the loss depends on how a batch is
+  cut. Here z is a constant. With 0 the loss is the unpaired form of APO-zero (D'Oosterlinck et al. 2024,
+  arXiv:2408.06266).
 
   Attributes:
     zero: z, the reward above which an answer counts as a gain.
-    good, bad: weights of the two kinds, lambda_D and lambda_U, which make up for their numbers.
+    good: lambda_D, the weight of good answers; it can compensate for their share of the data.
+    bad: lambda_U, the weight of bad answers.
   """
 
   zero: float = 0.0
@@ -273,7 +285,7 @@ class ORPO(Preference):
 
   def reward(self, policy, reference, length):
     mean = policy / length
-    # log(p / (1 - p)); a mean of 0 would be certainty, whose odds are infinite.
+    # log(p / (1 - p)) has no finite value at p = 1, where the mean is 0.
     mean = jnp.minimum(mean, -1e-6)
     return mean - jnp.log(-jnp.expm1(mean))
 

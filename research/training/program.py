@@ -9,7 +9,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 
@@ -24,43 +23,58 @@ from research.parallel.mesh import Mesh, default_mesh, platform, threads
 from research.training import cross_entropy, learning, optimizers
 from research.training.run import Run
 
-# A core of a CPU goes through so many at a time: its caches hold their activations (experiments/speed).
+# A single CPU core computes so many tokens at a time: their activations fit its caches (experiments/speed).
 CACHED_TOKENS = 1024
-# The key of the parameters that do not learn in `Program.fixed`: a word that no field of a loss can be named.
+# The key of the parameters that do not learn in `Program.fixed`. The other keys are fields of the loss, and no
+# field can have a name with spaces.
 FROZEN = 'parameters that do not learn'
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """The functions of a run under the mesh in use: what is compiled."""
+  """The functions of a run that are compiled, under the mesh in use.
+
+  Attributes:
+    run: the run.
+    graphdef: the structure of its model, without parameters.
+    others: the structures of the models that the loss reads, by the loss's field.
+    vocab: how many logits the model has.
+    inputs: prefixes of the token features that the model reads, such as 'decoder'.
+    routed: True if the model has experts.
+    kinds: the kind of every parameter, nested as the parameters are.
+    frozen: names of the parameters that do not learn.
+  """
 
   run: Run
   graphdef: nnx.GraphDef
-  others: dict[str, nnx.GraphDef]  # models that the loss reads
+  others: dict[str, nnx.GraphDef]
   vocab: int
   inputs: tuple[str, ...]
   routed: bool
-  kinds: dict  # of the parameters, nested as they are
-  frozen: frozenset[str] = frozenset()  # names of the parameters that do not learn
+  kinds: dict
+  frozen: frozenset[str] = frozenset()
 
   def optimizer(self, rate) -> optax.GradientTransformation:
-    """The optimizer whose learning rate now is `rate`, an input: runs that differ only in it and in their
-    number of steps share one compiled step."""
+    """Returns the optimizer with learning rate `rate`.
+
+    The rate is an input of the step and not a constant of it. So runs that differ only in their schedule and in
+    their number of steps share one compiled step.
+    """
     optimizer = self.run.optimizer(learning_rate=lambda _: rate)
     clip = optax.clip_by_global_norm(self.run.clip) if self.run.clip else optax.identity()
     return optimizers.knowing(self.kinds, optax.chain(clip, optimizer))
 
-  def init(self, key: jax.Array, given: dict | None = None) -> dict:
-    """The state before the first step: step, params (those that learn), opt.
+  def init(self, key: jax.Array, initial: dict | None = None) -> dict:
+    """Returns the state before the first step: step, params (those that learn), opt.
 
     Args:
-      key: parameters are drawn from it.
-      given: what `Run.init` puts in their place (`Program.given`).
+      key: the key that parameters are drawn from.
+      initial: values of `Run.init` that replace them (`Program.initial_values`).
     """
     params = nnx.to_pure_dict(nnx.state(self.run.model(rngs=nnx.Rngs(params=key))))
     params = learning.without(params, self.frozen)
-    if given:
-      params = learning.filled(params, given)
+    if initial:
+      params = learning.filled(params, initial)
     return {
       'step': jnp.zeros((), jnp.int32),
       'params': params,
@@ -69,12 +83,12 @@ class Program:
 
   @functools.cached_property
   def abstract(self) -> dict:
-    """The shapes of the state, and where its arrays live."""
+    """The shapes and shardings of the state."""
     return jax.eval_shape(self.init, jax.random.key(0))
 
   @functools.cached_property
   def abstract_fixed(self) -> dict:
-    """The shapes of `fixed`, and where its arrays live."""
+    """The shapes and shardings of `fixed`."""
     fixed = {name: other.shapes() for name, other in self.run.loss.models.items()}
     if self.frozen:
       params = nnx.to_pure_dict(nnx.state(abstract_model(self.run.model)))
@@ -83,7 +97,7 @@ class Program:
 
   @functools.cached_property
   def sources(self) -> dict[str, str]:
-    """Name in the checkpoint of `Run.init` of every parameter that it gives.
+    """The name in the checkpoint of `Run.init`, by the parameter that takes its value from there.
 
     Raises:
       UserError: the checkpoint does not suit the model.
@@ -95,44 +109,49 @@ class Program:
     for part in (self.abstract['params'], self.abstract_fixed.get(FROZEN, {})):
       shapes |= {name: tuple(x.shape) for name, x in names(part).items()}
     sources = self.run.init.sources(shapes)
-    there = self.run.init.checkpoint.shapes()
+    saved_shapes = self.run.init.checkpoint.shapes()
     for name in sorted(self.frozen):
-      if name not in sources or there[sources[name]] != shapes[name]:
-        fault = 'has another size there' if name in sources else 'is not in the checkpoint'
-        why = f'{name} does not learn and {fault}; let it learn, or let it be as it is there.'
+      if name not in sources or saved_shapes[sources[name]] != shapes[name]:
+        fault = (
+          'has another size in the checkpoint' if name in sources else 'is not in the checkpoint'
+        )
+        why = (
+          f'{name} does not learn and {fault}; let it learn, or give it the size that it has there.'
+        )
         raise Invalid(Run, 'learns', why)
     return sources
 
-  def given(self) -> dict:
-    """Values for parameters that learn, by name, from `Run.init`, on the mesh in use."""
+  def initial_values(self) -> dict:
+    """Returns the values that `Run.init` has for parameters that learn, by name, on the mesh in use."""
     if self.run.init is None:
       return {}
     return self.run.init.load(names(hosts.on_mesh(self.abstract['params'])), self.sources)
 
   def fixed(self) -> dict:
-    """What the step reads and does not change.
+    """Returns the parameters that the step reads and does not change.
 
-    Parameters of the models that the loss reads, by name, and under `FROZEN` the model's own that do not learn.
+    Those of the models that the loss reads stand under the loss's field. Those of the model itself that do not
+    learn stand under `FROZEN`.
     """
     fixed = {name: other.params() for name, other in self.run.loss.models.items()}
     if self.frozen:
       places = hosts.on_mesh(self.abstract_fixed[FROZEN])
-      given = self.run.init.load(names(places), self.sources)
-      fixed[FROZEN] = learning.filled(places, given)
+      values = self.run.init.load(names(places), self.sources)
+      fixed[FROZEN] = learning.filled(places, values)
     return fixed
 
   def base(self) -> dict | None:
-    """What a checkpoint says of the parameters that it does not hold; None where it holds all."""
+    """Returns where a checkpoint says its missing parameters are; None if it holds all parameters."""
     if not self.frozen:
       return None
     return self.run.init.reference({name: self.sources[name] for name in sorted(self.frozen)})
 
   def whole(self, params: dict, fixed: dict | None) -> dict:
-    """All parameters of the model: those that learn, and those that do not."""
+    """Returns all parameters of the model: those that learn (`params`), and those that do not."""
     return learning.joined(params, fixed[FROZEN]) if self.frozen else params
 
   def loss(self, params: dict, batch: dict, fixed: dict | None = None) -> tuple[jax.Array, dict]:
-    """The sum of the run's loss over a batch, and the sums that it is made of."""
+    """Returns the sum of the run's loss over a batch, and a dict of the sums that it consists of."""
     model = nnx.merge(self.graphdef, self.whole(params, fixed))
     features, penalties = model.features(batch)
     chunks = self.run.logits_chunks or choose_chunks(*features.shape[:2], model.vocab)
@@ -146,12 +165,24 @@ class Program:
   def step(
     self, state: dict, batch: dict, rate: jax.Array, fixed: dict | None = None
   ) -> tuple[dict, dict]:
-    """One update at learning rate `rate`, by the mean loss over the batch, however the batch is cut."""
+    """One update at learning rate `rate`, by the mean loss over the batch.
+
+    The result does not depend on how the batch is cut into microbatches or over devices.
+
+    Args:
+      state: step, params, opt. Its memory may be donated.
+      batch: arrays [batch, length] by seqio's keys.
+      rate: the learning rate, a scalar.
+      fixed: as `Program.fixed` returns it.
+
+    Returns:
+      The new state, and metrics by name: means over the batch, 'tokens' and 'grad_norm'.
+    """
     gradient = jax.value_and_grad(self.loss, has_aux=True)
     of_part = functools.partial(gradient, state['params'], fixed=fixed)
     (_, sums), grads = self.over_parts(of_part, batch)
-    weight = jnp.maximum(sums.pop('weight'), 1.0)
-    tokens = sums.pop('read')  # D counts tokens that are read, whether or not they carry a loss
+    weight = jnp.maximum(sums.pop('weight'), 1.0)  # a batch without any target would divide by 0
+    tokens = sums.pop('read')  # D counts the tokens that are read, with or without a loss
     grads = jax.tree.map(lambda g: g / weight, grads)
     updates, opt = self.optimizer(rate).update(grads, state['opt'], state['params'])
     params = optax.apply_updates(state['params'], updates)
@@ -160,9 +191,9 @@ class Program:
     return {'step': state['step'] + 1, 'params': params, 'opt': opt}, scalars
 
   def evaluate(self, params: dict, batch: dict, fixed: dict | None = None) -> dict:
-    """Sums over a batch by name: the loss's terms and counts, and penalties.
+    """Returns sums over a batch by name: the terms and counts of the loss, and penalties.
 
-    'weight' is what the others are divided by.
+    Divided by 'weight' they are means.
     """
     run = dataclasses.replace(self.run, loss=self.run.loss.evaluation)
     program = dataclasses.replace(self, run=run)
@@ -171,7 +202,7 @@ class Program:
     return sums
 
   def over_parts(self, f, batch: dict):
-    """The sum of f(part) over the parts of a batch, which are gone through one by one."""
+    """Returns the sum of f(part) over the parts of a batch, computed one after the other."""
     n = self.parts(batch)
     if n == 1:
       return f(batch)
@@ -193,9 +224,13 @@ class Program:
     return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, shapes), parts)[0]
 
   def parts(self, batch: dict) -> int:
-    """The microbatches, which a single core cuts smaller: it is faster while activations fit its caches."""
+    """Returns the number of parts that a batch is cut into.
+
+    These are `Run.microbatches`. A single CPU core cuts them further: it is faster if activations fit its
+    caches.
+    """
     n = self.run.microbatches
-    # What experts do with a token depends on those beside it.
+    # With experts, smaller parts would change the result: their capacity and balance are per part.
     if platform() != 'cpu' or threads() > 1 or splits() or self.routed:
       return n
     inputs = [x for name, x in batch.items() if name.endswith('_input_tokens')]
@@ -208,7 +243,7 @@ class Program:
 
 
 def make_program(run: Run) -> Program:
-  """Builds a run's functions under the mesh in use. Nothing is computed or compiled.
+  """Makes the functions of a run under the mesh in use. Computes and compiles nothing.
 
   Raises:
     Invalid: the mesh does not suit a parameter.
@@ -225,20 +260,23 @@ def make_program(run: Run) -> Program:
 
 
 def choose_chunks(rows: int, length: int, vocab: int) -> int:
-  """How many parts the length is cut into for the logits where the run does not say."""
-  # Of one device's logits: a chunk has a part of every device's part of the sequence.
-  rows, parts = on_each(rows, 'batch'), axis_size('sequence')
+  """Returns how many parts the length is cut into for the logits if the run does not say."""
+  # The limit is on the logits of one device. Every chunk has an equal part of every device's share of the
+  # length.
+  rows = on_each(rows, 'batch')
+  parts = axis_size('sequence')
   return cross_entropy.default_chunks(
     rows * parts // axis_size('length'), length // parts, on_each(vocab, 'vocab')
   )
 
 
 def mesh_of(run: Run, devices, device_bytes: int | None = None) -> Mesh:
-  """The run's mesh, or the one that suits its state where it names none.
+  """Returns the run's mesh, or one that suits the size of its state if the run names none.
 
   Args:
-    devices: to be used.
-    device_bytes: memory of one; asked of it when None.
+    run: the run.
+    devices: the devices of the mesh.
+    device_bytes: the memory of a device; None asks the device.
   """
   if run.mesh is not None or len(devices) == 1:
     return run.mesh or Mesh()
@@ -251,18 +289,6 @@ def mesh_of(run: Run, devices, device_bytes: int | None = None) -> Mesh:
 
 
 def keep_compiled() -> None:
-  """Compiled programs are kept: a restart, and a sweep's runs of one shape, need not compile again."""
+  """Turns on jax's cache of compiled programs, for restarts and for the runs of a sweep that have one shape."""
   jax.config.update('jax_compilation_cache_dir', str(cache.default_cache() / 'xla'))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
-
-
-def rates(runs: list[Run]) -> list[np.ndarray]:
-  """The learning rate of every step of each run, float32 [steps]."""
-  schedules = [run.schedule(run.steps) for run in runs]
-
-  # As one program: op by op, or run by run, takes a second to compile.
-  @jax.jit
-  def all_rates(*steps):
-    return [jax.vmap(f)(x) for f, x in zip(schedules, steps, strict=True)]
-
-  return [np.asarray(x, np.float32) for x in all_rates(*(jnp.arange(run.steps) for run in runs))]

@@ -1,4 +1,4 @@
-"""What a run leaves as it is trained: rows of metrics, evaluations, checkpoints, its one row of results."""
+"""Records a run as it is trained: rows of metrics, evaluations, checkpoints, and its row of results."""
 
 import json
 import math
@@ -20,11 +20,11 @@ from research.training.run import Run
 
 
 class Record:
-  """The record of one run. Whoever trains it, alone or among others, tells it of every step.
+  """The record of one run. The loop of a single run and that of a population call it after every step.
 
   Attributes:
-    start: the step that the run continues from, 0 for a new one.
-    state: what the checkpoint of that step held; None for a new run.
+    start: the step that the run continues from, 0 for a new run.
+    state: the state from the checkpoint of that step; None for a new run.
   """
 
   def __init__(
@@ -43,24 +43,22 @@ class Record:
   ):
     """
     Args:
-      frozen, validation: the opened streams of training and of validation.
+      run: the run.
+      workdir: its folder or bucket.
+      frozen: the opened training stream.
+      validation: the opened validation stream.
       count: parameters, and FLOPs per token.
       rates: the learning rate of every step, [steps].
-      stream: where progress is shown.
-      abstract: shapes and places of the state, to restore a checkpoint by.
-      sum_losses: gives the sums of `Program.evaluate` over a whole frozen stream by the parameters of now.
-      params: gives the parameters of now, all of the model's, host arrays as nested dicts.
-      base: what a checkpoint says of the parameters that it does not hold (`Program.base`).
+      stream: where progress is printed.
+      abstract: shapes and shardings of the state, to restore a checkpoint into.
+      sum_losses: returns the sums of `Program.evaluate` over a whole frozen stream, for the current parameters.
+      params: returns all current parameters of the model, host arrays as nested dicts.
+      base: where a checkpoint says the parameters are that it does not hold (`Program.base`).
 
     Raises:
-      UserError: the run has evaluations, and several processes.
+      Invalid: the run has evaluations and several processes.
     """
-    if run.evaluations and jax.process_count() > 1:
-      why = (
-        'a model is evaluated by one process, and this run has several: leave them out, and evaluate its '
-        'checkpoints afterwards (research.evaluate --workdir).'
-      )
-      raise Invalid(Run, 'evaluations', why)
+    _check_evaluations(run)
     self.run = run
     self.workdir = workdir
     self.frozen = frozen
@@ -70,16 +68,18 @@ class Record:
     self.sum_losses = sum_losses
     self.params = params
     self.base = base
+    # `abstract` has only the parameters that learn.
     self.params_learned = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract['params']))
     self.checkpoints = Checkpoints(workdir / 'checkpoints', keep=run.keep_checkpoints)
     self._restore(abstract, stream)
+    # The first process writes for all: their metrics are equal.
     writes = jax.process_index() == 0
     self.rows = metrics.Rows(workdir, self.start) if writes else metrics.NoRows()
     self.progress = metrics.Progress(run.steps, self.start, count.flops_6n_with_head, stream)
     self.last_evaluation: dict[str, float] | None = None
-    self.window: list[dict] = []
-    self.clock = time.monotonic()
-    self.began = self.clock - self.seconds
+    self.window: list[dict] = []  # metrics of the steps since the last row
+    self.clock = time.monotonic()  # when the window began
+    self.began = self.clock - self.seconds  # as if the run had never stopped
 
   def _restore(self, abstract: dict, stream) -> None:
     def say(text: str) -> None:
@@ -96,7 +96,7 @@ class Record:
     self.seconds = meta['seconds']
     say(f'resumed from step {self.start:,}')
 
-  # When something is due.
+  # When to save and to evaluate.
 
   def saves_at(self, step: int) -> bool:
     every = self.run.checkpoint_every
@@ -107,13 +107,21 @@ class Record:
     return step == self.run.steps or (every is not None and step % every == 0)
 
   def pauses_at(self, step: int) -> bool:
-    """Whether training waits after this step, to save or to evaluate."""
+    """Returns whether training waits after this step to save or to evaluate."""
     return self.saves_at(step) or self.evaluates_at(step)
 
-  # What it is told.
+  # After every step.
 
-  def look(self, step: int, scalars: dict) -> bool:
-    """Fetches a step's metrics and logs them; False when the loss or the gradient is not finite."""
+  def log_step(self, step: int, scalars: dict) -> bool:
+    """Fetches the metrics of a step and logs them.
+
+    Args:
+      step: the number of the step, from 1.
+      scalars: metrics of `Program.step`, on the device. This waits for them.
+
+    Returns:
+      False if the loss or the norm of the gradient is not finite.
+    """
     scalars = {name: float(value) for name, value in jax.device_get(scalars).items()}
     self.window.append(scalars)
     self.tokens += int(scalars['tokens'])
@@ -123,10 +131,10 @@ class Record:
     return finite
 
   def _log(self, step: int) -> None:
-    """Writes one row: means over the steps since the row before."""
-    now = time.monotonic()
+    """Writes a row of metrics: means over the steps since the last row."""
+    time_now = time.monotonic()
     window = self.window
-    seconds = max(now - self.clock, 1e-9)
+    seconds = max(time_now - self.clock, 1e-9)
     row = {'step': step, 'tokens': self.tokens}
     for name in window[0]:
       if name != 'tokens':
@@ -135,22 +143,22 @@ class Record:
     row['tokens_per_second'] = sum(scalars['tokens'] for scalars in window) / seconds
     row['flops_per_second'] = row['tokens_per_second'] * self.progress.flops_per_token
     self.window = []
-    self.clock = now
+    self.clock = time_now
     self.rows.write(row)
     self.progress.show(row, last=step == self.run.steps)
 
   def pause(self, step: int, state: dict, save: bool) -> None:
-    """Between two steps: evaluates where that is due, and saves `state` where asked."""
+    """Between two steps: evaluates if an evaluation is due, and saves `state` if `save` is True."""
     began = time.monotonic()
     if self.evaluates_at(step):
-      self._evaluate_and_tell(step)
-      # Those of the last step are for the row, when the checkpoint is safe.
+      self._validate(step)
+      # `row` does the evaluations of the last step, after its checkpoint is saved.
       if step < self.run.steps:
-        columns = self._ask(step)
+        columns = self._evaluation_columns(step)
         if columns:
           self.rows.write({'step': step, 'tokens': self.tokens, **columns})
     if save:
-      # A run that resumes from here drops later rows, and lacks no earlier one.
+      # Before the checkpoint: a run that resumes from it must find all earlier rows.
       self.rows.flush()
       meta = {'tokens': self.tokens, 'seconds': time.monotonic() - self.began}
       if isinstance(self.frozen, Opened):
@@ -158,36 +166,39 @@ class Record:
       if self.base is not None:
         meta['base'] = self.base
       self.checkpoints.save(step, state, meta)
-    self.clock += time.monotonic() - began  # the speed that is shown is of training alone
+    self.clock += time.monotonic() - began  # tokens per second count training alone
 
-  def _evaluate_and_tell(self, step: int) -> None:
+  def _validate(self, step: int) -> None:
+    """Evaluates on the validation stream, writes a row, and prints the losses."""
     evaluation = self.evaluate()
     self.last_evaluation = evaluation
     named = {f'validation/{name}': value for name, value in evaluation.items()}
     self.rows.write({'step': step, 'tokens': self.tokens, **named})
-    told = f'step {step:,}: validation loss {evaluation["loss"]:.4f}'
+    message = f'step {step:,}: validation loss {evaluation["loss"]:.4f}'
     if 'bits_per_byte' in evaluation:
-      told += f' nats/token, {evaluation["bits_per_byte"]:.4f} bits/byte'
+      message += f' nats/token, {evaluation["bits_per_byte"]:.4f} bits/byte'
     for name in self.run.loss.evaluation.reports:
-      told += f', {name} {evaluation[name]:.4f}'
-    self.progress.say(told)
+      message += f', {name} {evaluation[name]:.4f}'
+    self.progress.say(message)
 
-  def _ask(self, step: int) -> dict[str, float | int | str]:
-    """The columns of the run's evaluations that are due at a step."""
-    due = [one for one in self.run.evaluations if one.during or step == self.run.steps]
+  def _evaluation_columns(self, step: int) -> dict[str, float | int | str]:
+    """Does the run's evaluations that are due at a step; returns their columns."""
+    last = step == self.run.steps
+    due = [evaluation for evaluation in self.run.evaluations if last or evaluation.during]
     if not due:
       return {}
     params = self.params()
     folder = self.workdir / 'evaluation'
     columns = {}
-    for one in due:
-      columns |= one.columns(self.run, params, step, folder, self.progress.say)
+    for evaluation in due:
+      columns |= evaluation.columns(self.run, params, step, folder, self.progress.say)
     return columns
 
   def evaluate(self) -> dict[str, float]:
-    """Means over all of the validation stream: the loss, in nats also as bits per byte, and its other sums.
+    """Returns means over the whole validation stream, by name.
 
-    Of a mixture also the loss on each of its parts.
+    These are the loss, the other terms and counts, and 'bits_per_byte' if the loss is in nats. Of a mixture
+    also '<part>/loss' of each of its parts.
     """
     mixture = isinstance(self.validation, FrozenMixture)
     parts = self.validation.parts if mixture else {'': self.validation}
@@ -204,14 +215,20 @@ class Record:
       evaluation |= {f'{n}/loss': float(s['loss'] / s['weight']) for n, s in sums.items()}
     return evaluation
 
-  # How it ends.
+  # The end of the run.
 
   def row(self, step: int, status: str) -> dict:
-    """The run as one row: N, D and C by every convention, the loss, the hyper-parameters."""
-    evaluation, asked = {}, {}
+    """Returns the run's row of results: N, D and C by every convention, the loss, the hyper-parameters.
+
+    Args:
+      step: the last step.
+      status: 'finished', or 'nan' for a loss that was not finite.
+    """
+    evaluation = {}
+    columns = {}
     if status == 'finished':
       evaluation = self.last_evaluation or self.evaluate()
-      asked = self._ask(step)
+      columns = self._evaluation_columns(step)
     if status == 'nan':
       self.progress.say(
         f'step {step:,}: the loss is not finite; stopped, the last good checkpoint is kept'
@@ -242,7 +259,7 @@ class Record:
       'task': run.train.name,
       'seconds': time.monotonic() - self.began,
       'devices': jax.device_count(),
-      **asked,
+      **columns,
     }
 
   def write_row(self, row: dict) -> None:
@@ -251,3 +268,12 @@ class Record:
   def close(self) -> None:
     self.checkpoints.close()
     self.rows.close()
+
+
+def _check_evaluations(run: Run) -> None:
+  if run.evaluations and jax.process_count() > 1:
+    why = (
+      'one process must evaluate the whole model, and this run has several: leave the evaluations out, and '
+      'evaluate its checkpoints afterwards (research.evaluate --workdir).'
+    )
+    raise Invalid(Run, 'evaluations', why)

@@ -1,4 +1,4 @@
-"""What a run is."""
+"""The class of a run: everything that decides its result."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,11 +13,11 @@ from research.training.evaluations import Evaluation
 from research.training.experience import Experience
 from research.training.losses import CrossEntropy, Loss
 
-# Two runs that differ only in these are one run: it may resume on another mesh, log more often or be
-# asked more.
+# These fields are not part of a run's identity: it may resume on another mesh, log more often, or have more
+# evaluations.
 _INCIDENTAL = ('mesh', 'log_every', 'checkpoint_every', 'keep_checkpoints', 'evaluations')
-# Fields that came later. At their defaults they are no part of a run's identity, or no workdir of before
-# could be resumed.
+# Earlier versions lacked these fields. At their defaults they are not part of a run's identity either, so that
+# the workdirs of earlier versions can be resumed.
 _LATER = ('loss', 'init', 'learns')
 
 
@@ -26,28 +26,31 @@ class Run:
   """One training run: everything that decides its result, and how often it reports.
 
   Attributes:
-    model: `model(rngs=...)` makes a `LanguageModel` or an `EncoderDecoder`.
-    train, validation: streams of examples; the loss of a run is its loss on all of `validation`. In the place
-      of `train` may stand what makes rows as the run goes on, such as `reinforcement.rollouts.Rollouts`.
-    steps: updates.
+    model: `model(rngs=...)` returns a `LanguageModel` or an `EncoderDecoder`.
+    train: the stream of training examples, or an `Experience` that generates rows as the run goes on, such as
+      `reinforcement.rollouts.Rollouts`.
+    validation: the stream of validation examples. The loss of a run is its loss on this whole stream.
+    steps: the number of updates.
     batch_size: examples per update, over all devices.
-    curriculum: (steps, batch size, cut) of stages before that: smaller batches, or every row of length L as
-      `cut` rows of L / cut. The step is compiled once for each.
-    optimizer: `optimizer(learning_rate=schedule)` makes an optax transformation.
-    schedule: `schedule(steps)` makes a `step -> learning rate`.
-    clip: gradients are scaled down to this global norm; None for no clipping.
-    loss: what is minimised, a class of `research.training.losses` or one of your own.
-    init: where parameters start, a `starts.Checkpoint`; None draws all of them from the seed.
+    curriculum: (steps, batch size, cut) of the stages before `batch_size` holds: smaller batches, or rows of
+      length L cut into `cut` rows of length L / cut. The step is compiled once for each stage.
+    optimizer: `optimizer(learning_rate=schedule)` returns an optax transformation.
+    schedule: `schedule(steps)` returns a function from the step to the learning rate.
+    clip: the largest global norm of the gradient; larger gradients are scaled down to it. None for no clipping.
+    loss: what is minimised: a class of `research.training.losses` or one of your own.
+    init: the checkpoint that parameters start from, a `starts.Checkpoint`; None draws all from the seed.
     learns: which parameters learn, as patterns of their names ('.*/bias') or 'kind:vector'; None for all. The
-      others stay as `init` has them, and cost neither gradient nor optimizer state nor room in checkpoints.
-    microbatches: the batch is gone through in so many parts, to save memory; the update is the same. A device
-      that is a single core of a CPU cuts them smaller by itself.
-    logits_chunks: the length is cut into so many parts for the logits; None chooses.
-    mesh: None chooses: data parallel, or FSDP where the state is large.
+      others keep their values of `init`. They need no gradient, no optimizer state and no room in checkpoints.
+    microbatches: the number of parts that a batch is computed in, to save memory; the update is the same. A
+      single CPU core cuts them further by itself.
+    logits_chunks: the number of parts that the length is cut into for the logits; None chooses.
     seed: of the initialisation and of the order of the examples.
-    eval_every: steps between evaluations; None for one at the end.
+    mesh: the mesh of devices; None chooses data parallelism, or FSDP if the state is large.
+    log_every: steps between rows of metrics.
+    eval_every: steps between validations; None for one at the end.
     checkpoint_every: steps between checkpoints; None for one at the end.
-    evaluations: what else is asked of the run, such as `evaluation.suite.Suite`: columns of its row.
+    keep_checkpoints: how many of the last checkpoints are kept.
+    evaluations: further evaluations, such as `evaluation.suite.Suite`; they add columns to the run's row.
   """
 
   model: Callable
@@ -90,6 +93,7 @@ class Run:
     self._check_start()
     if self.clip is not None and not self.clip > 0:
       raise Invalid(Run, 'clip', f'{self.clip!r} must be positive, or None.')
+    # gin passes lists. The dataclass is frozen and must be hashable, so they become tuples here.
     object.__setattr__(self, 'curriculum', tuple(map(tuple, self.curriculum)))
     self._check_curriculum()
     object.__setattr__(self, 'evaluations', tuple(self.evaluations))
@@ -102,11 +106,11 @@ class Run:
       if self.logits_chunks and length % self.logits_chunks:
         why = f'{self.logits_chunks} does not divide the length {length}.'
         raise Invalid(Run, 'logits_chunks', why)
-    self.schedule(self.steps)  # a warm-up longer than the run is an error now
+    self.schedule(self.steps)  # raises if, say, the warm-up is longer than the run
 
   def _check_start(self):
     if self.init is not None and not isinstance(self.init, Checkpoint):
-      raise Invalid(Run, 'init', 'must be a start: @starts.Checkpoint() with its parentheses.')
+      raise Invalid(Run, 'init', 'must be @starts.Checkpoint() with its parentheses, or None.')
     if self.learns is None:
       return
     patterns = (self.learns,) if isinstance(self.learns, str) else tuple(self.learns)
@@ -114,9 +118,9 @@ class Run:
     for pattern in patterns:
       check_pattern(Run, 'learns', pattern)
     if not patterns:
-      raise Invalid(Run, 'learns', '() lets nothing learn; None lets all parameters learn.')
+      raise Invalid(Run, 'learns', '() lets no parameter learn; use None to let all of them learn.')
     if self.init is None:
-      why = 'what does not learn must come from a checkpoint; bind Run.init = @starts.Checkpoint().'
+      why = 'parameters that do not learn must come from a checkpoint; bind Run.init = @starts.Checkpoint().'
       raise Invalid(Run, 'learns', why)
 
   def _check_curriculum(self):
@@ -124,7 +128,8 @@ class Run:
       if len(stage) != 3 or not all(isinstance(n, int) and n > 0 for n in stage):
         why = f'{stage} is not (steps, batch size, cut), whole numbers above 0.'
         raise Invalid(Run, 'curriculum', why)
-    steps, cuts = sum(s[0] for s in self.curriculum), [s[2] for s in self.curriculum if s[2] > 1]
+    steps = sum(steps for steps, _, _ in self.curriculum)
+    cuts = [cut for _, _, cut in self.curriculum if cut > 1]
     if steps > self.steps:
       raise Invalid(
         Run, 'curriculum', f'its {steps} steps are more than the {self.steps} of the run.'
@@ -137,32 +142,32 @@ class Run:
         raise Invalid(Run, 'curriculum', why)
 
   def _check_evaluations(self):
-    if not all(isinstance(one, Evaluation) for one in self.evaluations):
+    if not all(isinstance(evaluation, Evaluation) for evaluation in self.evaluations):
       raise Invalid(Run, 'evaluations', 'must be suites: (@suite.Suite(),) with its parentheses.')
-    names = [one.name for one in self.evaluations]
-    labels = [label for one in self.evaluations for label in one.labels]
+    names = [evaluation.name for evaluation in self.evaluations]
+    labels = [label for evaluation in self.evaluations for label in evaluation.labels]
     for what, texts in (('are named', names), ('have a task', labels)):
       if twice := [text for text in texts if texts.count(text) > 1]:
         raise Invalid(Run, 'evaluations', f'two of them {what} {twice[0]}.')
 
   @property
   def batches(self) -> Curriculum:
-    """Which examples each step takes."""
+    """The batch size, and the cut of rows, of every step."""
     return Curriculum(self.batch_size, self.curriculum)
 
   @property
   def target_length(self) -> int:
-    """Tokens per example that the logits are made for."""
+    """Tokens per example that the model predicts."""
     return self.train.lengths[_target(self.train.lengths)]
 
   @property
   def beside_tokens(self) -> dict[str, tuple]:
-    """{key: (shape of a row, dtype)} of what rows hold beside tokens: a model's scores, advantages."""
+    """{key: (shape of a row, dtype)} of what rows hold beside tokens: scores of a model, or advantages."""
     more = self.train if isinstance(self.train, Experience) else getattr(self.train, 'scores', None)
     return more.shapes(self.target_length) if more else {}
 
   def identity(self) -> str:
-    """The text that is equal for two runs that train the same parameters."""
+    """Returns a text that is equal for two runs that train the same parameters."""
     lines = []
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)

@@ -1,4 +1,4 @@
-"""What a trained model says of a stream: likeliest tokens of a teacher, log-probabilities of a reference."""
+"""Scores of a stream by a trained model: a teacher's likeliest tokens, a reference's log-probabilities."""
 
 import dataclasses
 from collections.abc import Callable
@@ -19,10 +19,10 @@ from research.training.cross_entropy import log_probabilities
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _ByModel(Scores):
-  """Base of the scores by a model.
+  """Base class of scores by a model.
 
   Attributes:
-    model: whose; it reads the stream's rows as training does.
+    model: the model. It reads the rows of the stream as training does.
   """
 
   model: Pretrained
@@ -37,27 +37,32 @@ class _ByModel(Scores):
     return fields | {'model': self.model.described()}
 
   def scorer(self) -> Callable[[Batch], Batch]:
-    # One process scores, where others wait for it: on its own devices, each with the whole model.
+    # Only one process scores, and the others wait for it, so it uses its own devices, each with the whole
+    # model.
     devices = jax.local_devices()
+    # Batches are split over the devices, or computed by one if they cannot be split equally.
     devices = devices[: len(devices) if self.batch_size % len(devices) == 0 else 1]
     with Mesh().use(devices):
       graphdef, params = nnx.graphdef(self.model.abstract), self.model.params()
-      function = jax.jit(lambda params, batch: self.features(nnx.merge(graphdef, params), batch))
+
+    @jax.jit
+    def features(params, batch):
+      return self.features(nnx.merge(graphdef, params), batch)
 
     def score(rows: Batch) -> Batch:
       with Mesh().use(devices):
-        return jax.device_get(function(params, hosts.place(rows)))
+        return jax.device_get(features(params, hosts.place(rows)))
 
     return score
 
   def features(self, model, batch: dict) -> dict[str, jax.Array]:
-    """The features by key, of a batch on the device."""
+    """Returns the scores of a batch on the device, by key."""
     raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogProbabilities(_ByModel):
-  """The log-probability of every target token by a reference model, float32 [length]."""
+  """The log-probability of every target token by a reference model, float32 [length], in nats."""
 
   keys: ClassVar[tuple[str, ...]] = ('decoder_reference_log_probs',)
 
@@ -75,8 +80,9 @@ class TopTokens(_ByModel):
   """A teacher's likeliest next tokens and their log-probabilities, [length, tokens] each.
 
   Attributes:
-    tokens: how many of every position.
-    temperature: the log-probabilities are of softmax(logits / temperature); that of the distillation.
+    tokens: how many tokens per position.
+    temperature: the log-probabilities are those of softmax(logits / temperature). It must be the temperature of
+      the distillation.
   """
 
   tokens: int = 64
@@ -93,29 +99,28 @@ class TopTokens(_ByModel):
 
   def features(self, model, batch):
     if self.tokens > model.vocab:
-      raise Invalid(
-        TopTokens, 'tokens', f'{self.tokens} are more than the {model.vocab} there are.'
-      )
+      why = f'{self.tokens} are more than the {model.vocab} logits of the teacher.'
+      raise Invalid(TopTokens, 'tokens', why)
     x, _ = model.features(batch)
     log_probs = jax.nn.log_softmax(model.readout()(x) / self.temperature)
     values, tokens = jax.lax.top_k(log_probs, self.tokens)
+    # Fewer bytes to copy to the host and to disk.
     small = jnp.uint16 if model.vocab <= 1 << 16 else jnp.int32
     return {'decoder_teacher_tokens': tokens.astype(small), 'decoder_teacher_log_probs': values}
 
   def shapes(self, length):
     shape = (length, self.tokens)
-    return {
-      key: (shape, np.dtype(d)) for key, d in zip(self.keys, (np.int32, np.float32), strict=True)
-    }
+    tokens, log_probs = self.keys
+    return {tokens: (shape, np.dtype(np.int32)), log_probs: (shape, np.dtype(np.float32))}
 
   def facts(self, rows: Batch) -> dict[str, float]:
     weights = rows['decoder_loss_weights']
-    left = 1 - np.exp(rows['decoder_teacher_log_probs'].astype(np.float64)).sum(-1)
-    return {'left_out': float((left * weights).sum()), 'weight': float(weights.sum())}
+    left_out = 1 - np.exp(rows['decoder_teacher_log_probs'].astype(np.float64)).sum(-1)
+    return {'left_out': float((left_out * weights).sum()), 'weight': float(weights.sum())}
 
-  def told(self, facts: dict[str, float]) -> str:
+  def summary(self, facts: dict[str, float]) -> str:
     share = max(0.0, facts['left_out'] / max(facts['weight'], 1.0))
     return (
       f"the teacher's {self.tokens} likeliest tokens leave out {share:.2%} of its probability "
-      f'(at temperature {self.temperature:g}), which is learned as one outcome'
+      f'(at temperature {self.temperature:g}); the student learns all other tokens as one outcome'
     )

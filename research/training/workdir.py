@@ -1,4 +1,4 @@
-"""The workdir of a run: it belongs to one run only."""
+"""Opens the workdir of a run. A workdir belongs to one run only."""
 
 import collections
 import itertools
@@ -12,10 +12,15 @@ from research.training.run import Run
 
 
 def open_workdir(workdir: pathlib.Path, run: Run, config_text: str) -> None:
-  """Makes the folder, or checks that it holds this very run.
+  """Makes the folder, or checks that it holds this run; writes config.txt and config.gin.
+
+  Args:
+    workdir: the folder or bucket.
+    run: the run.
+    config_text: its gin text.
 
   Raises:
-    UserError: it cannot be written, or holds another run.
+    UserError: the folder cannot be written, or holds another run.
   """
   storage.make(workdir)
   identity = run.identity()
@@ -30,15 +35,18 @@ def open_workdir(workdir: pathlib.Path, run: Run, config_text: str) -> None:
 
 
 def _current_text(text: str) -> str:
-  """A config.txt as this version would write it: an earlier one named modules otherwise and had Run.z_loss."""
+  """Returns the text of an earlier version's config.txt as this version writes it.
+
+  Earlier versions had other names of modules, and the field Run.z_loss.
+  """
   return moved.current_paths(text).replace('\nz_loss = 0.0\n', '\n')
 
 
 def _is_same_run(saved: str, identity: str, config_gin: pathlib.Path) -> bool:
-  """Whether an earlier version left this very run here: this version only has more knobs, all at their default.
+  """Returns whether an earlier version wrote this run, before this version added fields at their defaults.
 
-  Then every line that was written still stands somewhere, and the gin file beside it, built by this version, is
-  the same run.
+  In that case the new text has every line of the saved one, and this version builds the same run from the saved
+  gin file.
   """
   missing = collections.Counter(saved.splitlines()) - collections.Counter(identity.splitlines())
   if missing or not config_gin.exists():

@@ -35,6 +35,6 @@ def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_is_kept(tmp_path):
   assert done.returncode == 2, done.stderr
   assert done.stderr == (
     f'error: {folder}: the disk has no room for a checkpoint, and the one of step 1 is kept; free some '
-    'space, and start the same command again to go on.\n'
+    'space, and start the same command again to continue.\n'
   )
   assert [path.name for path in folder.iterdir()] == ['1']

@@ -92,7 +92,10 @@ def test_the_costs_of_a_token(run):
 @pytest.mark.parametrize(
   ('knobs', 'message'),
   [
-    ({'batch': 4, 'room': 16, 'prompt': 16}, 'a room has its prompt and a token more'),
+    (
+      {'batch': 4, 'room': 16, 'prompt': 16},
+      'a prompt has 1 token or more, and fewer than the room',
+    ),
     ({'batch': 0, 'room': 16}, 'ask for 1 or more rows'),
   ],
 )

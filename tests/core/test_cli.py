@@ -137,7 +137,7 @@ def test_a_platform_that_is_not_here_is_one_sentence(platform):
     ),
     (
       OSError(errno.EROFS, 'Read-only file system'),
-      'a folder that Python needs can only be read (/dev/shm or the temporary folder)',
+      'a folder that Python needs is read-only (/dev/shm or the temporary folder)',
     ),
   ],
 )

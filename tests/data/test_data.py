@@ -238,7 +238,7 @@ def test_an_error_of_the_prefetching_thread_reaches_the_reader():
     ({'task': 'casual_lm'}, r'Did you mean causal_lm'),
     ({'task': 'mine', 'module': 'no.such.module'}, r'Stream.module: there is no Python module'),
     ({'lengths': {'targets': -4}}, r"Stream.lengths: 'targets' is -4"),
-    ({'lengths': {'inputs': 64}}, r"wants exactly \['targets'\]"),
+    ({'lengths': {'inputs': 64}}, r"needs exactly \['targets'\]"),
     ({'split': 'validaton'}, r'Did you mean validation'),
     ({'architecture': 'encoder'}, r'causal_lm runs as decoder'),
     ({'examples': 0}, r'Stream.examples'),

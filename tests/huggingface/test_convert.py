@@ -121,7 +121,7 @@ def test_pieces_go_there_and_back_in_several_files(folder, tmp_path):
   back = Tensors(tmp_path / 'back')
   assert all(back.places[k][0].name == index['weight_map'][k] for k in values)
   assert all((back[k] == values[k]).all() for k in values)
-  assert not params.held  # every piece was read by itself
+  assert not params.in_memory  # every piece was read by itself
 
 
 def test_a_conversion_cut_short_is_found_to_be_damaged(folder, tmp_path, monkeypatch):
@@ -151,9 +151,9 @@ def test_a_checkpoint_of_training_is_read_a_parameter_at_a_time(tmp_path):
   saved.close()
   params = streamed.Params(tmp_path)
   assert (params.piece(('a', 0), (1,)) == kernel[1]).all()
-  assert params.held.keys() == {('a', 0)}
+  assert params.in_memory.keys() == {('a', 0)}
   params.forget()
-  assert not params.held
+  assert not params.in_memory
   with pytest.raises(UserError, match='has no parameter b/c'):
     params.piece(('b', 'c'), ())
 

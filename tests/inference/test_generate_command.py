@@ -61,7 +61,7 @@ def test_a_prompt_and_a_conversation(run, expected, monkeypatch):
   monkeypatch.setattr(sys, 'stdin', io.StringIO(f'{PROMPT}\n\n{PROMPT}\n'))
   printed = run('--interactive')
   assert [line.strip() for line in printed.out.splitlines()] == [expected, expected]
-  assert printed.err.strip() == 'error: the prompt is empty: give some text to go on from.'
+  assert printed.err.strip() == 'error: the prompt is empty: give some text to continue.'
 
 
 @pytest.mark.slow
@@ -89,9 +89,9 @@ def test_the_model_guesses_for_itself(run, expected, folder):
   ('flags', 'message'),
   [
     (['--beams=2', '--ngram=2'], 'give one of --beams and --ngram.'),
-    (['--beams=2', '--temperature=1'], 'it goes with neither --samples nor --temperature.'),
-    (['--ngram=2', '--top=3'], '--top does not go with --ngram.'),
-    (['--draft=somewhere', '--int8'], '--int8 does not go with --draft.'),
+    (['--beams=2', '--temperature=1'], 'leave out --samples and --temperature.'),
+    (['--ngram=2', '--top=3'], '--top does not work with --ngram'),
+    (['--draft=somewhere', '--int8'], '--int8 does not work with --draft'),
     (['--prompts=file'], 'give one of --prompt, --prompts and --interactive.'),
     (['--beam=2'], 'no flag --beam=2. Did you mean --beams'),
   ],

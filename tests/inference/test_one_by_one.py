@@ -97,7 +97,7 @@ def test_the_best_beam_answers(model):
 @pytest.mark.parametrize(
   ('settings', 'message'),
   [
-    ({'top': 2}, r'Request\.top: it goes with neither beams nor a draft'),
+    ({'top': 2}, r'Request\.top: it works with neither beams nor a draft'),
     ({'sampling': Sampling(presence_penalty=1.0)}, 'no penalty and no logit_bias'),
     ({'max_tokens': 200}, 'do not fit into a room of 48'),
   ],
@@ -109,5 +109,5 @@ def test_what_a_draft_does_not_go_with_is_refused(settings, message, guesses_wel
 
 def test_beams_draw_nothing(model):
   engine = OneByOne(Beams(*model, 2), room=ROOM)
-  with pytest.raises(UserError, match='beams take the likeliest tokens'):
+  with pytest.raises(UserError, match='beam search finds the likeliest text'):
     engine.submit(Request(prompt=PROMPT, max_tokens=4, sampling=Sampling(temperature=1.0)))

@@ -298,8 +298,8 @@ def test_a_pipeline_waits_as_long_as_it_says():
 @pytest.mark.parametrize(
   ('sizes', 'says'),
   [
-    ({'stage': 4, 'stage_rounds': 2}, r'Mesh\.stage: a stack of 4 layers does not go into 4 stages x 2 rounds'),
-    ({'stage': 4, 'stage_microbatches': 2}, r'Mesh\.stage_microbatches: 2 .* less than the 4 stages'),
+    ({'stage': 4, 'stage_rounds': 2}, r'stage: a stack of 4 layers cannot be cut into 4 stages x 2 rounds'),
+    ({'stage': 4, 'stage_microbatches': 2}, r'Mesh\.stage_microbatches: 2 .* fewer than the 4 stages'),
     ({'stage': 2, 'stage_microbatches': 4}, r'stage_microbatches: 4 microbatches of a batch split over 4'),
   ],
 )  # fmt: skip

@@ -179,7 +179,7 @@ def test_runs_of_different_shapes_are_no_population(text_file, tmp_path):
   with pytest.raises(UserError, match=r'"batch_size = 8", "batch_size = 16"'):
     train_many(made, tmp_path)
   split = dataclasses.replace(made[0].build(), mesh=mesh.Mesh())
-  with pytest.raises(UserError, match=r'one device each.*unset Run\.mesh'):
+  with pytest.raises(UserError, match=r'uses one device of one process.*unset Run\.mesh'):
     population.train_population([split] * 2, [tmp_path / 'a', tmp_path / 'b'])
   assert not list(tmp_path.iterdir())
 

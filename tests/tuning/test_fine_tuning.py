@@ -110,7 +110,7 @@ def test_the_base_is_part_of_what_a_run_is(base, text_file, one_device, tmp_path
   )
   shutil.rmtree(copy / 'checkpoints' / '6')
   (copy / 'checkpoints' / '3').rename(copy / 'checkpoints' / '6')
-  with pytest.raises(UserError, match=r'holds what learned alone.*was changed since'):
+  with pytest.raises(UserError, match=r'has only the parameters that learned.*has changed since'):
     streamed.Params(tmp_path / 'run')
 
 
@@ -138,7 +138,7 @@ def test_a_vocabulary_grows(base, text_file, one_device):
   with Mesh().use(jax.devices()[:1]):
     program = make_program(the_run)
     drawn = jax.jit(program.init)(jax.random.key(0))['params']['embedder']['tokens']
-    state = jax.jit(program.init)(jax.random.key(0), program.given())
+    state = jax.jit(program.init)(jax.random.key(0), program.initial_values())
   tokens = streamed.Params(base).piece(('embedder', 'tokens'), ())
   np.testing.assert_array_equal(state['params']['embedder']['tokens'][:384], tokens)
   np.testing.assert_array_equal(state['params']['embedder']['tokens'][384:], drawn[384:])

@@ -1,4 +1,4 @@
-"""The attention product, with a backward pass that computes the weights again instead of keeping them."""
+"""The product of attention. Its backward pass computes the weights again instead of storing them."""
 
 import functools
 
@@ -7,9 +7,10 @@ import jax.numpy as jnp
 
 from research.parallel.axes import spec, spec_of
 
-# Logits of a key that a query may not see, and the least maximum of a row: a row that sees nothing then has
-# exp(HIDDEN - FLOOR) = 0 everywhere, and is zero with a gradient of zero rather than NaN.
-HIDDEN, FLOOR = -1e30, -1e29
+# The logit of a key that the query may not see, and a lower bound of the maximum of a row. A row that sees no
+# key then has exp(HIDDEN - FLOOR) = 0 everywhere: its result and its gradient are zero and not NaN.
+HIDDEN = -1e30
+FLOOR = -1e29
 
 
 def dot_product_attention(
@@ -23,73 +24,93 @@ def dot_product_attention(
   soft_cap: float | None = None,
   causal: bool = False,
 ) -> jax.Array:
-  """softmax(scale query key^T + bias, where mask) value, the softmax in float32.
+  """softmax(scale query key^T + bias, where mask) value, with the softmax in float32.
 
-  The weights are normalised after their product with the values; the backward pass computes them again from
-  the logarithm of their sum (Dao et al. 2022, arXiv:2205.14135, appendix B.2) and keeps no [query, key].
+  The weights are normalised after their product with the values. The backward pass computes them again from the
+  logarithm of their sum (Dao et al. 2022, arXiv:2205.14135, appendix B.2) and stores no [query, key].
 
   Args:
     query: [batch, query, heads, head_dim].
-    key, value: [batch, key, kv_heads, head_dim]; heads is a multiple of kv_heads, and query head h reads
-      key head h // (heads // kv_heads).
+    key: [batch, key, kv_heads, head_dim]; heads is a multiple of kv_heads, and query head h reads key head
+      h // (heads // kv_heads).
+    value: [batch, key, kv_heads, head_dim of value].
     mask: bool, [batch or 1, 1, query, key].
     bias: [batch or 1, heads, query, key].
+    scale: the factor of the logits.
     soft_cap: c in c tanh(logits / c) (Gemma 2).
-    causal: the mask hides every later key, so that those need not be computed.
+    causal: the mask hides every later key, so these need not be computed.
 
   Returns:
-    [batch, query, heads, head_dim]. A query that sees nothing (padding) gets zeros.
+    [batch, query, heads, head_dim of value]. A query that sees no key (padding) gets zeros.
   """
   length, kv_heads = query.shape[1], key.shape[2]
-  query, where = grouped(query, kv_heads)
+  query, sharding = grouped(query, kv_heads)
   mask = None if mask is None else mask[:, :, :, None]
   if bias is not None:
     bias_shape = (bias.shape[0], kv_heads, query.shape[3], *bias.shape[2:])
     batch_axis = None if bias.shape[0] == 1 else 'batch'
     to = spec(batch_axis, 'kv_heads', None, 'length', None, shape=bias_shape)
     bias = jnp.swapaxes(bias.reshape(bias_shape, out_sharding=to), 2, 3)
-  rows = lambda x, start, stop: x if x is None or x.shape[2] == 1 else x[:, :, start:stop]
   product = functools.partial(_product, scale, soft_cap)
   blocks = []
-  for start, stop in _query_blocks(length, causal and where[1] is None):
+  for start, stop in _query_blocks(length, causal and sharding[1] is None):
     keys = stop if causal and key.shape[1] == length else key.shape[1]
-    near = lambda x, start=start, stop=stop, keys=keys: (
-      None if x is None else rows(x, start, stop)[..., :keys]
-    )
+    block_mask = _block(mask, start, stop, keys)
+    block_bias = _block(bias, start, stop, keys)
     blocks.append(
-      product(query[:, start:stop], key[:, :keys], value[:, :keys], near(mask), near(bias))
+      product(query[:, start:stop], key[:, :keys], value[:, :keys], block_mask, block_bias)
     )
   return ungrouped(blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1))
 
 
-def grouped(query: jax.Array, kv_heads: int) -> tuple[jax.Array, jax.P]:
-  """[batch, length, kv_heads, group, head_dim], the queries by the key head that they read, and where it lives.
+def _block(x: jax.Array | None, start: int, stop: int, keys: int) -> jax.Array | None:
+  """Cuts a mask or a bias [batch, kv_heads, query or 1, group, key] to some queries and the first keys."""
+  if x is None:
+    return None
+  rows = x if x.shape[2] == 1 else x[:, :, start:stop]
+  return rows[..., :keys]
 
-  Both 'kv_heads' and 'heads' live on one mesh axis; when it does not divide kv_heads, the keys stay whole.
+
+def grouped(query: jax.Array, kv_heads: int) -> tuple[jax.Array, jax.P]:
+  """Groups queries by the key head that they read.
+
+  Both 'kv_heads' and 'heads' are split over one mesh axis. If it does not divide kv_heads, keys stay whole.
+
+  Args:
+    query: [batch, length, heads, head_dim].
+    kv_heads: the number of key heads.
+
+  Returns:
+    [batch, length, kv_heads, group, head_dim], and its sharding.
   """
   batch, length, heads, head_dim = query.shape
   shape = (batch, length, kv_heads, heads // kv_heads, head_dim)
-  where = spec('batch', 'length', 'kv_heads', None, None, shape=shape)
-  return query.reshape(shape, out_sharding=where), where
+  sharding = spec('batch', 'length', 'kv_heads', None, None, shape=shape)
+  return query.reshape(shape, out_sharding=sharding), sharding
 
 
 def ungrouped(y: jax.Array) -> jax.Array:
-  """[batch, length, heads, head_dim] of [batch, length, kv_heads, group, head_dim]."""
+  """Undoes `grouped`: [batch, length, kv_heads, group, head_dim] to [batch, length, heads, head_dim]."""
   shape = (*y.shape[:2], y.shape[2] * y.shape[3], y.shape[4])
   return y.reshape(shape, out_sharding=spec('batch', 'length', 'heads', None, shape=shape))
 
 
 def _query_blocks(length: int, causal: bool) -> list[tuple[int, int]]:
-  """The queries in two halves if the first need not look at the last half of the keys: a quarter less work.
+  """Returns (start, stop) of blocks of queries.
 
-  More blocks would save up to a half; but each is compiled by itself, and matrices get small.
+  There are two halves if the first half of the queries does not see the second half of the keys: a quarter less
+  work. More blocks would save up to a half, but each is compiled by itself, and its matrices are small.
   """
   half = length // 2
   return [(0, half), (half, length)] if causal and half >= 32 else [(0, length)]
 
 
 def logits(scale, soft_cap, query, key, mask, bias):
-  """[batch, kv_heads, query, group, key] float32: the order in which the product of q and k comes out."""
+  """Returns the logits after the soft cap, bias and mask, and those after the soft cap alone.
+
+  Both are float32 [batch, kv_heads, query, group, key]. XLA's product of q and k has this order of axes, so
+  nothing is transposed.
+  """
   s = jnp.einsum('bqkgd,bskd->bkqgs', query * scale, key, preferred_element_type=jnp.float32)
   if soft_cap is not None:
     s = soft_cap * jnp.tanh(s / soft_cap)
@@ -101,11 +122,12 @@ def logits(scale, soft_cap, query, key, mask, bias):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _product(scale, soft_cap, query, key, value, mask, bias):
-  """[batch, query, kv_heads, group, head_dim]; mask and bias broadcast against `logits`."""
+  """Returns [batch, query, kv_heads, group, head_dim]; mask and bias broadcast against `logits`."""
   return _forward(scale, soft_cap, query, key, value, mask, bias)[0]
 
 
 def _forward(scale, soft_cap, query, key, value, mask, bias):
+  # Less the maximum of its row, exp cannot overflow.
   s, _ = logits(scale, soft_cap, query, key, mask, bias)
   top = jnp.maximum(jnp.max(s, axis=-1, keepdims=True), FLOOR)
   weights = jnp.exp(s - top)
@@ -132,7 +154,10 @@ def _backward(scale, soft_cap, residuals, dy):
   if soft_cap is not None:
     ds = ds * (1 - jnp.square(capped / soft_cap))
   weights, ds = weights.astype(dy.dtype), ds.astype(query.dtype)
-  dot = lambda letters, a, b, like: jnp.einsum(letters, a, b, out_sharding=spec_of(like))
+
+  def dot(letters, a, b, like):
+    return jnp.einsum(letters, a, b, out_sharding=spec_of(like))
+
   d_query = dot('bkqgs,bskd->bqkgd', ds, key, query) * scale
   d_key = dot('bkqgs,bqkgd->bskd', ds, query * scale, key)
   d_value = dot('bkqgs,bqkgd->bskd', weights, dy, value)

@@ -1,4 +1,4 @@
-"""Fused attention where the accelerator has a kernel for it: splash attention on TPU, cuDNN's on GPU."""
+"""Fused attention on accelerators that have a kernel for it: splash attention on TPUs, cuDNN's on GPUs."""
 
 import functools
 
@@ -9,8 +9,8 @@ import numpy as np
 from research.parallel.axes import per_device, spec
 from research.parallel.mesh import platform
 
-BLOCK = 512  # queries and keys in a tile of the kernel; a shorter sequence is one tile
-LANES = 128  # what the kernel's tiles are multiples of
+BLOCK = 512  # queries and keys per tile of the TPU kernel; a shorter sequence is a single tile
+LANES = 128  # the sizes of its tiles must be multiples of this
 
 
 def suits(
@@ -22,14 +22,15 @@ def suits(
   soft_cap: float | None,
   plain: bool,
 ) -> bool:
-  """Whether this attention of a sequence with itself has a fused kernel on the devices in use.
+  """Returns whether the devices in use have a fused kernel for this attention of a sequence to itself.
 
   Args:
-    query, value: [batch, length, heads, head_dim].
+    query: [batch, length, heads, head_dim].
+    value: [batch, length, kv_heads, head_dim].
     causal: no token sees a later one.
-    window: of the keys that a query sees; a kernel has it only where it is causal.
-    soft_cap: of the logits; cuDNN has none.
-    plain: there is no bias, no prefix, and the length is whole on every device.
+    window: as in `attention.visible`; kernels have windows only together with `causal`.
+    soft_cap: as in `dot_product_attention`; cuDNN has none.
+    plain: there is no bias and no prefix, and every device has whole lengths.
   """
   length, head_dim = query.shape[1], query.shape[3]
   if not plain or value.shape[3] != head_dim or not (causal or window is None):
@@ -53,20 +54,29 @@ def flash_attention(
   window: int | None = None,
   interpret: bool = False,
 ) -> jax.Array:
-  """softmax(scale query key^T) value of a sequence with itself, tile by tile; no [query, key] logits in memory.
+  """softmax(scale query key^T) value of a sequence to itself, tile by tile, without [query, key] in memory.
 
-  Splash attention, jax's own Pallas kernel, on TPUs, and cuDNN's on GPUs: tiles that the causal mask or the
-  window hides are not computed. cuDNN knows no segments: it is given a mask of them, [batch, query, key].
+  On TPUs this is splash attention, jax's own Pallas kernel, and on GPUs cuDNN's. Tiles that the causal mask or
+  the window hides are not computed. cuDNN has no segments, so it gets a mask of them, [batch, query, key].
 
   Args:
-    query: [batch, length, heads, head_dim]; key, value: [batch, length, kv_heads, head_dim].
+    query: [batch, length, heads, head_dim].
+    key: [batch, length, kv_heads, head_dim].
+    value: [batch, length, kv_heads, head_dim].
     segments: [batch, length], a token sees its own segment; padding sees padding.
-    interpret: run the kernel in Python, for tests.
+    scale: the factor of the logits.
+    soft_cap: c in c tanh(logits / c) (Gemma 2).
+    causal: no token sees a later one.
+    window: as in `attention.visible`.
+    interpret: runs the TPU kernel in Python, for tests.
+
+  Returns:
+    [batch, length, heads, head_dim].
   """
   q_spec = spec('batch', None, 'heads', None, shape=query.shape)
   kv_spec = spec('batch', None, 'kv_heads', None, shape=key.shape)
   if q_spec[2] != kv_spec[2]:
-    # Fewer keys than devices: every device repeats those of its own queries.
+    # There are fewer key heads than devices: every device repeats those that its queries need.
     key, value = (jnp.repeat(x, query.shape[2] // key.shape[2], axis=2) for x in (key, value))
     kv_spec = q_spec
   knobs = {'scale': scale, 'causal': causal, 'window': window}
@@ -109,11 +119,12 @@ def _splash(query, key, value, segments, *, scale, causal, window, soft_cap, int
     heads, block_sizes=sizes, attn_logits_soft_cap=soft_cap, interpret=interpret
   )
 
-  def one(q, k, v, segment):
+  def one_sequence(q, k, v, segment):
     ids = None if segment is None else splash.SegmentIds(segment, segment)
-    first = functools.partial(jnp.swapaxes, axis1=0, axis2=1)
-    return first(kernel(first(q) * np.asarray(scale, q.dtype), first(k), first(v), ids))
+    # The kernel has heads before the length, and no factor of the logits.
+    heads_first = functools.partial(jnp.swapaxes, axis1=0, axis2=1)
+    q = heads_first(q) * np.asarray(scale, q.dtype)
+    return heads_first(kernel(q, heads_first(k), heads_first(v), ids))
 
-  return jax.vmap(one, in_axes=(0, 0, 0, None if segments is None else 0))(
-    query, key, value, segments
-  )
+  in_axes = (0, 0, 0, None if segments is None else 0)
+  return jax.vmap(one_sequence, in_axes=in_axes)(query, key, value, segments)

@@ -1,4 +1,4 @@
-"""Matrix products of consecutive groups of rows, each with a matrix of its own."""
+"""Matrix products of consecutive groups of rows, each group with its own matrix."""
 
 import functools
 
@@ -8,16 +8,16 @@ import jax.numpy as jnp
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def grouped_matmul(x: jax.Array, w: jax.Array, sizes: jax.Array, block: int) -> jax.Array:
-  """y[r] = x[r] w[g] for the rows r of group g; what the rows after the last group get is unspecified.
+  """Returns y[r] = x[r] w[g] for every row r of group g. Rows after the last group are unspecified.
+
+  On accelerators this is `jax.lax.ragged_dot`. On a CPU that would multiply every row with every matrix, so
+  there a loop goes over the blocks of every group, and the cost is proportional to the rows.
 
   Args:
     x: [rows, inputs]; rows is a multiple of block.
     w: [groups, inputs, outputs].
     sizes: [groups] integers, each a multiple of block, their sum at most rows.
-    block: the step, static.
-
-  On accelerators this is `jax.lax.ragged_dot`. On a CPU that would multiply every row with every matrix, so
-  there each group's blocks are walked one by one, which costs what its rows cost.
+    block: rows per step of the loop, static.
   """
   return jax.lax.platform_dependent(
     x, w, sizes,
@@ -29,7 +29,7 @@ def grouped_matmul(x: jax.Array, w: jax.Array, sizes: jax.Array, block: int) -> 
 def _ragged(x, w, sizes):
   if w.shape[0] > 1:
     return jax.lax.ragged_dot(x, w, sizes)
-  # XLA's TPU backend fails to lower a ragged_dot of a single group, which one expert a device is.
+  # XLA's TPU backend fails to lower a ragged_dot of a single group (one expert per device).
   mine = jnp.arange(x.shape[0])[:, None] < sizes[0]
   return jnp.where(mine, x, 0) @ w[0]
 
@@ -53,6 +53,7 @@ grouped_matmul.defvjp(_forward, _backward)
 
 
 def _bounds(sizes, block):
+  """Returns the first block of every group, and the block after its last one."""
   end = jnp.cumsum(sizes) // block
   return end - sizes // block, end
 
@@ -62,12 +63,13 @@ def _rows(x, i, block):
 
 
 def _dot(a, b, contract):
-  """a b in float32, contracted over these axes."""
+  """Returns the product of a and b in float32, contracted over axis contract[0] of a and contract[1] of b."""
   numbers = (((contract[0],), (contract[1],)), ((), ()))
   return jax.lax.dot_general(a, b, numbers, preferred_element_type=jnp.float32)
 
 
 def _blocks(x, w, sizes, *, block, transpose):
+  """`grouped_matmul` by a loop over blocks; `transpose` multiplies with the transposed matrices."""
   first, last = _bounds(sizes, block)
 
   def group(g, y):
@@ -84,11 +86,13 @@ def _blocks(x, w, sizes, *, block, transpose):
 
 
 def _outer(x, dy, sizes, block):
-  """[groups, inputs, outputs]: x^T dy over the rows of each group."""
+  """Returns x^T dy over the rows of every group, [groups, inputs, outputs]."""
   first, last = _bounds(sizes, block)
 
   def group(g, dw):
-    step = lambda i, total: total + _dot(_rows(x, i, block), _rows(dy, i, block), (0, 0))
+    def step(i, total):
+      return total + _dot(_rows(x, i, block), _rows(dy, i, block), (0, 0))
+
     total = jnp.zeros(dw.shape[1:], jnp.float32)
     total = jax.lax.fori_loop(first[g], last[g], step, total)
     return dw.at[g].set(total.astype(dw.dtype))

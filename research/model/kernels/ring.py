@@ -1,8 +1,8 @@
-"""Attention over sequences that are split over devices: keys and values go round a ring.
+"""Attention over sequences that are split over devices: keys and values go around a ring.
 
-Ring attention (Liu, Zaharia & Abbeel 2023, arXiv:2310.01889): every device keeps its queries and their running
-softmax in float32 while the keys and values of all the devices pass by, one step of a ring at a time; nothing
-larger than a block is ever held. The backward pass goes round again, with the gradients of keys and values.
+Ring attention (Liu, Zaharia & Abbeel 2023, arXiv:2310.01889). Every device keeps its queries and their running
+softmax in float32, while the keys and values of all devices pass by, one step of the ring at a time. No array
+is larger than a block. In the backward pass they go around again, together with their gradients.
 """
 
 import dataclasses
@@ -30,42 +30,45 @@ def ring_attention(
   causal: bool,
   window: int | None = None,
 ) -> jax.Array:
-  """`kernels.dot_product_attention` of sequences with themselves, their length split over devices.
+  """Attention of sequences to themselves (`dot_product_attention`), their length split over devices.
 
-  In causal attention the first device would idle and the last do most, so there a device takes one chunk from
-  the front and one from the back of the sequence (Brandon et al. 2023, arXiv:2311.09431; the order is that of
-  Llama 3, arXiv:2407.21783, section 3.3.2): at every step every device multiplies two pairs of chunks. The
-  chunks are exchanged here, once for each of query, key, value and result; outside the sequence is in order.
-  A causal window takes only as many steps as it reaches back.
+  In causal attention the first device would have little work and the last one most. So every device takes one
+  chunk from the front and one from the back of the sequence (Brandon et al. 2023, arXiv:2311.09431; the order
+  is that of Llama 3, arXiv:2407.21783, section 3.3.2), and multiplies two pairs of chunks at every step. The
+  chunks are exchanged within this function; outside of it the sequence is in order. A causal window takes only
+  as many steps as it reaches back.
 
   Args:
     query: [batch, length, heads, head_dim].
     key, value: [batch, length, kv_heads, head_dim].
     segments: [batch, length]; a segment sees only itself.
-    prefix: bool, [batch, length]; two tokens of a prefix see each other although `causal`.
+    prefix: bool, [batch, length]; two tokens of a prefix see each other in spite of `causal`.
     bias: [heads, 2 length - 1]: entry length - 1 + d is added to the logits of keys d places after the query.
+    scale: the factor of the logits.
+    soft_cap: c in c tanh(logits / c).
     causal: no token sees a later one.
     window: no token sees one that is `window` or more places away.
 
   Returns:
-    [batch, length, heads, head_dim of value]. A query that sees nothing (padding) gets zeros.
+    [batch, length, heads, head_dim of value]. A query that sees no key (padding) gets zeros.
   """
   length, kv_heads = query.shape[1], key.shape[2]
-  query, where = grouped(query, kv_heads)
-  keys, rows, axis = jax.P(*where[:3], None), jax.P(*where[:2]), where[1]
+  query, sharding = grouped(query, kv_heads)
+  axis = sharding[1]
+  keys = jax.P(*sharding[:3], None)
+  rows = jax.P(*sharding[:2])
   key, value = (jax.sharding.reshard(x, keys) for x in (key, value))
-  by_distance = jax.P(where[2], None, None)
+  by_distance = jax.P(sharding[2], None, None)
   if bias is not None:
     bias = bias.reshape(kv_heads, -1, bias.shape[1], out_sharding=by_distance)
   ring = _Ring.over(axis, length, causal, prefix is not None, window, scale, soft_cap)
-  run = per_device(
-    ring.device, in_specs=(where, keys, keys, rows, rows, by_distance), out_specs=where
-  )
+  in_specs = (sharding, keys, keys, rows, rows, by_distance)
+  run = per_device(ring.device, in_specs=in_specs, out_specs=sharding)
   return ungrouped(run(query, key, value, segments, prefix, bias))
 
 
 class _Block(NamedTuple):
-  """Chunks [chunks, batch, chunk, ...] of what passes by (or stays), any of which may be None."""
+  """Arrays of keys, [chunks, batch, chunk, ...], that pass by (or stay). Any may be None."""
 
   key: jax.Array | None
   value: jax.Array | None
@@ -75,10 +78,10 @@ class _Block(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Ring:
-  """What is static in one attention: the ring, and who may see whom.
+  """The static side of one attention: the ring, and which token may see which.
 
-  `chunk` tokens are a chunk and every device holds one, or two where `balanced`: device p those with the
-  numbers p and 2 devices - 1 - p.
+  A chunk has `chunk` tokens. Every device has one chunk, or two if `balanced`: device p those with the numbers
+  p and 2 devices - 1 - p.
   """
 
   axis: str
@@ -96,19 +99,20 @@ class _Ring:
     devices = jax.sharding.get_abstract_mesh().shape[axis]
     balanced = causal and not prefix and window is None and length % (2 * devices) == 0
     chunk = length // (devices * (2 if balanced else 1))
-    near = causal and not prefix and window is not None
-    steps = min(devices, 1 - (1 - window) // chunk) if near else devices
+    # Without a prefix, a causal window never reaches the devices beyond the one where it begins.
+    short = causal and not prefix and window is not None
+    steps = min(devices, 1 - (1 - window) // chunk) if short else devices
     return cls(axis, devices, chunk, balanced, steps, causal, window, scale, soft_cap)
 
   def device(self, query, key, value, segments, prefix, bias):
-    """What every device does, with its own part of the length."""
+    """What every device computes, with its own part of the length."""
     query, *block = (self.take(x) for x in (query, key, value, segments, prefix))
     return self.give(_attend(self, query, _Block(*block), bias))
 
-  # Chunks of the sequence in order, 2 p and 2 p + 1 on device p, against those that device p works on.
+  # In order, device p has the chunks 2 p and 2 p + 1. `take` exchanges them for those that it works on.
 
   def take(self, x):
-    """[batch, tokens here, ...] to [chunks, batch, chunk, ...]."""
+    """Turns the tokens of a device, [batch, tokens, ...], into its chunks, [chunks, batch, chunk, ...]."""
     if x is None or not self.balanced:
       return x if x is None else x[None]
     halves = zip(jnp.split(x, 2, axis=1), self._routes(), strict=True)
@@ -127,37 +131,45 @@ class _Ring:
     return jnp.concatenate(halves, axis=1)
 
   def _routes(self):
-    holder = lambda chunk: min(chunk, 2 * self.devices - 1 - chunk)
-    return [[(p, holder(2 * p + half)) for p in range(self.devices)] for half in (0, 1)]
+    """Returns (source, target) of all devices, for the first and for the second chunk of each in order."""
+
+    def target(chunk):
+      return min(chunk, 2 * self.devices - 1 - chunk)
+
+    return [[(p, target(2 * p + half)) for p in range(self.devices)] for half in (0, 1)]
 
   def number(self, device, slot):
-    """The place in the sequence of a device's chunk."""
+    """Returns the place in the sequence of a device's chunk."""
     return jnp.where(slot == 0, device, 2 * self.devices - 1 - device)
 
-  def pairs(self, here, source, first: bool):
-    """The slots of query and key chunks that device `here` multiplies when the keys of `source` pass by."""
+  def pairs(self, rank, source, first: bool):
+    """Returns which chunks of queries device `rank` multiplies with which chunks of keys of device `source`."""
     if not self.balanced:
       return [(0, 0)]
     if first:
       return [(0, 0), (1, 0), (1, 1)]
-    # Of an earlier device the chunk in front is seen by both of ours; of a later one both by our last.
-    both = jnp.where(source < here, 0, 1)
+    # Both of our chunks see the front chunk of an earlier device. Only our back chunk sees those of a later
+    # device, and it sees both. No other pair has anything visible, so all devices have two pairs.
+    both = jnp.where(source < rank, 0, 1)
     return [(1, 0), (both, both)]
 
   def turn(self, tree, back: int | None = None):
-    """Everything one device further, or home again."""
+    """Sends every array to the next device, or `back` by so many devices."""
     shift = 1 if back is None else -back
     to = [(p, (p + shift) % self.devices) for p in range(self.devices)]
     return jax.tree.map(lambda x: jax.lax.ppermute(x, self.axis, to), tree)
 
   def around(self, visit, carry, block):
-    """`visit(carry, block, source, first)` for every device's block; the carry's second half goes round too."""
-    here = jax.lax.axis_index(self.axis)
-    carry, travelling = visit(carry, block, here, True)
+    """Calls `visit(carry, block, source, first)` with every device's block.
+
+    The second half of the carry travels with the block, and comes back to the block's device at the end.
+    """
+    rank = jax.lax.axis_index(self.axis)
+    carry, travelling = visit(carry, block, rank, True)
 
     def step(state, i):
       carry, (block, travelling) = state[0], self.turn(state[1])
-      carry, travelling = visit((carry, travelling), block, (here - i) % self.devices, False)
+      carry, travelling = visit((carry, travelling), block, (rank - i) % self.devices, False)
       return (carry, (block, travelling)), None
 
     state = (carry, (block, travelling))
@@ -165,7 +177,7 @@ class _Ring:
     return carry, self.turn(travelling, back=self.steps - 1)
 
   def mask(self, query, key, number, other):
-    """[batch or 1, 1, chunk, 1, chunk] bool, or None, for two chunks with these numbers."""
+    """Returns the mask of two chunks with these numbers, [batch or 1, 1, chunk, 1, chunk] bool, or None."""
     place = jnp.arange(self.chunk)
     distance = (number - other) * self.chunk + place[:, None] - place[None, :]
     see = None
@@ -182,7 +194,7 @@ class _Ring:
     return None if see is None else see[:, None, :, None]
 
   def bias(self, bias, number, other):
-    """[1, kv_heads, chunk, group, chunk] from [kv_heads, group, 2 length - 1]."""
+    """Returns the bias of two chunks, [1, kv_heads, chunk, group, chunk], of [kv_heads, group, distance]."""
     if bias is None:
       return None
     start = (other - number) * self.chunk + (bias.shape[-1] + 1) // 2 - self.chunk
@@ -190,9 +202,8 @@ class _Ring:
     return jnp.swapaxes(by_place(near, self.chunk), 1, 2)[None]
 
 
-def _at(tree, slot):
-  pick = lambda x: jax.lax.dynamic_index_in_dim(x, slot, keepdims=False)
-  return jax.tree.map(pick, tree)
+def _entry(tree, slot):
+  return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, slot, keepdims=False), tree)
 
 
 def _add(total, slot, x):
@@ -201,12 +212,12 @@ def _add(total, slot, x):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(ring, query, block, bias):
-  """[chunks, batch, chunk, kv_heads, group, head_dim] of this device's queries over everybody's keys."""
+  """Attention of this device's queries to all keys, [chunks, batch, chunk, kv_heads, group, head_dim]."""
   return _forward(ring, query, block, bias)[0]
 
 
 def _forward(ring, query, block, bias):
-  here = jax.lax.axis_index(ring.axis)
+  rank = jax.lax.axis_index(ring.axis)
   chunks, batch, chunk, kv_heads, group, _ = query.shape
   row = (chunks, batch, kv_heads, chunk, group)
   total = jnp.zeros((*row, 1), jnp.float32)
@@ -214,22 +225,25 @@ def _forward(ring, query, block, bias):
 
   def visit(carry, passing, source, first):
     state, _ = carry
-    for i, j in ring.pairs(here, source, first):
-      number, other = ring.number(here, i), ring.number(source, j)
-      mine, theirs = _at(block, i), _at(passing, j)
+    for i, j in ring.pairs(rank, source, first):
+      number, other = ring.number(rank, i), ring.number(source, j)
+      mine, theirs = _entry(block, i), _entry(passing, j)
       s, _ = logits(
-        ring.scale, ring.soft_cap, _at(query, i), theirs.key,
+        ring.scale, ring.soft_cap, _entry(query, i), theirs.key,
         ring.mask(mine, theirs, number, other), ring.bias(bias, number, other),
       )  # fmt: skip
-      y, top, total = _at(state, i)
+      y, top, total = _entry(state, i)
       new = jnp.maximum(top, jnp.max(s, axis=-1, keepdims=True))
       weights, keep = jnp.exp(s - new), jnp.exp(top - new)
       v = theirs.value
       product = jnp.einsum(
         'bkqgs,bskd->bkqgd', weights.astype(v.dtype), v, preferred_element_type=jnp.float32
       )
-      one = (y * keep + product, new, total * keep + jnp.sum(weights, axis=-1, keepdims=True))
-      state = jax.tree.map(lambda all, x, i=i: all.at[i].set(x), state, one)
+      # The running softmax: earlier terms are rescaled to the new maximum.
+      y = y * keep + product
+      total = total * keep + jnp.sum(weights, axis=-1, keepdims=True)
+      updated = (y, new, total)
+      state = jax.tree.map(lambda chunks, x, i=i: chunks.at[i].set(x), state, updated)
     return state, ()
 
   (y, top, total), _ = ring.around(visit, ((y, total + FLOOR, total), ()), block)
@@ -240,18 +254,20 @@ def _forward(ring, query, block, bias):
 
 def _backward(ring, residuals, dy):
   query, block, bias, y, log_total = residuals
-  here = jax.lax.axis_index(ring.axis)
+  rank = jax.lax.axis_index(ring.axis)
   # d logits = weights (d weights - sum of weights d weights), and that sum is dy . y.
   mean = jnp.sum(dy.astype(jnp.float32) * y, axis=-1, keepdims=True)
   mean = jnp.swapaxes(mean, 2, 3)
-  zeros = lambda x: jnp.zeros(x.shape, jnp.float32)
   dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+  def zeros(x):
+    return jnp.zeros(x.shape, jnp.float32)
 
   def visit(carry, passing, source, first):
     (dq, d_bias), (dk, dv) = carry
-    for i, j in ring.pairs(here, source, first):
-      number, other = ring.number(here, i), ring.number(source, j)
-      mine, theirs, q, dyi = _at(block, i), _at(passing, j), _at(query, i), _at(dy, i)
+    for i, j in ring.pairs(rank, source, first):
+      number, other = ring.number(rank, i), ring.number(source, j)
+      mine, theirs, q, dyi = _entry(block, i), _entry(passing, j), _entry(query, i), _entry(dy, i)
       term, add_bias = None, None
       if bias is not None:
         of_chunks = functools.partial(ring.bias, number=number, other=other)
@@ -259,8 +275,8 @@ def _backward(ring, residuals, dy):
       s, capped = logits(
         ring.scale, ring.soft_cap, q, theirs.key, ring.mask(mine, theirs, number, other), term
       )
-      weights = jnp.exp(s - _at(log_total, i))
-      ds = weights * (dot('bqkgd,bskd->bkqgs', dyi, theirs.value) - _at(mean, i))
+      weights = jnp.exp(s - _entry(log_total, i))
+      ds = weights * (dot('bqkgd,bskd->bkqgs', dyi, theirs.value) - _entry(mean, i))
       if bias is not None:
         d_bias = d_bias + add_bias(jnp.sum(ds, axis=0, keepdims=True).astype(bias.dtype))[0]
       if ring.soft_cap is not None:
@@ -271,12 +287,12 @@ def _backward(ring, residuals, dy):
       dv = _add(dv, j, dot('bkqgs,bqkgd->bskd', weights, dyi))
     return (dq, d_bias), (dk, dv)
 
+  # Gradients are summed in float32 while they go around.
   d_bias = None if bias is None else zeros(bias)
   carry = ((zeros(query), d_bias), (zeros(block.key), zeros(block.value)))
   (dq, d_bias), (dk, dv) = ring.around(visit, carry, block)
-  like = lambda d, x: d.astype(x.dtype)
-  d_block = _Block(like(dk, block.key), like(dv, block.value), None, None)
-  return like(dq, query), d_block, None if bias is None else like(d_bias, bias)
+  d_block = _Block(dk.astype(block.key.dtype), dv.astype(block.value.dtype), None, None)
+  return dq.astype(query.dtype), d_block, None if bias is None else d_bias.astype(bias.dtype)
 
 
 _attend.defvjp(_forward, _backward)
