@@ -56,7 +56,7 @@ def param(
   dtype=jnp.float32,
   holds: int = 1,
 ) -> nnx.Param:
-  """Makes a parameter, sharded by the names of its axes.
+  """Makes a parameter, sharded by the names of its axes, with `axes`, `kind`, `active` and `holds` as metadata.
 
   Args:
     rngs: the source of the initializer's key.
@@ -68,9 +68,6 @@ def param(
     dtype: float32 for a parameter that learns; the storage dtype of a quantised matrix.
     holds: how many numbers of the model one element stores: 2 if a byte packs two numbers of 4 bits, 0 for the
       scales of a quantised matrix, which are not numbers of the model. Counts multiply by it.
-
-  Returns:
-    The parameter, with `axes`, `kind`, `active` and `holds` as metadata.
 
   Raises:
     UserError: there is no such kind.
@@ -90,8 +87,7 @@ _shapes_only = contextvars.ContextVar('shapes_only', default=False)
 def abstract_model(model: Callable[..., nnx.Module]) -> nnx.Module:
   """Returns a model with shapes in place of arrays, on the mesh in use. Nothing is computed or allocated.
 
-  Args:
-    model: `model(rngs=...)` makes the model.
+  The argument is its factory, `model(rngs=...)`.
   """
 
   def make(key):
@@ -254,10 +250,10 @@ _project.defvjp(_project_forward, _project_backward)
 
 
 def look_up(table: jax.Array, rows: str | None, index: jax.Array) -> jax.Array:
-  """Looks up rows of a table.
+  """Looks up rows of a table. Every device gathers 'embed' and looks up its own tokens.
 
-  Every device gathers 'embed' and looks up its own tokens. If the mesh splits the rows (a vocabulary over
-  'tensor'), a device looks up the rows that it has, and a sum over the devices completes the result.
+  If the mesh splits the rows (a vocabulary over 'tensor'), a device looks up the rows that it has, and a sum
+  over the devices completes the result.
 
   Args:
     table: [rows, embed].

@@ -255,9 +255,8 @@ def exchange(name: str, value: str, timeout: float = TIMEOUT) -> list[str]:
 
   if jax.process_count() == 1:
     return [value]
-  from jax._src import (
-    distributed,
-  )  # Orbax uses it as well: jax has no public barrier with a time limit
+  # Orbax uses this module as well: jax has no public barrier with a time limit.
+  from jax._src import distributed
 
   client = distributed.global_state.client
   key = f'isoflop/{name}/{next(_count)}'
