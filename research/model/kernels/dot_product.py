@@ -55,10 +55,9 @@ def dot_product_attention(
   blocks = []
   for start, stop in _query_blocks(length, causal and sharding[1] is None):
     keys = stop if causal and key.shape[1] == length else key.shape[1]
-    block_mask = _block(mask, start, stop, keys)
-    block_bias = _block(bias, start, stop, keys)
+    block = functools.partial(_block, start=start, stop=stop, keys=keys)
     blocks.append(
-      product(query[:, start:stop], key[:, :keys], value[:, :keys], block_mask, block_bias)
+      product(query[:, start:stop], key[:, :keys], value[:, :keys], block(mask), block(bias))
     )
   return ungrouped(blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1))
 
