@@ -119,9 +119,8 @@ class Checkpoints:
     )
     handlers = {'state': ocp.StandardCheckpointHandler(), 'meta': ocp.JsonCheckpointHandler()}
     for logger in ('absl', 'asyncio'):
-      logging.getLogger(logger).addFilter(
-        _NOT_OF_FULL_DISK
-      )  # logging ignores a filter that it has already
+      # Adding the same filter again has no effect.
+      logging.getLogger(logger).addFilter(_NOT_OF_FULL_DISK)
     plain = storage.plain_path(self.folder)
     self.manager = ocp.CheckpointManager(plain, options=options, item_handlers=handlers)
 

@@ -133,9 +133,8 @@ def make(workdir, setting: str = '--workdir') -> None:
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     if is_bucket(workdir):
-      (workdir / '.writable').write_text(
-        '\n'
-      )  # with a bucket only a write shows whether it is allowed
+      # With a bucket only a write shows whether it is allowed.
+      (workdir / '.writable').write_text('\n')
     elif not os.access(workdir, os.W_OK):
       raise PermissionError(13, 'not writable')
   except Exception as error:  # every kind of bucket raises its own classes of errors

@@ -120,9 +120,8 @@ def yarn_scaling(
     magnitude: the factor of cos and sin; None is 0.1 ln factor + 1.
   """
   n = len(frequency)
-  step = math.log(frequency[0] / frequency[-1]) / max(
-    n - 1, 1
-  )  # difference of log frequency between pairs
+  # The difference of log frequency between neighbouring pairs.
+  step = math.log(frequency[0] / frequency[-1]) / max(n - 1, 1)
 
   def index(turns: float) -> float:
     return math.log(original_length * frequency[0] / (2 * math.pi * turns)) / step

@@ -100,9 +100,8 @@ def _entry():
         return 'unshared', host, os.path.dirname(path)
     try:
       return 'done', host, function(*arguments)
-    except (
-      tasks.UserError
-    ) as error:  # as text: the exception may have attributes that cannot be pickled
+    # As text: the exception may have attributes that cannot be pickled.
+    except tasks.UserError as error:
       return 'refused', host, str(error)
 
   return call

@@ -15,9 +15,8 @@ class TerminationSignal:
   def __init__(self):
     self.received = False
     self.previous = None
-    if (
-      jax.process_count() > 1
-    ):  # jax handles the signal, and makes all processes stop at the same step
+    # With several processes jax handles the signal, and makes all processes stop at the same step.
+    if jax.process_count() > 1:
       return
     try:
       self.previous = signal.signal(signal.SIGTERM, self._receive)

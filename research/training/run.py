@@ -93,7 +93,7 @@ class Run:
     self._check_start()
     if self.clip is not None and not self.clip > 0:
       raise Invalid(Run, 'clip', f'{self.clip!r} must be positive, or None.')
-    # gin passes lists. The dataclass is frozen and must be hashable, so they become tuples here.
+    # gin may pass lists. As tuples they are equal to the ones that tests write.
     object.__setattr__(self, 'curriculum', tuple(map(tuple, self.curriculum)))
     self._check_curriculum()
     object.__setattr__(self, 'evaluations', tuple(self.evaluations))
