@@ -22,7 +22,7 @@ from research.training.record import Record
 from tests.reinforcement.small import described, train
 
 text_file, folder, workdir, when = sys.argv[1:]
-draw, look, save = batch_sampler.draw_answers, Record.look, Checkpoints.save
+draw, log_step, save = batch_sampler.draw_answers, Record.log_step, Checkpoints.save
 draws = []
 
 def die():
@@ -35,10 +35,10 @@ def draw_and_die(*arguments, **knobs):
     die()
   return drawn
 
-def look_and_die(self, step, scalars):
+def log_and_die(self, step, scalars):
   if step == 6:
     die()
-  return look(self, step, scalars)
+  return log_step(self, step, scalars)
 
 def save_and_die(self, step, state, meta):
   save(self, step, state, meta)
@@ -48,7 +48,7 @@ def save_and_die(self, step, state, meta):
 if when == 'draw':
   sampler.draw_answers = draw_and_die
 if when == 'update':
-  Record.look = look_and_die
+  Record.log_step = log_and_die
 if when == 'save':
   Checkpoints.save = save_and_die
 train(described(text_file, pathlib.Path(folder)), pathlib.Path(workdir))

@@ -127,15 +127,15 @@ def test_a_member_is_resumed_alone_and_a_run_in_a_population(both, text_file, on
   """Members that stand at different steps, and one that was begun alone, end as the undisturbed ones did."""
   _, _, (_, many) = both
   stopped = [load(text_file, **member) for member in MEMBERS[:3]]
-  look = Record.look
+  log_step = Record.log_step
 
   def kill(record, step, scalars):
     if (record.workdir.name, step) == ('0', 16):
       raise KeyboardInterrupt
-    return look(record, step, scalars)
+    return log_step(record, step, scalars)
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(Record, 'look', kill)
+    patch.setattr(Record, 'log_step', kill)
     with pytest.raises(KeyboardInterrupt):
       train_many(stopped, tmp_path)
   first = tmp_path / '0' / 'checkpoints'

@@ -88,15 +88,15 @@ def test_stopped_by_sigterm_and_resumed_is_bit_identical(text_file, one_device, 
   config = load('decoder', text_file, **more)
   whole, parts = tmp_path / 'whole', tmp_path / 'parts'
   row = run('decoder', text_file, whole, **more)
-  look = Record.look
+  log_step = Record.log_step
 
-  def look_and_kill(record, step, scalars):
+  def log_and_kill(record, step, scalars):
     if step == 16:
       os.kill(os.getpid(), signal.SIGTERM)
-    return look(record, step, scalars)
+    return log_step(record, step, scalars)
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(Record, 'look', look_and_kill)
+    patch.setattr(Record, 'log_step', log_and_kill)
     with pytest.raises(interrupt.Interrupted, match=r'stopped at step 1[67] with a checkpoint'):
       run('decoder', text_file, parts, **more)
   resumed = run('decoder', text_file, parts, **more)
