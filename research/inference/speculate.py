@@ -101,7 +101,7 @@ def speculate(
   return Continuations(tokens, _length(text, first, max_tokens, count, ends), steps)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Speculation:
   """The step of speculative decoding; the fields are the arguments of `speculate`."""
 
