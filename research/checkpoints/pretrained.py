@@ -124,5 +124,5 @@ class Pretrained:
     """N, D and the loss of the run that trained it, for the row of the run that reads it."""
     path = pathlib.Path(self.folder) / 'run.json'
     row = json.loads(path.read_text()) if path.is_file() else {}
-    kept = {k: v for k, v in row.items() if k.startswith('params_') or k in ('tokens', 'loss')}
-    return {'signature': self.signature, **kept}
+    figures = {k: v for k, v in row.items() if k.startswith('params_') or k in ('tokens', 'loss')}
+    return {'signature': self.signature, **figures}
