@@ -77,9 +77,10 @@ class Router(nnx.Module):
     self.z_loss = z_loss
     init = functools.partial(normal, stddev=embed**-0.5)
     self.kernel = param(rngs, (embed, experts), ('embed', None), init, kind='matrix')
-    self.bias = None
+    bias = None
     if selection_bias is not None:
-      self.bias = param(rngs, (experts,), (None,), nnx.initializers.zeros, kind='vector')
+      bias = param(rngs, (experts,), (None,), nnx.initializers.zeros, kind='vector')
+    self.bias = bias  # assigned once: NNX decides then whether an attribute has parameters
 
   def __call__(self, x: jax.Array, real: jax.Array | None):
     """Chooses experts.
