@@ -77,7 +77,7 @@ from research.sweeps.findings import Refused
 from research.sweeps.folder import Folder
 from research.sweeps.forecast import register_forecast, show_forecast
 from research.sweeps.status import Table, show_plan, show_status
-from research.sweeps.sweep import check_data, make_folder, make_plan, open_data
+from research.sweeps.sweep import check_fresh, make_folder, make_plan, open_data
 
 
 def main(flags) -> int:
@@ -99,9 +99,9 @@ def main(flags) -> int:
     return 0
   make_folder(folder, config.text)
   folder.register(runs)
-  frozen = open_data(sweep, runs, base)
+  streams = open_data(sweep, runs, base)
   if not sweep.design.repeats:
-    check_data(base, frozen, max(run.tokens for run in runs), 'the longest run of this sweep')
+    check_fresh(runs, streams, base.target_length)
 
   def law_so_far(runs) -> str:
     isoflop = isinstance(sweep.design, IsoFlop)
@@ -115,8 +115,8 @@ def main(flags) -> int:
     finding = findings.conclude(folder, sweep, runs)
     if sweep.forecast and not isinstance(finding, Refused):
       forecast = register_forecast(sweep, finding, rungs, base.target_length, folder)
-      test = next(run for run in folder.plan() if run.name in forecast['runs'])
-      check_data(base, frozen, test.tokens, 'the forecast run')
+      tests = [run for run in folder.plan() if run.name in forecast['runs']]
+      check_fresh(tests, streams, base.target_length)
       get_done(flags, sweep, folder.plan(), folder, table)
   finally:
     table.close()

@@ -20,11 +20,13 @@ class Answer:
     text: for a terminal.
     figures: {name: (matplotlib Figure, caption)}.
     fit: the fitted values, JSON-able.
+    columns: {run: {column: value}} to add to the rows in results.csv.
   """
 
   text: str
   figures: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
   fit: Mapping | None = None
+  columns: Mapping[str, Mapping] = dataclasses.field(default_factory=dict)
 
   def __str__(self) -> str:
     return self.text

@@ -134,3 +134,25 @@ def epochs(rows: Mapping[str, np.ndarray], predict=None):
   axes[0].set_ylabel(LOSS)
   axes[0].legend(title='unique tokens', fontsize=7, title_fontsize=8, frameon=False)
   return figure
+
+
+def transfers(curves: Mapping[str, Mapping[str, list[tuple[float, float]]]]):
+  """Loss against tokens of the fine-tuning text: a panel for every size, a line for every start.
+
+  Args:
+    curves: {size: {start: [(tokens, loss)]}}.
+  """
+  columns = min(len(curves), 3)
+  figure, axes = new_figure(columns, -(-len(curves) // columns), size=(4.2, 3.4), sharey=True)
+  colors = colors_of([start for curve in curves.values() for start in curve])
+  for ax, (size, of_start) in zip(axes, curves.items(), strict=False):
+    for start, points in of_start.items():
+      x, y = np.array(sorted(points)).T
+      ax.plot(x, y, 'o-', color=colors[start], markersize=4, linewidth=1.2, label=start)
+    log_scale(ax, 'x')
+    ax.set(xlabel='tokens of the fine-tuning text', title=size)
+  for ax in axes[len(curves) :]:
+    ax.set_axis_off()
+  axes[0].set_ylabel(LOSS)
+  axes[0].legend(fontsize=7, frameon=False)
+  return figure

@@ -25,12 +25,14 @@ class Size:
 class Planned:
   """A run to do: what to bind in its gin file, and the counts to expect.
 
-  `settings` are more gin bindings, as on a command line. A run with a `parent` starts from the parent's
-  checkpoint at step `fork`; its `steps` and `tokens` count from the start of the parent.
+  `settings` are more gin bindings, as on a command line. A run with a `parent` starts from it, in one of two
+  ways. A branch goes on from the parent's checkpoint at step `fork`; its `steps` and `tokens` count from the
+  start of the parent. A run with a `method`, a gin file of gin/tuning, is one of its own, whose parameters are
+  at first those of the finished parent.
   """
 
   name: str
-  role: str  # 'fit', 'forecast', or 'trunk' of what branches from it
+  role: str  # 'fit', 'forecast', or what fits need: 'trunk', 'parent', 'scratch'
   budget: float | None  # in FLOPs, for a design with budgets
   size: Size
   tokens: int
@@ -40,6 +42,7 @@ class Planned:
   settings: tuple[str, ...] = ()
   parent: str | None = None
   fork: int = 0
+  method: str | None = None
 
   @property
   def flops(self) -> float:

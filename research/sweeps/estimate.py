@@ -53,6 +53,8 @@ def measured(sweep: Sweep, runs: list[Planned]) -> Speed:
   def step_flops(run: Planned) -> float:
     return run.flops / run.steps
 
+  # A run with a method would read its parent's checkpoint, which is not there yet.
+  runs = [run for run in runs if not run.method]
   ends = min(runs, key=step_flops), max(runs, key=step_flops)
   flops = np.array([step_flops(run) for run in ends])
   seconds = np.array([step_seconds(sweep.config(run).build()) for run in ends])

@@ -47,7 +47,7 @@ def conclude(folder: Folder, sweep: Sweep, runs: list[Planned]) -> Analysis | An
   Always writes results.csv; writes fit.json where something was fitted, and summary.txt with an answer.
   """
   rows = folder.rows(runs)
-  write_results(folder, rows)
+  write_results(folder, rows)  # whatever becomes of the law
   if sweep.design.law:
     try:
       analysis = fit(sweep, rows)
@@ -56,6 +56,8 @@ def conclude(folder: Folder, sweep: Sweep, runs: list[Planned]) -> Analysis | An
     storage.write_atomic(folder.path / 'fit.json', serial.to_json(analysis))
     return analysis
   answer = sweep.design.answer(runs, rows)
+  if answer.columns:
+    write_results(folder, [{**row, **answer.columns.get(row['run'], {})} for row in rows])
   storage.write_atomic(folder.path / 'summary.txt', f'{answer}\n')
   if answer.fit is not None:
     storage.write_atomic(folder.path / 'fit.json', json.dumps(answer.fit, indent=1) + '\n')

@@ -62,8 +62,13 @@ class Folder:
     """Adds runs to the plan.
 
     Raises:
-      UserError: the plan has a run of the same name with other settings.
+      UserError: the plan has a run of the same name with other settings, or runs that cannot start from others
+        in a bucket.
     """
+    if storage.is_bucket(self.path) and any(run.method for run in runs):
+      raise UserError(
+        f'{self.path}: a run cannot start from a checkpoint in a bucket; choose a --workdir on a disk.'
+      )
     old = {run.name: run for run in self.plan()}
     for run in runs:
       existing = old.setdefault(run.name, run)

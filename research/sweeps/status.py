@@ -126,7 +126,10 @@ def show_runs(runs: list, flops: str) -> None:
     c, n, d = map(text.si, (run.flops, run.size.params, run.tokens))
     ratio = run.tokens / run.size.params
     notes = f'  {" ".join(run.settings)}' if run.settings else ''
-    notes += f'  from step {run.fork:,} of {run.parent}' if run.parent else ''
+    if run.method:
+      notes += f'  from {run.parent}, by {run.method}'
+    elif run.parent:
+      notes += f'  from step {run.fork:,} of {run.parent}'
     print(
       f'{run.name:{width}} {c:>8} {n:>8} {d:>8} {ratio:7.1f} {run.steps:7,} {run.batch_size:6} '
       f'{run.learning_rate:8.2g}{notes}'

@@ -99,9 +99,18 @@ class Sweep:
     if self.prior and (missing := [name for name in names if name not in self.prior]):
       raise Invalid(Sweep, 'prior', f'{self.law.name} also needs {", ".join(missing)}.')
 
-  def config(self, planned: Planned) -> configs.Config:
-    """The gin configuration of one run of the sweep."""
-    return configs.load(self.run, [*self.bindings, *planned.bindings()])
+  def config(self, planned: Planned, parent: str = 'a run of this sweep') -> configs.Config:
+    """The gin configuration of one run of the sweep.
+
+    Args:
+      parent: the folder of the run that a run with a method starts from. It is read when the run starts.
+    """
+    files = [self.run]
+    bindings = [*self.bindings, *planned.bindings()]
+    if planned.method:
+      files.append(planned.method)
+      bindings.append(f'BASE={parent!r}')
+    return configs.load(files, bindings)
 
 
 def make_plan(sweep: Sweep) -> tuple[list[Size], list[Planned], Run]:
@@ -136,32 +145,45 @@ def make_plan(sweep: Sweep) -> tuple[list[Size], list[Planned], Run]:
   ]
   runs = sweep.design.plan(rungs, run.target_length)
   # Runs that differ only in seed or learning rate are valid or invalid together, so one of them is built.
-  for planned in {(r.size.name, r.batch_size, r.steps, r.settings): r for r in runs}.values():
+  kinds = {(r.size.name, r.batch_size, r.steps, r.method, r.settings): r for r in runs}
+  for planned in kinds.values():
     sweep.config(planned).build()
   return rungs, runs, run
 
 
-def check_data(run: Run, frozen, tokens: int, what: str) -> None:
-  """Checks that `what`, which trains on so many `tokens`, sees none of them twice: the law is of fresh data.
+def open_data(sweep: Sweep, runs: list[Planned], base: Run) -> dict[tuple[str, ...], object]:
+  """Freezes every stream of the sweep, so that its workers need not.
+
+  Returns:
+    {settings of runs: their training stream}; of () it is the base run's.
+  """
+  built = {
+    run.settings: sweep.config(run).build() for run in {r.settings: r for r in runs}.values()
+  }
+  built[()] = base
+  streams = {repr(s): s for run in built.values() for s in (run.train, run.validation)}
+  opened = dict(zip(streams, cache.open_streams(list(streams.values())), strict=True))
+  return {settings: opened[repr(run.train)] for settings, run in built.items()}
+
+
+def check_fresh(runs: list[Planned], streams: dict, length: int) -> None:
+  """Checks that no run sees a token twice, because the law is of fresh data.
+
+  Args:
+    streams: as `open_data` gives them.
+    length: tokens of a row.
 
   Raises:
-    UserError: the training stream has fewer tokens.
+    UserError: the training stream of a run has fewer tokens.
   """
-  available = len(frozen) * run.target_length
-  if tokens > available:
-    raise UserError(
-      f'{what} needs {si(tokens)} tokens and the training stream has {si(available)}: raise '
-      f'train/Stream.examples to {-(-tokens // run.target_length)}, or use a larger corpus.'
-    )
-
-
-def open_data(sweep: Sweep, runs: list[Planned], base: Run):
-  """The base run's training stream. Freezes every stream of the sweep, so that its workers need not."""
-  streams = {repr(stream): stream for stream in (base.train, base.validation)}
-  for settings in dict.fromkeys(run.settings for run in runs):
-    run = configs.load(sweep.run, [*sweep.bindings, *settings]).build()
-    streams |= {repr(stream): stream for stream in (run.train, run.validation)}
-  return cache.open_streams(list(streams.values()))[0]
+  longest = {run.settings: run for run in sorted(runs, key=lambda run: run.tokens)}
+  for settings, run in longest.items():
+    available = len(streams.get(settings, streams[()])) * length
+    if run.tokens > available:
+      raise UserError(
+        f'{run.name} needs {si(run.tokens)} tokens and its training stream has {si(available)}: raise '
+        f'train/Stream.examples to {-(-run.tokens // length)}, or use a larger corpus.'
+      )
 
 
 def make_folder(folder: Folder, text: str) -> None:

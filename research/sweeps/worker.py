@@ -119,18 +119,31 @@ class Worker:
     return True
 
   def ready(self, planned: Planned) -> bool:
-    """Whether the run can start. A branch needs a checkpoint of its trunk, and fails where the trunk failed."""
+    """Whether the run can start. A run that needs another one fails where that failed."""
     if planned.parent is None or self.folder.step(planned):
       return True
-    trunk = dataclasses.replace(planned, name=planned.parent)
-    if planned.fork in saved_steps(self.folder.run(trunk) / 'checkpoints'):
-      return True
-    if row := self.folder.row(trunk):
-      why = row.get('reason') or 'it has no such checkpoint'
+    row = self.folder.row(self._parent(planned))
+    if planned.method:  # its row tells of the parent's, so that the parent must be over
+      begins = 'the end'
+      can_start = row is not None and row['status'] == 'finished'
+      why = 'its loss was not finite'
+    else:
+      begins = f'step {planned.fork}'
+      can_start = planned.fork in saved_steps(self._parent_folder(planned) / 'checkpoints')
+      why = 'it has no such checkpoint'
+    if row and not can_start:
+      reason = row.get('reason') or why
       self.folder.fail(
-        planned, f'it starts from step {planned.fork} of {planned.parent}, which failed: {why}'
+        planned, f'it starts from {begins} of {planned.parent}, which failed: {reason}'
       )
-    return False
+    return can_start
+
+  def _parent(self, planned: Planned) -> Planned:
+    """What the folder knows of a run's parent: its name."""
+    return dataclasses.replace(planned, name=planned.parent)
+
+  def _parent_folder(self, planned: Planned):
+    return self.folder.run(self._parent(planned))
 
   def take(self, planned: Planned):
     """The lease of the run; None where another worker has it, or where the run failed too often."""
@@ -216,10 +229,11 @@ class Worker:
       for run, _ in members:
         workdir = self.folder.run(run)
         workdir.mkdir(parents=True, exist_ok=True)
-        if run.parent and not self.folder.step(run):
+        if run.parent and not run.method and not self.folder.step(run):
           self.branch(run)
         logs.append(stack.enter_context(storage.appending(workdir / 'log.txt')))
-        configs.append(self.sweep.config(run))
+        parent = str(self._parent_folder(run)) if run.method else ''
+        configs.append(self.sweep.config(run, parent))
       workdirs = [self.folder.run(run) for run, _ in members]
       with configs[0].explains():
         runs = [config.build() for config in configs]
@@ -233,7 +247,7 @@ class Worker:
 
   def branch(self, planned: Planned) -> None:
     """Copies the trunk's checkpoint into the folder of a branch, so that the branch resumes from it."""
-    trunk = self.folder.run(dataclasses.replace(planned, name=planned.parent))
+    trunk = self._parent_folder(planned)
     run = self.folder.run(planned)
     saved = f'checkpoints/{planned.fork}'
     curve = [r for r in storage.read_rows(trunk / 'metrics.jsonl') if r['step'] <= planned.fork]

@@ -1,12 +1,14 @@
 """Which runs a design yields."""
 
 import math
+import re
 
 import pytest
 
 from research.core.errors import Invalid
 from research.designs import ablation, grids, isoflop, plan, rates, repeats, shapes
 from research.designs.branches import Branches
+from research.designs.transfer import Transfer, tokens_for
 
 LENGTH = 128
 
@@ -121,6 +123,77 @@ def test_branches_are_the_trunk_up_to_their_fork():
   assert sum(run.cost for run in (trunk, *branches)) < 0.7 * alone
 
 
+def transfer(**knobs):
+  texts = {'before': ("FILES='a.txt'",), 'after': ("FILES='b.txt'",)}
+  tokens = {'pretraining': (1e6,), 'tuning': (1e5, 2e5), 'scratch': (1e5, 4e5)}
+  return Transfer(**{'params': (1e4, 1e5), **texts, **tokens, **RULES, **knobs})
+
+
+def test_tuned_runs_start_from_parents_of_their_size():
+  methods = (
+    ('gin/tuning/start.gin',),
+    ('gin/tuning/lora.gin', 'RANK=2'),
+    ('gin/tuning/lora.gin', 'RANK=4'),
+  )
+  design = transfer(methods=methods, pretraining=(1e6, 2e6), tuning_rate=plan.Rule(value=1e-4))
+  runs = unique_names(design.plan(rungs(), LENGTH))
+  parents = {run.name: run for run in runs if run.role == 'parent'}
+  tuned = [run for run in runs if run.method]
+  assert (len(parents), len(tuned)) == (2 * 2, 2 * 2 * 3 * 2)
+  assert len([run for run in runs if run.role == 'scratch']) == 2 * 2
+  for run in tuned:
+    assert run.size == parents[run.parent].size
+    assert run.settings[0] == "FILES='b.txt'"
+    assert (run.role, run.fork, run.learning_rate) == ('fit', 0, 1e-4)
+    assert run.cost == run.flops
+  assert {run.name.partition('-')[0] for run in tuned} == {'start', 'lora1', 'lora2'}
+  assert {run.settings[1:] for run in tuned if run.name.startswith('lora2')} == {('RANK=4',)}
+  assert all(run.settings == ("FILES='a.txt'",) for run in parents.values())
+
+
+def test_tokens_for_a_loss_lie_on_the_curve():
+  power = lambda d: 7.0 * d**-0.1
+  curve = [(d, power(d)) for d in (1e6, 1e4, 1e5)]
+  assert tokens_for(power(3e4), curve) == pytest.approx(3e4)
+  assert tokens_for(power(1e6), curve) == pytest.approx(1e6)
+  assert tokens_for(power(9e3), curve) is None
+  assert tokens_for(power(2e6), curve) is None
+  assert tokens_for(2.0, [(1e4, 3.0)]) is None
+  assert tokens_for(2.0, [(1e4, 2.0), (1e5, 2.0)]) is None
+
+
+@pytest.mark.slow
+def test_the_laws_of_transfer_are_found_in_the_rows():
+  """D_T = k D_F^a N^b by construction: the losses are those from scratch at D_F + D_T."""
+  k, a, b = 40.0, 0.3, 0.5
+  tokens = tuple(2.0**i * 1e5 for i in range(10))
+  design = transfer(params=(1e4, 1e5, 1e6), scratch=tokens, tuning=tokens[:4], min_steps=10)
+  runs = design.plan(rungs(), LENGTH)
+  rows = []
+  for run in runs:
+    n, d = run.size.params, run.tokens
+    worth = k * d**a * n**b if run.method else 0.0
+    loss = 3 * n**-0.05 * (d + worth) ** -0.1
+    row = {'run': run.name, 'role': run.role, 'status': 'finished', 'tokens': d, 'loss': loss}
+    rows.append({**row, 'params_with_head': n, 'init/tokens': 1e6 if run.method else None})
+  answer = design.answer(runs, rows)
+  found = answer.fit['start, data transferred']
+  assert found == pytest.approx({'k': k, 'a': a, 'b': b}, rel=1e-6)
+  for row in rows:
+    extra = answer.columns.get(row['run'])
+    assert (extra is None) == (row['role'] != 'fit')
+    if extra:
+      worth = k * row['tokens'] ** a * row['params_with_head'] ** b
+      assert extra['data_transferred'] == pytest.approx(worth, rel=1e-6)
+  assert 'start, loss by params_with_head' in answer.fit or 'no law' in answer.text
+  # No power law has what pre-training made worse, and it is told.
+  harmed = next(row for row in reversed(rows) if row['role'] == 'fit')
+  harmed['loss'] = 3 * harmed['params_with_head'] ** -0.05 * (harmed['tokens'] * 0.7) ** -0.1
+  answer = design.answer(runs, rows)
+  assert re.search(rf'{harmed["run"]}: .* from scratch: pre-training did harm', answer.text)
+  assert answer.fit['start, data transferred'] == pytest.approx({'k': k, 'a': a, 'b': b}, rel=1e-6)
+
+
 def test_the_law_of_the_learning_rate_is_found():
   design = rates.LearningRateBatch(params=(1e4, 1e5, 1e6), batches=(1, 2), **RULES)
   runs = unique_names(design.plan(rungs(), LENGTH))
@@ -202,6 +275,11 @@ def test_an_ablation_is_a_product_over_seeds():
     ),
     (lambda: Branches(params=(1e5,), shortest=9, decay=1.0, **RULES), r'Branches\.decay'),
     (lambda: ablation.Ablation(params=(1e5,), axes=('Run.clip=None',), **RULES), r'Ablation\.axes'),
+    (lambda: transfer(after=("FILES='a.txt'",)), r'Transfer\.after: is the same as before'),
+    (lambda: transfer(after="FILES='b.txt'"), r'Transfer\.after: must be bindings'),
+    (lambda: transfer(methods=('gin/tuning/lora.gin',)), r'Transfer\.methods: each method is'),
+    (lambda: transfer(tuning=()), r'Transfer\.tuning'),
+    (lambda: transfer(pretraining=(1e3,)).plan(rungs(), LENGTH), r'Transfer\.pretraining: no run'),
     (lambda: design(flops='flops'), r'IsoFlop\.flops: .*flops_6n_with_head'),
     (lambda: ladder(widths=(10, 20, 5)), r'Ladder\.widths: .*multiples of 16'),
     (lambda: ladder(widths=(16, 32)), r'Ladder\.widths: .*first, last, step'),

@@ -22,7 +22,7 @@ from research.scaling import laws
 from research.sweeps import estimate, findings, report, status
 from research.sweeps.folder import Folder
 from research.sweeps.forecast import register_forecast
-from research.sweeps.sweep import check_data, make_folder, make_plan
+from research.sweeps.sweep import check_fresh, make_folder, make_plan
 from research.sweeps.worker import Worker, populations
 from research.training import loop, population
 
@@ -391,6 +391,39 @@ def test_a_branch_starts_from_its_trunk(plan, trained, tmp_path):
   )
 
 
+def test_a_tuned_run_starts_from_the_end_of_its_parent(plan, trained, tmp_path, monkeypatch):
+  the_sweep, _, runs, _ = plan
+  folder = Folder(tmp_path)
+  parent = dataclasses.replace(runs[0], name='parent', role='parent')
+  tuned = dataclasses.replace(
+    runs[0], name='tuned', parent='parent', method='gin/tuning/start.gin', settings=('Run.seed=1',)
+  )
+  saved = folder.run(parent) / 'checkpoints' / str(parent.steps)
+  saved.mkdir(parents=True)
+  worker = Worker(the_sweep, folder)
+  assert not worker.do(tuned)  # its parent has a checkpoint and is not over
+  starts, train = [], loop.train
+
+  def note(run, workdir, text, stream):
+    starts.append(run.init and run.init.folder)
+    return train(run, workdir, text, stream=stream)
+
+  monkeypatch.setattr(loop, 'train', note)
+  worker.work([tuned, parent])
+  assert trained == ['parent', 'tuned']
+  assert starts == [None, str(folder.run(parent))]
+  assert tuned.cost == tuned.flops
+  # The row of a parent whose loss was not finite has no reason.
+  (folder.run(parent) / 'run.json').write_text('{"status": "nan", "loss": null}')
+  late = dataclasses.replace(tuned, name='late')
+  other = Folder(tmp_path)
+  Worker(the_sweep, other).work([late])
+  assert (
+    other.row(late)['reason']
+    == 'it starts from the end of parent, which failed: its loss was not finite'
+  )
+
+
 @pytest.mark.slow
 def test_the_scheduler_costs_less_than_a_millisecond_a_run(plan, tmp_path, monkeypatch):
   """Ten thousand runs whose training is nothing: leases, rows and looking for the next run are what is left."""
@@ -498,11 +531,19 @@ def test_a_plan_is_the_same_when_read_back(plan, tmp_path):
 
 
 def test_a_sweep_that_would_repeat_its_data_is_refused():
+  runs = [
+    types.SimpleNamespace(name=name, settings=settings, tokens=tokens)
+    for name, settings, tokens in (
+      ('short', (), 12_800), ('long', ('FILES=1',), 1_000_000), ('longer', ('FILES=2',), 2_000_000)
+    )
+  ]  # fmt: skip
+  streams = {(): range(100), ('FILES=1',): range(10_000), ('FILES=2',): range(20_000)}
+  check_fresh(runs, streams, 128)
+  streams['FILES=1',] = range(100)  # enough for the short run, which reads another stream
   with pytest.raises(
-    UserError,
-    match=r'needs 1e\+?0?6 tokens|needs 1M tokens .* raise train/Stream\.examples to 7813',
+    UserError, match=r'long needs 1M tokens .* raise train/Stream\.examples to 7813'
   ):
-    check_data(types.SimpleNamespace(target_length=128), range(100), 1_000_000, 'the forecast run')
+    check_fresh(runs, streams, 128)
 
 
 @pytest.mark.parametrize('name', DESIGNS)
