@@ -3,8 +3,10 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
+from research.core.errors import Invalid
 from research.model.parameters import Initializer, check_sizes, look_up, normal, param
 from research.model.part import Cost, Factory
 from research.model.weights import Matrix, make_weight, rows
@@ -30,6 +32,8 @@ class Embedder(nnx.Module):
     scale: factor of the token vectors, a number or a function of embed (Gemma: `math.sqrt`).
     norm: a norm after the sum (BERT, BLOOM).
     init: initializer of the tables.
+    noise: alpha of the noise on token vectors in training (NEFTune, Jain et al. 2023, arXiv:2310.05914,
+      equation 1; they took 5, 10 and 15). 0 for none.
     weight: makes the table of token vectors (see `weights`); None takes the model's choice.
   """
 
@@ -44,11 +48,15 @@ class Embedder(nnx.Module):
     types: int | None = None,
     scale: Scale = 1.0,
     norm: Factory | None = None,
+    noise: float = 0.0,
     init: Initializer = normal,
     weight: Factory | None = None,
     rngs: nnx.Rngs,
   ):
     check_sizes(Embedder, positions=positions, types=types)
+    if not noise >= 0:
+      raise Invalid(Embedder, 'noise', f'{noise!r} must be 0 or more.')
+    self.noise = noise
     self.scale = scale(embed) if callable(scale) else scale
     self.position_offset = position_offset
     self.fixed_positions = fixed_positions
@@ -63,8 +71,25 @@ class Embedder(nnx.Module):
     self.types = table(types)
     self.norm = norm(embed, rngs=rngs) if norm else None
 
-  def __call__(self, tokens: jax.Array, positions: jax.Array, dtype) -> jax.Array:
-    x = rows(self.tokens, 'vocab', tokens, dtype) * self.scale
+  def __call__(
+    self,
+    tokens: jax.Array,
+    positions: jax.Array,
+    dtype,
+    seeds: jax.Array | None = None,
+    segments: jax.Array | None = None,
+  ) -> jax.Array:
+    """The vectors [batch, length, embed] of tokens.
+
+    Args:
+      tokens, positions: [batch, length].
+      seeds: of the noise of each row, uint32 [batch, 2]; None for no noise.
+      segments: [batch, length], of packed rows. The noise of a token depends on the length of its segment.
+    """
+    x = rows(self.tokens, 'vocab', tokens, dtype)
+    if seeds is not None and self.noise:
+      x = x + self.noise * uniform_noise(seeds, segments, x)
+    x = x * self.scale
     if self.positions is not None:
       x = x + look_up(self.positions[...].astype(dtype), None, positions + self.position_offset)
     if self.fixed_positions is not None:
@@ -80,3 +105,25 @@ class Embedder(nnx.Module):
 
   def cost(self, length: int, encoder_length: int) -> Cost:
     return Cost(one_hot=self.one_hot)
+
+
+def uniform_noise(seeds: jax.Array, segments: jax.Array | None, x: jax.Array) -> jax.Array:
+  """Uniform numbers within +-1 / sqrt(L embed), L being the tokens of a segment: Jain et al. 2023, equation 1.
+
+  Args:
+    seeds: uint32 [batch, 2]; each row has its own, so that the noise does not depend on how a batch is cut.
+    segments: [batch, length]; without them L is the length of the row.
+    x: [batch, length, embed], whose shape, type and sharding the noise has.
+  """
+
+  def of_row(seed):
+    key = jax.random.wrap_key_data(seed, impl='threefry2x32')
+    return jax.random.uniform(key, x.shape[1:], x.dtype, -1.0, 1.0)
+
+  noise = shard(jax.vmap(of_row)(seeds), 'batch', 'sequence', None)
+  length = x.shape[1]
+  if segments is not None:
+    whole = shard(segments, 'batch', None)
+    same = shard(segments, 'batch', 'sequence')[:, :, None] == whole[:, None, :]
+    length = jnp.sum(same, axis=-1, keepdims=True)
+  return noise * jax.lax.rsqrt(jnp.asarray(length * x.shape[-1], jnp.float32)).astype(x.dtype)

@@ -17,6 +17,20 @@ from research.model.part import Context, Cost, DecodingState, Factory, cost_of
 from research.model.weights import used_by_default
 from research.parallel.axes import spec
 
+# The key of the seeds of a batch's noise, uint32 [batch, 2]. A training step alone gives them.
+NOISE = 'noise_seeds'
+
+
+def _embed(model, batch: dict, name: str, positions: jax.Array) -> jax.Array:
+  """The vectors of the 'encoder' or 'decoder' tokens of a batch, in training with the embedder's noise."""
+  tokens = batch[f'{name}_input_tokens']
+  if NOISE not in batch:
+    return model.embedder(tokens, positions, model.dtype)
+  # The two sides of a pair have noise of their own.
+  seeds = batch[NOISE] ^ np.uint32(name == 'encoder')
+  segments = batch.get(f'{name}_segment_ids')
+  return model.embedder(tokens, positions, model.dtype, seeds, segments)
+
 
 def _positions(batch: dict, name: str) -> jax.Array:
   """Returns the positions [batch, length] of a batch; unpacked rows have none and count from 0."""
@@ -91,7 +105,7 @@ class LanguageModel(nnx.Module):
       causal=self.causal,
       state=state,
     )
-    return self.stack(self.embedder(batch['decoder_input_tokens'], positions, self.dtype), context)
+    return self.stack(_embed(self, batch, 'decoder', positions), context)
 
   def values(self, x: jax.Array) -> jax.Array:
     """Returns the value before each token, [batch, length], of features [batch, length, embed]."""
@@ -166,13 +180,12 @@ class EncoderDecoder(nnx.Module):
       else (source > 0).astype(jnp.int32)
     )
     context = Context(positions=positions, segments=segments, causal=False)
-    encoded, penalties = self.encoder(self.embedder(source, positions, self.dtype), context)
+    encoded, penalties = self.encoder(_embed(self, batch, 'encoder', positions), context)
     return encoded, segments, penalties
 
   def features(self, batch: dict[str, jax.Array], state: DecodingState | None = None):
     """As `LanguageModel.features`: the features of the target tokens, and penalties of both stacks."""
     encoded, segments, penalties = self.encode(batch)
-    target = batch['decoder_input_tokens']
     positions = _positions(batch, 'decoder')
     if state is not None:
       (segments,) = state.once((segments,))
@@ -183,7 +196,7 @@ class EncoderDecoder(nnx.Module):
       encoded_segments=segments,
       state=state,
     )
-    x, more = self.decoder(self.embedder(target, positions, self.dtype), context)
+    x, more = self.decoder(_embed(self, batch, 'decoder', positions), context)
     return x, {k: penalties.get(k, 0.0) + more.get(k, 0.0) for k in {**penalties, **more}}
 
   def readout(self) -> Callable[[jax.Array], jax.Array]:
