@@ -18,6 +18,7 @@ from research.scaling import any_law, laws
 from research.scaling.fitting import Options
 from research.scaling.rows import CONVENTIONS, Columns
 
+SCRATCH = 'from scratch'
 # The columns of D_F, of D_T and of the tokens of a run's parent.
 TUNING_DATA, TRANSFERRED, PRETRAINING = 'tokens', 'data_transferred', 'init/tokens'
 
@@ -138,34 +139,31 @@ def transfer(runs: list[Planned], rows: list[dict], flops: str) -> Answer:
   tuned = [run for run in runs if run.method and run.name in row_of]
   if not tuned:
     return Answer('no run was tuned to its end.')
-  scratch: dict[str, list[tuple[float, float]]] = {}
+  curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
   for run in runs:
-    if run.role == 'scratch' and run.name in row_of:
+    if run.role != 'parent' and run.name in row_of:
       row = row_of[run.name]
-      scratch.setdefault(run.size.name, []).append((row['tokens'], row['loss']))
+      start = f'{_method(run)} after {row[PRETRAINING]:.2g}' if run.method else SCRATCH
+      curve = curves.setdefault(run.size.name, {}).setdefault(start, [])
+      curve.append((row['tokens'], row['loss']))
   columns, lines = {}, []
   for run in tuned:
     row = row_of[run.name]
-    needed = tokens_for(row['loss'], scratch.get(run.size.name, ()))
+    needed = tokens_for(row['loss'], curves[run.size.name].get(SCRATCH, ()))
     columns[run.name] = {TRANSFERRED: None if needed is None else needed - row['tokens']}
     lines.append(f'{run.name}: {row["loss"]:.4f}, {_worth(needed, row["tokens"])}')
-  table = [row_of[run.name] | columns[run.name] for run in tuned]
-  fits = _fits(tuned, table, flops)
+  fits = _fits(tuned, [row_of[run.name] | columns[run.name] for run in tuned], flops)
   lines += [str(fit) for fit in fits.values()]
-  curves: dict[str, dict[str, list]] = {size: {'from scratch': c} for size, c in scratch.items()}
-  for run, row in zip(tuned, table, strict=True):
-    name = run.name.partition('-of-')[0].rpartition('-')[0]
-    label = f'{name} after {row[PRETRAINING]:.2g}'
-    curve = curves.setdefault(run.size.name, {}).setdefault(label, [])
-    curve.append((row['tokens'], row['loss']))
-  caption = (
-    'Loss on the fine-tuning text against its tokens; a parent had the tokens after its method.'
+  found = {name: fit.fit.parameters for name, fit in fits.items() if not isinstance(fit, str)}
+  caption = 'Loss on the fine-tuning text. A method stands before the tokens of the parent.'
+  return Answer(
+    '\n'.join(lines), {'transfer': (transfers(curves), caption)}, found or None, columns
   )
-  fitted = {
-    name: fit.fit.parameters for name, fit in fits.items() if isinstance(fit, any_law.FittedLaw)
-  }
-  figures = {'transfer': (transfers(curves), caption)}
-  return Answer('\n'.join(lines), figures, fitted or None, columns)
+
+
+def _method(run: Planned) -> str:
+  """The name of a tuned run's method."""
+  return run.name.partition('-')[0]
 
 
 def _worth(needed: float | None, tokens: float) -> str:
@@ -176,26 +174,25 @@ def _worth(needed: float | None, tokens: float) -> str:
   return f'worth {needed - tokens:.3g} tokens more from scratch'
 
 
-def _fits(tuned: list[Planned], table: list[dict], flops: str) -> dict:
-  """{name: a `FittedLaw`, or why there is none}: each law that the rows of one method may determine."""
+def _fits(
+  tuned: list[Planned], table: list[dict], flops: str
+) -> dict[str, any_law.FittedLaw | str]:
+  """Each law that the rows of one method may determine, by name; or why there is none."""
   params = CONVENTIONS[flops]
   fits = {}
-  for method in dict.fromkeys(run.name.partition('-')[0] for run in tuned):
-    rows = [row for run, row in zip(tuned, table, strict=True) if run.name.startswith(f'{method}-')]
-    asked = {f'{method}, data transferred': (laws.DataTransferred(), {})}
+  for method in dict.fromkeys(map(_method, tuned)):
+    rows = [row for run, row in zip(tuned, table, strict=True) if _method(run) == method]
+    # A power law has no place for what pre-training made worse.
+    helped = [row if (row[TRANSFERRED] or 0) > 0 else row | {TRANSFERRED: None} for row in rows]
+    asked = {f'{method}, data transferred': (laws.DataTransferred(), {}, helped)}
     for scale in (params, PRETRAINING):
       if len({row[scale] for row in rows}) > 1:
-        asked[f'{method}, loss by {scale}'] = laws.MultiplicativeTuning(), {'scale': scale}
-    for name, (law, inputs) in asked.items():
+        law = laws.MultiplicativeTuning()
+        asked[f'{method}, loss by {scale}'] = law, {'scale': scale}, rows
+    for name, (law, inputs, of_law) in asked.items():
       columns = Columns(params=params, inputs={'tuning_data': TUNING_DATA, **inputs})
-      positive_rows = [row | {TRANSFERRED: _positive(row[TRANSFERRED])} for row in rows]
       try:
-        fits[name] = any_law.fit_law(positive_rows, law, columns, options=Options(replicates=400))
+        fits[name] = any_law.fit_law(of_law, law, columns, options=Options(replicates=400))
       except UserError as error:
         fits[name] = f'{name}: no law: {error}'
   return fits
-
-
-def _positive(value: float | None) -> float | None:
-  """What a power law can be fitted to."""
-  return value if value is not None and value > 0 else None
