@@ -47,8 +47,10 @@ batch_size/plan.Rule.value = 8
 
 @pytest.mark.slow
 def test_tuned_rows_have_what_their_parents_were(text_file, one_device, tmp_path):
-  after = tmp_path / 'after.txt'
-  after.write_text(text_file.read_text().upper())
+  after = tmp_path / 'after' / '*.txt'
+  after.parent.mkdir()
+  for path in text_file.parent.glob('*.txt'):
+    (after.parent / path.name).write_text(path.read_text().upper())
   file = tmp_path / 'sweep.gin'
   file.write_text(SWEEP.format(before=text_file, after=after))
   config = configs.load(str(file), root='SWEEP')
