@@ -4,16 +4,16 @@
     python -m research.quantise --hf=FOLDER --gin_file=gin/quantisation/int4.gin --method=gptq --out=OUT \\
       --calibration=some.txt --validation=other.txt
 
-The gin files say which matrices become what; the method, how they are rounded: nearest, gptq, awq or smooth. A
-run is calibrated on its own training stream and judged on its validation stream; another model needs two texts.
-The result is a folder that generates, evaluates and converts as every checkpoint, with quantisation.json: the
-loss before and after, and the error of every matrix.
+The gin files say which matrices become what, the method how they are rounded: nearest, gptq, awq or smooth. A
+run is calibrated on its own training stream and validated on its own validation stream; any other model needs
+two texts. The result is a folder that generates, evaluates and converts like every checkpoint. Its
+quantisation.json has the loss before and after, and the error of every matrix.
 """
 
 import json
 import pathlib
 
-from research.core import cli
+from research.core import cli, text
 from research.core.errors import UserError
 
 METHODS = ('nearest', 'gptq', 'awq', 'smooth')
@@ -24,12 +24,13 @@ def _flags():
   parser.add_argument('--checkpoint', metavar='DIR', help="a run's or a converted model's folder")
   parser.add_argument('--hf', metavar='FOLDER', help='config.json, *.safetensors and a tokenizer')
   parser.add_argument('--step', type=int, help='of --checkpoint; default: the newest')
-  parser.add_argument('--out', metavar='DIR', required=True, help='to write')
+  parser.add_argument('--out', metavar='DIR', required=True, help='a new folder to write')
   parser.add_argument('--method', default='nearest', choices=METHODS)
   parser.add_argument('--calibration', metavar='FILE', help='a text that the methods look at')
   parser.add_argument('--validation', metavar='FILE', help='a text for the loss before and after')
-  parser.add_argument('--rows', type=int, default=128, help='of calibration (default 128)')
-  parser.add_argument('--length', type=int, default=512, help='tokens of a row of text')
+  parser.add_argument('--tokenizer', metavar='FILE', help='of the texts, where the folder has none')
+  parser.add_argument('--rows', type=int, default=128, help='of calibration, at most (default 128)')
+  parser.add_argument('--length', type=int, default=512, help='tokens of a row (default 512)')
   flags = cli.parse(parser)
   if bool(flags.checkpoint) == bool(flags.hf):
     parser.error('give one of --checkpoint and --hf.')
@@ -47,37 +48,65 @@ if __name__ == '__main__':
 import jax
 
 from research.evaluation import loading
+from research.inference.tokenizer import check_belongs, of_file
+from research.model import counts
 from research.parallel.mesh import Mesh
 from research.quantisation import calibration, post_training, report, rows
 from research.tuning import merge, peft
 
 
 def main(flags) -> None:
-  """Rounds as the flags say, on the first device."""
+  """Rounds the model as the flags say, on the first device."""
   place, out = pathlib.Path(flags.checkpoint or flags.hf), pathlib.Path(flags.out)
-  if out.exists() and any(out.iterdir()):
-    raise UserError(f'--out={out} is not empty; name a new folder.')
+  _check(flags, place, out)
   folder = loading.open_hf(place) if flags.hf else loading.open_folder(place, flags.step)
   kind = 'hf' if flags.hf else 'run' if folder.run else 'converted'
   config = report.config_of(place, kind, flags.gin_file, flags.gin)
   tree = config.tree()
   model = tree.keywords['model'] if folder.run else tree
   with config.explains(), Mesh().use(jax.devices()[:1]):
+    post_training.check(model, flags.method)
+    calibration_batches, validation_batches = _batches(folder, kind, flags)
     source, params = _plain(folder)
-    seen, judged = _rows(folder, kind, flags)
-    before = calibration.loss_of(source, params, judged)
-    print(f'loss {before:.4f} as it is', flush=True)
-    params, errors = post_training.quantise(model, params, flags.method, seen)
-    after = calibration.loss_of(model, params, judged)
+    before = calibration.loss_of(source, params, validation_batches)
+    print(f'loss {before:.4f} before rounding', flush=True)
+    params, errors = post_training.quantise(model, params, flags.method, calibration_batches)
+    after = calibration.loss_of(model, params, validation_batches)
   facts = {'method': flags.method, 'loss_before': before, 'loss_after': after}
   facts |= report.sizes(model)
   report.write(out, place, kind, config, model, params)
-  rows_of_errors = [vars(error) for error in errors]
+  matrices = [vars(error) for error in errors]
   (out / 'quantisation.json').write_text(
-    json.dumps({**facts, 'matrices': rows_of_errors}, indent=1) + '\n'
+    json.dumps({**facts, 'matrices': matrices}, indent=1) + '\n'
   )
   print(report.show(facts, errors))
   print(f'wrote {out}')
+
+
+def _check(flags, place: pathlib.Path, out: pathlib.Path) -> None:
+  """Refuses what the flags alone show to be wrong, before a model is read."""
+  if out.is_file() or (out.exists() and any(out.iterdir())):
+    raise UserError(f'--out={out} is not an empty folder; name a new one.')
+  texts = {'--calibration': flags.calibration, '--validation': flags.validation}
+  if flags.checkpoint and (place / 'config.gin').is_file():
+    if any(texts.values()) or flags.tokenizer:
+      raise UserError(
+        'a run is calibrated and validated on its own streams; leave --calibration, --validation and '
+        '--tokenizer.'
+      )
+    return
+  if not flags.validation or (flags.method != 'nearest' and not flags.calibration):
+    raise UserError(
+      'this model brings no stream: give --validation=FILE, and --calibration=FILE for all but nearest.'
+    )
+  for flag, file in texts.items():
+    if file and not pathlib.Path(file).is_file():
+      raise UserError(f'{flag}={file}: there is no such file.')
+  if flags.calibration and pathlib.Path(flags.calibration).samefile(flags.validation):
+    raise UserError(
+      f'--calibration and --validation are the same file; take another text than {flags.validation}'
+      ' for one of them.'
+    )
 
 
 def _plain(folder) -> tuple:
@@ -85,30 +114,29 @@ def _plain(folder) -> tuple:
   if folder.params is None:
     return folder.model, folder.arrays
   params = peft.params_of(folder.model, folder.params)
-  return (
-    merge.merged(folder.model, params)
-    if merge.has_weights(folder.model)
-    else (folder.model, params)
-  )
+  if not merge.has_weights(folder.model):
+    return folder.model, params
+  text.tell('the matrices of this model are not plain: what they stand for is rounded')
+  return merge.merged(folder.model, params)
 
 
-def _rows(folder, kind: str, flags) -> tuple[list, list]:
-  """Batches to calibrate on, and to validate on."""
-  if folder.run and not (flags.calibration or flags.validation):
-    return rows.of_run(folder.run, flags.rows)
+def _batches(folder, kind: str, flags) -> tuple[list, list]:
+  """Batches to calibrate on, and batches to validate on."""
   if folder.run:
+    return rows.of_run(folder.run, 0 if flags.method == 'nearest' else flags.rows)
+  module = counts.abstract(folder.model)
+  if 'encoder' in module.inputs or not module.causal:
     raise UserError(
-      'a run is calibrated and judged on its own streams; leave --calibration and --validation.'
+      'this model is no decoder, and only decoders are calibrated and validated on texts; quantise the folder '
+      'of the run that trained it.'
     )
-  if not flags.validation or (flags.method != 'nearest' and not flags.calibration):
-    raise UserError(
-      'this model brings no stream: give --validation=FILE, and --calibration=FILE for all but nearest.'
-    )
-  tokenizer = report.tokenizer_of(folder.path, kind)
-  seen = []
-  if flags.calibration:
-    seen = rows.of_text(flags.calibration, tokenizer, flags.length, flags.rows)
-  return seen, rows.of_text(flags.validation, tokenizer, flags.length, None)
+  file = pathlib.Path(flags.tokenizer) if flags.tokenizer else None
+  tokenizer = of_file(file) if file else report.tokenizer_of(folder.path, kind)
+  check_belongs(tokenizer, module.vocab)
+  validation = rows.of_text(flags.validation, tokenizer, flags.length, None)
+  if flags.method == 'nearest':
+    return [], validation
+  return rows.of_text(flags.calibration, tokenizer, flags.length, flags.rows), validation
 
 
 if __name__ == '__main__':

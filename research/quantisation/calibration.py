@@ -1,4 +1,4 @@
-"""What a model's matrices are applied to on a calibration text, and the loss of a model on rows of tokens."""
+"""The inputs of a model's matrices on a calibration text, and the loss of a model on rows of tokens."""
 
 import functools
 from collections.abc import Iterable, Mapping
@@ -19,10 +19,10 @@ GRAM = 'gram'
 
 
 class Recorded(Weight):
-  """A plain matrix that tells what it is multiplied with, as the gradient of its parameter `gram`.
+  """A plain matrix that records its inputs: the gradient of its parameter `gram` is the sum of x x^T.
 
-  A gradient, because it passes through scanned, rematerialised and vmapped layers as every gradient does, and
-  sums over batches by itself.
+  A gradient passes through scanned, rematerialised and vmapped layers and sums over the tokens of a batch, so
+  that no layer needs to know of the recording.
   """
 
   def __init__(self, matrix: Matrix, *, rngs: nnx.Rngs):
@@ -30,7 +30,7 @@ class Recorded(Weight):
     self.base = param(
       rngs, matrix.shape, matrix.axes, matrix.init, kind=matrix.kind, active=matrix.active
     )
-    # Experts multiply rows that they sort by themselves, and tables are looked up: neither is seen.
+    # Experts sort their rows before they multiply, and tables are looked up: their inputs are not recorded.
     seen = matrix.kind == 'matrix' and not matrix.stacked
     shape = (matrix.fan_in,) * 2
     zeros = nnx.initializers.zeros
@@ -47,28 +47,29 @@ class Recorded(Weight):
 
 @jax.custom_vjp
 def _record(x: jax.Array, gram: jax.Array) -> jax.Array:
-  """x; the 'gradient' by `gram` [inputs, inputs] is the sum of x x^T over tokens."""
+  """x; the gradient by `gram` [inputs, inputs] is the sum of x x^T over tokens, whatever x is used for."""
   return x
 
 
 def _record_backward(residuals, dx):
   x, gram = residuals
   flat = x.reshape(-1, len(gram)).astype(jnp.float32)
-  return dx, flat.T @ flat
+  # No gram depends on the gradient that arrives. None is passed on, so XLA drops most of the backward pass.
+  return jnp.zeros_like(dx), flat.T @ flat
 
 
 _record.defvjp(lambda x, gram: (x, (x, gram)), _record_backward)
 
 
 def grams(model, params: Mapping, batches: Iterable[dict]) -> dict[tuple, np.ndarray]:
-  """For every recorded matrix by path, the sum of x x^T over all tokens: float32 [layers..., inputs, inputs].
+  """The sum of x x^T over all tokens for every matrix, by path: float32 [layers..., inputs, inputs].
 
-  A matrix whose inputs were not seen is left out.
+  A matrix whose inputs were not recorded is left out.
 
   Args:
-    model: makes the model with `Recorded` matrices: `model(rngs=...)`.
-    params: of it, without `gram`; host arrays as nested dicts.
-    batches: of tokens, as for training.
+    model: makes the model with `Recorded` matrices, `model(rngs=...)`.
+    params: its parameters without `gram`, host arrays as nested dicts.
+    batches: batches of tokens, as for training.
   """
   abstract = counts.abstract(model)
   graphdef = nnx.graphdef(abstract)
@@ -76,10 +77,11 @@ def grams(model, params: Mapping, batches: Iterable[dict]) -> dict[tuple, np.nda
   zeros = {path: jnp.zeros(x.shape) for path, x in shapes if path[-1] == GRAM}
   others = {path: jnp.asarray(_at(params, path)) for path, x in shapes if path[-1] != GRAM}
 
-  def loss(zeros, others, batch):
-    return _loss(nnx.merge(graphdef, nested({**others, **zeros})), batch)[0]
+  def last_features(zeros, others, batch):
+    features, _ = nnx.merge(graphdef, nested({**others, **zeros})).features(batch)
+    return jnp.sum(features)
 
-  gradient = jax.jit(jax.grad(loss))
+  gradient = jax.jit(jax.grad(last_features))
   total = zeros
   for batch in batches:
     total = jax.tree.map(jnp.add, total, gradient(zeros, others, batch))
@@ -87,11 +89,12 @@ def grams(model, params: Mapping, batches: Iterable[dict]) -> dict[tuple, np.nda
 
 
 def loss_of(model, params: Mapping, batches: Iterable[dict]) -> float:
-  """The loss in nats per target token of a model on batches of tokens.
+  """The loss of a model on batches of tokens, in nats per target token.
 
   Args:
-    model: `model(rngs=...)`.
-    params: of it, host arrays as nested dicts.
+    model: makes the model, `model(rngs=...)`.
+    params: its parameters, host arrays as nested dicts.
+    batches: batches of tokens, as for training.
   """
   return losses_of(model, [params], batches)[0]
 
@@ -121,7 +124,7 @@ def _loss(model, batch: dict) -> tuple[jax.Array, jax.Array]:
 
 
 def recorded(value):
-  """A resolved model whose quantised matrices are plain ones that record; what was plain stays as it is."""
+  """A resolved model with `Recorded` matrices in place of the quantised ones; plain matrices stay plain."""
   if isinstance(value, functools.partial):
     if value.func in (Quantised, BFloat16):
       return functools.partial(Recorded)

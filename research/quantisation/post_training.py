@@ -1,4 +1,4 @@
-"""A trained model in few bits: which matrices become what, by which method, and what each of them loses."""
+"""Rounds a trained model: the stored arrays of every quantised matrix, and the error that rounding made."""
 
 import dataclasses
 import functools
@@ -20,14 +20,14 @@ from research.quantisation.rounding import METHODS, Rounded, output_error
 
 @dataclasses.dataclass(frozen=True)
 class Error:
-  """What rounding did to a matrix of one layer.
+  """The error that rounding made in a matrix of one layer.
 
   Attributes:
-    name: of the matrix, 'stack/sublayers/0/parts/0/query/kernel'.
-    index: of its layer, and of its expert.
-    method: by which it was rounded.
-    weights: squared error of the matrix over its squared size.
-    outputs: the same of what it gives on the calibration text; None where its inputs were not seen.
+    name: the matrix, such as 'stack/sublayers/0/parts/0/query/kernel'.
+    index: its layer, and its expert.
+    method: the method that rounded it.
+    weights: the squared error of the matrix over its squared size.
+    outputs: the same for its outputs on the calibration text; None where its inputs were not recorded.
   """
 
   name: str
@@ -46,21 +46,16 @@ def quantise(
   """The parameters of a quantised model, from those of the plain one.
 
   Args:
-    model: makes the quantised model, `model(rngs=...)`: its `weight` is `quantised.Quantised` where it is to
-      be rounded.
-    params: of the plain model; host arrays as nested dicts.
-    method: of `rounding.METHODS`. A matrix whose inputs are not seen (experts, heads, token tables) is rounded
-      to nearest whatever it says.
-    batches: of calibration tokens, as for training.
+    model: makes the quantised model, `model(rngs=...)`; its `quantised.Quantised` matrices are rounded.
+    params: the parameters of the plain model, host arrays as nested dicts.
+    method: a key of `rounding.METHODS`. A matrix whose inputs are not recorded (experts, heads, token tables)
+      is always rounded to nearest.
+    batches: calibration tokens in batches, as for training.
 
   Raises:
-    UserError: no such method; the model has no quantised matrix, or knobs that the method does not fill.
+    UserError: the method is unknown; the model has no quantised matrix, or knobs that the method does not fill.
   """
-  if method not in METHODS:
-    raise UserError(f'no method {method!r}.{did_you_mean(method, METHODS)}')
-  module = counts.abstract(model)
-  weights = {p: m for p, m in nnx.iter_modules(module) if isinstance(m, Weight)}
-  _check(weights, method)
+  weights = check(model, method)
   grams = {}
   if method != 'nearest':
     grams = calibration.grams(calibration.recorded(model), _for_recording(weights, params), batches)
@@ -77,7 +72,12 @@ def quantise(
   return tree, errors
 
 
-def _check(weights: Mapping[tuple, Weight], method: str) -> None:
+def check(model, method: str) -> dict[tuple, Weight]:
+  """The matrices of a model that `quantise` fills, by path; arguments and errors as of `quantise`."""
+  if method not in METHODS:
+    raise UserError(f'no method {method!r}.{did_you_mean(method, METHODS)}')
+  module = counts.abstract(model)
+  weights = {path: m for path, m in nnx.iter_modules(module) if isinstance(m, Weight)}
   strange = [m for m in weights.values() if not isinstance(m, Quantised | BFloat16)]
   if strange:
     raise UserError(
@@ -93,11 +93,12 @@ def _check(weights: Mapping[tuple, Weight], method: str) -> None:
   if scaled != (method in ('awq', 'smooth')):
     says = f'quantised.Quantised.input_scales = {scaled}, and --method={method}'
     needs = 'does not fill them' if scaled else 'needs them'
-    raise UserError(f'{says} {needs}; bind quantised.Quantised.input_scales = {not scaled}.')
+    raise UserError(f'{says} {needs}; add --gin.INPUT_SCALES={not scaled}.')
+  return weights
 
 
 def _for_recording(weights: Mapping[tuple, Weight], params: Mapping) -> dict:
-  """The plain parameters where a model of `Recorded` matrices has them."""
+  """The plain parameters under the names that `Recorded` gives them."""
   tree = dict(params)
   for path in weights:
     tree = _put(tree, path, {'base': _at(params, path)})
@@ -107,14 +108,14 @@ def _for_recording(weights: Mapping[tuple, Weight], params: Mapping) -> dict:
 def _all_layers(weight: Quantised, matrix, gram, method: str) -> tuple[dict, list[Error]]:
   """The stored arrays of a matrix [layers..., stacked..., inputs..., outputs...], a slice at a time."""
   lead = matrix.ndim - len(weight.shape) + weight.stacked
-  # Of a token table the vector is what is grouped, so that it takes the place of the inputs.
+  # The groups of a token table lie along the vectors, which therefore take the place of the inputs.
   table = weight.packed.kind == 'table'
   arrays: dict[str, Any] = {}
   errors = []
   for index in np.ndindex(*matrix.shape[:lead]):
     layer = matrix[index]
     flat = layer.T if table else layer.reshape(math.prod(layer.shape[: weight.inputs]), -1)
-    # Where one scale is for all inputs, those of all heads count as one group.
+    # Where all inputs share a scale, the inputs of all heads are one group.
     group = len(flat) if weight.layout.whole else weight.layout.group
     seen = None if gram is None else gram[index[: gram.ndim - 2]]
     chosen = method if seen is not None else 'nearest'

@@ -1,4 +1,4 @@
-"""The folder of a quantised model, and what is told of it."""
+"""The folder of a quantised model, and the report on its losses, size and errors."""
 
 import collections
 import pathlib
@@ -16,22 +16,22 @@ from research.model.parameters import stored_bytes
 from research.quantisation.post_training import Error
 from research.quantisation.quantised import Quantised, bits_per_number
 
-# A run's model does not start from a checkpoint any more, and nothing of it learns until somebody says so.
+# The quantised model of a run starts from no checkpoint, and nothing of it learns until a gin file says so.
 STANDS_ALONE = """from __gin__ import dynamic_registration
 from research.training import run
 run.Run.init = None
 run.Run.learns = None
 """
-WORST = 5  # matrices that are shown
+WORST = 5  # how many matrices are shown
 
 
 def config_of(path: pathlib.Path, kind: str, files: Iterable[str], bindings) -> configs.Config:
-  """The gin of a model with files of ours over it.
+  """The gin of a model, with the files over it that say what is quantised.
 
   Args:
-    path: its folder.
+    path: the model's folder.
     kind: 'run', 'converted' or 'hf'.
-    files, bindings: that say what becomes quantised.
+    files, bindings: gin files and bindings, in order.
   """
   config = configs.Config('RUN' if kind == 'run' else 'MODEL')
   if kind == 'hf':
@@ -55,13 +55,14 @@ def tokenizer_of(path: pathlib.Path, kind: str) -> tokenizer.Tokenizer:
 def write(
   out: pathlib.Path, path: pathlib.Path, kind: str, config: configs.Config, model, params: Mapping
 ) -> None:
-  """Writes a folder that every command opens as it opens the one that it was made of.
+  """Writes the folder of a quantised model, which every command opens like the folder of the original.
 
   Args:
-    out: to write.
-    path, kind: of the model that it was made of, as in `config_of`.
+    out: the folder to write.
+    path, kind: the original's folder and kind, as in `config_of`.
+    config: the gin of the quantised model.
     model: makes the quantised model.
-    params: of it.
+    params: its parameters.
   """
   out.mkdir(parents=True, exist_ok=True)
   state = nnx.to_flat_state(nnx.state(counts.abstract(model)))
@@ -86,7 +87,7 @@ def write(
 
 
 def sizes(model) -> dict:
-  """Bytes of the whole model as stored, and bits of a number of its quantised matrices."""
+  """The bytes of the whole model as stored, and the bits of a number in its quantised matrices."""
   module = counts.abstract(model)
   weights = [m for _, m in nnx.iter_modules(module) if isinstance(m, Quantised)]
   numbers = [np.prod(m.packed.shape) * m.form.per_byte for m in weights]
@@ -95,7 +96,7 @@ def sizes(model) -> dict:
 
 
 def show(facts: Mapping, errors: list[Error]) -> str:
-  """The losses, the size, and the matrices that lost most, as text."""
+  """The losses, the size, and the matrices with the largest errors, as text."""
   before, after = facts['loss_before'], facts['loss_after']
   methods = collections.Counter(error.method for error in errors)
   by = ', '.join(f'{count} by {method}' for method, count in methods.most_common())
@@ -107,7 +108,7 @@ def show(facts: Mapping, errors: list[Error]) -> str:
   worst = sorted(errors, key=lambda error: -(error.outputs or error.weights))[:WORST]
   lines.append('largest squared errors, of the matrix and of its outputs:')
   for error in worst:
-    outputs = '(inputs not seen)' if error.outputs is None else f'{error.outputs:.2e}'
+    outputs = '(inputs not recorded)' if error.outputs is None else f'{error.outputs:.2e}'
     place = ' '.join(map(str, error.index))
     lines.append(f'  {error.name} [{place}]  {error.weights:.2e}  {outputs}')
   return '\n'.join(lines)

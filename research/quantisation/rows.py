@@ -9,29 +9,39 @@ from research.core.errors import UserError
 from research.data import cache
 from research.data.batches import batch_at, eval_batches
 from research.inference.tokenizer import Tokenizer
+from research.training.experience import Experience
 from research.training.run import Run
 
-BATCH_TOKENS = 4096  # of a batch: what a model of any size takes on a CPU
+BATCH_TOKENS = 4096  # tokens of a batch, few enough for any model on a CPU
 
 
 def of_run(run: Run, rows: int) -> tuple[list[dict], list[dict]]:
-  """Batches of a run's training stream, `rows` examples or all, and all of its validation stream.
+  """Batches of a run's training stream, about `rows` examples, and of its whole validation stream.
+
+  With 0 rows the training stream is not opened.
 
   Raises:
-    UserError: a stream cannot be opened.
+    UserError: a stream cannot be opened, or the run has no training stream.
   """
-  train, validation = cache.open_streams([run.train, run.validation])
   size = max(1, BATCH_TOKENS // sum(run.train.lengths.values()))
-  number = max(1, -(-min(rows, len(train)) // size))
+  if not rows:
+    return [], list(eval_batches(*cache.open_streams([run.validation]), size))
+  if isinstance(run.train, Experience):
+    raise UserError(
+      'this run made its own training rows, so there is no stream to calibrate on; take --method=nearest, or '
+      'convert the run to a Hugging Face folder and give --hf and two texts.'
+    )
+  train, validation = cache.open_streams([run.train, run.validation])
+  number = -(-min(rows, len(train)) // size)
   calibration = [batch_at(train, size, run.seed, i) for i in range(number)]
   return calibration, list(eval_batches(validation, size))
 
 
 def of_text(file: str, tokenizer: Tokenizer, length: int, rows: int | None) -> list[dict]:
-  """Batches of a decoder's rows: a text cut into rows of `length` targets, `rows` of them or all.
+  """Batches of a text cut into rows of `length` targets, for a decoder: at most `rows`, or all with None.
 
   Raises:
-    UserError: there is no such file, or it is shorter than a row.
+    UserError: the file cannot be read, or is shorter than a row.
   """
   path = pathlib.Path(file)
   try:
@@ -51,7 +61,7 @@ def of_text(file: str, tokenizer: Tokenizer, length: int, rows: int | None) -> l
 
 
 def _batches(inputs, targets, size: int) -> Iterator[dict]:
-  """Rows in batches of one size; a row of loss weight 0 fills up the last."""
+  """Rows in batches of one size; rows of loss weight 0 fill the last batch."""
   for start in range(0, len(inputs), size):
     index = np.arange(start, start + size)
     rows = np.minimum(index, len(inputs) - 1)

@@ -12,11 +12,14 @@ from flax import nnx
 
 from research import quantise
 from research.core import configs
+from research.evaluation import loading
 from research.model.parameters import abstract_model
 from research.parallel.mesh import Mesh
 from research.quantisation.quantised import Quantised
+from research.quantisation.straight_through import StraightThrough
 from research.training import population
 from research.training.loop import train
+from research.tuning import peft
 from tests.families import tiny
 
 pytestmark = pytest.mark.slow
@@ -56,6 +59,22 @@ def test_on_every_mesh_it_says_what_it_says_on_one_device(family, knobs, mesh):
   alone = logits_on(Mesh(), jax.devices()[:1], model)
   split = logits_on(MESHES[mesh], jax.devices(), model)
   np.testing.assert_allclose(split, alone, rtol=0, atol=1e-4 * np.abs(alone).max())
+
+
+@pytest.mark.parametrize(
+  'weight',
+  [
+    functools.partial(Quantised, **KNOBS['int4']),
+    functools.partial(StraightThrough, format=3, activations=4),
+  ],
+  ids=['int4', 'trained in 3 bits'],
+)
+def test_layers_that_are_scanned_are_layers_one_by_one(weight):
+  scanned, one_by_one = (
+    logits_on(Mesh(), jax.devices()[:1], functools.partial(tiny('llama2', [scan]), weight=weight))
+    for scan in ('Stack.scan=True', 'Stack.scan=False')
+  )
+  np.testing.assert_allclose(scanned, one_by_one, rtol=0, atol=1e-4 * np.abs(scanned).max())
 
 
 def load(text_file, files=(), **more):
@@ -101,6 +120,23 @@ def test_a_run_that_foresees_the_rounding_is_the_same_on_a_mesh(text_file, tmp_p
   ]
   # A number at the border of two codes may be rounded either way.
   np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3)
+
+
+def test_a_run_that_foresees_the_rounding_resumes_to_the_bit(text_file, tmp_path, one_device):
+  config = load(text_file, AWARE, BITS=3, **{'Run.checkpoint_every': 4})
+
+  def params() -> dict:
+    folder = loading.open_folder(tmp_path / 'run')
+    assert folder.step == 6
+    return peft.params_of(folder.model, folder.params)
+
+  whole_row = run(config, tmp_path / 'run')
+  whole = params()
+  # As if it had been killed after the checkpoint of step 4.
+  (tmp_path / 'run' / 'checkpoints' / '6').rename(tmp_path / 'gone')
+  (tmp_path / 'run' / 'run.json').unlink()
+  assert run(config, tmp_path / 'run')['loss'] == whole_row['loss']
+  jax.tree.map(np.testing.assert_array_equal, whole, params())
 
 
 def test_lora_learns_beside_a_quantised_base(text_file, tmp_path, one_device, monkeypatch):

@@ -2,22 +2,30 @@
 
 import json
 import os
+import re
 import sys
+from types import SimpleNamespace
+from unittest import mock
 
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from research import quantise
 from research.core import configs
 from research.core.errors import UserError
 from research.evaluation import loading
 from research.huggingface import inwards, outwards
+from research.model import counts
 from research.parallel.mesh import Mesh
 from research.quantisation import calibration, rows
+from research.quantisation.quantised import Quantised
+from research.training.experience import Experience
 from research.training.loop import train
 from research.training.program import make_program
 from research.tuning import merge, peft
+from tests.families import tiny
 
 pytestmark = pytest.mark.slow
 
@@ -103,6 +111,63 @@ def test_what_does_not_go_together_is_told(command, base):
     command('--gin_file=gin/quantisation/bfloat16.gin')
   with pytest.raises(UserError, match='own streams'):
     command('--gin_file=gin/quantisation/int4.gin', '--validation=some.txt')
+
+
+@pytest.mark.parametrize(
+  ('flags', 'says'),
+  [
+    ('', 'this model brings no stream: give --validation=FILE'),
+    ('--method=gptq --validation={text}', 'and --calibration=FILE for all but nearest'),
+    ('--validation={text}.gone', r'--validation=.*gone: there is no such file'),
+    ('--method=gptq --calibration={text} --validation={text}', 'are the same file'),
+    ('--out={text} --validation={text}', 'is not an empty folder'),
+    ('--hf={text} --validation={text}', 'holds no config.json'),
+    ('--method=gtpq', "invalid choice: 'gtpq'"),
+    ('--rows=0', '--rows is 1 or more'),
+  ],
+)
+def test_flags_that_are_wrong_are_told_before_a_model_is_read(
+  flags, says, tmp_path, monkeypatch, capsys
+):
+  text = tmp_path / 'text.txt'
+  text.write_text('a text')
+  flags = [f'--out={tmp_path}/out', f'--hf={tmp_path}', *flags.format(text=text).split()]
+  monkeypatch.setattr(sys, 'argv', ['quantise', '--gin_file=gin/quantisation/int4.gin', *flags])
+  with pytest.raises((UserError, SystemExit)) as raised:
+    quantise.main(quantise._flags())
+  assert re.search(says, f'{raised.value} {capsys.readouterr().err}')
+
+
+def test_a_run_that_made_its_own_rows_has_nothing_to_calibrate_on():
+  made = mock.Mock(spec=Experience, lengths={'targets': 8})
+  with pytest.raises(UserError, match='no stream to calibrate on; take --method=nearest'):
+    rows.of_run(SimpleNamespace(train=made, validation=None, seed=0), 8)
+
+
+def test_a_text_is_read_by_a_decoder_and_its_own_tokenizer(smollm2, tmp_path, one_device):
+  (tmp_path / 'text.txt').write_text('a text ' * 20)
+  flags = SimpleNamespace(
+    tokenizer=None, validation=str(tmp_path / 'text.txt'), length=8, method='nearest'
+  )
+  folder = SimpleNamespace(run=None, path=smollm2, model=tiny('llama2'))
+  with pytest.raises(UserError, match='49152 ids and the model 64 logits'):
+    quantise._batches(folder, 'hf', flags)
+  for family in ('t5', 'bert'):
+    with pytest.raises(UserError, match='this model is no decoder'):
+      quantise._batches(SimpleNamespace(run=None, model=tiny(family)), 'hf', flags)
+
+
+def test_a_model_that_is_quantised_is_quantised_again_in_another_format(command, capsys):
+  once = command('--gin_file=gin/quantisation/int4.gin', '--gin.GROUP=8')
+  once.rename(once.parent / 'once')
+  out = command('--gin_file=gin/quantisation/int8.gin', checkpoint=once.parent / 'once')
+  assert 'are not plain: what they stand for is rounded' in capsys.readouterr().err
+  folder = loading.open_folder(out)
+  weights = [
+    m for _, m in nnx.iter_modules(counts.abstract(folder.model)) if isinstance(m, Quantised)
+  ]
+  assert {(m.form.name, m.zeros, m.layout.groups) for m in weights} == {('int8', False, 1)}
+  assert opened_loss(out) == pytest.approx(opened_loss(once.parent / 'once'), rel=1e-3)
 
 
 def test_training_that_foresees_the_rounding_is_rounded_to_what_it_saw(
