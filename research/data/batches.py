@@ -9,6 +9,9 @@ from research.core.errors import UserError
 from research.data.frozen import Batch, Frozen, FrozenMixture
 from research.data.mixtures import Curriculum
 
+# The key under which a training step adds the seeds of noise to a batch, uint32 [rows, 2].
+NOISE = 'noise_seeds'
+
 
 def shortened(batch: Batch, cut: int) -> Batch:
   """Returns the batch with every row cut into `cut` shorter rows. A cut document restarts at position 0.

@@ -12,13 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from research.data.batches import NOISE
 from research.model.parameters import check_sizes, size
 from research.model.part import Context, Cost, DecodingState, Factory, cost_of
 from research.model.weights import used_by_default
 from research.parallel.axes import spec
-
-# The key of the seeds of a batch's noise, uint32 [batch, 2]. A training step alone gives them.
-NOISE = 'noise_seeds'
 
 
 def _embed(model, batch: dict, name: str, positions: jax.Array) -> jax.Array:

@@ -15,13 +15,12 @@ from flax import nnx
 from research.checkpoints.manager import names
 from research.core.errors import Invalid
 from research.data import cache
-from research.model.models import NOISE
 from research.model.parameters import abstract_model, kinds, named_axes
 from research.parallel import axes as axes_module
 from research.parallel import hosts
 from research.parallel.axes import axis_size, on_each, spec, splits
 from research.parallel.mesh import Mesh, default_mesh, platform, threads
-from research.training import cross_entropy, learning, optimizers
+from research.training import cross_entropy, learning, noise, optimizers
 from research.training.run import Run
 
 # A single CPU core computes so many tokens at a time: their activations fit its caches (experiments/speed).
@@ -157,7 +156,7 @@ class Program:
     """Returns the sum of the run's loss over a batch, and a dict of the sums that it consists of."""
     model = nnx.merge(self.graphdef, self.whole(params, fixed))
     features, penalties = model.features(batch)
-    batch = {key: x for key, x in batch.items() if key != NOISE}  # other models have none
+    batch = noise.without_seeds(batch)
     chunks = self.run.logits_chunks or choose_chunks(*features.shape[:2], model.vocab)
     others = {name: nnx.merge(self.others[name], fixed[name]) for name in self.run.loss.models}
     terms, counts = self.run.loss(model, features, batch, chunks, **others)
@@ -184,7 +183,7 @@ class Program:
     """
     gradient = jax.value_and_grad(self.loss, has_aux=True)
     if self.noisy:
-      batch = {**batch, NOISE: noise_seeds(state['step'], batch)}
+      batch = noise.with_seeds(batch, state['step'])
     of_part = functools.partial(gradient, state['params'], fixed=fixed)
     (_, sums), grads = self.over_parts(of_part, batch)
     weight = jnp.maximum(sums.pop('weight'), 1.0)  # a batch without any target would divide by 0
@@ -262,21 +261,8 @@ def make_program(run: Run) -> Program:
   others = {name: nnx.graphdef(other.abstract) for name, other in run.loss.models.items()}
   graphdef = nnx.graphdef(abstract)
   frozen = learning.frozen_names(abstract, run.learns)
-  noisy = bool(getattr(getattr(abstract, 'embedder', None), 'noise', 0.0))
-  return Program(
-    run, graphdef, others, abstract.vocab, inputs, routed, kinds(abstract), frozen, noisy
-  )
-
-
-def noise_seeds(step: jax.Array, batch: dict) -> jax.Array:
-  """A seed of noise for every row of a batch, uint32 [batch, 2]: twice the step, and the number of the row.
-
-  Twice, because the two sides of a pair differ in the lowest bit (`models.NOISE`). A run that resumes has the
-  same noise.
-  """
-  number = jnp.arange(len(batch['decoder_input_tokens']), dtype=jnp.uint32)
-  seeds = jnp.stack([jnp.full_like(number, 2 * step.astype(jnp.uint32)), 2 * number], axis=1)
-  return axes_module.shard(seeds, 'batch', None)
+  of_run = graphdef, others, abstract.vocab, inputs, routed
+  return Program(run, *of_run, kinds(abstract), frozen, noise.is_noisy(abstract))
 
 
 def choose_chunks(rows: int, length: int, vocab: int) -> int:

@@ -179,7 +179,7 @@ def test_a_batch_that_the_mesh_does_not_divide_is_told_before_compiling():
   [
     (
       'v5e-256',
-      r'--topology=v5e-256 is not a slice\..*Names are like v4:4x4x4, .*not their number',
+      r'--topology=v5e-256 is not a slice\..*Write one like v4:4x4x4, .*not their number',
     ),
     ('v5x:4x4', r'--topology=v5x:4x4 is not a slice\. Did you mean v5e:4x4'),
     ('cpu:none', 'is not a slice'),

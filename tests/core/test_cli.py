@@ -133,7 +133,7 @@ def test_a_platform_that_is_not_here_is_one_sentence(platform):
     (ValueError('RESOURCE_EXHAUSTED: writing: No space left on device'), 'the disk is full: free'),
     (
       OSError(errno.EROFS, 'Read-only file system', '/d/x'),
-      '/d/x is on a disk that can only be read',
+      '/d/x is on a read-only disk',
     ),
     (
       OSError(errno.EROFS, 'Read-only file system'),

@@ -222,7 +222,8 @@ def test_answers_go_on_where_they_were_interrupted(make_engine, tmp_path):
 
 
 @pytest.mark.parametrize(
-  ('line', 'message'), [('{"prompet": "a"}', 'write a string, or an object with'), ('{', 'not JSON')]
+  ('line', 'message'),
+  [('{"prompet": "a"}', 'write a string, or an object with'), ('{', 'not JSON')],
 )
 def test_a_file_of_prompts_names_the_line_that_is_wrong(line, message, tmp_path):
   path = tmp_path / 'prompts.jsonl'

@@ -10,12 +10,15 @@ import pytest
 from research.core import configs
 from research.parallel import hosts
 from research.parallel.mesh import Mesh
-from research.training.program import make_program, noise_seeds
+from research.training import noise
+from research.training.program import make_program
 
 
 def test_seeds_are_of_a_step_a_row_and_a_side():
   batch = {'decoder_input_tokens': np.zeros((3, 4), np.int32)}
-  decoders = [np.asarray(noise_seeds(jnp.int32(step), batch)) for step in (0, 1)]
+  decoders = [
+    np.asarray(noise.with_seeds(batch, jnp.int32(step))['noise_seeds']) for step in (0, 1)
+  ]
   encoders = [seeds ^ np.uint32(1) for seeds in decoders]
   seeds = np.concatenate([*decoders, *encoders])
   assert len(np.unique(seeds, axis=0)) == len(seeds) == 12
@@ -51,8 +54,8 @@ def losses(run, step: int = 0, mesh: Mesh | None = None) -> tuple[float, float]:
 
 @pytest.mark.slow
 def test_training_has_the_noise_and_evaluation_none(text_file):
-  def run(noise: float, **knobs):
-    lines = [f"FILES='{text_file}'", 'LAYERS=1', f'Embedder.noise={noise}']
+  def run(alpha: float, **knobs):
+    lines = [f"FILES='{text_file}'", 'LAYERS=1', f'Embedder.noise={alpha}']
     return dataclasses.replace(configs.load('tests/gin/decoder.gin', lines).build(), **knobs)
 
   training, evaluation = losses(run(0.0))
