@@ -387,6 +387,9 @@ def test_the_multi_power_law_is_the_papers_sum_over_every_step():
       want.append(p['E'] + p['A'] * total[step] ** -p['alpha'] - p['B'] * gained)
     np.testing.assert_allclose(law(p, **law.points(which, steps)), want, rtol=1e-12)
   few = laws.MultiPower([cosine, linear], knots=128)
+  # jax.jit compiles for a law: laws of other schedules, or of other knots, are others to it.
+  assert len({law, few, laws.MultiPower((linear, cosine)), law}) == 3
+  assert laws.Chinchilla() == laws.Chinchilla()
   every, gathered = (one(p, **one.points(0, np.arange(60, 600, 20))) for one in (law, few))
   assert 0 < np.abs(every / gathered - 1).max() < 1e-3
   with pytest.raises(laws.LawError, match='none negative'):

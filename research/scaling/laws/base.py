@@ -92,13 +92,21 @@ def _evaluate(law: 'Law', parameters: dict, inputs: dict):
   return law.predict(types.SimpleNamespace(**parameters), types.SimpleNamespace(**inputs))
 
 
-@dataclasses.dataclass(frozen=True)
+def _by_value_or_identity(value):
+  try:
+    hash(value)
+  except TypeError:
+    return id(value)
+  return value
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Law:
   """A law. A subclass declares `form`, `source`, `inputs`, its Parameters and `predict`; see docs/laws.md.
 
   JAX traces `predict(p, x)`. `p.NAME` are natural parameter values, `x.NAME` the inputs and `x.ln_NAME` their
   logarithms, taken once outside the fit: write exp(-p.alpha * x.ln_params) for N^-alpha. Two instances of a law
-  are equal, so that they share a compiled fit.
+  are equal if their fields are, so that they share a compiled fit.
   """
 
   source: ClassVar[str]
@@ -120,6 +128,20 @@ class Law:
     super().__init_subclass__(**kwargs)
     declared = {name: value for name, value in vars(cls).items() if isinstance(value, Parameter)}
     cls.parameters = {**getattr(cls, 'parameters', {}), **declared}
+
+  def _identity(self) -> tuple:
+    """The class and its fields. A field without a hash, such as a list of arrays, equals only itself.
+
+    JAX takes a law for a constant: two laws that were equal by mistake would share a compiled fit.
+    """
+    values = [getattr(self, field.name) for field in dataclasses.fields(self)]
+    return (type(self), *map(_by_value_or_identity, values))
+
+  def __eq__(self, other) -> bool:
+    return isinstance(other, Law) and self._identity() == other._identity()
+
+  def __hash__(self) -> int:
+    return hash(self._identity())
 
   def predict(self, p, x):
     """The output at parameters `p` and inputs `x`, which broadcast."""
