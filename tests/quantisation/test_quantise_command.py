@@ -121,7 +121,7 @@ def test_what_does_not_go_together_is_told(command, base):
     ('--validation={text}.gone', r'--validation=.*gone: there is no such file'),
     ('--method=gptq --calibration={text} --validation={text}', 'are the same file'),
     ('--out={text} --validation={text}', 'is not an empty folder'),
-    ('--hf={text} --validation={text}', 'holds no config.json'),
+    ('--hf={text} --validation={text}', 'there is no such folder'),
     ('--method=gtpq', "invalid choice: 'gtpq'"),
     ('--rows=0', '--rows is 1 or more'),
   ],
