@@ -85,10 +85,7 @@ _shapes_only = contextvars.ContextVar('shapes_only', default=False)
 
 
 def abstract_model(model: Callable[..., nnx.Module]) -> nnx.Module:
-  """Returns a model with shapes in place of arrays, on the mesh in use. Nothing is computed or allocated.
-
-  The argument is its factory, `model(rngs=...)`.
-  """
+  """Returns `model(rngs=...)` with shapes in place of arrays, on the mesh in use; nothing is allocated."""
 
   def make():
     # The key is made in here: on a mesh of devices that are not there, not even a key can be computed.
