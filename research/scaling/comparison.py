@@ -50,12 +50,18 @@ class Misfit(NamedTuple):
   high: float
 
 
-def compare(rows: Observations) -> list[Compared]:
-  """The three laws, best first. Laws with as many parameters as rows, or more, are left out.
+def aicc(rss: float, n: int, k: int) -> float:
+  """AICc = n ln(RSS / n) + 2 k + 2 k (k + 1) / (n - k - 1) of least squares (Hurvich & Tsai 1989).
 
-  AICc = n ln(RSS / n) + 2 k + 2 k (k + 1) / (n - k - 1), where k counts the error's variance too
-  (Hurvich & Tsai 1989).
+  Args:
+    rss: the sum of n squared residuals, above 0.
+    k: the number of parameters, with the error's variance.
   """
+  return float(n * np.log(rss / n) + 2 * k + 2 * k * (k + 1) / max(n - k - 1, 1e-9))
+
+
+def compare(rows: Observations) -> list[Compared]:
+  """The three laws by AICc, best first. Laws with as many parameters as rows, or more, are left out."""
   n = len(rows)
   results = []
   for name, free in FREE.items():
@@ -64,11 +70,10 @@ def compare(rows: Observations) -> list[Compared]:
       continue
     # A law that fits exactly would have an AICc of minus infinity.
     rss = max(_least_squares(rows, free), 1e-24 * n)
-    aicc = n * np.log(rss / n) + 2 * k + 2 * k * (k + 1) / (n - k - 1)
-    results.append((name, k - 1, float(np.sqrt(rss / n)), float(aicc)))
+    results.append((name, k - 1, float(np.sqrt(rss / n)), aicc(rss, n, k)))
   results.sort(key=operator.itemgetter(3))
-  relative = [np.exp((results[0][3] - aicc) / 2) for *_, aicc in results]
-  weights = [float(value / sum(relative)) for value in relative]
+  relative = [np.exp((results[0][3] - value) / 2) for *_, value in results]
+  weights = [float(part / sum(relative)) for part in relative]
   return [Compared(*result, weight) for result, weight in zip(results, weights, strict=True)]
 
 

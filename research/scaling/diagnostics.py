@@ -179,16 +179,15 @@ def _errors(fit, rows, members) -> dict:
 def compare(laws: Iterable[Law], inputs: Mapping[str, np.ndarray], loss: np.ndarray) -> list[dict]:
   """AICc weights of laws, fitted by least squares of log residuals (normal errors in ln L). A dict for each.
 
-  AICc = n ln(RSS / n) + 2 k + 2 k (k + 1) / (n - k - 1), where k counts the error's variance too
-  (Hurvich & Tsai 1989). Only laws of the same output on the same rows can be compared.
+  Only laws of the same output on the same rows can be compared.
   """
   results = []
   for law in laws:
     fit = law_fit.fit(law, inputs, loss, robust='l2', check=False)
     n, k = len(fit.observed), len(fit.problem.free) + 1
     rss = float((fit.residuals**2).sum())
-    aicc = n * np.log(max(rss, 1e-300) / n) + 2 * k + 2 * k * (k + 1) / max(n - k - 1, 1e-9)
-    results.append({'law': law.name, 'parameters': k - 1, 'rss': rss, 'aicc': float(aicc)})
+    aicc = comparison.aicc(max(rss, 1e-300), n, k)
+    results.append({'law': law.name, 'parameters': k - 1, 'rss': rss, 'aicc': aicc})
   best = min(f['aicc'] for f in results)
   relative = [np.exp((best - f['aicc']) / 2) for f in results]
   for f, r in zip(results, relative, strict=True):

@@ -51,6 +51,11 @@ class Problem:
     values = {name: data['ones'] @ jnp.reshape(v, 1) for name, v in values.items()}
     return self.law.predict(types.SimpleNamespace(**values), types.SimpleNamespace(**data['x']))
 
+  def with_slopes(self, z, data):
+    """The predictions [rows] at free coordinates `z` [free], and their derivatives [rows, free]."""
+    # Few parameters and many rows: forward mode.
+    return self.predict(z, data), jax.jacfwd(self.predict)(z, data)
+
   def bounds(self) -> tuple[np.ndarray, np.ndarray]:
     """(lowest, highest) values of the free coordinates, [free] each."""
     parameters = [self.law.parameters[name] for name in self.free]
@@ -95,12 +100,7 @@ def expand(problem: Problem, z, y, w, data, delta, tau) -> Point:
     w: weights [rows].
   """
 
-  def predict(z):
-    return problem.predict(z, data)
-
-  m = predict(z)
-  # Few parameters and many rows: forward mode.
-  jacobian = jax.jacfwd(predict)(z)
+  m, jacobian = problem.with_slopes(z, data)
   log = problem.residuals == 'log'
   safe = jnp.maximum(m, TINY)
   r = jnp.log(safe) - y if log else m - y
@@ -113,7 +113,7 @@ def expand(problem: Problem, z, y, w, data, delta, tau) -> Point:
   pull = jax.lax.stop_gradient(pull)
 
   def pulled(z):
-    return pull @ predict(z)
+    return pull @ problem.predict(z, data)
 
   def square(c):
     return jnp.einsum('ni,nj->ij', jacobian * c[:, None], jacobian)

@@ -12,6 +12,7 @@ import numpy as np
 
 from research.scaling.cost import SIX_ND, TWO_ND, Cost
 from research.scaling.laws.base import Law, LawError, precise
+from research.scaling.solver import padded_size
 
 
 def optimum(law: Law, parameters: Mapping, flops, cost: Cost = SIX_ND):
@@ -45,9 +46,7 @@ def _optimal_size(law, parameters, ln_c, *line) -> np.ndarray:
   shape = np.broadcast_shapes(ln_c.shape, *(value.shape for value in parameters.values()))
   count = math.prod(shape)
   # As rows of a few lengths, so that most calls share a compiled program.
-  length = 256
-  while length < count:
-    length *= 16
+  length = padded_size(count, 256, 16)
 
   def row(values):
     return np.resize(np.broadcast_to(values, shape), length)  # repeats them

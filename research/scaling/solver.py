@@ -229,9 +229,7 @@ def _share_shapes(data, y, w, rows, problems):
   Rows that are added have a weight of 0.
   """
   n = y.shape[1]
-  size = 1024
-  while size < problems:
-    size *= 4
+  size = padded_size(problems, 1024, 4)
   if n > _MOST_PADDED_ROWS:
     return data, y, w, rows, size
   extra = _missing_rows(n)
@@ -245,6 +243,14 @@ def _share_shapes(data, y, w, rows, problems):
     w = _repeat_first(w[rows[:, 1]], size - problems)
     rows = np.stack([np.arange(problems)] * 2, axis=1)
   return data, y, w, rows, size
+
+
+def padded_size(count: int, least: int, factor: int) -> int:
+  """The first of least, least x factor, least x factor^2, ... that holds `count`."""
+  size = least
+  while size < count:
+    size *= factor
+  return size
 
 
 def _missing_rows(n: int) -> int:
@@ -262,12 +268,10 @@ def _with_rows(data: dict, count: int) -> dict:
 def predictions(problem, data: dict, z: np.ndarray) -> np.ndarray:
   """The law at many points `z` [points, free] of the free coordinates: [points, rows]."""
   points, n = len(z), len(data['ones'])
-  size = 64
-  while size < points:
-    size *= 4
   data = _with_rows(data, _missing_rows(n))
+  padded = _repeat_first(z, padded_size(points, 64, 4) - points)
   with precise():
-    predicted = np.asarray(_predictions(problem, data, _repeat_first(z, size - points)))
+    predicted = np.asarray(_predictions(problem, data, padded))
   return predicted[:points, :n]
 
 
@@ -288,7 +292,7 @@ def _predictions(problem, data, z):
 
 @functools.partial(jax.jit, static_argnames='problem')
 def _with_slopes(problem, data, z):
-  return problem.predict(z, data), jax.jacfwd(problem.predict)(z, data)
+  return problem.with_slopes(z, data)
 
 
 def _repeat_first(array: np.ndarray, count: int) -> np.ndarray:
