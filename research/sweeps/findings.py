@@ -31,8 +31,10 @@ class Refused:
     return f'no law: {self.reason}'
 
 
-def write_results(folder: Folder, rows: list[dict]) -> None:
-  """Writes results.csv, with a column for every key of any row."""
+def write_results(folder: Folder, rows: list[dict], finding=None) -> None:
+  """Writes results.csv, with a column for every key of any row, and those that an `Answer` adds."""
+  if isinstance(finding, Answer):
+    rows = [{**row, **finding.columns.get(row['run'], {})} for row in rows]
   columns = list(dict.fromkeys(key for row in rows for key in row))
   file = io.StringIO()
   writer = csv.DictWriter(file, columns, lineterminator='\n')
@@ -56,8 +58,7 @@ def conclude(folder: Folder, sweep: Sweep, runs: list[Planned]) -> Analysis | An
     storage.write_atomic(folder.path / 'fit.json', serial.to_json(analysis))
     return analysis
   answer = sweep.design.answer(runs, rows)
-  if answer.columns:
-    write_results(folder, [{**row, **answer.columns.get(row['run'], {})} for row in rows])
+  write_results(folder, rows, answer)
   storage.write_atomic(folder.path / 'summary.txt', f'{answer}\n')
   if answer.fit is not None:
     storage.write_atomic(folder.path / 'fit.json', json.dumps(answer.fit, indent=1) + '\n')

@@ -40,7 +40,7 @@ def write(
 
   runs = folder.plan()
   rows = folder.rows(runs)
-  findings.write_results(folder, rows)
+  findings.write_results(folder, rows, finding)  # the run of a forecast has a row by now
   design = _design(sweep, runs) + _endings(runs, rows)
   excluded = ()
   if isinstance(finding, Analysis):
