@@ -1,7 +1,7 @@
-"""What keys of config.json and gin bindings say the same, in both directions.
+"""Which keys of config.json and which gin bindings mean the same, in both directions.
 
-Inwards a field reads `Settings` and gives gin bindings. Outwards it asks `get` what a binding is in the model
-that is to be written (see `resolved.Resolved`), and gives keys of config.json.
+Inwards, a field reads `Settings` and returns gin bindings. Outwards, it asks `get` for the value that a binding
+has in the model to write (see `resolved.Resolved`), and returns keys of config.json.
 """
 
 import dataclasses
@@ -16,31 +16,40 @@ Get = Callable[[str], Any]
 
 
 class Raw(str):
-  """gin text rather than a Python value."""
+  """Text for the gin file as it stands, such as a reference, rather than a Python value."""
 
 
 def _refused(settings: Settings) -> Any:
-  """A null that means nothing: `Settings.__getitem__` refuses it."""
+  """A null without a meaning: `Settings.__getitem__` refuses it."""
+
+
+def _unchanged(value: Any) -> Any:
+  return value
 
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-  """A key of config.json and the gin macro or binding that says the same.
+  """A key of config.json and the gin macro or binding that means the same.
 
-  `null` is what a null means, a function of the settings; where it gives None the key is refused.
+  Attributes:
+    hf, gin: the key, and the macro or binding.
+    null: gives the meaning of a null from the settings; the key is refused where this gives None too.
+    to_gin, to_hf: turn the value of one into that of the other.
   """
 
   hf: str
   gin: str
   null: Callable[[Settings], Any] = _refused
-  to_gin: Callable[[Any], Any] = lambda value: value
-  to_hf: Callable[[Any], Any] = lambda value: value
+  to_gin: Callable[[Any], Any] = _unchanged
+  to_hf: Callable[[Any], Any] = _unchanged
 
   def read(self, settings: Settings) -> dict[str, Any]:
     value = settings.get(self.hf)
     if value is None:
       value = self.null(settings)
-    return {self.gin: self.to_gin(settings[self.hf] if value is None else value)}
+    if value is None:
+      value = settings[self.hf]  # raises the error that names the key
+    return {self.gin: self.to_gin(value)}
 
   def write(self, get: Get) -> dict[str, Any]:
     return {self.hf: self.to_hf(get(self.gin))}
@@ -48,7 +57,7 @@ class Field:
 
 @dataclasses.dataclass(frozen=True)
 class Optional:
-  """A key whose null means none: the binding is None too."""
+  """A key whose null means none, so that the binding is None too."""
 
   hf: str
   gin: str
@@ -62,7 +71,7 @@ class Optional:
 
 @dataclasses.dataclass(frozen=True)
 class Unused:
-  """Keys of parts that the models of a family do not have, or that transformers computes from others."""
+  """Keys without a binding: the family has no such part, or transformers computes the value from others."""
 
   keys: tuple[str, ...]
 
@@ -75,66 +84,87 @@ class Unused:
     return {}
 
 
+def _nothing(source: Settings | Get) -> dict[str, Any]:
+  return {}
+
+
 @dataclasses.dataclass(frozen=True)
 class Derived:
-  """What gin must say and follows from several keys, and keys that follow from the model."""
+  """Bindings that follow from several keys, and keys that follow from the whole model.
 
-  read: Callable[[Settings], dict[str, Any]] = lambda settings: {}
-  write: Callable[[Get], dict[str, Any]] = lambda get: {}
+  Attributes:
+    read: gives bindings from the settings.
+    write: gives keys of config.json from the model.
+  """
+
+  read: Callable[[Settings], dict[str, Any]] = _nothing
+  write: Callable[[Get], dict[str, Any]] = _nothing
 
 
 @dataclasses.dataclass(frozen=True)
 class Implied:
-  """A size that a part computes from the width: bound only where config.json says another.
+  """A size that a part computes from the width. It is bound only where config.json has another value.
 
-  `of` is the part's rule, of the width.
+  Attributes:
+    hf, gin: the key, and the binding.
+    from_width: the rule of the part.
   """
 
   hf: str
   gin: str
-  of: Callable[[int], int]
+  from_width: Callable[[int], int]
 
   def read(self, settings: Settings) -> dict[str, Any]:
     value = settings[self.hf]
-    implied = value in ('auto', self.of(settings['hidden_size']))
+    implied = value in ('auto', self.from_width(settings['hidden_size']))
     return {} if implied else {self.gin: value}
 
   def write(self, get: Get) -> dict[str, Any]:
-    return {self.hf: get(self.gin) or self.of(get('EMBED'))}
+    return {self.hf: get(self.gin) or self.from_width(get('EMBED'))}
 
 
 def always(bindings: dict[str, Any]) -> Derived:
-  """Bindings that hold for the whole family."""
-  return Derived(lambda settings: bindings)
+  """Bindings that every model of the family has."""
+
+  def read(settings: Settings) -> dict[str, Any]:
+    return bindings
+
+  return Derived(read)
 
 
 def equal(settings: Settings, key: str, value: Any) -> dict:
-  """Refuses a key that is neither this value nor a null that means it. No bindings.
+  """Refuses a key that is neither this value nor a null with that meaning. Returns no bindings.
 
   Raises:
-    UserError: another value.
+    UserError: the key has another value.
   """
-  given = settings.get_or_refuse_null(key)
-  if given is not None and not is_same(given, value):
+  in_file = settings.get_or_refuse_null(key)
+  if in_file is not None and not is_same(in_file, value):
     raise UserError(
-      f'config.json: {settings.model_type} with {settings.name(key)} = {given!r} is not supported, '
+      f'config.json: {settings.model_type} with {settings.name(key)} = {in_file!r} is not supported, '
       f'only {value!r}.'
     )
   return {}
 
 
 class Options(tuple):
-  """The values of a key that all mean the same; the first is written."""
+  """The values of a key that all mean the same. The first is the one that is written."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-  """One row: what config.json calls the family, our gin file, and what corresponds.
+  """One row of the table of families.
 
-  `when` are keys that config.json must have with these values (`Options` for several); another value is
-  another row, or an error. `ignore` are tensors (regular expressions) that old checkpoints have and that say
-  nothing. `prefix` begins the names of the model without its head: files may leave it out. `copies` are tensors
-  that a file may hold besides those that they must be equal to.
+  Attributes:
+    model_type, architecture: as config.json says them.
+    gin: our gin file of the family.
+    fields: keys of config.json and the bindings that mean the same, as `Field` and its like.
+    trees: names of the tensors of the layers.
+    top: names of the tensors around the layers.
+    when: keys that must have these values (`Options` for several). Another value is another row, or an error.
+    ignore: regular expressions of tensors that old checkpoints have and the function does not depend on.
+    prefix: begins the names of all tensors but the head's; files may leave it out.
+    copies: tensors that a file may hold besides, and the tensors that they must be equal to.
   """
 
   model_type: str
@@ -150,23 +180,29 @@ class Family:
 
 
 def head_dim(settings: Settings) -> int:
-  """The size of a head: the key, or the width divided by the heads."""
+  """The size of a head: the value of the key, or the width divided by the number of heads."""
   return settings.get('head_dim') or width(settings) // heads(settings)
 
 
 def width(settings: Settings) -> int:
-  """The size of the residual stream, which families call differently."""
-  return settings[next(k for k in ('hidden_size', 'n_embd', 'd_model') if k in settings.defaults)]
+  """The size of the residual stream, for which families have different keys."""
+  names = ('hidden_size', 'n_embd', 'd_model')
+  return settings[next(name for name in names if name in settings.defaults)]
 
 
 def heads(settings: Settings) -> int:
-  """The number of heads of the queries."""
+  """The number of query heads."""
   names = ('num_attention_heads', 'n_head', 'n_heads', 'num_heads')
-  return settings[next(k for k in names if k in settings.defaults)]
+  return settings[next(name for name in names if name in settings.defaults)]
+
+
+def _read_head_dim(settings: Settings) -> dict[str, Any]:
+  return {'HEAD_DIM': width(settings) // heads(settings)}
 
 
 HEAD_DIM = Field('head_dim', 'HEAD_DIM', head_dim)
-HEAD_DIM_ONLY_OURS = Derived(lambda settings: {'HEAD_DIM': width(settings) // heads(settings)})
+# For families whose config.json has no such key.
+HEAD_DIM_ONLY_OURS = Derived(_read_head_dim)
 SIZES = (
   Field('vocab_size', 'VOCAB'),
   Field('hidden_size', 'EMBED'),

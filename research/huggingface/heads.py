@@ -1,7 +1,7 @@
-"""The head: tied to the token vectors or a matrix of its own, as the flag and the file say together.
+"""The head of a model: the token vectors, or a matrix of its own. The flag and the file decide together.
 
-A file may hold a head although its config ties it. Where the two matrices are equal nothing is lost; where they
-differ the file's head is used, as transformers does.
+A file may hold a head although `tie_word_embeddings` is true. If the two matrices are equal, the head is tied
+and nothing is lost. If they differ, the head in the file is used, as transformers does.
 """
 
 import dataclasses
@@ -12,9 +12,18 @@ from research.huggingface.settings import Settings
 
 
 def is_tied(settings: Settings, table: str, head: str) -> bool:
-  """Whether the head is the table of token vectors; the names are those of the two tensors."""
-  differs = head in settings.tensors and not settings.same_tensors(table, head)
-  return settings['tie_word_embeddings'] and not differs
+  """Whether the head is the table of token vectors.
+
+  Args:
+    settings: of the config.json.
+    table, head: the names of the two tensors.
+  """
+  return settings['tie_word_embeddings'] and not _has_other_head(settings, table, head)
+
+
+def _has_other_head(settings: Settings, table: str, head: str) -> bool:
+  """Whether the files hold a head that differs from the table of token vectors."""
+  return head in settings.tensors and not settings.same_tensors(table, head)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,23 +57,24 @@ class Head:
 HEAD = Head()
 
 
-def _read_masked(settings):
-  tied = is_tied(
-    settings, 'bert.embeddings.word_embeddings.weight', 'cls.predictions.decoder.weight'
-  )
-  return {'heads.MaskedHead.tied': tied}
+BERT_TABLE = 'bert.embeddings.word_embeddings.weight'
+BERT_HEAD = 'cls.predictions.decoder.weight'
 
 
-MASKED_HEAD = Derived(
-  _read_masked, lambda get: {'tie_word_embeddings': get('heads.MaskedHead.tied')}
-)
+def _read_masked(settings: Settings) -> dict[str, Any]:
+  return {'heads.MaskedHead.tied': is_tied(settings, BERT_TABLE, BERT_HEAD)}
+
+
+def _write_masked(get: Get) -> dict[str, Any]:
+  return {'tie_word_embeddings': get('heads.MaskedHead.tied')}
+
+
+MASKED_HEAD = Derived(_read_masked, _write_masked)
 
 
 def _t5_head(settings: Settings, scaled: bool, tied: bool = True) -> dict[str, Any]:
-  # transformers ties every T5 and mT5 that has no other head in its file, whatever the flag; not a Switch.
-  head = 'lm_head.weight'
-  differs = head in settings.tensors and not settings.same_tensors('shared.weight', head)
-  untied = differs or not tied
+  """Bindings of the head of an encoder-decoder; `scaled` divides the features by the root of the width."""
+  untied = _has_other_head(settings, 'shared.weight', 'lm_head.weight') or not tied
   name = 'UntiedHead' if untied else 'TiedHead'
   return {
     'models.EncoderDecoder.head': Raw(f'@heads.{name}'),
@@ -72,17 +82,17 @@ def _t5_head(settings: Settings, scaled: bool, tied: bool = True) -> dict[str, A
   }
 
 
-def _read_t5(settings):
-  # Of `tie_word_embeddings` only `false` says release 1.1: null and an absent key are the first release's.
+def _read_t5(settings: Settings) -> dict[str, Any]:
+  # Only `false` means release 1.1, whose features are not scaled. Null and an absent key mean release 1.0.
   scaled = settings.get('tie_word_embeddings') is not False
-  if settings.is_given(
-    'scale_decoder_outputs'
-  ):  # files of transformers 5 say it here, and always tie
+  # Files that transformers 5 writes have a key of their own for it.
+  if settings.is_given('scale_decoder_outputs'):
     scaled = bool(settings.get('scale_decoder_outputs'))
+  # transformers ties every T5 whose file has no other head, whatever the flag says.
   return _t5_head(settings, scaled)
 
 
-def _write_t5(get):
+def _write_t5(get: Get) -> dict[str, Any]:
   name = 'TiedHead' if get.is_a('models.EncoderDecoder.head', 'heads.TiedHead') else 'UntiedHead'
   scaled = get(f'heads.{name}.scale') != 1.0
   return {'tie_word_embeddings': scaled, 'scale_decoder_outputs': scaled}
@@ -91,22 +101,27 @@ def _write_t5(get):
 T5_HEAD = Derived(_read_t5, _write_t5)
 
 
-def _read_unscaled(settings):
-  settings.get('tie_word_embeddings')
+def _read_mt5(settings: Settings) -> dict[str, Any]:
+  # transformers ties every mT5 whose file has no other head, whatever the flag says, but refuses a null.
+  settings.get_or_refuse_null('tie_word_embeddings')
   return _t5_head(settings, scaled=False)
 
 
-MT5_HEAD = Derived(_read_unscaled, lambda get: {'tie_word_embeddings': True})
+def _write_mt5(get: Get) -> dict[str, Any]:
+  return {'tie_word_embeddings': True}
 
 
-def _read_scaled(settings):
+MT5_HEAD = Derived(_read_mt5, _write_mt5)
+
+
+def _read_switch(settings: Settings) -> dict[str, Any]:
   tied = settings['tie_word_embeddings']
   return _t5_head(settings, scaled=tied, tied=tied)
 
 
-def _write_scaled(get):
+def _write_switch(get: Get) -> dict[str, Any]:
   config = _write_t5(get)
   return {'tie_word_embeddings': config['tie_word_embeddings']}
 
 
-SWITCH_HEAD = Derived(_read_scaled, _write_scaled)
+SWITCH_HEAD = Derived(_read_switch, _write_switch)

@@ -1,7 +1,7 @@
-"""Which layers see everything and which only a window: `layer_types` and what older configs say instead.
+"""Which layers attend to all tokens and which to a window: `layer_types`, and the keys of older configs for it.
 
-A pattern of layers becomes a period that a stack repeats, and a rest: Gemma 2 alternates, Gemma 3 has five
-layers with a window before each one without, Qwen's may stand in any order.
+A pattern of layers becomes a period that a stack repeats, and a remainder. Gemma 2 alternates, Gemma 3 has five
+layers with a window before each one without, and Qwen's may come in any order.
 """
 
 import dataclasses
@@ -16,11 +16,12 @@ FULL, SLIDING = 'full_attention', 'sliding_attention'
 
 
 def period_of(kinds: list[str]) -> tuple[list[str], int, list[str]]:
-  """(period, repeats, rest) of a pattern: the shortest period, and the layers after its last repetition."""
+  """Returns (period, repeats, rest) of a pattern: the shortest period, and what follows its last repetition."""
   best = (kinds, 1, [])
   for size in range(1, len(kinds)):
     repeats = len(kinds) // size
     rest = kinds[repeats * size :]
+    # What counts is how many kinds of layers a program has: a rest of equal layers is one more, however long.
     shorter = size + len(set(rest)) < len(best[0]) + len(set(best[2]))
     if kinds[:size] * repeats == kinds[: repeats * size] and shorter:
       best = (kinds[:size], repeats, rest)
@@ -28,14 +29,12 @@ def period_of(kinds: list[str]) -> tuple[list[str], int, list[str]]:
 
 
 def stacks(kinds: list[str], part: str, norm: str = '@layers.RMSNorm') -> dict[str, Any]:
-  """Bindings of a stack with these kinds of layers, each attention and then `part` ('@mlp.Mlp').
+  """Returns the bindings of a stack with these kinds of layers, each attention and then `part` ('@mlp.Mlp').
 
   A layer with a window takes its attention from the scope `local`.
   """
   period, repeats, rest = period_of(kinds)
-  scopes = {FULL: '@attention.Attention', SLIDING: '@local/attention.Attention'}
-  written = lambda some: Raw('(' + ', '.join(f'{scopes[kind]}, {part}' for kind in some) + ')')
-  bindings = {'stack.Stack.parts': written(period), 'stack.Stack.repeats': repeats}
+  bindings = {'stack.Stack.parts': _parts_of(period, part), 'stack.Stack.repeats': repeats}
   if not rest:
     return {
       **bindings, 'models.LanguageModel.stack': Raw('@stack.Stack'), 'stack.Stack.norm': Raw(norm),
@@ -45,13 +44,19 @@ def stacks(kinds: list[str], part: str, norm: str = '@layers.RMSNorm') -> dict[s
     **bindings, 'models.LanguageModel.stack': Raw('@stack.Stacks'),
     'stack.Stacks.stacks': Raw('(@stack.Stack, @rest/stack.Stack)'),
     'stack.Stacks.norm': Raw(norm), 'stack.Stack.norm': None,
-    'rest/stack.Stack.parts': written(rest[:1] if alike else rest),
+    'rest/stack.Stack.parts': _parts_of(rest[:1] if alike else rest, part),
     'rest/stack.Stack.repeats': len(rest) if alike else 1,
   }  # fmt: skip
 
 
+def _parts_of(kinds: list[str], part: str) -> Raw:
+  """The gin tuple of the parts of these layers."""
+  attention = {FULL: '@attention.Attention', SLIDING: '@local/attention.Attention'}
+  return Raw('(' + ', '.join(f'{attention[kind]}, {part}' for kind in kinds) + ')')
+
+
 def _last_layers(settings: Settings) -> list[str]:
-  """Qwen 2 and 3: a window from the layer `max_window_layers` on."""
+  """Qwen 2 and 3: the layers from `max_window_layers` on have a window."""
   first = settings['max_window_layers'] if settings.get('use_sliding_window') else 1 << 30
   window = settings.get('sliding_window')
   return [
@@ -61,7 +66,7 @@ def _last_layers(settings: Settings) -> list[str]:
 
 
 def _every_second_first_layer(settings: Settings) -> list[str]:
-  """Qwen 2 MoE: a window on every second of the first `max_window_layers`."""
+  """Qwen 2 MoE: every second of the first `max_window_layers` has a window."""
   last = settings['max_window_layers'] if settings.get('use_sliding_window') else 0
   return [
     SLIDING if i % 2 == 0 and i < last else FULL for i in range(settings['num_hidden_layers'])
@@ -69,18 +74,18 @@ def _every_second_first_layer(settings: Settings) -> list[str]:
 
 
 def _every_layer(settings: Settings) -> list[str]:
-  """Qwen 3 MoE: a window on every layer, or on none."""
+  """Qwen 3 MoE: all layers have a window, or none has."""
   with_window = settings.get('use_sliding_window') and settings.get('sliding_window') is not None
   return [SLIDING if with_window else FULL] * settings['num_hidden_layers']
 
 
 def _alternating(settings: Settings) -> list[str]:
-  """Gemma 2: a window on the first and every second layer after it."""
+  """Gemma 2: the first layer and every second one after it have a window."""
   return [SLIDING if i % 2 == 0 else FULL for i in range(settings['num_hidden_layers'])]
 
 
 def _all_but_one(settings: Settings) -> list[str]:
-  """Gemma 3: a window on all but every sixth layer."""
+  """Gemma 3: all but every sixth layer have a window."""
   pattern = settings['sliding_window_pattern']
   return [SLIDING if (i + 1) % pattern else FULL for i in range(settings['num_hidden_layers'])]
 
@@ -90,10 +95,10 @@ class LayerTypes:
   """The keys that say which layers have a window.
 
   Attributes:
-    default: the pattern where `layer_types` is absent or null.
-    part: what follows attention in a layer.
-    listed: whether the family has a key `layer_types`.
-    switched: whether `use_sliding_window` turns the window off.
+    default: gives the pattern where `layer_types` is absent or null.
+    part: the part behind attention in a layer.
+    listed: whether the family has the key `layer_types`.
+    switched: whether the family has `use_sliding_window`, which turns the window off.
   """
 
   default: Callable[[Settings], list[str]]
@@ -104,7 +109,7 @@ class LayerTypes:
   def read(self, settings: Settings) -> dict[str, Any]:
     kinds = settings.get('layer_types') if self.listed else None
     default = self.default(settings)
-    # Other keys say nothing where this one does.
+    # These have no effect where `layer_types` is there, and the default has read them where it is not.
     for key in ('max_window_layers', 'sliding_window_pattern', '_sliding_window_pattern'):
       settings.get_or_refuse_null(key)
     if self.switched:

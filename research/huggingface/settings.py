@@ -1,8 +1,8 @@
-"""config.json: read from its file, and looked up so that no key goes unread.
+"""Reads config.json, and makes sure that no key goes unread.
 
-`Settings` knows what an absent key means to the family, checks the type of what is there, and remembers which
-keys somebody asked for. What is left over either has no effect on the function that the model computes, or is
-refused by name: an option that nobody read would silently make another model.
+`Settings` knows what an absent key means to the family, checks the types of the values, and remembers which
+keys were asked for. A key that is left over must have no effect on the function that the model computes. Any
+other is refused by name: an option that nothing reads would silently give another model.
 """
 
 import json
@@ -18,10 +18,10 @@ from research.huggingface.harmless import HARMLESS, WITHOUT_EFFECT, wanted
 
 
 def read_json(path: pathlib.Path) -> dict:
-  """The object in a JSON file.
+  """Returns the object in a JSON file.
 
   Raises:
-    UserError: the file is not UTF-8, begins with a byte order mark, was cut, or holds something else.
+    UserError: the file is empty or cut, is not UTF-8, begins with a byte order mark, or holds no object.
   """
   data = path.read_bytes()
   if not data.strip():
@@ -49,12 +49,12 @@ def read_json(path: pathlib.Path) -> dict:
 
 
 def _number(value: dict) -> Any:
-  """An infinity, which transformers writes as an object."""
+  """Turns the object that transformers writes for an infinity into a number; leaves others as they are."""
   return float(value['__float__']) if value.keys() == {'__float__'} else value
 
 
 class Settings:
-  """The keys of a config.json, with the defaults of a family under them."""
+  """The keys of a config.json, and the family's defaults for those that are absent."""
 
   def __init__(
     self,
@@ -64,21 +64,23 @@ class Settings:
     defaults: dict[str, Any] | None = None,
     inside: str = '',
     tensors: tuple[str, ...] = (),
-    same_tensors: Callable[[str, str], bool] = lambda a, b: False,
+    same_tensors: Callable[[str, str], bool] | None = None,
   ):
     """
     Args:
-      given: what the file says.
+      given: the keys and values in the file.
       model_type: the family.
-      defaults: what absent keys mean; None takes the family's.
-      inside: the key that these settings are the value of, for messages.
+      defaults: the meaning of absent keys; None takes the family's.
+      inside: the key whose value these settings are, for messages.
       tensors: the names of the tensors in the checkpoint.
-      same_tensors: whether the tensors of two names are equal.
+      same_tensors: whether the tensors of two names are equal; None where no files are at hand.
     """
-    self.model_type, self.inside = model_type, inside
+    self.model_type = model_type
+    self.inside = inside
     self.defaults = DEFAULTS.get(model_type, {}) if defaults is None else defaults
     self.given = given if inside else self._without_aliases(given)
-    self.tensors, self.same_tensors = frozenset(tensors), same_tensors
+    self.tensors = frozenset(tensors)
+    self.same_tensors = same_tensors or _never_the_same
     self.read = {'model_type'}
     self.children: list[Settings] = []
 
@@ -94,35 +96,36 @@ class Settings:
     return values
 
   def name(self, key: str) -> str:
-    """How a message calls a key, which may be any text of a file."""
+    """The name of a key in messages, on one line whatever text the file has for it."""
     return one_line(f'{self.inside}.{key}' if self.inside else key)
 
   def is_given(self, key: str) -> bool:
-    """Whether the file has the key at all."""
+    """Whether the file has the key, null included."""
     return key in self.given
 
   def get(self, key: str, default: Any = None) -> Any:
-    """The value of a key, None where it is null, and what the family takes for one that is absent.
+    """Returns the value of a key, None where it is null, and the family's default where it is absent.
 
     Raises:
       UserError: the value is not of the type of the default.
     """
     self.read.add(key)
-    known = self.defaults.get(key)
-    kind = known if isinstance(known, type) else type(known) if known is not None else None
+    family_default = self.defaults.get(key)
     if key not in self.given:
-      return default if known is None or isinstance(known, type) else known
+      return default if _has_no_value(family_default) else family_default
     value = self.given[key]
-    if value is not None and kind is not None and not _is_of(value, kind, known):
+    kind = family_default if isinstance(family_default, type) else type(family_default)
+    if family_default is None or value is None:
+      return value
+    if not _has_type(value, kind, family_default):
       raise UserError(
         f'config.json: {self.name(key)} = {value!r} of {self.model_type} is not of the type {kind.__name__}.'
       )
     return int(value) if kind is int and isinstance(value, float) else value
 
   def get_or_refuse_null(self, key: str) -> Any:
-    """As `get`, but a null is refused where the family's default is a value and not null."""
-    known = self.defaults.get(key)
-    return self.get(key) if known is None or isinstance(known, type) else self[key]
+    """As `get`, but refuses a null where the family's default is a value and not null."""
+    return self.get(key) if _has_no_value(self.defaults.get(key)) else self[key]
 
   def __getitem__(self, key: str) -> Any:
     value = self.get(key)
@@ -132,7 +135,7 @@ class Settings:
     return value
 
   def child(self, key: str, value: dict, defaults: dict[str, Any] | None = None) -> 'Settings':
-    """The settings in the object that is the value of a key."""
+    """Returns the settings in the object that is the value of a key."""
     if not isinstance(value, dict):
       raise UserError(f'config.json: {self.name(key)} = {value!r} is not an object.')
     child = Settings(value, self.model_type, defaults=defaults or {}, inside=self.name(key))
@@ -140,10 +143,10 @@ class Settings:
     return child
 
   def check_all_read(self) -> None:
-    """Refuses the keys that nobody asked for, but those that have no effect.
+    """Refuses the keys that were not asked for, except those without effect on the function.
 
     Raises:
-      UserError: the first such key, with its value.
+      UserError: names the first such key and its value.
     """
     for key in sorted(self.given.keys() - self.read):
       value = self.given[key]
@@ -157,8 +160,8 @@ class Settings:
         continue
       if harmless:
         continue
-      known = {*self.read, *HARMLESS, *self.defaults} - {key}
-      hint = did_you_mean(key, known)
+      known_keys = {*self.read, *HARMLESS, *self.defaults} - {key}
+      hint = did_you_mean(key, known_keys)
       raise UserError(
         f'config.json: {self.name(key)} = {one_line(repr(value))} of {self.model_type} is not supported'
         f'{": this project does not know what it does" if key not in HARMLESS else ""}. '
@@ -168,8 +171,18 @@ class Settings:
       child.check_all_read()
 
 
-def _is_of(value, kind: type, known) -> bool:
-  if known == 'auto':  # a number, or the word
+def _never_the_same(name: str, other: str) -> bool:
+  return False
+
+
+def _has_no_value(default) -> bool:
+  """Whether a default is null: None, or the type that the key has otherwise."""
+  return default is None or isinstance(default, type)
+
+
+def _has_type(value, kind: type, default) -> bool:
+  """Whether a value of config.json is of the type of a default. 4.0 passes for an int, and 4 for a float."""
+  if default == 'auto':  # a number, or the word
     return value == 'auto' or (isinstance(value, int) and not isinstance(value, bool))
   if kind in (int, float):
     if isinstance(value, bool) or not isinstance(value, int | float):

@@ -250,7 +250,7 @@ def test_every_wrong_tensor_is_listed(folder):
     ({'num_hidden_layers': 10**9}, 'num_hidden_layers = 1000000000 of config.json is more than the'),
     ({'quantization_config': {'quant_method': 'gptq', 'bits': 4}}, 'no tensor of the files is; take it out'),
     ({'hidden_act': 'relu'}, "llama with hidden_act = 'relu' is not supported, only 'silu'"),
-    ({'rope_scaling': {'type': 'dynamic', 'factor': 2.0}}, "no rotary scaling 'dynamic' here"),
+    ({'rope_scaling': {'type': 'dynamic', 'factor': 2.0}}, "rotary scaling 'dynamic' is not supported"),
   ],
 )  # fmt: skip
 def test_a_config_that_is_not_supported_is_one_sentence(folder, change, message):
