@@ -1,12 +1,12 @@
-"""Keys of config.json that do not change the function which a trained model computes on given tokens.
+"""Keys of config.json without effect on the function that a trained model computes of its tokens.
 
-Where transformers states a type for such a key, a value of another type is refused here as well: nobody can say
-what a file means that no version of transformers reads.
+If transformers states a type for such a key, a value of another type is refused here as well: nobody knows what
+a file means that no version of transformers reads.
 """
 
 from typing import Any
 
-# Options that any config.json may have, and the values with which they change nothing.
+# Options that any config.json may have, and the values with which they have no effect.
 HARMLESS = {
   'pruned_heads': (None, {}), 'tie_encoder_decoder': (None, False), 'cross_attention_hidden_size': (None,),
   'quantization_config': (None,), 'is_encoder_decoder': (False,), 'is_decoder': (False, True),
@@ -69,7 +69,7 @@ WITHOUT_EFFECT = INTEGERS | NUMBERS | BOOLEANS | STRINGS | OBJECTS | _UNTYPED | 
 
 
 def wanted(model_type: str, key: str, value: Any) -> str | None:
-  """What a key without effect must be, in words; None where its value is that, or where anything will do."""
+  """Returns the type that a key without effect must have, in words; None where its value is right."""
   if value is None:
     if key in NULL or key in _UNTYPED or model_type in NULL_IN.get(key, ()):
       return None
@@ -95,6 +95,7 @@ def wanted(model_type: str, key: str, value: Any) -> str | None:
 
 
 def _kind(key: str) -> str:
+  """The type of a key without effect, in words."""
   kinds = {
     'an integer': INTEGERS, 'a number': NUMBERS, 'true or false': BOOLEANS, 'a string': STRINGS,
     'an object': OBJECTS, 'an integer or a list of integers': ('eos_token_id',),

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints to ours: config.json to gin, tensors to parameters, a tensor at a time."""
+"""Reads Hugging Face checkpoints: config.json becomes gin, and tensors become parameters, one at a time."""
 
 import importlib.util
 import math
@@ -18,7 +18,7 @@ from research.huggingface.packed import unpack
 from research.huggingface.settings import Settings, is_same
 from research.huggingface.sources import read_source
 
-# What config.json can do to Python by being wrong: none of it is a reader's business to see.
+# The errors of Python that a wrong config.json can cause. They become one sentence.
 NONSENSE = (
   TypeError,
   ValueError,
@@ -35,59 +35,60 @@ RENAMED = {
   r'^backbone\.embedding\.weight$': 'backbone.embeddings.weight',
 }  # fmt: skip
 LISTED = 12  # tensors named in one message
-# Keys that say how many layers or experts there are: each of them has a tensor of its own, or a slice of one.
+# The keys for the number of layers or experts. Each of these has a tensor, or a slice of one, in the files.
 COUNTS = (
   'num_hidden_layers', 'n_layer', 'n_layers', 'num_layers', 'num_decoder_layers',
   'num_experts', 'num_local_experts', 'n_routed_experts',
 )  # fmt: skip
-MANY = 10_000
+MANY = 10_000  # layers or experts that a model may have, however few tensors its files hold
 
 
 def family_of(config: dict[str, Any]) -> tuple[Family, Settings]:
-  """The row for a config.json, and the settings to read it with.
+  """Returns the row of the table of families for a config.json, and the settings to read it with.
 
   Raises:
-    UserError: no such family, or one of its options that is not supported, by name.
+    UserError: there is no such family, or it has an option that is not supported.
   """
   from research.huggingface.families import FAMILIES
 
   kind = config.get('model_type')
   rows = [family for family in FAMILIES if family.model_type == kind]
   if not rows:
-    known = {family.model_type for family in FAMILIES}
-    raise UserError(f'config.json: no family for model_type {kind!r}.{did_you_mean(kind, known)}')
+    families = {family.model_type for family in FAMILIES}
+    raise UserError(
+      f'config.json: no family for model_type {kind!r}.{did_you_mean(kind, families)}'
+    )
   for family in rows:
     settings = Settings(config, kind)
-    wrong = [
-      key for key, wanted in family.when.items() if not _is_one_of(settings.get(key), wanted)
-    ]
-    if not wrong:
+    key = unlike(family, settings)
+    if key is None:
       return family, settings
-  key = wrong[0]
-  wanted = [row.when[key] for row in rows if key in row.when]
-  values = [v for value in wanted for v in (value if isinstance(value, Options) else (value,))]
+  supported = [value for row in rows if key in row.when for value in _options(row.when[key])]
   raise UserError(
-    f'config.json: {kind} with {key} = {Settings(config, kind).get(key)!r} is not supported, only '
-    f'{" or ".join(dict.fromkeys(map(repr, values)))}.'
+    f'config.json: {kind} with {key} = {settings.get(key)!r} is not supported, only '
+    f'{" or ".join(dict.fromkeys(map(repr, supported)))}.'
   )
 
 
 def unlike(family: Family, settings: Settings) -> str | None:
-  """The first key with another value than this row stands for; None where the row fits."""
-  wrong = [key for key, wanted in family.when.items() if not _is_one_of(settings.get(key), wanted)]
-  return wrong[0] if wrong else None
+  """Returns the first key whose value is not the one that this row stands for; None where the row fits."""
+  for key, condition in family.when.items():
+    value = settings.get(key)
+    if not any(is_same(value, option) for option in _options(condition)):
+      return key
+  return None
 
 
-def _is_one_of(value, wanted) -> bool:
-  options = wanted if isinstance(wanted, Options) else (wanted,)
-  return any(is_same(value, option) for option in options)
+def _options(condition) -> tuple:
+  """The values that a condition of `Family.when` allows."""
+  return condition if isinstance(condition, Options) else (condition,)
 
 
 def gin_text(family: Family, settings: Settings) -> str:
-  """A gin file for the model of a config.json: the family's, and the values.
+  """Returns a gin file for the model of a config.json: it includes the family's and binds the values.
 
   Raises:
-    UserError: a key that is missing, that has a value which makes no sense, or that nobody reads.
+    UserError: a key is missing, has a value that makes no sense, or is not read by anything.
   """
   bindings = {}
   try:
@@ -98,21 +99,31 @@ def gin_text(family: Family, settings: Settings) -> str:
       f'config.json of {family.model_type} makes no sense: {_in_a_line(error)}.'
     ) from error
   settings.check_all_read()
-  mentions = ' '.join(f'{k} {v if isinstance(v, Raw) else ""}' for k, v in bindings.items())
-  named = re.findall(r'(?:^|[@/( ])(\w+)\.', mentions)
-  modules = sorted({name for name in named if importlib.util.find_spec(f'research.model.{name}')})
   lines = [f'# {family.model_type}, from config.json.', 'from __gin__ import dynamic_registration']
-  lines += ['import jax.nn'] + [f'from research.model import {name}' for name in modules]
+  lines += ['import jax.nn']
+  lines += [f'from research.model import {name}' for name in _modules(bindings)]
   lines += [f"include '{family.gin}'", '']
-  lines += [f'{k} = {v if isinstance(v, Raw) else repr(v)}' for k, v in bindings.items()]
+  for name, value in bindings.items():
+    lines.append(f'{name} = {value if isinstance(value, Raw) else repr(value)}')
   return '\n'.join(lines) + '\n'
 
 
+def _modules(bindings: dict[str, Any]) -> list[str]:
+  """The modules of research.model that bindings mention: a gin file must import them itself."""
+  text = ' '.join(f'{k} {v if isinstance(v, Raw) else ""}' for k, v in bindings.items())
+  names = set(re.findall(r'(?:^|[@/( ])(\w+)\.', text))
+  return sorted(name for name in names if importlib.util.find_spec(f'research.model.{name}'))
+
+
 def table(model, family: Family) -> list[Tensor]:
-  """The tensors of this family for a model (a partial that needs only `rngs`).
+  """Returns the tensors that a family has for a model.
+
+  Args:
+    model: a partial that needs only `rngs`.
+    family: whose names the tensors get.
 
   Raises:
-    UserError: the table leaves a parameter out, by name.
+    UserError: the family has no tensor for a parameter of the model.
   """
   from flax import nnx
 
@@ -135,7 +146,10 @@ def table(model, family: Family) -> list[Tensor]:
 
 
 def open_folder(folder: pathlib.Path) -> tuple[str, list[Tensor], Tensors]:
-  """A Hugging Face checkpoint's gin text, the tensors that its model wants, and those in its files.
+  """Opens a Hugging Face checkpoint.
+
+  Returns:
+    The gin text, the tensors that its model needs, and those in its files by name.
 
   Raises:
     UserError: as `load`.
@@ -154,7 +168,8 @@ def open_folder(folder: pathlib.Path) -> tuple[str, list[Tensor], Tensors]:
       )
     given = unpack(given, quantisation)
   _check_counts(folder, config, given)
-  settings.tensors, settings.same_tensors = frozenset(given), given.same
+  settings.tensors = frozenset(given)
+  settings.same_tensors = given.same
   text = gin_text(family, settings)
   gin = configs.Config('MODEL')
   try:
@@ -171,12 +186,12 @@ def open_folder(folder: pathlib.Path) -> tuple[str, list[Tensor], Tensors]:
 
 
 def _in_a_line(error: BaseException) -> str:
-  """The kind of an error and the first line of what it says."""
+  """The class of an error and the first line of its message."""
   return ': '.join((type(error).__name__, *str(error).splitlines()[:1])).rstrip('.')
 
 
 def _check_counts(folder, config: dict[str, Any], given: Tensors) -> None:
-  """Refuses more layers or experts than there are tensors, before a list of that length is made."""
+  """Refuses more layers or experts than there are tensors, before anything of that length is built."""
   for key in COUNTS:
     count = config.get(key)
     if isinstance(count, int | float) and count > max(MANY, len(given)):
@@ -187,7 +202,7 @@ def _check_counts(folder, config: dict[str, Any], given: Tensors) -> None:
 
 
 def _canonical(family: Family, given: Tensors) -> dict[str, str]:
-  """Old names and names without the prefix of the family, to those that the tables have."""
+  """Maps old names, and names without the family's prefix, to the names in the tables."""
   outside = tuple(
     name.split('.')[0] + '.' for name in family.top.values() if not name.startswith(family.prefix)
   )
@@ -203,7 +218,7 @@ def _canonical(family: Family, given: Tensors) -> dict[str, str]:
 
 
 def _check_tensors(folder, family, settings, wanted, given) -> None:
-  """Refuses tensors that are unknown, missing or misshapen, and copies that are none."""
+  """Refuses tensors that are unknown, missing or misshapen, and copies that differ from their original."""
   names = {tensor.name for tensor in wanted}
   ignored = [*family.ignore, *_extra_layers(settings)]
   unknown = [n for n in given if n not in names and not any(re.fullmatch(i, n) for i in ignored)]
@@ -212,7 +227,7 @@ def _check_tensors(folder, family, settings, wanted, given) -> None:
       unknown.remove(name)
     elif name in unknown and original in given:
       raise UserError(f'{folder}: {name} is not the copy of {original} that it should be.')
-  # A head that is not wanted is equal to the token vectors: `heads.is_tied` compared them.
+  # If the model has no head of its own, the head in the file equals the token vectors: `heads` compared them.
   unknown = [name for name in unknown if name != family.top.get('head.kernel')]
   problems = [f'{name} is missing' for name in sorted(names - given.keys())]
   problems += [f'{name} is unknown' for name in sorted(unknown)]
@@ -229,7 +244,7 @@ def _check_tensors(folder, family, settings, wanted, given) -> None:
 
 
 def _extra_layers(settings: Settings) -> list[str]:
-  """Layers after the last that config.json announces: they predict further tokens (DeepSeek-V3)."""
+  """Expressions for the layers behind the last one, which predict further tokens (DeepSeek-V3)."""
   if 'num_nextn_predict_layers' not in settings.defaults:
     return []
   first = settings['num_hidden_layers']
@@ -238,7 +253,7 @@ def _extra_layers(settings: Settings) -> list[str]:
 
 
 def pieces(wanted, given) -> Iterator[tuple[tuple, tuple[int, ...], np.ndarray]]:
-  """The path, the index on the leading axes and the values of every piece, a tensor at a time."""
+  """Yields the path, the index on the leading axes and the values of every piece, a tensor at a time."""
   for tensor in wanted:
     for piece, value in zip(tensor.pieces, tensor.split(given[tensor.name]), strict=True):
       yield piece.path, piece.index, value
@@ -256,14 +271,14 @@ def _shapes(wanted) -> dict[tuple, tuple[int, ...]]:
 
 
 def load(folder: str | pathlib.Path) -> tuple[str, dict]:
-  """The gin text and the parameters (nested dicts, in memory) of a Hugging Face checkpoint.
+  """Returns the gin text and the parameters (nested dicts of float32, in memory) of a Hugging Face checkpoint.
 
   Args:
     folder: with config.json and safetensors; or a GGUF file.
 
   Raises:
-    UserError: an unknown family or option; files that are missing or damaged; tensors that are unknown,
-      missing or misshapen, listed.
+    UserError: the family or an option is unknown, files are missing or damaged, or tensors are unknown,
+      missing or misshapen; the message lists them.
   """
   from research.checkpoints import streamed
 
@@ -275,9 +290,9 @@ def load(folder: str | pathlib.Path) -> tuple[str, dict]:
 
 
 def from_hf(folder: str | pathlib.Path, out: str | pathlib.Path) -> None:
-  """Writes the checkpoint and the model.gin of a Hugging Face checkpoint, a tensor at a time.
+  """Converts a Hugging Face checkpoint to a checkpoint of ours with its model.gin, a tensor at a time.
 
-  The tokenizer and the special ids go along, so that `outwards.save` can give them back.
+  The tokenizer and the special ids are kept too, so that `outwards.save` can write them again.
 
   Raises:
     UserError: as `load`.

@@ -1,7 +1,7 @@
-"""Whether two models are one function: what is built is compared, layer by layer, not the text of gin.
+"""Compares two models as they are built, layer by layer, and not as their gin text has them.
 
-A number, a bare function and a function with its defaults bound can all say the same, and so can a stack of two
-layers twice and one of four. What is compared are the parameters' shapes and every knob of the modules.
+A bare function and one with its defaults bound can be the same function, and a stack of two layers repeated
+twice is a stack of four. What is compared are the shapes of the parameters and every knob of the modules.
 """
 
 import math
@@ -11,14 +11,14 @@ from typing import Any
 from research.core.errors import UserError
 from research.huggingface.resolved import node
 
-# What a config.json does not say, and inference does not need.
+# Members that a config.json does not have, and that inference does not need.
 TRAINING_ONLY = frozenset((
   'dtype', 'init', 'scan', 'remat', 'chunk', 'balance', 'z_loss', 'rate', 'capacity', 'places', 'repeats',
 ))  # fmt: skip
 
 
 def facts(model) -> dict[str, Any]:
-  """What is built: a name by which a person finds it, and a shape, a number or a function."""
+  """Returns the shapes of the parameters, the knobs and the names of the functions of a model, by name."""
   from research.model import counts
 
   return dict(_facts(counts.abstract(model), ''))
@@ -53,7 +53,7 @@ def _members(module, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def _stack_facts(value, name: str) -> Iterator[tuple[str, Any]]:
-  """The sublayers in the order of execution, however they are stacked, and the norm behind them."""
+  """Yields the sublayers in the order of execution, however they are stacked, and the norm behind them."""
   from research.model.stack import Stacks
 
   stacks = value.stacks if isinstance(value, Stacks) else [value]
@@ -61,8 +61,9 @@ def _stack_facts(value, name: str) -> Iterator[tuple[str, Any]]:
   yield f'{name}.sublayers', len(sublayers)
   for i, sublayer in enumerate(sublayers):
     for inner, fact in _facts(sublayer, f'{name}.sublayers[{i}]'):
-      # A parameter of a stack has its layers on the first axis.
+      # A stack's parameter has the layers on its first axis, and how many those are depends on the stacking.
       yield inner, fact[1:] if isinstance(fact, tuple) else fact
+  # Each of several stacks may have a norm; the last one is behind the last layer.
   norms = [stack.norm for stack in (*stacks, value) if stack.norm is not None]
   yield f'{name}.norms', len({id(norm) for norm in norms})
   for norm in norms[-1:]:
@@ -80,25 +81,29 @@ def _function_facts(value, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def check_same(model_type: str, ours, theirs) -> None:
-  """Refuses a model that is not the one that its config.json describes.
+  """Refuses a model that its config.json does not describe.
 
   Args:
     model_type: for the message.
-    ours, theirs: resolved trees.
+    ours: the resolved tree of the model.
+    theirs: the resolved tree that the config.json gives when it is read back.
 
   Raises:
-    UserError: the first difference, by name.
+    UserError: names the first difference.
   """
-  ours, theirs = facts(ours), facts(theirs)
-  for name in (*ours, *theirs):
-    mine, described = ours.get(name), theirs.get(name)
-    if not _alike(mine, described):
+  our_facts = facts(ours)
+  their_facts = facts(theirs)
+  for name in (*our_facts, *their_facts):
+    ours_is = our_facts.get(name)
+    theirs_is = their_facts.get(name)
+    if not _are_alike(ours_is, theirs_is):
       raise UserError(
-        f'config.json of {model_type} cannot say that {name} is {mine!r} of this model, only {described!r}.'
+        f'config.json of {model_type} cannot say that {name} of this model is {ours_is!r}, only {theirs_is!r}.'
       )
 
 
-def _alike(a, b) -> bool:
+def _are_alike(a, b) -> bool:
+  """Equality, with room for numbers that were written as text."""
   if isinstance(a, float | int) and isinstance(b, float | int) and not isinstance(a, bool):
     return math.isclose(a, b, rel_tol=1e-6)
   return a == b

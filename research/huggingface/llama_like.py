@@ -44,6 +44,7 @@ LOCAL_EXPERTS = Field('num_local_experts', 'EXPERTS')
 
 
 def _llama(model_type, architecture, gin, fields=LLAMA, trees=None, when=None, top=TOP, **more):
+  """A family whose names of tensors are LLaMA's where nothing else is said."""
   return Family(
     model_type, architecture, f'gin/models/{gin}.gin', fields, trees or tree(), top,
     {'hidden_act': SILU, **(when or {})}, **more,
@@ -56,14 +57,30 @@ GEMMA_NORMS = (
 )
 
 
+def _read_scale(settings: Settings) -> dict:
+  return {'attention.Attention.scale': settings['query_pre_attn_scalar'] ** -0.5}
+
+
+def _write_scale(get: Resolved) -> dict:
+  return {'query_pre_attn_scalar': _whole(_squared_length(get))}
+
+
+def _squared_length(get: Resolved) -> float:
+  """The square of the number that attention's logits are divided by; a head's size where no scale is bound."""
+  scale = get('attention.Attention.scale')
+  return get('HEAD_DIM') if scale is None else round(scale**-2, 6)
+
+
+def _whole(number: float) -> float | int:
+  """The number as an int if it is whole, since transformers takes only an int for some keys."""
+  return int(number) if number == int(number) else number
+
+
 GEMMA2 = (
   *(field for field in UNLIKE if field not in (ROPE, HEAD)),
   Head(soft_cap='final_logit_softcapping'),
   Optional('attn_logit_softcapping', 'attention.Attention.soft_cap'),
-  Derived(
-    lambda settings: {'attention.Attention.scale': settings['query_pre_attn_scalar'] ** -0.5},
-    lambda get: {'query_pre_attn_scalar': _whole(_squared_length(get))},
-  ),
+  Derived(_read_scale, _write_scale),
 )
 GEMMA2_WHEN = {
   'hidden_activation': GELU_TANH,
@@ -72,25 +89,14 @@ GEMMA2_WHEN = {
 }
 
 
-def _squared_length(get: Resolved) -> float:
-  """What the logits are divided by, squared: the size of a head where nothing else is bound."""
-  scale = get('attention.Attention.scale')
-  return get('HEAD_DIM') if scale is None else round(scale**-2, 6)
-
-
-def _whole(number: float) -> float | int:
-  """An int where a key wants one."""
-  return int(number) if number == int(number) else number
-
-
 def _read_gemma3_rope(settings: Settings) -> dict:
-  """A rotary base for each kind of layer; the first configs name them otherwise."""
+  """Gemma 3 has a rotary base for each kind of layer. Its first configs have other keys for them."""
   parameters = dict(settings.get('rope_parameters') or {})
   full = {**(parameters.pop('full_attention', None) or {}), **(settings.get('rope_scaling') or {})}
   sliding = dict(parameters.pop('sliding_attention', None) or {})
   full.setdefault('rope_theta', settings['rope_theta'])
   sliding.setdefault('rope_theta', settings['rope_local_base_freq'])
-  settings.child('rope_parameters', parameters)  # what is left is refused
+  settings.child('rope_parameters', parameters)  # the keys that are left are refused
   return {
     **read_rope(settings, settings.child('rope_parameters.full_attention', full)),
     **read_rope(settings, settings.child('rope_parameters.sliding_attention', sliding), 'local/'),
@@ -99,7 +105,7 @@ def _read_gemma3_rope(settings: Settings) -> dict:
 
 def _write_gemma3_rope(get: Resolved) -> dict:
   ropes = {}
-  for attention in reversed(get.attentions()):  # so that the first of a kind stays
+  for attention in reversed(get.attentions()):  # so that the first of a kind is kept
     kind = 'sliding_attention' if attention['window'] else 'full_attention'
     ropes[kind] = write_rope(Resolved(attention['rotary']))
   return {'rope_parameters': ropes}
@@ -122,16 +128,23 @@ QWEN2_MOE = {
   'moe.MoE.activations': Raw('(@jax.nn.silu, @jax.nn.identity)'), 'moe.MoE.shared': Raw('@shared/mlp.Mlp'),
   'moe.MoE.shared_gate': True, 'stack.Stack.parts': Raw('(@attention.Attention, @moe.MoE)'),
 }  # fmt: skip
-SHARED_MLP = Derived(
-  lambda settings: {'shared/mlp.Mlp.mlp': settings['shared_expert_intermediate_size']},
-  lambda get: {'shared_expert_intermediate_size': get.argument('moe.MoE.shared', 'mlp')},
-)
+
+
+def _read_shared(settings: Settings) -> dict:
+  return {'shared/mlp.Mlp.mlp': settings['shared_expert_intermediate_size']}
+
+
+def _write_shared(get: Resolved) -> dict:
+  return {'shared_expert_intermediate_size': get.argument('moe.MoE.shared', 'mlp')}
+
+
+SHARED_MLP = Derived(_read_shared, _write_shared)
 
 LLAMA_LIKE = (
   _llama('llama', 'LlamaForCausalLM', 'llama/family', when={'attention_bias': False, 'mlp_bias': False}),
   _llama('mistral', 'MistralForCausalLM', 'llama/family', (*LLAMA, WINDOW)),
   _llama('mixtral', 'MixtralForCausalLM', 'mixtral/family', (*LLAMA, LOCAL_EXPERTS, ACTIVE, WINDOW),
-         tree(MoE=experts('block_sparse_moe.', names='w1 w3 w2'))),
+         tree(MoE=experts('block_sparse_moe.', names=('w1', 'w3', 'w2')))),
   _llama('qwen2', 'Qwen2ForCausalLM', 'qwen2/family', (*UNLIKE, LAST_LAYERS)),
   _llama(
     'qwen2_moe', 'Qwen2MoeForCausalLM', 'qwen2/family',
@@ -148,7 +161,7 @@ LLAMA_LIKE = (
      Unused(('intermediate_size',)), Field('moe_intermediate_size', 'MLP'), EVERY_LAYER),
     when={'attention_bias': False, 'decoder_sparse_step': 1, 'mlp_only_layers': NO_MLP_ONLY},
   ),
-  # Released configs of Gemma say 'gelu' and mean its approximation.
+  # Released configs of Gemma have 'gelu', and transformers takes it for the approximation by tanh.
   _llama('gemma', 'GemmaForCausalLM', 'gemma/family',
          when={'hidden_act': Options((*GELU_TANH, 'gelu')), 'attention_bias': False,
                'use_bidirectional_attention': Options((False, None))}),

@@ -1,4 +1,4 @@
-"""Names of tensors that several families share: what a part of each class is called in a checkpoint."""
+"""Names of tensors that several families share: for a class of part, the names of its members' tensors."""
 
 import dataclasses
 
@@ -14,16 +14,37 @@ GATED = {'inputs.0': 'gate_proj', 'inputs.1': 'up_proj', 'output': 'down_proj'}
 
 
 def under(prefix: str, table: dict, ours: str = '') -> dict:
-  """The same names below a prefix (and our members below another)."""
-  below = lambda v: (
-    dataclasses.replace(v, name=prefix + v.name) if isinstance(v, Fused) else prefix + v
-  )
-  return {ours + k: below(v) for k, v in table.items()}
+  """Puts a prefix before the names of a table.
+
+  Args:
+    prefix: of the tensors' names.
+    table: members to names.
+    ours: a prefix of the members, if they belong to a part inside the part.
+  """
+
+  def below(name: str | Fused) -> str | Fused:
+    if isinstance(name, Fused):
+      return dataclasses.replace(name, name=prefix + name.name)
+    return prefix + name
+
+  return {ours + member: below(name) for member, name in table.items()}
 
 
-def experts(prefix: str, shared: str = 'shared_expert', **names: str) -> dict[str, str]:
-  gate, up, down = names.get('names', 'gate_proj up_proj down_proj').split()
-  router = names.get('router', 'gate')
+def experts(
+  prefix: str,
+  shared: str = 'shared_expert',
+  names: tuple[str, str, str] = ('gate_proj', 'up_proj', 'down_proj'),
+  router: str = 'gate',
+) -> dict[str, str]:
+  """The table of a mixture of experts, one tensor for each expert.
+
+  Args:
+    prefix: of the mixture.
+    shared: the name of the expert that every token passes.
+    names: of an expert's matrices: the gate's, the one beside it, the last.
+    router: the name of the router.
+  """
+  gate, up, down = names
   return {
     'router.kernel': f'{prefix}{router}.weight',
     'router.bias': f'{prefix}{router}.e_score_correction_bias',
@@ -76,8 +97,10 @@ LLAMA_PARTS = {
 
 
 def tree(norms=PRE_NORMS, layer='model.layers.{}.', **parts) -> tuple[Tree, ...]:
+  """The tree of LLaMA's names; `parts` are tables that replace some of LLaMA's, by class of part."""
   return (Tree('stack', layer, norms, {**LLAMA_PARTS, **parts}),)
 
 
 def transformer(norms, layer, attention, mlp) -> tuple[Tree, ...]:
+  """The tree of a decoder or encoder with tables of its own for attention and MLP."""
   return (Tree('stack', layer, norms, {'Attention': attention, 'Mlp': mlp}),)

@@ -272,7 +272,7 @@ def test_a_model_is_not_written_as_a_family_that_cannot_say_it(folder, tmp_path)
   path, _ = folder
   text, params = inwards.load(path)
   wide = gin_of(text + 'positions.rotary.interleaved = True\n')
-  with pytest.raises(UserError, match=r'rotary\.interleaved is True of this model, only False'):
+  with pytest.raises(UserError, match=r'rotary\.interleaved of this model is True, only False'):
     outwards.save(tmp_path / 'out', wide, params, 'llama')
   with pytest.raises(UserError, match='mixtral'):
     outwards.save(tmp_path / 'out', gin_of(text), params, 'mixtral')
