@@ -1,6 +1,6 @@
-"""What stands beside the weights: the tokenizer and the special ids, which conversion carries both ways.
+"""The tokenizer and the special ids beside the weights, which conversion keeps in both directions.
 
-A converted checkpoint keeps them in its folder `huggingface`. A model that was trained here takes them from the
+A converted checkpoint has them in its folder `huggingface`. A model that was trained here takes them from the
 vocabulary of its run.
 """
 
@@ -25,9 +25,9 @@ FOLDER, FILE = 'huggingface', 'special_ids.json'
 
 
 def keep_companions(folder: pathlib.Path, out: pathlib.Path) -> None:
-  """Copies the tokenizer of a Hugging Face model beside its converted checkpoint, and notes its special ids.
+  """Keeps the tokenizer and the special ids of a Hugging Face model beside its converted checkpoint.
 
-  That of a GGUF file is written; a line says where it is of a kind that is not known.
+  The tokenizer of a GGUF file is written anew. If it is of an unknown kind, a line says so.
   """
   out = out / FOLDER
   out.mkdir(parents=True, exist_ok=True)
@@ -50,9 +50,9 @@ def keep_companions(folder: pathlib.Path, out: pathlib.Path) -> None:
 
 
 def copy_companions(source: pathlib.Path, out: pathlib.Path) -> None:
-  """Copies what a converted checkpoint keeps of its tokenizer to a folder that was made of it.
+  """Copies the tokenizer of a converted checkpoint to a checkpoint that was made from it.
 
-  Nothing is copied where it keeps none, as a run does.
+  The folder of a run has none, and then nothing is copied.
   """
   if (source / FOLDER).is_dir():
     shutil.copytree(source / FOLDER, out / FOLDER, dirs_exist_ok=True)
@@ -71,11 +71,11 @@ def write_companions(
 
   Args:
     folder: to write into.
-    source: a converted checkpoint, a run's folder, or None where nothing is known.
+    source: a converted checkpoint, a run's folder, or None if the model has neither.
     vocab_size: of the model; an id that is not below it is left out.
 
   Returns:
-    The special ids, for config.json; null where they are not known.
+    The special ids for config.json, None where they are not known.
   """
   ids = dict.fromkeys(IDS)
   if source is not None and (source / FOLDER / FILE).is_file():
@@ -83,19 +83,24 @@ def write_companions(
     ids |= read_json(source / FOLDER / FILE)
   elif source is not None and (source / 'config.gin').is_file():
     ids |= _of_run(folder, source)
-  # transformers builds no embedding whose padding id is outside of it.
-  inside = lambda value: all(
-    i < vocab_size for i in (value if isinstance(value, list) else [value])
-  )
-  ids = {key: value if value is None or inside(value) else None for key, value in ids.items()}
-  if ids.get('eos_token_id') is not None and not (folder / 'generation_config.json').is_file():
-    known = {key: value for key, value in ids.items() if value is not None}
-    (folder / 'generation_config.json').write_text(json.dumps(known, indent=2) + '\n')
+  # transformers builds no table of token vectors whose padding id is outside of it.
+  ids = {key: value if _is_below(value, vocab_size) else None for key, value in ids.items()}
+  generation = folder / 'generation_config.json'
+  if ids.get('eos_token_id') is not None and not generation.is_file():
+    text = json.dumps({key: value for key, value in ids.items() if value is not None}, indent=2)
+    generation.write_text(text + '\n')
   return ids
 
 
+def _is_below(ids: int | list[int] | None, size: int) -> bool:
+  """Whether an id, or all of a list, are below a size; None counts as below."""
+  if ids is None:
+    return True
+  return all(i < size for i in (ids if isinstance(ids, list) else [ids]))
+
+
 def _of_run(folder: pathlib.Path, source: pathlib.Path) -> dict[str, Any]:
-  """The tokenizer of the vocabulary of a run, and its ids; a line says where there is none."""
+  """Writes the tokenizer of a run's vocabulary and returns its ids. If it has none, a line says so."""
   from research.core import configs
 
   run = configs.load([str(source / 'config.gin')], root='RUN').tree()
@@ -104,12 +109,12 @@ def _of_run(folder: pathlib.Path, source: pathlib.Path) -> dict[str, Any]:
   try:
     return run_tokenizer.write(folder, vocabulary, _trained_model(stream))
   except UserError as error:
-    print(f'note: the tokenizer of {source} is not written, add it to the folder: {error}')
+    print(f'note: the tokenizer of {source} is not written; add it to the folder yourself: {error}')
     return {}
 
 
 def _trained_model(stream) -> pathlib.Path | None:
-  """The SentencePiece model that freezing trained for a stream, None where the cache has none."""
+  """The SentencePiece model that freezing trained for a stream, None if the cache has none."""
   from research.data import cache, vocabularies
 
   vocabulary = getattr(stream, 'vocabulary', None)

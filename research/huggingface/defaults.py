@@ -1,7 +1,7 @@
-"""What an absent key of config.json means, family by family.
+"""The defaults of config.json's keys, family by family.
 
-The values are those of the configuration classes of transformers 5.23; a test compares them. A type in
-place of a value (`int`) says that the key is null by default and of that type otherwise.
+The values are those of the configuration classes of transformers 5.23, and a test compares them. A type in
+place of a value (`int`) means that the key is null by default and has a value of that type otherwise.
 """
 
 from typing import Any
@@ -187,7 +187,7 @@ _T5_ALIASES = {
   'hidden_size': 'd_model', 'num_attention_heads': 'num_heads', 'num_hidden_layers': 'num_layers',
   'head_dim': 'd_kv',
 }  # fmt: skip
-# Two names of one key: the class of transformers takes either.
+# Other names of keys, by which transformers' class takes them as well.
 ALIASES: dict[str, dict[str, str]] = {
   'mixtral': {'num_experts': 'num_local_experts'},
   'qwen3_moe': {'num_experts': 'num_local_experts'},
@@ -203,7 +203,7 @@ ALIASES: dict[str, dict[str, str]] = {
   't5': _T5_ALIASES, 'mt5': _T5_ALIASES, 'switch_transformers': _T5_ALIASES,
 }  # fmt: skip
 
-# The ids (bos, eos, pad) of a family where config.json does not say.
+# The ids (bos, eos, pad) of a family where config.json does not have them.
 SPECIAL_IDS: dict[str, tuple] = {
   **dict.fromkeys(('llama', 'mistral', 'mixtral', 'deepseek_v2', 'phi', 'bloom'), (1, 2, None)),
   **dict.fromkeys(('gemma', 'gemma2', 'gemma3_text'), (2, 1, 0)),

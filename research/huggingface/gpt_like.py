@@ -10,6 +10,7 @@ from research.huggingface.fields import (
   Derived,
   Family,
   Field,
+  Get,
   Options,
   Raw,
   Unused,
@@ -71,14 +72,22 @@ GPT2_SIZES = (
 )  # fmt: skip
 
 
-INNER = Field('n_inner', 'MLP', lambda settings: 4 * width(settings))
-FOUR_TIMES = Derived(lambda settings: {'MLP': 4 * width(settings)})
+def _four_widths(settings: Settings) -> int:
+  return 4 * width(settings)
+
+
+def _read_four_widths(settings: Settings) -> dict:
+  return {'MLP': _four_widths(settings)}
+
+
+INNER = Field('n_inner', 'MLP', _four_widths)
+FOUR_TIMES = Derived(_read_four_widths)
 WORD_HEAD = Head('transformer.word_embeddings.weight')
 WTE_HEAD = Head('transformer.wte.weight')
 
 
 def _no_head_dim(settings: Settings) -> dict:
-  """Falcon's config class computes it, and refuses a file that says it."""
+  """Refuses head_dim, as Falcon's config class does, which computes it."""
   if settings.is_given('head_dim'):
     raise UserError('config.json: head_dim of falcon follows from hidden_size; take it out.')
   return {}
@@ -87,15 +96,15 @@ def _no_head_dim(settings: Settings) -> dict:
 FALCON_SIZES = (
   Derived(_no_head_dim),
   *SIZES, HEAD_DIM_ONLY_OURS, LAYER_NORM, ROPE, WORD_HEAD,
-  Field('ffn_hidden_size', 'MLP', lambda settings: 4 * width(settings)),
+  Field('ffn_hidden_size', 'MLP', _four_widths),
 )  # fmt: skip
 GELU = Options(('gelu', 'gelu_python'))
 GELU_TANH = Options(('gelu_new', 'gelu_pytorch_tanh', 'gelu_fast'))
 
 
 def _one_norm(settings: Settings) -> dict:
-  """Attention and MLP of Falcon 7B read one norm."""
-  # Any other number builds one norm, too.
+  """Refuses two norms: attention and MLP of Falcon 7B share one."""
+  # transformers builds one norm for any other number.
   if settings.get_or_refuse_null('num_ln_in_parallel_attn') == 2:
     raise UserError(
       'config.json: falcon with num_ln_in_parallel_attn = 2 is supported only with '
@@ -121,7 +130,7 @@ BERT_TOP = {
 
 
 def _read_mpt(settings: Settings) -> dict:
-  """Its object of attention options."""
+  """Reads MPT's object of options for attention."""
   attention = settings.child('attn_config', settings.get('attn_config') or {}, MPT_ATTENTION)
   for key in ('attn_pdrop', 'attn_impl', 'attn_uses_sequence_id', 'model_type', *MPT_INNER):
     attention.get_or_refuse_null(key)
@@ -133,12 +142,12 @@ def _read_mpt(settings: Settings) -> dict:
   }
 
 
-def _write_mpt(get) -> dict:
+def _write_mpt(get: Get) -> dict:
   attention = get.attentions()[0]
-  usual = (
-    attention['scale'] is None or abs(attention['scale'] ** 2 * attention['head_dim'] - 1) < 1e-6
-  )
-  options = {'clip_qkv': attention['clip'], 'softmax_scale': None if usual else attention['scale']}
+  scale = attention['scale']
+  if scale is not None and abs(scale**2 * attention['head_dim'] - 1) < 1e-6:
+    scale = None  # one over the root of a head's size, which a null means
+  options = {'clip_qkv': attention['clip'], 'softmax_scale': scale}
   return {'attn_config': options, 'expansion_ratio': 4}
 
 
@@ -147,7 +156,7 @@ MPT_ATTENTION = {
   'qk_ln': False, 'alibi': True, 'alibi_bias_max': 8, 'attn_pdrop': 0, 'attn_impl': 'torch',
   'attn_uses_sequence_id': False,
 }  # fmt: skip
-# What transformers writes into every object of options.
+# Keys that transformers writes into every object of options.
 MPT_INNER = (
   'architectures', 'output_hidden_states', 'return_dict', 'dtype', 'torch_dtype', 'chunk_size_feed_forward',
   'is_encoder_decoder', 'id2label', 'label2id', 'problem_type', '_name_or_path', 'output_attentions',
@@ -155,7 +164,8 @@ MPT_INNER = (
 
 
 def _read_rotary_dim(settings: Settings) -> dict:
-  rotated, size = settings['rotary_dim'], width(settings) // heads(settings)
+  rotated = settings['rotary_dim']
+  size = width(settings) // heads(settings)
   if rotated % 2 or not 0 < rotated <= size:
     raise UserError(
       f'config.json: rotary_dim = {rotated} of {size} channels is not supported: an even number is wanted.'
@@ -163,19 +173,42 @@ def _read_rotary_dim(settings: Settings) -> dict:
   return {'positions.rotary.fraction': rotated / size}
 
 
-def _rotary_dim(get):
-  return round(get('positions.rotary.fraction') * get('HEAD_DIM'))
+def _write_rotary_dim(get: Get) -> dict:
+  return {'rotary_dim': round(get('positions.rotary.fraction') * get('HEAD_DIM'))}
 
 
-# As many as there are queries' heads: the layout of the tensors does not say how others would be grouped.
-KV_HEADS_AS_QUERIES = Derived(
-  lambda settings: equal(settings, 'num_key_value_heads', heads(settings)),
-  lambda get: {'num_key_value_heads': get('HEADS')},
-)
-WORD_WIDTH = Derived(
-  lambda settings: equal(settings, 'word_embed_proj_dim', width(settings)),
-  lambda get: {'word_embed_proj_dim': get('EMBED')},
-)
+def _read_kv_heads(settings: Settings) -> dict:
+  """Refuses fewer heads of keys than of queries, whose grouping the tensors' layout does not say."""
+  return equal(settings, 'num_key_value_heads', heads(settings))
+
+
+def _write_kv_heads(get: Get) -> dict:
+  return {'num_key_value_heads': get('HEADS')}
+
+
+def _read_word_width(settings: Settings) -> dict:
+  """Refuses token vectors of another width than the model's, as OPT 350M has them."""
+  return equal(settings, 'word_embed_proj_dim', width(settings))
+
+
+def _write_word_width(get: Get) -> dict:
+  return {'word_embed_proj_dim': get('EMBED')}
+
+
+# OPT's table has two rows more than positions: its first position is row 2.
+UNUSED_POSITIONS = 2
+
+
+def _add_unused(positions: int) -> int:
+  return positions + UNUSED_POSITIONS
+
+
+def _without_unused(rows: int) -> int:
+  return rows - UNUSED_POSITIONS
+
+
+KV_HEADS_AS_QUERIES = Derived(_read_kv_heads, _write_kv_heads)
+WORD_WIDTH = Derived(_read_word_width, _write_word_width)
 
 GPT_LIKE = (
   Family(
@@ -194,7 +227,7 @@ GPT_LIKE = (
   Family(
     'gptj', 'GPTJForCausalLM', 'gin/models/gpt2/family.gin',
     (*GPT2_SIZES, INNER, WTE_HEAD, Unused(('n_positions',)),
-     Derived(_read_rotary_dim, lambda get: {'rotary_dim': _rotary_dim(get)}),
+     Derived(_read_rotary_dim, _write_rotary_dim),
      always({**PARALLEL, **NO_POSITIONS, 'positions.rotary.interleaved': True, 'heads.UntiedHead.bias': True,
              'attention.Attention.qkv_bias': False, 'attention.Attention.output_bias': False})),
     transformer(('ln_1',), 'transformer.h.{}.', under('attn.', {'query': 'q_proj', 'key': 'k_proj',
@@ -261,7 +294,7 @@ GPT_LIKE = (
     'opt', 'OPTForCausalLM', 'gin/models/opt/family.gin',
     (*SIZES, HEAD_DIM_ONLY_OURS, Field('ffn_dim', 'MLP'), Head('model.decoder.embed_tokens.weight'),
      WORD_WIDTH,
-     Field('max_position_embeddings', 'POSITIONS', to_gin=lambda n: n + 2, to_hf=lambda n: n - 2)),
+     Field('max_position_embeddings', 'POSITIONS', to_gin=_add_unused, to_hf=_without_unused)),
     transformer(('self_attn_layer_norm', 'final_layer_norm'), 'model.decoder.layers.{}.',
                 {**SELF_ATTENTION, 'output': 'self_attn.out_proj'}, {'inputs.0': 'fc1', 'output': 'fc2'}),
     {'embedder.tokens': 'model.decoder.embed_tokens.weight',

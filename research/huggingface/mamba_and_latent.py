@@ -1,4 +1,4 @@
-"""State spaces (Mamba, Mamba-2, Jamba) and attention to latent vectors (DeepSeek-V2 and V3)."""
+"""State-space models (Mamba, Mamba-2, Jamba) and attention to latent vectors (DeepSeek-V2 and V3)."""
 
 import math
 
@@ -14,6 +14,7 @@ from research.huggingface.fields import (
   Derived,
   Family,
   Field,
+  Get,
   Implied,
   Optional,
   Options,
@@ -39,7 +40,8 @@ from research.huggingface.tables import (
 SILU = Options(('silu', 'swish'))
 
 
-def _mamba(model_type, architecture, fields, parts):
+def _mamba(model_type, architecture, fields, parts) -> Family:
+  """A row for a model of state-space layers alone; `parts` is the table of their names."""
   top = {
     'embedder.tokens': 'backbone.embeddings.weight',
     'stack.norm': 'backbone.norm_f',
@@ -59,13 +61,13 @@ def _mamba(model_type, architecture, fields, parts):
 
 
 def _inner(hf: str) -> Derived:
-  """Their factor of the width and our number of channels."""
+  """The inner channels of Mamba: transformers has a factor of the width, and we a number."""
 
-  def read(settings):
+  def read(settings: Settings) -> dict:
     factor = settings[hf]
     return {} if factor == 2 else {'mamba.Mamba.inner': int(factor * settings['hidden_size'])}
 
-  def write(get):
+  def write(get: Get) -> dict:
     inner = get('mamba.Mamba.inner') or 2 * get('EMBED')
     factor = inner / get('EMBED')
     return {hf: int(factor) if factor == int(factor) else factor}
@@ -78,7 +80,7 @@ def _rank(width: int) -> int:
   return -(-width // 16)
 
 
-def _read_mamba2(settings):
+def _read_mamba2(settings: Settings) -> dict:
   channels = settings['num_heads'] * settings['head_dim']
   if channels != settings['expand'] * settings['hidden_size']:
     raise UserError(
@@ -86,25 +88,30 @@ def _read_mamba2(settings):
       f'{settings["expand"] * settings["hidden_size"]}; they must be equal.'
     )
   low, high = settings['time_step_limit']
-  limited = low > 0 or high < math.inf
+  is_limited = low > 0 or high < math.inf
   if not isinstance(low + high, int | float) or low > high:
     raise UserError(f'config.json: time_step_limit = {[low, high]} is not a range of numbers.')
   return {
     'HEAD_DIM': settings['head_dim'], 'mamba2.Mamba2.norm_epsilon': settings['layer_norm_epsilon'],
-    'mamba2.Mamba2.step_limits': (float(low), min(float(high), 1e30)) if limited else None,
+    'mamba2.Mamba2.step_limits': (float(low), min(float(high), 1e30)) if is_limited else None,
     **({} if channels == 2 * settings['hidden_size'] else {'mamba2.Mamba2.heads': settings['num_heads']}),
   }  # fmt: skip
 
 
-def _write_mamba2(get):
-  head_dim, limits = get('HEAD_DIM'), get('mamba2.Mamba2.step_limits')
+def _write_mamba2(get: Get) -> dict:
+  head_dim = get('HEAD_DIM')
+  limits = get('mamba2.Mamba2.step_limits')
   count = get('mamba2.Mamba2.heads') or 2 * get('EMBED') // head_dim
   config = {'num_heads': count, 'head_dim': head_dim, 'expand': count * head_dim // get('EMBED')}
   return {**config, 'time_step_limit': list(limits)} if limits else config
 
 
-def _read_periods(settings):
-  """Jamba: eight layers a period, one of attention, every second with experts."""
+def _write_periods(get: Get) -> dict:
+  return {'num_hidden_layers': len(get.layers()) // 2}
+
+
+def _read_periods(settings: Settings) -> dict:
+  """Jamba repeats a period of eight layers. One has attention, and every second one has experts."""
   count = settings['num_hidden_layers']
   if count % 8:
     raise UserError(
@@ -128,14 +135,16 @@ LATENT_FIELDS = (
 
 
 def _read_latent(settings: Settings) -> dict:
+  """Reads the rotary options, which scale the logits too, and the layers of DeepSeek-V2 and V3."""
   equal(settings, 'num_key_value_heads', heads(settings))
   rope = rope_of(settings)
   bindings = read_rope(settings, rope)
-  # DeepSeek multiplies its logits too by YaRN's factor.
+  # DeepSeek multiplies the logits of attention, too, by the square of YaRN's factor.
   mscale = rope.get('mscale_all_dim') if kind_of(rope) != 'default' else None
   factor = bindings.get('positions.yarn_scaling.factor') or rope.get('factor') or 1.0
   magnitude = grow(factor, mscale) if mscale else 1.0
-  dense, count = settings['first_k_dense_replace'], settings['num_hidden_layers']
+  dense = settings['first_k_dense_replace']
+  count = settings['num_hidden_layers']
   if not 0 < dense < count:
     raise UserError(
       f'config.json: {settings.model_type} with first_k_dense_replace = {dense} of {count} layers is not '
@@ -151,8 +160,8 @@ def _read_latent(settings: Settings) -> dict:
   }
 
 
-def _write_latent(get):
-  dims = [get(f'latent.LatentAttention.{d}') for d in ('head_dim', 'rotary_dim')]
+def _write_latent(get: Get) -> dict:
+  head_dim = get('latent.LatentAttention.head_dim') + get('latent.LatentAttention.rotary_dim')
   shared = get.argument('moe.MoE.shared', 'mlp')
   sublayers = get.layers()
   dense = sum(any(get.part_is(part, 'mlp.Mlp') for part in parts) for parts in sublayers)
@@ -163,38 +172,48 @@ def _write_latent(get):
     'num_key_value_heads': get('HEADS'),
     'rope_parameters': write_rope(get),
   }
-  magnitude = math.sqrt((get('LOGIT_SCALE') or sum(dims) ** -0.5) * math.sqrt(sum(dims)))
+  # The inverse of `_read_latent`: the factor in the scale of the logits gives mscale_all_dim.
+  magnitude = math.sqrt((get('LOGIT_SCALE') or head_dim**-0.5) * math.sqrt(head_dim))
   rope = config['rope_parameters']
   if rope['rope_type'] == 'yarn' and magnitude > 1 + 1e-6:
     rope['mscale_all_dim'] = (magnitude - 1) / (0.1 * math.log(rope['factor']))
   return config
 
 
-def _groups(top: int, limited: bool) -> Derived:
-  """Experts in groups, of which a token sees the best: by their best expert (V2) or their best two (V3)."""
+def _groups(top: int, has_method: bool) -> Derived:
+  """Experts in groups, of which a token sees the best ones.
 
-  def read(settings):
-    method = None if limited else settings['topk_method']
+  Args:
+    top: how many experts of a group make its score: the best one (V2) or the best two (V3).
+    has_method: whether `topk_method` says if there are groups.
+  """
+
+  def read(settings: Settings) -> dict:
+    method = settings['topk_method'] if has_method else None
     if method not in (None, 'greedy', 'group_limited_greedy'):
       raise UserError(
         f'config.json: {settings.model_type} with topk_method = {method!r} is not supported, only '
         "'greedy' and 'group_limited_greedy'."
       )
-    groups = settings.get('n_group'), settings.get('topk_group')
     if method == 'greedy':
-      groups = 1, 1
-    elif None in groups:
-      groups = settings['n_group'], settings['topk_group']  # refuses
+      # The keys are read, so that nobody asks for them again, and have no effect.
+      settings.get('n_group')
+      settings.get('topk_group')
+      groups, active = 1, 1
+    else:
+      groups, active = settings['n_group'], settings['topk_group']
     return {
-      'moe.Router.groups': groups[0],
-      'moe.Router.active_groups': groups[1],
-      'moe.Router.group_top': top if groups[0] > 1 else 1,
+      'moe.Router.groups': groups,
+      'moe.Router.active_groups': active,
+      'moe.Router.group_top': top if groups > 1 else 1,
     }
 
-  def write(get):
+  def write(get: Get) -> dict:
     groups = get('moe.Router.groups')
-    method = {} if limited else {'topk_method': 'greedy' if groups == 1 else 'group_limited_greedy'}
-    return {'n_group': groups, 'topk_group': get('moe.Router.active_groups'), **method}
+    config = {'n_group': groups, 'topk_group': get('moe.Router.active_groups')}
+    if has_method:
+      config['topk_method'] = 'greedy' if groups == 1 else 'group_limited_greedy'
+    return config
 
   return Derived(read, write)
 
@@ -228,7 +247,7 @@ OTHERS = (
     'jamba', 'JambaForCausalLM', 'gin/models/jamba/52b.gin',
     (*SIZES[:2], SIZES[3], KV_HEADS, HEAD_DIM_ONLY_OURS, MLP, RMS, HEAD,
      Field('num_experts', 'EXPERTS'), ACTIVE,
-     Derived(_read_periods, lambda get: {'num_hidden_layers': len(get.layers()) // 2}),
+     Derived(_read_periods, _write_periods),
      _inner('mamba_expand'), Implied('mamba_dt_rank', 'mamba.Mamba.rank', _rank),
      Field('mamba_d_state', 'mamba.Mamba.state'), Field('mamba_d_conv', 'mamba.Mamba.width')),
     tree(('input_layernorm', 'pre_ff_layernorm'), Mlp=under('feed_forward.', GATED),
@@ -237,7 +256,7 @@ OTHERS = (
     {'hidden_act': SILU, 'attn_layer_period': 8, 'attn_layer_offset': 4, 'expert_layer_period': 2,
      'expert_layer_offset': 1, 'mamba_conv_bias': True, 'mamba_proj_bias': False},
   ),
-  _deepseek('V2', 'family', (_groups(1, limited=False), Unused(('norm_topk_prob',))), {'mlp_bias': False}),
-  _deepseek('V3', 'v3', (_groups(2, limited=True), NORMALISE, Unused(('num_nextn_predict_layers',))),
+  _deepseek('V2', 'family', (_groups(1, has_method=True), Unused(('norm_topk_prob',))), {'mlp_bias': False}),
+  _deepseek('V3', 'v3', (_groups(2, has_method=False), NORMALISE, Unused(('num_nextn_predict_layers',))),
             {'rope_interleave': True}),
 )  # fmt: skip

@@ -1,7 +1,7 @@
-"""Our models to Hugging Face checkpoints: config.json and tensors, a tensor at a time.
+"""Writes our models as Hugging Face checkpoints: config.json and tensors, a tensor at a time.
 
-Before anything is written, the config.json to be is read back into gin, and the model that it describes is
-compared with the one at hand (`likeness`): what a family cannot say is refused and not dropped.
+Before anything is written, the new config.json is read back into gin, and the model that it describes is
+compared with the given one (`likeness`). So what a family cannot express is refused, and never dropped.
 """
 
 import json
@@ -23,7 +23,7 @@ from research.huggingface.settings import Settings
 
 
 def config_json(family: Family, tree, dtype: str) -> dict[str, Any]:
-  """The config.json of a resolved model, as this family says it."""
+  """Returns the config.json of a resolved model in the keys of this family."""
   config = {'model_type': family.model_type, 'architectures': [family.architecture], 'dtype': dtype}
   get = Resolved(tree, sublayers=len(family.trees[0].norms))
   for field in family.fields:
@@ -33,22 +33,23 @@ def config_json(family: Family, tree, dtype: str) -> dict[str, Any]:
 
 
 def family_to_write(gin, model_type: str) -> tuple[list[Tensor], dict[str, Any]]:
-  """The tensors and config.json of the row that names every parameter of the model and says all that it is.
+  """Returns the tensors and the config.json of the first row of a family that describes the model in full.
 
   Args:
-    gin: the `configs.Config` whose MODEL it is.
+    gin: the `configs.Config` whose MODEL is written.
     model_type: of the family.
 
   Raises:
-    UserError: there is no such row; why the last one that was tried does not do.
+    UserError: no row does; the message is about the first one.
   """
   from research.huggingface.families import FAMILIES
 
   rows = [family for family in FAMILIES if family.model_type == model_type]
   if not rows:
-    known = {family.model_type for family in FAMILIES}
-    raise UserError(f'--model_type: no family {model_type!r}.{did_you_mean(model_type, known)}')
-  tree, reason = gin.tree(), None
+    families = {family.model_type for family in FAMILIES}
+    raise UserError(f'--model_type: no family {model_type!r}.{did_you_mean(model_type, families)}')
+  tree = gin.tree()
+  reason = None
   for family in rows:
     try:
       return _as_written(tree, family)
@@ -62,14 +63,17 @@ def family_to_write(gin, model_type: str) -> tuple[list[Tensor], dict[str, Any]]
 
 
 def _as_written(tree, family: Family) -> tuple[list[Tensor], dict[str, Any]]:
+  """The tensors and the config.json of a model in one row, if reading them back gives the same model."""
   from research.core import configs
 
   wanted = table(tree, family)
   config = config_json(family, tree, 'float32')
   tensors = frozenset(tensor.name for tensor in wanted)
   settings = Settings(config, family.model_type, tensors=tensors)
-  if wrong := unlike(family, settings):
-    raise UserError(f'{family.model_type} with {wrong} = {settings.get(wrong)!r} is not this row.')
+  if key := unlike(family, settings):
+    raise UserError(
+      f'{family.model_type} with {key} = {settings.get(key)!r} cannot be written for this model.'
+    )
   text = gin_text(family, settings)
   back = configs.Config('MODEL')
   back._read(text, 'config.json')
@@ -89,21 +93,21 @@ def save(
   """Writes config.json, safetensors and, where it is known, the tokenizer of a model.
 
   Args:
-    folder: to write.
-    gin: the `configs.Config` whose MODEL it is.
+    folder: to write into.
+    gin: the `configs.Config` whose MODEL is written.
     params: its parameters, nested dicts or a `streamed.Params`.
     model_type: the Hugging Face family to write.
     dtype: of the tensors.
     file_bytes: as in `write_tensors`.
-    source: a converted checkpoint or a run's folder, whose tokenizer and special ids go along.
+    source: a converted checkpoint or a run's folder, whose tokenizer and special ids are written too.
 
   Raises:
-    UserError: the family is unknown, or the model is something that its config.json cannot say.
+    UserError: the family is unknown, or its config.json cannot describe the model.
   """
   wanted, config = family_to_write(gin, model_type)
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  sizes = {t.name: t.shape for t in wanted}
+  sizes = {tensor.name: tensor.shape for tensor in wanted}
   write_tensors(folder, _joined(wanted, params), sizes, dtype, file_bytes)
   config |= write_companions(folder, source, config['vocab_size'])
   text = json.dumps({**config, 'dtype': dtype}, indent=2) + '\n'
@@ -111,7 +115,7 @@ def save(
 
 
 def _joined(wanted: list[Tensor], params) -> Iterator[tuple[str, np.ndarray]]:
-  """Every tensor; those made of the same parameters follow each other, so that few need be held."""
+  """Yields every tensor. Those of the same parameters follow each other, so that few are in memory."""
   from research.checkpoints import streamed
 
   def value(piece):

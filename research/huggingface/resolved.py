@@ -1,7 +1,7 @@
-"""What a model is, read from its resolved tree rather than from the gin text that described it.
+"""Looks up the values of bindings in the resolved tree of a model.
 
-gin can say one thing in many ways: a macro or a number, a bare function or one with its defaults bound.
-Writing a config.json therefore asks the tree of partials, in which every binding has been resolved.
+gin has many ways to say the same: a macro or a number, a bare function or one with its defaults bound. To write
+a config.json we therefore ask the tree of partials, in which every binding has been resolved.
 """
 
 import functools
@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
-# What the macros of the gin families are called where they end up.
+# The bindings that the macros of the gin families stand for.
 MACROS = {
   'VOCAB': ('models.LanguageModel.vocab', 'models.EncoderDecoder.vocab'),
   'EMBED': ('models.LanguageModel.embed', 'models.EncoderDecoder.embed'),
@@ -27,10 +27,10 @@ Node = tuple[Any, dict[str, Any]]  # a class or function, and its arguments with
 
 
 def node(value) -> Node | None:
-  """A class or function and the arguments that are bound to it, None for another value."""
-  target, given = (
-    (value.func, value.keywords) if isinstance(value, functools.partial) else (value, {})
-  )
+  """Returns a class or function and its arguments, bound ones and defaults; None for another value."""
+  target, bound = value, {}
+  if isinstance(value, functools.partial):
+    target, bound = value.func, value.keywords
   if not callable(target):
     return None
   function = target.__init__ if inspect.isclass(target) else target
@@ -39,23 +39,24 @@ def node(value) -> Node | None:
   except ValueError:  # a function in C, as math.sqrt
     parameters = ()
   defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-  return target, {**defaults, **given}
+  return target, {**defaults, **bound}
 
 
 class Resolved:
-  """A resolved tree. Called with the name of a binding, or of a macro, it gives the value in the model."""
+  """A resolved tree. Called with the name of a binding or a macro, it returns the value in the model."""
 
   def __init__(self, tree, sublayers: int = 1):
     """
     Args:
       tree: a resolved tree, or a part of one.
-      sublayers: how many make a layer.
+      sublayers: the number of sublayers of a layer.
     """
-    self.tree, self.sublayers = tree, sublayers
+    self.tree = tree
+    self.sublayers = sublayers
     self.nodes = list(_walk(tree))
 
   def __call__(self, name: str) -> Any:
-    """The value of 'module.Class.argument' where it is first met in the tree; None where there is no such."""
+    """Returns the first value of 'module.Class.argument' in the tree, None if there is none."""
     if name == 'KV_HEADS':
       return self('attention.Attention.kv_heads') or self('HEADS')
     if name == 'HEAD_DIM' and self('mamba2.Mamba2.head_dim'):
@@ -75,7 +76,7 @@ class Resolved:
     return value is not None and _selector(value[0]) == selector
 
   def argument(self, name: str, argument: str) -> Any:
-    """An argument of the part that is the value of a binding; None where there is no such part."""
+    """Returns an argument of the part that is bound to a name, None if there is no such part."""
     value = node(self(name))
     return value and value[1].get(argument)
 
@@ -85,12 +86,12 @@ class Resolved:
     return _selector(node(part)[0]) == selector
 
   def layers(self, stack: str = 'stack') -> list[tuple]:
-    """The sublayers of a stack in the order of execution, each a tuple of the parts side by side."""
+    """Returns the sublayers of a stack in the order of execution, each a tuple of the parts side by side."""
     _, arguments = node(self.tree)
     return list(_sublayers(arguments[stack]))
 
   def attentions(self) -> list[dict[str, Any]]:
-    """The arguments of every attention, in the order of execution."""
+    """Returns the arguments of every attention, in the order of execution."""
     parts = [node(part) for sublayer in self.layers() for part in sublayer]
     return [arguments for target, arguments in parts if _selector(target) == 'attention.Attention']
 
@@ -121,7 +122,7 @@ def _walk(value) -> Iterator[Node]:
 
 
 def _selector(target) -> str:
-  """'module.Class' of a class of research.model, the dotted name of another."""
+  """Returns 'module.Class' for a class of research.model, and the dotted name of any other."""
   module = getattr(target, '__module__', None) or ''
   name = getattr(target, '__qualname__', repr(target))
   return f'{module.rpartition(".")[2] if module.startswith("research.model.") else module}.{name}'

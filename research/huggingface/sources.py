@@ -1,4 +1,4 @@
-"""Where a checkpoint of somebody else's comes from: safetensors, pickles of torch, a GGUF file."""
+"""Opens a released checkpoint in whichever format it is: safetensors, pickles of torch, or a GGUF file."""
 
 import pathlib
 from typing import Any
@@ -12,12 +12,12 @@ from research.huggingface.settings import read_json
 
 
 def read_source(path: pathlib.Path) -> tuple[dict[str, Any], Any]:
-  """What config.json says, and a mapping of the tensors, of a folder or of a GGUF file.
+  """Returns the config.json and the tensors by name of a folder or a GGUF file.
 
-  ChatGLM and Baichuan as they were released come as the families that they are (`own_layouts`).
+  ChatGLM and Baichuan, whose releases have layouts of their own, become glm and llama (`own_layouts`).
 
   Raises:
-    UserError: there is no such model, or a file is damaged.
+    UserError: there is no model here, or a file is damaged.
   """
   if is_gguf(path) and path.is_file():
     file = GGUF(path)

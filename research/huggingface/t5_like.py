@@ -1,9 +1,20 @@
-"""T5 and its like: two stacks, of an encoder and a decoder."""
+"""T5, mT5 and Switch: models with two stacks, an encoder and a decoder."""
 
 import math
+from typing import Any
 
 from research.core.errors import UserError
-from research.huggingface.fields import SIZES, Derived, Family, Field, Options, Raw, Unused, always
+from research.huggingface.fields import (
+  SIZES,
+  Derived,
+  Family,
+  Field,
+  Get,
+  Options,
+  Raw,
+  Unused,
+  always,
+)
 from research.huggingface.heads import MT5_HEAD, SWITCH_HEAD, T5_HEAD
 from research.huggingface.names import Tree
 from research.huggingface.settings import Settings, is_same
@@ -13,6 +24,7 @@ T5_ATTENTION = {'query': 'q', 'key': 'k', 'value': 'v', 'output': 'o'}
 
 
 def _t5_trees(mlp: dict[str, str]) -> tuple[Tree, ...]:
+  """The trees of encoder and decoder, with a table of names for their dense MLPs."""
   parts = {
     'Attention': under('layer.{place}.SelfAttention.', T5_ATTENTION),
     'CrossAttention': under('layer.{place}.EncDecAttention.', T5_ATTENTION),
@@ -52,20 +64,25 @@ def _decoder_layers(settings: Settings) -> int:
   return settings.get('num_decoder_layers') or settings['num_layers']
 
 
-DEPTH = Derived(
-  lambda settings: {
-    'ENCODER_LAYERS': settings['num_layers'],
-    'DECODER_LAYERS': _decoder_layers(settings),
-  },
-  lambda get: {
-    'num_layers': len(get.layers('encoder')) // 2,
-    'num_decoder_layers': len(get.layers('decoder')) // 3,
-  },
-)
+def _depths(get: Get) -> tuple[int, int]:
+  """The layers of encoder and decoder, which have two and three sublayers each."""
+  return len(get.layers('encoder')) // 2, len(get.layers('decoder')) // 3
 
 
-def _read_sparse_depth(settings):
-  """Switch: a period is a dense layer and one with experts, as many as half the depth."""
+def _read_depth(settings: Settings) -> dict[str, Any]:
+  return {'ENCODER_LAYERS': settings['num_layers'], 'DECODER_LAYERS': _decoder_layers(settings)}
+
+
+def _write_depth(get: Get) -> dict[str, Any]:
+  encoder, decoder = _depths(get)
+  return {'num_layers': encoder, 'num_decoder_layers': decoder}
+
+
+DEPTH = Derived(_read_depth, _write_depth)
+
+
+def _read_sparse_depth(settings: Settings) -> dict[str, Any]:
+  """Switch repeats a period of two layers, a dense one and one with experts."""
   bindings = {}
   depths = {'encoder': settings['num_layers'], 'decoder': _decoder_layers(settings)}
   for name, depth in depths.items():
@@ -84,26 +101,29 @@ def _read_sparse_depth(settings):
   return bindings
 
 
-def _write_sparse_depth(get):
-  encoder, decoder = len(get.layers('encoder')) // 2, len(get.layers('decoder')) // 3
+def _write_sparse_depth(get: Get) -> dict[str, Any]:
+  encoder, decoder = _depths(get)
   return {
     'num_layers': encoder, 'num_decoder_layers': decoder, 'num_sparse_encoder_layers': encoder // 2,
     'num_sparse_decoder_layers': decoder // 2, 'encoder_sparse_step': 2, 'decoder_sparse_step': 2,
   }  # fmt: skip
 
 
-def _write_places(get):
-  """A number of tokens there. A factor of the fair share meets it at T5's 512 tokens."""
-  places, factor = get('moe.MoE.places'), get('moe.MoE.capacity')
+def _read_places(settings: Settings) -> dict[str, Any]:
+  return {'moe.MoE.places': settings['expert_capacity'], 'moe.MoE.capacity': None}
+
+
+def _write_places(get: Get) -> dict[str, Any]:
+  """Writes an expert's capacity as a number of tokens; a capacity by share is that of T5's 512 tokens."""
+  places = get('moe.MoE.places')
   if places is None:
-    places = math.ceil((factor or get('EXPERTS')) * 512 / get('EXPERTS') - 1e-9)
+    # Without a capacity every expert may take what all of them share.
+    factor = get('moe.MoE.capacity') or get('EXPERTS')
+    places = math.ceil(factor * 512 / get('EXPERTS') - 1e-9)  # less a rounding error
   return {'expert_capacity': places}
 
 
-PLACES = Derived(
-  lambda settings: {'moe.MoE.places': settings['expert_capacity'], 'moe.MoE.capacity': None},
-  _write_places,
-)
+PLACES = Derived(_read_places, _write_places)
 
 
 T5_COPIES = {f'{s}.embed_tokens.weight': 'shared.weight' for s in ('encoder', 'decoder')}
@@ -111,9 +131,9 @@ T5_IGNORE = (r'decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_
 
 
 def _agrees(projections: tuple[str, ...]) -> Derived:
-  """Refuses `is_gated_act` and `dense_act_fn` that say something else than `feed_forward_proj`."""
+  """Refuses `is_gated_act` and `dense_act_fn` that contradict `feed_forward_proj`."""
   gated = projections[0].startswith('gated')
-  # 'gated-gelu' alone means the approximation; as an activation 'gelu' is exact.
+  # 'gated-gelu' means the approximation by tanh, but as an activation 'gelu' is exact.
   names = {name.removeprefix('gated-') for name in projections if name != 'gated-gelu'}
 
   def read(settings: Settings) -> dict:
@@ -130,7 +150,8 @@ def _agrees(projections: tuple[str, ...]) -> Derived:
   return Derived(read)
 
 
-def _t5(model_type, architecture, gin, projections, head, *more):
+def _t5(model_type, architecture, gin, projections, head, *more) -> Family:
+  """A row for T5 or mT5; `projections` are the values of `feed_forward_proj` that it stands for."""
   mlp = under('DenseReluDense.', GATED_T5 if projections[0].startswith('gated') else PLAIN)
   return Family(
     model_type, architecture, f'gin/models/{gin}.gin',
