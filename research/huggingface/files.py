@@ -1,6 +1,6 @@
-"""The safetensors format: eight bytes of length, a JSON header, the tensors.
+"""Reads and writes safetensors: eight bytes with the length of a JSON header, the header, the tensors.
 
-Tensors are read and written one at a time, so that no model need fit in memory.
+Tensors are read and written one at a time, so that a model need not fit in memory.
 """
 
 import json
@@ -25,25 +25,25 @@ LONGEST_HEADER = 100_000_000  # bytes, as the safetensors package has it
 
 
 class Tensors(Mapping):
-  """The tensors of a checkpoint by name; each is mapped from its file when it is asked for.
+  """The tensors of a checkpoint by name. Each is mapped from its file when it is asked for.
 
-  Which files those are the folder's model.safetensors or its index says. Others beside them (shards of an older
-  save, adapters, consolidated copies) are not looked at.
+  The files are model.safetensors, or those that its index names. Others in the folder (shards of an older save,
+  adapters, consolidated copies) are not read.
 
   Args:
     folder: with the files.
-    one: the name of the file where there is only one.
+    single: the name of the file where there is only one.
 
   Raises:
-    UserError: a file is missing, cut, empty or not safetensors; the index and its files disagree.
+    UserError: a file is missing, cut, empty or not safetensors, or the index and its files disagree.
   """
 
-  def __init__(self, folder: pathlib.Path, one: str = ONE):
+  def __init__(self, folder: pathlib.Path, single: str = ONE):
     self.places: dict[str, tuple[pathlib.Path, str, int]] = {}
     self.shapes: dict[str, tuple[int, ...]] = {}
-    if (folder / one).is_file():
-      for name, entry in _header(folder / one).items():
-        self._add(folder / one, name, entry)
+    if (folder / single).is_file():
+      for name, entry in _header(folder / single).items():
+        self._add(folder / single, name, entry)
     elif (folder / INDEX).is_file():
       self._read_index(folder)
     else:
@@ -77,10 +77,8 @@ class Tensors(Mapping):
 
   def rename(self, names: Mapping[str, str]) -> None:
     """Gives tensors other names, old to new."""
-    for kept in (self.places, self.shapes):
-      renamed = {names.get(name, name): value for name, value in kept.items()}
-      kept.clear()
-      kept.update(renamed)
+    self.places = {names.get(name, name): place for name, place in self.places.items()}
+    self.shapes = {names.get(name, name): shape for name, shape in self.shapes.items()}
 
   def __getitem__(self, name: str) -> np.ndarray:
     file, dtype, offset = self.places[name]
@@ -91,7 +89,7 @@ class Tensors(Mapping):
     return np.memmap(file, DTYPES[dtype], 'r', offset, self.shapes[name])
 
   def raw(self, name: str) -> np.ndarray:
-    """A tensor of any type. What numpy has no type for (float8) comes as bytes."""
+    """Returns a tensor of any type, as bytes if numpy lacks the type (float8)."""
     file, dtype, offset = self.places[name]
     kind = DTYPES.get(dtype) or RAW.get(dtype, 'uint8')
     return np.memmap(file, kind, 'r', offset, self.shapes[name])
@@ -117,7 +115,7 @@ class Tensors(Mapping):
 
 
 def _nothing_here(folder: pathlib.Path) -> str:
-  """Why there is nothing to read in a folder without model.safetensors and its index."""
+  """Explains why nothing can be read in a folder without model.safetensors and without its index."""
   names = {path.name for path in folder.iterdir()}
   if 'adapter_model.safetensors' in names or 'adapter_config.json' in names:
     return 'an adapter without its model; read it with --from_peft, beside its model.'
@@ -134,7 +132,7 @@ def _nothing_here(folder: pathlib.Path) -> str:
 
 
 def _header(file: pathlib.Path) -> dict[str, dict]:
-  """What is in a safetensors file: name to dtype, shape and `start`, the byte where the values begin.
+  """Returns dtype, shape and `start`, the first byte of the values, of every tensor in a safetensors file.
 
   Raises:
     UserError: the file is not whole, or not of this format.
@@ -163,10 +161,10 @@ def _header(file: pathlib.Path) -> dict[str, dict]:
     for name, entry in header.items():
       begin, end = entry['data_offsets']
       entry['start'] = 8 + length + begin
-      known = WIDTHS.get(entry['dtype'])
+      width = WIDTHS.get(entry['dtype'])
       if not 0 <= begin <= end or any(size < 0 for size in entry['shape']):
         raise ValueError(name)
-      if known and end - begin != math.prod(entry['shape']) * known:
+      if width and end - begin != math.prod(entry['shape']) * width:
         raise ValueError(name)
   except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
     raise UserError(
@@ -185,47 +183,63 @@ def write_tensors(
   dtype: str,
   file_bytes: float = FILE_BYTES,
 ) -> None:
-  """Writes safetensors files of at most `file_bytes` (or one tensor), and their index where they are several.
+  """Writes safetensors files of at most `file_bytes` (or one tensor), and an index if there are several.
 
   Args:
+    folder: to write into.
     tensors: name and values, in any order.
     sizes: name to shape, in the order of the files.
+    dtype: of the tensors in the files.
+    file_bytes: the size of a file.
   """
-  dtype, places = np.dtype(dtype), {}
-  count = lambda names: sum(math.prod(sizes[name]) for name in names) * dtype.itemsize
-  files: list[list[str]] = [[]]
-  for name in sizes:
-    if files[-1] and count([*files[-1], name]) > file_bytes:
-      files.append([])
-    files[-1].append(name)
-  n = len(files)
+  dtype = np.dtype(dtype)
+  tensor_bytes = {name: math.prod(shape) * dtype.itemsize for name, shape in sizes.items()}
+  files = _in_files(tensor_bytes, file_bytes)
+  count = len(files)
+  places = {}
   for i, names in enumerate(files):
-    file = 'model.safetensors' if n == 1 else f'model-{i + 1:05}-of-{n:05}.safetensors'
+    file = ONE if count == 1 else f'model-{i + 1:05}-of-{count:05}.safetensors'
     places |= _write_header(folder / file, {name: sizes[name] for name in names}, dtype)
   for name, x in tensors:
     file, offset = places[name]
     with file.open('r+b') as f:
       f.seek(offset)
       f.write(np.ascontiguousarray(x.astype(dtype, copy=False)).view(np.uint8).data)
-  if n > 1:
+  if count > 1:
     index = {
-      'metadata': {'total_size': count(sizes)},
-      'weight_map': {name: place[0].name for name, place in places.items()},
+      'metadata': {'total_size': sum(tensor_bytes.values())},
+      'weight_map': {name: file.name for name, (file, _) in places.items()},
     }
-    (folder / 'model.safetensors.index.json').write_text(json.dumps(index, indent=2) + '\n')
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + '\n')
+
+
+def _in_files(tensor_bytes: dict[str, int], file_bytes: float) -> list[list[str]]:
+  """Names of tensors by file, in their order; a file has more than `file_bytes` only for a single tensor."""
+  files: list[list[str]] = [[]]
+  size = 0
+  for name, added in tensor_bytes.items():
+    if files[-1] and size + added > file_bytes:
+      files.append([])
+      size = 0
+    files[-1].append(name)
+    size += added
+  return files
 
 
 def _write_header(file: pathlib.Path, sizes: dict[str, tuple], dtype) -> dict[str, tuple]:
-  """A safetensors file without its values; where in it each tensor goes."""
-  label = {v: k for k, v in DTYPES.items()}[dtype.name]
-  header, offsets, offset = {'__metadata__': {'format': 'pt'}}, {}, 0
+  """Writes a safetensors file without its values; returns the file and the first byte of every tensor."""
+  label = {name: label for label, name in DTYPES.items()}[dtype.name]
+  header = {'__metadata__': {'format': 'pt'}}
+  offsets = {}
+  end = 0
   for name, shape in sizes.items():
-    end = offset + math.prod(shape) * dtype.itemsize
-    header[name] = {'dtype': label, 'shape': list(shape), 'data_offsets': [offset, end]}
-    offsets[name], offset = offset, end
+    offsets[name] = end
+    end += math.prod(shape) * dtype.itemsize
+    header[name] = {'dtype': label, 'shape': list(shape), 'data_offsets': [offsets[name], end]}
   text = json.dumps(header).encode()
+  # The format aligns the tensors to eight bytes.
   text += b' ' * (-len(text) % 8)
   with file.open('wb') as f:
     f.write(len(text).to_bytes(8, 'little') + text)
-    f.truncate(8 + len(text) + offset)
-  return {name: (file, 8 + len(text) + place) for name, place in offsets.items()}
+    f.truncate(8 + len(text) + end)
+  return {name: (file, 8 + len(text) + offset) for name, offset in offsets.items()}

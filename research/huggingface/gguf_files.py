@@ -1,7 +1,7 @@
-"""GGUF files (llama.cpp's): the same config.json and tensors that the model has on Hugging Face.
+"""Reads GGUF files, llama.cpp's format: they become the config.json and the tensors of a Hugging Face folder.
 
-Every tensor type that the `gguf` package dequantises is read: Q4_0 to Q8_0, K-quants, IQ, float. Architectures
-are those whose tensors llama.cpp only renames or permutes. The tokenizer is `gguf_tokenizer`'s.
+Every type of tensor that the `gguf` package dequantises is read: Q4_0 to Q8_0, K-quants, IQ, float. The
+architectures are those whose tensors llama.cpp only renames or permutes. `gguf_tokenizer` reads the tokenizer.
 """
 
 import pathlib
@@ -24,15 +24,14 @@ GEMMA3 = {
   'post_attention_norm': 'post_attention_layernorm', 'ffn_norm': 'pre_feedforward_layernorm',
   'post_ffw_norm': 'post_feedforward_layernorm',
 }  # fmt: skip
-# The keys of a config.json that every architecture here has, and where GGUF keeps them below the architecture's
-# name. The value of a key in brackets may be absent.
+# The keys of config.json that every architecture has, and GGUF's keys for them, below the architecture's name.
 SIZES = {
   'hidden_size': 'embedding_length', 'num_hidden_layers': 'block_count',
   'num_attention_heads': 'attention.head_count', 'intermediate_size': 'feed_forward_length',
   'num_key_value_heads': 'attention.head_count_kv', 'max_position_embeddings': 'context_length',
 }  # fmt: skip
 FURTHER = ('attention.layer_norm_rms_epsilon', 'rope.freq_base', 'attention.key_length')
-# Of an architecture's keys: what follows from others, or is about llama.cpp alone.
+# Keys that follow from others, have an effect in llama.cpp alone, or are checked here.
 IDLE = (
   'vocab_size',
   'rope.dimension_count',
@@ -40,7 +39,7 @@ IDLE = (
   'attention.sliding_window',
   'rope.scaling.type',
 )
-# What config.json says of an architecture beside its sizes; Gemma 3 adds the layers' windows.
+# Further keys of an architecture's config.json; Gemma 3 has the windows of its layers, too.
 SILU = {'hidden_act': 'silu'}
 ARCHITECTURES = {
   'llama': {'model_type': 'llama', **SILU},
@@ -51,20 +50,20 @@ ARCHITECTURES = {
 }
 WITHOUT_HEAD_SIZE = ('qwen2',)  # transformers' class has no head_dim
 WITH_WINDOWS = ('gemma3',)
-NORMS_ADD_ONE = ('gemma', 'gemma3')  # llama.cpp stores the sum
-ROTATES_NEIGHBOURS = (
-  'llama',
-)  # as llama.cpp stores it; transformers rotates the two halves of a head
+# These norms multiply by one plus their scale, and llama.cpp stores the sum.
+NORMS_ADD_ONE = ('gemma', 'gemma3')
+# llama.cpp orders their channels so that neighbours are rotated together; in transformers these are the halves.
+ROTATES_NEIGHBOURS = ('llama',)
 
 
 class GGUF:
-  """An open file.
+  """An open GGUF file.
 
   Args:
     path: of the file.
 
   Raises:
-    UserError: it is not GGUF, or of an architecture that is not read.
+    UserError: the file is not GGUF, or its architecture is not supported.
   """
 
   def __init__(self, path: pathlib.Path):
@@ -83,39 +82,41 @@ class GGUF:
       raise UserError(f'{path}: GGUF architecture {self.architecture!r} is not supported.{hint}')
 
   def value(self, key: str, default=None):
-    """The value of a key; `default` where it is absent."""
+    """Returns the value of a key, `default` if it is absent."""
     field = self.reader.fields.get(key)
     return default if field is None else field.contents()
 
-  def own(self, key: str, default=None):
-    """The value of a key below the architecture's name."""
+  def setting(self, key: str, default=None):
+    """Returns the value of a key below the architecture's name, `default` if it is absent."""
     return self.value(f'{self.architecture}.{key}', default)
 
   def config(self) -> dict:
-    """The config.json that says the same.
+    """Returns the same model's config.json.
 
     Raises:
-      UserError: a key is missing, or one that says something which is not understood.
+      UserError: a key is missing, or has a value that is not supported.
     """
     self._check_keys()
-    missing = [f'{self.architecture}.{k}' for k in SIZES.values() if self.own(k) is None]
-    missing = [key for key in missing if not key.endswith('head_count_kv')]
-    if missing:
-      raise UserError(f'{self.path} has no {missing[0]}, so its model is not known.')
+    for key in SIZES.values():
+      # Without a number of key heads there are as many as query heads.
+      if self.setting(key) is None and key != SIZES['num_key_value_heads']:
+        raise UserError(f'{self.path} has no {self.architecture}.{key}, so its model is not known.')
     config = {'vocab_size': len(self.value('tokenizer.ggml.tokens') or ())}
-    config |= {hf: self.own(key) for hf, key in SIZES.items()}
-    config['num_key_value_heads'] = self.own(
+    config |= {hf: self.setting(key) for hf, key in SIZES.items()}
+    config['num_key_value_heads'] = self.setting(
       SIZES['num_key_value_heads'], config['num_attention_heads']
     )
-    # float32 keeps 1e-5 as 9.9999997e-06; the decimal number is meant.
-    config['rms_norm_eps'] = float(f'{self.own("attention.layer_norm_rms_epsilon"):.6g}')
-    config['rope_theta'] = self.own('rope.freq_base', 10_000.0)
+    # As a float32, 1e-5 is 9.9999997e-06. The decimal number is meant.
+    config['rms_norm_eps'] = float(f'{self.setting("attention.layer_norm_rms_epsilon"):.6g}')
+    config['rope_theta'] = self.setting('rope.freq_base', 10_000.0)
     names = {tensor.name for tensor in self.reader.tensors}
     config['tie_word_embeddings'] = 'output.weight' not in names
-    size = self.own('attention.key_length', config['hidden_size'] // config['num_attention_heads'])
-    if self.own('rope.dimension_count', size) != size:
+    size = self.setting(
+      'attention.key_length', config['hidden_size'] // config['num_attention_heads']
+    )
+    if self.setting('rope.dimension_count', size) != size:
       raise UserError(
-        f'{self.path}: {self.architecture} that rotates a part of a head is not read.'
+        f'{self.path}: {self.architecture} with rotary positions for a part of a head is not supported.'
       )
     return config | self._of_architecture(size) | self.special_ids()
 
@@ -125,41 +126,48 @@ class GGUF:
       config['head_dim'] = head_dim
     if self.architecture not in WITH_WINDOWS:
       return config
-    layers = self.own('block_count')
+    layers = self.setting('block_count')
     return config | {
-      'query_pre_attn_scalar': head_dim, 'sliding_window': self.own('attention.sliding_window'),
-      # Every sixth layer sees all; llama.cpp has this, and the base of the others, in its code.
+      'query_pre_attn_scalar': head_dim, 'sliding_window': self.setting('attention.sliding_window'),
+      # Every sixth layer attends to all tokens. llama.cpp has this, and the base of the others, in its code.
       'layer_types': ['sliding_attention' if (i + 1) % 6 else 'full_attention' for i in range(layers)],
       'rope_local_base_freq': 1e4,
     }  # fmt: skip
 
   def _check_keys(self) -> None:
+    """Refuses a key of the architecture that is not read, unless its value is nothing."""
     prefix = f'{self.architecture}.'
-    known = {*SIZES.values(), *FURTHER, *IDLE}
+    supported = {*SIZES.values(), *FURTHER, *IDLE}
     for key in self.reader.fields:
-      short = key.removeprefix(prefix)
-      if key.startswith(prefix) and short not in known and self.value(key) not in (0, False, None):
+      is_other = key.startswith(prefix) and key.removeprefix(prefix) not in supported
+      if is_other and self.value(key) not in (0, False, None):
         raise UserError(f'{self.path}: {key} = {self.value(key)!r} is not supported.')
-    if self.own('rope.scaling.type', 'none') != 'none':
+    if self.setting('rope.scaling.type', 'none') != 'none':
       raise UserError(f'{self.path}: {prefix}rope.scaling.type is not supported.')
 
   def special_ids(self) -> dict:
-    """bos_token_id, eos_token_id and pad_token_id, those that are known."""
-    ids = {'bos': 'bos', 'eos': 'eos', 'pad': 'padding'}
-    found = {f'{hf}_token_id': self.value(f'tokenizer.ggml.{k}_token_id') for hf, k in ids.items()}
-    return {key: value for key, value in found.items() if value is not None}
+    """Returns bos_token_id, eos_token_id and pad_token_id, as far as the file has them."""
+    ids = {}
+    for name, gguf_name in (('bos', 'bos'), ('eos', 'eos'), ('pad', 'padding')):
+      value = self.value(f'tokenizer.ggml.{gguf_name}_token_id')
+      if value is not None:
+        ids[f'{name}_token_id'] = value
+    return ids
 
 
 class GGUFTensors(Mapping):
-  """The tensors of a GGUF file under transformers' names, float32; each is dequantised when it is asked for."""
+  """The float32 tensors of a GGUF file by transformers' names. Each is dequantised when it is asked for."""
 
   def __init__(self, file: GGUF):
     self.file = file
-    self.sources, self.shapes = {}, {}
+    self.sources = {}
+    self.shapes = {}
     for tensor in file.reader.tensors:
       name = self._name(tensor.name)
       self.sources[name] = tensor
-      self.shapes[name] = tuple(int(n) for n in tensor.shape[::-1])  # the fastest axis comes first
+      self.shapes[name] = tuple(
+        int(n) for n in tensor.shape[::-1]
+      )  # GGUF has the fastest axis first
 
   def _name(self, name: str) -> str:
     stem, _, ending = name.rpartition('.')
@@ -179,22 +187,20 @@ class GGUFTensors(Mapping):
     return self._undone(tensor.name, array.reshape(self.shapes[name]))
 
   def _undone(self, name: str, array: np.ndarray) -> np.ndarray:
-    """Without what llama.cpp changes when it reads transformers' tensors."""
+    """Undoes the changes that llama.cpp makes to transformers' tensors."""
     rotated = name.endswith(('attn_q.weight', 'attn_k.weight'))
     if rotated and self.file.architecture in ROTATES_NEIGHBOURS:
       key = 'attention.head_count' + ('_kv' if 'attn_k' in name else '')
-      heads = self.file.own(key, self.file.own('attention.head_count'))
+      heads = self.file.setting(key, self.file.setting('attention.head_count'))
       return array.reshape(heads, -1, 2, array.shape[-1]).swapaxes(1, 2).reshape(array.shape)
     if self.file.architecture in NORMS_ADD_ONE and name.endswith('norm.weight'):
-      return array - 1  # it multiplies by the scale of a norm, Gemma by one more
+      return array - 1
     return array
 
   def rename(self, names: Mapping[str, str]) -> None:
     """Gives tensors other names, old to new."""
-    for kept in (self.sources, self.shapes):
-      renamed = {names.get(name, name): value for name, value in kept.items()}
-      kept.clear()
-      kept.update(renamed)
+    self.sources = {names.get(name, name): tensor for name, tensor in self.sources.items()}
+    self.shapes = {names.get(name, name): shape for name, shape in self.shapes.items()}
 
   def same(self, name: str, other: str) -> bool:
     """Whether both tensors are there and equal."""
@@ -203,7 +209,7 @@ class GGUFTensors(Mapping):
     return bool((self[name] == self[other]).all())
 
   def is_plain(self) -> bool:
-    """Nothing of it is left for `packed.unpack`."""
+    """True, since nothing is left for `packed.unpack`."""
     return True
 
   def __contains__(self, name) -> bool:  # Mapping's own reads the tensor

@@ -1,7 +1,9 @@
-"""The tokenizer in a GGUF file, written as tokenizer.json and tokenizer_config.json."""
+"""Writes the tokenizer of a GGUF file as tokenizer.json and tokenizer_config.json."""
 
 import json
 import pathlib
+
+import numpy as np
 
 from research.core.errors import UserError
 from research.huggingface.gguf_files import GGUF
@@ -14,7 +16,7 @@ _WORDS = (
 )
 _THREE_DIGITS = _WORDS.replace('DIGITS', r'\p{N}{1,3}')
 _ONE_DIGIT = _WORDS.replace('DIGITS', r'\p{N}')
-# How a byte-level tokenizer cuts text before it merges, by llama.cpp's name for it; None is GPT-2's pattern.
+# The pattern by which a byte-level tokenizer cuts text before it merges, by llama.cpp's name; None is GPT-2's.
 CUTS = {
   'gpt-2': None, 'default': None, 'smollm': None, 'llama-bpe': _THREE_DIGITS, 'qwen2': _ONE_DIGIT,
 }  # fmt: skip
@@ -22,10 +24,10 @@ DIGIT_BY_DIGIT = ('smollm',)
 
 
 def write(file: GGUF, folder: pathlib.Path) -> None:
-  """Writes the tokenizer of a GGUF file, with its special tokens and its chat template.
+  """Writes the tokenizer of a GGUF file with its special tokens and its chat template.
 
   Raises:
-    UserError: it is of a kind that is not known.
+    UserError: it is of an unknown kind, or its merges are damaged.
   """
   from tokenizers import AddedToken
 
@@ -52,7 +54,7 @@ def write(file: GGUF, folder: pathlib.Path) -> None:
 
 
 def _byte_level(file: GGUF):
-  """Byte pairs over bytes (GPT-2, Llama 3, Qwen, SmolLM)."""
+  """A tokenizer that merges pairs of bytes (GPT-2, Llama 3, Qwen, SmolLM)."""
   from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
   cut = file.value('tokenizer.ggml.pre', 'default')
@@ -78,7 +80,7 @@ def _byte_level(file: GGUF):
 
 
 def _sentencepiece(file: GGUF):
-  """Pieces of SentencePiece, merged in the order of their scores (Llama 2, Gemma)."""
+  """A tokenizer of SentencePiece's pieces, merged in the order of their scores (Llama 2, Gemma)."""
   from tokenizers import Tokenizer, decoders, models, normalizers
 
   tokens = file.value('tokenizer.ggml.tokens')
@@ -99,20 +101,25 @@ def _sentencepiece(file: GGUF):
 
 
 def _merges(file: GGUF, vocab: dict[str, int]) -> list[tuple[str, str]]:
-  """Every way to make a piece of two others, pieces in the order of their scores."""
-  tokens, scores = file.value('tokenizer.ggml.tokens'), file.value('tokenizer.ggml.scores')
+  """Every way to make a piece of two others, with the pieces in the order of their scores."""
+  tokens = file.value('tokenizer.ggml.tokens')
+  scores = file.value('tokenizer.ggml.scores')
   kinds = file.value('tokenizer.ggml.token_type')
+
+  def ids(pair: tuple[str, str]) -> tuple[int, int]:
+    return vocab[pair[0]], vocab[pair[1]]
+
   merges = []
-  for i in sorted(range(len(tokens)), key=lambda i: -scores[i]):
+  for i in np.argsort(np.negative(scores), kind='stable'):
     if kinds[i] == NORMAL:
       pairs = [(tokens[i][:k], tokens[i][k:]) for k in range(1, len(tokens[i]))]
-      known = [pair for pair in pairs if pair[0] in vocab and pair[1] in vocab]
-      merges += sorted(known, key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
+      pairs = [pair for pair in pairs if pair[0] in vocab and pair[1] in vocab]
+      merges += sorted(pairs, key=ids)
   return merges
 
 
 def _add_start(tokenizer, file: GGUF, vocab: dict[str, int], default: bool) -> None:
-  """Puts the token of a beginning before every text, where the file says so."""
+  """Puts the token for a beginning before every text, if the file asks for it."""
   from tokenizers import processors
 
   index = file.value('tokenizer.ggml.bos_token_id')
@@ -122,5 +129,5 @@ def _add_start(tokenizer, file: GGUF, vocab: dict[str, int], default: bool) -> N
   tokenizer.post_processor = processors.TemplateProcessing(f'{start} $A', None, [(start, index)])
 
 
-# By what GGUF calls the kinds, after the first models that had them.
+# By GGUF's names of the kinds, which are those of the first models that had them.
 READERS = {'gpt2': _byte_level, 'llama': _sentencepiece}

@@ -1,10 +1,11 @@
-"""ChatGLM and Baichuan as their authors released them, read as the families glm and llama that they are.
+"""Reads ChatGLM and Baichuan, whose releases have layouts of their own, as the families glm and llama.
 
-Both came with code of their own before transformers had their families. ChatGLM 2 and 3 are `glm` with queries,
-keys and values in one tensor; Baichuan is `llama` with the same, and Baichuan 2 normalises the head's rows.
-Their own 4-bit layouts (ChatGLM2-6B-int4, Baichuan2-7B-Chat-4bits) are read as well.
+Both came with their own code before transformers had these families. ChatGLM 2 and 3 are `glm` with queries,
+keys and values in one tensor. Baichuan is `llama` with the same, and Baichuan 2 normalises its head's rows.
+Their 4-bit layouts (ChatGLM2-6B-int4, Baichuan2-7B-Chat-4bits) are read as well.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -14,20 +15,20 @@ from research.core.errors import UserError
 from research.huggingface import packed_formulas as formulas
 from research.huggingface.pickles import PickledTensors
 
-# Keys that say nothing of the function, or that are checked here, beside those of every family (`harmless`).
+# Keys without effect on the function, or checked here, in addition to those of every family (`harmless`).
 IDLE = (
   'add_bias_linear', 'add_qkv_bias', 'apply_query_key_layer_scaling', 'attention_softmax_in_fp32',
   'apply_residual_connection_post_layernorm', 'bias_dropout_fusion', 'fp32_residual_connection',
   'interleaved_qkv', 'multi_query_attention', 'original_rope', 'post_layer_norm', 'rmsnorm', 'seq_length',
   'pre_seq_len', 'prefix_projection', 'z_loss_weight', 'quantization_bit',
 )  # fmt: skip
-# What ChatGLM's keys must be, where they are there.
+# The values that ChatGLM's keys must have where a file has them.
 CHATGLM = {
   'add_bias_linear': False, 'add_qkv_bias': True, 'apply_residual_connection_post_layernorm': False,
   'multi_query_attention': True, 'original_rope': True, 'post_layer_norm': True, 'rmsnorm': True,
   'interleaved_qkv': False, 'pre_seq_len': None, 'prefix_projection': False,
 }  # fmt: skip
-# config.json of ChatGLM, and of glm.
+# Keys of ChatGLM's config.json, and those of glm's.
 CHATGLM_SIZES = {
   'padded_vocab_size': 'vocab_size', 'hidden_size': 'hidden_size', 'num_layers': 'num_hidden_layers',
   'ffn_hidden_size': 'intermediate_size', 'num_attention_heads': 'num_attention_heads',
@@ -48,15 +49,20 @@ QKV = ('self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj')
 
 
 class Rearranged(Mapping):
-  """Tensors under other names, some of them a part of one, or changed; each is made when it is asked for."""
+  """Tensors under other names, some cut out of others or changed. Each is made when it is asked for."""
 
   def __init__(self):
     self.makers: dict[str, Callable[[], np.ndarray]] = {}
     self.shapes: dict[str, tuple[int, ...]] = {}
 
   def add(self, name: str, shape: tuple[int, ...], make: Callable[[], np.ndarray]) -> None:
-    """Adds a tensor of this name and shape that `make` gives."""
-    self.makers[name], self.shapes[name] = make, tuple(shape)
+    """Adds a tensor of this name and shape, which `make` returns."""
+    self.makers[name] = make
+    self.shapes[name] = tuple(shape)
+
+  def add_renamed(self, name: str, source, old_name: str) -> None:
+    """Adds a tensor of `source` under another name."""
+    self.add(name, source.shapes[old_name], functools.partial(source.__getitem__, old_name))
 
   def add_parts(self, names: tuple[str, ...], rows: tuple[int, ...], source, name: str) -> None:
     """Adds the parts of one tensor, one after another along its rows."""
@@ -65,7 +71,7 @@ class Rearranged(Mapping):
     start = 0
     for part, count in zip(names, rows, strict=True):
       shape = (count, *source.shapes[name][1:])
-      self.add(part, shape, lambda a=start, b=start + count: np.asarray(source[name])[a:b])
+      self.add(part, shape, functools.partial(_rows, source, name, start, start + count))
       start += count
 
   def __getitem__(self, name: str) -> np.ndarray:
@@ -73,13 +79,11 @@ class Rearranged(Mapping):
 
   def rename(self, names: Mapping[str, str]) -> None:
     """Gives tensors other names, old to new."""
-    for kept in (self.makers, self.shapes):
-      renamed = {names.get(name, name): value for name, value in kept.items()}
-      kept.clear()
-      kept.update(renamed)
+    self.makers = {names.get(name, name): make for name, make in self.makers.items()}
+    self.shapes = {names.get(name, name): shape for name, shape in self.shapes.items()}
 
   def is_plain(self) -> bool:
-    """Nothing of it is left for `packed.unpack`."""
+    """True, since nothing is left for `packed.unpack`."""
     return True
 
   def same(self, name: str, other: str) -> bool:
@@ -98,11 +102,15 @@ class Rearranged(Mapping):
     return len(self.makers)
 
 
+def _rows(source, name: str, start: int, end: int) -> np.ndarray:
+  return np.asarray(source[name])[start:end]
+
+
 def translated(config: dict[str, Any], given) -> tuple[dict[str, Any], Any]:
-  """config.json and tensors, ChatGLM's and Baichuan's as those of glm and llama; all others as they are.
+  """Returns config.json and tensors, those of ChatGLM and Baichuan as glm's and llama's, any others unchanged.
 
   Raises:
-    UserError: an option of theirs that is not read.
+    UserError: they have an option that is not supported.
   """
   kind = config.get('model_type')
   if kind not in LAYOUTS:
@@ -111,8 +119,8 @@ def translated(config: dict[str, Any], given) -> tuple[dict[str, Any], Any]:
   return translate(config, unpack(config, given))
 
 
-def _check(config: dict, wanted: dict) -> None:
-  for key, value in wanted.items():
+def _check(config: dict, supported: dict) -> None:
+  for key, value in supported.items():
     if key in config and config[key] != value:
       raise UserError(
         f'config.json: {config["model_type"]} with {key} = {config[key]!r} is not supported, only {value!r}.'
@@ -120,8 +128,9 @@ def _check(config: dict, wanted: dict) -> None:
 
 
 def _rest(config: dict, read) -> dict:
-  """The keys that are neither read nor idle, for the family to judge."""
-  return {k: v for k, v in config.items() if k not in read and k not in IDLE and k != 'model_type'}
+  """The keys that are not read here and may have an effect: the family accepts or refuses them."""
+  skipped = {*read, *IDLE, 'model_type'}
+  return {key: value for key, value in config.items() if key not in skipped}
 
 
 def _chatglm(config: dict, given) -> tuple[dict, Rearranged]:
@@ -136,30 +145,34 @@ def _chatglm(config: dict, given) -> tuple[dict, Rearranged]:
     'max_position_embeddings': config.get('seq_length', 32768),
   }  # fmt: skip
   read = (*CHATGLM_SIZES, 'rope_ratio', 'tie_word_embeddings', 'vocab_size')
+  return _rest(config, read) | ours, _chatglm_tensors(config, given)
+
+
+def _chatglm_tensors(config: dict, given) -> Rearranged:
+  """The tensors of ChatGLM under glm's names; queries, keys and values become three."""
   tensors = Rearranged()
   heads = config['num_attention_heads'] * config['kv_channels']
   groups = config['multi_query_group_num'] * config['kv_channels']
   for name in given:
     if name in CHATGLM_TOP:
-      tensors.add(CHATGLM_TOP[name], given.shapes[name], lambda n=name: given[n])
+      tensors.add_renamed(CHATGLM_TOP[name], given, name)
       continue
     prefix = 'transformer.encoder.layers.'
     stem, _, ending = name.removeprefix(prefix).rpartition('.')
     layer, _, part = stem.partition('.')
     below = f'model.layers.{layer}.'
     if name.startswith(prefix) and part == 'self_attention.query_key_value':
-      names = tuple(f'{below}{each}.{ending}' for each in QKV)
+      names = tuple(f'{below}{matrix}.{ending}' for matrix in QKV)
       tensors.add_parts(names, (heads, groups, groups), given, name)
     elif name.startswith(prefix) and part in CHATGLM_LAYER:
-      new = f'{below}{CHATGLM_LAYER[part]}.{ending}'
-      tensors.add(new, given.shapes[name], lambda n=name: given[n])
+      tensors.add_renamed(f'{below}{CHATGLM_LAYER[part]}.{ending}', given, name)
     elif name != 'transformer.rotary_pos_emb.inv_freq':
       raise UserError(f'the tensor {name} is not one of chatglm.')
-  return _rest(config, read) | ours, tensors
+  return tensors
 
 
 def _unpacked_chatglm(config: dict, given):
-  """ChatGLM's tensors as matrices: `quantization_bit` of config.json says how they are packed."""
+  """ChatGLM's tensors as matrices. `quantization_bit` of config.json says in how many bits they are."""
   from research.huggingface.packed import unpack
 
   bits = config.get('quantization_bit') or 0
@@ -179,26 +192,27 @@ def _baichuan(config: dict, given) -> tuple[dict, Rearranged]:
   for name in given:
     if name.endswith('.self_attn.W_pack.weight'):
       below = name.removesuffix('self_attn.W_pack.weight')
-      names = tuple(f'{below}{each}.weight' for each in QKV)
+      names = tuple(f'{below}{matrix}.weight' for matrix in QKV)
       tensors.add_parts(names, (width,) * 3, given, name)
     elif name == 'lm_head.weight' and normalised:
-      tensors.add(name, given.shapes[name], lambda n=name: _rows_of_length_one(given[n]))
+      make = functools.partial(_rows_of_length_one, given, name)
+      tensors.add(name, given.shapes[name], make)
     elif not name.endswith('rotary_emb.inv_freq'):
-      tensors.add(name, given.shapes[name], lambda n=name: given[n])
+      tensors.add_renamed(name, given, name)
   rest = _rest(config, ('quantization_config', 'tie_word_embeddings'))
   return rest | {'model_type': 'llama', 'tie_word_embeddings': False}, tensors
 
 
-def _rows_of_length_one(matrix) -> np.ndarray:
-  matrix = np.asarray(matrix, np.float32)
+def _rows_of_length_one(source, name: str) -> np.ndarray:
+  matrix = np.asarray(source[name], np.float32)
   return matrix / np.maximum(np.linalg.norm(matrix, axis=1, keepdims=True), 1e-12)
 
 
 def _unpacked_baichuan(config: dict, given):
-  """Baichuan's tensors as matrices, of a 4-bit release too.
+  """Baichuan's tensors as matrices, also those of a 4-bit release.
 
-  Its pickle has 'X.weight.data' and 'X.weight.quant_state', a list of bitsandbytes 0.39: magnitudes, shape,
-  dtype, block size, [offset, [magnitudes of the magnitudes, their book]], kind, book.
+  The pickle of a 4-bit release has 'X.weight.data' and 'X.weight.quant_state', a list of bitsandbytes 0.39:
+  magnitudes, shape, dtype, block size, [offset, [magnitudes of the magnitudes, code book]], kind, code book.
   """
   states = getattr(given, 'others', {})
   if not isinstance(given, PickledTensors) or not states:
@@ -210,15 +224,16 @@ def _unpacked_baichuan(config: dict, given):
       if f'{weight}.quant_state' not in states:
         raise UserError(f'{weight}.quant_state is missing; {weight} cannot be unpacked without it.')
       state = states.pop(f'{weight}.quant_state')
-      tensors.add(weight, tuple(state[1]), lambda n=name, s=state: _of_state(given.raw(n), s))
+      tensors.add(weight, tuple(state[1]), functools.partial(_of_state, given, name, state))
     else:
-      tensors.add(name, given.shapes[name], lambda n=name: given[n])
+      tensors.add_renamed(name, given, name)
   if states:
     raise UserError(f'the pickle holds {sorted(states)[0]}, which is no tensor and not known.')
   return tensors
 
 
-def _of_state(packed: np.ndarray, state) -> np.ndarray:
+def _of_state(source, name: str, state) -> np.ndarray:
+  """The matrix of a packed tensor and its quant_state."""
   magnitudes, shape, _, blocksize, nested, kind, book = state
   if kind != 'nf4':
     raise UserError(f'a quant_state of kind {kind!r} is not read; only nf4 is.')
@@ -229,11 +244,11 @@ def _of_state(packed: np.ndarray, state) -> np.ndarray:
     offset = offset.read() if hasattr(offset, 'read') else offset
     of_magnitudes = second_book.read(), second.read(), size, float(offset)
   return formulas.nested_blocks(
-    packed, book.read(), magnitudes.read(), blocksize, tuple(shape), of_magnitudes
+    source.raw(name), book.read(), magnitudes.read(), blocksize, tuple(shape), of_magnitudes
   )
 
 
-# By model_type: what unpacks the tensors, and what renames them, and config.json, to a family that is read.
+# By model_type the function that unpacks the tensors, and the one that gives a family's config.json and names.
 LAYOUTS = {
   'chatglm': (_unpacked_chatglm, _chatglm),
   'baichuan': (_unpacked_baichuan, _baichuan),

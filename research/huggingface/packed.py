@@ -1,7 +1,7 @@
-"""Weights that a Hugging Face folder holds in 4 or 8 bits, read as the matrices that they stand for.
+"""Reads weights that a Hugging Face folder has in 2 to 8 bits, as the matrices that they stand for.
 
-Each format names a few tensors in place of one `*.weight`. `unpack(tensors, options)` gives a mapping in which
-the one weight is back, computed when it is asked for, so that the families' tables know nothing of it:
+Each format has a few tensors in place of one `*.weight`. `unpack(tensors, options)` returns a mapping with that
+weight, computed when it is asked for, so that the families' tables need not know of packing:
 
     GPTQ                qweight, qzeros, scales, g_idx    (Frantar et al. 2023, arXiv:2210.17323)
     AWQ                 qweight, qzeros, scales           (Lin et al. 2024, arXiv:2306.00978)
@@ -24,7 +24,7 @@ from research.huggingface import packed_formulas as formulas
 
 
 class Suffixes:
-  """The tensors that stand for one weight, by what follows the module's name."""
+  """The tensors that stand for one weight, by the ending behind the module's name."""
 
   def __init__(self, tensors: Mapping, module: str, weight: str):
     self.tensors = tensors
@@ -47,7 +47,7 @@ class Suffixes:
 
 
 class Unpacked(Mapping):
-  """A folder's tensors, packed weights replaced by the matrices that they stand for, float32."""
+  """The tensors of a folder, with the float32 matrices that packed weights stand for in their place."""
 
   def __init__(
     self, tensors, markers: tuple[str, ...], read: Callable[[Suffixes], np.ndarray], shape
@@ -55,9 +55,9 @@ class Unpacked(Mapping):
     """
     Args:
       tensors: a mapping with `shapes`, as `files.Tensors`.
-      markers: suffixes beside or under a weight that make it a packed one; the first one tells.
-      read: gives the matrix.
-      shape: gives the matrix's shape without reading it.
+      markers: endings of the tensors of a packed weight; a weight with the first of them is packed.
+      read: returns the matrix.
+      shape: returns the matrix's shape without reading it.
     """
     self.tensors = tensors
     self.read = read
@@ -70,9 +70,9 @@ class Unpacked(Mapping):
         suffixes = Suffixes(tensors, weight.removesuffix('.weight'), weight)
         self.packed[weight] = suffixes
     for weight, suffixes in self.packed.items():
-      own = [f'{suffixes.module}.{marker}' for marker in markers]
-      own += [name for name in tensors if name.startswith(f'{weight}.')]
-      for name in own:
+      replaced = [f'{suffixes.module}.{marker}' for marker in markers]
+      replaced += [name for name in tensors if name.startswith(f'{weight}.')]
+      for name in replaced:
         self.shapes.pop(name, None)
       self.shapes[weight] = shape(suffixes)
 
@@ -93,10 +93,14 @@ class Unpacked(Mapping):
 
 
 def unpack(tensors, options: dict[str, Any]):
-  """The tensors of a folder as floating-point matrices, by the `quantization_config` of its config.json.
+  """Returns the tensors of a folder as floating-point matrices.
+
+  Args:
+    tensors: a mapping with `shapes` and `raw`, as `files.Tensors`.
+    options: the `quantization_config` of config.json.
 
   Raises:
-    UserError: a format, or an option of one, that is not known; it names it.
+    UserError: the format, or one of its options, is not supported; the message names it.
   """
   if not isinstance(options, dict):
     raise UserError(f'config.json: quantization_config is {options!r}, and must be an object.')
@@ -114,6 +118,7 @@ def unpack(tensors, options: dict[str, Any]):
 
 
 def _require(options: dict, **allowed) -> None:
+  """Refuses options with other values than these."""
   for name, values in allowed.items():
     if name in options and options[name] not in values:
       shown = f'{name} = {options[name]!r}; only {" or ".join(map(repr, values))}'
@@ -215,14 +220,19 @@ def _compressed(tensors, options: dict):
     def packed_shape(get: Suffixes) -> tuple[int, ...]:
       return tuple(int(n) for n in np.asarray(get('weight_shape')).reshape(-1))
 
-    return Unpacked(
-      tensors, ('weight_packed', 'weight_scale', *beside),
-      lambda get: formulas.compressed_packed(get, bits, symmetric), packed_shape,
-    )  # fmt: skip
-  return Unpacked(
-    tensors, ('weight_scale', *beside), lambda get: formulas.compressed_plain(get, kind),
-    lambda get: tensors.shapes[get.weight],
-  )  # fmt: skip
+    def read_packed(get: Suffixes) -> np.ndarray:
+      return formulas.compressed_packed(get, bits, symmetric)
+
+    markers = ('weight_packed', 'weight_scale', *beside)
+    return Unpacked(tensors, markers, read_packed, packed_shape)
+
+  def shape(get: Suffixes) -> tuple[int, ...]:
+    return tensors.shapes[get.weight]
+
+  def read(get: Suffixes) -> np.ndarray:
+    return formulas.compressed_plain(get, kind)
+
+  return Unpacked(tensors, ('weight_scale', *beside), read, shape)
 
 
 def _chatglm(tensors, options: dict):
@@ -233,4 +243,7 @@ def _chatglm(tensors, options: dict):
     rows, columns = tensors.shapes[get.weight]
     return rows, columns * 8 // bits
 
-  return Unpacked(tensors, ('weight_scale',), lambda get: formulas.chatglm(get, bits), shape)
+  def read(get: Suffixes) -> np.ndarray:
+    return formulas.chatglm(get, bits)
+
+  return Unpacked(tensors, ('weight_scale',), read, shape)

@@ -1,6 +1,6 @@
-"""The formulas of packed weights: what a format's tensors stand for, float32 [out, in] as torch has it.
+"""The formulas of packed weights: the float32 matrices [out, in] that the tensors of a format stand for.
 
-Each takes `get`, which gives a tensor by its suffix and says whether there is one (`packed.Suffixes`).
+Each takes `get`, which returns a tensor by its ending and knows which endings there are (`packed.Suffixes`).
 """
 
 import json
@@ -9,17 +9,19 @@ from collections.abc import Callable
 import ml_dtypes
 import numpy as np
 
-# AWQ packs eight columns into one int32 in this order, for the sake of its CUDA kernel.
+# AWQ packs eight columns into one int32 in this order, because its CUDA kernel unpacks them so.
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 def unpack_bits(words: np.ndarray, bits: int, axis: int) -> np.ndarray:
-  """The numbers of `bits` bits in int32 words along `axis`, lowest bits first; one may lie across two words.
+  """Returns the numbers of `bits` bits in int32 words along `axis`, lowest bits first.
+
+  A number may cross from one word to the next.
 
   Args:
-    words: int32; their number times 32 is a multiple of `bits`, or what is left over at the end is no number.
+    words: int32. Bits that are left over at the end are dropped.
     bits: 1 to 8.
-    axis: the axis that grows.
+    axis: the axis of the words, which becomes longer.
 
   Returns:
     uint8.
@@ -27,8 +29,8 @@ def unpack_bits(words: np.ndarray, bits: int, axis: int) -> np.ndarray:
   words = np.ascontiguousarray(np.moveaxis(np.asarray(words), axis, -1))
   stream = np.unpackbits(words.view(np.uint8), axis=-1, bitorder='little')
   count = stream.shape[-1] // bits
-  each = stream[..., : count * bits].reshape(*words.shape[:-1], count, bits)
-  numbers = np.packbits(each, axis=-1, bitorder='little')[..., 0]
+  grouped = stream[..., : count * bits].reshape(*words.shape[:-1], count, bits)
+  numbers = np.packbits(grouped, axis=-1, bitorder='little')[..., 0]
   return np.moveaxis(numbers, -1, axis)
 
 
@@ -55,8 +57,8 @@ def gptq(get: Callable[[str], np.ndarray], bits: int, plus_one: bool) -> np.ndar
 def stores_zeros_less_one(qzeros: np.ndarray, bits: int, symmetric: bool, label: str) -> bool:
   """Whether a GPTQ file has the first format, whose zero points are stored less one.
 
-  The label of a file is often wrong. A symmetric zero point is the middle of the range (8 of 4 bits),
-  so that a stored 7 or 8 tells the formats apart; only an asymmetric file must be believed.
+  The label of a file is often wrong. A symmetric zero point is the middle of the range (8 with 4 bits), so that
+  a stored 7 or 8 tells the formats apart. Only for an asymmetric file the label decides.
   """
   middle = 2 ** (bits - 1)
   if symmetric:
@@ -127,9 +129,9 @@ def nested_blocks(
   magnitudes = np.asarray(magnitudes).reshape(-1)
   if nested is not None:
     nested_book, nested_magnitudes, nested_size, offset = nested
-    each = np.repeat(np.asarray(nested_magnitudes, np.float32).reshape(-1), nested_size)
+    scales = np.repeat(np.asarray(nested_magnitudes, np.float32).reshape(-1), nested_size)
     values = np.asarray(nested_book, np.float32)[magnitudes]
-    magnitudes = values * each[: len(magnitudes)] + np.float32(offset)
+    magnitudes = values * scales[: len(magnitudes)] + np.float32(offset)
   blocks = np.repeat(magnitudes.astype(np.float32), blocksize)
   size = int(np.prod(shape))
   values = np.asarray(book, np.float32)[codes]
@@ -168,7 +170,7 @@ def compressed_packed(get: Callable[[str], np.ndarray], bits: int, symmetric: bo
   group_of = np.arange(columns) * groups // columns
   if get.has('weight_g_idx'):
     stored = np.asarray(get('weight_g_idx')).reshape(-1)
-    group_of = stored if (stored >= 0).all() else group_of  # -1 says that there is no other order
+    group_of = stored if (stored >= 0).all() else group_of  # -1 means the usual order
   if not symmetric:
     zeros = unpack_bits(get('weight_zero_point'), bits, axis=0)[:rows].astype(np.float32) - half
     numbers = numbers - zeros[:, group_of]
@@ -209,7 +211,7 @@ def chatglm(get: Callable[[str], np.ndarray], bits: int) -> np.ndarray:
   """
   stored = np.asarray(get('')).view(np.int8)
   if bits == 4:
-    high = stored >> 4  # of a signed number: the sign goes along
+    high = stored >> 4  # of signed numbers, so that the sign is kept
     low = (stored << 4).astype(np.int8) >> 4
     stored = np.stack([high, low], axis=-1).reshape(len(stored), -1)
   scales = np.asarray(get('weight_scale')).astype(np.float32).reshape(-1, 1)

@@ -1,7 +1,7 @@
-"""pytorch_model.bin: tensors that torch pickled, read without torch, and without running what a pickle says.
+"""Reads pytorch_model.bin, tensors that torch pickled, without torch and without running code from the pickle.
 
-A pickle names the functions that rebuild its objects. Only those that rebuild tensors are known here, by our
-own code; any other name is refused.
+A pickle names the functions that rebuild its objects. Here our own code stands for those that rebuild tensors,
+and any other name is refused.
 """
 
 import collections
@@ -45,11 +45,15 @@ FLOATING = (
 
 
 class _Lazy:
-  """A tensor of an archive that is not read yet."""
+  """A tensor of an archive, which `read` reads."""
 
   def __init__(self, archive: '_Archive', key: str, dtype, offset: int, shape, strides):
-    self.archive, self.key, self.dtype, self.offset = archive, key, np.dtype(dtype), offset
-    self.shape, self.strides = tuple(shape), tuple(strides)
+    self.archive = archive
+    self.key = key
+    self.dtype = np.dtype(dtype)
+    self.offset = offset
+    self.shape = tuple(shape)
+    self.strides = tuple(strides)
 
   def read(self) -> np.ndarray:
     flat = np.frombuffer(self.archive.bytes_of(self.key), self.dtype)
@@ -65,7 +69,7 @@ class _Archive:
   """A file of torch.save: a zip with data.pkl and a file for each storage.
 
   Raises:
-    UserError: it is another format, or damaged.
+    UserError: the file has another format, or is damaged.
   """
 
   def __init__(self, path: pathlib.Path):
@@ -94,7 +98,7 @@ class _Archive:
       raise UserError(f'{path} holds no tensors by name.')
 
   def bytes_of(self, key: str) -> bytes:
-    """The bytes of a storage."""
+    """Returns the bytes of a storage."""
     try:
       return self.zip.read(f'{self.folder}data/{key}')
     except (KeyError, zipfile.BadZipFile) as error:
@@ -120,7 +124,7 @@ class _Unpickler(pickle.Unpickler):
     if module == 'torch._utils' and name == '_rebuild_tensor_v2':
       return self.tensor
     if module == 'torch._utils' and name == '_rebuild_parameter':
-      return lambda data, *_: data
+      return self.parameter
     raise pickle.UnpicklingError(
       f'its pickle asks for {module}.{name}, which no file of tensors needs; it is not run.'
     )
@@ -131,18 +135,23 @@ class _Unpickler(pickle.Unpickler):
       raise pickle.UnpicklingError(f'its pickle refers to {kind!r}, and only storages are known.')
     return dtype, key
 
+  def parameter(self, data, *_):
+    return data
+
   def tensor(self, storage, offset, shape, strides, *_) -> _Lazy:
     dtype, key = storage
     return _Lazy(self.archive, key, dtype, offset, shape, strides)
 
 
 class PickledTensors(Mapping):
-  """The tensors of pytorch_model.bin, or of the shards of its index; each is read when it is asked for.
+  """The tensors of pytorch_model.bin, or of the files that its index names. Each is read when it is asked for.
 
-  What is no tensor, such as the state of a quantiser, is in `others`.
+  Attributes:
+    shapes: of the tensors.
+    others: values that are no tensors, such as the state of a quantiser.
 
   Raises:
-    UserError: a file is missing or damaged, or asks for more than tensors.
+    UserError: a file is missing or damaged, or its pickle asks for anything but tensors.
   """
 
   def __init__(self, folder: pathlib.Path):
@@ -164,7 +173,7 @@ class PickledTensors(Mapping):
     return (folder / ONE).is_file() or (folder / INDEX).is_file()
 
   def raw(self, name: str) -> np.ndarray:
-    """A tensor of any type."""
+    """Returns a tensor of any type."""
     return self.lazy[name].read()
 
   def __getitem__(self, name: str) -> np.ndarray:
@@ -176,10 +185,8 @@ class PickledTensors(Mapping):
 
   def rename(self, names: Mapping[str, str]) -> None:
     """Gives tensors other names, old to new."""
-    for kept in (self.lazy, self.shapes):
-      renamed = {names.get(name, name): value for name, value in kept.items()}
-      kept.clear()
-      kept.update(renamed)
+    self.lazy = {names.get(name, name): value for name, value in self.lazy.items()}
+    self.shapes = {names.get(name, name): shape for name, shape in self.shapes.items()}
 
   def is_plain(self) -> bool:
     """Whether every tensor is floating point of 16 to 64 bits, as no packed weight is."""

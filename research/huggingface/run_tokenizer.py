@@ -1,9 +1,10 @@
-"""The tokenizer of a run's vocabulary as a Hugging Face folder has it: the same ids for the same text.
+"""Writes the vocabulary of a run as the tokenizer of a Hugging Face folder: the same ids for the same text.
 
-No special tokens are put around a text, as none are in training.
+It puts no special tokens around a text, since training puts none.
 """
 
 import json
+import operator
 import pathlib
 from typing import Any
 
@@ -14,7 +15,7 @@ from research.data.encoding import HuggingFaceEncoding, SentencePieceEncoding
 PAD = '<pad>'
 SPACE = '\u2581'  # what SentencePiece writes for a space
 UNIGRAM, NORMAL = 1, 1  # of a SentencePiece model, and of its pieces
-# Texts on which a converted tokenizer must agree with the one that it was made of.
+# Texts on which a converted tokenizer must agree with the original.
 SAMPLES = (
   'The law of this run', '  two  spaces, a tab\t and\n\na line ', '3.14159 = π', 'naïve façade ﬁne Å',
   '日本語のテキスト 🙂', '', ' ', 'x' * 40,
@@ -27,13 +28,13 @@ def write(folder: pathlib.Path, vocabulary, cache_file: pathlib.Path | None) -> 
   Args:
     folder: to write into.
     vocabulary: one of `research.data.vocabularies`.
-    cache_file: the SentencePiece model that was trained for the run; None where there is none.
+    cache_file: the SentencePiece model that was trained for the run; None if there is none.
 
   Returns:
     The special ids.
 
   Raises:
-    UserError: the vocabulary is another class's, or its file is away or has no equal in tokenizer.json.
+    UserError: the vocabulary is of another class, or its file is missing or has no equal in tokenizer.json.
   """
   if isinstance(vocabulary, vocabularies.Bytes):
     return _write_bytes(folder, vocabulary)
@@ -69,9 +70,8 @@ def _write_fast(folder, vocabulary) -> dict[str, Any]:
   settings = json.loads(pathlib.Path(vocabulary.file).read_text())
   if encoding.offset:
     _move_up(settings)
-  if (settings.get('post_processor') or {}).get(
-    'type'
-  ) != 'ByteLevel':  # which has to do with offsets alone
+  # Others than ByteLevel, which only changes offsets, put special tokens around a text.
+  if (settings.get('post_processor') or {}).get('type') != 'ByteLevel':
     settings['post_processor'] = None
   (folder / 'tokenizer.json').write_text(json.dumps(settings, ensure_ascii=False))
   config = {'tokenizer_class': 'PreTrainedTokenizerFast'}
@@ -85,7 +85,7 @@ def _write_fast(folder, vocabulary) -> dict[str, Any]:
 
 
 def _move_up(settings: dict) -> None:
-  """Every id one higher, as in the run, whose rows are padded with 0."""
+  """Makes every id one higher, as it is in the run, which pads rows with 0."""
   model = settings['model']
   if isinstance(model['vocab'], list):  # of a unigram model: [piece, score] by id
     model['vocab'].insert(0, [PAD, 0.0])
@@ -118,12 +118,13 @@ def _write_sentencepiece(folder, file: pathlib.Path) -> dict[str, Any]:
 
 
 def of_sentencepiece(file: pathlib.Path):
-  """A `tokenizers.Tokenizer` with the pieces, scores and normalisation of a SentencePiece model."""
+  """Returns a `tokenizers.Tokenizer` with the pieces, scores and normalisation of a SentencePiece model."""
   from sentencepiece import sentencepiece_model_pb2
   from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
 
   proto = sentencepiece_model_pb2.ModelProto.FromString(file.read_bytes())
-  spec, trainer = proto.normalizer_spec, proto.trainer_spec
+  spec = proto.normalizer_spec
+  trainer = proto.trainer_spec
   pieces = [(piece.piece, piece.score) for piece in proto.pieces]
   if trainer.model_type == UNIGRAM:
     model = models.Unigram(pieces, trainer.unk_id, byte_fallback=trainer.byte_fallback)
@@ -153,13 +154,17 @@ def of_sentencepiece(file: pathlib.Path):
 
 
 def merges(pieces, vocab: dict[str, int]) -> list[tuple[str, str]]:
-  """The merges of a BPE model in the order of their scores: every way to make a piece of two others."""
-  pairs = []
-  for piece in sorted(pieces, key=lambda piece: -piece.score):
+  """Returns the merges of a BPE model in the order of scores: every way to make a piece of two others."""
+
+  def ids(pair: tuple[str, str]) -> tuple[int, int]:
+    return vocab[pair[0]], vocab[pair[1]]
+
+  result = []
+  for piece in sorted(pieces, key=operator.attrgetter('score'), reverse=True):
     if piece.type != NORMAL:
       continue
     text = piece.piece
-    halves = [(text[:i], text[i:]) for i in range(1, len(text))]
-    known = [(a, b) for a, b in halves if a in vocab and b in vocab]
-    pairs += sorted(known, key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
-  return pairs
+    pairs = [(text[:i], text[i:]) for i in range(1, len(text))]
+    pairs = [(first, second) for first, second in pairs if first in vocab and second in vocab]
+    result += sorted(pairs, key=ids)
+  return result
