@@ -229,7 +229,9 @@ def _check_tensors(folder, family, settings, wanted, given) -> None:
       raise UserError(f'{folder}: {name} is not the copy of {original} that it should be.')
   # If the model has no head of its own, the head in the file equals the token vectors: `heads` compared them.
   unknown = [name for name in unknown if name != family.top.get('head.kernel')]
-  problems = [f'{name} is missing' for name in sorted(names - given.keys())]
+  missing = sorted(names - given.keys())
+  _check_head(folder, family, missing)
+  problems = [f'{name} is missing' for name in missing]
   problems += [f'{name} is unknown' for name in sorted(unknown)]
   problems += [
     f'{t.name} is {given.shapes[t.name]} and should be {t.shape}'
@@ -240,6 +242,16 @@ def _check_tensors(folder, family, settings, wanted, given) -> None:
     more = f'; and {len(problems) - LISTED} more' if len(problems) > LISTED else ''
     raise UserError(
       f'{folder}: the tensors do not fit config.json: {"; ".join(problems[:LISTED])}{more}.'
+    )
+
+
+def _check_head(folder, family: Family, missing: list[str]) -> None:
+  """Refuses a model that was saved without its head: it gives feature vectors, but no logits."""
+  head = tuple(name for member, name in family.top.items() if member.startswith('head.'))
+  if missing and all(name.startswith(head) for name in missing):
+    raise UserError(
+      f'{folder}: the files hold a model without its head ({missing[0]} is missing), which has no logits; save it '
+      f'with its head, as {family.architecture} of transformers does.'
     )
 
 

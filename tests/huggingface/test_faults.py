@@ -82,6 +82,17 @@ def test_names_without_the_prefix_are_the_same_model(folder):  # noqa: F811
   assert (params['embedder']['tokens'] == values['model.embed_tokens.weight']).all()
 
 
+def test_a_model_without_its_head_is_called_so(folder):  # noqa: F811
+  path, values = folder
+  tensors = {name: value for name, value in values.items() if name != 'lm_head.weight'}
+  for file in (*path.glob('*.safetensors'), path / INDEX):
+    file.unlink()
+  write_tensors(path, iter(tensors.items()), {k: v.shape for k, v in tensors.items()}, 'float32')
+  with pytest.raises(UserError, match=r'without its head \(lm_head\.weight is missing\)') as error:
+    inwards.load(path)
+  assert 'LlamaForCausalLM' in str(error.value)
+
+
 def test_a_tied_config_with_another_head_in_the_file_keeps_that_head(folder):  # noqa: F811
   path, values = folder
   (path / 'config.json').write_text(json.dumps({**CONFIG, 'tie_word_embeddings': True}))
