@@ -250,8 +250,8 @@ def _check_head(folder, family: Family, missing: list[str]) -> None:
   head = tuple(name for member, name in family.top.items() if member.startswith('head.'))
   if missing and all(name.startswith(head) for name in missing):
     raise UserError(
-      f'{folder}: the files hold a model without its head ({missing[0]} is missing), which has no logits; save it '
-      f'with its head, as {family.architecture} of transformers does.'
+      f'{folder}: the files hold a model without its head ({missing[0]} is missing), which has no logits; '
+      f'save it with its head, as {family.architecture} of transformers does.'
     )
 
 
