@@ -9,8 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 from research.core.errors import UserError
+from research.huggingface.harmless import is_same
 from research.huggingface.names import Tree
-from research.huggingface.settings import Settings, is_same
+from research.huggingface.settings import Settings
 
 Get = Callable[[str], Any]
 

@@ -13,6 +13,44 @@ HARMLESS = {
   'add_cross_attention': (False,), 'use_bidirectional_attention': (None, False),
 }  # fmt: skip
 
+# Keys of released files that no class of transformers reads any more, by family, and the values with which they
+# have no effect on the function. Of `ANY` value are those that were about speed, dropout or a pooler, and sizes
+# that the shapes of the tensors check.
+ANY = object()
+_TANH = ('gelu_pytorch_tanh', 'gelu_new', 'gelu_fast', 'gelu')
+_T5 = {'n_positions': ANY, 'output_past': ANY}
+_DEEPSEEK = {'moe_layer_freq': (1,)}
+RELEASED: dict[str, dict[str, Any]] = {
+  'llama': {'rope_interleaved': (False,), 'max_sequence_length': ANY},
+  'qwen2': {'use_mrope': (False,)},
+  'gemma': {'hidden_activation': _TANH},
+  'gemma2': {'hidden_act': _TANH, 'sliding_window_size': (4096,)},
+  'falcon': {'apply_residual_connection_post_layernorm': (False,)},
+  'bloom': {
+    'attention_softmax_in_fp32': ANY, 'bias_dropout_fusion': ANY, 'masked_softmax_fusion': ANY,
+    'offset_alibi': ANY, 'seq_length': ANY, 'skip_bias_add': ANY, 'skip_bias_add_qkv': (False,),
+  },
+  'mpt': {'init_config': ANY, 'tokenizer_name': ANY, 'verbose': ANY},
+  'gpt2': {'_num_labels': ANY},
+  'gptj': {'rotary': (True,), 'scale_attn_weights': (True,)},
+  'bert': {
+    'position_embedding_type': ('absolute',), 'directionality': ANY, 'pooler_fc_size': ANY,
+    'pooler_num_attention_heads': ANY, 'pooler_num_fc_layers': ANY, 'pooler_size_per_head': ANY,
+    'pooler_type': ANY,
+  },
+  't5': _T5, 'mt5': _T5, 'switch_transformers': {'router_type': ('tokens_masked',)},
+  'mamba': {
+    'd_inner': ANY, 'd_model': ANY, 'n_layer': ANY, 'fused_add_norm': ANY, 'pad_vocab_size_multiple': ANY,
+    'rms_norm': (True,), 'ssm_cfg': ({},),
+  },
+  'mamba2': {'norm_before_gate': ANY, 'rms_norm': (True,)},
+  'jamba': {
+    'calc_logits_for_entire_prompt': ANY, 'mamba_inner_layernorms': (True,), 'num_logits_to_keep': ANY,
+  },
+  'deepseek_v2': {**_DEEPSEEK, 'scoring_func': ('softmax',)},
+  'deepseek_v3': {**_DEEPSEEK, 'scoring_func': ('sigmoid',), 'topk_method': ('noaux_tc',)},
+}  # fmt: skip
+
 INTEGERS = frozenset((
   'bos_token_id', 'chunk_size', 'chunk_size_feed_forward', 'decoder_start_token_id',
   'max_position_embeddings', 'max_seq_len', 'pad_token_id', 'pretraining_tp',
@@ -92,6 +130,19 @@ def wanted(model_type: str, key: str, value: Any) -> str | None:
     case _:
       fits = True
   return None if fits else _kind(key)
+
+
+def is_harmless(model_type: str, key: str, value: Any) -> bool:
+  """Whether a key that nothing reads has no effect with this value; a null never has."""
+  released = RELEASED.get(model_type, {}).get(key, ())
+  if released is ANY:
+    return True
+  return any(is_same(value, option) for option in (*HARMLESS.get(key, (None,)), *released))
+
+
+def is_same(a, b) -> bool:
+  """Equality that tells True from 1."""
+  return a == b and isinstance(a, bool) == isinstance(b, bool)
 
 
 def _kind(key: str) -> str:

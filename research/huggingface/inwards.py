@@ -13,9 +13,10 @@ from research.core.errors import UserError, did_you_mean
 from research.huggingface.companions import keep_companions
 from research.huggingface.fields import Family, Options, Raw
 from research.huggingface.files import Tensors
+from research.huggingface.harmless import is_same
 from research.huggingface.names import Tensor
 from research.huggingface.packed import unpack
-from research.huggingface.settings import Settings, is_same
+from research.huggingface.settings import Settings
 from research.huggingface.sources import read_source
 
 # The errors of Python that a wrong config.json can cause. They become one sentence.

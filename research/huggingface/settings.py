@@ -14,7 +14,7 @@ from research.core.errors import UserError, did_you_mean
 from research.core.storage import LFS_POINTER
 from research.core.text import one_line
 from research.huggingface.defaults import ALIASES, DEFAULTS
-from research.huggingface.harmless import HARMLESS, WITHOUT_EFFECT, wanted
+from research.huggingface.harmless import HARMLESS, RELEASED, WITHOUT_EFFECT, is_harmless, wanted
 
 
 def read_json(path: pathlib.Path) -> dict:
@@ -150,21 +150,19 @@ class Settings:
     """
     for key in sorted(self.given.keys() - self.read):
       value = self.given[key]
-      allowed = HARMLESS.get(key, (None,))
-      harmless = any(is_same(value, option) for option in allowed)
       if not self.inside and key in WITHOUT_EFFECT:
         if kind := wanted(self.model_type, key, value):
           raise UserError(
             f'config.json: {key} = {value!r} of {self.model_type} should be {kind}; correct it, or take it out.'
           )
         continue
-      if harmless:
+      if is_harmless('' if self.inside else self.model_type, key, value):
         continue
-      known_keys = {*self.read, *HARMLESS, *self.defaults} - {key}
-      hint = did_you_mean(key, known_keys)
+      is_known = key in HARMLESS or key in RELEASED.get(self.model_type, {})
+      why = '' if is_known else ': this project does not know what it does'
+      hint = did_you_mean(key, {*self.read, *HARMLESS, *self.defaults} - {key})
       raise UserError(
-        f'config.json: {self.name(key)} = {one_line(repr(value))} of {self.model_type} is not supported'
-        f'{": this project does not know what it does" if key not in HARMLESS else ""}. '
+        f'config.json: {self.name(key)} = {one_line(repr(value))} of {self.model_type} is not supported{why}. '
         f'Take it out if it has no effect.{hint if hint.startswith(" Did") else ""}'
       )
     for child in self.children:
@@ -189,8 +187,3 @@ def _has_type(value, kind: type, default) -> bool:
       return False
     return kind is float or float(value).is_integer()
   return isinstance(value, kind)
-
-
-def is_same(a, b) -> bool:
-  """Equality that tells True from 1."""
-  return a == b and isinstance(a, bool) == isinstance(b, bool)

@@ -15,9 +15,10 @@ from research.huggingface.fields import (
   Unused,
   always,
 )
+from research.huggingface.harmless import is_same
 from research.huggingface.heads import MT5_HEAD, SWITCH_HEAD, T5_HEAD
 from research.huggingface.names import Tree
-from research.huggingface.settings import Settings, is_same
+from research.huggingface.settings import Settings
 from research.huggingface.tables import under
 
 T5_ATTENTION = {'query': 'q', 'key': 'k', 'value': 'v', 'output': 'o'}
