@@ -18,7 +18,7 @@ HARMLESS = {
 # that the shapes of the tensors check.
 ANY = object()
 _TANH = ('gelu_pytorch_tanh', 'gelu_new', 'gelu_fast', 'gelu')
-_T5 = {'n_positions': ANY, 'output_past': ANY}
+_T5 = {'n_positions': ANY}
 _DEEPSEEK = {'moe_layer_freq': (1,)}
 RELEASED: dict[str, dict[str, Any]] = {
   'llama': {'rope_interleaved': (False,), 'max_sequence_length': ANY},
@@ -31,7 +31,7 @@ RELEASED: dict[str, dict[str, Any]] = {
     'offset_alibi': ANY, 'seq_length': ANY, 'skip_bias_add': ANY, 'skip_bias_add_qkv': (False,),
   },
   'mpt': {'init_config': ANY, 'tokenizer_name': ANY, 'verbose': ANY},
-  'gpt2': {'_num_labels': ANY},
+  'gpt2': {'_num_labels': ANY, 'n_special': ANY, 'predict_special_tokens': ANY},
   'gptj': {'rotary': (True,), 'scale_attn_weights': (True,)},
   'bert': {
     'position_embedding_type': ('absolute',), 'directionality': ANY, 'pooler_fc_size': ANY,
@@ -92,12 +92,13 @@ _UNTYPED = frozenset((
   '_attn_implementation', '_attn_implementation_autoset', '_flash_attn_2_enabled', '_name_or_path',
   '_output_attentions', 'architectures', 'attn_implementation', 'auto_map', 'aux_loss_alpha',
   'bad_words_ids', 'begin_suppress_tokens', 'bos_token', 'cache_implementation', 'cls_token_id',
-  'diversity_penalty', 'do_sample', 'early_stopping', 'encoder_no_repeat_ngram_size', 'eos_token',
+  'custom_pipelines', 'diversity_penalty', 'do_sample', 'early_stopping', 'encoder_no_repeat_ngram_size', 'eos_token',
   'ep_size', 'exponential_decay_length_penalty', 'finetuning_task', 'flash_attn', 'forced_bos_token_id',
   'forced_eos_token_id', 'gradient_checkpointing', 'is_llama_config', 'keys_to_ignore_at_inference',
   'layer_dropout', 'length_penalty', 'mask_token_id', 'max_length', 'min_length', 'model_max_length', 'n_ctx',
   'no_repeat_ngram_size', 'num_beam_groups', 'num_beams', 'num_labels', 'num_return_sequences',
-  'output_attentions', 'output_scores', 'pad_token', 'prefix', 'remove_invalid_values', 'repetition_penalty',
+  'output_attentions', 'output_past', 'output_scores', 'pad_token', 'prefix',
+  'remove_invalid_values', 'repetition_penalty',
   'return_dict_in_generate', 'sep_token_id', 'seq_aux', 'suppress_tokens',
   'task_specific_params', 'temperature', 'tf_legacy_loss', 'tokenizer_class', 'top_k', 'top_p', 'torchscript',
   'transformers.js_config', 'transformers_js_config', 'typical_p', 'unk_token_id', 'unsloth_fixed',

@@ -40,7 +40,8 @@ GPT2 = {
   'task_specific_params': {'text-generation': {'do_sample': True, 'max_length': 50}},
 }  # fmt: skip
 GEMMA = {
-  **LLAMA, 'attention_bias': False, 'attention_dropout': 0.0, 'bos_token_id': 2, 'eos_token_id': 1,
+  **{key: value for key, value in LLAMA.items() if key != 'hidden_act'},
+  'attention_bias': False, 'attention_dropout': 0.0, 'bos_token_id': 2, 'eos_token_id': 1,
   'pad_token_id': 0, 'head_dim': 256, 'max_position_embeddings': 8192, 'rms_norm_eps': 1e-6,
   'rope_theta': 10000.0, 'vocab_size': 256000,
 }  # fmt: skip
@@ -96,6 +97,54 @@ RELEASES = {
     'rope_theta': 1000000.0, 'sliding_window': 32768, 'tie_word_embeddings': True, 'use_mrope': False,
     'use_sliding_window': False, 'vocab_size': 151936,
   },
+  'Qwen3-0.6B': {
+    **LLAMA, 'model_type': 'qwen3', 'attention_bias': False, 'attention_dropout': 0.0, 'bos_token_id': 151643,
+    'eos_token_id': 151645, 'head_dim': 128, 'hidden_size': 1024, 'intermediate_size': 3072,
+    'max_position_embeddings': 40960, 'max_window_layers': 28, 'num_attention_heads': 16,
+    'num_hidden_layers': 28, 'num_key_value_heads': 8, 'rms_norm_eps': 1e-6, 'rope_scaling': None,
+    'rope_theta': 1000000, 'sliding_window': None, 'tie_word_embeddings': True, 'use_sliding_window': False,
+    'vocab_size': 151936,
+  },
+  'Qwen3-30B-A3B': {
+    **LLAMA, 'model_type': 'qwen3_moe', 'attention_bias': False, 'attention_dropout': 0.0,
+    'bos_token_id': 151643, 'decoder_sparse_step': 1, 'eos_token_id': 151645, 'head_dim': 128,
+    'hidden_size': 2048, 'intermediate_size': 6144, 'max_position_embeddings': 40960, 'max_window_layers': 48,
+    'mlp_only_layers': [], 'moe_intermediate_size': 768, 'norm_topk_prob': True, 'num_attention_heads': 32,
+    'num_experts': 128, 'num_experts_per_tok': 8, 'num_hidden_layers': 48, 'num_key_value_heads': 4,
+    'output_router_logits': False, 'rms_norm_eps': 1e-6, 'rope_scaling': None, 'rope_theta': 1000000.0,
+    'router_aux_loss_coef': 0.001, 'sliding_window': None, 'tie_word_embeddings': False,
+    'use_sliding_window': False, 'vocab_size': 151936,
+  },
+  'OLMo-2-7B': {
+    **LLAMA, 'model_type': 'olmo2', 'attention_bias': False, 'attention_dropout': 0.0, 'eos_token_id': 100257,
+    'hidden_size': 4096, 'intermediate_size': 11008, 'max_position_embeddings': 4096,
+    'num_attention_heads': 32, 'num_hidden_layers': 32, 'num_key_value_heads': 32, 'pad_token_id': 100277,
+    'rms_norm_eps': 1e-6, 'rope_scaling': None, 'rope_theta': 500000, 'tie_word_embeddings': False,
+    'vocab_size': 100352,
+  },
+  'GLM-4-9B': {
+    **LLAMA, 'model_type': 'glm', 'attention_bias': True, 'attention_dropout': 0.0,
+    'eos_token_id': [151329, 151336, 151338], 'head_dim': 128, 'hidden_size': 4096, 'intermediate_size': 13696,
+    'max_position_embeddings': 131072, 'num_attention_heads': 32, 'num_hidden_layers': 40,
+    'num_key_value_heads': 2, 'pad_token_id': 151329, 'partial_rotary_factor': 0.5, 'rms_norm_eps': 1.5625e-07,
+    'rope_theta': 10000.0, 'tie_word_embeddings': False, 'vocab_size': 151552,
+  },
+  'StableLM-3B-4E1T': {
+    'bos_token_id': 0, 'eos_token_id': 0, 'hidden_act': 'silu', 'hidden_size': 2560, 'initializer_range': 0.02,
+    'intermediate_size': 6912, 'layer_norm_eps': 1e-5, 'max_position_embeddings': 4096,
+    'model_type': 'stablelm', 'num_attention_heads': 32, 'num_hidden_layers': 32, 'num_key_value_heads': 32,
+    'partial_rotary_factor': 0.25, 'rope_theta': 10000, 'tie_word_embeddings': False, 'torch_dtype': 'bfloat16',
+    'use_cache': True, 'use_qkv_bias': False, 'vocab_size': 50304,
+  },
+  'Gemma-3-270M': {
+    **GEMMA, 'model_type': 'gemma3_text', '_sliding_window_pattern': 6, 'attn_logit_softcapping': None,
+    'final_logit_softcapping': None, 'hidden_activation': 'gelu_pytorch_tanh', 'hidden_size': 640,
+    'intermediate_size': 2048, 'layer_types': (['sliding_attention'] * 5 + ['full_attention']) * 3,
+    'max_position_embeddings': 32768, 'num_attention_heads': 4, 'num_hidden_layers': 18,
+    'num_key_value_heads': 1, 'query_pre_attn_scalar': 256, 'rope_local_base_freq': 10000.0,
+    'rope_scaling': None, 'rope_theta': 1000000.0, 'sliding_window': 512, 'vocab_size': 262144,
+    'use_bidirectional_attention': False,
+  },
   'Gemma-1.1-2B': {
     **GEMMA, 'model_type': 'gemma', 'hidden_act': 'gelu_pytorch_tanh', 'hidden_activation': 'gelu_pytorch_tanh',
     'hidden_size': 2048, 'intermediate_size': 16384, 'num_attention_heads': 8, 'num_hidden_layers': 18,
@@ -117,6 +166,9 @@ RELEASES = {
   'GPT-2': GPT2,
   'DistilGPT2': {
     **GPT2, 'n_layer': 6, '_num_labels': 1, 'id2label': {'0': 'LABEL_0'}, 'label2id': {'LABEL_0': 0},
+  },
+  'GPT-2 medium': {
+    **GPT2, 'n_embd': 1024, 'n_head': 16, 'n_layer': 24, 'n_special': 0, 'predict_special_tokens': True,
   },
   'GPT-J-6B': {
     **GPT2, 'model_type': 'gptj', 'gradient_checkpointing': False, 'n_embd': 4096, 'n_head': 16,
