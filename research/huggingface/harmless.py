@@ -94,15 +94,14 @@ _UNTYPED = frozenset((
   'bad_words_ids', 'begin_suppress_tokens', 'bos_token', 'cache_implementation', 'cls_token_id',
   'custom_pipelines', 'diversity_penalty', 'do_sample', 'early_stopping', 'encoder_no_repeat_ngram_size',
   'eos_token', 'ep_size', 'exponential_decay_length_penalty', 'finetuning_task', 'flash_attn',
-  'forced_bos_token_id', 'forced_eos_token_id', 'gradient_checkpointing', 'is_llama_config', 'keys_to_ignore_at_inference',
-  'layer_dropout', 'length_penalty', 'mask_token_id', 'max_length', 'min_length', 'model_max_length', 'n_ctx',
-  'no_repeat_ngram_size', 'num_beam_groups', 'num_beams', 'num_labels', 'num_return_sequences',
-  'output_attentions', 'output_past', 'output_scores', 'pad_token', 'prefix',
-  'remove_invalid_values', 'repetition_penalty',
-  'return_dict_in_generate', 'sep_token_id', 'seq_aux', 'suppress_tokens',
-  'task_specific_params', 'temperature', 'tf_legacy_loss', 'tokenizer_class', 'top_k', 'top_p', 'torchscript',
-  'transformers.js_config', 'transformers_js_config', 'typical_p', 'unk_token_id', 'unsloth_fixed',
-  'unsloth_version', 'use_bfloat16', 'use_flash_attn', 'use_return_dict',
+  'forced_bos_token_id', 'forced_eos_token_id', 'gradient_checkpointing', 'is_llama_config',
+  'keys_to_ignore_at_inference', 'layer_dropout', 'length_penalty', 'mask_token_id', 'max_length',
+  'min_length', 'model_max_length', 'n_ctx', 'no_repeat_ngram_size', 'num_beam_groups', 'num_beams',
+  'num_labels', 'num_return_sequences', 'output_attentions', 'output_past', 'output_scores', 'pad_token',
+  'prefix', 'remove_invalid_values', 'repetition_penalty', 'return_dict_in_generate', 'sep_token_id',
+  'seq_aux', 'suppress_tokens', 'task_specific_params', 'temperature', 'tf_legacy_loss', 'tokenizer_class',
+  'top_k', 'top_p', 'torchscript', 'transformers.js_config', 'transformers_js_config', 'typical_p',
+  'unk_token_id', 'unsloth_fixed', 'unsloth_version', 'use_bfloat16', 'use_flash_attn', 'use_return_dict',
 ))  # fmt: skip
 WITHOUT_EFFECT = INTEGERS | NUMBERS | BOOLEANS | STRINGS | OBJECTS | _UNTYPED | {'eos_token_id'}
 
