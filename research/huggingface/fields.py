@@ -152,6 +152,11 @@ class Options(tuple):
   """The values of a key that all mean the same. The first is the one that is written."""
 
 
+# Activations under each of the names that transformers has for them.
+SILU = Options(('silu', 'swish'))
+GELU = Options(('gelu', 'gelu_python'))
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
   """One row of the table of families.

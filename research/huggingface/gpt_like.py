@@ -1,7 +1,8 @@
-"""GPT-2 and its like: GPT-J, GPT-NeoX, Phi, Falcon, BLOOM, MPT, OPT and BERT."""
+"""GPT-2 and its like: GPT-J, GPT-NeoX, Phi, Falcon, BLOOM, MPT and OPT."""
 
 from research.core.errors import UserError
 from research.huggingface.fields import (
+  GELU,
   HEAD_DIM_ONLY_OURS,
   LAYER_NORM,
   LAYER_NORM_EPS,
@@ -19,7 +20,7 @@ from research.huggingface.fields import (
   heads,
   width,
 )
-from research.huggingface.heads import HEAD, MASKED_HEAD, Head
+from research.huggingface.heads import HEAD, Head
 from research.huggingface.names import Fused
 from research.huggingface.rotary import ROPE
 from research.huggingface.settings import Settings
@@ -98,7 +99,6 @@ FALCON_SIZES = (
   *SIZES, HEAD_DIM_ONLY_OURS, LAYER_NORM, ROPE, WORD_HEAD,
   Field('ffn_hidden_size', 'MLP', _four_widths),
 )  # fmt: skip
-GELU = Options(('gelu', 'gelu_python'))
 GELU_TANH = Options(('gelu_new', 'gelu_pytorch_tanh', 'gelu_fast'))
 
 
@@ -114,19 +114,6 @@ def _one_norm(settings: Settings) -> dict:
 
 
 FALCON_WHEN = {'parallel_attn': True, 'bias': False, 'alibi': False, 'activation': GELU}
-
-
-BERT_ATTENTION = {
-  'query': 'attention.self.query', 'key': 'attention.self.key', 'value': 'attention.self.value',
-  'output': 'attention.output.dense',
-}  # fmt: skip
-BERT_TOP = {
-  'embedder.tokens': 'bert.embeddings.word_embeddings.weight',
-  'embedder.positions': 'bert.embeddings.position_embeddings.weight',
-  'embedder.types': 'bert.embeddings.token_type_embeddings.weight',
-  'embedder.norm': 'bert.embeddings.LayerNorm', 'head.dense': 'cls.predictions.transform.dense',
-  'head.norm': 'cls.predictions.transform.LayerNorm', 'head.kernel': 'cls.predictions.decoder.weight',
-}  # fmt: skip
 
 
 def _read_mpt(settings: Settings) -> dict:
@@ -302,22 +289,5 @@ GPT_LIKE = (
      'stack.norm': 'model.decoder.final_layer_norm', 'head.kernel': 'lm_head.weight'},
     {'activation_function': 'relu', 'do_layer_norm_before': True, 'enable_bias': True,
      '_remove_final_layer_norm': False, 'layer_norm_elementwise_affine': True},
-  ),
-  *(
-    Family(
-      'bert', 'BertForMaskedLM', 'gin/models/bert/family.gin',
-      (*SIZES, HEAD_DIM_ONLY_OURS, MLP, Field('max_position_embeddings', 'POSITIONS'), MASKED_HEAD,
-       Field('type_vocab_size', 'embedder.Embedder.types'), LAYER_NORM_EPS),
-      transformer(('attention.output.LayerNorm', 'output.LayerNorm'), 'bert.encoder.layer.{}.',
-                  BERT_ATTENTION, {'inputs.0': 'intermediate.dense', 'output': 'output.dense'}),
-      {**BERT_TOP, 'head.bias': bias},
-      {'hidden_act': GELU, 'is_decoder': False, 'add_cross_attention': False, 'tie_word_embeddings': tied},
-      (r'.*position_ids', r'cls\.seq_relationship\..*', r'bert\.pooler\..*', *ignore), 'bert.', copies,
-    )
-    for tied, bias, ignore, copies in (
-      (True, 'cls.predictions.bias', (), {'cls.predictions.decoder.bias': 'cls.predictions.bias'}),
-      # A head of its own has a bias of its own, and the other one is not used.
-      (False, 'cls.predictions.decoder.bias', (r'cls\.predictions\.bias',), {}),
-    )
   ),
 )  # fmt: skip

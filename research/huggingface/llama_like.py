@@ -9,6 +9,7 @@ from research.huggingface.fields import (
   MLP,
   NORMALISE,
   RMS,
+  SILU,
   SIZES,
   Derived,
   Family,
@@ -33,7 +34,6 @@ from research.huggingface.rotary import ROPE, read_rope, write_rope
 from research.huggingface.settings import Settings
 from research.huggingface.tables import TOP, experts, tree
 
-SILU = Options(('silu', 'swish'))
 GELU_TANH = Options(('gelu_pytorch_tanh', 'gelu_new', 'gelu_fast'))
 LLAMA = (*SIZES, KV_HEADS, HEAD_DIM, MLP, RMS, ROPE, HEAD)
 # Families whose layers differ say how many there are with the pattern.

@@ -10,6 +10,7 @@ from research.huggingface.fields import (
   MLP,
   NORMALISE,
   RMS,
+  SILU,
   SIZES,
   Derived,
   Family,
@@ -17,7 +18,6 @@ from research.huggingface.fields import (
   Get,
   Implied,
   Optional,
-  Options,
   Unused,
   equal,
   heads,
@@ -36,8 +36,6 @@ from research.huggingface.tables import (
   tree,
   under,
 )
-
-SILU = Options(('silu', 'swish'))
 
 
 def _mamba(model_type, architecture, fields, parts) -> Family:
