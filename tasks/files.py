@@ -12,7 +12,7 @@ import tempfile
 import zlib
 from collections.abc import Iterator
 
-from research.core.errors import UserError, did_you_mean
+from research.core.errors import UserError, did_you_mean, first_line
 from research.core.storage import LFS_POINTER
 from research.data import corpora
 
@@ -57,7 +57,7 @@ def remote(pattern: str) -> list[str]:
     # A path that exists means that file, even with brackets in its name.
     paths = [pattern] if tf.io.gfile.exists(pattern) else sorted(tf.io.gfile.glob(pattern))
   except tf.errors.OpError as e:
-    raise UserError(f'cannot list {pattern}: {e.message.splitlines()[0]}') from e
+    raise UserError(f'cannot list {pattern}: {first_line(e.message)}.') from e
   if not paths:
     raise UserError(f'no file matches {pattern}.')
   return paths
@@ -245,8 +245,8 @@ class Broken:
 
 
 def _first_line(error: Exception) -> str:
-  lines = str(error).strip().splitlines()
-  return lines[0].partition(';')[0].rstrip('.') if lines else type(error).__name__
+  # TensorFlow adds the system's own words behind a semicolon.
+  return first_line(error).partition(';')[0].rstrip('.')
 
 
 def json_type(value) -> str:

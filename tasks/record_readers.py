@@ -3,7 +3,7 @@
 import json
 import pathlib
 
-from research.core.errors import UserError
+from research.core.errors import UserError, first_line
 from research.core.storage import LFS_POINTER
 from research.data import corpora
 from tasks.files import Broken, Unreadable, compression, example, fields, files, local
@@ -128,8 +128,7 @@ def read_tfds(corpus: corpora.Tfds, dropped):
         shuffle_files=False,
       )
     except Exception as e:
-      why = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-      raise UserError(f'Tfds.tfds_name: {where!r} cannot be opened here: {why}') from e
+      raise UserError(f'Tfds.tfds_name: {where!r} cannot be opened here: {first_line(e)}.') from e
     broken = Broken(corpus, dropped, where)
     for number, record in enumerate(tfds.as_numpy(dataset), 1):
       yield from fields(corpus, broken, split, record, f'example {number}')

@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 
 from research.checkpoints import folders
 from research.core import cli, storage
-from research.core.errors import UserError
+from research.core.errors import UserError, in_a_line
 from research.core.text import tell
 from research.parallel import hosts
 
@@ -165,7 +165,7 @@ class Checkpoints:
         actual = checksums(restored.state)
         bad = [name for name, value in expected.items() if actual.get(name) != value]
       except (ValueError, OSError, KeyError) as error:
-        bad = [f'{type(error).__name__}: {str(error).splitlines()[0][:200]}']
+        bad = [in_a_line(error)[:200]]
       # All hosts must fall back together, or they would continue from different steps.
       if not self._anywhere(bool(bad)):
         return step, restored.state, restored.meta

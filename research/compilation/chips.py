@@ -4,7 +4,7 @@ import dataclasses
 import os
 import re
 
-from research.core.errors import UserError, did_you_mean
+from research.core.errors import UserError, did_you_mean, first_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +119,7 @@ def devices_of(topology: str, slices: int = 1) -> tuple[list, Chip | None]:
   try:
     description = topologies.get_topology_desc(topology_name=topology, platform='tpu', **options)
   except Exception as error:  # an XLA runtime error without a type of its own
-    why = str(error).splitlines()[0].rstrip('.')
+    why = first_line(error)
     near = [name for name in EXAMPLES if name.startswith(kind)]
     raise UserError(
       f'--topology={topology}: {why}. Slices that exist: {", ".join(near)}.'

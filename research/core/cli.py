@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable
 
 from research import end_interrupted
-from research.core.errors import UserError, did_you_mean
+from research.core.errors import UserError, did_you_mean, first_line
 
 INTERRUPTED = 130  # the exit status that shells expect after SIGINT
 PIPE_CLOSED = 141  # the one after writing to a pipe that has no reader any more
@@ -133,7 +133,7 @@ def machine_fault(error: BaseException) -> str | None:
   if frames and frames[-1].filename.endswith('xla_bridge.py'):
     platforms = os.environ.get('JAX_PLATFORMS')
     setting = f'JAX_PLATFORMS={platforms}' if platforms else 'jax'
-    first = (str(error).strip().splitlines() or ['no plugin'])[0].rstrip('.')
+    first = first_line(error, 'no plugin')
     return (
       f'{setting}: this machine has no such platform, or jax lacks its plugin ({first}); '
       'unset JAX_PLATFORMS, set it to cpu, or install the extra (uv sync --extra cuda, --extra tpu).'

@@ -30,6 +30,24 @@ def did_you_mean(name: str, options) -> str:
   return f' Known: {", ".join(options)}.' if options and len(options) <= 30 else ''
 
 
+def first_line(error: object, otherwise: str | None = None) -> str:
+  """Returns the first line of what an error (or a message) says, without its full stop.
+
+  Args:
+    otherwise: what to return where it says nothing; None is the name of its class.
+  """
+  lines = str(error).strip().splitlines()
+  if lines:
+    return lines[0].rstrip('. ')
+  return type(error).__name__ if otherwise is None else otherwise
+
+
+def in_a_line(error: BaseException) -> str:
+  """Returns the kind of an error and the first line of what it says: 'ValueError: its message'."""
+  said = first_line(error, '')
+  return f'{type(error).__name__}: {said}' if said else type(error).__name__
+
+
 def failure(error: BaseException) -> str:
   """Returns a clause about an exception of other code: 'ValueError at model.py:12: its message'."""
   if isinstance(error, SyntaxError) and error.filename:
@@ -38,5 +56,5 @@ def failure(error: BaseException) -> str:
   else:
     frames = [f for f in traceback.extract_tb(error.__traceback__) if 'importlib' not in f.filename]
     place = f' at {frames[-1].filename}:{frames[-1].lineno}' if frames else ''
-    why = (str(error).strip().splitlines() or [''])[0]
+    why = first_line(error, '')
   return f'{type(error).__name__}{place}: {why}'.rstrip(' :.')

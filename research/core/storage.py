@@ -14,7 +14,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable
 
-from research.core.errors import UserError
+from research.core.errors import UserError, first_line
 
 # The package through which each kind of bucket is read.
 PACKAGES = {'gs': 'gcsfs', 's3': 's3fs'}
@@ -149,8 +149,7 @@ def _why(error: Exception, path) -> str:
   """Returns the reason of a storage error, as a clause."""
   if isinstance(error, FileNotFoundError) and is_bucket(path):
     return 'no such bucket'
-  text = getattr(error, 'strerror', None) or str(error).strip()
-  return (text.splitlines() or [''])[0].rstrip('.') or type(error).__name__
+  return first_line(getattr(error, 'strerror', None) or error)
 
 
 def size(path) -> int:

@@ -9,7 +9,7 @@ import dataclasses
 import math
 import time
 
-from research.core.errors import Invalid, UserError, did_you_mean
+from research.core.errors import Invalid, UserError, did_you_mean, first_line
 from research.evaluation.engine import Engine
 from research.evaluation.lm_eval_model import import_lm_eval, make_model
 from research.evaluation.task import Task
@@ -149,5 +149,4 @@ def evaluate(task: LmEval, model) -> dict:
   except (OSError, ValueError, ImportError, KeyError) as error:
     if isinstance(error, UserError):
       raise
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    raise UserError(f'lm-eval cannot run {task.task}: {first}') from error
+    raise UserError(f'lm-eval cannot run {task.task}: {first_line(error)}.') from error

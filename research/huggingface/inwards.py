@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from research.core.errors import UserError, did_you_mean
+from research.core.errors import UserError, did_you_mean, in_a_line
 from research.huggingface.companions import keep_companions
 from research.huggingface.fields import Family, Options, Raw
 from research.huggingface.files import Tensors
@@ -86,7 +86,7 @@ def gin_text(family: Family, settings: Settings) -> str:
       bindings.update(field.read(settings))
   except NONSENSE as error:
     raise UserError(
-      f'config.json of {family.model_type} makes no sense: {_in_a_line(error)}.'
+      f'config.json of {family.model_type} makes no sense: {in_a_line(error)}.'
     ) from error
   settings.check_all_read()
   lines = [f'# {family.model_type}, from config.json.', 'from __gin__ import dynamic_registration']
@@ -169,15 +169,10 @@ def open_folder(folder: pathlib.Path) -> tuple[str, list[Tensor], Tensors]:
     if isinstance(error, UserError):
       raise
     raise UserError(
-      f'{folder / "config.json"} describes no model that can be built: {_in_a_line(error)}.'
+      f'{folder / "config.json"} describes no model that can be built: {in_a_line(error)}.'
     ) from error
   check_tensors(folder, family, settings, wanted, given)
   return text, wanted, given
-
-
-def _in_a_line(error: BaseException) -> str:
-  """The class of an error and the first line of its message."""
-  return ': '.join((type(error).__name__, *str(error).splitlines()[:1])).rstrip('.')
 
 
 def pieces(wanted, given) -> Iterator[tuple[tuple, tuple[int, ...], np.ndarray]]:

@@ -13,7 +13,7 @@ from typing import Protocol, runtime_checkable
 import jax
 from flax import nnx
 
-from research.core.errors import UserError
+from research.core.errors import UserError, first_line
 from research.parallel.axes import split_axes, splits
 
 # What gin binds for a part, a norm or a head: `factory(sizes from the parent, rngs=rngs)` returns the module.
@@ -175,7 +175,7 @@ def call_part(part: nnx.Module, x: jax.Array, context: Context) -> tuple[jax.Arr
   except Exception as error:
     if isinstance(error, UserError) or not (splits() and _is_about_sharding(error)):
       raise
-    why = str(error).strip().splitlines()[0].rstrip('.')
+    why = first_line(error)
     raise UserError(
       f'{name} does not run on this mesh, which splits {", ".join(split_axes())}: {why}. Move its arrays to '
       'the devices that need them with axes.shard(x, ...) (docs/parts.md), or choose another mesh.'

@@ -14,7 +14,7 @@ import socket
 import time
 from collections.abc import Mapping
 
-from research.core.errors import UserError
+from research.core.errors import UserError, first_line
 from research.core.text import tell
 from research.parallel.addresses import split_address, unknown_name
 
@@ -162,7 +162,7 @@ def _join(cluster: Cluster, timeout: float) -> None:
     place = cluster.coordinator or 'the coordinator'
     raise UserError(
       f'not all {cluster.processes or ""} processes met at {place} within {timeout:.0f} s '
-      f'({cluster.source}): {str(error).splitlines()[0][:300]}'
+      f'({cluster.source}): {first_line(error)[:300]}'
     ) from error
 
 

@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping
 
 from research.core import cli, storage
-from research.core.errors import UserError
+from research.core.errors import UserError, in_a_line
 from research.parallel.ray_cluster import Needs, impossible, slots_of
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
@@ -190,7 +190,7 @@ class Tasks:
     except (exceptions.RuntimeEnvSetupError, exceptions.TaskUnschedulableError) as error:
       raise UserError(f'Ray cannot start a task: {" ".join(str(error).split())[:300]}') from error
     except exceptions.RayError as error:
-      return Outcome(key, lost=f'{type(error).__name__}: {(str(error).splitlines() or [""])[0]}')
+      return Outcome(key, lost=in_a_line(error))
     if kind == 'done':
       return Outcome(key, value)
     if kind == 'refused':

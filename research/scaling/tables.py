@@ -13,7 +13,7 @@ import lzma
 import pathlib
 import zlib
 
-from research.core.errors import did_you_mean
+from research.core.errors import did_you_mean, first_line
 from research.core.storage import LFS_POINTER
 from research.scaling import cells
 from research.scaling.cells import RowError
@@ -98,8 +98,7 @@ def _read_parquet(path, data: bytes) -> list[dict]:
   try:
     return pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()
   except (pyarrow.ArrowException, OSError, ValueError) as error:
-    reason = str(error).splitlines()[0].rstrip('.')
-    raise RowError(f'{path} is not a Parquet file, or is damaged: {reason}.') from None
+    raise RowError(f'{path} is not a Parquet file, or is damaged: {first_line(error)}.') from None
 
 
 def _decode(path, data: bytes, remarks: list[str]) -> str:

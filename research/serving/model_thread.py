@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import AsyncIterator, Callable, Sequence
 
+from research.core.errors import in_a_line
 from research.inference.request import Completion, Request
 from research.serving import refusals
 from research.serving.metrics import Metrics
@@ -233,8 +234,7 @@ class ModelThread:
 
   def _fail(self, error: Exception) -> None:
     """The engine's state is not to be trusted any more: everybody is told."""
-    first = (str(error).strip().splitlines() or [''])[0][:200]
-    self.broken = f'the model failed ({type(error).__name__}: {first}); restart the server.'
+    self.broken = f'the model failed ({in_a_line(error)[:200]}); restart the server.'
     refusal = refusals.server_error(self.broken, 503, 'model_failed')
     for job in {id(job): job for job in self._jobs.values()}.values():
       job.put([refusal])

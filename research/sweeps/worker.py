@@ -15,7 +15,7 @@ import time
 
 from research.checkpoints.folders import copy_checkpoint, saved_steps
 from research.core import storage
-from research.core.errors import UserError
+from research.core.errors import UserError, in_a_line
 from research.designs.plan import Planned
 from research.sweeps import leases
 from research.sweeps.folder import Folder
@@ -209,7 +209,7 @@ class Worker:
       # A wrong input stays wrong, so there is no retry. Among several members nobody knows whose it is.
       if isinstance(error, UserError) and len(members) == 1:
         return self.folder.fail(members[0][0], str(error))
-      reason = f'{type(error).__name__}: {(str(error).splitlines() or [""])[0]}'
+      reason = in_a_line(error)
       for run, lease in members:
         if self.folder.row(run):
           continue

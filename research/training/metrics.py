@@ -9,7 +9,7 @@ import threading
 import time
 
 from research.core import storage
-from research.core.errors import UserError
+from research.core.errors import UserError, first_line
 from research.core.storage import read_rows, write_atomic
 from research.core.text import clock, si
 
@@ -51,9 +51,8 @@ def _summary_writer():
     from tensorboardX import SummaryWriter
   # tensorboardX imports torch if it is installed, and a broken torch raises errors of any type.
   except Exception as error:
-    first = (str(error).splitlines() or [type(error).__name__])[0].rstrip('.')
     raise UserError(
-      f'a run writes events for TensorBoard by tensorboardX, which cannot be imported ({first}): '
+      f'a run writes events for TensorBoard by tensorboardX, which cannot be imported ({first_line(error)}): '
       'uv sync, or uv pip install --reinstall tensorboardX.'
     ) from error
   return SummaryWriter

@@ -6,7 +6,7 @@ import time
 from typing import ClassVar
 
 from research.core import storage
-from research.core.errors import Invalid, UserError
+from research.core.errors import Invalid, UserError, first_line
 from research.parallel import ray_cluster, ray_tasks
 from research.sweeps.launchers.job import Job
 
@@ -109,7 +109,7 @@ class Ray:
         if outcome.error:
           errors[why] += 1
           if errors[why] > MOST_EARLY_ENDS:
-            raise UserError(f'tasks end before they train: {why.splitlines()[0]} (see {log}).')
+            raise UserError(f'tasks end before they train: {first_line(why)} (see {log}).')
       if time.monotonic() > next_look:
         began = time.monotonic()
         job.watch()

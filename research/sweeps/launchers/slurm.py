@@ -6,7 +6,7 @@ import signal
 import subprocess
 import time
 
-from research.core.errors import UserError
+from research.core.errors import UserError, first_line
 from research.sweeps.launchers.job import Job, check_workers, environment
 
 
@@ -93,4 +93,4 @@ class Slurm:
     try:
       return [executor.submit(_SlurmWorker(job.command(peers))) for _ in range(peers)]
     except (RuntimeError, OSError, submitit.core.utils.FailedJobError) as error:
-      raise UserError(f'Slurm refused the workers: {str(error).splitlines()[0]}') from None
+      raise UserError(f'Slurm refused the workers: {first_line(error)}') from None
