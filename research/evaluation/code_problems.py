@@ -1,4 +1,4 @@
-"""Functions to complete: what they are called, what they do, an answer, and calls with their results."""
+"""Functions to complete, with their tests: 16 small ones, or those of a file in HumanEval's format."""
 
 import dataclasses
 import json
@@ -9,11 +9,11 @@ from research.core.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class CodeProblem:
-  """A problem as HumanEval has it (Chen et al. 2021, arXiv:2107.03374).
+  """A problem in the form of HumanEval (Chen et al. 2021, arXiv:2107.03374).
 
   Attributes:
     name: of the function.
-    prompt: its head and docstring, which the model goes on from.
+    prompt: the function's signature and docstring, which the model continues.
     solution: a right continuation.
     test: a program that defines `check(candidate)`, which raises where the candidate is wrong.
   """
@@ -24,7 +24,7 @@ class CodeProblem:
   test: str
 
 
-# (head, docstring, answer, calls and their results)
+# (signature, docstring, returned expression, results by arguments)
 _TABLE = (
   ('add(a, b)', 'Return the sum of a and b.', 'a + b', {'(1, 2)': '3', '(-1, 1)': '0'}),
   ('double(x)', 'Return x times two.', '2 * x', {'(4,)': '8', '(0,)': '0'}),
@@ -56,18 +56,19 @@ _TABLE = (
 )  # fmt: skip
 
 
-def own_problems() -> list[CodeProblem]:
-  """The problems of this project."""
+def builtin_problems() -> list[CodeProblem]:
+  """The problems of `_TABLE`."""
   problems = []
-  for head, text, answer, calls in _TABLE:
-    name = head.partition('(')[0]
-    checks = ''.join(f'  assert candidate(*{call}) == {value}\n' for call, value in calls.items())
+  for signature, docstring, expression, results in _TABLE:
+    checks = ''.join(
+      f'  assert candidate(*{arguments}) == {result}\n' for arguments, result in results.items()
+    )
     problems.append(
       CodeProblem(
-        name,
-        f'def {head}:\n  """{text}"""\n',
-        f'  return {answer}\n',
-        f'def check(candidate):\n{checks}',
+        name=signature.partition('(')[0],
+        prompt=f'def {signature}:\n  """{docstring}"""\n',
+        solution=f'  return {expression}\n',
+        test=f'def check(candidate):\n{checks}',
       )
     )
   return problems
@@ -79,17 +80,17 @@ def read_problems(file: str) -> list[CodeProblem]:
   Raises:
     UserError: it cannot be read, or a line lacks a field.
   """
-  path, problems = pathlib.Path(file).expanduser(), []
   try:
-    lines = path.read_text().splitlines()
+    lines = pathlib.Path(file).expanduser().read_text().splitlines()
   except (OSError, UnicodeDecodeError) as error:
     raise UserError(f'FunctionCompletion.file: {file} cannot be read ({error}).') from error
+  names = ('entry_point', 'prompt', 'canonical_solution', 'test')
+  problems = []
   for number, line in enumerate(lines, 1):
     if not line.strip():
       continue
     try:
       fields = json.loads(line)
-      names = ('entry_point', 'prompt', 'canonical_solution', 'test')
       problems.append(CodeProblem(*(fields[name] for name in names)))
     except (ValueError, KeyError, TypeError) as error:
       raise UserError(

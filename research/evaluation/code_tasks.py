@@ -1,32 +1,35 @@
-"""Completing functions, judged by running them: pass@k."""
+"""Functions to complete, judged by running them: pass@k."""
 
 import concurrent.futures
 import dataclasses
+import itertools
 import os
+import pathlib
 import secrets
+from collections.abc import Sequence
 
 from research.core.errors import Invalid
 from research.evaluation import sandbox
-from research.evaluation.code_problems import CodeProblem, own_problems, read_problems
+from research.evaluation.code_problems import CodeProblem, builtin_problems, read_problems
 from research.evaluation.requests import GenerateUntil
 from research.evaluation.sandbox import Limits
 from research.evaluation.task import Item, Task
 from research.inference.sampling import Sampling
 from research.scaling.repeated_sampling import pass_at_k
 
-# What begins after a function has ended, as HumanEval's authors cut it.
+# A line that begins with one of these ends the function. HumanEval's authors cut completions there.
 UNTIL = ('\ndef ', '\nclass ', '\n#', '\nif ', '\nprint', '\n@', '\nassert')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FunctionCompletion(Task):
-  """Functions from their head and docstring; each sample is run against the problem's tests in a sandbox.
+  """Functions from their signature and docstring; the problem's tests run on each sample in a sandbox.
 
   Attributes:
-    file: JSON lines with HumanEval's fields; None is this project's own problems.
-    samples: how many completions of each problem.
-    ks: of each pass@k; at most `samples`.
-    temperature, top_p: how a completion is sampled; one sample at temperature 0 is greedy.
+    file: JSON lines with HumanEval's fields; None is `code_problems.builtin_problems`.
+    samples: completions of each problem.
+    ks: the k of each pass@k; at most `samples`.
+    temperature, top_p: how a completion is sampled. One sample at temperature 0 is greedy.
     max_tokens: of a completion.
     limits: of each program.
   """
@@ -53,26 +56,27 @@ class FunctionCompletion(Task):
 
   @property
   def name(self) -> str:
-    source = 'own' if self.file is None else os.path.splitext(os.path.basename(self.file))[0]
+    source = 'own' if self.file is None else pathlib.Path(self.file).stem
     return f'functions-{source}-{self.samples}samples'
 
   def items(self) -> list[Item]:
-    problems = own_problems() if self.file is None else read_problems(self.file)
-    return [
-      Item(tuple(self._request(problem, n, i) for i in range(self.samples)), problem)
-      for n, problem in enumerate(problems[: self.examples])
-    ]
+    problems = builtin_problems() if self.file is None else read_problems(self.file)
+    items = []
+    for number, problem in enumerate(problems[: self.examples]):
+      requests = tuple(self._request(problem, number, i) for i in range(self.samples))
+      items.append(Item(requests, problem))
+    return items
 
   def _request(self, problem: CodeProblem, number: int, sample: int) -> GenerateUntil:
-    # A seed of its own for every sample, by arithmetic that keeps those of two problems apart.
+    # Every sample needs another seed; the primes keep the seeds of two problems apart.
     seed = (self.seed * 1_000_003 + number * 10_007 + sample) % 2**31
     sampling = Sampling(temperature=self.temperature, top_p=self.top_p, seed=seed)
     return GenerateUntil(problem.prompt, UNTIL, self.max_tokens, sampling)
 
   def measure(self, item, answers):
-    workers = os.cpu_count() or 1
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-      passed = list(pool.map(lambda answer: passes(item.target, answer.text, self.limits), answers))
+    """See `Task.measure`: pass@k of one problem by the unbiased estimator (Chen et al. 2021, equation 1)."""
+    completions = [answer.text for answer in answers]
+    passed = run_tests([item.target] * len(completions), completions, self.limits)
     correct = sum(passed)
     return {f'pass@{k}': float(pass_at_k(len(passed), correct, k)) for k in self.ks}
 
@@ -80,10 +84,19 @@ class FunctionCompletion(Task):
     return {'sandbox': sandbox.isolation()}
 
 
+def run_tests(
+  problems: Sequence[CodeProblem], completions: Sequence[str], limits: Limits
+) -> list[bool]:
+  """Whether each completion passes the tests of its problem. As many run at a time as there are cores."""
+  # Threads suffice: each one waits for a process.
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    return list(pool.map(passes, problems, completions, itertools.repeat(limits)))
+
+
 def passes(problem: CodeProblem, completion: str, limits: Limits) -> bool:
   """Whether a completed function passes its problem's tests."""
-  # Printed when the tests are through: a program that ends itself before has not passed them.
+  # Printed after the tests. A program that exits before them prints no mark, and cannot guess it.
   mark = secrets.token_hex(16)
   program = f'{problem.prompt}{completion}\n\n{problem.test}\ncheck({problem.name})\nprint()\nprint({mark!r})\n'
   outcome = sandbox.run_python(program, limits)
-  return outcome.code == 0 and outcome.output.rstrip('\n').endswith(f'\n{mark}')
+  return outcome.passed and outcome.output.rstrip('\n').endswith(f'\n{mark}')

@@ -1,4 +1,4 @@
-"""Tasks on the validation text of a corpus, the embedded one by default: perplexity, and cloze of a line."""
+"""Tasks on the validation text of a corpus, the embedded one by default: perplexity and line cloze."""
 
 import dataclasses
 import json
@@ -17,14 +17,14 @@ from research.evaluation.task import Item, Task, judge_choices
 
 
 def documents(corpus: Corpus, most: int) -> list[str]:
-  """At most so many validation documents of a corpus, in the order of its store.
+  """At most `most` validation documents of a corpus, in the order of its store.
 
-  The store is made by freezing, in a process of its own; here its text is read as it lies.
+  Freezing writes the store, in another process; its text is read here.
 
   Raises:
     UserError: the corpus cannot be read, or has no validation text.
   """
-  # The smallest stream of the corpus: to freeze it makes the store.
+  # Freezing any stream of the corpus writes its store. This one is the smallest.
   cache.open_stream(Stream(corpus=corpus, split='validation', examples=1, lengths={'targets': 64}))
   key = digest([FORMAT, to_spec(corpus), corpus.signature()])
   folder = cache.default_cache() / 'corpora' / f'{corpus.name}-{key}'
@@ -47,11 +47,11 @@ def documents(corpus: Corpus, most: int) -> list[str]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Perplexity(Task):
-  """The log-likelihood of validation documents.
+  """The perplexity of validation documents.
 
   Attributes:
-    corpus: whose validation documents.
-    longest: so many characters of a document at most, from its start.
+    corpus: the corpus of the documents.
+    longest: the most characters of a document, from its start.
   """
 
   corpus: Corpus = dataclasses.field(default_factory=PythonSources)
@@ -71,13 +71,15 @@ class Perplexity(Task):
     return {'nats': -answer.nats, 'tokens': answer.tokens, 'bytes': item.target}
 
   def summarise(self, measures):
-    """Means over tokens and over bytes: long documents weigh more."""
-    nats, tokens, size = (sum(m[key] for m in measures) for key in ('nats', 'tokens', 'bytes'))
+    """Means over all tokens and over all bytes, so that long documents count more."""
+    nats = sum(measure['nats'] for measure in measures)
+    tokens = sum(measure['tokens'] for measure in measures)
+    size = sum(measure['bytes'] for measure in measures)
     if not tokens:
       return {}
     return {
       'nats_per_token': nats / tokens,
-      'perplexity': math.exp(min(nats / tokens, 700.0)),
+      'perplexity': math.exp(min(nats / tokens, 700.0)),  # exp of more overflows
       'bits_per_byte': nats / math.log(2) / size,
       'tokens': tokens,
       'bytes': size,
@@ -86,13 +88,13 @@ class Perplexity(Task):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LineCloze(Task):
-  """Which line comes next? The right one, among other lines of the same document.
+  """Multiple choice of the next line. The wrong choices are other lines of the same document.
 
   Attributes:
-    corpus: whose validation documents.
-    choices: lines to choose from, the right one among them.
-    context: so many characters before the line at most, cut at a line's start.
-    shortest: a line has so many characters or more, without the spaces around it.
+    corpus: the corpus of the documents.
+    choices: the number of choices, the right one included.
+    context: the most characters before the line, cut at a line's start.
+    shortest: the fewest characters of a choice, without the spaces around it.
   """
 
   corpus: Corpus = dataclasses.field(default_factory=PythonSources)
@@ -105,9 +107,11 @@ class LineCloze(Task):
     return f'line-cloze-{self.corpus.name}-{self.choices}choices'
 
   def items(self) -> list[Item]:
-    chance, items = random.Random(self.seed), []
+    rng = random.Random(self.seed)
+    items = []
+    # More documents than items, because some have too few lines.
     for text in documents(self.corpus, 4 * self.examples):
-      if item := self.item(text, chance):
+      if item := self.item(text, rng):
         items.append(item)
       if len(items) == self.examples:
         return items
@@ -118,23 +122,25 @@ class LineCloze(Task):
       )
     return items
 
-  def item(self, text: str, chance: random.Random) -> Item | None:
+  def item(self, text: str, rng: random.Random) -> Item | None:
     """An item of one document; None where it has too few lines."""
     lines = text.splitlines(keepends=True)
-    places = [i for i, line in enumerate(lines) if i and len(line.strip()) >= self.shortest]
-    others = {lines[i].strip() for i in places}
-    if len(others) < self.choices:
+    # The first line has no context.
+    numbers = [i for i, line in enumerate(lines) if i and len(line.strip()) >= self.shortest]
+    different = {lines[i].strip() for i in numbers}
+    if len(different) < self.choices:
       return None
-    place = chance.choice(places)
-    context = ''.join(lines[:place])[-self.context :]
-    # A cut that went through a line leaves the rest of it out.
-    context = context if len(context) < self.context else context.partition('\n')[2] or context
-    right = lines[place].strip()
-    indent = lines[place][: len(lines[place]) - len(lines[place].lstrip())]
-    wrong = chance.sample(sorted(others - {right}), self.choices - 1)
-    choices = [right, *wrong]
-    chance.shuffle(choices)
-    # All choices are indented as the right one: the indentation tells nothing.
+    number = rng.choice(numbers)
+    context = ''.join(lines[:number])[-self.context :]
+    if len(context) == self.context:
+      # The cut may have gone through a line: the rest of that line is left out.
+      context = context.partition('\n')[2] or context
+    line = lines[number]
+    right = line.strip()
+    indent = line[: len(line) - len(line.lstrip())]
+    choices = [right, *rng.sample(sorted(different - {right}), self.choices - 1)]
+    rng.shuffle(choices)
+    # All choices have the indentation of the right one, so that it gives nothing away.
     requests = tuple(LogLikelihood(context + indent, choice + '\n') for choice in choices)
     return Item(requests, (tuple(choices), choices.index(right)))
 

@@ -1,4 +1,4 @@
-"""The tokenizer of a Hugging Face folder as evaluation needs it: its own ids, and what stands around a text.
+"""The tokenizer of a Hugging Face folder as evaluation needs it, with the tokens that begin and end a text.
 
 A run's tokenizer is made by `data.encoding`, which moves ids up where 0 is text. A converted model was trained
 with the ids as they are.
@@ -16,8 +16,8 @@ class FolderEncoding:
 
   Attributes:
     begin: the id that the tokenizer puts in front of every text; None for none.
-    start: the beginning-of-text token, or else the end-of-text one: what a text without a context begins with.
-    end: the end-of-text token; `ends` are all that the folder names.
+    start: the id in front of a text without a context: the beginning-of-text token, or else `end`.
+    end: the end-of-text token. `ends` are all of them that the folder names.
     size: one more than the highest id.
     template: the folder's chat template, a file for `data.conversations.template`; None for none.
 
@@ -35,33 +35,36 @@ class FolderEncoding:
     if file.is_file():
       import tokenizers
 
-      # Without special tokens of its own accord: they are put in front by whoever makes a row.
-      fast = tokenizers.Tokenizer.from_file(str(file))
-      self._encode = lambda text: fast.encode(text, add_special_tokens=False).ids
-      self._id_of = fast.token_to_id
+      self._fast = tokenizers.Tokenizer.from_file(str(file))
     else:
-      self._encode, self._id_of = self._without_special(), lambda name: None
-    self.begin = self._first()
+      self._fast = None
+      self._in_front, self._behind = self._count_special()
+    self.begin = self._begin_token()
     self.ends = self.with_special.ends
-    end = self._named('eos_token')
+    end = self._special_id('eos_token')
     if end is None and not self.ends:
       raise UserError(
         f'{folder}: neither config.json nor tokenizer_config.json names an end token.'
       )
     self.end = self.ends[0] if end is None else end
-    begin = self._named('bos_token')
-    self.start = begin if begin is not None else self.begin if self.begin is not None else self.end
+    candidates = [self._special_id('bos_token'), self.begin, self.end]
+    self.start = next(token for token in candidates if token is not None)
 
   def encode(self, text: str) -> list[int]:
-    """The ids of a text; special tokens only where the text spells them."""
-    return self._encode(text)
+    """The ids of a text. Special tokens are among them only where the text spells them."""
+    if self._fast:
+      # `rows` puts special tokens in front where a row needs them.
+      return self._fast.encode(text, add_special_tokens=False).ids
+    ids = self.with_special.encode(text)
+    return ids[self._in_front : len(ids) - self._behind]
 
   def decode(self, ids: list[int]) -> str:
+    """The text of ids, without special tokens."""
     return self.with_special.decode(ids)
 
   @property
   def decoder_start(self) -> int | None:
-    """What the decoder of an encoder-decoder starts from, as config.json says; None where it says nothing."""
+    """The first id of an encoder-decoder's decoder, by config.json; None where it does not say."""
     return next(iter(self.with_special.start), None)
 
   @property
@@ -82,19 +85,21 @@ class FolderEncoding:
       raise UserError(f'{path} is not JSON ({error}).') from error
     return settings if isinstance(settings, dict) else {}
 
-  def _named(self, name: str) -> int | None:
-    """The id of a token that tokenizer_config.json names."""
+  def _special_id(self, name: str) -> int | None:
+    """The id of a token that tokenizer_config.json names, such as 'eos_token'; None where it names none."""
     token = self._special.get(name)
     token = token.get('content') if isinstance(token, dict) else token
-    return self._id_of(token) if isinstance(token, str) else None
+    return self._fast.token_to_id(token) if self._fast and isinstance(token, str) else None
 
-  def _without_special(self):
-    whole = self.with_special.encode
-    empty = whole('')
-    # SentencePiece here has at most one special token, in front or behind.
-    front = len(empty) if whole('a')[: len(empty)] == empty else 0
-    return lambda text: whole(text)[front : len(whole(text)) - (len(empty) - front)]
+  def _count_special(self) -> tuple[int, int]:
+    """How many special tokens a SentencePiece model puts (in front of a text, behind it)."""
+    special = self.with_special.encode('')
+    # There is at most one, so that all stand on one side.
+    in_front = self.with_special.encode('a')[: len(special)] == special
+    return (len(special), 0) if in_front else (0, len(special))
 
-  def _first(self) -> int | None:
-    own, whole = self._encode('a'), self.with_special.encode('a')
-    return whole[0] if len(whole) > len(own) and whole[1 : 1 + len(own)] == own else None
+  def _begin_token(self) -> int | None:
+    plain = self.encode('a')
+    whole = self.with_special.encode('a')
+    in_front = len(whole) > len(plain) and whole[1 : 1 + len(plain)] == plain
+    return whole[0] if in_front else None

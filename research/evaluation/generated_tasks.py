@@ -1,7 +1,8 @@
-"""Tasks that are generated: arithmetic, copying, sorting, modular arithmetic, brackets.
+"""Generated tasks: arithmetic, copying, sorting, modular arithmetic, brackets.
 
-Every problem has a question, an answer, and the steps from one to the other. A task asks directly, or with the
-steps as a chain of thought; with no example before the question, or with some (shots).
+Every problem has a question, an answer, and the steps from the question to the answer. A task asks for the
+answer directly or after the steps (a chain of thought), with or without solved examples (shots) before the
+question.
 """
 
 import abc
@@ -25,7 +26,7 @@ class Problem:
   answer: str
 
   def completion(self, mode: str) -> str:
-    """What should follow the question. The steps stand in brackets before the answer."""
+    """The right text after the question. In the mode 'chain' the steps stand in brackets before the answer."""
     return self.answer if mode == 'direct' else f'[{self.steps}]{self.answer}'
 
 
@@ -34,8 +35,8 @@ class Generated(Task):
   """Base of the generated tasks.
 
   Attributes:
-    mode: 'direct', or 'chain': the steps come before the answer.
-    shots: solved problems before the question, a line each; they are other problems than the item's own.
+    mode: 'direct', or 'chain' for the steps before the answer.
+    shots: solved problems before the question, a line each. They differ from the item's problem.
   """
 
   mode: str = 'direct'
@@ -57,40 +58,47 @@ class Generated(Task):
     """The task's name without shots and mode."""
 
   @abc.abstractmethod
-  def problem(self, chance: random.Random) -> Problem:
-    """A problem, drawn by chance."""
+  def problem(self, rng: random.Random) -> Problem:
+    """A random problem."""
 
   def lines(self, count: int, seed: int) -> list[str]:
     """Solved problems as lines of text, in this task's mode: text to train on."""
-    chance = random.Random(seed)
-    problems = [self.problem(chance) for _ in range(count)]
-    return [f'{p.question}{p.completion(self.mode)}\n' for p in problems]
+    rng = random.Random(seed)
+    problems = [self.problem(rng) for _ in range(count)]
+    return [f'{problem.question}{problem.completion(self.mode)}\n' for problem in problems]
 
   def items(self) -> list[Item]:
-    chance = random.Random(self.seed)
-    return [self.item(chance) for _ in range(self.examples)]
+    rng = random.Random(self.seed)
+    return [self.item(rng) for _ in range(self.examples)]
 
-  def item(self, chance: random.Random) -> Item:
+  def item(self, rng: random.Random) -> Item:
     """A problem after its shots."""
-    problem = self.problem(chance)
+    problem = self.problem(rng)
     context = ''
     for _ in range(self.shots):
-      shot = self.problem(chance)
-      for _ in range(20):  # a small task has few problems: then an equal one is allowed
+      shot = self.problem(rng)
+      # A small task may have few problems, so that an equal one is accepted after 20 tries.
+      for _ in range(20):
         if shot.question != problem.question:
           break
-        shot = self.problem(chance)
+        shot = self.problem(rng)
       context += f'{shot.question}{shot.completion(self.mode)}\n'
     context += problem.question
     completion = problem.completion(self.mode) + '\n'
     requests = [LogLikelihood(context, completion)]
     if self.mode == 'chain':
-      # Twice as many tokens as the right chain has bytes: a wrong one may be longer.
+      # Twice as many tokens as the right chain has bytes, because a wrong one may be longer.
       requests.append(GenerateUntil(context, ('\n',), 2 * len(completion.encode())))
     return Item(tuple(requests), problem)
 
   def measure(self, item, answers):
-    """accuracy is of the answer alone, exactly; nats are of the whole right completion, the smooth metric."""
+    """See `Task.measure`.
+
+    Returns:
+      accuracy: whether the answer is exactly right.
+      nats, nats_per_token: -ln p of the whole right completion, the smooth metrics beside it.
+      chain: whether the right chain is the greedy completion (in the mode 'chain').
+    """
     likelihood = answers[0]
     measures = {
       'nats': -likelihood.nats,
@@ -105,7 +113,7 @@ class Generated(Task):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arithmetic(Generated):
-  """a+b= or a-b= of numbers of so many digits. The steps are the columns from the right, with carries."""
+  """a+b= or a-b= of numbers with `digits` digits. The steps are the columns from the right, with carries."""
 
   digits: int = 2
   operation: str = '+'
@@ -119,14 +127,17 @@ class Arithmetic(Generated):
   def kind(self) -> str:
     return f'{"addition" if self.operation == "+" else "subtraction"}-{self.digits}digits'
 
-  def problem(self, chance: random.Random) -> Problem:
+  def problem(self, rng: random.Random) -> Problem:
     low = 10 ** (self.digits - 1) if self.digits > 1 else 0
-    a, b = chance.randrange(low, 10**self.digits), chance.randrange(low, 10**self.digits)
+    a = rng.randrange(low, 10**self.digits)
+    b = rng.randrange(low, 10**self.digits)
     if self.operation == '-':
-      a, b = max(a, b), min(a, b)
-    steps, carry = [], 0
+      a, b = max(a, b), min(a, b)  # no negative answers
+    steps = []
+    carry = 0
     for i in range(self.digits):
-      x, y = a // 10**i % 10, b // 10**i % 10
+      x = a // 10**i % 10
+      y = b // 10**i % 10
       column = x + y + carry if self.operation == '+' else x - y - carry
       carried = f'{self.operation}{carry}' if carry else ''
       steps.append(f'{x}{self.operation}{y}{carried}={column}')
@@ -137,7 +148,7 @@ class Arithmetic(Generated):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModularArithmetic(Generated):
-  """(a+b)%m= of numbers below the modulus. The steps are the sum before the remainder is taken."""
+  """(a+b)%m= of numbers below the modulus m. The steps are the sum before the remainder is taken."""
 
   modulus: int = 7
 
@@ -148,14 +159,15 @@ class ModularArithmetic(Generated):
   def kind(self) -> str:
     return f'modular-addition-{self.modulus}'
 
-  def problem(self, chance: random.Random) -> Problem:
-    a, b = chance.randrange(self.modulus), chance.randrange(self.modulus)
+  def problem(self, rng: random.Random) -> Problem:
+    a = rng.randrange(self.modulus)
+    b = rng.randrange(self.modulus)
     return Problem(f'({a}+{b})%{self.modulus}=', f'{a}+{b}={a + b}', str((a + b) % self.modulus))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Copying(Generated):
-  """A word of so many letters, once more. The steps number its letters."""
+  """Repeats a word of `length` letters. The steps number its letters."""
 
   length: int = 5
 
@@ -166,15 +178,15 @@ class Copying(Generated):
   def kind(self) -> str:
     return f'copying-{self.length}'
 
-  def problem(self, chance: random.Random) -> Problem:
-    word = ''.join(chance.choice(string.ascii_lowercase) for _ in range(self.length))
+  def problem(self, rng: random.Random) -> Problem:
+    word = _random_word(rng, self.length)
     steps = ','.join(f'{i + 1}{letter}' for i, letter in enumerate(word))
     return Problem(f'copy {word}:', steps, word)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sorting(Generated):
-  """The letters of a word in order. The steps insert its letters one by one."""
+  """The letters of a word in alphabetical order. The steps insert its letters one by one."""
 
   length: int = 5
 
@@ -185,15 +197,18 @@ class Sorting(Generated):
   def kind(self) -> str:
     return f'sorting-{self.length}'
 
-  def problem(self, chance: random.Random) -> Problem:
-    word = ''.join(chance.choice(string.ascii_lowercase) for _ in range(self.length))
+  def problem(self, rng: random.Random) -> Problem:
+    word = _random_word(rng, self.length)
     steps = [''.join(sorted(word[: i + 1])) for i in range(len(word))]
     return Problem(f'sort {word}:', ','.join(steps), steps[-1])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Brackets(Generated):
-  """The brackets that close what a row of so many leaves open (Dyck-2). The steps are the stack on the way."""
+  """The brackets that close a row of `length` or more brackets (Dyck-2).
+
+  The steps are the stack of open brackets after each bracket of the row.
+  """
 
   length: int = 8
 
@@ -204,18 +219,24 @@ class Brackets(Generated):
   def kind(self) -> str:
     return f'brackets-{self.length}'
 
-  def problem(self, chance: random.Random) -> Problem:
-    # Round and angle brackets; square ones stand around the steps.
+  def problem(self, rng: random.Random) -> Problem:
+    # No square brackets: they stand around the steps.
     closing = {'(': ')', '<': '>'}
-    row, stack, steps = '', '', []
-    while len(row) < self.length or not stack:
-      opens = not stack or chance.random() < 0.6
-      bracket = chance.choice('(<') if opens else closing[stack[-1]]
+    row = ''
+    stack = ''
+    steps = []
+    while len(row) < self.length or not stack:  # a closed row has no answer
+      opens = not stack or rng.random() < 0.6
+      bracket = rng.choice('(<') if opens else closing[stack[-1]]
       row += bracket
       stack = stack + bracket if opens else stack[:-1]
       steps.append(stack or '-')
     answer = ''.join(closing[bracket] for bracket in reversed(stack))
     return Problem(f'close {row}:', ','.join(steps), answer)
+
+
+def _random_word(rng: random.Random, length: int) -> str:
+  return ''.join(rng.choice(string.ascii_lowercase) for _ in range(length))
 
 
 def _positive(task: Task, **fields: int) -> None:

@@ -1,4 +1,4 @@
-"""Opens a trained model to generate text, from any of the folders that `loading` reads."""
+"""Opens a trained model to generate text, from each kind of folder that `loading` reads."""
 
 import dataclasses
 import pathlib
@@ -15,7 +15,14 @@ PENALTIES = {'length': beams.by_length, 'wu': beams.wu}
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-  """A model that was read: with shapes in place of arrays, its parameters, the run that trained it if any."""
+  """A model whose parameters were read.
+
+  Attributes:
+    model: with shapes in place of arrays.
+    run: that trained it; None for a model that was not trained here.
+    tokenizer_folder: the folder of such a model's tokenizer.
+    source: the folder and the step, for the answers' identity.
+  """
 
   model: nnx.Module
   params: dict
@@ -44,22 +51,24 @@ def load(
   the flags of the command; `beam_count` is --beams.
 
   Raises:
-    UserError: there is no such model, it sees both ways, or the tokenizer is not its own.
+    UserError: there is no such model, the model is an encoder, or the tokenizer is not the model's.
   """
   opened = open_model(checkpoint, hf)
   graphdef = nnx.graphdef(opened.model)
   architecture = loading.architecture_of(opened.run, opened.model)
-  search = speculation = None
+  search = None
+  speculation = None
   if beam_count:
     search = one_by_one.Beams(graphdef, opened.params, beam_count, PENALTIES[penalty])
   elif ngram:
     guess = speculate.Ngram(ngram)
     speculation = one_by_one.Speculation(graphdef, opened.params, guess, guesses=guesses)
   elif draft:
+    # The folder of a draft may be of either kind.
     is_hf = (pathlib.Path(draft) / 'config.json').is_file()
-    guesser = open_model(None, draft) if is_hf else open_model(draft, None)
+    draft_model = open_model(None, draft) if is_hf else open_model(draft, None)
     speculation = one_by_one.Speculation(
-      graphdef, opened.params, nnx.graphdef(guesser.model), guesser.params, guesses
+      graphdef, opened.params, nnx.graphdef(draft_model.model), draft_model.params, guesses
     )
   text = tokenizer_of(opened, tokenizer_file, architecture)
   return make_generator(
@@ -69,7 +78,7 @@ def load(
 
 
 def open_model(checkpoint: str | None, hf: str | None) -> Opened:
-  """Reads one of the two kinds of folders."""
+  """Reads a model from the folder of a run or a converted model, or from Hugging Face's."""
   folder = loading.open_hf(hf) if hf else loading.open_folder(checkpoint)
   model = loading.abstract_model(folder.model)
   source = hf or f'{checkpoint} at step {folder.step}'
@@ -77,7 +86,7 @@ def open_model(checkpoint: str | None, hf: str | None) -> Opened:
 
 
 def tokenizer_of(opened: Opened, file: str | None, architecture: str) -> tokenizer.Tokenizer:
-  """The tokenizer of a file, of the run's data, or beside the weights."""
+  """The tokenizer: of `file` if given, else of the run's data, else in the folder of the weights."""
   if file:
     return tokenizer.of_file(pathlib.Path(file))
   if opened.run:

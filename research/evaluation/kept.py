@@ -1,4 +1,4 @@
-"""Answers that are kept as they come, so that a task that was killed does not ask again what was answered."""
+"""Keeps answers as they come, so that a task that was killed does not repeat a request that was answered."""
 
 import dataclasses
 import hashlib
@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from research.core import storage
-from research.evaluation.engine import Engine, Progress
+from research.evaluation.callbacks import Progress, no_progress
+from research.evaluation.engine import Engine
 from research.evaluation.requests import (
   Answer,
   Embedding,
@@ -23,47 +24,50 @@ KINDS = {kind.__name__: kind for kind in (Likelihood, Generation, Embedding, Fai
 
 
 class KeptAnswers:
-  """An engine that writes every answer to a file, a JSON line each, and asks only for what is missing there.
+  """An engine that writes every answer to a file, a JSON line each, and asks only for those that are missing.
 
-  Equal requests are asked once. An answer does not depend on its company (`engine`), so a task that goes on
-  gives what it would have given in one piece.
+  Equal requests are asked once. An answer depends on its request alone (see `engine`), so a task that was
+  interrupted ends with the numbers of one that was not.
 
   Args:
-    path: of the file. What another `identity` left there is thrown away.
-    identity: what the answers are of, as JSON values: checkpoint, settings, task.
+    path: of the file. Answers that another `identity` left there are thrown away.
+    identity: what the answers depend on, as JSON values: checkpoint, settings, task.
+
+  Attributes:
+    resumed: how many answers were there before.
   """
 
   def __init__(self, engine: Engine, path: pathlib.Path, identity: dict):
-    self.engine, self.path = engine, path
-    self.encoding, self.settings = engine.encoding, engine.settings
+    self.engine = engine
+    self.path = path
+    self.encoding = engine.encoding
+    self.settings = engine.settings
     self.answers: dict[str, Answer] = {}
-    self.resumed = 0  # answers that were there before
-    first = {'of': hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()}
+    header = {'of': hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()}
     lines = storage.read_rows(path)
-    if lines[:1] == [first]:
-      self.answers = {line.pop('request'): read_answer(line) for line in lines[1:]}
-      self.resumed = len(self.answers)
-    # Written anew: the last line may have been cut short.
-    text = ''.join(json.dumps(line) + '\n' for line in [first, *map(self._line, self.answers)])
+    if lines[:1] == [header]:
+      self.answers = {line.pop('request'): from_json(line) for line in lines[1:]}
+    self.resumed = len(self.answers)
+    # A kill may have cut the last line short, so the file is written anew.
+    text = ''.join(json.dumps(line) + '\n' for line in [header, *map(self._line, self.answers)])
     storage.write_atomic(path, text)
 
   def _line(self, key: str) -> dict:
-    return {'request': key, **as_plain(self.answers[key])}
+    return {'request': key, **to_json(self.answers[key])}
 
-  def answer(
-    self, requests: Sequence[Request], progress: Progress = lambda done, of: None
-  ) -> list[Answer]:
+  def answer(self, requests: Sequence[Request], progress: Progress = no_progress) -> list[Answer]:
     """As `Engine.answer`."""
     keys = [digest(request) for request in requests]
     missing = {
       key: request for key, request in zip(keys, requests, strict=True) if key not in self.answers
     }
-    names = list(missing)
+    missing_keys = list(missing)
     with storage.appending(self.path) as file:
 
       def keep(number: int, answer: Answer) -> None:
-        self.answers[names[number]] = answer
-        file.write(json.dumps(self._line(names[number])) + '\n')
+        key = missing_keys[number]
+        self.answers[key] = answer
+        file.write(json.dumps(self._line(key)) + '\n')
         file.flush()
 
       self.engine.answer(list(missing.values()), progress, keep)
@@ -71,11 +75,11 @@ class KeptAnswers:
 
 
 def digest(request: Request) -> str:
-  """A name for a request: equal requests have equal names, in every process."""
+  """A key of a request: equal requests have equal keys, in every process."""
   return hashlib.sha256(repr(request).encode()).hexdigest()[:24]
 
 
-def as_plain(answer: Answer) -> dict:
+def to_json(answer: Answer) -> dict:
   """An answer as JSON values."""
   fields = dataclasses.asdict(answer)
   if isinstance(answer, Embedding):
@@ -83,8 +87,8 @@ def as_plain(answer: Answer) -> dict:
   return {'kind': type(answer).__name__, **fields}
 
 
-def read_answer(fields: dict) -> Answer:
-  """The answer of `as_plain`."""
+def from_json(fields: dict) -> Answer:
+  """The answer that `to_json` wrote."""
   fields = dict(fields)
   kind = KINDS[fields.pop('kind')]
   if kind is Embedding:

@@ -1,32 +1,33 @@
 """Tasks of EleutherAI's lm-eval (extra `eval`): its prompts, metrics and filters, with this project's engine.
 
-lm-eval asks a model three things, which are requests of ours; so every one of its tasks runs, a user's own YAML
-files among them. Their data come from where the YAML says: local files, or the Hugging Face hub.
+lm-eval has three kinds of request, and this project's engine answers all of them. So every task of lm-eval
+runs, a user's own YAML files included. The data come from where the YAML says: local files, or the Hugging Face
+hub.
 """
 
 import collections
 import dataclasses
-import math
 import time
 
 from research.core.errors import Invalid, UserError, did_you_mean, first_line
+from research.evaluation.callbacks import Progress, no_progress
 from research.evaluation.engine import Engine
-from research.evaluation.lm_eval_model import import_lm_eval, make_model
-from research.evaluation.task import Task
+from research.evaluation.lm_eval_model import NO_TEMPLATE, import_lm_eval, make_model
+from research.evaluation.task import BaseTask, standard_error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LmEval(Task):
+class LmEval(BaseTask):
   """One task of lm-eval, or a group of them.
 
   Attributes:
     task: its name, as `lm_eval ls tasks` lists it or a YAML file in `folder` gives it.
-    folder: a folder with YAML files of more tasks; None for lm-eval's own alone.
+    folder: a folder with YAML files of more tasks; None for lm-eval's own tasks only.
     shots: solved examples before each question; None is the task's own number.
-    examples: at most so many documents of a task; None for all.
-    chat: whether questions are put as conversations, by the model's chat template; shots are turns of it.
-    system: what the system says first; None for nothing.
-    runs_code: whether the task may run the model's own programs here, outside of any sandbox.
+    examples: the most documents of a task; None for all.
+    chat: whether a question is a conversation by the model's chat template, whose turns are the shots.
+    system: the system message of the conversation; None for none.
+    runs_code: whether the task may run the model's programs on this machine, without a sandbox.
   """
 
   task: str
@@ -48,15 +49,9 @@ class LmEval(Task):
     shots = '' if self.shots is None else f'-{self.shots}shot'
     return f'lm-eval-{self.task}{shots}{"-chat" if self.chat else ""}'
 
-  def items(self):
-    raise NotImplementedError('lm-eval makes the requests of this task itself')
-
-  def measure(self, item, answers):
-    raise NotImplementedError('lm-eval judges the answers of this task itself')
-
-  def run(self, engine: Engine, progress=lambda done, of: None) -> dict:
-    """As `Task.run`. lm-eval's metrics are means over all documents, so one failed request is an error."""
-    began = time.monotonic()
+  def run(self, engine: Engine, progress: Progress = no_progress) -> dict:
+    """See `BaseTask.run`. lm-eval's metrics are means over all documents, so one failed request is an error."""
+    start = time.monotonic()
     try:
       model = make_model(engine, progress)
       results = evaluate(self, model)
@@ -66,51 +61,55 @@ class LmEval(Task):
     for task, samples in results['samples'].items():
       label = '' if len(results['results']) == 1 else f'{task}/'
       metrics |= {f'{label}{key}': value for key, value in standard_errors(samples).items()}
-    return {
-      'metrics': metrics,
-      'items': sum(count['effective'] for count in results['n-samples'].values()),
-      'failed': 0,
-      'cut': model.cut,
-      'reasons': {},
-      'requests': model.requests,
-      'seconds': time.monotonic() - began,
-      'settings': {
-        'template': engine.settings.template if self.chat else None,
-        'shots': dict(results['n-shot']),
-        'versions': dict(results['versions']),
-      },
+    settings = {
+      'template': engine.settings.template if self.chat else None,
+      'shots': dict(results['n-shot']),
+      'versions': dict(results['versions']),
     }
+    return self.make_result(
+      metrics,
+      items=sum(count['effective'] for count in results['n-samples'].values()),
+      requests=model.requests,
+      start=start,
+      cut=model.cut,
+      settings=settings,
+    )
 
 
 def read_metrics(results: dict) -> dict[str, float]:
-  """lm-eval's results as a flat dict: 'acc,none' is 'acc', 'exact_match,strict' is 'exact_match:strict'."""
+  """lm-eval's results as a flat dict.
+
+  lm-eval names a metric 'metric,filter': 'acc,none' becomes 'acc', 'exact_match,strict' becomes
+  'exact_match:strict'.
+  """
   metrics = {}
   for task, values in results.items():
     label = '' if len(results) == 1 else f'{task}/'
     for key, value in values.items():
-      metric, _, rule = key.partition(',')
-      if rule and isinstance(value, int | float):
-        suffix = '' if rule == 'none' else f':{rule}'
+      metric, _, filter_name = key.partition(',')
+      # Keys without a filter are no metrics (alias, sample counts).
+      if filter_name and isinstance(value, int | float):
+        suffix = '' if filter_name == 'none' else f':{filter_name}'
         metrics[f'{label}{metric}{suffix}'] = float(value)
   return metrics
 
 
 def standard_errors(samples: list[dict]) -> dict[str, float]:
-  """Of each metric that is one number per document: the standard error of its mean."""
+  """The standard error of the mean of each metric that is one number per document.
+
+  lm-eval's own are left out (`bootstrap_iters=0`), because its bootstrap costs more than the requests.
+  """
   values = collections.defaultdict(list)
   for sample in samples:
     suffix = '' if sample['filter'] == 'none' else f':{sample["filter"]}'
     for metric in sample['metrics']:
       if isinstance(sample.get(metric), int | float):
         values[f'{metric}{suffix}'].append(float(sample[metric]))
-  errors = {}
-  for metric, numbers in values.items():
-    count = len(numbers)
-    if count > 1:
-      mean = sum(numbers) / count
-      variance = sum((number - mean) ** 2 for number in numbers) / (count - 1)
-      errors[f'{metric}_stderr'] = math.sqrt(variance / count)
-  return errors
+  return {
+    f'{metric}_stderr': standard_error(numbers)
+    for metric, numbers in values.items()
+    if len(numbers) > 1
+  }
 
 
 def evaluate(task: LmEval, model) -> dict:
@@ -121,9 +120,7 @@ def evaluate(task: LmEval, model) -> dict:
   """
   lm_eval = import_lm_eval()
   if task.chat and model.chat_template(True) is None:
-    raise UserError(
-      'this model has no chat template: bind Suite.template to a file with one, or leave LmEval.chat out.'
-    )
+    raise UserError(NO_TEMPLATE)
   manager = lm_eval.tasks.TaskManager(include_path=task.folder)
   if task.task not in manager.all_tasks:
     raise UserError(
@@ -138,14 +135,14 @@ def evaluate(task: LmEval, model) -> dict:
       task_manager=manager,
       bootstrap_iters=0,
       random_seed=task.seed,
-      fewshot_random_seed=1234 + task.seed,
+      fewshot_random_seed=1234 + task.seed,  # 1234 is lm-eval's default
       log_samples=True,
       apply_chat_template=task.chat,
       fewshot_as_multiturn=task.chat,
       system_instruction=task.system,
       confirm_run_unsafe_code=task.runs_code,
     )
-  # A hub that cannot be reached, a file that is not there, a YAML file that says something wrong.
+  # The hub cannot be reached, a file is missing, or a YAML file is wrong.
   except (OSError, ValueError, ImportError, KeyError) as error:
     if isinstance(error, UserError):
       raise

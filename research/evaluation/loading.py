@@ -1,4 +1,4 @@
-"""A trained model from its folder: what it is, its parameters, its tokenizer.
+"""Opens a trained model: its definition, its parameters, its tokenizer.
 
 The folder is a run's (config.gin and checkpoints/), a converted one's (model.gin and a checkpoint), or one of
 Hugging Face's (config.json and *.safetensors).
@@ -29,12 +29,12 @@ from research.training.run import Run
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-  """What a folder says of a model, before any of its parameters are read.
+  """A model's folder, before the parameters of a checkpoint are read.
 
   Attributes:
-    model: makes it: `model(rngs=...)`.
+    model: makes the model: `model(rngs=...)`.
     run: the run that trained it; None for a converted model.
-    params: of one checkpoint; None for Hugging Face's folder.
+    params: the parameters of one checkpoint, still on disk; None for Hugging Face's folder.
     arrays: the parameters of Hugging Face's folder, as nested dicts of host arrays.
   """
 
@@ -51,18 +51,18 @@ class Folder:
 
   @property
   def tokenizer(self) -> pathlib.Path:
-    """The folder where a converted model's tokenizer lies."""
+    """The folder of a converted model's tokenizer."""
     return self.path / 'huggingface' if self.params else self.path
 
 
 def open_folder(path: str | pathlib.Path, step: int | None = None) -> Folder:
-  """Reads what a folder's model is.
+  """Opens the folder of a run or of a converted model.
 
   Args:
     step: of the checkpoint; None is the newest.
 
   Raises:
-    UserError: it holds no model, or no such checkpoint.
+    UserError: the folder holds no model, or no such checkpoint.
   """
   path = pathlib.Path(path)
   if not path.is_dir():
@@ -79,7 +79,7 @@ def open_folder(path: str | pathlib.Path, step: int | None = None) -> Folder:
 
 
 def open_hf(path: str | pathlib.Path) -> Folder:
-  """The model of a Hugging Face folder, as it is.
+  """Opens a folder of Hugging Face, without writing a converted copy.
 
   Raises:
     UserError: it is no such folder, or its model is not supported.
@@ -101,7 +101,7 @@ def checkpoints_of(workdir: str | pathlib.Path) -> list[tuple[pathlib.Path, int]
   """(a run's folder, step) of every checkpoint of a run, or of all runs of a sweep.
 
   Raises:
-    UserError: there is none.
+    UserError: there is no checkpoint.
   """
   workdir = pathlib.Path(workdir)
   runs = [workdir] if (workdir / 'config.gin').is_file() else sorted(workdir.glob('runs/*'))
@@ -122,25 +122,29 @@ def read_params(folder: Folder) -> dict:
     UserError: a parameter is missing, has another shape, or does not match its checksum.
   """
   if folder.params is None:
-    return put(folder.model, folder.arrays)
+    return on_devices(folder.model, folder.arrays)
   return pretrained.read_params(folder.model, folder.params)
 
 
-def put(model, arrays: dict) -> dict:
-  """A model's parameters, host arrays as nested dicts, on the mesh in use."""
-  where = hosts.on_mesh(nnx.to_pure_dict(nnx.state(abstract_model(model))))
+def on_devices(model, arrays: dict) -> dict:
+  """A model's parameters on the mesh in use.
 
-  def one(x, wanted):
-    return jax.device_put(np.asarray(x).astype(wanted.dtype), wanted.sharding)
+  Args:
+    arrays: the parameters as nested dicts of host arrays.
+  """
+  expected = hosts.on_mesh(nnx.to_pure_dict(nnx.state(abstract_model(model))))
 
-  return jax.tree.map(one, arrays, where)
+  def put(x, leaf):
+    return jax.device_put(np.asarray(x).astype(leaf.dtype), leaf.sharding)
+
+  return jax.tree.map(put, arrays, expected)
 
 
 def vocabulary_of(run: Run | None) -> Vocabulary:
   """The vocabulary that a run trained with.
 
   Raises:
-    UserError: there is no run, or its streams are a registered task's.
+    UserError: there is no run, or its streams come from a registered seqio task.
   """
   stream = _first_stream(run) if run else None
   if stream is None or stream.registered:
@@ -149,10 +153,10 @@ def vocabulary_of(run: Run | None) -> Vocabulary:
 
 
 def architecture_of(run: Run | None, model: nnx.Module) -> str:
-  """One of `rows.ARCHITECTURES`, by the model and by what it was trained on.
+  """One of `rows.ARCHITECTURES`. A decoder that was trained on prefixes is a 'prefix' model.
 
   Raises:
-    UserError: an encoder has no likelihood of a text.
+    UserError: the model is an encoder, which gives no likelihood of a text.
   """
   if 'encoder' in model.inputs:
     return 'encoder_decoder'
@@ -168,7 +172,7 @@ def architecture_of(run: Run | None, model: nnx.Module) -> str:
 
 
 def conversation_template_of(run: Run) -> tuple[bool, str | None]:
-  """(whether a run trained on conversations, the template that it did so with)."""
+  """(whether a run trained on conversations, their chat template or None)."""
   stream = _first_stream(run)
   if stream is None or stream.registered or not isinstance(stream.task, Conversation):
     return False, None
@@ -176,20 +180,20 @@ def conversation_template_of(run: Run) -> tuple[bool, str | None]:
 
 
 def _first_stream(run: Run) -> Stream:
-  # A run of reinforcement makes its own rows, with the tokenizer of its validation stream.
+  # A run of reinforcement learning has no training stream. It uses the tokenizer of its validation stream.
   trained_on = run.validation if isinstance(run.train, Experience) else run.train
   return streams_of(trained_on)[0]
 
 
 def length_of(run: Run | None) -> int:
-  """The longest row that a run trained on; for a converted model, 1024."""
+  """The longest row that a run trained on, in tokens; 1024 for a converted model."""
   return max(run.train.lengths.values()) if run else 1024
 
 
 def mesh_for(model) -> Mesh:
-  """Data parallel; parameters that would fill a device are split over all of them."""
+  """A mesh of all devices: data parallel, or fully sharded where the parameters would fill a device."""
   devices = jax.devices()
-  with Mesh().use(devices[:1]):  # shapes are asked for under some mesh
+  with Mesh().use(devices[:1]):  # parts ask for the mesh even when only shapes are computed
     leaves = jax.tree.leaves(nnx.to_pure_dict(nnx.state(abstract_model(model))))
   size = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
   memory = (devices[0].memory_stats() or {}).get('bytes_limit')

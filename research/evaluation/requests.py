@@ -1,4 +1,4 @@
-"""What may be asked of a model, the field's four kinds of request, and what it may answer.
+"""The kinds of request that a model answers, and the kinds of answer.
 
 The kinds are those of EleutherAI's lm-eval: the log-likelihood of a continuation, the log-likelihood of a whole
 text, generation until a stop, and the embedding of a text. Log-likelihoods are in nats.
@@ -13,7 +13,7 @@ from research.inference.sampling import Sampling
 
 @dataclasses.dataclass(frozen=True)
 class LogLikelihood:
-  """How likely is `continuation` after `context`?"""
+  """Asks for ln p(continuation | context)."""
 
   context: str
   continuation: str
@@ -21,7 +21,10 @@ class LogLikelihood:
 
 @dataclasses.dataclass(frozen=True)
 class TokensLogLikelihood:
-  """The same of token ids, for a caller that splits its text itself. Nothing is put in front of them."""
+  """Asks for ln p(continuation | context) of token ids, from a caller that splits its text itself.
+
+  The context is read as it is: no beginning-of-text token is put in front.
+  """
 
   context: tuple[int, ...]
   continuation: tuple[int, ...]
@@ -29,18 +32,18 @@ class TokensLogLikelihood:
 
 @dataclasses.dataclass(frozen=True)
 class RollingLogLikelihood:
-  """How likely is a whole text, of any length? It is scored in windows: see `Settings.stride`."""
+  """Asks for ln p(text) of a whole text of any length. It is scored in windows: see `Settings.stride`."""
 
   text: str
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerateUntil:
-  """What comes after `context`?
+  """Asks for a continuation of `context`.
 
   Attributes:
-    until: the text ends before the first of these; an end-of-text token ends it as well.
-    max_tokens: it ends after so many tokens in any case.
+    until: the text ends before the first of these strings. An end-of-text token ends it as well.
+    max_tokens: the most tokens of the continuation.
     sampling: how a token is chosen; the likeliest by default.
   """
 
@@ -52,10 +55,10 @@ class GenerateUntil:
 
 @dataclasses.dataclass(frozen=True)
 class Embed:
-  """Where does a text lie? The model's last features, before its head.
+  """Asks for the embedding of a text: the model's last features, before its head.
 
   Attributes:
-    pooling: 'mean' over the tokens, or the 'last' one's.
+    pooling: 'mean' over the tokens, or 'last' for the last token's features.
   """
 
   text: str
@@ -87,8 +90,8 @@ class Generation:
   """The answer to `GenerateUntil`.
 
   Attributes:
-    text: without the stop.
-    tokens: how many were generated.
+    text: the generated text, without the stop.
+    tokens: how many tokens were generated.
     stopped: whether a stop or an end-of-text token ended it, and not `max_tokens`.
     cut: how many tokens of the context were cut off on the left.
   """
@@ -101,7 +104,12 @@ class Generation:
 
 @dataclasses.dataclass(frozen=True)
 class Embedding:
-  """The answer to `Embed`: float32 [embed]; `cut` as in the others."""
+  """The answer to `Embed`.
+
+  Attributes:
+    vector: float32 [embed].
+    cut: how many tokens of the text were cut off on the left.
+  """
 
   vector: np.ndarray
   cut: int = 0
@@ -109,7 +117,7 @@ class Embedding:
 
 @dataclasses.dataclass(frozen=True)
 class Failed:
-  """A request that has no answer, and why."""
+  """The reason why a request has no answer."""
 
   reason: str
 

@@ -1,8 +1,9 @@
-"""Retrieval, re-ranking and recommendation on the functions and imports of a corpus of Python."""
+"""Retrieval, re-ranking and recommendation on the functions and imports of a Python corpus."""
 
 import ast
 import dataclasses
 import random
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -16,11 +17,11 @@ MODES = ('embed', 'rerank')
 
 
 def rank_measures(scores: np.ndarray, right: int) -> dict[str, float]:
-  """nDCG@10 and the reciprocal rank of one relevant candidate, by trec_eval.
+  """nDCG@10, reciprocal rank and hit@1 of a ranking with one relevant candidate, by trec_eval.
 
   Args:
-    scores: [candidates], higher is better. Equal scores: trec_eval takes the higher name first.
-    right: the index of the relevant one.
+    scores: [candidates], higher is better. Of equal scores trec_eval takes the last candidate first.
+    right: the index of the relevant candidate.
 
   Raises:
     UserError: pytrec-eval is not installed.
@@ -32,9 +33,10 @@ def rank_measures(scores: np.ndarray, right: int) -> dict[str, float]:
       f'pytrec-eval is needed for nDCG and MRR: uv sync --extra eval ({error}).'
     ) from None
   names = [f'{i:06d}' for i in range(len(scores))]
-  judge = pytrec_eval.RelevanceEvaluator({'query': {names[right]: 1}}, {'ndcg_cut', 'recip_rank'})
-  run = {'query': {name: float(s) for name, s in zip(names, scores, strict=True)}}
-  measured = judge.evaluate(run)['query']
+  relevant = {'query': {names[right]: 1}}
+  run = {'query': {name: float(score) for name, score in zip(names, scores, strict=True)}}
+  evaluator = pytrec_eval.RelevanceEvaluator(relevant, {'ndcg_cut', 'recip_rank'})
+  measured = evaluator.evaluate(run)['query']
   return {
     'ndcg@10': measured['ndcg_cut_10'],
     'mrr': measured['recip_rank'],
@@ -44,12 +46,12 @@ def rank_measures(scores: np.ndarray, right: int) -> dict[str, float]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ranking(Task):
-  """Base of tasks that put candidates in order.
+  """Base of the tasks that rank candidates.
 
   Attributes:
-    corpus: whose validation documents.
-    candidates: how many, the right one among them.
-    documents: so many documents of the corpus are looked through at most.
+    corpus: the corpus of the documents.
+    candidates: the number of candidates, the right one included.
+    documents: the most validation documents of the corpus that are searched.
   """
 
   corpus: Corpus = dataclasses.field(default_factory=PythonSources)
@@ -61,15 +63,23 @@ class Ranking(Task):
     if self.candidates < 2:
       raise Invalid(type(self), 'candidates', f'{self.candidates!r} must be 2 or more.')
 
-  def pick(self, right: str, pool: list[str], chance: random.Random) -> tuple[list[str], int]:
-    """(candidates in the order of chance, the place of the right one)."""
-    others = chance.sample([text for text in pool if text != right], self.candidates - 1)
-    options = [right, *others]
-    chance.shuffle(options)
-    return options, options.index(right)
+  def pick(self, right: str, pool: list[str], rng: random.Random) -> tuple[list[str], int]:
+    """(candidates in random order, the index of the right one)."""
+    others = rng.sample([text for text in pool if text != right], self.candidates - 1)
+    candidates = [right, *others]
+    rng.shuffle(candidates)
+    return candidates, candidates.index(right)
 
   def check_enough(self, pool: list[str], what: str, shown: int = 0) -> None:
-    """Raises UserError where there are too few candidates, beside those that a question shows."""
+    """Checks that the pool has enough candidates.
+
+    Args:
+      what: the candidates, for the message.
+      shown: how many of the pool a question may show, which are then no candidates.
+
+    Raises:
+      UserError: it has too few.
+    """
     if len(pool) < self.candidates + shown:
       raise UserError(
         f'{self.corpus.name} has {len(pool)} {what} in {self.documents} documents, too few for '
@@ -79,13 +89,13 @@ class Ranking(Task):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DocstringRetrieval(Ranking):
-  """Which function does a docstring describe?
+  """Finds the function that a docstring describes.
 
   Attributes:
-    mode: 'embed' compares the features of both texts by their cosine; 'rerank' asks how likely the docstring is
-      after each function.
-    pooling: of 'embed', as in `requests.Embed`.
-    longest: so many characters of a function.
+    mode: 'embed' ranks functions by the cosine of their embedding and the docstring's; 'rerank' by the
+      likelihood of the docstring after each function.
+    pooling: for 'embed', as in `requests.Embed`.
+    longest: the most characters of a function.
   """
 
   mode: str = 'embed'
@@ -103,56 +113,61 @@ class DocstringRetrieval(Ranking):
     return f'docstrings-{self.corpus.name}-{self.candidates}candidates-{how}'
 
   def items(self) -> list[Item]:
-    pairs = {}
+    summaries = {}
     for text in documents(self.corpus, self.documents):
-      pairs |= {body[: self.longest]: summary for summary, body in described_functions(text)}
-    pool = sorted(pairs)
+      for summary, source in described_functions(text):
+        summaries[source[: self.longest]] = summary
+    pool = sorted(summaries)
     self.check_enough(pool, 'functions with a docstring')
-    chance = random.Random(self.seed)
-    chosen = chance.sample(pool, min(self.examples, len(pool)))
-    return [self.item(body, pairs[body], pool, chance) for body in chosen]
+    rng = random.Random(self.seed)
+    chosen = rng.sample(pool, min(self.examples, len(pool)))
+    return [self.item(source, summaries[source], pool, rng) for source in chosen]
 
-  def item(self, body: str, summary: str, pool: list[str], chance: random.Random) -> Item:
-    options, right = self.pick(body, pool, chance)
+  def item(self, source: str, summary: str, pool: list[str], rng: random.Random) -> Item:
+    """The summary of one function, and the function among the candidates."""
+    candidates, right = self.pick(source, pool, rng)
     if self.mode == 'embed':
-      texts = [summary, *options]
+      texts = [summary, *candidates]
       return Item(tuple(Embed(text, self.pooling) for text in texts), right)
-    requests = [LogLikelihood(f'{option}\n# In short:', f' {summary}\n') for option in options]
+    requests = [
+      LogLikelihood(f'{candidate}\n# In short:', f' {summary}\n') for candidate in candidates
+    ]
     return Item(tuple(requests), right)
 
   def measure(self, item, answers):
     if self.mode == 'rerank':
       return rank_measures(np.array([answer.nats for answer in answers]), item.target)
-    query, *options = (answer.vector / np.linalg.norm(answer.vector) for answer in answers)
-    return rank_measures(np.array([query @ option for option in options]), item.target)
+    query, *candidates = (answer.vector / np.linalg.norm(answer.vector) for answer in answers)
+    cosines = [query @ candidate for candidate in candidates]
+    return rank_measures(np.array(cosines), item.target)
 
 
 def described_functions(text: str) -> list[tuple[str, str]]:
-  """(first line of the docstring, source without the docstring) of a module's functions that have one."""
-  try:
-    tree = ast.parse(text)
-  except (SyntaxError, ValueError, RecursionError):
-    return []
+  """(first line of the docstring, source without the docstring) of a module's functions that have one.
+
+  Empty where the text is not Python.
+  """
   pairs = []
-  for node in ast.walk(tree):
+  for node in _nodes(text):
     if not isinstance(node, ast.FunctionDef) or len(node.body) < 2:
       continue
     summary = (ast.get_docstring(node) or '').strip().partition('\n')[0]
     if summary:
-      node.body, node.decorator_list = node.body[1:], []
+      node.body = node.body[1:]
+      node.decorator_list = []
       pairs.append((summary, ast.unparse(node)))
   return pairs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NextImport(Ranking):
-  """Recommendation: after what a module has imported, which item comes next out of the candidates?
+  """Sequential recommendation: the module that a file imports next, out of candidates.
 
-  A module is a user, what it imports are the items in the order of its choice. The question is put as an
-  instruction, and every candidate is scored by its likelihood as the answer.
+  A file is a user; the modules that it imports are its items, in their order. The prompt is an instruction with
+  the candidates, and the likelihood of each candidate as the answer ranks them.
 
   Attributes:
-    history: so many items before the next one, at most.
+    history: the most items before the next one.
   """
 
   history: int = 6
@@ -166,35 +181,45 @@ class NextImport(Ranking):
     users = [user for user in users if len(user) > 1]
     pool = sorted({item for user in users for item in user})
     self.check_enough(pool, 'imported modules', self.history)
-    chance = random.Random(self.seed)
-    chance.shuffle(users)
-    return [self.item(user, pool, chance) for user in users[: self.examples]]
+    rng = random.Random(self.seed)
+    rng.shuffle(users)
+    return [self.item(user, pool, rng) for user in users[: self.examples]]
 
-  def item(self, user: list[str], pool: list[str], chance: random.Random) -> Item:
-    place = chance.randrange(1, len(user))
-    history = user[max(0, place - self.history) : place]
+  def item(self, user: list[str], pool: list[str], rng: random.Random) -> Item:
+    """The next item of one user at a random position."""
+    position = rng.randrange(1, len(user))
+    history = user[max(0, position - self.history) : position]
     unseen = [item for item in pool if item not in history]
-    options, right = self.pick(user[place], unseen, chance)
+    candidates, right = self.pick(user[position], unseen, rng)
     question = (
       f'# A module has imported {", ".join(history)}.\n'
-      f'# Which of these does it import next: {", ".join(options)}?\nimport'
+      f'# Which of these does it import next: {", ".join(candidates)}?\nimport'
     )
-    return Item(tuple(LogLikelihood(question, f' {option}\n') for option in options), right)
+    requests = [LogLikelihood(question, f' {candidate}\n') for candidate in candidates]
+    return Item(tuple(requests), right)
 
   def measure(self, item, answers):
     return rank_measures(np.array([answer.nats for answer in answers]), item.target)
 
 
 def imports_of(text: str) -> list[str]:
-  """The modules that a module imports, each once, in the order of the text."""
-  try:
-    tree = ast.parse(text)
-  except (SyntaxError, ValueError, RecursionError):
-    return []
-  names = {}
-  for node in ast.walk(tree):
+  """The modules that a file imports, each once, in the order of the text; relative imports are left out.
+
+  Empty where the text is not Python.
+  """
+  lines = {}
+  for node in _nodes(text):
     if isinstance(node, ast.Import):
-      names |= {alias.name: node.lineno for alias in node.names if alias.name not in names}
+      for alias in node.names:
+        lines.setdefault(alias.name, node.lineno)
     elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-      names.setdefault(node.module, node.lineno)
-  return sorted(names, key=lambda name: (names[name], name))
+      lines.setdefault(node.module, node.lineno)
+  return sorted(lines, key=lambda name: (lines[name], name))
+
+
+def _nodes(text: str) -> Iterator[ast.AST]:
+  """The syntax tree's nodes; none where the text is not Python."""
+  try:
+    return ast.walk(ast.parse(text))
+  except (SyntaxError, ValueError, RecursionError):
+    return iter(())

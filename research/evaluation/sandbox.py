@@ -1,14 +1,15 @@
-"""Runs programs that a model wrote: none of them may harm this machine, whatever it does.
+"""Runs programs that a model wrote, so that a hostile one does not harm this machine.
 
-A program is a child process in a folder of its own, which is thrown away. It has
+A program is a child process in a new folder, which is removed afterwards. It has
 
-- no network and sees no other process, where the kernel gives an unprivileged user namespaces (`unshare`);
-- no environment: no keys, no home, and Python's isolated mode;
+- no network, no view of other processes and a read-only file system (except its folder), where the kernel gives
+  namespaces to an unprivileged user (`unshare`);
+- an empty environment, without keys or a home, and Python's isolated mode;
 - limits on memory, processor time, processes, open files, the size of a file, and the text that it prints;
 - a wall-clock limit, after which its whole process group is killed.
 
-A program can still read what this user can read. Where namespaces are to be had, it sees the file system
-read-only, but for its folder. `isolation` says what this machine gives; it is part of every result.
+A program can still read every file that this user can read. `isolation` says whether this machine gives
+namespaces; it is part of every result.
 """
 
 import contextlib
@@ -28,7 +29,8 @@ import time
 from research.core.errors import Invalid
 
 MIB = 2**20
-# New user, network, process, mount and IPC namespaces; the first process in there is the program's parent.
+# New user, network, process, mount and IPC namespaces. When `unshare`, the program's parent there, is killed,
+# the kernel kills every process of the namespace.
 UNSHARE = (
   'unshare',
   '--user',
@@ -40,16 +42,16 @@ UNSHARE = (
   '--mount',
   '--ipc',
 )
-# In the new mount namespace everything becomes read-only, the folder excepted; then the program takes over.
+# Makes everything read-only in the new mount namespace, except the folder. Then it becomes the program.
 READ_ONLY = (
   'mount --make-rprivate / && mount --bind "$1" "$1" && '
   'for m in $(cut -d" " -f2 /proc/self/mounts | sort -r); do '
   '[ "$m" = "$1" ] || mount -o remount,bind,ro "$m" 2>/dev/null; done; '
   'mount -t proc proc /proc 2>/dev/null; cd "$1" && shift && exec "$@"'
 )  # fmt: skip
-# Sets limits, which can then be lowered and not raised, and becomes the program. A function called between fork
-# and exec would do the same, and jax's threads forbid it.
-BECOME = """
+# Sets the limits, which the program cannot raise again, and becomes the program. It is a program of its own,
+# because a function between fork and exec (`preexec_fn`) is not safe in a process with jax's threads.
+LIMIT_AND_EXEC = """
 import json, os, resource, sys
 for name, value in json.loads(sys.argv[1]).items():
   kind = getattr(resource, name)
@@ -58,17 +60,18 @@ for name, value in json.loads(sys.argv[1]).items():
   resource.setrlimit(kind, (value, value))
 os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 """
-PYTHON = (sys.executable, '-I', '-S', '-B')  # the standard library, and nothing of this environment
+# The standard library without this environment's packages.
+PYTHON = (sys.executable, '-I', '-S', '-B')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-  """What a program may use.
+  """The resources that a program may use.
 
   Attributes:
-    seconds: by the clock, and of processor time.
+    seconds: of wall-clock time, and of processor time.
     memory: MiB of address space.
-    processes: how many it may start; Linux counts threads too.
+    processes: that it may start; Linux counts threads too.
     output: KiB that it may print, both streams together.
     file: MiB of one file.
   """
@@ -92,8 +95,8 @@ class Outcome:
 
   Attributes:
     code: its exit code; negative for a signal; None where it was killed for its time or its output.
-    output: the end of what it printed.
-    reason: '' or why it was killed.
+    output: the end of the text that it printed.
+    reason: why it was killed; '' where it was not.
   """
 
   code: int | None
@@ -107,27 +110,27 @@ class Outcome:
 
 @functools.cache
 def isolation() -> str:
-  """'namespaces', or 'limits' where this machine gives no namespaces to this user."""
+  """How programs are isolated: 'namespaces', or 'limits' where this machine gives this user no namespaces."""
   if sys.platform != 'linux' or not shutil.which('unshare'):
     return 'limits'
   with tempfile.TemporaryDirectory(prefix='isoflop-') as folder:
     probe = f'test ! -w / && touch {folder}/x && test "$(id -u)" = 0'
     command = [*UNSHARE, 'sh', '-c', READ_ONLY, 'sh', folder, 'sh', '-c', probe]
     try:
-      done = subprocess.run(command, capture_output=True, timeout=10)
+      process = subprocess.run(command, capture_output=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
       return 'limits'
-  return 'namespaces' if done.returncode == 0 else 'limits'
+  return 'namespaces' if process.returncode == 0 else 'limits'
 
 
 def run_python(program: str, limits: Limits | None = None) -> Outcome:
   """Runs a Python program to its end or to a limit."""
   limits = limits or Limits()
   with tempfile.TemporaryDirectory(prefix='isoflop-', ignore_cleanup_errors=True) as folder:
-    folder = os.path.realpath(folder)
+    folder = os.path.realpath(folder)  # as /proc/self/mounts spells it
     (pathlib.Path(folder) / 'program.py').write_text(program, errors='replace')
     limited = json.dumps(_resources(limits))
-    command = [*PYTHON, '-c', BECOME, limited, *PYTHON[1:], 'program.py']
+    command = [*PYTHON, '-c', LIMIT_AND_EXEC, limited, *PYTHON[1:], 'program.py']
     if isolation() == 'namespaces':
       command = [*UNSHARE, 'sh', '-c', READ_ONLY, 'sh', folder, *command]
     process = subprocess.Popen(
@@ -146,64 +149,73 @@ def run_python(program: str, limits: Limits | None = None) -> Outcome:
 
 
 def _resources(limits: Limits) -> dict[str, int]:
-  """Limits by the names of `resource`. The one on processes does not hold for root: time ends them there."""
+  """The limits by their names in `resource`.
+
+  The kernel does not apply RLIMIT_NPROC to root. There the time limit ends a fork bomb.
+  """
   return {
     'RLIMIT_AS': limits.memory * MIB,
     'RLIMIT_CPU': int(limits.seconds) + 1,
     'RLIMIT_FSIZE': limits.file * MIB,
     'RLIMIT_NOFILE': 64,
     'RLIMIT_CORE': 0,
-    'RLIMIT_NPROC': _processes_of_user() + limits.processes,
+    'RLIMIT_NPROC': _threads_of_user() + limits.processes,
   }
 
 
-def _processes_of_user() -> int:
-  """How many threads this user has: the kernel's limit is on all of them together."""
-  user, count = os.getuid(), 0
+def _threads_of_user() -> int:
+  """How many threads this user has now. The kernel's limit is on all threads of a user."""
+  user = os.getuid()
+  count = 0
   for status in pathlib.Path('/proc').glob('[0-9]*/status'):
+    # A process may end while its file is read.
     with contextlib.suppress(OSError, ValueError):
       fields = dict(line.split(':', 1) for line in status.read_text().splitlines() if ':' in line)
-      count += int(fields['Threads']) if int(fields['Uid'].split()[0]) == user else 0
+      if int(fields['Uid'].split()[0]) == user:
+        count += int(fields['Threads'])
   return count
 
 
 def _watch(process: subprocess.Popen, limits: Limits) -> Outcome:
-  """Reads what the program prints until it ends, or is to be killed."""
-  deadline, text = time.monotonic() + limits.seconds, b''
+  """Reads the program's output until the program ends or exceeds a limit."""
+  deadline = time.monotonic() + limits.seconds
+  text = b''
   with selectors.DefaultSelector() as selector:
     selector.register(process.stdout, selectors.EVENT_READ)
     while True:
       left = deadline - time.monotonic()
       if left <= 0:
-        return Outcome(None, _end(text), f'it ran longer than {limits.seconds:g} s')
+        return Outcome(None, _tail(text), f'it ran longer than {limits.seconds:g} s')
       if not selector.select(min(left, 0.2)):
+        # The pipe of a program that has ended is still open where a child of it holds the other end.
         if process.poll() is not None:
-          break  # a child of its own holds the pipe
+          break
         continue
       piece = os.read(process.stdout.fileno(), 65536)
       text += piece
       if len(text) > limits.output * 1024:
-        return Outcome(None, _end(text), f'it printed more than {limits.output} KiB')
+        return Outcome(None, _tail(text), f'it printed more than {limits.output} KiB')
       if not piece:
         break
   try:
     code = process.wait(max(0.0, deadline - time.monotonic()))
   except subprocess.TimeoutExpired:
-    return Outcome(None, _end(text), f'it ran longer than {limits.seconds:g} s')
-  return Outcome(code, _end(text))
+    return Outcome(None, _tail(text), f'it ran longer than {limits.seconds:g} s')
+  return Outcome(code, _tail(text))
 
 
-def _end(text: bytes) -> str:
+def _tail(text: bytes) -> str:
+  """The end of an output, where an error or a mark stands."""
   return text[-2000:].decode(errors='replace')
 
 
 def _kill(process: subprocess.Popen, folder: str) -> None:
-  """Kills all that a program started. In namespaces its processes die with the first of them."""
+  """Kills every process that a program started. In a namespace they die with the first of them."""
   with contextlib.suppress(ProcessLookupError, PermissionError):
     os.killpg(process.pid, signal.SIGKILL)
   process.stdout.close()
   process.wait()
-  # Without namespaces, one that left the group is known by the folder that it was started in.
+  # Without namespaces a process may have left the group. Its HOME is still the program's folder.
   for environment in pathlib.Path('/proc').glob('[0-9]*/environ'):
     with contextlib.suppress(OSError):
       if f'HOME={folder}\0'.encode() in environment.read_bytes():

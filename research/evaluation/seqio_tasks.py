@@ -1,10 +1,9 @@
-"""Registered seqio tasks with `metric_fns`: what a T5X user expects of an evaluation.
+"""Registered seqio tasks with `metric_fns`, as T5X evaluates them.
 
-seqio makes the examples and computes the metrics, in a process of its own (`tasks.evaluating`): its Evaluator
-is given this model's answers in place of a T5X model's.
+seqio makes the examples and computes the metrics in another process (`tasks.evaluating`), because no process of
+research/ imports TensorFlow. Its Evaluator gets this model's answers in place of a T5X model's.
 """
 
-import collections
 import dataclasses
 import json
 import pathlib
@@ -15,23 +14,25 @@ import time
 
 from research.core.errors import UserError
 from research.data.cache import child_environment
+from research.evaluation.callbacks import Progress, no_progress
 from research.evaluation.engine import Engine
-from research.evaluation.requests import Failed, GenerateUntil, LogLikelihood
-from research.evaluation.task import Task
+from research.evaluation.requests import GenerateUntil, Generation, Likelihood, LogLikelihood
+from research.evaluation.task import BaseTask, check_none_failed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Seqio(Task):
-  """A seqio task; its metrics of predictions and of scores.
+class Seqio(BaseTask):
+  """A seqio task, with its metrics of predictions and of scores.
 
-  The context is the task's `inputs` as text and the continuation its `targets`, in the model's own tokenizer.
+  The context is the task's `inputs` as text, the continuation its `targets`. The model's own tokenizer encodes
+  both.
 
   Attributes:
     task: its name in seqio's registry.
     module: the module that registers it.
     split: of its examples.
-    until, max_tokens: where a prediction ends.
-    between: put between inputs and targets, for a decoder that was trained so.
+    until, max_tokens: where a prediction ends, as in `requests.GenerateUntil`.
+    between: a text between inputs and targets, for a decoder that was trained with one.
   """
 
   task: str
@@ -45,15 +46,9 @@ class Seqio(Task):
   def name(self) -> str:
     return f'seqio-{self.task}-{self.split}'
 
-  def items(self):
-    raise NotImplementedError('seqio makes the examples of this task itself')
-
-  def measure(self, item, answers):
-    raise NotImplementedError('seqio computes the metrics of this task itself')
-
-  def run(self, engine: Engine, progress=lambda done, of: None) -> dict:
-    """As `Task.run`. seqio's metrics are of all examples, so one failed request is an error."""
-    began = time.monotonic()
+  def run(self, engine: Engine, progress: Progress = no_progress) -> dict:
+    """See `BaseTask.run`. seqio's metrics are of all examples, so one failed request is an error."""
+    start = time.monotonic()
     try:
       data = self._seqio('examples')
       requests = []
@@ -65,45 +60,39 @@ class Seqio(Task):
         pairs = zip(contexts, targets, strict=True)
         requests += [LogLikelihood(context, target) for context, target in pairs]
       answers = engine.answer(requests, progress)
-      failures = collections.Counter(a.reason for a in answers if isinstance(a, Failed))
-      if failures:
-        raise UserError(
-          f'{failures.total()} of {len(answers)} requests failed, and seqio would average over them; the '
-          f'most frequent reason: {failures.most_common(1)[0][0]}'
-        )
-      texts = [answer.text for answer in answers if hasattr(answer, 'text')]
-      scores = [answer.nats for answer in answers if hasattr(answer, 'nats')]
+      check_none_failed(answers, 'seqio')
+      texts = [answer.text for answer in answers if isinstance(answer, Generation)]
+      scores = [answer.nats for answer in answers if isinstance(answer, Likelihood)]
       metrics = self._seqio('measure', {'texts': texts, 'scores': scores})
     except UserError as error:
       return {'error': str(error)}
-    return {
-      'metrics': metrics,
-      'items': len(data['examples']),
-      'failed': 0,
-      'cut': sum(answer.cut > 0 for answer in answers),
-      'reasons': {},
-      'requests': len(requests),
-      'seconds': time.monotonic() - began,
-      'settings': self.settings(),
-    }
+    return self.make_result(
+      metrics,
+      items=len(data['examples']),
+      requests=len(requests),
+      start=start,
+      cut=sum(answer.cut > 0 for answer in answers),
+    )
 
-  def _seqio(self, what: str, answers: dict | None = None) -> dict:
-    """What `tasks.evaluating` writes.
+  def _seqio(self, action: str, answers: dict | None = None) -> dict:
+    """What `tasks.evaluating` writes for an action, 'examples' or 'measure'.
 
     Raises:
-      UserError: the task is not as this one says.
+      UserError: the module, the task or its split does not exist, or seqio fails.
     """
     with tempfile.TemporaryDirectory(prefix='isoflop-') as folder:
-      given, out = pathlib.Path(folder) / 'answers.json', pathlib.Path(folder) / 'out.json'
-      given.write_text(json.dumps(answers))
+      answers_path = pathlib.Path(folder) / 'answers.json'
+      out = pathlib.Path(folder) / 'out.json'
+      answers_path.write_text(json.dumps(answers))
       command = [
-        sys.executable, '-m', 'tasks.evaluating', what, f'--module={self.module}', f'--task={self.task}',
-        f'--split={self.split}', f'--examples={self.examples}', f'--answers={given}', f'--out={out}',
+        sys.executable, '-m', 'tasks.evaluating', action, f'--module={self.module}',
+        f'--task={self.task}', f'--split={self.split}', f'--examples={self.examples}',
+        f'--answers={answers_path}', f'--out={out}',
       ]  # fmt: skip
-      done = subprocess.run(command, capture_output=True, text=True, env=child_environment())
-      last = (done.stderr.strip().splitlines() or ['it said nothing'])[-1]
-      if done.returncode == 2:
-        raise UserError(last.removeprefix('error: '))
-      if done.returncode:
-        raise UserError(f'seqio cannot do {what} of {self.task}: {last}')
+      process = subprocess.run(command, capture_output=True, text=True, env=child_environment())
+      message = (process.stderr.strip().splitlines() or ['no message'])[-1]
+      if process.returncode == 2:  # a UserError there
+        raise UserError(message.removeprefix('error: '))
+      if process.returncode:
+        raise UserError(f'seqio cannot do {action} of {self.task}: {message}')
       return json.loads(out.read_text())

@@ -1,7 +1,8 @@
-"""A suite: tasks over one checkpoint. What was answered is kept, so that a suite that was stopped goes on."""
+"""A suite of tasks over one checkpoint. Its answers are kept, so that a suite that was stopped goes on."""
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -14,36 +15,37 @@ from flax import nnx
 from research.core import storage
 from research.core.describe import describe
 from research.core.errors import Invalid
-from research.data.encoding import make_encoding
+from research.data.encoding import Encoding, make_encoding
 from research.data.vocabularies import Vocabulary
 from research.evaluation import loading
+from research.evaluation.callbacks import TaskProgress, no_task_progress
 from research.evaluation.engine import Engine
 from research.evaluation.folder_encoding import FolderEncoding
 from research.evaluation.kept import KeptAnswers
 from research.evaluation.rows import Settings
-from research.evaluation.task import Task
+from research.evaluation.task import BaseTask
 from research.parallel.axes import axis_size
 from research.training.run import Run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Suite:
-  """What is asked of a checkpoint.
+  """The tasks that a checkpoint is evaluated on, and the settings of all of them.
 
   Attributes:
-    tasks: each of another name.
+    tasks: with different names.
     batch_size: rows of a batch, over all devices.
-    length: the most tokens of a row; None is what the run trained on.
-    begin: the id in front of every row, None for none; 'own' is what the model was trained with: 0 of a run of
-      this project, of any other model what its tokenizer puts in front.
-    too_long, stride: as in `rows.Settings`.
+    length: the most tokens of a row; None is the length that the run trained on.
+    begin: the id in front of every row, None for none. 'own' is the one that the model was trained with: 0 for
+      a run of this project; for any other model, the one that its tokenizer puts in front.
+    too_long, stride: see `rows.Settings`.
     vocabulary: the tokenizer; None is the model's own.
     template: a file with a chat template, for tasks that are conversations; None is the model's own.
-    name: of the folder of its results, where a run evaluates itself.
-    during: whether a run that evaluates itself does so at each of its evaluations, and not at its end alone.
+    name: of the folder of the results, where a run evaluates itself.
+    during: whether a run that evaluates itself does so at each of its evaluations, and not only at its end.
   """
 
-  tasks: tuple[Task, ...]
+  tasks: tuple[BaseTask, ...]
   batch_size: int = 16
   length: int | None = None
   begin: int | str | None = 'own'
@@ -55,30 +57,35 @@ class Suite:
   during: bool = False
 
   def __post_init__(self):
-    object.__setattr__(self, 'tasks', tuple(self.tasks))
-    if not self.tasks or not all(isinstance(task, Task) for task in self.tasks):
+    object.__setattr__(self, 'tasks', tuple(self.tasks))  # gin may bind a list
+    if not self.tasks or not all(isinstance(task, BaseTask) for task in self.tasks):
       raise Invalid(Suite, 'tasks', 'must be one or more tasks: (@corpus_tasks.Perplexity(),).')
     if self.batch_size < 1:
       raise Invalid(Suite, 'batch_size', f'{self.batch_size!r} must be positive.')
     if isinstance(self.begin, str) and self.begin != 'own':
       raise Invalid(Suite, 'begin', f"{self.begin!r} is not an id, None or 'own'.")
     if not re.fullmatch(r'[\w.-]+', self.name):
-      why = f'{self.name!r} names a folder: letters, digits, dots and hyphens.'
+      why = f'{self.name!r} names a folder: use letters, digits, dots and hyphens.'
       raise Invalid(Suite, 'name', why)
     counts = collections.Counter(task.name for task in self.tasks)
-    if twice := [name for name, count in counts.items() if count > 1]:
-      raise Invalid(Suite, 'tasks', f'two of them are named {twice[0]}.')
+    repeated = [name for name, count in counts.items() if count > 1]
+    if repeated:
+      raise Invalid(Suite, 'tasks', f'two of them are named {repeated[0]}.')
 
   @property
   def labels(self) -> tuple[str, ...]:
-    """The names of its tasks, which no other suite of a run may have (`training.evaluations`)."""
+    """The names of its tasks. No other suite of the run may have one of them (`training.evaluations`)."""
     return tuple(task.name for task in self.tasks)
 
   def columns(self, run: Run, params: dict, step: int, folder, log: Callable[[str], None]) -> dict:
-    """Evaluates a run of now; see `training.evaluations.Evaluation`."""
+    """Evaluates a run that trains now; see `training.evaluations.Evaluation`."""
     with loading.mesh_for(run.model).use(jax.local_devices()):
       model = loading.abstract_model(run.model)
-      engine, identity = make_engine(self, model, lambda: loading.put(run.model, params), run, None)
+
+      def read_params() -> dict:
+        return loading.on_devices(run.model, params)
+
+      engine, identity = make_engine(self, model, read_params, run, None)
       identity |= {'run': run.identity(), 'step': step}
       summary = run_suite(self, engine, folder / self.name / f'step-{step}', identity, log)
     return {name: value for name, value in summary['row'].items() if name.startswith('eval/')}
@@ -91,37 +98,52 @@ def make_engine(
   run: Run | None,
   tokenizer: pathlib.Path | None,
 ) -> tuple[Engine, dict]:
-  """The engine that answers a suite's requests, and what its answers depend on, as JSON values.
+  """The engine that answers a suite's requests under the mesh in use.
 
   Args:
     model: with shapes in place of arrays.
-    read_params: called when everything else is known to fit.
-    run: that trained the model; None for another's.
-    tokenizer: the folder of another's.
+    read_params: returns the parameters. It is called last, when everything else is known to fit.
+    run: that trained the model; None for a model that was not trained here.
+    tokenizer: the folder of such a model's tokenizer.
+
+  Returns:
+    (engine, what its answers depend on besides the parameters, as JSON values).
 
   Raises:
-    UserError: the tokenizer is not the model's, or the batch does not fit the devices. Under the mesh in use.
+    UserError: the tokenizer is not the model's, or the batch does not fit the devices.
   """
   architecture = loading.architecture_of(run, model)
-  begin, start, template = suite.begin, None, suite.template
   vocabulary = suite.vocabulary
   if vocabulary is None and run:
     vocabulary = loading.vocabulary_of(run)
-  if vocabulary:
-    encoding = make_encoding(vocabulary)
-    begin = 0 if begin == 'own' else begin
-  else:
-    encoding = FolderEncoding(tokenizer)
-    if begin == 'own':
-      begin = encoding.decoder_start if architecture == 'encoder_decoder' else encoding.begin
-    start, template = encoding.start, template or encoding.template
+  encoding = make_encoding(vocabulary) if vocabulary else FolderEncoding(tokenizer)
   if encoding.size > model.vocab:
     why = f'it has ids up to {encoding.size - 1}, and the model has {model.vocab} logits.'
     raise Invalid(Suite, 'vocabulary', why)
   if suite.batch_size % axis_size('batch'):
     why = f'{suite.batch_size} rows cannot be divided by the {axis_size("batch")} devices.'
     raise Invalid(Suite, 'batch_size', why)
-  settings = Settings(
+  settings = _settings(suite, architecture, run, encoding)
+  identity = {
+    'vocabulary': type(vocabulary or encoding).__name__,
+    'template_sha256': _sha256(settings.template),
+    **vars(settings),
+  }
+  engine = Engine(nnx.graphdef(model), read_params(), encoding, settings, suite.batch_size)
+  return engine, identity
+
+
+def _settings(suite: Suite, architecture: str, run: Run | None, encoding: Encoding) -> Settings:
+  """The suite's settings; what it leaves open is the model's own, by its run or its folder."""
+  begin = 0 if suite.begin == 'own' else suite.begin
+  start = None
+  template = suite.template
+  if isinstance(encoding, FolderEncoding):
+    if suite.begin == 'own':
+      begin = encoding.decoder_start if architecture == 'encoder_decoder' else encoding.begin
+    start = encoding.start
+    template = template or encoding.template
+  return Settings(
     length=suite.length or loading.length_of(run),
     architecture=architecture,
     begin=begin,
@@ -130,17 +152,10 @@ def make_engine(
     too_long=suite.too_long,
     stride=suite.stride,
   )
-  identity = {
-    'vocabulary': type(vocabulary or encoding).__name__,
-    'template_sha256': _sha256(template),
-    **vars(settings),
-  }
-  engine = Engine(nnx.graphdef(model), read_params(), encoding, settings, suite.batch_size)
-  return engine, identity
 
 
 def _sha256(template: str | None) -> str | None:
-  """Of the file of a chat template: the numbers change with what it says, and not with where it lies."""
+  """The hash of a chat template's text: the numbers change with the text, not with the file's name."""
   if template is None:
     return None
   try:
@@ -155,16 +170,18 @@ def run_suite(
   folder: pathlib.Path,
   identity: dict,
   log: Callable[[str], None] = print,
-  progress: Callable[[str, int, int], None] = lambda task, done, of: None,
+  progress: TaskProgress = no_task_progress,
 ) -> dict:
-  """Runs the tasks that are not finished; returns, and writes to results.json, what all of them gave.
-
-  Args:
-    identity: what the results are of: checkpoint, step and settings, as JSON values. A finished task is kept
-      only if it was done with the same; else it is done again.
-    progress: called with a task's name, the rows that are done, and how many there are.
+  """Runs the tasks that are not finished; writes results.json and row.json of all of them.
 
   A task whose data are missing gives an error in place of metrics, and the others go on.
+
+  Args:
+    identity: what the results depend on, as JSON values: checkpoint, step and settings. A finished task is not
+      run again if it was run with the same.
+
+  Returns:
+    what results.json says.
   """
   storage.make(folder)
   results = {
@@ -174,32 +191,33 @@ def run_suite(
 
 
 def run_task(
-  task: Task,
+  task: BaseTask,
   engine: Engine,
   folder: pathlib.Path,
   identity: dict,
   log: Callable[[str], None] = print,
-  progress: Callable[[str, int, int], None] = lambda task, done, of: None,
+  progress: TaskProgress = no_task_progress,
 ) -> dict:
   """The result of one task of `run_suite`, which has the same arguments."""
   name = task.name.replace('/', '-')
-  path, kept = folder / f'{name}.json', folder / f'{name}.answers.jsonl'
+  path = folder / f'{name}.json'
+  answers_path = folder / f'{name}.answers.jsonl'
   key = {**identity, 'task': describe(task, 0)}
   result = _finished(path, key)
   if result is None:
-    answers = KeptAnswers(engine, kept, key)
+    answers = KeptAnswers(engine, answers_path, key)
     if answers.resumed:
-      log(f'{task.name}: {answers.resumed:,} answers of before are kept')
-    result = task.run(answers, lambda done, of: progress(task.name, done, of))
+      log(f'{task.name}: {answers.resumed:,} earlier answers are kept')
+    result = task.run(answers, functools.partial(progress, task.name))
     if 'error' not in result:
       storage.write_atomic(path, json.dumps({'of': key, **result}, indent=1) + '\n')
-      kept.unlink()
+      answers_path.unlink()
   log(show(task.name, result))
   return result
 
 
 def write_summary(folder: pathlib.Path, identity: dict, results: dict[str, dict]) -> dict:
-  """Writes results.json and row.json of a checkpoint's tasks; returns what results.json has."""
+  """Writes results.json and row.json of a checkpoint's tasks; returns what results.json says."""
   summary = {**identity, 'tasks': results, 'row': row_of(identity, results)}
   storage.write_atomic(folder / 'results.json', json.dumps(summary, indent=1) + '\n')
   storage.write_atomic(folder / 'row.json', json.dumps(summary['row'], indent=1) + '\n')
@@ -207,7 +225,7 @@ def write_summary(folder: pathlib.Path, identity: dict, results: dict[str, dict]
 
 
 def _finished(path: pathlib.Path, key: dict) -> dict | None:
-  """The result of a task that was finished for the same checkpoint, task and settings."""
+  """The result of a task that was finished with the same checkpoint, fields and settings; None without one."""
   try:
     result = json.loads(path.read_text())
   except (FileNotFoundError, json.JSONDecodeError):
@@ -216,7 +234,7 @@ def _finished(path: pathlib.Path, key: dict) -> dict | None:
 
 
 def row_of(identity: dict, results: dict[str, dict]) -> dict:
-  """The results as one flat row: a column eval/<task>/<metric> each, with what failed and what was cut."""
+  """The results as one flat row: a column eval/<task>/<metric> each, and the items that failed or were cut."""
   row = dict(identity)
   for name, result in results.items():
     if 'error' in result:
@@ -229,9 +247,9 @@ def row_of(identity: dict, results: dict[str, dict]) -> dict:
 
 
 def show(name: str, result: dict) -> str:
-  """A task's result in a line, its failures in more."""
+  """A task's result in a line. What was cut or failed takes another line each."""
   if 'error' in result:
-    return f'{name}: not done: {result["error"]}'
+    return f'{name}: not run: {result["error"]}'
   metrics = ', '.join(
     f'{key} {value:.4g}' for key, value in result['metrics'].items() if '_stderr' not in key
   )

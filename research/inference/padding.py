@@ -7,9 +7,13 @@ import numpy as np
 SHORTEST = 32  # the smallest padded length
 
 
-def padded_length(length: int, most: int) -> int:
-  """Returns the padded length of a prompt: the next power of two, at most `most`."""
-  padded = SHORTEST
+def padded_length(length: int, most: int, shortest: int = SHORTEST) -> int:
+  """Returns the padded length of a row: the next power of two from `shortest` on, at most `most`.
+
+  Args:
+    shortest: a power of two.
+  """
+  padded = shortest
   while padded < length:
     padded *= 2
   return min(padded, most)

@@ -8,7 +8,7 @@ import pytest
 from research.core.errors import Invalid, UserError
 from research.data.corpora import PythonSources
 from research.evaluation import code_tasks, retrieval_tasks
-from research.evaluation.code_problems import own_problems
+from research.evaluation.code_problems import builtin_problems
 from research.evaluation.requests import Embed, Embedding, Generation, Likelihood
 from tests.evaluation.scripted import Scripted
 
@@ -17,7 +17,7 @@ CORPUS = PythonSources()
 
 def test_pass_at_k_of_a_known_table_is_the_closed_form(monkeypatch):
   """Problem i is solved by i of its 6 samples."""
-  problems = own_problems()[:5]
+  problems = builtin_problems()[:5]
   solved = {problem.prompt: i for i, problem in enumerate(problems)}
   monkeypatch.setattr(code_tasks, 'passes', lambda problem, text, limits: text == 'right')
   counts = dict.fromkeys(solved, 0)

@@ -11,7 +11,7 @@ from research.core import configs
 from research.data.encoding import ByteEncoding
 from research.evaluation import loading, programs
 from research.evaluation.engine import Engine
-from research.evaluation.kept import as_plain
+from research.evaluation.kept import to_json
 from research.evaluation.requests import (
   Embed,
   Failed,
@@ -103,9 +103,9 @@ MIXED = [
 
 def test_an_answer_depends_on_nothing_but_its_request(llama):
   _, make = llama
-  expected = [as_plain(answer) for answer in make().answer(MIXED)]
-  assert [as_plain(answer) for answer in make().answer(MIXED[::-1])][::-1] == expected
-  assert [as_plain(make().answer([request])[0]) for request in MIXED] == expected
+  expected = [to_json(answer) for answer in make().answer(MIXED)]
+  assert [to_json(answer) for answer in make().answer(MIXED[::-1])][::-1] == expected
+  assert [to_json(make().answer([request])[0]) for request in MIXED] == expected
 
 
 @pytest.mark.slow

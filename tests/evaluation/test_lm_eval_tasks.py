@@ -219,7 +219,7 @@ def test_what_lm_eval_asks_for_is_understood_or_refused():
   assert to_request('a', {'max_tokens': 7}) == GenerateUntil('a', (), 7)
   sampled = to_request('a', {'do_sample': True, 'temperature': 0.7, 'top_p': 0.9})
   assert sampled.sampling == Sampling(temperature=0.7, top_p=0.9)
-  with pytest.raises(UserError, match='num_beams of generation_kwargs is not understood'):
+  with pytest.raises(UserError, match='num_beams of generation_kwargs is not supported'):
     to_request('a', {'num_beams': 4})
 
 

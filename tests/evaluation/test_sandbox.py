@@ -8,7 +8,7 @@ import pytest
 
 from research.core.errors import Invalid
 from research.evaluation import sandbox
-from research.evaluation.code_problems import CodeProblem, own_problems, read_problems
+from research.evaluation.code_problems import CodeProblem, builtin_problems, read_problems
 from research.evaluation.code_tasks import passes
 from research.evaluation.sandbox import Limits, run_python
 
@@ -110,7 +110,7 @@ def test_packages_of_this_environment_are_not_there():
 
 
 def test_the_answers_of_the_problems_are_right_and_checked():
-  for problem in own_problems():
+  for problem in builtin_problems():
     scope = {}
     exec(
       f'{problem.prompt}{problem.solution}\n{problem.test}', scope
@@ -121,7 +121,7 @@ def test_the_answers_of_the_problems_are_right_and_checked():
 
 
 def test_a_completion_passes_by_passing_its_tests():
-  problem = own_problems()[0]
+  problem = builtin_problems()[0]
   assert passes(problem, problem.solution, SHORT)
   assert not passes(problem, '  return a - b\n', SHORT)
   assert not passes(problem, '  return (\n', SHORT)

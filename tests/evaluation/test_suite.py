@@ -152,7 +152,7 @@ def test_a_suite_goes_on_where_it_was_and_past_a_task_without_data(tmp_path):
   engine, lines = Scripted(knows), []
   summary = suite.run_suite(whole, engine, tmp_path, identity, lines.append)
   assert engine.asked == 3  # of the sorting, where one of two answers was whole
-  assert 'sorting-5-0shot-direct: 1 answers of before are kept' in lines
+  assert 'sorting-5-0shot-direct: 1 earlier answers are kept' in lines
   assert not kept.exists()
   row = json.loads((tmp_path / 'row.json').read_text())
   assert row == summary['row']
@@ -416,7 +416,7 @@ def test_killed_in_a_task_it_goes_on_with_the_next_request(trained, tmp_path, us
     words, cwd=configs.ROOT, env=user_environment, capture_output=True, text=True
   )
   assert done.returncode == 0, done.stderr
-  told = int(re.search(r'([\d,]+) answers of before are kept', done.stdout)[1].replace(',', ''))
+  told = int(re.search(r'([\d,]+) earlier answers are kept', done.stdout)[1].replace(',', ''))
   assert answered - 1 <= told < 3000
   resumed = json.loads((out / 'results.json').read_text())['tasks']['copying-5-0shot-direct']
   whole = subprocess.run(
