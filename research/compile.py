@@ -1,10 +1,10 @@
-"""Compile a run's train step for devices that need not exist here: what it holds, moves and costs.
+"""Compiles a run's train step for devices that this machine may not have, and reports its memory and time.
 
-Compiles the same step as `research.train`, with shapes in place of arrays; nothing is allocated or run. With
---decode it compiles what generates text with the run's model: the prefill of prompts, and one step.
+It compiles the same step as `research.train`, with shapes in place of arrays: nothing is allocated or run. With
+--decode it compiles the generation of text by the run's model: the prefill of prompts, and one decoding step.
 
-Slices of TPUs need libtpu (any Linux machine will do), `cpu:8` and `here` need nothing. Memory is what XLA
-says; times are a roofline: the largest of those for arithmetic, memory and network, each at the chip's peak.
+TPU slices need libtpu, on any Linux machine; `cpu:8` and `here` need nothing. The memory is XLA's own figure.
+The time is a roofline: the largest of the times of arithmetic, memory and network, each at the chip's peak.
 """
 
 import json
@@ -16,7 +16,7 @@ from research.core.errors import UserError
 if __name__ == '__main__':
   _parser = cli.parser('compile', __doc__)
   _parser.add_argument('--topology', default='here', help='v5e:16x16, v5p:4x4x4, cpu:8, here, ...')
-  _parser.add_argument('--slices', type=int, default=1, help='how many such slices, joined by DCN')
+  _parser.add_argument('--slices', type=int, default=1, help='number of slices, joined by DCN')
   _parser.add_argument('--json', metavar='FILE', help='write the report there')
   _parser.add_argument('--hlo', metavar='FILE', help='write the compiled program there')
   _parser.add_argument(
@@ -39,7 +39,7 @@ if __name__ == '__main__':
   if FLAGS.decode and (FLAGS.search or FLAGS.hlo):
     _parser.error('--decode goes with neither --search nor --hlo.')
   if not FLAGS.decode and (FLAGS.batch or FLAGS.room or FLAGS.prompt):
-    _parser.error('--batch, --room and --prompt are of --decode; a train step has Run.batch_size.')
+    _parser.error('--batch, --room and --prompt go with --decode; a train step has Run.batch_size.')
   try:
     chips.prepare(FLAGS.topology)
   except UserError as error:
@@ -53,6 +53,7 @@ from research.core import configs
 
 
 def main(flags) -> int:
+  """Compiles as the flags say, and prints the report."""
   config = configs.load(flags.gin_file, flags.gin)
   with config.explains():
     run = config.build()

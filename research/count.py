@@ -29,25 +29,24 @@ COLUMNS = {
 }
 
 
-def parser() -> argparse.ArgumentParser:
-  p = cli.parser(
-    'count', 'Count the parameters, FLOPs and cache of a model.\n' + EXAMPLES, gin=False
+def make_parser() -> argparse.ArgumentParser:
+  description = 'Count the parameters, FLOPs and cache of a model.\n' + EXAMPLES
+  parser = cli.parser('count', description, gin=False)
+  models = parser.add_mutually_exclusive_group(required=True)
+  models.add_argument('--gin_file', action='append', metavar='FILE', help='defines MODEL; repeats')
+  what = 'files that each define a MODEL: prints a line for each'
+  models.add_argument('--presets', metavar='PATTERN', help=what)
+  parser.add_argument('--length', type=int, default=2048, help='target tokens in a sequence')
+  what = 'input tokens in a sequence, of an encoder-decoder (default: as --length)'
+  parser.add_argument('--inputs', type=int, help=what)
+  parser.epilog += (
+    '\n\n--gin.Class.argument=VALUE and --gin.MACRO=VALUE override what the files say.'
   )
-  what = p.add_mutually_exclusive_group(required=True)
-  what.add_argument('--gin_file', action='append', metavar='FILE', help='defines MODEL; repeats')
-  what.add_argument(
-    '--presets', metavar='PATTERN', help='files that each define a MODEL: prints a line for each'
-  )
-  p.add_argument('--length', type=int, default=2048, help='target tokens in a sequence')
-  p.add_argument(
-    '--inputs', type=int, help='input tokens in a sequence (encoder-decoder only; as --length)'
-  )
-  p.epilog += '\n\n--gin.Class.argument=VALUE and --gin.MACRO=VALUE override what the files say.'
-  return p
+  return parser
 
 
 def table(counts, prefix: str = '') -> str:
-  """The counts as lines of text, with digits grouped and a short form beside."""
+  """The counts as lines of text: the exact number, and a short form beside it."""
   lines = []
   for name, value in dataclasses.asdict(counts).items():
     scale = max(0, min(5, (len(str(round(value))) - 1) // 3))
@@ -66,20 +65,20 @@ def whole_models(pattern: str) -> list[str]:
   """The gin files of a pattern that define a whole model.
 
   Raises:
-    UserError: there is none.
+    UserError: no file of the pattern does.
   """
-  # What several sizes share says in its header what is to be set, and is no model by itself.
+  # A file that several sizes share is not a whole model. Its header lists what to set.
   paths = sorted(
     path for path in glob.glob(pattern) if 'Set: ' not in pathlib.Path(path).read_text()
   )
   if not paths:
-    raise UserError(f'--presets={pattern}: no file of that pattern is a whole model.')
+    raise UserError(f'--presets={pattern}: no such file defines a whole model.')
   return paths
 
 
 def main(flags: argparse.Namespace) -> None:
   paths = None if flags.gin_file else whole_models(flags.presets)
-  # jax starts here, after the flags are known to be right.
+  # These import jax, which takes seconds: wrong flags have been refused before.
   from research.core import configs
   from research.model.counts import abstract, count, count_decoding
 
@@ -91,6 +90,7 @@ def main(flags: argparse.Namespace) -> None:
     with config.explains():
       print(f'{" ".join(flags.gin_file)}, length {flags.length:,}')
       print(table(count(model, lengths)))
+      # An encoder does not generate.
       if getattr(abstract(model), 'causal', True):
         print(table(count_decoding(model, lengths), prefix='decode_'))
     return
@@ -103,4 +103,4 @@ def main(flags: argparse.Namespace) -> None:
 
 
 if __name__ == '__main__':
-  cli.run(main, cli.parse(parser()))
+  cli.run(main, cli.parse(make_parser()))

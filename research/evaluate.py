@@ -1,12 +1,13 @@
-"""Evaluates checkpoints: a suite of tasks, one JSON of results and one row for each checkpoint.
+"""Evaluates checkpoints on a suite of tasks, and writes a JSON of results and a row for each checkpoint.
 
     python -m research.evaluate --gin_file=gin/evaluation/quickstart.gin --checkpoint=runs/tiny
     python -m research.evaluate --gin_file=gin/evaluation/quickstart.gin --hf=FOLDER --out=results
     python -m research.evaluate --gin_file=gin/evaluation/quickstart.gin --workdir=sweeps/quickstart
 
 --checkpoint is a run's workdir (config.gin and checkpoints/) or a converted model's folder (model.gin). --hf
-reads a Hugging Face folder as it is. --workdir takes every checkpoint of a run, or of all runs of a sweep, and
-adds rows.jsonl, a row of each. Started again the command asks only what was not answered.
+reads a Hugging Face folder without converting it. --workdir takes every checkpoint of a run, or of all runs of
+a sweep, and adds rows.jsonl with a row of each. Started again, the command makes only the requests that have no
+answer yet.
 """
 
 import pathlib
@@ -21,8 +22,8 @@ def _flags():
   parser.add_argument('--hf', metavar='FOLDER', help='config.json, *.safetensors and a tokenizer')
   parser.add_argument('--workdir', metavar='DIR', help='of a run or a sweep: all its checkpoints')
   parser.add_argument('--step', type=int, help='of --checkpoint; default: the newest')
-  where = '<folder>/evaluation/<name of the first gin file>'
-  parser.add_argument('--out', metavar='DIR', help=f'default: {where}')
+  what = 'default: <folder>/evaluation/<name of the first gin file>'
+  parser.add_argument('--out', metavar='DIR', help=what)
   parser.add_argument(
     '--engine', choices=('local', 'ray'), default='local',
     help='ray: the checkpoints of --workdir on a cluster whose hosts share it, a task of the suite at a time',
@@ -52,31 +53,33 @@ from research.evaluation import checkpoints, loading
 from research.parallel import ray_cluster
 
 
-def show_progress(task: str, done: int, of: int) -> None:
-  """A line that is written over, on a terminal."""
+def show_progress(task: str, done: int, total: int) -> None:
+  """Shows a line that the next one overwrites, on a terminal."""
   if sys.stderr.isatty():
-    end = '\r' if done < of else '\r\033[K'
-    print(f'{task}: {done:,} of {of:,} rows', end=end, file=sys.stderr, flush=True)
+    # The last line is cleared, so that the result takes its place.
+    end = '\r' if done < total else '\r\033[K'
+    print(f'{task}: {done:,} of {total:,} rows', end=end, file=sys.stderr, flush=True)
 
 
 def main(flags) -> int:
+  """Evaluates as the flags say; 1 if no task of any checkpoint could run."""
   from research.training.program import keep_compiled
 
   config = configs.load(flags.gin_file, flags.gin, root='EVALUATION')
   suite = config.build()
   keep_compiled()
   with config.explains():
-    place = pathlib.Path(flags.checkpoint or flags.hf or flags.workdir)
-    out = pathlib.Path(flags.out or place / 'evaluation' / pathlib.Path(flags.gin_file[0]).stem)
+    path = pathlib.Path(flags.checkpoint or flags.hf or flags.workdir)
+    out = pathlib.Path(flags.out or path / 'evaluation' / pathlib.Path(flags.gin_file[0]).stem)
     if flags.engine == 'ray':
       ray_cluster.connect(flags.address, '--engine=ray')
       needs = ray_cluster.Needs(cpus=1, gpus=flags.gpus)
       gin = tuple(flags.gin_file), tuple(flags.gin)
-      summaries = checkpoints.evaluate_on_cluster(suite, gin, place, out, needs)
+      summaries = checkpoints.evaluate_on_cluster(suite, gin, path, out, needs)
     elif flags.workdir:
-      summaries = checkpoints.evaluate_all(suite, place, out, show_progress)
+      summaries = checkpoints.evaluate_all(suite, path, out, show_progress)
     else:
-      folder = loading.open_hf(place) if flags.hf else loading.open_folder(place, flags.step)
+      folder = loading.open_hf(path) if flags.hf else loading.open_folder(path, flags.step)
       summaries = [checkpoints.evaluate(suite, folder, out, show_progress)]
       print(f'results: {out / "results.json"}')
   results = [result for summary in summaries for result in summary['tasks'].values()]

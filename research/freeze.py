@@ -1,13 +1,13 @@
-"""Freeze data streams: seqio task -> fixed-shape examples on disk, which training reads as memory.
+"""Freezes data streams: a seqio task becomes fixed-shape examples on disk, which training maps into memory.
 
-A run does this by itself, in a process of its own, for a stream that is not there yet. By hand:
+A run freezes its streams by itself, in another process. By hand:
 
     python -m research.freeze --gin_file=gin/runs/tiny.gin            # every stream of the run
     python -m research.freeze --gin_file=gin/runs/tiny.gin --show=2   # and print what a model sees
     python -m research.freeze --gin_file=gin/objectives/ul2.gin --gin.Stream.examples=100 --show
 
-Each shard is made from one piece of the corpus and written whole or not at all: a freeze that was killed
-goes on with the next shard and ends with the same bytes.
+Each shard comes from one piece of the corpus, and is written whole or not at all. So a freeze that was killed
+goes on with the next shard, and ends with the same bytes.
 """
 
 import collections
@@ -52,8 +52,9 @@ def main(argv=None) -> int:
   cache = local_cache(flags.cache) if flags.cache else default_cache()
   try:
     freeze(streams, cache, workers=flags.workers, engine=engine_of(flags, cache))
-  except OSError as e:
-    raise UserError(f'cannot write {e.filename or cache}: {e.strerror or e}') from e
+  except OSError as error:
+    why = error.strerror or error
+    raise UserError(f'cannot write {error.filename or cache}: {why}') from error
   if not flags.spec:
     for stream in streams:
       report(batches.Frozen(cache / 'streams' / stream.key(), stream), cache, flags.show)
@@ -61,7 +62,7 @@ def main(argv=None) -> int:
 
 
 def engine_of(flags, cache: pathlib.Path):
-  """What --engine names; None for processes of this machine.
+  """The engine that --engine names; None for processes of this machine.
 
   Raises:
     UserError: the flags do not go together, or the cluster cannot be joined.
@@ -72,7 +73,7 @@ def engine_of(flags, cache: pathlib.Path):
     return None
   if flags.workers > 1:
     raise UserError(
-      f'--workers={flags.workers} is of --engine=local; Ray starts a task on every CPU it has.'
+      f'--workers={flags.workers} goes with --engine=local; Ray starts a task on every CPU it has.'
     )
   from tasks.on_ray import Engine
 
@@ -80,25 +81,29 @@ def engine_of(flags, cache: pathlib.Path):
 
 
 def configured(files: list[str], bindings: list[str]) -> list[Stream]:
-  """Every stream in what gin files describe, each once."""
+  """Every stream of a run, a sweep or an objective, each once.
+
+  Raises:
+    UserError: the gin files set no stream.
+  """
   from research.core import configs
 
-  found = {}
   config = configs.load(files, bindings)
-  if not config.macros.keys() & set(ROOTS) and any(t is Stream for _, t, _ in config.bindings):
-    config.read_binding('STREAM=@Stream()')  # the file of an objective, by itself
-  config.root = next((r for r in ROOTS if r in config.macros), 'RUN')
-  for stream in streams_in(config.tree()):
-    found[json.dumps(stream.spec())] = stream
-  if not found:
+  has_root = any(root in config.macros for root in ROOTS)
+  # The file of an objective binds a stream's fields, and no root.
+  if not has_root and any(target is Stream for _, target, _ in config.bindings):
+    config.read_binding('STREAM=@Stream()')
+  config.root = next((root for root in ROOTS if root in config.macros), 'RUN')
+  streams = {json.dumps(stream.spec()): stream for stream in streams_in(config.tree())}
+  if not streams:
     raise UserError(f'{files[-1]} sets no stream (@streams.Stream()).')
-  return list(found.values())
+  return list(streams.values())
 
 
 def streams_in(tree):
   """The streams in a tree of partials, containers and dataclasses."""
   if isinstance(tree, Stream):
-    yield tree.unscored  # a model's scores are frozen by the run that reads them
+    yield tree.unscored  # the run that reads a model's scores freezes them
   elif isinstance(tree, Mixture):
     yield from streams_in(list(tree.streams.values()))
   elif isinstance(tree, functools.partial):
@@ -113,32 +118,32 @@ def streams_in(tree):
 
 
 def report(frozen, cache: pathlib.Path, show: int):
-  """Prints what a stream holds, and `show` of its examples."""
-  stream, n = frozen.stream, len(frozen)
-  print(f'{stream.name} {stream.split}: {n} examples in {frozen.folder}')
+  """Prints the size and shape of a frozen stream, and its first `show` examples."""
+  stream = frozen.stream
+  print(f'{stream.name} {stream.split}: {len(frozen)} examples in {frozen.folder}')
   if corpus := frozen.manifest['corpus']:
     dropped = left_out(corpus['dropped'])
-    print(
-      f'  {corpus["corpus"]}: {corpus["documents"]} documents, {corpus["bytes"]:,} bytes'
-      + (f' (left out of the files: {dropped})' if dropped else '')
-    )
+    note = f' (left out of the files: {dropped})' if dropped else ''
+    documents = f'{corpus["documents"]} documents, {corpus["bytes"]:,} bytes'
+    print(f'  {corpus["corpus"]}: {documents}{note}')
   counts = collections.Counter()
-  for facts in frozen.manifest['shards'][0]:
-    counts.update(facts.get('left_out', {}))
+  for shard in frozen.manifest['shards'][0]:
+    counts.update(shard.get('left_out', {}))
   if counts:
     print(f'  left out of the rows, or shortened: {left_out(counts)}')
   for length in sorted({shape[0] for shape, _ in frozen.features.values()}):
-    names = (k for k, (shape, _) in frozen.features.items() if shape[0] == length)
+    names = [name for name, (shape, _) in frozen.features.items() if shape[0] == length]
     print(f'  of length {length}: {", ".join(names)}')
   print(
     f'  {frozen.fill:.1%} of target positions carry loss, '
     f'and each of these stands for {frozen.bytes_per_token:.3f} bytes of text'
   )
   if show:
-    from tasks import show as shown
+    from tasks.show import render
 
     vocabulary = writer(stream, frozen.folder, cache, say).vocabulary
-    print(shown.render(frozen.examples(range(min(show, n))), vocabulary, stream))
+    examples = frozen.examples(range(min(show, len(frozen))))
+    print(render(examples, vocabulary, stream))
 
 
 if __name__ == '__main__':

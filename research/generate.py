@@ -1,12 +1,12 @@
-"""Generates text with a checkpoint.
+"""Generates text with a trained model.
 
     python -m research.generate --checkpoint=runs/tiny --prompt='def f(x):' --temperature=0.8
     python -m research.generate --hf=FOLDER --prompts=prompts.jsonl --out=answers.jsonl --samples=4
 
-The checkpoint is a run's workdir or a converted model's folder; --hf reads a Hugging Face folder as it is.
---prompt=- reads the prompt from standard input. With --prompts the answers are JSON lines; started again, the
-command answers only what is missing. --beams searches for the likeliest answer; --draft and --ngram speculate.
---best_of=16 --reward=FILE.gin keeps the best of 16 answers.
+--checkpoint is a run's workdir or a converted model's folder; --hf reads a Hugging Face folder without
+converting it. --prompt=- reads the prompt from standard input. With --prompts the answers are JSON lines;
+started again, the command answers only the prompts without an answer. --beams finds the likeliest answer;
+--draft and --ngram speculate. --best_of=16 --reward=FILE.gin keeps the best of 16 answers.
 """
 
 import pathlib
@@ -30,7 +30,7 @@ from research.reinforcement import best_of
 
 
 def main(flags) -> None:
-  """Answers as the flags say, on the first device."""
+  """Generates as the flags say, on the first device."""
   import jax
 
   from research.training.program import keep_compiled
@@ -43,11 +43,13 @@ def main(flags) -> None:
   keep_compiled()
   choose = best_of.by_reward(flags.reward) if flags.reward else None
   samples = flags.best_of or flags.samples
-  how = {name: getattr(flags, name) for name in ('int8', 'penalty', 'draft', 'ngram', 'guesses')}
+  options = {
+    name: getattr(flags, name) for name in ('int8', 'penalty', 'draft', 'ngram', 'guesses')
+  }
   with Mesh().use(jax.devices()[:1]):
     generator = load(
       flags.checkpoint, hf=flags.hf, tokenizer_file=flags.tokenizer, room=flags.room,
-      slots=flags.slots, beam_count=flags.beams, **how,
+      slots=flags.slots, beam_count=flags.beams, **options,
     )  # fmt: skip
     if flags.interactive:
       terminal.converse(generator, settings)
@@ -60,8 +62,10 @@ def main(flags) -> None:
         terminal.show(generator, prompt, {**settings, 'sampling': request.sampling})
     else:
       source = {'source': generator.source, 'tokenizer': flags.tokenizer, 'beams': flags.beams}
-      source |= {'samples': samples} | ({'kept': describe(choose)} if choose else {})
-      identity = answers.identity_of(settings | source | how)
+      source |= {'samples': samples}
+      if choose:
+        source['kept'] = describe(choose)
+      identity = answers.identity_of(settings | source | options)
       rows = answers.answer_all(
         generator, prompts, pathlib.Path(flags.out), identity,
         samples=samples, choose=choose, **settings,

@@ -1,7 +1,7 @@
-"""A scaling-law sweep: train its runs, fit the law, register a forecast, test it, report.
+"""Runs a scaling-law sweep: trains its runs, fits the law, registers a forecast, tests it, and writes a report.
 
 Writes into --workdir: runs/<run>/ (as research.train does), results.csv, fit.json, forecast.json (before the
-run that tests it starts), the figures and report.html. Started again it does only what is missing.
+run that tests it starts), the figures and report.html. Started again, it does only the missing parts.
 """
 
 import os
@@ -36,11 +36,11 @@ if __name__ == '__main__':
     type=float,
     default=0.0,
     metavar='R',
-    help='how often an hour each of them is taken away',
+    help='with --fleet: how often each host is preempted, per hour',
   )
   _parser.add_argument('--status', action='store_true', help='print how far the runs are, and stop')
   _parser.add_argument(
-    '--worker', action='store_true', help='be one of the workers: do runs until every run is over'
+    '--worker', action='store_true', help='work as one of the workers, until every run is over'
   )
   _parser.add_argument(
     '--cores', default=None, metavar='I,J', help='the processor cores of a worker'
@@ -50,14 +50,14 @@ if __name__ == '__main__':
     type=int,
     default=1,
     metavar='N',
-    help='how many workers share the runs, this one among them',
+    help='of --worker: how many workers share the runs, this one included',
   )
   _parser.add_argument(
     '--launcher',
     default=None,
     metavar='NAME',
-    help='what starts the workers: local (the default), slurm or ray; gcloud, gke, xpk and skypilot print what '
-    'to run; module.Class is a launcher of your own',
+    help='starts the workers: local (the default), slurm or ray; gcloud, gke, xpk and skypilot print the '
+    'commands to run; module.Class is a launcher of your own',
   )
   _parser.add_argument(
     '--address', default=None, metavar='HOST:PORT', help='of the head of a Ray cluster'
@@ -81,6 +81,7 @@ from research.sweeps.sweep import check_fresh, make_folder, make_plan, open_data
 
 
 def main(flags) -> int:
+  """Runs the sweep; 1 if the law could not be fitted."""
   config = configs.load(flags.gin_file, flags.gin, root='SWEEP')
   sweep = config.build()
   name = pathlib.Path(flags.gin_file[0]).stem

@@ -1,9 +1,9 @@
-"""Train one model: gin file -> Run -> batches -> one jitted step -> rows.
+"""Trains one model: gin file -> Run -> batches -> one jitted step -> rows.
 
 Writes into --workdir: config.gin (re-runnable), config.txt (resolved), metrics.jsonl, tensorboard/,
-checkpoints/ and at last run.json, the one row of the run. Started again with the same workdir it resumes.
-One process a host is started with the same command on all hosts; they find each other by the three flags, or by
-what Slurm, a TPU slice, Ray Train or torchrun tell them. The workdir is one that all of them see.
+checkpoints/ and, at the end, run.json with the one row of the run. Started again with the same workdir, it
+resumes. On several hosts, start the same command once on each, with a workdir that all of them see. The
+processes find each other by the three flags, or by the variables of Slurm, a TPU slice, Ray Train or torchrun.
 """
 
 import json
@@ -35,6 +35,7 @@ def default_workdir(gin_files: list[str]) -> pathlib.Path:
 
 
 def main(flags) -> int:
+  """Trains the run; 1 if it failed, 143 if a signal stopped it."""
   cluster = processes.find(flags.coordinator, flags.num_processes, flags.process_id)
   processes.initialize(cluster)
   config = configs.load(flags.gin_file, flags.gin)

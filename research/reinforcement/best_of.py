@@ -1,7 +1,7 @@
-"""Best-of-n: of several completions the one that a reward scores highest.
+"""Best-of-n: the completion with the highest reward out of n.
 
-The plainest way to optimise a reward, and the baseline of all others. It is `laws.kl_of_best_of_n(n)` nats away
-from the policy that draws (Stiennon et al. 2020, arXiv:2009.01325, appendix G.3).
+It is the simplest way to optimise a reward, and the baseline of all others. Its KL divergence from the policy
+is `laws.kl_of_best_of_n(n)` nats (Stiennon et al. 2020, arXiv:2009.01325, appendix G.3).
 """
 
 import functools
@@ -19,12 +19,12 @@ from research.reinforcement.reward import Reward
 def choose(
   prompt: str | Prompt, completions: Sequence[Completion], *, reward: Reward
 ) -> tuple[Completion, list[float | None]]:
-  """(the completion of the highest score, the scores of all); of equal ones the first.
+  """(the completion with the highest score, the scores of all).
 
-  A score is None where the reward abstains.
+  Of equal scores the first counts. A score is None where the reward abstains.
 
   Raises:
-    UserError: it abstains on all of them.
+    UserError: the reward abstains on all of them.
   """
   prompt = Prompt(prompt) if isinstance(prompt, str) else prompt
   scores = np.asarray(reward([prompt] * len(completions), completions), np.float64)
@@ -37,12 +37,12 @@ def choose(
 
 
 def by_reward(file: str) -> Callable:
-  """`choose` by the REWARD of a gin file.
+  """`choose` with the REWARD of a gin file.
 
   Raises:
-    UserError: there is no such file, or its REWARD is none.
+    UserError: there is no such file, or its REWARD is not a reward.
   """
   reward = configs.load(file, root='REWARD').build()
   if not isinstance(reward, Reward):
-    raise UserError(f'{file}: REWARD is {reward!r}; a reward such as @reward.Format is wanted.')
+    raise UserError(f'{file}: REWARD is {reward!r}; bind a reward, such as @reward.Format.')
   return functools.partial(choose, reward=reward)

@@ -1,4 +1,4 @@
-"""What a policy earns on prompts that it does not learn from: an evaluation of a run of reinforcement."""
+"""Evaluates a policy on held-out prompts: its mean reward and its pass@k."""
 
 import dataclasses
 
@@ -18,18 +18,18 @@ from research.scaling.repeated_sampling import coverage_at
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeldOut:
-  """Draws completions as the run's rollouts do, without filters, and scores them by the same reward.
+  """Samples completions without filters, and scores them by the run's reward.
 
   Attributes:
     prompts: such as `prompts.Problems` of the split 'validation'.
-    examples: how many of them.
-    samples: completions of each.
-    ks: of each pass@k; a completion passes whose score is above `passing`.
-    passing: 0.5 suits a verifier.
-    temperature: of the draw; 1 is the policy itself.
+    examples: the number of prompts.
+    samples: completions of each prompt.
+    ks: the k of each pass@k.
+    passing: a completion passes if its score is above this; 0.5 suits a verifier.
+    temperature: of the sampling; 1 is the policy itself.
     name: of its columns, eval/<name>/reward and eval/<name>/pass@k.
-    during: whether at each evaluation of the run, and not at its end alone.
-    seed: of the prompts and of the draw.
+    during: whether it runs at each evaluation of the run, and not only at the end.
+    seed: of the prompts and of the sampling.
   """
 
   prompts: Prompts
@@ -55,17 +55,19 @@ class HeldOut:
   def columns(self, run, params: dict, step: int, folder, log) -> dict:
     """See `training.evaluations.Evaluation`."""
     if not isinstance(run.train, Rollouts):
-      raise Invalid(HeldOut, 'prompts', 'only a run of reinforcement has a reward to judge by.')
+      raise Invalid(
+        HeldOut, 'prompts', 'only a run of reinforcement learning has a reward to judge by.'
+      )
     rounds = Rounds(run.train, run)
     with Mesh().use(jax.local_devices()[:1]):
       graphdef = nnx.graphdef(loading.abstract_model(run.model))
       sampler = rounds.sampler(graphdef, Sampling(temperature=self.temperature))
-      prompts = [self.prompts.at(self.seed, number) for number in range(self.examples)]
+      prompts = [self.prompts.draw(self.seed, number) for number in range(self.examples)]
       seeds = seeds_of(self.seed, np.arange(self.examples), self.samples)
-      rows = sampler(loading.put(run.model, params), prompts, seeds)
+      rows = sampler(loading.on_devices(run.model, params), prompts, seeds)
     scores = np.asarray(run.train.reward(rows.prompts, rows.completions), np.float64)
     scores = scores.reshape(self.examples, self.samples)
-    # A prompt that was not judged whole is in no mean, and is counted.
+    # A prompt with an abstention is in no mean; the column `prompts` counts the others.
     judged = ~np.isnan(scores).any(axis=1)
     scores = scores[judged]
     columns = {'prompts': int(judged.sum())}

@@ -1,4 +1,4 @@
-"""Feedback of another model: a judge says which of two completions is the better answer (RLAIF).
+"""Feedback of another model: a judge compares two completions (reinforcement learning from AI feedback).
 
 Bai et al. (2022), arXiv:2212.08073; Lee et al. (2023), arXiv:2309.00267.
 """
@@ -28,28 +28,28 @@ Answer B:
 {second}
 
 Reply with one letter alone: A, B, or C if neither is better or you cannot tell."""
-# What the first answer is worth by the judge's letter.
-WORTH = {'A': 1.0, 'B': 0.0, 'C': 0.5}
+# The score of the first answer by the judge's letter.
+SCORE_OF_A = {'A': 1.0, 'B': 0.0, 'C': 0.5}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Judge(Reward):
   """The share of comparisons that a completion wins, by a judge behind an OpenAI-compatible endpoint.
 
-  Every pair is shown in both orders. Where the judge prefers the same place twice, it prefers no answer: the
-  comparison counts for nothing, and a completion without any that counts is abstained on.
+  The judge sees every pair in both orders. If it prefers the same position twice, the comparison does not
+  count. Where no comparison of a completion counts, the reward abstains.
 
   Attributes:
-    url: up to and with /v1, such as 'http://localhost:8000/v1'.
+    url: of the API, such as 'http://localhost:8000/v1'.
     model: the judge's name there.
     principle: what makes an answer better, a sentence or a constitution.
-    against: 'others', the next completion of the same prompt; or 'target', the text that the prompts' file
-      gives.
-    question: what is asked, with {principle}, {prompt}, {first} and {second}; the reply is A, B or C.
+    against: 'others' compares with the next completion of the same prompt, 'target' with the target of the
+      prompt.
+    question: the judge's prompt, with {principle}, {prompt}, {first} and {second}; the reply is A, B or C.
     key: the environment variable that holds the key; None where none is needed.
-    seconds, tries, wait: as of `Endpoint`.
-    parallel: questions at a time.
-    nonsense: the largest share of replies, of one round, that may be no verdict. They count for nothing.
+    seconds, tries, wait: as in `Endpoint`.
+    parallel: how many questions are open at a time.
+    nonsense: the largest share of a round's replies that may be none of A, B and C. Those replies do not count.
   """
 
   url: str
@@ -66,7 +66,8 @@ class Judge(Reward):
 
   def __post_init__(self):
     if not re.match(r'https?://', self.url):
-      raise Invalid(Judge, 'url', f"{self.url!r} is no address such as 'http://localhost:8000/v1'.")
+      why = f"{self.url!r} is not an address such as 'http://localhost:8000/v1'."
+      raise Invalid(Judge, 'url', why)
     if self.against not in ('others', 'target'):
       raise Invalid(Judge, 'against', f"{self.against!r} is neither 'others' nor 'target'.")
     for field in ('seconds', 'tries', 'parallel'):
@@ -76,10 +77,10 @@ class Judge(Reward):
       raise Invalid(Judge, 'nonsense', f'{self.nonsense!r} must be from 0 to under 1.')
     for name in ('{prompt}', '{first}', '{second}'):
       if name not in self.question:
-        raise Invalid(Judge, 'question', f'it does not say where {name} goes.')
+        raise Invalid(Judge, 'question', f'it lacks {name}.')
 
   def described(self) -> dict:
-    """What stands in a run's identity: who judges by what, and not where it answers or how long we wait."""
+    """The fields of a run's identity: those that change verdicts, without the address and the waits."""
     fields = ('model', 'principle', 'against', 'question', 'nonsense')
     return {name: getattr(self, name) for name in fields}
 
@@ -87,27 +88,38 @@ class Judge(Reward):
     pairs = self._pairs(prompts, completions)
     questions = []
     for prompt, first, second, _ in pairs:
-      questions += [self._ask(prompt, first, second), self._ask(prompt, second, first)]
+      questions.append(self._question(prompt, first, second))
+      questions.append(self._question(prompt, second, first))
+    scores = self._read(self._ask(questions))
+    scores_of: list[list[float]] = [[] for _ in completions]
+    for pair, forward, backward in zip(pairs, scores[::2], scores[1::2], strict=True):
+      # A judge that names the same position in both orders prefers a position, not an answer.
+      if forward is None or backward is None or forward != 1 - backward:
+        continue
+      # The second answer may be a target, which is no completion.
+      for number, score in zip(pair[3], (forward, 1 - forward), strict=False):
+        scores_of[number].append(score)
+    return np.array([np.mean(each) if each else np.nan for each in scores_of])
+
+  def _ask(self, questions: list[str]) -> list[str]:
+    """The judge's replies."""
     endpoint = Endpoint(self.url, self.model, self.key, self.seconds, self.tries, self.wait)
     with concurrent.futures.ThreadPoolExecutor(self.parallel) as pool:
       try:
-        replies = list(pool.map(endpoint.ask, questions))
+        return list(pool.map(endpoint.ask, questions))
       except UserError:
+        # Without this, every other question would make all its attempts first.
         pool.shutdown(cancel_futures=True)
         raise
-    worth = self._read(replies)
-    wins: list[list[float]] = [[] for _ in completions]
-    for (_, _, _, numbers), forward, backward in zip(pairs, worth[::2], worth[1::2], strict=True):
-      if forward is None or backward is None or forward != 1 - backward:
-        continue
-      for number, value in zip(numbers, (forward, 1 - forward), strict=False):
-        wins[number].append(value)
-    return np.array([np.mean(each) if each else np.nan for each in wins])
 
-  def _ask(self, prompt: str, first: str, second: str) -> str:
+  def _question(self, prompt: str, first: str, second: str) -> str:
     texts = {'principle': self.principle, 'prompt': prompt, 'first': first, 'second': second}
-    # One pass, so that a completion with '{second}' in it is a text like any other.
-    return re.sub(r'\{(principle|prompt|first|second)\}', lambda m: texts[m[1]], self.question)
+
+    def text_of(match: re.Match) -> str:
+      return texts[match[1]]
+
+    # All at once: a completion that contains '{second}' must stay as it is.
+    return re.sub(r'\{(principle|prompt|first|second)\}', text_of, self.question)
 
   def _pairs(
     self, prompts: Sequence[Prompt], completions: Sequence[Completion]
@@ -116,41 +128,40 @@ class Judge(Reward):
     if self.against == 'target':
       for prompt in prompts:
         if not isinstance(prompt.target, str):
-          why = (
-            f'a prompt has the target {prompt.target!r}, and a text is wanted (PromptLines.target).'
-          )
+          why = f'a prompt has the target {prompt.target!r}, not a text: name its field by PromptLines.target.'
           raise Invalid(Judge, 'against', why)
-      return [
-        (p.text, c.text, p.target, (i,))
-        for i, (p, c) in enumerate(zip(prompts, completions, strict=True))
-      ]
+      both = zip(prompts, completions, strict=True)
+      return [(p.text, c.text, p.target, (i,)) for i, (p, c) in enumerate(both)]
     groups: dict[str, list[int]] = {}
     for i, prompt in enumerate(prompts):
       groups.setdefault(prompt.text, []).append(i)
     pairs = []
     for text, numbers in groups.items():
       if len(numbers) < 2:
-        why = 'a prompt has one completion, and no other to compare it with: raise Rollouts.group.'
+        why = 'a prompt has only one completion, so there is no other to compare with: raise Rollouts.group.'
         raise Invalid(Judge, 'against', why)
-      # In a ring, so that each is compared twice. Of two, once.
-      after = [*numbers[1:], numbers[0]] if len(numbers) > 2 else numbers[1:]
-      for i, j in zip(numbers, after, strict=False):
+      # In a ring, so that each completion is in two comparisons. A ring of two would have the same one twice.
+      following = [*numbers[1:], numbers[0]] if len(numbers) > 2 else numbers[1:]
+      for i, j in zip(numbers, following, strict=False):
         pairs.append((text, completions[i].text, completions[j].text, (i, j)))
     return pairs
 
   def _read(self, replies: list[str]) -> list[float | None]:
-    """What each first answer is worth; None where the reply is no verdict."""
-    worth = []
+    """The score of the first answer by each reply; None where the reply is none of A, B and C.
+
+    Raises:
+      UserError: there are too many such replies.
+    """
+    scores = []
     wrong = []
     for reply in replies:
       letter = re.fullmatch(r'\W*(?:answer\W+)?([ABC])\W*', reply.strip(), re.I)
       if letter is None:
         wrong.append(reply)
-      worth.append(WORTH[letter[1].upper()] if letter else None)
+      scores.append(SCORE_OF_A[letter[1].upper()] if letter else None)
     if len(wrong) > self.nonsense * len(replies):
       raise UserError(
         f'{len(wrong)} of {len(replies)} replies of the judge {self.model} are neither A, B nor C, such as '
-        f'{wrong[0][:80]!r}: ask it otherwise (Judge.question), use another judge, or allow more '
-        '(Judge.nonsense).'
+        f'{wrong[0][:80]!r}: change Judge.question, use another judge, or raise Judge.nonsense.'
       )
-    return worth
+    return scores

@@ -1,7 +1,7 @@
-"""Losses of reinforcement, over rows that `rollouts.Rollouts` made: completions and their advantages.
+"""Losses of reinforcement learning, over rows of `rollouts.Rollouts`: completions and their advantages.
 
-The policy is softmax(logits / temperature), in rollouts and in updates alike. Every sum runs over the tokens of
-completions alone, and is independent of how a batch is cut.
+The policy is softmax(logits / temperature), both in rollouts and in updates. Every sum is over the tokens of
+completions only, and does not depend on how a batch is cut into microbatches.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ REFERENCE = 'decoder_reference_log_probs'
 VALUES = 'decoder_old_values'
 RETURNS = 'decoder_returns'
 
-# exp of more would overflow where a policy has moved far; such ratios are clipped anyway.
+# exp of more could overflow where a policy has moved far. The loss clips such ratios in any case.
 LARGEST_LOG_RATIO = 20.0
 
 
@@ -32,16 +32,16 @@ class PolicyGradient(Loss):
   Schulman et al. (2017), arXiv:1707.06347, equation 7. With group advantages it is GRPO (Shao et al. 2024,
   arXiv:2402.03300, equation 3), with `per` a number and unscaled advantages Dr. GRPO (Liu et al. 2025,
   arXiv:2503.20783), with `per` 'token' and a larger `clip_high` DAPO (Yu et al. 2025, arXiv:2503.14476), with
-  `ratio` 'sequence' GSPO (Zheng et al. 2025, arXiv:2507.18071). Where a rollout serves one update the ratio is
-  1, and what is left is REINFORCE.
+  `ratio` 'sequence' GSPO (Zheng et al. 2025, arXiv:2507.18071). In the first update of a round the ratio is 1,
+  and its gradient is that of REINFORCE.
 
   Attributes:
-    clip_low, clip_high: how far a ratio counts.
-    per: what is averaged: 'token', over all tokens of the batch; 'sequence', over the tokens of each completion
-      and then over completions; a number, which every completion's sum is divided by.
+    clip_low, clip_high: how far from 1 a ratio counts.
+    per: the average: 'token', over all tokens of the batch; 'sequence', over the tokens of each completion and
+      then over completions; or a number of tokens, by which every completion's sum is divided.
     ratio: of each 'token', or of a whole 'sequence': the geometric mean of its tokens' ratios.
-    kl: weight of the divergence from a reference, which `Rollouts.reference` names: the estimate
-      r - ln r - 1, r = reference / policy, per token (GRPO, equation 4).
+    kl: weight of the divergence from `Rollouts.reference`: the estimate r - ln r - 1 of each token, with
+      r = reference / policy (GRPO, equation 4).
     temperature: the logits are divided by it.
   """
 
@@ -73,11 +73,11 @@ class PolicyGradient(Loss):
 
   @property
   def numbers(self) -> dict[str, float]:
-    return {}  # runs of reinforcement are no members of a population
+    return {}  # runs of reinforcement learning do not train in a population
 
   @property
   def evaluation(self) -> Loss:
-    """The cross-entropy of the validation stream: what reinforcement costs on text as it was before."""
+    """The cross-entropy of the validation stream: what the policy forgets of plain text."""
     return CrossEntropy()
 
   def check(self, run, vocab: int) -> None:
@@ -89,45 +89,52 @@ class PolicyGradient(Loss):
     if reference is not None:
       check_vocabulary(type(run.train), 'reference', reference, vocab)
     elif self.kl:
-      why = f'{self.kl} is the weight of a reference: set Rollouts.reference, or leave it at 0.'
+      why = f'{self.kl} needs a reference: set Rollouts.reference, or leave it at 0.'
       raise Invalid(type(self), 'kl', why)
 
   def __call__(self, model, features, batch, chunks):
     mask = batch['decoder_loss_weights'].astype(jnp.float32)
     tokens = jnp.sum(mask, axis=1, keepdims=True)
     weights, total = self._weights(mask, tokens)
-    readout = model.readout()
-    log_probs = log_probabilities(
-      lambda x: readout(x) / self.temperature,
-      features,
-      batch['decoder_target_tokens'],
-      chunks=chunks,
-    )
-    difference = (log_probs - batch[OLD]) * mask
+    log_probs = self._log_probs(model, features, batch, chunks)
+    log_ratio = (log_probs - batch[OLD]) * mask
     if self.ratio == 'sequence':
-      mean = jnp.sum(difference, axis=1, keepdims=True) / jnp.maximum(tokens, 1.0)
-      difference = mean * mask
-    ratio = jnp.exp(jnp.clip(difference, -LARGEST_LOG_RATIO, LARGEST_LOG_RATIO))
-    free = ratio * batch[ADVANTAGES]
+      mean = jnp.sum(log_ratio, axis=1, keepdims=True) / jnp.maximum(tokens, 1.0)
+      log_ratio = mean * mask
+    ratio = jnp.exp(jnp.clip(log_ratio, -LARGEST_LOG_RATIO, LARGEST_LOG_RATIO))
+    unclipped = ratio * batch[ADVANTAGES]
     clipped = jnp.clip(ratio, 1 - self.clip_low, 1 + self.clip_high) * batch[ADVANTAGES]
-    terms = {'loss': -jnp.sum(weights * jnp.minimum(free, clipped))}
-    # Weights of means: they add up to `total`, which these sums are divided by as well.
-    of_tokens = mask / jnp.maximum(tokens, 1.0) * self.per if isinstance(self.per, int) else weights
+    terms = {'loss': -jnp.sum(weights * jnp.minimum(unclipped, clipped))}
+    # The step divides all sums by `total`. The metrics are means, so that their weights must add up to it; with
+    # `per` a number those of the loss do not.
+    mean_weights = weights
+    if isinstance(self.per, int):
+      mean_weights = mask / jnp.maximum(tokens, 1.0) * self.per
     counts = {
       'weight': total,
-      'ratio': jnp.sum(of_tokens * ratio),
-      'clip_fraction': jnp.sum(of_tokens * (clipped < free)),
+      'ratio': jnp.sum(mean_weights * ratio),
+      'clip_fraction': jnp.sum(mean_weights * (clipped < unclipped)),
     }
     if REFERENCE in batch:
       log_r = (batch[REFERENCE] - log_probs) * mask
       estimate = jnp.exp(jnp.minimum(log_r, LARGEST_LOG_RATIO)) - log_r - 1
-      counts['kl_per_token'] = jnp.sum(of_tokens * estimate)
+      counts['kl_per_token'] = jnp.sum(mean_weights * estimate)
       if self.kl:
         terms['kl_loss'] = self.kl * jnp.sum(weights * estimate)
     return terms, counts
 
+  def _log_probs(self, model, features, batch, chunks) -> jax.Array:
+    """ln p of every target by the policy, [batch, length]."""
+    readout = model.readout()
+
+    def tempered(x):
+      return readout(x) / self.temperature
+
+    targets = batch['decoder_target_tokens']
+    return log_probabilities(tempered, features, targets, chunks=chunks)
+
   def _weights(self, mask: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(what each token counts [batch, length], what the sum is divided by)."""
+    """(the weight of each token [batch, length], the number that the weighted sum is divided by)."""
     if self.per == 'token':
       return mask, jnp.sum(mask)
     if self.per == 'sequence':
@@ -136,23 +143,27 @@ class PolicyGradient(Loss):
 
 
 def _sequences(tokens: jax.Array) -> jax.Array:
-  """How many rows have a completion; tokens [batch, 1] of each."""
+  """How many rows have a completion.
+
+  Args:
+    tokens: of each row's completion, [batch, 1].
+  """
   return jnp.sum((tokens > 0).astype(jnp.float32))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PPO(PolicyGradient):
-  """The clipped policy loss and that of the values.
+  """The clipped policy loss, and the loss of the values.
 
   Schulman et al. (2017), arXiv:1707.06347; Ouyang et al. (2022), arXiv:2203.02155.
 
-  A value's loss is half of max((v - R)^2, (v' - R)^2): R is the return, v' the value at most `value_clip` away
-  from the rollout's. The model has a head of values (`LanguageModel.value = @heads.ScalarHead`), and the
-  advantages are `advantages.GAE`.
+  A value's loss is half of max((v - R)^2, (v' - R)^2): R is the return, v' is v clipped to at most `value_clip`
+  from the rollout's value. The model needs a value head (`LanguageModel.value = @heads.ScalarHead`), and
+  `Rollouts.advantages` must be `advantages.GAE`.
 
   Attributes:
     value: weight of the values' loss.
-    value_clip: None for no clipping.
+    value_clip: see above; None for no clipping.
   """
 
   per: str | int = 'token'
@@ -173,17 +184,19 @@ class PPO(PolicyGradient):
   def check(self, run, vocab: int) -> None:
     super().check(run, vocab)
     if getattr(run.model, 'keywords', {}).get('value') is None:
-      why = 'PPO needs a head of values: set LanguageModel.value = @heads.ScalarHead.'
+      why = 'PPO needs a value head: set LanguageModel.value = @heads.ScalarHead.'
       raise Invalid(getattr(run.model, 'func', run.model), 'value', why)
 
   def __call__(self, model, features, batch, chunks):
     terms, counts = super().__call__(model, features, batch, chunks)
     mask = batch['decoder_loss_weights'].astype(jnp.float32)
     weights, _ = self._weights(mask, jnp.sum(mask, axis=1, keepdims=True))
-    values, old, returns = model.values(features), batch[VALUES], batch[RETURNS]
+    values = model.values(features)
+    old = batch[VALUES]
+    returns = batch[RETURNS]
     loss = (values - returns) ** 2
     if self.value_clip is not None:
-      near = jnp.clip(values, old - self.value_clip, old + self.value_clip)
-      loss = jnp.maximum(loss, (near - returns) ** 2)
+      clipped = jnp.clip(values, old - self.value_clip, old + self.value_clip)
+      loss = jnp.maximum(loss, (clipped - returns) ** 2)
     terms['value_loss'] = self.value * 0.5 * jnp.sum(weights * loss)
     return terms, counts

@@ -1,4 +1,4 @@
-"""What leaving the reference costs in the reward itself, with a weight that may adapt."""
+"""The KL penalty: a part of the reward, with a weight that may adapt."""
 
 import dataclasses
 
@@ -7,15 +7,15 @@ from research.core.errors import Invalid
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KL:
-  """weight x (log policy - log reference) is taken off the reward at every token.
+  """Subtracts weight x (ln policy - ln reference) from the reward at every token.
 
   Ziegler et al. (2019), arXiv:1909.08593, section 2.2: after every round the weight is multiplied by
   1 + clip(KL / target - 1, -0.2, 0.2) x completions / horizon.
 
   Attributes:
-    weight: at the beginning.
-    target: nats per completion that the policy is to stay at; None leaves the weight as it is.
-    horizon: completions in which the weight may change by a fifth.
+    weight: the first one.
+    target: the KL divergence to keep, in nats per completion; None keeps the weight.
+    horizon: the weight changes by at most a fifth over so many completions.
   """
 
   weight: float = 0.05
@@ -31,7 +31,12 @@ class KL:
       raise Invalid(KL, 'horizon', f'{self.horizon!r} must be 1 or more.')
 
   def adapted(self, weight: float, divergence: float, completions: int) -> float:
-    """The weight after a round of so many completions of this mean divergence, in nats."""
+    """The weight after a round.
+
+    Args:
+      divergence: the round's mean KL divergence, in nats per completion.
+      completions: of the round.
+    """
     if self.target is None:
       return weight
     error = min(max(divergence / self.target - 1, -0.2), 0.2)

@@ -1,27 +1,24 @@
-"""Functions to complete as prompts, and the reward of running them against their tests."""
+"""Functions to complete as prompts, and the reward of passing their unit tests."""
 
-import concurrent.futures
 import dataclasses
 import functools
-import os
-import random
 
 import numpy as np
 
 from research.core.errors import Invalid
-from research.evaluation.code_problems import CodeProblem, own_problems, read_problems
-from research.evaluation.code_tasks import passes
+from research.evaluation.code_problems import CodeProblem, builtin_problems, read_problems
+from research.evaluation.code_tasks import run_tests
 from research.evaluation.sandbox import Limits
-from research.reinforcement.prompts import Prompt, Prompts
+from research.reinforcement.prompts import Prompt, Prompts, shuffled
 from research.reinforcement.reward import Reward
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CodeProblems(Prompts):
-  """Heads of functions with their docstrings, in an order that every pass shuffles anew.
+  """Signatures of functions with their docstrings, shuffled anew in every epoch.
 
   Attributes:
-    file: JSON lines with HumanEval's fields; None is this project's own problems.
+    file: JSON lines with HumanEval's fields; None is `code_problems.builtin_problems`.
   """
 
   file: str | None = None
@@ -32,24 +29,21 @@ class CodeProblems(Prompts):
 
   @functools.cached_property
   def lines(self) -> list[Prompt]:
-    """All problems, as prompts."""
-    problems = own_problems() if self.file is None else read_problems(self.file)
+    """All problems as prompts."""
+    problems = builtin_problems() if self.file is None else read_problems(self.file)
     return [Prompt(problem.prompt, problem) for problem in problems]
 
   def described(self) -> dict:
-    """What stands in a run's identity: the problems, and not where their file lies."""
+    """The fields of a run's identity: the problems instead of their file's path."""
     return {'problems': [prompt.target for prompt in self.lines]}
 
-  def at(self, seed: int, index: int) -> Prompt:
-    epoch, place = divmod(index, len(self.lines))
-    order = list(range(len(self.lines)))
-    random.Random(f'{seed} {epoch}').shuffle(order)
-    return self.lines[order[place]]
+  def draw(self, seed: int, index: int) -> Prompt:
+    return shuffled(self.lines, seed, index)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UnitTests(Reward):
-  """1 where a completed function passes the tests of its problem, in a sandbox; else 0.
+  """1 where a completed function passes its problem's tests in a sandbox, else 0.
 
   Attributes:
     limits: of each program (`evaluation.sandbox`).
@@ -60,13 +54,8 @@ class UnitTests(Reward):
   def __call__(self, prompts, completions):
     for prompt in prompts:
       if not isinstance(prompt.target, CodeProblem):
-        why = (
-          'unit tests are those of a code problem: set Rollouts.prompts = @programs.CodeProblems().'
-        )
+        why = 'only a code problem has unit tests: set Rollouts.prompts = @programs.CodeProblems().'
         raise Invalid(UnitTests, 'limits', why)
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-      passed = pool.map(
-        lambda pair: passes(pair[0].target, pair[1].text, self.limits),
-        zip(prompts, completions, strict=True),
-      )
-      return np.array(list(passed), np.float64)
+    problems = [prompt.target for prompt in prompts]
+    texts = [completion.text for completion in completions]
+    return np.array(run_tests(problems, texts, self.limits), np.float64)

@@ -1,4 +1,4 @@
-"""What a policy is asked as it learns: an endless order of prompts, each a function of its number alone."""
+"""The prompts of reinforcement learning: endless sequences, where a prompt follows from its number alone."""
 
 import abc
 import dataclasses
@@ -12,10 +12,12 @@ from typing import Any
 from research.core.errors import Invalid, UserError
 from research.evaluation.generated_tasks import Generated
 
+SPLITS = ('train', 'validation')
+
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-  """A prompt, and what a reward needs to judge its completions (a `Problem`, an answer, tests)."""
+  """A prompt, with the target that a reward needs to judge its completions (a `Problem`, an answer, tests)."""
 
   text: str
   target: Any = None
@@ -31,17 +33,14 @@ class Prompts(abc.ABC):
     """A short name for rows."""
 
   @abc.abstractmethod
-  def at(self, seed: int, index: int) -> Prompt:
-    """Prompt `index` of the endless order that belongs to a seed."""
+  def draw(self, seed: int, index: int) -> Prompt:
+    """Prompt `index` of the sequence of a seed. It is the same in every process."""
 
 
 def is_held_out(text: str, fraction: float) -> bool:
-  """Whether a problem is one of the held-out fraction, by a hash of its text: the same in every program."""
+  """Whether a problem belongs to the held-out fraction, by a hash of its text: the same in every process."""
   digest = hashlib.sha256(text.encode()).digest()
   return int.from_bytes(digest[:8], 'big') < fraction * 2**64
-
-
-SPLITS = ('train', 'validation')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,9 +48,9 @@ class Problems(Prompts):
   """Problems of a generated task, without shots; the target is the `Problem`.
 
   Attributes:
-    task: such as @generated_tasks.Arithmetic(). Its `examples` and `seed` are not used.
-    held_out: the fraction of all problems that is never asked in the split 'train'.
-    split: 'train', or 'validation' for the held-out problems alone.
+    task: such as @generated_tasks.Arithmetic(). Its `examples` and `seed` have no effect.
+    held_out: the fraction of all problems that the split 'train' leaves out.
+    split: 'train', or 'validation' for the held-out problems.
   """
 
   task: Generated
@@ -60,24 +59,27 @@ class Problems(Prompts):
 
   def __post_init__(self):
     if not isinstance(self.task, Generated):
-      why = f'{self.task!r} is no generated task, such as @generated_tasks.Arithmetic().'
+      why = (
+        f'{self.task!r} is not a generated task: bind one, such as @generated_tasks.Arithmetic().'
+      )
       raise Invalid(Problems, 'task', why)
     if self.task.shots:
-      raise Invalid(Problems, 'task', 'a policy is asked without shots: set its shots to 0.')
+      raise Invalid(Problems, 'task', 'these prompts have no shots: set its shots to 0.')
     if self.split not in SPLITS:
       raise Invalid(Problems, 'split', f'{self.split!r} is not one of {", ".join(SPLITS)}.')
     if not 0 <= self.held_out < 1 or (self.split == 'validation' and not self.held_out):
-      why = f'{self.held_out!r} must lie between 0 and 1; 0 holds out none, and has no validation.'
+      why = f'{self.held_out!r} must be from 0 to under 1, and above 0 for the split validation.'
       raise Invalid(Problems, 'held_out', why)
 
   @property
   def name(self) -> str:
     return self.task.name
 
-  def at(self, seed: int, index: int) -> Prompt:
-    chance = random.Random(f'{self.split} {seed} {index}')
+  def draw(self, seed: int, index: int) -> Prompt:
+    rng = random.Random(f'{self.split} {seed} {index}')
+    # Problems are drawn until one is of this split.
     for _ in range(10_000):
-      problem = self.task.problem(chance)
+      problem = self.task.problem(rng)
       if is_held_out(problem.question, self.held_out) == (self.split == 'validation'):
         return Prompt(problem.question, problem)
     why = f'none of 10,000 problems of {self.task.name} is in the split {self.split!r}.'
@@ -86,12 +88,12 @@ class Problems(Prompts):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptLines(Prompts):
-  """A JSON object with a prompt on every line, in an order that every pass shuffles anew.
+  """The prompts of a JSON-lines file, shuffled anew in every epoch.
 
   Attributes:
     file: its path.
     prompt: the field of the prompt.
-    target: the field of what a reward compares with; None where a reward needs none.
+    target: the field of the target that a reward compares with; None where the reward needs none.
   """
 
   file: str
@@ -99,7 +101,7 @@ class PromptLines(Prompts):
   target: str | None = None
 
   def described(self) -> dict:
-    """What stands in a run's identity: what the file holds, and not where it lies."""
+    """The fields of a run's identity: the file's content instead of its path."""
     fields = {'prompt': self.prompt, 'target': self.target}
     return {'sha256': hashlib.sha256(self._text.encode()).hexdigest(), **fields}
 
@@ -134,20 +136,26 @@ class PromptLines(Prompts):
       record = json.loads(line)
     except ValueError as error:
       raise UserError(f'{where}: not JSON ({error}).') from None
-    wanted = [field for field in (self.prompt, self.target) if field is not None]
-    for field in wanted:
+    fields = [field for field in (self.prompt, self.target) if field is not None]
+    for field in fields:
       if not isinstance(record, dict) or field not in record:
-        raise UserError(f'{where}: an object with {field!r} is wanted here.')
+        raise UserError(f'{where}: this line is not an object with {field!r}.')
     text = record[self.prompt]
     if not isinstance(text, str) or not text:
-      raise UserError(f'{where}: {self.prompt!r} must be a text that is not empty.')
+      raise UserError(f'{where}: {self.prompt!r} must be a text, and not empty.')
     return Prompt(text, record[self.target] if self.target else None)
 
-  def at(self, seed: int, index: int) -> Prompt:
-    epoch, place = divmod(index, len(self.lines))
-    return self.lines[_order(len(self.lines), seed, epoch)[place]]
+  def draw(self, seed: int, index: int) -> Prompt:
+    return shuffled(self.lines, seed, index)
 
 
+def shuffled(prompts: list[Prompt], seed: int, index: int) -> Prompt:
+  """Prompt `index` of an endless sequence of epochs, each of which has all prompts in another order."""
+  epoch, position = divmod(index, len(prompts))
+  return prompts[_order(len(prompts), seed, epoch)[position]]
+
+
+# A round may lie in two epochs.
 @functools.lru_cache(maxsize=2)
 def _order(count: int, seed: int, epoch: int) -> list[int]:
   order = list(range(count))

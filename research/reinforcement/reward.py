@@ -1,4 +1,4 @@
-"""What a completion is worth: a reward is a gin part, and calling it scores completions."""
+"""Rewards: they score completions of prompts."""
 
 import abc
 import dataclasses
@@ -14,41 +14,43 @@ from research.reinforcement.prompts import Prompt
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reward(abc.ABC):
-  """Base of the rewards. One of your own is a class like these in a module of your own."""
+  """Base of the rewards. A reward of your own is a subclass in any module that the gin file imports."""
 
   @abc.abstractmethod
   def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> np.ndarray:
-    """The scores, float [completions]; NaN where it abstains.
+    """The scores, float [completions]; NaN where the reward abstains.
 
     Args:
-      prompts: of each completion.
+      prompts: the prompt of each completion.
       completions: `text` is without the stop; `finish` is 'stop_token', or 'length' where it was cut off.
 
     Raises:
-      UserError: it cannot judge. Nothing is scored 0 for that.
+      UserError: it cannot judge. A failure is never a score of 0.
     """
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Answer(Reward):
-  """1 where a completion ends and gives the target's answer exactly, else 0: a verifier.
+  """A verifier: 1 where a completion stops by itself and its answer equals the target's, else 0.
 
   Attributes:
-    after: the answer is what follows the last of these, as ']' of a chain of thought; None for the whole text.
+    after: the answer is the text after the last `after`, such as ']' of a chain of thought; None for the whole
+      text.
   """
 
   after: str | None = None
 
   def __call__(self, prompts, completions):
-    return np.array(
-      [self._is_right(p.target, c) for p, c in zip(prompts, completions, strict=True)], np.float64
-    )
+    pairs = zip(prompts, completions, strict=True)
+    return np.array([self._is_right(prompt.target, c) for prompt, c in pairs], np.float64)
 
   def _is_right(self, target, completion: Completion) -> bool:
-    # A `Problem` of a generated task, or the text that a file gives.
+    # The target is a `Problem` of a generated task, or an answer from a file.
     answer = getattr(target, 'answer', target)
     if not isinstance(answer, str | int):
-      why = f'a prompt has the target {target!r}; an answer is wanted (PromptLines.target names its field).'
+      why = (
+        f'a prompt has the target {target!r}, not an answer: name its field by PromptLines.target.'
+      )
       raise Invalid(Answer, 'after', why)
     text = completion.text
     if self.after is not None:
@@ -70,30 +72,28 @@ class Format(Reward):
     try:
       re.compile(self.pattern)
     except re.error as error:
-      raise Invalid(
-        Format, 'pattern', f'{self.pattern!r} is no regular expression: {error}.'
-      ) from None
+      why = f'{self.pattern!r} is not a regular expression: {error}.'
+      raise Invalid(Format, 'pattern', why) from None
 
   def __call__(self, prompts, completions):
-    return np.array(
-      [bool(re.fullmatch(self.pattern, c.text, re.S)) for c in completions], np.float64
-    )
+    matches = [re.fullmatch(self.pattern, completion.text, re.S) for completion in completions]
+    return np.array([match is not None for match in matches], np.float64)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sum(Reward):
-  """A weighted sum of rewards; it abstains where one of them does.
+  """A weighted sum of rewards. It abstains where one of them does.
 
   Attributes:
     parts: the rewards.
-    weights: of each.
+    weights: one for each reward.
   """
 
   parts: tuple[Reward, ...]
   weights: tuple[float, ...]
 
   def __post_init__(self):
-    object.__setattr__(self, 'parts', tuple(self.parts))
+    object.__setattr__(self, 'parts', tuple(self.parts))  # gin may bind lists
     object.__setattr__(self, 'weights', tuple(self.weights))
     if not self.parts or not all(isinstance(part, Reward) for part in self.parts):
       raise Invalid(Sum, 'parts', 'must be rewards: (@reward.Answer(),) with their parentheses.')

@@ -1,4 +1,4 @@
-"""The reward of a trained reward model: a model with `heads.ScalarHead` (`training.rewards`)."""
+"""The reward of a trained reward model, a model with `heads.ScalarHead` (`training.rewards`)."""
 
 import dataclasses
 import functools
@@ -20,14 +20,14 @@ from research.reinforcement.reward import Reward
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RewardModel(Reward):
-  """The score of prompt and completion, read where the last token is predicted, as it was trained.
+  """The score of a prompt and its completion, read where the last token is predicted, as in training.
 
-  It reads the text with its own tokenizer, and end-of-text where the completion has ended. Prompts must be
-  written as its training data were: with their chat template, if they had one.
+  The reward model's own tokenizer encodes the text. A completion that stopped by itself gets an end-of-text
+  token. Prompts must have the form of its training data, with the chat template if those had one.
 
   Attributes:
-    model: the folder of its run.
-    longest: tokens of prompt and completion.
+    model: the reward model's run.
+    longest: the most tokens of a prompt and its completion.
   """
 
   model: Pretrained
@@ -39,7 +39,7 @@ class RewardModel(Reward):
 
   @functools.cached_property
   def _opened(self) -> tuple[Graph, dict]:
-    """(the model, its parameters), under the mesh of one device in use."""
+    """(the model, its parameters) under the mesh in use, which has one device."""
     if self.model.abstract.head.gives != 'scores':
       why = f'{self.model.folder} gives logits, not scores: train it with @rewards.BradleyTerry().'
       raise Invalid(RewardModel, 'model', why)
@@ -52,11 +52,13 @@ class RewardModel(Reward):
       rows.append(ids + [self._encoding.end] * (completion.finish == 'stop_token'))
     longest = max(map(len, rows))
     if longest > self.longest:
-      why = f'a prompt and its completion have {longest} tokens, and {self.longest} are allowed.'
+      why = (
+        f'a prompt and its completion have {longest} tokens, more than {self.longest}: raise it.'
+      )
       raise Invalid(RewardModel, 'longest', why)
     tokens, real = np.zeros((2, len(rows), padded_length(longest, self.longest)), np.int32)
     for i, ids in enumerate(rows):
-      # What is read before each token: the last one is only predicted.
+      # Shifted by one: the model reads the token before each one, and only predicts the last.
       tokens[i, 1 : len(ids)] = ids[:-1]
       real[i, : len(ids)] = 1
     batch = {'decoder_input_tokens': tokens, 'decoder_segment_ids': real}

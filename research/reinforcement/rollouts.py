@@ -1,8 +1,8 @@
-"""Rollouts: completions that the policy draws, what they are worth, and the rows that it learns from.
+"""Rollouts: the policy's completions, their scores, and the rows that the policy learns from.
 
-A round is drawn by the newest parameters, scored, and gone through in `updates` batches, `epochs` times. It is
-a function of the run's seed, of the parameters, and of the little that `state` tells, so a run that is started
-again from a checkpoint draws the same round to the bit.
+The newest parameters sample a round of completions; the policy then learns from it in `updates` batches,
+`epochs` times. A round follows from the run's seed, the parameters and `Rounds.state`, so a run that resumes
+from a checkpoint samples the same round to the bit.
 """
 
 import dataclasses
@@ -25,26 +25,26 @@ from research.training.experience import Experience
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rollouts(Experience):
-  """What a run of reinforcement trains on: `Run.train = @rollouts.Rollouts()`.
+  """The training data of a run of reinforcement learning: `Run.train = @rollouts.Rollouts()`.
 
-  The tokenizer is that of `Run.validation`, the temperature that of the run's loss, and a batch has
-  `Run.batch_size` completions.
+  The tokenizer is that of `Run.validation`, the temperature that of `Run.loss`. A batch has `Run.batch_size`
+  completions.
 
   Attributes:
-    prompts: what the policy is asked.
-    reward: what a completion is worth.
+    prompts: the source of prompts.
+    reward: scores the completions.
     group: completions of each prompt.
     length: tokens of a row, which holds a prompt and its completion.
     max_tokens: the most tokens of a completion.
-    stop: a text of one token that ends a completion, beside the end-of-text token; None for no other.
-    top_k, top_p, min_p: filters of the draw, as of `Sampling`. The policy that learns is the one before them.
-    advantages: how scores become advantages.
+    stop: a text of one token that ends a completion, as the end-of-text token does; None for no other stop.
+    top_k, top_p, min_p: filters of the sampling, as in `Sampling`. The policy that learns is unfiltered.
+    advantages: turns scores into advantages.
     reference: a model that the policy is compared with; None for none.
-    penalty: takes the divergence from the reference off the reward.
+    penalty: subtracts the divergence from the reference from the reward.
     updates: batches of a round.
-    epochs: how often a round is gone through.
-    resample: draws at most so many times as many prompts as a round needs, and leaves out those whose
-      completions all have one score (DAPO's dynamic sampling, arXiv:2503.14476, section 3.2).
+    epochs: how often the policy learns from a round.
+    resample: samples at most so many times the prompts of a round, to leave out those whose completions all
+      have the same score (DAPO's dynamic sampling, arXiv:2503.14476, section 3.2).
   """
 
   prompts: Prompts
@@ -71,15 +71,15 @@ class Rollouts(Experience):
     kinds = {'prompts': Prompts, 'reward': Reward, 'advantages': Advantages}
     for field, kind in kinds.items():
       if not isinstance(getattr(self, field), kind):
-        why = f'{getattr(self, field)!r} is none: bind one with @ and its parentheses.'
+        why = f'{getattr(self, field)!r} is not of {kind.__name__}: bind one with @ and its parentheses.'
         raise Invalid(Rollouts, field, why)
     if self.max_tokens >= self.length:
       why = f'{self.max_tokens} leave no room for a prompt in rows of {self.length} tokens.'
       raise Invalid(Rollouts, 'max_tokens', why)
     if self.penalty is not None and self.reference is None:
-      raise Invalid(Rollouts, 'penalty', 'is of a reference: set Rollouts.reference.')
+      raise Invalid(Rollouts, 'penalty', 'it needs a reference: set Rollouts.reference.')
     if self.group < 2 and not self.advantages.reads_values:
-      why = f'{self.group} completion has no others to be compared with: 2 or more, or use GAE.'
+      why = f'{self.group} completion has no others to compare with: set 2 or more, or use GAE.'
       raise Invalid(Rollouts, 'group', why)
 
   @property
@@ -92,6 +92,7 @@ class Rollouts(Experience):
 
   @property
   def round_steps(self) -> int:
+    """Optimizer steps of a round."""
     return self.updates * self.epochs
 
   @property
@@ -99,6 +100,7 @@ class Rollouts(Experience):
     return self.advantages.reads_values
 
   def shapes(self, length: int) -> dict[str, tuple]:
+    """(shape, type) of each array of a row that a loss reads besides the tokens."""
     keys = [losses.ADVANTAGES, losses.OLD]
     if self.reference is not None:
       keys.append(losses.REFERENCE)
@@ -112,30 +114,29 @@ class Rollouts(Experience):
 
   def _check(self, run) -> None:
     if jax.process_count() > 1:
-      why = 'rollouts are drawn by one process, and this run has several.'
+      why = 'only one process samples rollouts, and this run has several.'
       raise Invalid(type(run), 'train', why)
     if not isinstance(run.loss, PolicyGradient):
-      why = (
-        f'{type(run.loss).__name__} learns from no rollouts: set @losses.PolicyGradient() or PPO().'
-      )
+      name = type(run.loss).__name__
+      why = f'{name} does not learn from rollouts: set @losses.PolicyGradient() or PPO().'
       raise Invalid(type(run), 'loss', why)
     if self.reads_values != (losses.VALUES in run.loss.reads):
-      wanted = 'PPO and GAE go together'
-      raise Invalid(Rollouts, 'advantages', f'does not suit {type(run.loss).__name__}: {wanted}.')
+      why = f'they do not suit {type(run.loss).__name__}: use PPO with GAE, and neither without the other.'
+      raise Invalid(Rollouts, 'advantages', why)
     if run.curriculum:
-      raise Invalid(type(run), 'curriculum', 'rollouts have rows of one kind; leave it empty.')
+      raise Invalid(type(run), 'curriculum', 'rollouts are one kind of rows: leave it empty.')
     rows = run.batch_size * self.updates
     if rows % self.group:
       why = f'{self.group} does not divide the {rows} completions of a round.'
       raise Invalid(Rollouts, 'group', why)
-    if (rows // self.group) % axis_size('batch'):
-      devices = axis_size('batch')
-      why = (
-        f'the {rows // self.group} prompts of a round cannot be divided by the {devices} devices.'
-      )
+    prompts = rows // self.group
+    devices = axis_size('batch')
+    if prompts % devices:
+      why = f'the {prompts} prompts of a round cannot be divided by the {devices} devices.'
       raise Invalid(type(run), 'batch_size', why)
+    # A checkpoint within a round would have to hold its rows.
     for field in ('steps', 'checkpoint_every', 'eval_every'):
       value = getattr(run, field)
       if value is not None and value % self.round_steps:
-        why = f'{value} is no multiple of the {self.round_steps} updates of a round.'
+        why = f'{value} is not a multiple of the {self.round_steps} updates of a round.'
         raise Invalid(type(run), field, why)

@@ -1,4 +1,4 @@
-"""The rounds of a run of reinforcement: prompts are asked, completions drawn and scored, rows made of them."""
+"""The rounds of a run of reinforcement learning: completions are sampled and scored, and become rows."""
 
 from collections.abc import Callable, Iterator
 
@@ -18,18 +18,18 @@ TOKENS = ('input_tokens', 'target_tokens', 'loss_weights', 'segment_ids', 'posit
 
 
 class Rounds(Opened):
-  """The `rollouts.Rollouts` of a run, opened.
+  """The rollouts of a run that trains; see `training.experience.Opened`.
 
   Attributes:
-    rollouts: what the gin file says of them.
-    asked: how many prompts were asked, which is the number of the next.
-    weight: of the penalty now.
+    rollouts: the settings, a `rollouts.Rollouts`.
+    asked: how many prompts were used so far, which is the number of the next prompt.
+    weight: the present weight of the KL penalty.
   """
 
   def __init__(self, rollouts, run):
     stream = streams_of(run.validation)[0]
     if stream.registered:
-      why = 'a registered task does not say its tokenizer; use a stream of the project.'
+      why = 'a registered seqio task does not say its tokenizer: use a stream with a corpus.'
       raise Invalid(type(run), 'validation', why)
     self.rollouts = rollouts
     self.seed = run.seed
@@ -50,17 +50,20 @@ class Rounds(Opened):
     self.features = integers | rollouts.shapes(rollouts.length)
 
   def _stops(self) -> list[int]:
-    """The ids that end a completion: end-of-text, and a text of one token where there is one."""
+    """The ids that end a completion: end-of-text, and that of `Rollouts.stop`."""
     stop = self.rollouts.stop
-    ids = [] if stop is None else self.encoding.encode(stop)
-    if stop is not None and len(ids) != 1:
+    if stop is None:
+      return [self.encoding.end]
+    ids = self.encoding.encode(stop)
+    if len(ids) != 1:
       why = f'{stop!r} is {len(ids)} tokens of this vocabulary, and must be one.'
       raise Invalid(type(self.rollouts), 'stop', why)
     return [self.encoding.end, *ids]
 
   def epochs(self, examples: int) -> dict[str, float]:
-    total = getattr(self.rollouts.prompts, 'lines', None)
-    return {self.rollouts.name: self.asked / len(total) if total else 0.0}
+    # Generated prompts are endless: they have no epochs.
+    lines = getattr(self.rollouts.prompts, 'lines', None)
+    return {self.rollouts.name: self.asked / len(lines) if lines else 0.0}
 
   def state(self) -> dict:
     return {'asked': self.asked, 'weight': self.weight}
@@ -70,7 +73,7 @@ class Rounds(Opened):
     self.weight = state['weight']
 
   def sampler(self, graphdef: nnx.GraphDef, settings: Sampling) -> Sampler:
-    """What draws completions by a model of this graph."""
+    """A sampler of completions by a model of this graph."""
     rollouts = self.rollouts
     return Sampler(
       graphdef, self.encoding, settings, rollouts.length, rollouts.max_tokens, self.stops
@@ -82,7 +85,8 @@ class Rounds(Opened):
     rollouts = self.rollouts
     sampler = self.sampler(program.graphdef, self.settings)
     read_policy = Reader(program.graphdef, self.settings.temperature, rollouts.reads_values)
-    read_reference, reference = None, None
+    read_reference = None
+    reference = None
     if rollouts.reference is not None:
       graphdef = nnx.graphdef(rollouts.reference.abstract)
       read_reference = Reader(graphdef, self.settings.temperature)
@@ -99,6 +103,7 @@ class Rounds(Opened):
         metrics['kl'] = float(divergence.sum(1).mean())
       values = read_policy(policy, rows)[1] if rollouts.reads_values else None
       self._add_advantages(rows, Round(scores, self.weight * divergence, rows.mask, values))
+      # The weight changes after its round, so that a round has one weight.
       if rollouts.penalty is not None:
         metrics['kl_weight'] = self.weight
         self.weight = rollouts.penalty.adapted(self.weight, metrics['kl'], len(rows.mask))
@@ -106,15 +111,16 @@ class Rounds(Opened):
         yield batch, metrics
       number += 1
 
-  def _add_advantages(self, rows: Rows, scored: Round) -> None:
-    advantages, returns = self.rollouts.advantages(scored)
+  def _add_advantages(self, rows: Rows, batch: Round) -> None:
+    """Adds the arrays that a loss reads: advantages, and values with their targets."""
+    advantages, returns = self.rollouts.advantages(batch)
     rows.arrays[losses.ADVANTAGES] = advantages.astype(np.float32)
-    if scored.values is not None:
-      rows.arrays[losses.VALUES] = scored.values * rows.mask
+    if batch.values is not None:
+      rows.arrays[losses.VALUES] = batch.values * rows.mask
       rows.arrays[losses.RETURNS] = returns.astype(np.float32)
 
   def _cut(self, rows: dict[str, np.ndarray], number: int) -> Iterator[dict[str, np.ndarray]]:
-    """The batches of round `number`: in every epoch its rows in another order."""
+    """The batches of round `number`. Every epoch has the rows in another order."""
     order = np.arange(len(rows['decoder_loss_weights']))
     for epoch in range(self.rollouts.epochs):
       if self.rollouts.round_steps > 1:
@@ -123,54 +129,63 @@ class Rounds(Opened):
         yield {key: value[part] for key, value in rows.items()}
 
   def draw(self, sampler: Sampler, params: dict) -> tuple[Rows, np.ndarray, dict[str, float]]:
-    """A round's rows, their scores [groups, size], and what a row of metrics says of them."""
+    """(a round's rows, their scores [groups, size], the round's metrics)."""
     size = self.rollouts.group
-    informative, equal, metrics = [], [], []
+    informative = []
+    equal = []
+    metrics = []
     for _ in range(self.rollouts.resample):
       numbers = self.asked + np.arange(self.groups)
       self.asked += self.groups
-      prompts = [self.rollouts.prompts.at(self.seed, int(number)) for number in numbers]
+      prompts = [self.rollouts.prompts.draw(self.seed, int(number)) for number in numbers]
       rows = sampler(params, prompts, seeds_of(self.seed, numbers, size))
       scores = self._score(rows).reshape(-1, size)
       metrics.append(_metrics(rows, scores))
       for i in range(self.groups):
-        kind = informative if _spread(scores[i]) > EQUAL else equal
-        kind.append((rows.group(i, size), scores[i]))
+        groups = informative if _spread(scores[i]) > EQUAL else equal
+        groups.append((rows.group(i, size), scores[i]))
       if len(informative) >= self.groups:
         break
-    # Too few that teach something: the others fill the batch, with advantages of 0.
+    # Where too few groups have different scores, others fill the batch. Their advantages are 0.
     chosen = (informative + equal)[: self.groups]
     means = {name: float(np.mean([each[name] for each in metrics])) for name in metrics[0]}
-    return Rows.joined([rows for rows, _ in chosen]), np.stack([s for _, s in chosen]), means
+    rows = Rows.joined([rows for rows, _ in chosen])
+    return rows, np.stack([scores for _, scores in chosen]), means
 
   def _score(self, rows: Rows) -> np.ndarray:
+    """The scores [rows].
+
+    Raises:
+      UserError: there is no score for each row, one is infinite, or the reward abstained on all rows.
+    """
     scores = np.asarray(self.rollouts.reward(rows.prompts, rows.completions), np.float64)
     name = type(self.rollouts.reward).__name__
     if scores.shape != (len(rows.completions),) or np.isinf(scores).any():
       raise UserError(
         f'the reward {name} gave {scores.shape} scores for {len(rows.completions)} completions, or an infinite '
-        'one: a finite number for each is wanted, or NaN where it abstains.'
+        'one: it must give a finite number for each, or NaN where it abstains.'
       )
     if np.isnan(scores).all():
       raise UserError(
-        f'the reward {name} abstained on every completion of a round: look at its prompts.'
+        f'the reward {name} abstained on every completion of a round: check its prompts.'
       )
     return scores
 
 
 def _spread(scores: np.ndarray) -> float:
-  """The largest difference of the scores that are numbers."""
+  """The range of the scores that are not NaN."""
   numbers = scores[~np.isnan(scores)]
   return float(np.ptp(numbers)) if len(numbers) else 0.0
 
 
 def seeds_of(seed: int, numbers: np.ndarray, size: int) -> np.ndarray:
-  """A seed [prompts, size] for each completion, by the run's seed and the prompt's number."""
+  """A seed for each completion, from the run's seed and the prompt's number: int32 [prompts, size]."""
   rows = [np.random.SeedSequence((seed, int(n))).generate_state(size, np.uint32) for n in numbers]
-  return (np.stack(rows) >> 1).astype(np.int32)
+  return (np.stack(rows) >> 1).astype(np.int32)  # not negative
 
 
 def _metrics(rows: Rows, scores: np.ndarray) -> dict[str, float]:
+  """The metrics of a round's completions; docs/reinforcement.md says what each one means."""
   tokens = max(rows.mask.sum(), 1)
   return {
     'reward': float(np.nanmean(scores)),

@@ -1,4 +1,4 @@
-"""A policy at work: prompts to completions and the rows that hold them, and what a model says of such rows."""
+"""Samples completions of prompts into rows, and reads the log-probabilities of rows by a model."""
 
 import dataclasses
 import functools
@@ -19,20 +19,20 @@ from research.reinforcement.prompts import Prompt
 from research.training.cross_entropy import log_probabilities
 from research.training.program import choose_chunks
 
-START = 0  # what every row of this project begins with
+BEGIN = 0  # the id that every row of this project begins with
 
 
 @dataclasses.dataclass
 class Rows:
-  """Rows [rows, length] of a prompt and its completion each.
+  """Rows [rows, length], each with a prompt and its completion.
 
   Attributes:
-    tokens: of the rows.
+    tokens: int32 ids; 0 behind the completion.
     real: 1 on tokens, 0 behind them.
     mask: 1 on the tokens of completions.
-    log_probs: of the completions by the policy that drew them, 0 elsewhere.
-    entropy, kept: as of `Drawn`, 0 outside of completions.
-    arrays: what else a loss reads, by key.
+    log_probs: of the completions by the policy that sampled them, 0 elsewhere.
+    entropy, kept: as in `batch_sampler.Drawn`, 0 outside of completions.
+    arrays: the other arrays that a loss reads, by key.
   """
 
   prompts: list[Prompt]
@@ -48,22 +48,23 @@ class Rows:
   ARRAYS = ('tokens', 'real', 'mask', 'log_probs', 'entropy', 'kept')
 
   def group(self, number: int, size: int) -> 'Rows':
-    """The completions of one prompt."""
+    """The completions of prompt `number`, where each prompt has `size`."""
     part = slice(number * size, (number + 1) * size)
     arrays = {name: getattr(self, name)[part] for name in self.ARRAYS}
     return Rows(self.prompts[part], self.completions[part], **arrays)
 
   @classmethod
   def joined(cls, parts: list['Rows']) -> 'Rows':
-    arrays = {name: np.concatenate([getattr(p, name) for p in parts]) for name in cls.ARRAYS}
+    """All rows of the parts, in order."""
+    arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in cls.ARRAYS}
     prompts = [prompt for part in parts for prompt in part.prompts]
     completions = [completion for part in parts for completion in part.completions]
     return cls(prompts, completions, **arrays)
 
   def batch(self) -> dict[str, np.ndarray]:
-    """The arrays that a step reads, by seqio's keys and those of `losses`."""
+    """The arrays that a train step reads, by seqio's keys and those of `losses`."""
     positions = np.arange(self.tokens.shape[1], dtype=np.int32) * self.real
-    inputs = np.pad(self.tokens[:, :-1], ((0, 0), (1, 0)), constant_values=START) * self.real
+    inputs = np.pad(self.tokens[:, :-1], ((0, 0), (1, 0)), constant_values=BEGIN) * self.real
     return {
       'decoder_input_tokens': inputs,
       'decoder_target_tokens': self.tokens,
@@ -76,14 +77,14 @@ class Rows:
 
 
 class Sampler:
-  """Draws completions.
+  """Samples completions.
 
   Args:
     graphdef: of the policy.
     encoding: its tokenizer.
-    settings: how tokens are drawn.
+    settings: of the sampling.
     length: tokens of a row.
-    most: tokens of a completion.
+    max_tokens: the most tokens of a completion.
     stops: ids that end a completion.
   """
 
@@ -93,22 +94,29 @@ class Sampler:
     encoding: Encoding,
     settings: Sampling,
     length: int,
-    most: int,
+    max_tokens: int,
     stops: list[int],
   ):
     self.graphdef = graphdef
     self.encoding = encoding
     self.settings = settings
     self.length = length
-    self.most = most
+    self.max_tokens = max_tokens
     self.stops = stops
 
   def __call__(self, params: dict, prompts: list[Prompt], seeds: np.ndarray) -> Rows:
-    """Completions of prompts, as many of each as it has seeds [prompts, answers]."""
-    ids = [self._ids(prompt) for prompt in prompts]
+    """Rows of completions: one for each seed of each prompt.
+
+    Args:
+      seeds: int32 [prompts, completions of each].
+
+    Raises:
+      UserError: a prompt is empty, or does not leave room for a completion.
+    """
+    prompt_ids = [self._ids(prompt) for prompt in prompts]
     drawn = draw_answers(
-      self.graphdef, params, [(START, *each) for each in ids], seeds, self.settings,
-      most=self.most, room=self.length + 1, stops=self.stops,
+      self.graphdef, params, [(BEGIN, *ids) for ids in prompt_ids], seeds, self.settings,
+      most=self.max_tokens, room=self.length + 1, stops=self.stops,
     )  # fmt: skip
     count = seeds.shape[1]
     shape = seeds.size, self.length
@@ -116,25 +124,26 @@ class Sampler:
     arrays |= {name: np.zeros(shape, np.float32) for name in ('log_probs', 'entropy', 'kept')}
     completions = []
     for row in range(seeds.size):
-      prompt = ids[row // count]
+      ids = prompt_ids[row // count]
       n = int(drawn.mask[row].sum())
-      after = slice(len(prompt), len(prompt) + n)
-      arrays['tokens'][row, : len(prompt)] = prompt
-      arrays['tokens'][row, after] = drawn.tokens[row, :n]
-      arrays['real'][row, : after.stop] = 1
-      arrays['mask'][row, after] = 1
+      completion = slice(len(ids), len(ids) + n)
+      arrays['tokens'][row, : len(ids)] = ids
+      arrays['tokens'][row, completion] = drawn.tokens[row, :n]
+      arrays['real'][row, : completion.stop] = 1
+      arrays['mask'][row, completion] = 1
       for name in ('log_probs', 'entropy', 'kept'):
-        arrays[name][row, after] = getattr(drawn, name)[row, :n]
+        arrays[name][row, completion] = getattr(drawn, name)[row, :n]
       completions.append(self._completion(drawn, row, n))
     repeated = [prompt for prompt in prompts for _ in range(count)]
     return Rows(repeated, completions, **arrays)
 
   def _ids(self, prompt: Prompt) -> list[int]:
     ids = self.encoding.encode(prompt.text)
-    if not ids or len(ids) + self.most > self.length:
+    if not ids or len(ids) + self.max_tokens > self.length:
       raise UserError(
         f'the prompt {prompt.text[:60]!r} has {len(ids)} tokens; rows of {self.length} tokens have room for 1 '
-        f'to {self.length - self.most} and a completion of {self.most}: raise Rollouts.length, or leave it out.'
+        f'to {self.length - self.max_tokens} and a completion of {self.max_tokens}: raise Rollouts.length, or '
+        'leave the prompt out.'
       )
     return ids
 
@@ -150,12 +159,12 @@ class Sampler:
 
 
 class Reader:
-  """What a model says of rows: log-probabilities of all tokens, and values where it has a head of them.
+  """Reads the log-probabilities of all tokens of rows by a model, and its values if it has a value head.
 
   Args:
     graphdef: of the model.
     temperature: the logits are divided by it.
-    values: whether to give values.
+    values: whether to read values.
   """
 
   def __init__(self, graphdef: nnx.GraphDef, temperature: float, values: bool = False):
@@ -170,8 +179,8 @@ class Reader:
     ]
     batch = rows.batch()
     batch = hosts.place({key: batch[key] for key in keys})
-    said = _read(self.graphdef, params, batch, temperature=self.temperature, values=self.values)
-    log_probs, values = jax.device_get(said)
+    read = _read(self.graphdef, params, batch, temperature=self.temperature, values=self.values)
+    log_probs, values = jax.device_get(read)
     return np.asarray(log_probs), values if values is None else np.asarray(values)
 
 
@@ -180,6 +189,7 @@ def _read(graphdef, params: dict, batch: dict, *, temperature: float, values: bo
   model = merge(graphdef, params)
   features, _ = model.features(batch)
   readout = model.readout()
+  # Logits of the whole batch would not fit: a part of the length at a time, as in training.
   chunks = choose_chunks(*features.shape[:2], model.vocab)
   targets = batch['decoder_target_tokens']
   log_probs = log_probabilities(

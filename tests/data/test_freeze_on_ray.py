@@ -10,7 +10,7 @@ def test_the_flags_of_an_engine_go_together(tmp_path):
 
   for flags, why in (
     (['--address=a:1'], '--address=a:1 goes with --engine=ray'),
-    (['--engine=ray', '--workers=2'], '--workers=2 is of --engine=local'),
+    (['--engine=ray', '--workers=2'], '--workers=2 goes with --engine=local'),
   ):
     with pytest.raises(UserError, match=why):
       freeze.main(['--gin_file=gin/runs/tiny.gin', f'--cache={tmp_path}', *flags])

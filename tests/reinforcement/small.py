@@ -1,4 +1,4 @@
-"""Runs of reinforcement that take a second a round."""
+"""Runs of reinforcement learning that take a second a round."""
 
 import dataclasses
 import os
@@ -35,7 +35,7 @@ def make_base(text_file, folder: pathlib.Path) -> None:
 
 
 def described(text_file, folder: pathlib.Path) -> Run:
-  """Two rounds of two epochs of two updates, from a base model that is the reference as well."""
+  """Two rounds, each of two epochs of two updates. The base model is also the reference."""
   run = load(text_file).build()
   base = f'{folder}/base'
   rollouts = dataclasses.replace(

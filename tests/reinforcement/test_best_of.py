@@ -1,4 +1,4 @@
-"""Best-of-n keeps what the reward prefers, and is as far from the policy as the formula says."""
+"""Best-of-n keeps the completion with the highest reward, at the divergence that the formula gives."""
 
 import dataclasses
 import json
@@ -20,21 +20,21 @@ from tests.reinforcement.small import make_base
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Table(Reward):
-  """The score of a text that is a number: the number, or nothing."""
+  """Scores a text by the number that it is; abstains on an empty one."""
 
   def __call__(self, prompts, completions):
     return np.array([float(completion.text or 'nan') for completion in completions])
 
 
-def said(*texts):
+def completions_of(*texts):
   return [Completion(text=text) for text in texts]
 
 
 def test_the_highest_score_is_kept_and_abstentions_are_not():
-  best, scores = choose('p', said('1', '', '3', '3', '2'), reward=Table())
+  best, scores = choose('p', completions_of('1', '', '3', '3', '2'), reward=Table())
   assert (best.text, scores) == ('3', [1.0, None, 3.0, 3.0, 2.0])
   with pytest.raises(UserError, match='abstains on all 2'):
-    choose('p', said('', ''), reward=Table())
+    choose('p', completions_of('', ''), reward=Table())
 
 
 @pytest.mark.parametrize('n', [2, 4, 16])
@@ -45,8 +45,9 @@ def test_its_divergence_from_a_tabular_policy_is_the_formulas(n):
   exact = np.sum(best * np.log(best * 4000))
   assert exact == pytest.approx(kl_of_best_of_n(n), abs=2e-3)
   random = np.random.default_rng(0)
-  outcomes, draws = 40, 20_000
-  texts = said(*map(str, range(outcomes)))
+  outcomes = 40
+  draws = 20_000
+  texts = completions_of(*map(str, range(outcomes)))
   drawn = random.integers(0, outcomes, (draws, n))
   counts = np.zeros(outcomes)
   for row in drawn[:2000]:  # by the function itself
@@ -54,13 +55,13 @@ def test_its_divergence_from_a_tabular_policy_is_the_formulas(n):
   for value in drawn[2000:].max(1):
     counts[value] += 1
   share = counts / draws
-  share, levels = share[share > 0], np.arange(1, outcomes + 1)[share > 0] / outcomes
+  levels = np.arange(1, outcomes + 1)[share > 0] / outcomes
+  share = share[share > 0]
   expected = levels**n - (levels - 1 / outcomes) ** n
   divergence = np.sum(share * np.log(share * outcomes))
   assert divergence == pytest.approx(np.sum(expected * np.log(expected * outcomes)), abs=0.02)
-  assert (
-    divergence <= kl_of_best_of_n(n) + 0.02
-  )  # the formula is that of scores that are never equal
+  # The formula is for scores that are never equal, and an upper bound for others.
+  assert divergence <= kl_of_best_of_n(n) + 0.02
 
 
 REWARD = """from __gin__ import dynamic_registration
@@ -91,7 +92,7 @@ def test_the_command_keeps_the_best(text_file, tmp_path, monkeypatch, capsys, on
   for row in rows:
     assert len(row['scores']) == 64
     assert len(row['texts']) == 1
-    # Of so hot a draw a quarter begins with a printable character.
+    # At this temperature a quarter of all completions begins with a printable character.
     assert max(row['scores']) == 1.0
     assert ' ' <= row['texts'][0][0] <= '~'
   first = next(row['texts'][0] for row in rows if row['prompt'] == 'the law')

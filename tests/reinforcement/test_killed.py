@@ -1,4 +1,4 @@
-"""A run of reinforcement that is killed at any moment ends with the same bits."""
+"""A run of reinforcement learning that is killed at any moment ends with the same bits after a restart."""
 
 import pathlib
 import subprocess
@@ -12,7 +12,7 @@ from tests.reinforcement.small import make_base, saved
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 
-# Kills itself as no handler can see, in the second round: where its argument says.
+# Kills itself in the second round, at the moment that its argument names. No handler can catch the signal.
 CHILD = """
 import os, pathlib, signal, sys
 from research.checkpoints.manager import Checkpoints
@@ -22,7 +22,9 @@ from research.training.record import Record
 from tests.reinforcement.small import described, train
 
 text_file, folder, workdir, when = sys.argv[1:]
-draw, log_step, save = batch_sampler.draw_answers, Record.log_step, Checkpoints.save
+draw = batch_sampler.draw_answers
+log_step = Record.log_step
+save = Checkpoints.save
 draws = []
 
 def die():
@@ -66,7 +68,7 @@ def start(text_file, folder, name, when, environment):
 
 @pytest.fixture(scope='module')
 def whole(text_file, tmp_path_factory, user_environment):
-  """The folder of a base model, and of the run that nothing disturbed."""
+  """The folder of a base model and of a run that nothing interrupted."""
   folder = tmp_path_factory.mktemp('whole')
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(jax, 'devices', lambda: jax.local_devices()[:1])

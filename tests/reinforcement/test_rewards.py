@@ -1,4 +1,4 @@
-"""Rewards: verifiers, unit tests, a reward model, and a judge that is slow, down, or talks nonsense."""
+"""Rewards: verifiers, unit tests, a reward model, and a judge that is slow, down, or replies nonsense."""
 
 import contextlib
 import dataclasses
@@ -18,7 +18,7 @@ from research.checkpoints.pretrained import Pretrained
 from research.core import configs
 from research.core.errors import Invalid, UserError
 from research.data.encoding import ByteEncoding
-from research.evaluation.code_problems import own_problems
+from research.evaluation.code_problems import builtin_problems
 from research.evaluation.generated_tasks import Problem
 from research.inference.request import Completion
 from research.model.heads import ScalarHead
@@ -39,24 +39,19 @@ def scores(reward, target, *completions):
 
 
 def test_an_answer_is_right_when_it_is_the_target_and_has_ended():
-  said = (
-    completion('46'),
-    completion(' 46'),
-    completion('460'),
-    completion('46', 'length'),
-    completion(''),
-  )
-  assert scores(Answer(), Problem('12+34=', '', '46'), *said) == [1, 1, 0, 0, 0]
-  assert scores(Answer(), 46, *said) == [1, 1, 0, 0, 0]
+  completions = [completion(text) for text in ('46', ' 46', '460', '')]
+  completions.append(completion('46', 'length'))
+  assert scores(Answer(), Problem('12+34=', '', '46'), *completions) == [1, 1, 0, 0, 0]
+  assert scores(Answer(), 46, *completions) == [1, 1, 0, 0, 0]
   assert scores(Answer(after=']'), '46', completion('[2+4=6]46'), completion('46]4')) == [1, 0]
-  with pytest.raises(Invalid, match='answer is wanted'):
+  with pytest.raises(Invalid, match='not an answer'):
     scores(Answer(), None, completion('46'))
 
 
 def test_rewards_add_up_and_an_abstention_stays_one():
-  both = Sum(parts=(Answer(), Format(pattern=r'\[.*\]\d+')), weights=(1.0, 0.1))
+  reward = Sum(parts=(Answer(), Format(pattern=r'\[.*\]\d+')), weights=(1.0, 0.1))
   pair = completion('[x]46'), completion('46')
-  np.testing.assert_allclose(scores(both, '46', *pair), [0.1, 1.0])
+  np.testing.assert_allclose(scores(reward, '46', *pair), [0.1, 1.0])
 
   class Silent(Reward):
     def __call__(self, prompts, completions):
@@ -66,19 +61,19 @@ def test_rewards_add_up_and_an_abstention_stays_one():
 
 
 def test_functions_are_run_against_their_tests():
-  problem = own_problems()[0]
+  problem = builtin_problems()[0]
   prompt = Prompt(problem.prompt, problem)
-  said = [completion(problem.solution), completion('  return 0\n'), completion('  exit()\n')]
-  assert UnitTests()([prompt] * 3, said).tolist() == [1, 0, 0]
-  asked = {CodeProblems().at(0, i).text for i in range(len(own_problems()))}
-  assert asked == {problem.prompt for problem in own_problems()}
+  completions = [completion(text) for text in (problem.solution, '  return 0\n', '  exit()\n')]
+  assert UnitTests()([prompt] * 3, completions).tolist() == [1, 0, 0]
+  texts = {CodeProblems().draw(0, i).text for i in range(len(builtin_problems()))}
+  assert texts == {problem.prompt for problem in builtin_problems()}
 
 
 SMALL = ('EMBED=16', 'HEADS=2', 'MLP=32')
 
 
 class Scorer(Pretrained):
-  """A reward model that lies on no disk."""
+  """A reward model without a folder, of random weights."""
 
   model = functools.partial(
     configs.load(
@@ -92,11 +87,11 @@ class Scorer(Pretrained):
 
 
 def test_a_reward_model_reads_where_it_was_trained_to(monkeypatch):
-  """At the last token, of rows that seqio's converter would make: end-of-text is predicted, and not read."""
+  """At the last token of rows as seqio's converter makes them: end-of-text is predicted, not read."""
   monkeypatch.setattr(RewardModel, '_encoding', ByteEncoding())
   reward = RewardModel(model=Scorer(folder='nowhere'))
-  said = completion('yes'), completion('cuts', 'length')
-  got = scores(reward, None, *said)
+  completions = completion('yes'), completion('cuts', 'length')
+  results = scores(reward, None, *completions)
   with Mesh().use(jax.devices()[:1]):
     graphdef, params = nnx.graphdef(reward.model.abstract), reward.model.params()
 
@@ -105,14 +100,14 @@ def test_a_reward_model_reads_where_it_was_trained_to(monkeypatch):
       model = nnx.merge(graphdef, params)
       return model.logits(model.features({'decoder_input_tokens': inputs})[0])[0, -1, 0]
 
-    for each, score in zip(said, got, strict=True):
-      targets = [byte + 3 for byte in f'?{each.text}'.encode()]
-      targets += [1] * (each.finish == 'stop_token')
+    for answer, score in zip(completions, results, strict=True):
+      targets = [byte + 3 for byte in f'?{answer.text}'.encode()]
+      targets += [1] * (answer.finish == 'stop_token')
       expected = last_score(np.array([[0, *targets[:-1]]], np.int32))
       assert score == pytest.approx(float(expected), abs=1e-5)
-  assert got[0] != got[1]
-  with pytest.raises(Invalid, match='4 are allowed'):
-    scores(dataclasses.replace(reward, longest=4), None, *said)
+  assert results[0] != results[1]
+  with pytest.raises(Invalid, match='more than 4'):
+    scores(dataclasses.replace(reward, longest=4), None, *completions)
 
 
 class Endpoint(http.server.BaseHTTPRequestHandler):
@@ -122,13 +117,13 @@ class Endpoint(http.server.BaseHTTPRequestHandler):
     size = int(self.headers['Content-Length'])
     body = json.loads(self.rfile.read(size))
     with self.server.lock:
-      number = self.server.asked
-      self.server.asked += 1
+      number = self.server.requests
+      self.server.requests += 1
     reply = self.server.reply(body['messages'][0]['content'], number)
     code, text = reply if isinstance(reply, tuple) else (200, None)
     if text is None:
       text = json.dumps({'choices': [{'message': {'role': 'assistant', 'content': reply}}]})
-    with contextlib.suppress(OSError):  # whoever asked may have gone
+    with contextlib.suppress(OSError):  # the client may have closed the connection
       self.send_response(code)
       self.end_headers()
       self.wfile.write(text.encode())
@@ -138,9 +133,11 @@ class Endpoint(http.server.BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def served(reply, **knobs):
-  """(a judge of a server that replies so, the server)."""
+  """(a judge behind a server with these replies, the server)."""
   server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Endpoint)
-  server.reply, server.asked, server.lock = reply, 0, threading.Lock()
+  server.reply = reply
+  server.requests = 0
+  server.lock = threading.Lock()
   threading.Thread(target=server.serve_forever, daemon=True).start()
   try:
     url = f'http://127.0.0.1:{server.server_port}/v1'
@@ -151,7 +148,7 @@ def served(reply, **knobs):
 
 
 def longer(question, number):
-  """Prefers the longer answer, in whatever place."""
+  """Prefers the longer answer, in either position."""
   first, second = re.search(r'Answer A:\n(.*)\n\nAnswer B:\n(.*)\n\nReply', question).groups()
   return 'C' if len(first) == len(second) else 'A' if len(first) > len(second) else 'B'
 
@@ -159,21 +156,21 @@ def longer(question, number):
 THREE = [completion('a'), completion('aaa'), completion('aa')]
 
 
-def fails(judge, said):
-  with pytest.raises(UserError, match=said):
+def fails(judge, message):
+  with pytest.raises(UserError, match=message):
     scores(judge, None, *THREE)
 
 
 def test_a_judge_compares_in_both_orders():
   with served(longer) as (judge, server):
     assert scores(judge, None, *THREE) == [0, 1, 0.5]
-    assert server.asked == 6
+    assert server.requests == 6
     assert scores(judge, None, completion('a'), completion('b')) == [0.5, 0.5]
   with served(longer, against='target') as (judge, _):
     assert scores(judge, 'aa', *THREE) == [0, 1, 0.5]
 
 
-def test_a_judge_that_prefers_a_place_prefers_nothing():
+def test_a_judge_that_prefers_a_position_prefers_no_answer():
   with served(lambda question, number: 'A') as (judge, _):
     assert np.isnan(scores(judge, None, *THREE)).all()
 
@@ -184,7 +181,7 @@ def test_a_judge_that_is_down_for_a_while_is_asked_again():
 
   with served(reply, parallel=1) as (judge, server):
     assert scores(judge, None, *THREE) == [0, 1, 0.5]
-    assert server.asked == 9
+    assert server.requests == 9
 
 
 def test_a_judge_that_stays_down_stops_the_run_with_a_sentence():
@@ -225,7 +222,7 @@ def test_nonsense_is_no_verdict_and_too_much_of_it_stops_the_run():
 def test_a_refused_request_is_not_repeated(monkeypatch):
   with served(lambda question, number: (401, 'wrong key'), parallel=1) as (judge, server):
     fails(judge, r'HTTP 401: wrong key')
-    assert server.asked <= 2
+    assert server.requests <= 2
   monkeypatch.delenv('JUDGE_KEY', raising=False)
   with pytest.raises(UserError, match='JUDGE_KEY'):
     scores(Judge(url='http://127.0.0.1:9/v1', model='stub', key='JUDGE_KEY'), None, *THREE[:2])

@@ -1,4 +1,4 @@
-"""Rollouts: their log-probabilities are the step's, and a round is made again to the bit."""
+"""Rollouts: their log-probabilities are the train step's, and a restart repeats a round to the bit."""
 
 import dataclasses
 import json
@@ -37,21 +37,21 @@ def rows_of(workdir):
 
 
 def first_round(config):
-  """(program, parameters, first batch, what is said of it) of a run under the mesh in use."""
+  """(program, parameters, first batch, its metrics) of a run under the mesh in use."""
   run = config.build()
   program = make_program(run)
   params = jax.jit(program.init)(jax.random.key(1))['params']
-  # Sharper than it starts, so that probabilities differ.
+  # Larger than at the start, so that probabilities differ.
   params = jax.tree.map(lambda x: 3 * x, params)
-  batch, told = next(run.train.open(run).batches(program, 0, lambda: params))
-  return program, params, batch, told
+  batch, metrics = next(run.train.open(run).batches(program, 0, lambda: params))
+  return program, params, batch, metrics
 
 
 @pytest.mark.parametrize('bindings', [(), ('PolicyGradient.temperature=0.7', 'Rollouts.top_p=0.8')])
 def test_the_log_probabilities_of_a_rollout_are_the_steps(text_file, bindings):
-  """To 1e-5; so the mean ratio of the first update is 1, with truncated sampling too."""
+  """To 1e-5. So the mean ratio of the first update is 1, with truncated sampling too."""
   with Mesh().use(jax.devices()[:1]):
-    program, params, batch, told = first_round(load(text_file, *bindings))
+    program, params, batch, metrics = first_round(load(text_file, *bindings))
     placed = hosts.place(batch)
 
     @jax.jit
@@ -69,21 +69,22 @@ def test_the_log_probabilities_of_a_rollout_are_the_steps(text_file, bindings):
   np.testing.assert_allclose(batch[losses.OLD], expected * mask, atol=1e-5)
   assert float(sums['ratio'] / sums['weight']) == pytest.approx(1.0, abs=1e-5)
   if bindings:
-    # What tokens are drawn from is this part of the policy; by its probabilities the ratio would be as much.
-    assert 0.8 <= told['kept_probability'] < 0.97
+    # top_p keeps this part of the policy. A ratio to the truncated probabilities would be this number, not 1.
+    assert 0.8 <= metrics['kept_probability'] < 0.97
   else:
-    assert told['kept_probability'] == pytest.approx(1.0, abs=1e-5)
+    assert metrics['kept_probability'] == pytest.approx(1.0, abs=1e-5)
     p = np.exp(log_p)
     entropy = -(p * log_p).sum(-1)
-    assert told['entropy'] == pytest.approx((entropy * mask).sum() / mask.sum(), rel=1e-4)
+    assert metrics['entropy'] == pytest.approx((entropy * mask).sum() / mask.sum(), rel=1e-4)
 
 
 def test_the_rows_of_a_round(text_file):
-  """A prompt, its completion up to a stop, and the loss on the completion alone."""
+  """A row has a prompt and its completion up to a stop; only the completion carries loss."""
   with Mesh().use(jax.devices()[:1]):
-    _, _, batch, told = first_round(load(text_file))
+    _, _, batch, metrics = first_round(load(text_file))
   for row in range(8):
-    mask, tokens = batch['decoder_loss_weights'][row], batch['decoder_target_tokens'][row]
+    mask = batch['decoder_loss_weights'][row]
+    tokens = batch['decoder_target_tokens'][row]
     start = np.argmax(mask)
     assert bytes(int(t) - 3 for t in tokens[:start]).decode().endswith('=')
     assert mask.sum() == np.argmin(mask[start:]) <= 4
@@ -92,15 +93,15 @@ def test_the_rows_of_a_round(text_file):
       batch['decoder_input_tokens'][row, 1 : start + mask.sum()], tokens[: start + mask.sum() - 1]
     )
     assert len(set(batch[losses.ADVANTAGES][row][mask > 0])) == 1
-  assert told['completion_length'] == pytest.approx(batch['decoder_loss_weights'].sum() / 8)
-  # Two prompts, four completions of each side by side, whose advantages have mean 0.
-  first = batch[losses.ADVANTAGES].max(1) + batch[losses.ADVANTAGES].min(1)
-  np.testing.assert_allclose(first.reshape(2, 4).sum(1), 0, atol=1e-5)
+  assert metrics['completion_length'] == pytest.approx(batch['decoder_loss_weights'].sum() / 8)
+  # Two prompts with four completions each, whose advantages have mean 0. A row has one advantage, and zeros.
+  advantages = batch[losses.ADVANTAGES].max(1) + batch[losses.ADVANTAGES].min(1)
+  np.testing.assert_allclose(advantages.reshape(2, 4).sum(1), 0, atol=1e-5)
 
 
 @pytest.mark.slow
 def test_an_answer_is_that_of_the_engine(text_file):
-  """Which reads prompts alone and answers in slots: the same tokens by the same seeds."""
+  """The engine reads prompts one by one and answers in slots; equal seeds give equal tokens."""
   run = load(text_file).build()
   settings = Sampling(temperature=0.9, top_k=20)
   prompts = [(0, 52, 46, 53, 64), (0, 60, 46, 53, 50, 64), (0, 52, 64)]
@@ -127,7 +128,7 @@ def test_an_answer_is_that_of_the_engine(text_file):
 
 @pytest.fixture(scope='module')
 def whole(text_file, tmp_path_factory):
-  """A folder with a base model, the `run` that nothing disturbed, and what that run is (`described`)."""
+  """A folder with a base model and the `run` of `described`, which nothing interrupted."""
   folder = tmp_path_factory.mktemp('whole')
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(jax, 'devices', lambda: jax.local_devices()[:1])
@@ -137,33 +138,34 @@ def whole(text_file, tmp_path_factory):
   return folder
 
 
-class Stopped(Exception):
-  """In place of a power cut."""
+class PowerCut(Exception):
+  """Ends a run without any clean-up of its own."""
 
 
 @pytest.mark.slow
 def test_a_run_that_was_cut_off_ends_the_same(text_file, whole, tmp_path, monkeypatch):
-  """In the second round's draw: what is drawn again from the checkpoint is the same to the bit."""
-  draw, draws = Sampler.__call__, []
+  """Cut off in the sampling of the second round, which samples the same again from the checkpoint."""
+  draw = Sampler.__call__
+  draws = []
 
   def fails(self, *arguments):
     draws.append(1)
     if len(draws) == 2:
-      raise Stopped
+      raise PowerCut
     return draw(self, *arguments)
 
   run = described(text_file, whole)
   monkeypatch.setattr(Sampler, '__call__', fails)
-  with pytest.raises(Stopped):
+  with pytest.raises(PowerCut):
     train(run, tmp_path / 'run')
   train(run, tmp_path / 'run')
   assert len(draws) == 3  # of two rounds, the second twice
   undisturbed = saved(whole / 'run')
   for name, value in saved(tmp_path / 'run').items():
     np.testing.assert_array_equal(value, undisturbed[name], err_msg=name)
-  same = ('reward', 'kl', 'kl_weight', 'loss', 'ratio')
-  for one, other in zip(rows_of(tmp_path / 'run'), rows_of(whole / 'run'), strict=True):
-    assert [one[name] for name in same] == [other[name] for name in same]
+  names = ('reward', 'kl', 'kl_weight', 'loss', 'ratio')
+  for row, expected in zip(rows_of(tmp_path / 'run'), rows_of(whole / 'run'), strict=True):
+    assert [row[name] for name in names] == [expected[name] for name in names]
 
 
 @pytest.mark.slow
@@ -171,7 +173,7 @@ def test_rows_say_reward_divergence_length_entropy_and_clipping(whole):
   rows = rows_of(whole / 'run')
   assert len(rows) == 8
   for row in rows:
-    for name in (
+    numbers = [
       'reward',
       'kl',
       'completion_length',
@@ -179,8 +181,8 @@ def test_rows_say_reward_divergence_length_entropy_and_clipping(whole):
       'clip_fraction',
       'ratio',
       'kl_weight',
-    ):
-      assert np.isfinite(row[name])
+    ]
+    assert all(np.isfinite(row[name]) for name in numbers)
   assert rows[0]['kl'] == pytest.approx(0, abs=1e-4)  # the policy starts as its reference
   assert rows[0]['kl_weight'] == 0.05
   assert rows[4]['kl_weight'] < 0.05  # nearer than its target
@@ -189,7 +191,7 @@ def test_rows_say_reward_divergence_length_entropy_and_clipping(whole):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Lottery(Reward):
-  """Scores by chance: in some groups all are equal."""
+  """Scores that follow from the seeds: in some groups all are equal."""
 
   def __call__(self, prompts, completions):
     pairs = zip(prompts, completions, strict=True)
@@ -203,7 +205,7 @@ def opened(text_file, **changes):
 
 
 def draw_one_token(params, prompts, seeds):
-  """In the place of a `Sampler`: completions of one token, which the seeds alone decide."""
+  """A stand-in for a `Sampler`: completions of one token, which follows from the seed alone."""
   shape = seeds.size, 16
   integers = {name: np.ones(shape, np.int32) for name in ('tokens', 'real', 'mask')}
   floats = {name: np.zeros(shape, np.float32) for name in ('log_probs', 'entropy', 'kept')}
@@ -226,31 +228,34 @@ def test_prompts_of_equal_scores_are_drawn_again(text_file):
 
 def test_prompts_are_a_function_of_their_number_and_keep_the_held_out_apart():
   task = Arithmetic(digits=2)
-  asked = {
-    split: Problems(task=task, split=split, held_out=0.2) for split in ('train', 'validation')
-  }
-  texts = {split: [p.at(3, i).text for i in range(200)] for split, p in asked.items()}
-  assert texts['train'] == [asked['train'].at(3, i).text for i in range(200)]
-  assert texts['train'] != [asked['train'].at(4, i).text for i in range(200)]
-  assert not set(texts['train']) & set(texts['validation'])
-  assert asked['train'].at(0, 0).target.question == asked['train'].at(0, 0).text
+  train_prompts = Problems(task=task, split='train', held_out=0.2)
+  held_out_prompts = Problems(task=task, split='validation', held_out=0.2)
+
+  def texts(prompts, seed):
+    return [prompts.draw(seed, i).text for i in range(200)]
+
+  assert texts(train_prompts, 3) == texts(train_prompts, 3)
+  assert texts(train_prompts, 3) != texts(train_prompts, 4)
+  assert not set(texts(train_prompts, 3)) & set(texts(held_out_prompts, 3))
+  first = train_prompts.draw(0, 0)
+  assert first.target.question == first.text
 
 
 def test_prompts_of_a_file_come_once_a_pass(tmp_path):
   file = tmp_path / 'prompts.jsonl'
   file.write_text('\n'.join(json.dumps({'prompt': f'{i}+1=', 'answer': i + 1}) for i in range(5)))
   prompts = PromptLines(file=str(file), target='answer')
-  passes = [[prompts.at(0, 5 * epoch + i).text for i in range(5)] for epoch in range(2)]
-  assert sorted(passes[0]) == sorted(passes[1]) == [f'{i}+1=' for i in range(5)]
-  assert passes[0] != passes[1]
-  assert prompts.at(0, 0).target == int(prompts.at(0, 0).text[0]) + 1
+  epochs = [[prompts.draw(0, 5 * epoch + i).text for i in range(5)] for epoch in range(2)]
+  assert sorted(epochs[0]) == sorted(epochs[1]) == [f'{i}+1=' for i in range(5)]
+  assert epochs[0] != epochs[1]
+  assert prompts.draw(0, 0).target == int(prompts.draw(0, 0).text[0]) + 1
   file.write_text('{"question": "1+1="}')
   with pytest.raises(UserError, match=r'prompts\.jsonl:1'):
-    PromptLines(file=str(file)).at(0, 0)
+    PromptLines(file=str(file)).draw(0, 0)
 
 
 @pytest.mark.parametrize(
-  ('field', 'changes', 'of_run'),
+  ('field', 'rollouts_changes', 'run_changes'),
   [
     ('group', {'group': 3}, {}),
     ('steps', {'updates': 3, 'group': 8}, {}),
@@ -262,14 +267,15 @@ def test_prompts_of_a_file_come_once_a_pass(tmp_path):
     ('group', {'group': 1}, {}),
   ],
 )
-def test_what_does_not_fit_is_named(text_file, field, changes, of_run):
-  def open_it(run):
-    run = dataclasses.replace(run, train=dataclasses.replace(run.train, **changes), **of_run)
-    run.train.open(run)
-
+def test_what_does_not_fit_is_named(text_file, field, rollouts_changes, run_changes):
   run = load(text_file).build()
+
+  def open_changed():
+    rollouts = dataclasses.replace(run.train, **rollouts_changes)
+    rollouts.open(dataclasses.replace(run, train=rollouts, **run_changes))
+
   with pytest.raises(Invalid) as error:
-    open_it(run)
+    open_changed()
   assert error.value.field == field
 
 
@@ -297,20 +303,21 @@ class Silent(Reward):
 
 @pytest.mark.slow
 def test_a_mesh_draws_and_learns_the_same(text_file, whole, tmp_path, monkeypatch):
-  """On data x tensor the same tokens are drawn; what is learned differs by the rounding of other sums."""
+  """On data x tensor the same tokens are sampled. The sums of an update round differently."""
   monkeypatch.setattr(jax, 'devices', lambda: jax.local_devices()[:4])
   run = dataclasses.replace(described(text_file, whole), mesh=Mesh(data=2, tensor=2))
   train(run, tmp_path / 'run')
-  for one, other in zip(rows_of(tmp_path / 'run')[:4], rows_of(whole / 'run')[:4], strict=True):
+  first_rows = zip(rows_of(tmp_path / 'run')[:4], rows_of(whole / 'run')[:4], strict=True)
+  for row, expected in first_rows:
     for name in ('reward', 'completion_length', 'stopped'):
-      assert one[name] == other[name]
+      assert row[name] == expected[name]
     for name in ('loss', 'grad_norm', 'entropy', 'ratio'):
-      assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5)
+      assert row[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize('file', sorted(map(str, pathlib.Path('gin/reinforcement').glob('*.gin'))))
 def test_the_file_of_a_method_suits_a_run(text_file, file):
-  """Beside a run's own file: its loss finds what it reads in the rows."""
+  """After a run's own file: the rows have every array that its loss reads."""
   bindings = [f"FILES='{text_file}'", 'Run.checkpoint_every=4']
   config = configs.load(['tests/gin/reinforce.gin', file], bindings)
   run = config.build()
@@ -321,7 +328,7 @@ def test_the_file_of_a_method_suits_a_run(text_file, file):
 
 @pytest.mark.slow
 def test_ppo_learns_values(text_file, tmp_path):
-  """Of a reward that is always 1, in rounds of four updates: what is expected comes nearer to it."""
+  """With a reward that is always 1, in rounds of four updates, the values come nearer to 1."""
   files = ['tests/gin/reinforce.gin', 'gin/reinforcement/ppo.gin']
   bindings = [
     'Run.steps=16', 'Run.checkpoint_every=None', "reward.Format.pattern='.*'",
@@ -331,6 +338,6 @@ def test_ppo_learns_values(text_file, tmp_path):
   train(config.build(), tmp_path / 'run')
   rows = rows_of(tmp_path / 'run')
   assert all(row['reward'] == 1 for row in rows)
-  # Half of (0 - 1)^2 by the weight of .1: nothing is expected at first.
+  # The values start at 0: half of (0 - 1)^2, times the weight of 0.1.
   assert rows[0]['value_loss'] == pytest.approx(0.05, rel=1e-4)
   assert rows[-1]['value_loss'] < 0.7 * rows[0]['value_loss']
