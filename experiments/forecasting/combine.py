@@ -1,11 +1,11 @@
-"""How forecasts of loss and size are best made of two approaches: tried on published isoFLOP sweeps.
+"""Ways to combine the forecasts of two approaches, compared on published isoFLOP sweeps.
 
     python experiments/forecasting/combine.py --results=porian_isoflops.csv
 
-The table is that of Porian et al. 2024 (arXiv:2406.19146): fifteen sweeps of 11 or 12 budgets, each doubled.
-Every six budgets in a row, one and a half decades, forecast the lowest loss at 8 and at 16 times the largest
-of them, and the size that has it, which the same table knows. A size that is off costs what the curve of that
-budget says.
+The table is that of Porian et al. 2024 (arXiv:2406.19146): fifteen sweeps of 11 or 12 budgets, each twice the
+one before. Every six budgets in a row, one and a half decades, forecast the lowest loss at 8 and at 16 times
+the largest of them, and its size. The same table has the outcome. The cost of a wrong size is read from the
+curve of that budget.
 """
 
 import argparse
@@ -20,34 +20,44 @@ from research.scaling.cost import fit_cost
 
 SETTING = ('dataset', 'hparams', 'warmup', 'decay', 'count')
 WINDOW = 6
-ROWS = 132  # of the largest sweep: with every table padded to it one compiled fit serves all
+ROWS = (
+  132  # of the largest sweep. Every table is padded to it, so that one compiled fit serves all.
+)
 
 
 class Table:
   """One published sweep, and both approaches' forecasts from any of its budgets."""
 
   def __init__(self, rows: list[dict]):
-    column = lambda name: np.array([float(row[name]) for row in rows])
-    self.n, self.d, self.c, self.loss = map(column, ('n', 't', 'flops', 'loss'))
+    columns = [np.array([float(row[name]) for row in rows]) for name in ('n', 't', 'flops', 'loss')]
+    self.n, self.d, self.c, self.loss = columns
     self.cost = fit_cost(self.n, self.d, self.c)
     self.budgets = np.unique(self.c)
-    at = lambda c: [v[self.c == c] for v in (self.n, self.d, self.loss)]
-    profiles = {c: approaches.profile(c, *at(c), self.cost) for c in self.budgets}
-    self.found = {c: p for c, p in profiles.items() if p.refused is None}
+    self.profiles = {}
+    for budget in self.budgets:
+      n, d, loss = (column[self.c == budget] for column in (self.n, self.d, self.loss))
+      profile = approaches.profile(budget, n, d, loss, self.cost)
+      if profile.refused is None:
+        self.profiles[budget] = profile
     self.fitted = {}
 
   def power_law(self, budgets, flops: float) -> tuple[float, float]:
-    """(N*, the lowest loss)."""
-    through = lambda values: float(allocation.power_law(np.array(budgets), np.array(values))(flops))
-    used = [self.found[c] for c in budgets]
-    return through([p.params_opt for p in used]), through([p.loss_opt for p in used])
+    """(N*, the lowest loss) by approach 2."""
+    used = [self.profiles[budget] for budget in budgets]
+    size, loss = (
+      float(allocation.power_law(np.array(budgets), np.array(values))(flops))
+      for values in ([p.params_opt for p in used], [p.loss_opt for p in used])
+    )
+    return size, loss
 
   def law(self, first: float, last: float, flops: float) -> tuple[float, float]:
+    """(N*, the lowest loss) by approach 3, of the rows of the budgets from `first` to `last`."""
     if (first, last) not in self.fitted:
-      pad = lambda v, fill: np.pad(v, (0, ROWS - len(v)), constant_values=fill)
       within = (self.c > 0.99 * first) & (self.c < 1.01 * last)
-      x = {'params': pad(self.n, self.n[0]), 'tokens': pad(self.d, self.d[0])}
-      loss, weights = pad(self.loss, self.loss[0]), pad(within.astype(float), 0.0)
+      # Rows outside of the window and the padding have no weight.
+      x = {'params': _pad(self.n, self.n[0]), 'tokens': _pad(self.d, self.d[0])}
+      loss = _pad(self.loss, self.loss[0])
+      weights = _pad(within.astype(float), 0.0)
       self.fitted[first, last] = law_fit.fit(
         laws.Chinchilla(), x, loss, weights=weights, check=False
       )
@@ -62,20 +72,25 @@ class Table:
     }
 
   def forecasts(self):
-    """(how far, forecasts by approach, trials within the window, the profile that is there)."""
+    """(factor beyond the window, forecasts by approach, trials within the window, outcome's profile)."""
     for i in range(len(self.budgets) - WINDOW + 1):
       window = self.budgets[i : i + WINDOW]
-      used = [c for c in window if c in self.found]
+      used = [c for c in window if c in self.profiles]
       trials = []
       for k in range(2, len(used)):
         for c in used[k:]:
-          for name, (_, told) in self.both(used[:k], window[0], c).items():
-            error, distance = math.log(told / self.found[c].loss_opt), c / used[k - 1]
-            trials.append(rollout.RollOut(name, k, c, distance, error))
+          for name, (_, loss) in self.both(used[:k], window[0], c).items():
+            error = math.log(loss / self.profiles[c].loss_opt)
+            trials.append(rollout.RollOut(name, k, c, c / used[k - 1], error))
       for doublings in (3, 4):
-        if (j := i + WINDOW - 1 + doublings) < len(self.budgets) and self.budgets[j] in self.found:
+        j = i + WINDOW - 1 + doublings
+        if j < len(self.budgets) and self.budgets[j] in self.profiles:
           c = self.budgets[j]
-          yield 2**doublings, self.both(used, window[0], c), tuple(trials), self.found[c]
+          yield 2**doublings, self.both(used, window[0], c), tuple(trials), self.profiles[c]
+
+
+def _pad(column: np.ndarray, fill: float) -> np.ndarray:
+  return np.pad(column, (0, ROWS - len(column)), constant_values=fill)
 
 
 def cost_of(size: float, profile) -> float:
@@ -90,7 +105,8 @@ def by_errors(trials) -> dict[str, float]:
   if not trials:
     return dict.fromkeys(names, 0.5)
   squares = [np.mean([t.error**2 for t in trials if t.approach == name]) for name in names]
-  return dict(zip(names, (1 / s / sum(1 / np.array(squares)) for s in squares), strict=True))
+  inverse = 1 / np.array(squares)
+  return dict(zip(names, inverse / inverse.sum(), strict=True))
 
 
 RULES = {
@@ -111,17 +127,18 @@ def main() -> None:
       groups[tuple(row[k] for k in SETTING)].append(row)
   errors, sizes, costs = (collections.defaultdict(list) for _ in range(3))
   for setting, rows in groups.items():
-    made = dict(zip(SETTING, setting, strict=True))
-    kinds = ['all'] + ['sound'] * (made['decay'] == 'chinchilla' or made['hparams'] == 'tuned')
-    for far, told, trials, found in Table(rows).forecasts():
-      for rule, share in RULES.items():
-        shares = share(trials)
-        loss = sum(w * told[k][1] for k, w in shares.items())
-        ln_size = sum(w * math.log(told[k][0]) for k, w in shares.items())
+    named = dict(zip(SETTING, setting, strict=True))
+    sound = named['decay'] == 'chinchilla' or named['hparams'] == 'tuned'
+    kinds = ('all', 'sound') if sound else ('all',)
+    for far, forecasts, trials, outcome in Table(rows).forecasts():
+      for rule, shares_by in RULES.items():
+        shares = shares_by(trials)
+        loss = sum(w * forecasts[k][1] for k, w in shares.items())
+        ln_size = sum(w * math.log(forecasts[k][0]) for k, w in shares.items())
         for kind in kinds:
-          errors[kind, far, rule].append(loss / found.loss_opt - 1)
-          sizes[kind, far, rule].append(ln_size - math.log(found.params_opt))
-          costs[kind, far, rule].append(cost_of(math.exp(ln_size), found))
+          errors[kind, far, rule].append(loss / outcome.loss_opt - 1)
+          sizes[kind, far, rule].append(ln_size - math.log(outcome.params_opt))
+          costs[kind, far, rule].append(cost_of(math.exp(ln_size), outcome))
   print('sound: the sweeps with a cosine to each horizon or tuned hyper-parameters')
   by_kind = sorted(errors, key=lambda key: key[:2])
   print(
@@ -129,15 +146,18 @@ def main() -> None:
   )
   for kind, far, rule in by_kind:
     e = 100 * np.array(errors[kind, far, rule])
-    rms, near = math.sqrt(np.mean(e**2)), np.mean(abs(e) < 1)
+    rms = math.sqrt(np.mean(e**2))
+    near = np.mean(abs(e) < 1)
     print(
       f'{kind:8}{far:3}x {rule:17}{len(e):10}{e.mean():+8.2f}{np.median(abs(e)):12.2f}{rms:7.2f}  {near:9.0%}'
     )
   print('\nthe size: the factor by which it is off, and what that costs in percent of the loss')
   print(f'{"sweeps":8}{"far":>4} {"rule":17}{"mean":>8}{"typical":>9}{"cost":>7}{"worst":>8}')
   for kind, far, rule in by_kind:
-    e, cost = np.array(sizes[kind, far, rule]), 100 * np.array(costs[kind, far, rule])
-    mean, typical = math.exp(e.mean()), math.exp(math.sqrt(np.mean(e**2)))
+    e = np.array(sizes[kind, far, rule])
+    cost = 100 * np.array(costs[kind, far, rule])
+    mean = math.exp(e.mean())
+    typical = math.exp(math.sqrt(np.mean(e**2)))
     print(f'{kind:8}{far:3}x {rule:17}{mean:8.2f}{typical:9.2f}{cost.mean():7.2f}{cost.max():8.2f}')
 
 

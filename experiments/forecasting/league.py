@@ -1,12 +1,12 @@
-"""The league of forecasters: which rule comes nearest to runs that it has not seen, on public sweeps.
+"""The league of forecasters: which rule forecasts held-out runs of public sweeps best.
 
     python experiments/forecasting/league.py --data=FOLDER --cache=forecasts.json
 
-Of every sweep the cheapest 80% of the runs, and then the cheapest 60%, forecast the loss of each dearer run
-at its own N and D. A rule that learns (priors, recency, drift) learns from the other sources alone: leave one
-source out. Intervals of the other rules count as those of a normal as wide. The log score is the mean ln of
-the density that a rule gives to ln L. `--cache` keeps the forecasts of the other rules, which take most of the
-time; `--learn` prints the prior of all sources, which `prior_fit.LEARNED` holds.
+In every sweep the cheapest 80% of the runs, and then the cheapest 60%, forecast the loss of each more
+expensive run at its own N and D. A rule that learns (priors, recency, drift) learns from the other sources:
+leave one source out. Intervals of the other rules count as those of a normal of the same width. The log
+score is the mean ln of the density that a rule gives to ln L. `--cache` keeps the forecasts of the other rules,
+which take most of the time; `--learn` prints the prior of all sources, which is `prior_fit.LEARNED`.
 """
 
 import argparse
@@ -25,18 +25,18 @@ from research.scaling import bootstrap, fitting, law_fit, laws, prior_fit
 from research.scaling.options import Options
 
 SHARES = (0.8, 0.6)
-# What one learns from when nothing is known: any floor, exponents of .1 to .8, an outer exponent of .5 to 2.
+# The prior without any knowledge: any floor, exponents of .1 to .8, an outer exponent of .5 to 2.
 VAGUE = prior_fit.Prior((0.3, -1.1, -1.1, 0.0), (1.5, 0.8, 0.8, 0.7))
 RECENCY = (0.5, 0.75, 1.0)
 LEAST_REACH = 0.3  # e-folds of C
 REPLICATES = 60  # of the bootstraps of the other rules
 OURS = 'learned priors'
 COORDINATES = [prior_fit.NAMES.index(name) for name in ('ln_E', 'ln_p', 'ln_q', 'ln_gamma')]
-NEAREST = 0.15  # no source is taken to be surer of another's parameter than this
+NEAREST = 0.15  # the least standard deviation of a learned prior
 
 
 def source_of(key: tuple[str, str]) -> str:
-  """Two readings of one figure are one source."""
+  """The source of a sweep. Two readings of one figure are one source."""
   return 'chinchilla' if key[0] == 'kyo' else key[0]
 
 
@@ -51,33 +51,33 @@ def splits(sweeps):
 
 
 def by_law(law):
-  """A rule: the law alone, as it comes from the rows, with a residual bootstrap."""
+  """The rule that fits a law alone, with a residual bootstrap."""
 
   def forecast(seen, unseen) -> dict:
     fit = law_fit.fit(law, seen.inputs, seen.loss, check=False)
-    at = {'params': unseen.params, 'tokens': unseen.tokens}
-    drawn = bootstrap.bootstrap(fit, replicates=REPLICATES)
-    values = {name: many[:, None] for name, many in drawn.parameters.items()}
-    losses = np.log(law(values, **at))
-    losses += np.random.default_rng(0).choice(drawn.spread, losses.shape)
-    return told_by(fit.predict(**at), *np.exp(np.percentile(losses, [5, 95], axis=0)), unseen)
+    point = {'params': unseen.params, 'tokens': unseen.tokens}
+    samples = bootstrap.bootstrap(fit, replicates=REPLICATES)
+    values = {name: replicates[:, None] for name, replicates in samples.parameters.items()}
+    losses = np.log(law(values, **point))
+    losses += np.random.default_rng(0).choice(samples.spread, losses.shape)
+    low, high = np.exp(np.percentile(losses, [5, 95], axis=0))
+    return record_of(fit.predict(**point), low, high, unseen)
 
   return forecast
 
 
 def by_mean(seen, unseen) -> dict:
-  """A rule: the mean of approaches 2 and 3, with its 90% interval."""
+  """The rule that takes the mean of approaches 2 and 3, with its 90% interval."""
   analysis = fitting.analyse(seen, Options(replicates=REPLICATES, rule='mean of approaches'))
-  told = [
-    analysis.forecast(c, params=n, tokens=d)
-    for n, d, c in zip(unseen.params, unseen.tokens, unseen.flops, strict=True)
-  ]
-  column = lambda name: np.array([getattr(forecast, name) for forecast in told])
-  return told_by(column('loss'), column('loss_low'), column('loss_high'), unseen)
+  points = zip(unseen.params, unseen.tokens, unseen.flops, strict=True)
+  forecasts = [analysis.forecast(c, params=n, tokens=d) for n, d, c in points]
+  names = ('loss', 'loss_low', 'loss_high')
+  columns = [np.array([getattr(forecast, name) for forecast in forecasts]) for name in names]
+  return record_of(*columns, unseen)
 
 
-def told_by(loss, low, high, unseen) -> dict:
-  """The errors of ln L, and the standard deviation of the normal whose 90% interval is as wide."""
+def record_of(loss, low, high, unseen) -> dict:
+  """The errors of ln L, and the standard deviation of the normal with the same 90% interval."""
   scale = np.log(high / low) / (2 * stats.norm.ppf(0.95))
   return {'error': np.log(loss / unseen.loss).tolist(), 'scale': scale.tolist()}
 
@@ -95,30 +95,30 @@ def learn(fits: dict, without: str | None = None) -> tuple[tuple, tuple]:
   for key, fit in fits.items():
     if source_of(key) != without:
       groups[source_of(key)].append(fit.theta[COORDINATES])
-  each = np.array([np.mean(members, axis=0) for members in groups.values()])
-  # One more source scatters about the mean of these by so much.
-  deviation = each.std(0, ddof=1) * np.sqrt(1 + 1 / len(each))
-  return tuple(map(float, each.mean(0))), tuple(map(float, np.maximum(deviation, NEAREST)))
+  means = np.array([np.mean(members, axis=0) for members in groups.values()])
+  # The scatter of one more source about the mean of these.
+  deviation = means.std(0, ddof=1) * np.sqrt(1 + 1 / len(means))
+  return tuple(map(float, means.mean(0))), tuple(map(float, np.maximum(deviation, NEAREST)))
 
 
 def by_priors(every, fits, recency: float) -> dict[str, dict]:
-  """Split -> errors, their scale without drift, and reach, with priors of the other sources."""
-  told = {}
+  """The records of all splits with priors of the other sources: errors, scale without drift, and reach."""
+  records = {}
   for name, source, seen, unseen in every:
     prior = prior_fit.Prior(*learn(fits, source), recency=recency)
     fit = prior_fit.fit(seen.params, seen.tokens, seen.loss, prior, seen.flops)
     middle, scale = fit.predict(unseen.params, unseen.tokens, unseen.flops)
-    told[name] = {
+    records[name] = {
       'error': middle - np.log(unseen.loss),
       'scale': scale,
       'reach': np.maximum(np.log(unseen.flops / fit.largest), 0),
     }
-  return told
+  return records
 
 
-def miss(told: dict) -> float:
+def median_error(record: dict) -> float:
   """The median error of the loss, %."""
-  return 100 * float(np.median(np.abs(told['error'])))
+  return 100 * float(np.median(np.abs(record['error'])))
 
 
 def over_sources(values: dict[str, float], owner: dict[str, str], without: str | None = None):
@@ -134,34 +134,48 @@ def choose(
   tried: dict[float, dict], owner: dict[str, str], without: str | None
 ) -> tuple[float, float]:
   """(recency, drift) by the other sources: that of the lowest mean error, and the drift seen with it."""
-  errors = {r: {name: miss(t) for name, t in tried[r].items()} for r in RECENCY}
-  recency = min(RECENCY, key=lambda r: over_sources(errors[r], owner, without))
+
+  def mean_error(recency: float) -> float:
+    errors = {name: median_error(record) for name, record in tried[recency].items()}
+    return over_sources(errors, owner, without)
+
+  recency = min(RECENCY, key=mean_error)
   return recency, drift_of(tried[recency], owner, without)
 
 
-def drift_of(told: dict[str, dict], owner: dict[str, str], without: str | None) -> float:
-  """The most likely scale of the Student t that the splits' drifts come from.
+def drift_of(records: dict[str, dict], owner: dict[str, str], without: str | None) -> float:
+  """The maximum-likelihood scale of the Student t from which the splits' drifts come.
 
   A split's drift is the slope of its errors on reach, ln(C / the largest C fitted). The runs of a split share
   it, so that a split counts once and not once for every run. Splits that hardly reach beyond the fitted budgets
-  tell nothing of it.
+  say nothing about it.
   """
-  slopes = {
-    name: float(t['error'] @ t['reach'] / (t['reach'] @ t['reach']))
-    for name, t in told.items()
-    if t['reach'].mean() > LEAST_REACH
-  }
+  slopes = {}
+  for name, record in records.items():
+    reach = record['reach']
+    if reach.mean() > LEAST_REACH:
+      slopes[name] = float(record['error'] @ reach / (reach @ reach))
 
-  def improbable(ln_scale: float) -> float:
-    density = lambda slope: stats.t.logpdf(slope, prior_fit.FREEDOM, scale=np.exp(ln_scale))
-    return -over_sources({n: density(slope) for n, slope in slopes.items()}, owner, without)
+  def negative_log_likelihood(ln_scale: float) -> float:
+    densities = {
+      name: stats.t.logpdf(slope, prior_fit.FREEDOM, scale=np.exp(ln_scale))
+      for name, slope in slopes.items()
+    }
+    return -over_sources(densities, owner, without)
 
-  found = optimize.minimize_scalar(improbable, bounds=np.log([1e-4, 0.3]), method='bounded')
-  return float(np.exp(found.x))
+  bounds = np.log([1e-4, 0.3])
+  best = optimize.minimize_scalar(negative_log_likelihood, bounds=bounds, method='bounded')
+  return float(np.exp(best.x))
 
 
-def with_drift(told: dict, drift: float) -> dict:
-  return {**told, 'scale': np.hypot(told['scale'], drift * told['reach'])}
+def with_drift(record: dict, drift: float) -> dict:
+  return {**record, 'scale': np.hypot(record['scale'], drift * record['reach'])}
+
+
+def coverage(records: list[dict], level: float, freedom: float) -> float:
+  """The share of held-out runs within the interval of a level, %."""
+  distances = [np.abs(record['error']) / np.array(record['scale']) for record in records]
+  return 100 * np.mean(np.concatenate(distances) <= stats.t.ppf((1 + level) / 2, freedom))
 
 
 def show(results: dict[str, dict[str, dict]], owner: dict[str, str]) -> None:
@@ -170,29 +184,31 @@ def show(results: dict[str, dict[str, dict]], owner: dict[str, str]) -> None:
   heads = ''.join(f'{name:>12}' for name in names)
   print('median error of the loss, %: the mean over splits, by source; then over all splits')
   print(f'{"rule":20}{heads}{"median":>9}{"mean":>8}')
-  for rule, told in results.items():
-    cells = [np.mean([miss(told[n]) for n in told if owner[n] == name]) for name in names]
-    every = [miss(t) for t in told.values()]
+  for rule, records in results.items():
+    errors = {split: median_error(record) for split, record in records.items()}
+    cells = [np.mean([errors[n] for n in errors if owner[n] == name]) for name in names]
     numbers = ''.join(f'{x:12.2f}' for x in cells)
+    every = list(errors.values())
     print(f'{rule:20}{numbers}{np.median(every):9.2f}{np.mean(every):8.2f}')
   print('share of held-out runs within the 90% interval, %; pooled, within 80% and 50%; log score')
   print(f'{"rule":20}{heads}{"90%":>7}{"80%":>6}{"50%":>6}{"log":>7}')
-  for rule, told in results.items():
+  for rule, records in results.items():
     freedom = prior_fit.FREEDOM if rule == OURS else np.inf
-    far = {n: np.abs(t['error']) / np.array(t['scale']) for n, t in told.items()}
-    within = lambda level, name=None, far=far, freedom=freedom: np.mean(
-      np.concatenate([x for n, x in far.items() if name in (None, owner[n])])
-      <= stats.t.ppf((1 + level) / 2, freedom)
-    )
     densities = {
-      n: np.mean(stats.t.logpdf(t['error'], freedom, scale=t['scale'])) for n, t in told.items()
+      split: np.mean(stats.t.logpdf(record['error'], freedom, scale=record['scale']))
+      for split, record in records.items()
     }
-    cells = ''.join(f'{100 * within(0.9, name):12.0f}' for name in names)
-    pooled = f'{100 * within(0.9):7.0f}{100 * within(0.8):6.0f}{100 * within(0.5):6.0f}'
+    cells = ''.join(
+      f'{coverage([r for n, r in records.items() if owner[n] == name], 0.9, freedom):12.0f}'
+      for name in names
+    )
+    every = list(records.values())
+    pooled = f'{coverage(every, 0.9, freedom):7.0f}{coverage(every, 0.8, freedom):6.0f}'
+    pooled += f'{coverage(every, 0.5, freedom):6.0f}'
     print(f'{rule:20}{cells}{pooled}{over_sources(densities, owner):7.2f}')
   counts = collections.Counter()
-  for name, told in results[OURS].items():
-    counts[owner[name]] += len(told['error'])
+  for name, record in results[OURS].items():
+    counts[owner[name]] += len(record['error'])
   numbers = ''.join(f'{counts[name]:12}' for name in names)
   print(f'{"held-out runs":20}{numbers}{sum(counts.values()):7}')
 
@@ -206,7 +222,10 @@ def main() -> None:
   parser.add_argument('--learn', action='store_true', help='only the prior of all sources')
   flags = parser.parse_args()
   sweeps = sources.load(flags.data)
-  fits = {k: prior_fit.fit(s.params, s.tokens, s.loss, VAGUE, s.flops) for k, s in sweeps.items()}
+  fits = {
+    key: prior_fit.fit(seen.params, seen.tokens, seen.loss, VAGUE, seen.flops)
+    for key, seen in sweeps.items()
+  }
   every = list(splits(sweeps))
   owner = {name: source for name, source, _, _ in every}
   tried = {recency: by_priors(every, fits, recency) for recency in RECENCY}
@@ -226,9 +245,9 @@ def main() -> None:
   for source in sorted(set(owner.values())):
     recency, drift = choose(tried, owner, source)
     print(f'{source}: without it, recency {recency} and drift {drift:.4f} were learned')
-    for name, told in tried[recency].items():
+    for name, record in tried[recency].items():
       if owner[name] == source:
-        learned[name] = with_drift(told, drift)
+        learned[name] = with_drift(record, drift)
   show({OURS: learned, **{rule: known[rule] for rule in OLD}}, owner)
 
 

@@ -70,13 +70,18 @@ def train(version: pathlib.Path, workdir: pathlib.Path, cache: pathlib.Path, cas
   command += [f'--gin_file={file}' for file in gin_files]
   command += [f'--gin.{binding}' for binding in bindings]
   environment = os.environ | {'ISOFLOP_CACHE': str(cache), 'PYTHONPATH': str(version)}
-  done = subprocess.run(command, cwd=version, env=environment, capture_output=True, text=True)
-  if done.returncode:
-    sys.exit(f'{case} with {version} failed:\n{done.stderr[-2000:]}')
+  process = subprocess.run(command, cwd=version, env=environment, capture_output=True, text=True)
+  if process.returncode:
+    sys.exit(f'{case} with {version} failed:\n{process.stderr[-2000:]}')
 
 
 def without_times(row: dict) -> dict:
-  return {k: v for k, v in row.items() if k != 'seconds' and not k.endswith('_per_second')}
+  """The row without its times, which differ from run to run."""
+  return {
+    name: value
+    for name, value in row.items()
+    if name != 'seconds' and not name.endswith('_per_second')
+  }
 
 
 def stream_bytes(cache: pathlib.Path) -> dict[str, str]:
@@ -107,7 +112,7 @@ def results(workdir: pathlib.Path) -> dict:
 
 
 def same(expected, actual) -> bool:
-  """Whether two results are equal in all that the expected one names."""
+  """Whether two results are equal in everything that the expected one names."""
   if isinstance(expected, dict) and isinstance(actual, dict):
     return all(name in actual and same(expected[name], actual[name]) for name in expected)
   if isinstance(expected, list) and isinstance(actual, list):
@@ -129,23 +134,25 @@ def main() -> int:
     folder = pathlib.Path(folder)
     files = write_text(folder / 'text')
     for case in [flags.case] if flags.case else CASES:
-      outcomes, streams = {}, {}
+      outcomes = {}
+      streams = {}
       for name, version in {'before': flags.before.resolve(), 'after': ROOT}.items():
-        workdir, cache = folder / name / case, folder / name / 'cache'
+        workdir = folder / name / case
+        cache = folder / name / 'cache'
         train(version, workdir, cache, case, files)
         outcomes[name] = results(workdir)
         streams[name] = stream_bytes(cache)
       wrong += differences(case, outcomes['before'], outcomes['after'])
       if streams['before'] != streams['after']:
         wrong.append(f'{case}: frozen streams differ')
-      # The other version's checkpoint of step 10, continued by this one.
+      # This version continues from the other version's checkpoint of step 10.
       continued = folder / 'continued' / case
       shutil.copytree(folder / 'before' / case, continued)
       shutil.rmtree(continued / 'checkpoints' / str(STEPS))
       (continued / 'run.json').unlink()
       train(ROOT, continued, folder / 'after' / 'cache', case, files)
       expected = outcomes['before']
-      # A row is a mean over the steps since the row before, and after a restart that is fewer steps.
+      # A row is a mean over the steps since the previous row. After a restart those are fewer.
       expected.pop('metrics.jsonl')
       wrong += differences(f'{case}, continued', expected, results(continued))
       loss = outcomes['after']['run.json']['loss']

@@ -1,11 +1,11 @@
-"""Kaplan's exponent, and what each step of Porian et al. 2024 (arXiv:2406.19146) makes of it, on our own runs.
+"""Kaplan's exponent, and how each step of Porian et al. 2024 (arXiv:2406.19146) changes it, on our own runs.
 
     for name in constant warmup cosine; do
       python -m research.sweep --gin_file=experiments/kaplan/$name.gin --workdir=runs/kaplan/$name
     done
     python experiments/kaplan/compare.py --runs=runs/kaplan
 
-The runs at a constant rate are read off on their way: a size's validation loss at D is on the line through its
+A run at a constant rate gives rows before its end: a size's validation loss at D is interpolated between its
 evaluations, ln loss against ln D. Every step then fits N* ~ C^a through the isoFLOP minima.
 """
 
@@ -26,35 +26,34 @@ PAIRS = {'params_non_embedding': 'flops_6n_non_embedding', 'params_with_head': '
 PUBLISHED = (0.835, 0.706, 0.602, 0.571, 0.497)
 
 
-def on_the_way(folder: pathlib.Path, params: str) -> list[dict]:
-  """Rows at shared budgets from the curves of runs that were evaluated as they trained."""
+def rows_along_runs(folder: pathlib.Path, params: str) -> list[dict]:
+  """Rows at shared budgets, from the curves of runs that were evaluated while they trained."""
   runs = []
   for path in sorted(folder.glob('runs/*/run.json')):
     row = json.loads(path.read_text())
     lines = map(json.loads, (path.parent / 'metrics.jsonl').read_text().splitlines())
-    seen = {x['tokens']: x['validation/loss'] for x in lines if 'validation/loss' in x}
-    tokens, losses = (np.log(v) for v in zip(*sorted(seen.items()), strict=True))
-    runs.append((path.parent.name, row, row[PAIRS[params]] / row['tokens'], tokens, losses))
-  last = min(per_token * math.exp(tokens[-1]) for _, _, per_token, tokens, _ in runs)
+    curve = {x['tokens']: x['validation/loss'] for x in lines if 'validation/loss' in x}
+    ln_tokens = np.log(sorted(curve))
+    ln_losses = np.log([curve[tokens] for tokens in sorted(curve)])
+    runs.append((path.parent.name, row, row[PAIRS[params]] / row['tokens'], ln_tokens, ln_losses))
+  # The largest budget that every run reaches.
+  largest = min(per_token * math.exp(ln_tokens[-1]) for _, _, per_token, ln_tokens, _ in runs)
   rows = []
-  for budget in last / 2.0 ** np.arange(6):
-    for name, row, per_token, tokens, losses in runs:
-      at = math.log(budget / per_token)
-      if tokens[0] <= at <= tokens[-1] * (1 + 1e-6):
-        loss = math.exp(np.interp(at, tokens, losses))
-        rows.append(_row(f'{name}@{budget:.2e}', row[params], math.exp(at), budget, loss))
+  for budget in largest / 2.0 ** np.arange(6):
+    for name, row, per_token, ln_tokens, ln_losses in runs:
+      ln_d = math.log(budget / per_token)
+      if ln_tokens[0] <= ln_d <= ln_tokens[-1] * (1 + 1e-6):
+        loss = math.exp(np.interp(ln_d, ln_tokens, ln_losses))
+        rows.append(_row(f'{name}@{budget:.2e}', row[params], math.exp(ln_d), budget, loss))
   return rows
 
 
-def at_the_end(path: pathlib.Path, params: str) -> list[dict]:
-  """Rows of runs that each had a schedule of its own."""
+def rows_of_ends(path: pathlib.Path, params: str) -> list[dict]:
+  """The rows of a sweep, where each run had a schedule of its own length."""
   with path.open() as file:
-    rows = [r for r in csv.DictReader(file) if r['role'] == 'fit' and r['loss']]
-  value = lambda r, k: float(r[k])
-  return [
-    _row(r['run'], value(r, params), value(r, 'tokens'), value(r, 'budget'), value(r, 'loss'))
-    for r in rows
-  ]
+    rows = [row for row in csv.DictReader(file) if row['role'] == 'fit' and row['loss']]
+  columns = (params, 'tokens', 'budget', 'loss')
+  return [_row(row['run'], *(float(row[column]) for column in columns)) for row in rows]
 
 
 def _row(run, params, tokens, budget, loss) -> dict:
@@ -77,8 +76,8 @@ def exponent(rows: list[dict]):
     return Refused(str(error))
   if analysis.approach2 is None:
     return Refused(analysis.refusals['approach 2'])
-  two = analysis.approach2
-  return two.params.exponent, *two.interval('a'), len(two.used)
+  allocation = analysis.approach2
+  return allocation.params.exponent, *allocation.interval('a'), len(allocation.used)
 
 
 def main() -> None:
@@ -91,13 +90,13 @@ def main() -> None:
     '--out', type=pathlib.Path, help='where to write the rows of every step (CSV)'
   )
   flags = parser.parse_args()
-  without, whole = PAIRS
+  without_head, with_head = PAIRS
   steps = {
-    "Kaplan's way": on_the_way(flags.runs / 'constant', without),
-    'the head counted': on_the_way(flags.runs / 'constant', whole),
-    'a short warm-up': on_the_way(flags.runs / 'warmup', whole),
-    'a cosine to each horizon': at_the_end(flags.runs / 'cosine/results.csv', whole),
-    'rates by size': at_the_end(flags.tuned, whole),
+    "Kaplan's way": rows_along_runs(flags.runs / 'constant', without_head),
+    'the head counted': rows_along_runs(flags.runs / 'constant', with_head),
+    'a short warm-up': rows_along_runs(flags.runs / 'warmup', with_head),
+    'a cosine to each horizon': rows_of_ends(flags.runs / 'cosine/results.csv', with_head),
+    'rates by size': rows_of_ends(flags.tuned, with_head),
   }
   print(f'{"step":26}{"a":>7}  90% interval    budgets  published')
   for (name, rows), published in zip(steps.items(), PUBLISHED, strict=True):

@@ -30,7 +30,8 @@ COLUMNS = ('params_non_embedding', 'params_total', 'tokens', 'seed')
 
 def rounded(module: nnx.Module, params: dict, bits: int) -> dict:
   """The parameters with the matrices of the layers rounded to `bits`."""
-  form, tree = format_of(bits), params
+  form = format_of(bits)
+  tree = params
   for path, weight in nnx.iter_modules(module):
     if isinstance(weight, StraightThrough) and path[0] == 'stack':
       tree = _rounded_at(tree, path, weight.layout, form)
@@ -44,10 +45,10 @@ def _rounded_at(tree: dict, path: tuple, layout: Layout, form) -> dict:
   return np.stack([form.round_trip(x, axes).reshape(layout.shape) for x, axes in layers])
 
 
-def of_run(path: pathlib.Path) -> list[dict]:
+def rows_of_run(path: pathlib.Path) -> list[dict]:
   """A row for each number of bits, and one of 16 for the run as it is."""
   folder = loading.open_folder(path)
-  facts = json.loads((path / 'run.json').read_text())
+  run = json.loads((path / 'run.json').read_text())
   params = peft.params_of(folder.model, folder.params)
   _, batches = rows.of_run(folder.run, 1)
   # The same model with rounding matrices says which parameters are matrices, and how their groups lie.
@@ -55,10 +56,10 @@ def of_run(path: pathlib.Path) -> list[dict]:
   with Mesh().use(jax.devices()[:1]):
     trees = [params, *(rounded(module, params, bits) for bits in BITS)]
     losses = calibration.losses_of(folder.model, trees, batches)
-  known = {name: facts.get(name) for name in COLUMNS}
+  columns = {name: run.get(name) for name in COLUMNS}
   return [
     {
-      'run': path.name, **known, 'bits': bits, 'loss': loss, 'loss_increase': loss - losses[0],
+      'run': path.name, **columns, 'bits': bits, 'loss': loss, 'loss_increase': loss - losses[0],
     }
     for bits, loss in zip((16, *BITS), losses, strict=True)
   ]  # fmt: skip
@@ -77,7 +78,7 @@ def main() -> None:
   flags = parser.parse_args()
   folder = pathlib.Path(flags.workdir) / 'runs'
   names = [flags.run] if flags.run else sorted(path.name for path in folder.iterdir())
-  table = [row for name in names for row in of_run(folder / name)]
+  table = [row for name in names for row in rows_of_run(folder / name)]
   with open(flags.out, 'w', newline='') as file:
     writer = csv.DictWriter(file, list(table[0]))
     writer.writeheader()

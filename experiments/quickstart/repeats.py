@@ -1,10 +1,10 @@
-"""What other seeds would have made of the quickstart's forecast: its rows with their scatter drawn again.
+"""How much the quickstart's forecast depends on the seeds: its rows with their scatter drawn again.
 
     python experiments/quickstart/repeats.py
 
 Nothing is trained. Each repeat draws the twenty-five losses anew around the fitted law, from the law's own
-residuals, forecasts the larger run by the default rule, and is compared with the two runs (seeds 0 and 1) that
-were made of it. The first line is the forecast from the rows as they are.
+residuals, and forecasts the larger run by the default rule. The forecasts are compared with the two runs (seeds
+0 and 1) of that size. The first line is the forecast from the rows as they are.
 """
 
 import json
@@ -23,42 +23,42 @@ def main() -> None:
   table = tables.read(HERE / 'results.csv').rows
   seen = rows.observe(table)
   outcomes = np.array([float(row['loss']) for row in table if row['role'] == 'forecast'])
-  asked = json.loads((HERE / 'forecast.json').read_text())['forecast']
-  place = asked['params'], asked['tokens'], 0.9, asked['flops']
+  target = json.loads((HERE / 'forecast.json').read_text())['forecast']
+  point = target['params'], target['tokens'], 0.9, target['flops']
   fitted = fit(seen, np.log(seen.loss))
-  told = [forecast(fitted, place)]
-  loss, low, high = told[0]
+  forecasts = [forecast(fitted, point)]
+  loss, low, high = forecasts[0]
   print(f'from the rows as they are: {loss:.4f} [{low:.4f}, {high:.4f}]; outcomes {outcomes}')
   middle, _ = fitted.predict(seen.params, seen.tokens, seen.flops)
   residuals = np.log(seen.loss) - middle
   residuals *= np.sqrt(len(seen) / (len(seen) - 6))  # six parameters took some of the scatter
   rng = np.random.default_rng(0)
   for _ in range(REPEATS):
-    again = middle + rng.choice(residuals, len(seen))
-    told.append(forecast(fit(seen, again), place))
-  loss, low, high = np.array(told[1:]).T
+    ln_loss = middle + rng.choice(residuals, len(seen))
+    forecasts.append(forecast(fit(seen, ln_loss), point))
+  loss, low, high = np.array(forecasts[1:]).T
   inside = (low <= outcomes[:, None]) & (outcomes[:, None] <= high)
   print(f'{REPEATS} repeats: {loss.mean():.4f}, standard deviation {loss.std(ddof=1):.4f}')
   print(f'the outcome of each seed is inside {inside.sum(1)} of {REPEATS} intervals')
-  draw(np.array(told), outcomes)
+  draw(np.array(forecasts), outcomes)
 
 
 def fit(seen, ln_loss):
   return prior_fit.fit(seen.params, seen.tokens, np.exp(ln_loss), prior_fit.LEARNED, seen.flops)
 
 
-def forecast(fitted, place) -> tuple[float, float, float]:
-  """(loss, low, high) of a run of (N, D) at `level` and C."""
-  params, tokens, level, flops = place
+def forecast(fitted, point) -> tuple[float, float, float]:
+  """(loss, low, high) at a point (N, D, level of the interval, C)."""
+  params, tokens, level, flops = point
   low, high = fitted.interval(params, tokens, level, flops)
   return float(np.exp(fitted.predict(params, tokens, flops)[0][0])), float(low[0]), float(high[0])
 
 
-def draw(told, outcomes) -> None:
+def draw(forecasts, outcomes) -> None:
   picture, (ax,) = figure.new_figure(size=(6.0, 3.6))
-  loss, low, high = told.T
+  loss, low, high = forecasts.T
   color = [figure.ACCENT, *[figure.SECOND] * REPEATS]
-  for k in range(len(told)):
+  for k in range(len(forecasts)):
     span = [[loss[k] - low[k]], [high[k] - loss[k]]]
     ax.errorbar(k, loss[k], span, fmt='o', color=color[k], markersize=4, capsize=2, linewidth=1)
   for outcome in outcomes:

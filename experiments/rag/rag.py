@@ -23,7 +23,9 @@ class Passage:
   """A section of a page."""
 
   def __init__(self, page: str, heading: str, text: str):
-    self.page, self.heading, self.text = page, heading, text
+    self.page = page
+    self.heading = heading
+    self.text = text
 
   @property
   def place(self) -> str:
@@ -31,7 +33,7 @@ class Passage:
 
 
 def read_passages(folder: pathlib.Path) -> list[Passage]:
-  """The sections of all Markdown files that are long enough to say something."""
+  """The sections of all Markdown files, without very short ones."""
   passages = []
   for path in sorted(folder.glob('*.md')):
     parts = re.split(r'^#+ (.+)$', path.read_text(), flags=re.MULTILINE)
@@ -42,14 +44,16 @@ def read_passages(folder: pathlib.Path) -> list[Passage]:
 
 
 class Store:
-  """Passages that are found by their embeddings (FAISS, inner product) or by their words (BM25).
+  """Passages that are retrieved by their embeddings (FAISS, inner product) or by their words (BM25).
 
   Args:
-    client, model: what embeds; None to find by words.
+    client, model: of the embeddings; None to retrieve by words.
   """
 
   def __init__(self, passages: list[Passage], client: openai.OpenAI | None, model: str = ''):
-    self.passages, self.client, self.model = passages, client, model
+    self.passages = passages
+    self.client = client
+    self.model = model
     if client:
       import faiss
 
@@ -66,15 +70,15 @@ class Store:
   def embed(self, texts: list[str]) -> np.ndarray:
     """[texts, embed], float32, of length 1."""
     data = self.client.embeddings.create(model=self.model, input=texts).data
-    return np.array([one.embedding for one in data], np.float32)
+    return np.array([item.embedding for item in data], np.float32)
 
   def scores(self, question: str) -> np.ndarray:
     """[passages], higher is better."""
     count = len(self.passages)
     if self.client:
-      values, places = self.index.search(self.embed([question]), count)
+      values, indices = self.index.search(self.embed([question]), count)
       scores = np.empty(count, np.float32)
-      scores[places[0]] = values[0]
+      scores[indices[0]] = values[0]
       return scores
     import bm25s
 
@@ -102,22 +106,24 @@ def evaluate(store: Store) -> dict[str, float]:
 
 
 def answer(client: openai.OpenAI, model: str, store: Store, question: str, count: int) -> str:
-  """The answer, the passages that it cites, and what it cites wrongly."""
-  found = store.best(question, count)
-  told = '\n\n'.join(f'[{i}] ({p.place})\n{p.text}' for i, p in enumerate(found, 1))
+  """The answer, the passages that it cites, and the citations of passages that it did not get."""
+  passages = store.best(question, count)
+  context = '\n\n'.join(f'[{i}] ({p.place})\n{p.text}' for i, p in enumerate(passages, 1))
   turns = [
     {'role': 'system', 'content': ASK},
-    {'role': 'user', 'content': f'{told}\n\nQuestion: {question}'},
+    {'role': 'user', 'content': f'{context}\n\nQuestion: {question}'},
   ]
-  said = client.chat.completions.create(model=model, messages=turns, temperature=0, max_tokens=200)
-  text = said.choices[0].message.content
+  response = client.chat.completions.create(
+    model=model, messages=turns, temperature=0, max_tokens=200
+  )
+  text = response.choices[0].message.content
   cited = sorted({int(number) for number in re.findall(r'\[(\d+)\]', text)})
   lines = [text, '']
   lines += [
-    f'[{i}] {p.place}' + ('' if i in cited else ' (not cited)') for i, p in enumerate(found, 1)
+    f'[{i}] {p.place}' + ('' if i in cited else ' (not cited)') for i, p in enumerate(passages, 1)
   ]
   lines += [
-    f'[{number}] is no passage: a wrong citation' for number in cited if number > len(found)
+    f'[{number}] is no passage: a wrong citation' for number in cited if number > len(passages)
   ]
   return '\n'.join(lines)
 

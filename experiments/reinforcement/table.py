@@ -1,8 +1,8 @@
-"""The evaluations of runs of reinforcement as a table: pass@1 on held-out sums against compute.
+"""The evaluations of runs of reinforcement learning as a table: pass@1 on held-out sums against compute.
 
     python experiments/reinforcement/table.py runs/sums/grpo-* --out=experiments/reinforcement/results.csv
 
-The compute of a row is 8 N D: 6 N for each token of an update, 2 N for drawing it. N counts the head's matrix.
+The compute of a row is 8 N D: 6 N for each token of an update, 2 N for sampling it. N includes the head.
 """
 
 import argparse
@@ -11,35 +11,28 @@ import json
 import pathlib
 
 COLUMNS = (
-  'run',
-  'seed',
-  'step',
-  'tokens',
-  'flops',
-  'pass1',
-  'pass4',
-  'reward',
-  'entropy',
-  'seconds',
-)
+  'run', 'seed', 'step', 'tokens', 'flops', 'pass1', 'pass4', 'reward', 'entropy', 'seconds',
+)  # fmt: skip
 
 
 def rows_of(workdir: pathlib.Path) -> list[dict]:
   """A row for each evaluation of a run, with the training row before it."""
   run = json.loads((workdir / 'run.json').read_text())
-  rows, told = [], {}
+  rows = []
+  latest = {}
   for line in (workdir / 'metrics.jsonl').read_text().splitlines():
     row = json.loads(line)
-    told |= {name: row[name] for name in ('reward', 'entropy') if name in row}
-    # The last step's evaluation stands in the run's own row.
-    found = run if row['step'] == run['steps'] and 'validation/loss' in row else row
-    if 'eval/held_out/pass@1' not in found:
+    latest |= {name: row[name] for name in ('reward', 'entropy') if name in row}
+    # The evaluation of the last step is in run.json.
+    is_last = row['step'] == run['steps'] and 'validation/loss' in row
+    evaluation = run if is_last else row
+    if 'eval/held_out/pass@1' not in evaluation:
       continue
     tokens = row['tokens']
     rows.append({
       'run': workdir.name, 'seed': run['seed'], 'step': row['step'], 'tokens': tokens,
-      'flops': 8 * run['params_with_head'] * tokens, 'pass1': found['eval/held_out/pass@1'],
-      'pass4': found['eval/held_out/pass@4'], **told, 'seconds': round(run['seconds'], 1),
+      'flops': 8 * run['params_with_head'] * tokens, 'pass1': evaluation['eval/held_out/pass@1'],
+      'pass4': evaluation['eval/held_out/pass@4'], **latest, 'seconds': round(run['seconds'], 1),
     })  # fmt: skip
   return rows
 

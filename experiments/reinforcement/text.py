@@ -2,9 +2,9 @@
 
     python experiments/reinforcement/text.py --out=runs/sums
 
-A digit of an answer is another one with probability `--noise`. So the text shows how sums go, and a model that
-has learned it perfectly still answers most of them wrongly: what is left to reinforcement is a preference for
-right answers. No sum of the held-out problems occurs (`prompts.is_held_out`).
+A digit of an answer is wrong with probability `--noise`. So the text teaches addition, but a model that has
+learned it perfectly still gets most sums wrong: reinforcement learning has to teach it to prefer right answers.
+No held-out problem occurs in the text (`prompts.is_held_out`).
 """
 
 import argparse
@@ -16,30 +16,30 @@ from research.evaluation.generated_tasks import Arithmetic
 from research.reinforcement.prompts import is_held_out
 
 HELD_OUT = 0.1  # of all problems; the gin files say the same
-LINES = (
-  4  # to a document: freezing drops repeated documents, and so few that a line often begins a row
-)
+# Lines of a document. Freezing drops repeated documents, so that there must be several; and so few that a line
+# often begins a row.
+LINES = 4
 
 
-def noisy(answer: str, noise: float, chance: random.Random) -> str:
+def noisy(answer: str, noise: float, rng: random.Random) -> str:
   """The answer with each digit replaced by another one with probability `noise`."""
   digits = []
   for digit in answer:
     others = [other for other in '0123456789' if other != digit]
-    digits.append(chance.choice(others) if chance.random() < noise else digit)
+    digits.append(rng.choice(others) if rng.random() < noise else digit)
   return ''.join(digits)
 
 
 def documents(count: int, noise: float, seed: int):
   """Documents of a few sums, a line each."""
-  chance = random.Random(seed)
+  rng = random.Random(seed)
   task = Arithmetic()
   for _ in range(count):
     lines = []
     while len(lines) < LINES:
-      problem = task.problem(chance)
+      problem = task.problem(rng)
       if not is_held_out(problem.question, HELD_OUT):
-        lines.append(f'{problem.question}{noisy(problem.answer, noise, chance)}\n')
+        lines.append(f'{problem.question}{noisy(problem.answer, noise, rng)}\n')
     yield ''.join(lines)
 
 

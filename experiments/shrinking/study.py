@@ -2,9 +2,9 @@
 
     python experiments/shrinking/study.py --workdir=runs/shrinking
 
-For each seed it trains the large model, shrinks it to half, heals the half with and without the large one as
-its teacher, and trains the same half from scratch on as many tokens, at two rates. It goes on where it was
-stopped, and writes results.csv and healing.png beside itself.
+For each seed it trains the large model, shrinks it to half, heals the half with and without the large model as
+its teacher, and trains the same half from scratch on as many tokens, at two rates. Started again, it does only
+the missing runs. It writes results.csv and healing.png to its own folder.
 """
 
 import argparse
@@ -24,9 +24,10 @@ HERE = pathlib.Path(__file__).resolve().parent
 BASE = str(HERE / 'base.gin')
 HALF = ('LAYERS=3', 'MLP=56')
 HEALING = 100  # steps of 8 x 256 tokens, a quarter of what the large model had
-START, HEAL = 'gin/tuning/start.gin', 'gin/tuning/heal.gin'
+START = 'gin/tuning/start.gin'
+HEAL = 'gin/tuning/heal.gin'
 
-# How the half learns: the gin files beside its own, and its rate. A model from scratch may want a higher one.
+# How the half learns: (gin files after its own, learning rate). A model from scratch may need a higher rate.
 WAYS = {
   'from scratch at 3e-3': ((), 3e-3),
   'from scratch at 1e-2': ((), 1e-2),
@@ -36,7 +37,7 @@ WAYS = {
 
 
 def finished_run(folder: pathlib.Path, files: list[str], bindings: list[str]) -> dict:
-  """The row of a run, which is trained now where it is not finished."""
+  """The row of a run. The run is trained now if it is not finished."""
   if (folder / 'run.json').is_file():
     return json.loads((folder / 'run.json').read_text())
   config = configs.load(files, bindings)
@@ -44,7 +45,7 @@ def finished_run(folder: pathlib.Path, files: list[str], bindings: list[str]) ->
 
 
 def shrink(large: pathlib.Path, half: pathlib.Path) -> dict:
-  """Shrinks the large model where that is not done; returns the row of the half before any healing."""
+  """Shrinks the large model if that is not done yet; returns the row of the half before any healing."""
   if not half.exists():
     research.shrink.main(
       argparse.Namespace(
@@ -56,18 +57,19 @@ def shrink(large: pathlib.Path, half: pathlib.Path) -> dict:
 
 
 def study(workdir: pathlib.Path, seed: int) -> list[dict]:
-  """The rows of one seed: of the large model, of what was cut out of it, and of each way to train the half."""
-  large, half = workdir / 'large', workdir / 'half'
+  """The rows of one seed: of the large model, of the half before healing, and of each way to train the half."""
+  large = workdir / 'large'
+  half = workdir / 'half'
   rows = [{'way': 'large', **finished_run(large, [BASE], [f'Run.seed={seed}'])}]
   rows.append(shrink(large, half))
-  places = {
+  folders = {
     START: [f'BASE={str(half)!r}'],
     HEAL: [f'BASE={str(half)!r}', f'TEACHER={str(large)!r}'],
   }
   for way, (files, rate) in WAYS.items():
     bindings = [f'Run.steps={HEALING}', f'LEARNING_RATE={rate}']
     for file in files:
-      bindings += places[file]
+      bindings += folders[file]
     row = finished_run(workdir / folder_of(way), [str(half / 'config.gin'), *files], bindings)
     rows.append({'way': way, **row})
   return [{**row, 'seed': seed} for row in rows]

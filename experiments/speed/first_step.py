@@ -22,15 +22,10 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 def measure(gin_file: str, cache: pathlib.Path) -> float:
   """Seconds until metrics.jsonl has the row of step 1."""
   with tempfile.TemporaryDirectory() as workdir:
-    command = [
-      sys.executable,
-      '-m',
-      'research.train',
-      f'--gin_file={gin_file}',
-      f'--workdir={workdir}',
-    ]
-    command += ['--gin.Run.log_every=1']
-    rows, began = pathlib.Path(workdir, 'metrics.jsonl'), time.monotonic()
+    command = [sys.executable, '-m', 'research.train', f'--gin_file={gin_file}']
+    command += [f'--workdir={workdir}', '--gin.Run.log_every=1']
+    rows = pathlib.Path(workdir, 'metrics.jsonl')
+    start = time.monotonic()
     environment = os.environ | {'ISOFLOP_CACHE': str(cache)}
     with subprocess.Popen(
       command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
@@ -39,9 +34,9 @@ def measure(gin_file: str, cache: pathlib.Path) -> float:
         if run.poll() is not None:
           sys.exit(f'{" ".join(command)} failed:\n{run.stderr.read()}')
         time.sleep(0.02)
-      took = time.monotonic() - began
+      seconds = time.monotonic() - start
       run.kill()
-  return took
+  return seconds
 
 
 def main() -> None:
@@ -54,15 +49,13 @@ def main() -> None:
 
   with tempfile.TemporaryDirectory() as folder:
     cache = pathlib.Path(folder)
-    for name in (
-      'streams',
-      'corpora',
-      'vocabularies',
-    ):  # what is frozen stays; what is compiled goes
+    # Frozen data are shared with the user's cache; compiled programs are not.
+    for name in ('streams', 'corpora', 'vocabularies'):
       (default_cache() / name).mkdir(parents=True, exist_ok=True)
       (cache / name).symlink_to(default_cache() / name)
     measure(flags.gin_file, cache)  # freezes the stream where it is not there
-    cold, warm = [], []
+    cold = []
+    warm = []
     for _ in range(flags.repeats):
       shutil.rmtree(cache / 'xla', ignore_errors=True)
       cold.append(measure(flags.gin_file, cache))

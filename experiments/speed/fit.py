@@ -44,7 +44,8 @@ def scipy_fits(n, d, loss, starts, draws, gradient):
   from scipy.optimize import minimize
   from scipy.special import logsumexp
 
-  x, z = np.log(n), np.log(d)
+  x = np.log(n)
+  z = np.log(d)
 
   def objective(p, x, z, y):
     a, b, e, alpha, beta = p
@@ -55,16 +56,12 @@ def scipy_fits(n, d, loss, starts, draws, gradient):
     if not gradient:
       return value
     share = np.exp(terms - (r + y)) * np.clip(r, -1e-3, 1e-3)
-    slope = [
-      share[0].sum(),
-      share[1].sum(),
-      share[2].sum(),
-      -(share[0] * x).sum(),
-      -(share[1] * z).sum(),
-    ]
-    return value, np.array(slope)
+    slopes = [*share.sum(1), -(share[0] * x).sum(), -(share[1] * z).sum()]
+    return value, np.array(slopes)
 
-  fit = lambda p, *data: minimize(objective, p, args=data, method='L-BFGS-B', jac=gradient or None)
+  def fit(start, *data):
+    return minimize(objective, start, args=data, method='L-BFGS-B', jac=gradient or None)
+
   y = np.log(loss)
   ends = [fit(p, x, z, y) for p in starts]
   best = min(ends, key=lambda r: r.fun)
@@ -81,11 +78,10 @@ def scipy_fits(n, d, loss, starts, draws, gradient):
 def batched_fits(n, d, loss, starts, draws):
   from research.scaling import bootstrap, law_fit, laws
 
-  found = law_fit.fit(
-    laws.Chinchilla(), {'params': n, 'tokens': d}, loss, starts=starts, check=False
-  )
-  spread = bootstrap.bootstrap(found, 'pairs', draws=draws)
-  return found, spread
+  """(the fit of Chinchilla's law, its bootstrap)."""
+  data = {'params': n, 'tokens': d}
+  fitted = law_fit.fit(laws.Chinchilla(), data, loss, starts=starts, check=False)
+  return fitted, bootstrap.bootstrap(fitted, 'pairs', draws=draws)
 
 
 def main():
@@ -109,17 +105,17 @@ def main():
   draws = np.array([random.choice(len(n), len(n)) for _ in range(flags.bootstraps)])
   grid = laws.hoffmann_starts()
   ours = grid if flags.hoffmann else 'grid'
-  found, spread = batched_fits(n, d, loss, ours, draws)
+  fitted, spread = batched_fits(n, d, loss, ours, draws)
   cold = time.process_time() - START
-  took = []
+  seconds = []
   for _ in range(3):
     start = time.process_time()
-    found, spread = batched_fits(n, d, loss, ours, draws)
-    took.append(time.process_time() - start)
-  warm = float(np.median(took))
+    fitted, spread = batched_fits(n, d, loss, ours, draws)
+    seconds.append(time.process_time() - start)
+  warm = float(np.median(seconds))
   print(f'batched: {cold:.2f} s of CPU cold, {warm:.2f} s warm (median of 3)', flush=True)
   print(
-    f'  objective {found.objective:.12g}, {len(found.minima)} distinct minima from {found.starts} starts'
+    f'  objective {fitted.objective:.12g}, {len(fitted.minima)} distinct minima from {fitted.starts} starts'
   )
   errors = ', '.join(f'{k} {v:.4g}' for k, v in spread.standard_errors().items())
   print(f'  standard errors from {flags.bootstraps} bootstrap fits: {errors}', flush=True)
@@ -141,7 +137,7 @@ def main():
     f'ours is worse in {worse} of {len(theirs)} replicates, lower by more than 1e-6 in ', end=''
   )
   print((spread.objective < theirs * (1 - 1e-6)).sum())
-  print(f'best objective, ours / scipy - 1: {found.objective / best - 1:.2e}')
+  print(f'best objective, ours / scipy - 1: {fitted.objective / best - 1:.2e}')
 
 
 if __name__ == '__main__':

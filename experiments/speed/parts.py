@@ -38,8 +38,8 @@ def step_of(preset: str, bindings: list[str], batch: int, length: int):
 
   def loss(params, tokens):
     logits, penalties = nnx.merge(graphdef, params)({'decoder_input_tokens': tokens})
-    picked = jnp.sum(jnp.where(jax.nn.one_hot(tokens, logits.shape[-1], dtype=bool), logits, 0), -1)
-    return jnp.mean(jax.nn.logsumexp(logits, -1) - picked) + sum(penalties.values())
+    target = jnp.sum(jnp.where(jax.nn.one_hot(tokens, logits.shape[-1], dtype=bool), logits, 0), -1)
+    return jnp.mean(jax.nn.logsumexp(logits, -1) - target) + sum(penalties.values())
 
   step = jax.jit(jax.value_and_grad(loss)).lower(params, tokens).compile()
   active = counts.count(model, {'targets': length}).params_active
@@ -60,22 +60,23 @@ def moe() -> None:
   sizes = ['VOCAB=512', 'EMBED=256', 'LAYERS=2', 'HEADS=4', 'KV_HEADS=4', 'HEAD_DIM=64']
   experts = step_of('mixtral/8x7b', [*sizes, 'MLP=512', 'EXPERTS=8', 'ACTIVE=2'], 8, 256)
   dense = step_of('llama/7b', [*sizes, 'MLP=1024'], 8, 256)
-  ms = [1e3 * seconds(*made[:3]) for made in (experts, dense)]
+  experts_ms = 1e3 * seconds(*experts[:3])
+  dense_ms = 1e3 * seconds(*dense[:3])
   print(
-    f'top-2 of 8: {experts[3]:,} active parameters, {ms[0]:.0f} ms of CPU a step of 2,048 tokens'
+    f'top-2 of 8: {experts[3]:,} active parameters, {experts_ms:.0f} ms of CPU a step of 2,048 tokens'
   )
-  print(f'dense:      {dense[3]:,} parameters, {ms[1]:.0f} ms of CPU a step')
-  print(f'ratio {ms[0] / ms[1]:.2f}')
+  print(f'dense:      {dense[3]:,} parameters, {dense_ms:.0f} ms of CPU a step')
+  print(f'ratio {experts_ms / dense_ms:.2f}')
 
 
 def mamba() -> None:
   sizes = ['VOCAB=512', 'EMBED=64', 'LAYERS=2']
   for length in (256, 1024, 4096):
     step, params, tokens, _ = step_of('mamba/130m', sizes, 2, length)
-    held = step.memory_analysis().temp_size_in_bytes
+    temporaries = step.memory_analysis().temp_size_in_bytes
     rate = tokens.size / seconds(step, params, tokens, repeats=3)
     print(
-      f'length {length}: {rate:,.0f} tokens per CPU second, {held / 2**20:.1f} MiB of temporaries'
+      f'length {length}: {rate:,.0f} tokens per CPU second, {temporaries / 2**20:.1f} MiB of temporaries'
     )
 
 

@@ -13,6 +13,7 @@ import re
 import tempfile
 
 from research.compilation import chips
+from research.core.errors import first_line
 
 GIB = 2**30
 DUMP = tempfile.TemporaryDirectory()
@@ -24,7 +25,9 @@ import jax.numpy as jnp  # noqa: E402
 
 
 def loss(weights, x):
-  layer = lambda x, w: (jnp.tanh(x @ w) + x, None)
+  def layer(x, w):
+    return jnp.tanh(x @ w) + x, None
+
   y, _ = jax.lax.scan(jax.checkpoint(layer), x, weights)
   return jnp.mean(y.astype(jnp.float32) ** 2)
 
@@ -45,9 +48,11 @@ def main() -> None:
   parser.add_argument('--layers', type=int, nargs='+', default=[8, 57, 58, 60])
   devices, _ = chips.devices_of('v5e:2x2')
   mesh = jax.make_mesh((4,), ('data',), devices=devices)
-  array = lambda shape, spec: jax.ShapeDtypeStruct(
-    shape, jnp.bfloat16, sharding=jax.NamedSharding(mesh, spec)
-  )
+
+  def array(shape, spec):
+    sharding = jax.NamedSharding(mesh, spec)
+    return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding)
+
   print('GiB a device: layers, allotted, arguments + temp_size, peak')
   for layers in parser.parse_args().layers:
     arguments = (
@@ -57,7 +62,7 @@ def main() -> None:
     try:
       compiled = jax.jit(update, donate_argnums=0).lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
-      print(f'{layers:4}  {str(error).splitlines()[0]}')
+      print(f'{layers:4}  {first_line(error)}')
       continue
     stats = compiled.memory_analysis()
     total = stats.argument_size_in_bytes + stats.temp_size_in_bytes

@@ -1,22 +1,24 @@
-"""Answers from a function of the request, in place of a model."""
+"""An engine that answers by a function of the request, without a model."""
 
 from research.data.encoding import ByteEncoding
+from research.evaluation.callbacks import keep_nothing, no_progress
 from research.evaluation.rows import Settings
 
 
 class Scripted:
-  """As `evaluation.engine.Engine`; counts what it was asked."""
+  """Stands in for `evaluation.engine.Engine`, and counts its requests."""
 
   encoding = ByteEncoding()
   settings = Settings(length=128)
 
-  def __init__(self, answer):
-    self.one, self.asked = answer, 0
+  def __init__(self, function):
+    self.function = function
+    self.requests = 0
 
-  def answer(self, requests, progress=lambda done, of: None, keep=lambda number, answer: None):
+  def answer(self, requests, progress=no_progress, keep=keep_nothing):
     answers = []
     for number, request in enumerate(requests):
-      answers.append(self.one(request))
-      self.asked += 1
+      answers.append(self.function(request))
+      self.requests += 1
       keep(number, answers[-1])
     return answers

@@ -82,7 +82,7 @@ def test_functions_and_imports_of_a_module():
 
 @pytest.fixture
 def modules(monkeypatch):
-  """Documents with functions and imports of their own."""
+  """Documents with different functions and imports."""
   texts = [MODULE.replace('area', f'area{i}').replace('3.14', str(i)).replace('circle', f'circle {i}')
            .replace('a.b', f'a.b{i}') for i in range(14)]  # fmt: skip
   monkeypatch.setattr(retrieval_tasks, 'documents', lambda corpus, most: texts[:most])
@@ -108,26 +108,30 @@ def test_a_model_that_knows_the_function_ranks_it_first(mode, modules):
   task = retrieval_tasks.DocstringRetrieval(corpus=CORPUS, mode=mode, candidates=6, examples=8)
   result = task.run(Scripted(answer))
   assert (result['metrics']['mrr'], result['metrics']['ndcg@10']) == (1.0, 1.0)
-  blind = task.run(Scripted(lambda r: Embedding(np.ones(3, np.float32)) if isinstance(r, Embed)
-                            else Likelihood(-1.0, 1, False)))  # fmt: skip
-  assert blind['metrics']['mrr'] < 0.9
+
+  def blind(request):
+    if isinstance(request, Embed):
+      return Embedding(np.ones(3, np.float32))
+    return Likelihood(-1.0, 1, False)
+
+  assert task.run(Scripted(blind))['metrics']['mrr'] < 0.9
   few = retrieval_tasks.DocstringRetrieval(corpus=CORPUS, candidates=40)
   assert 'too few for 40 candidates; lower DocstringRetrieval.candidates' in few.run(None)['error']
 
 
 def test_the_next_item_is_asked_for_among_unseen_ones(modules):
   task = retrieval_tasks.NextImport(corpus=CORPUS, candidates=4, history=3, examples=9)
-  first, second = task.items(), task.items()
-  assert first == second
-  assert len(first) == 9
-  for item in first:
+  items = task.items()
+  assert items == task.items()
+  assert len(items) == 9
+  for item in items:
     options = [request.continuation.strip() for request in item.requests]
     question = item.requests[0].context
     history = question.partition('imported ')[2].partition('.\n')[0].split(', ')
     assert len(set(options)) == 4
     assert not set(options) & set(history)
     users = [retrieval_tasks.imports_of(text) for text in modules]
-    # The right one follows the last of the history, in the text of some module.
+    # The right candidate follows the last item of the history in some module.
     follows = {user[user.index(history[-1]) + 1] for user in users if history[-1] in user[:-1]}
     assert options[item.target] in follows
 

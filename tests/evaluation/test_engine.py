@@ -1,6 +1,4 @@
-"""Answers equal those of an independent implementation, and depend on nothing but their own request."""
-
-import functools
+"""Answers equal those of transformers, and depend on their own request alone."""
 
 import jax
 import numpy as np
@@ -122,7 +120,8 @@ def test_another_batch_size_changes_nothing_but_the_last_digits(llama):
 
 def test_a_context_is_read_once_for_all_its_continuations(llama, monkeypatch):
   _, make = llama
-  read, contexts = programs.read, []
+  read = programs.read
+  contexts = []
 
   def counted(graphdef, params, batch, **settings):
     contexts.append(np.asarray(batch['decoder_segment_ids']).any(1).sum())
@@ -140,13 +139,13 @@ def test_a_context_is_read_once_for_all_its_continuations(llama, monkeypatch):
 @pytest.mark.slow
 def test_two_devices_give_the_same_answers(llama):
   _, make = llama
-  one = make(batch_size=4)
+  engine = make(batch_size=4)
   requests = [*REQUESTS[:6], GenerateUntil('the ', max_tokens=3)]
-  expected = one.answer(requests)
+  expected = engine.answer(requests)
   with Mesh(data=2).use(jax.local_devices()[:2]):
-    everywhere = jax.NamedSharding(jax.sharding.get_mesh(), jax.P())
-    params = jax.device_put(jax.device_get(one.params), everywhere)
-    answers = Engine(one.graphdef, params, one.encoding, one.settings, 4).answer(requests)
+    replicated = jax.NamedSharding(jax.sharding.get_mesh(), jax.P())
+    params = jax.device_put(jax.device_get(engine.params), replicated)
+    answers = Engine(engine.graphdef, params, engine.encoding, engine.settings, 4).answer(requests)
   for answer, other in zip(answers[:-1], expected[:-1], strict=True):
     assert answer.nats == pytest.approx(other.nats, rel=1e-5)
   assert answers[-1] == expected[-1]
@@ -163,11 +162,12 @@ def test_tokens_are_scored_as_they_are(llama):
 
 def test_a_model_that_cannot_decode_reads_whole_rows(llama):
   _, make = llama
-  engine, expected = make(), make().answer(REQUESTS)
+  engine = make()
+  expected = make().answer(REQUESTS)
   engine.cannot_decode = 'the part X cannot decode.'
-  for answer, other in zip(engine.answer(REQUESTS), expected, strict=True):
-    assert answer.nats == pytest.approx(other.nats, rel=1e-5)
-    assert answer.greedy == other.greedy
+  for answer, reference in zip(engine.answer(REQUESTS), expected, strict=True):
+    assert answer.nats == pytest.approx(reference.nats, rel=1e-5)
+    assert answer.greedy == reference.greedy
   (generated,) = engine.answer([GenerateUntil('the ')])
   assert generated == Failed('the part X cannot decode.')
 
@@ -233,11 +233,12 @@ def test_what_does_not_fit_is_refused_or_cut_and_told(llama):
     assert 'do not fit the length 64' in answer.reason
   cut, generated, _ = make(length=64, too_long='cut').answer(long)
   assert (cut.cut, generated.cut) == (102 - 64, 105 - 64)
-  # The left is cut, and what is left is scored as if it were all.
+  # The left is cut, and the rest is scored as if it were the whole context.
   (same,) = make(length=64, begin=None).answer([LogLikelihood('x' * 63, 'yz')])
   assert cut.nats == pytest.approx(same.nats, rel=1e-6)
-  (whole,) = make(length=64, too_long='cut').answer([LogLikelihood('x', 'y' * 65)])
-  assert isinstance(whole, Failed)
+  # A continuation is never cut.
+  (failed,) = make(length=64, too_long='cut').answer([LogLikelihood('x', 'y' * 65)])
+  assert isinstance(failed, Failed)
 
 
 @pytest.mark.parametrize(
@@ -260,7 +261,8 @@ def test_a_request_without_an_answer_fails_and_the_others_do_not(request_, setti
 def test_the_context_of_a_prefix_model_sees_itself_both_ways(llama):
   _, make = llama
   engine = make(architecture='prefix')
-  context, continuation = ByteEncoding().encode('the law'), ByteEncoding().encode('of')
+  context = ByteEncoding().encode('the law')
+  continuation = ByteEncoding().encode('of')
   inputs = np.array([[0, *context, *continuation[:-1]]], np.int32)
   batch = {
     'decoder_input_tokens': inputs,
@@ -271,8 +273,9 @@ def test_the_context_of_a_prefix_model_sees_itself_both_ways(llama):
   logits = np.asarray(model(batch)[0][0], np.float64)
   logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
   expected = logs[7, continuation[0]] + logs[8, continuation[1]]
-  answer, causal = (make(architecture=a).answer([LogLikelihood('the law', 'of')])[0]
-                    for a in ('prefix', 'decoder'))  # fmt: skip
+  request = LogLikelihood('the law', 'of')
+  (answer,) = engine.answer([request])
+  (causal,) = make(architecture='decoder').answer([request])
   assert answer.nats == pytest.approx(expected, rel=1e-5)
   assert abs(causal.nats - answer.nats) > 1e-3
 
@@ -290,17 +293,21 @@ def test_an_encoder_decoder_equals_transformers(tmp_path, mesh):
   requests = [LogLikelihood(a, b) for a, b in zip(TEXTS, CONTINUATIONS, strict=True)]
   generated = [GenerateUntil(text, (), 4) for text in TEXTS[:2]]
   *answers, first, second = engine.answer([*requests, *generated])
-  encode = functools.partial(torch.tensor)
   for request, answer in zip(requests, answers, strict=True):
     source = [*ByteEncoding().encode(request.context), 1]
     target = ByteEncoding().encode(request.continuation)
     with torch.no_grad():
-      out = reference(input_ids=encode([source]), decoder_input_ids=encode([[0, *target[:-1]]]))
+      out = reference(
+        input_ids=torch.tensor([source]), decoder_input_ids=torch.tensor([[0, *target[:-1]]])
+      )
     logs = torch.log_softmax(out.logits[0].double(), -1)
     expected = logs[torch.arange(len(target)), torch.tensor(target)].sum()
     assert answer.nats == pytest.approx(float(expected), rel=1e-4)
+  # An empty target has no likelihood, here as in a decoder.
+  (failed,) = engine.answer([LogLikelihood('a', '')])
+  assert failed == Failed('the continuation has no tokens.')
   for request, answer in zip(generated, (first, second), strict=True):
-    source = encode([[*ByteEncoding().encode(request.context), 1]])
+    source = torch.tensor([[*ByteEncoding().encode(request.context), 1]])
     with torch.no_grad():
       out = reference.generate(source, max_new_tokens=4, do_sample=False, eos_token_id=1)
     assert answer.text == ByteEncoding().decode(out[0, 1:].tolist())

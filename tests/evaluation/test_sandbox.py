@@ -1,4 +1,4 @@
-"""No program of a model harms the machine: each of these tries, and is counted as failed."""
+"""Hostile programs: none of them harms the machine, and each is counted as failed."""
 
 import os
 import pathlib
@@ -58,10 +58,10 @@ def test_endless_output_is_cut():
 
 
 def test_endless_work_is_ended():
-  began = time.monotonic()
+  start = time.monotonic()
   outcome = run_python('while True: pass', Limits(seconds=0.5))
   assert (outcome.code, outcome.reason) == (None, 'it ran longer than 0.5 s')
-  assert time.monotonic() - began < 10
+  assert time.monotonic() - start < 10
 
 
 def test_the_environment_has_no_secrets(monkeypatch):
@@ -112,9 +112,8 @@ def test_packages_of_this_environment_are_not_there():
 def test_the_answers_of_the_problems_are_right_and_checked():
   for problem in builtin_problems():
     scope = {}
-    exec(
-      f'{problem.prompt}{problem.solution}\n{problem.test}', scope
-    )  # of this project's own making
+    # This code is the project's own.
+    exec(f'{problem.prompt}{problem.solution}\n{problem.test}', scope)
     scope['check'](scope[problem.name])
     with pytest.raises(Exception):  # noqa: B017, PT011  (a wrong answer fails in some way)
       scope['check'](lambda *arguments: 'wrong')
@@ -125,7 +124,7 @@ def test_a_completion_passes_by_passing_its_tests():
   assert passes(problem, problem.solution, SHORT)
   assert not passes(problem, '  return a - b\n', SHORT)
   assert not passes(problem, '  return (\n', SHORT)
-  # It ends itself before the tests are through.
+  # It exits before the tests have run.
   assert not passes(problem, '  return a + b\nimport os\nos._exit(0)\n', SHORT)
 
 

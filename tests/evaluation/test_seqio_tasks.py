@@ -68,7 +68,7 @@ def test_the_metrics_of_seqio_on_the_same_predictions(module):
   engine = Scripted(answer)
   result = task.run(engine)
   assert 'error' not in result, result
-  assert (result['items'], engine.asked) == (5, 10)
+  assert (result['items'], engine.requests) == (5, 10)
   # The metrics straight from their functions, without seqio's Evaluator.
   import t5.evaluation.metrics as reference
 

@@ -1,4 +1,4 @@
-"""Tasks judge answers as they should, and a suite keeps what is finished, tells what failed, and goes on."""
+"""Tasks judge answers rightly; a suite keeps finished tasks, tells what failed, and goes on after a kill."""
 
 import dataclasses
 import json
@@ -34,7 +34,7 @@ KINDS = (
 
 
 def solve(question: str) -> str:
-  """The answer to a generated question, by other means than the task's."""
+  """The answer to a generated question, by other code than the task's."""
   verb, _, rest = question.partition(' ')
   word = rest.rstrip(':')
   match verb:
@@ -51,20 +51,20 @@ def solve(question: str) -> str:
 
 @pytest.mark.parametrize('task', KINDS, ids=lambda task: task.name)
 def test_a_generated_problem_is_right(task):
-  chance = random.Random(1)
+  rng = random.Random(1)
   for _ in range(200):
-    problem = task.problem(chance)
+    problem = task.problem(rng)
     assert problem.answer == solve(problem.question)
     assert problem.answer
   chain = dataclasses.replace(task, mode='chain', shots=2)
-  first, second = (chain.items()[0].requests[0] for _ in range(2))
-  assert first == second  # the same every time
+  first = chain.items()[0].requests[0]
+  assert first == chain.items()[0].requests[0]  # the same every time
   *shots, question = first.context.split('\n')
   assert len(shots) == 2
   assert question not in [shot[: len(question)] for shot in shots]
   for line in (*shots, question + first.continuation.strip()):
-    asked, _, given = line.partition('[')
-    assert given.rpartition(']')[2] == solve(asked)
+    question, _, chain = line.partition('[')
+    assert chain.rpartition(']')[2] == solve(question)
 
 
 def test_the_columns_of_an_addition_are_its_chain():
@@ -72,29 +72,35 @@ def test_the_columns_of_an_addition_are_its_chain():
   assert (problem.question, problem.steps, problem.answer) == ('89+42=', '9+2=11,8+4+1=13', '131')
 
 
-def knows(request):
-  """Knows every sum, and writes its chain."""
+def right_answer(request):
+  """Finds every continuation certain, and writes a chain with the right answer."""
   if isinstance(request, LogLikelihood):
     return Likelihood(-0.5, len(request.continuation), True)
   question = request.context.split('\n')[-1]
   return Generation(f'[so]{solve(question)}', 5, True)
 
 
+def wrong_answer(request):
+  if isinstance(request, LogLikelihood):
+    return Likelihood(-9.0, 3, False)
+  return Generation(']7', 2, True)
+
+
+def endless_answer(request):
+  """The right answer, but the text does not stop after it."""
+  answer = right_answer(request)
+  return dataclasses.replace(answer, stopped=False) if isinstance(answer, Generation) else answer
+
+
 def test_accuracy_is_of_the_answer_and_nats_are_beside_it():
   direct = generated_tasks.Arithmetic(examples=20)
   chain = dataclasses.replace(direct, mode='chain')
   for task in (direct, chain):
-    result = task.run(Scripted(knows))
+    result = task.run(Scripted(right_answer))
     assert result['metrics']['accuracy'] == 1.0
     assert result['metrics']['nats'] == 0.5
-    wrong = task.run(Scripted(lambda request: (
-      Likelihood(-9.0, 3, False) if isinstance(request, LogLikelihood) else Generation(']7', 2, True)
-    )))  # fmt: skip
-    assert wrong['metrics']['accuracy'] == 0.0
-  endless = chain.run(Scripted(
-    lambda request: dataclasses.replace(a, stopped=False) if hasattr(a := knows(request), 'text') else a
-  ))  # fmt: skip
-  assert endless['metrics']['accuracy'] == 0.0
+    assert task.run(Scripted(wrong_answer))['metrics']['accuracy'] == 0.0
+  assert chain.run(Scripted(endless_answer))['metrics']['accuracy'] == 0.0
 
 
 def test_choices_by_likelihood_and_by_likelihood_per_byte():
@@ -135,23 +141,25 @@ class Missing(Task):
 
 def test_a_suite_goes_on_where_it_was_and_past_a_task_without_data(tmp_path):
   tasks = (generated_tasks.Copying(examples=4), Missing(), generated_tasks.Sorting(examples=4))
-  whole = suite.Suite(tasks=tasks)
-  calls, identity = [], {'checkpoint': 'runs/a', 'step': 7}
+  three = suite.Suite(tasks=tasks)
+  calls = []
+  identity = {'checkpoint': 'runs/a', 'step': 7}
 
   def dies(request):
     calls.append(request)
     if len(calls) > 6:
       raise KeyboardInterrupt
-    return knows(request)
+    return right_answer(request)
 
   with pytest.raises(KeyboardInterrupt):
-    suite.run_suite(whole, Scripted(dies), tmp_path, identity)
+    suite.run_suite(three, Scripted(dies), tmp_path, identity)
   # Cut within a line, as a kill does.
   kept = tmp_path / 'sorting-5-0shot-direct.answers.jsonl'
   kept.write_text(kept.read_text()[:-9])
-  engine, lines = Scripted(knows), []
-  summary = suite.run_suite(whole, engine, tmp_path, identity, lines.append)
-  assert engine.asked == 3  # of the sorting, where one of two answers was whole
+  engine = Scripted(right_answer)
+  lines = []
+  summary = suite.run_suite(three, engine, tmp_path, identity, lines.append)
+  assert engine.requests == 3  # of the sorting, where one of two answers was whole
   assert 'sorting-5-0shot-direct: 1 earlier answers are kept' in lines
   assert not kept.exists()
   row = json.loads((tmp_path / 'row.json').read_text())
@@ -161,9 +169,9 @@ def test_a_suite_goes_on_where_it_was_and_past_a_task_without_data(tmp_path):
   assert row['eval/missing/error'] == 'there is no file x.jsonl.'
   assert row['eval/sorting-5-0shot-direct/failed'] == 0
   # Another checkpoint is another result.
-  engine = Scripted(knows)
-  suite.run_suite(whole, engine, tmp_path, {**identity, 'step': 8})
-  assert engine.asked == 8
+  engine = Scripted(right_answer)
+  suite.run_suite(three, engine, tmp_path, {**identity, 'step': 8})
+  assert engine.requests == 8
 
 
 def one_task(**settings):
@@ -197,8 +205,8 @@ def test_what_is_wrong_with_a_suite_is_told(make, message):
 def test_every_suite_of_the_project_builds():
   files = sorted((configs.ROOT / 'gin' / 'evaluation').glob('*.gin'))
   built = [configs.load(str(file), root='EVALUATION').build() for file in files]
-  assert [len(one.tasks) for one in built] == [4, 9]
-  assert all(len(set(one.labels)) == len(one.tasks) for one in built)
+  assert [len(each.tasks) for each in built] == [4, 9]
+  assert all(len(set(each.labels)) == len(each.tasks) for each in built)
 
 
 @pytest.fixture
@@ -401,8 +409,9 @@ def test_killed_in_a_task_it_goes_on_with_the_next_request(trained, tmp_path, us
     sys.executable, '-m', 'research.evaluate', f'--gin_file={gin_file}', f'--checkpoint={run}',
     f'--out={out}', '--gin.Copying.examples=3000', '--gin.Suite.tasks=(@Copying(),)',
   ]  # fmt: skip
-  nowhere = subprocess.DEVNULL
-  process = subprocess.Popen(words, cwd=configs.ROOT, env=user_environment, stdout=nowhere)
+  process = subprocess.Popen(
+    words, cwd=configs.ROOT, env=user_environment, stdout=subprocess.DEVNULL
+  )
   kept = out / 'copying-5-0shot-direct.answers.jsonl'
   deadline = time.monotonic() + 120
   while not kept.exists() or kept.read_text().count('\n') < 20:
@@ -416,8 +425,8 @@ def test_killed_in_a_task_it_goes_on_with_the_next_request(trained, tmp_path, us
     words, cwd=configs.ROOT, env=user_environment, capture_output=True, text=True
   )
   assert done.returncode == 0, done.stderr
-  told = int(re.search(r'([\d,]+) earlier answers are kept', done.stdout)[1].replace(',', ''))
-  assert answered - 1 <= told < 3000
+  kept_count = re.search(r'([\d,]+) earlier answers are kept', done.stdout)[1]
+  assert answered - 1 <= int(kept_count.replace(',', '')) < 3000
   resumed = json.loads((out / 'results.json').read_text())['tasks']['copying-5-0shot-direct']
   whole = subprocess.run(
     [*words[:-3], f'--out={tmp_path / "whole"}', *words[-2:]], cwd=configs.ROOT, env=user_environment,
