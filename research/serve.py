@@ -6,9 +6,13 @@
 The checkpoint is a run's workdir or a converted model's folder; --hf reads a Hugging Face folder as it is. It
 answers /v1/chat/completions, /v1/completions, /v1/embeddings and /v1/models. The key that requests must have is
 ISOFLOP_API_KEY of the environment; a server that other machines reach needs one.
+
+One device serves, unless gin names a mesh for all of them: --gin_file=gin/meshes/data.gin --gin.Mesh.tensor=2
 """
 
 from research.core import cli
+
+DEFAULT_MESH_FILE = 'gin/meshes/data.gin'  # what --gin.Mesh.tensor=2 alone changes
 
 
 def _flags():
@@ -19,6 +23,8 @@ def _flags():
   parser.add_argument('--name', default='', help=what)
   what = "a chat template's file, or plain; default: the model's own"
   parser.add_argument('--template', metavar='FILE', help=what)
+  what = 'a mesh over all devices (gin/meshes); default: one device'
+  parser.add_argument('--gin_file', action='append', default=[], metavar='FILE', help=what)
   parser.add_argument('--host', default='127.0.0.1', help='(default 127.0.0.1)')
   numbers = {
     'port': (8000, '0 takes a free one'),
@@ -60,9 +66,6 @@ from research.core.errors import UserError
 
 
 def main(flags) -> int:
-  import jax
-
-  from research.parallel.mesh import Mesh
   from research.training.program import keep_compiled
 
   try:
@@ -80,11 +83,26 @@ def main(flags) -> int:
       slots=flags.slots, int8=flags.int8, kept=flags.kept,
     )  # fmt: skip
 
-  def mesh():
-    return Mesh().use(jax.devices()[:1])
-
+  mesh, devices = mesh_of(flags.gin_file, flags.gin)
   knobs = Knobs(flags.host, flags.port, flags.queue, flags.timeout, flags.drain)
-  return serve(open_model, mesh, knobs, lambda line: print(line, flush=True))
+  return serve(open_model, lambda: mesh.use(devices), knobs, lambda line: print(line, flush=True))
+
+
+def mesh_of(files: list[str], bindings: list[str]):
+  """(the mesh that gin names, over all devices; without gin one device)."""
+  import jax
+
+  from research.core import configs
+  from research.parallel.mesh import Mesh
+
+  if not files and not bindings:
+    return Mesh(), jax.devices()[:1]
+  # The files bind a run's mesh, and here there is no run.
+  config = configs.load(files or [DEFAULT_MESH_FILE], ['MESH=@Mesh()', *bindings], root='MESH')
+  mesh = config.tree()
+  with config.explains():  # whether it divides the devices
+    mesh.shape(jax.device_count())
+  return mesh, jax.devices()
 
 
 if __name__ == '__main__':

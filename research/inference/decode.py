@@ -155,10 +155,18 @@ def _separate(graphdef: nnx.GraphDef, params: dict) -> dict:
 
 
 def insert(cache: Cache, other: Cache, row: jax.Array | int) -> Cache:
-  """Returns the cache with its rows from `row` on replaced by those of another cache."""
+  """Returns the cache with its row number `row` replaced by another cache of one row.
+
+  Where the mesh splits rows over n devices, the other cache has n copies of that row (`padding.for_mesh`).
+  """
 
   def put(x, y):
-    return jax.lax.dynamic_update_slice_in_dim(x, y, row, 0)
+    if len(y) == 1:
+      return jax.lax.dynamic_update_slice_in_dim(x, y, row, 0)
+    # Each part looks whether the row is its own. The update in place above would gather the whole cache.
+    numbers = shard(jnp.arange(len(x)), 'batch')
+    copies = jnp.repeat(y, len(x) // len(y), 0, out_sharding=spec_of(y))
+    return jax.vmap(lambda i, x, y: jnp.where(i == row, y, x))(numbers, x, copies)
 
   return jax.tree.map(put, cache, other)
 

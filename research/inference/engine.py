@@ -24,13 +24,14 @@ from research.inference import decode as decoding
 from research.inference import programs, sampling
 from research.inference.answering import Answering, Event
 from research.inference.graph import graph_of
-from research.inference.padding import padded_length, padded_row
+from research.inference.padding import for_mesh, padded_length, padded_row
 from research.inference.programs import Plan, Slots
 from research.inference.prompts import PromptReader, Reading, Result
 from research.inference.request import Completion, Request
 from research.inference.request_check import check_model, check_request
 from research.inference.sampling import Sampling
 from research.inference.text import TextStream
+from research.parallel.axes import axis_size
 
 
 @dataclasses.dataclass
@@ -79,6 +80,10 @@ class Engine(Answering):
     for field, value in {'slots': slots, 'room': room, 'chunk': chunk, 'pieces': pieces}.items():
       if value is not None and value < 1:
         raise Invalid(Engine, field, f'{value!r} must be 1 or more.')
+    split = axis_size('batch')
+    if slots % split:
+      why = f'{slots} must be a multiple of {split}, because the mesh splits the slots into so many parts.'
+      raise Invalid(Engine, 'slots', why)
     self._training_graph = graphdef
     self.decode = decode
     self.room = room
@@ -116,16 +121,22 @@ class Engine(Answering):
     logits, cache = jax.eval_shape(read, self.params)
 
     def zeros(x):
-      return jnp.zeros((slots, *x.shape[1:]), x.dtype)
+      return jax.sharding.reshard(jnp.zeros((slots, *x.shape[1:]), x.dtype), x.sharding.spec)
 
     table = slots, self.vocab
-    return Slots(
-      logits=zeros(logits),
-      cache=jax.tree.map(zeros, cache),
-      occurred=jnp.zeros(table, bool),
-      generated=jnp.zeros(table, jnp.int32),
-      number=jnp.zeros(slots, jnp.int32),
-    )
+
+    # Compiled, because otherwise one device would hold a whole cache before it is split.
+    @jax.jit
+    def make():
+      return Slots(
+        logits=jnp.zeros(table, logits.dtype),
+        cache=jax.tree.map(zeros, cache),
+        occurred=jnp.zeros(table, bool),
+        generated=jnp.zeros(table, jnp.int32),
+        number=jnp.zeros(slots, jnp.int32),
+      )
+
+    return make()
 
   def submit(self, request: Request) -> int:
     check_request(request, self.vocab, self.room, self.encoder_room, self.decode is not None)
@@ -211,7 +222,7 @@ class Engine(Answering):
     )  # fmt: skip
 
   def _read_more(self, tokens: np.ndarray, cache: decoding.Cache) -> Result:
-    return programs.read_more(self.graphdef, self.params, tokens, cache)
+    return programs.read_more(self.graphdef, self.params, for_mesh(tokens), cache)
 
   def _batch(self, prompt: Sequence[int], request: Request) -> dict[str, np.ndarray]:
     batch = padded_row('decoder', prompt, padded_length(len(prompt), self.chunk))

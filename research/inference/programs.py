@@ -11,6 +11,7 @@ from flax import nnx
 from research.inference import decode, sampling
 from research.inference.decode import Cache
 from research.inference.graph import Graph, merge
+from research.parallel.axes import axes_of, axis_size, shard, spec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,9 @@ class Plan:
 class Slots:
   """The arrays of an engine, with a row for each slot.
 
+  A mesh splits the rows of the cache like those of a batch. The other arrays are small, and every device has them
+  whole.
+
   Attributes:
     logits: [slots, vocab], for the next token.
     cache: the model's cache.
@@ -60,7 +64,14 @@ def read(
 ) -> tuple[jax.Array, Cache]:
   """Reads prompts; returns the logits after each of them, [rows, vocab], and the cache."""
   logits, cache = decode.prefill(merge(graphdef, params), batch, room, ahead=ahead, int8=int8)
-  return logits.astype(jnp.float32), cache
+  if axis_size('batch') > 1:
+    cache = jax.tree.map(_split_rows, cache)
+  return _whole(logits), cache
+
+
+def _split_rows(x: jax.Array) -> jax.Array:
+  """Returns an array [rows, ...] with its rows split like those of a batch, however the model left them."""
+  return jax.sharding.reshard(x, jax.P(*spec('batch'), *axes_of(x)[1:]))
 
 
 @functools.partial(jax.jit, static_argnames='graphdef', donate_argnames='cache')
@@ -69,7 +80,12 @@ def read_more(
 ) -> tuple[jax.Array, Cache]:
   """Reads another part of the prompts, tokens [rows, length]; returns logits and cache as `read` does."""
   logits, cache = decode.step(merge(graphdef, params), tokens, cache)
-  return logits[:, -1].astype(jnp.float32), cache
+  return _whole(logits[:, -1]), cache
+
+
+def _whole(logits: jax.Array) -> jax.Array:
+  """Returns logits [rows, vocab] in float32, whole on every device."""
+  return shard(logits.astype(jnp.float32), None, None)
 
 
 @functools.partial(jax.jit, donate_argnames='slots')
@@ -81,8 +97,8 @@ def admit(
   Args:
     slots: all slots.
     slot: the number of the slot.
-    logits: [1, vocab], after the prompt.
-    cache: the prompt's cache, of one row.
+    logits: [rows, vocab], after the prompt.
+    cache: the prompt's cache, of one row or of equal rows (`decode.insert`).
     prompt_tokens: [n], padded with -1.
   """
   vocab = slots.occurred.shape[-1]
@@ -158,14 +174,14 @@ def advance(
   """
   logits, cache = decode.step(merge(graphdef, params), tokens[:, None], slots.cache)
   # An idle slot stays at position 0. Otherwise it would pass the end of its room at some time.
-  cache = dataclasses.replace(cache, length=jnp.where(active, cache.length, 0))
+  cache = dataclasses.replace(cache, length=jnp.where(shard(active, 'batch'), cache.length, 0))
   occurred, generated = slots.occurred, slots.generated
   if penalises:
     chosen = (tokens[:, None] == jnp.arange(occurred.shape[-1])) & active[:, None]
     occurred = occurred | chosen
     generated = generated + chosen
   return Slots(
-    logits=logits[:, 0].astype(jnp.float32),
+    logits=_whole(logits[:, 0]),
     cache=cache,
     occurred=occurred,
     generated=generated,

@@ -10,7 +10,8 @@ import numpy as np
 from flax import nnx
 
 from research.evaluation import programs
-from research.inference.padding import padded_length, padded_row
+from research.inference.padding import for_mesh, padded_length, padded_row
+from research.parallel.axes import shard
 from research.training.cross_entropy import default_chunks
 
 
@@ -34,7 +35,7 @@ def score(
   batch = padded_row('decoder', tokens, length)
   targets = np.zeros((1, length), np.int32)
   targets[0, : len(tokens) - 1] = tokens[1:]
-  host = jax.device_get(_score(graphdef, params, batch, targets, top=top))
+  host = jax.device_get(_score(graphdef, params, batch, for_mesh(targets), top=top))
   logprobs, top_tokens, top_logprobs = (x[0, : len(tokens) - 1] for x in host)
   pairs = [
     [(int(t), float(p)) for t, p in zip(ids, values, strict=True)]
@@ -54,7 +55,9 @@ def _score(graphdef: nnx.GraphDef, params: dict, batch: dict, targets: jax.Array
   for x_part, target in zip(
     jnp.split(x, parts, axis=1), jnp.split(targets, parts, axis=1), strict=True
   ):
-    log_p = jax.nn.log_softmax(model.logits(x_part).astype(jnp.float32), axis=-1)
+    # On a mesh every device has all of a token's logits, so that one can be picked.
+    logits = shard(model.logits(x_part).astype(jnp.float32), None, None, None)
+    log_p = jax.nn.log_softmax(logits, axis=-1)
     values, ids = jax.lax.top_k(log_p, top)
     told.append((jnp.take_along_axis(log_p, target[..., None], axis=-1)[..., 0], ids, values))
   return tuple(jnp.concatenate(x, axis=1) for x in zip(*told, strict=True))

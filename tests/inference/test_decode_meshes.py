@@ -8,6 +8,9 @@ import pytest
 from flax import nnx
 
 from research.inference import beams, decode
+from research.inference.engine import Engine
+from research.inference.request import Request
+from research.inference.sampling import Sampling
 from research.parallel.mesh import Mesh
 from tests.families import tiny
 from tests.model.test_model import COMPILE, make
@@ -18,6 +21,7 @@ MESHES = {
   'fsdp x tensor': Mesh(data=1, fsdp=4, tensor=2),
   'data x expert': Mesh(data=4, expert=2),
 }
+FOUR = {'data x tensor': Mesh(data=2, tensor=2), 'fsdp x tensor': Mesh(data=1, fsdp=2, tensor=2)}
 CASES = [
   ('llama2', 'data x tensor'), ('llama2', 'fsdp x tensor'), ('gemma2', 'fsdp x tensor'),
   ('t5', 'data x tensor'), ('mamba2', 'fsdp x tensor'), ('deepseek_v2', 'data x tensor'),
@@ -77,3 +81,48 @@ def test_beams_are_those_of_one_device():
   (want, want_scores), (tokens, scores) = found
   assert tokens.tolist() == want.tolist()
   np.testing.assert_allclose(scores, want_scores, rtol=1e-5)
+
+
+def completions(family, mesh: Mesh, devices) -> list:
+  """What an engine answers to more requests than it has slots: greedy ones, a drawn one, one with penalties."""
+  rng = np.random.default_rng(1)
+  settings = [Sampling()] * 4 + [
+    Sampling(temperature=1.0, top_p=0.9, seed=3),
+    Sampling(frequency_penalty=0.5, repetition_penalty=1.3),
+  ]
+  with mesh.use(devices):
+    graphdef, params = make(tiny(family))
+    two_sided = 'encoder' in tiny(family).func.inputs
+    requests = [
+      Request(
+        prompt=tuple(rng.integers(1, 64, 3 * number + 1).tolist()),
+        encoder=tuple(rng.integers(1, 64, 5).tolist()) if two_sided else (),
+        max_tokens=MORE, sampling=sampling, top=3,
+      )
+      for number, sampling in enumerate(settings)
+    ]  # fmt: skip
+    engine = Engine(
+      graphdef, params, slots=4, room=32, chunk=8, encoder_room=8 * two_sided, pieces=1, kept=2
+    )
+    return engine.run(requests)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('family', 'mesh'),
+  [
+    ('llama2', 'data x tensor'), ('llama2', 'fsdp x tensor'), ('t5', 'data x tensor'),
+    ('mamba2', 'data x tensor'), ('mixtral', 'fsdp x tensor'),
+  ],
+)  # fmt: skip
+def test_an_engine_on_a_mesh_answers_as_on_one_device(family, mesh):
+  found = completions(family, FOUR[mesh], jax.local_devices()[:4])
+  wanted = alone_in_slots(family)
+  assert [one.tokens for one in found] == [one.tokens for one in wanted]
+  for one, want in zip(found, wanted, strict=True):
+    np.testing.assert_allclose(one.logprobs, want.logprobs, atol=2e-5)
+
+
+@functools.cache
+def alone_in_slots(family):
+  return completions(family, Mesh(), jax.local_devices()[:1])

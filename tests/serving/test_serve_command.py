@@ -7,6 +7,7 @@ import pytest
 
 from research import serve
 from research.core.errors import UserError
+from research.parallel.mesh import Mesh
 
 
 @pytest.mark.parametrize(
@@ -34,3 +35,26 @@ def test_a_port_that_is_taken_is_told_before_a_model_is_read():
     port = taken.getsockname()[1]
     with pytest.raises(UserError, match=rf'127\.0\.0\.1:{port} \(Address already in use\): choose'):
       server.serve(None, None, server.Knobs(port=port))
+
+
+def test_a_mesh_by_gin():
+  """Eight devices are here."""
+  assert serve.mesh_of([], [])[0] == Mesh()
+  assert len(serve.mesh_of([], [])[1]) == 1
+  mesh, devices = serve.mesh_of([], ['Mesh.tensor=2'])
+  assert (mesh, len(devices)) == (Mesh(tensor=2), 8)
+  mesh, _ = serve.mesh_of(['gin/meshes/fsdp_tensor.gin'], ['TENSOR=4'])
+  assert mesh == Mesh(data=1, fsdp=-1, tensor=4)
+
+
+@pytest.mark.parametrize(
+  ('bindings', 'message'),
+  [
+    (['Mesh.tensor=3'], r'--gin\.Mesh\.tensor=3: .* needs a multiple of 3 devices and there are 8'),
+    (['Mesh.tensr=2'], r"--gin\.Mesh\.tensr=2: Mesh has no argument 'tensr'\. Did you mean tensor"),
+    (['Run.steps=2'], r'--gin\.Run\.steps=2: nothing in this configuration uses Run\.steps'),
+  ],
+)
+def test_a_mesh_that_cannot_be(bindings, message):
+  with pytest.raises(UserError, match=message):
+    serve.mesh_of([], bindings)

@@ -102,15 +102,17 @@ def serving(
   most: int = 64,
   timeout: float = 60.0,
   key: str | None = None,
+  mesh: Mesh | None = None,
+  devices: int = 1,
   **knobs,
 ) -> Iterator[str]:
   """The address of a server of a Hugging Face folder, or of what `opened()` gives, on a free port."""
   open_model = opened or (lambda: open_served(None, str(folder), name='tiny', **knobs))
 
-  def mesh():
-    return Mesh().use(jax.local_devices()[:1])
+  def in_use():
+    return (mesh or Mesh()).use(jax.local_devices()[:devices])
 
-  thread = ModelThread(open_model, mesh, most, Metrics())
+  thread = ModelThread(open_model, in_use, most, Metrics())
   served = thread.start()
   app = make_app(served, thread, key=key, timeout=timeout, largest=2**20, only_loopback=True)
   ready, address = threading.Event(), []
