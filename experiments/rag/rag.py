@@ -47,17 +47,22 @@ class Store:
   """Passages that are retrieved by their embeddings (FAISS, inner product) or by their words (BM25).
 
   Args:
-    client, model: of the embeddings; None to retrieve by words.
+    client, model: what embeds; None to find by words.
+    embedded: so many characters of a passage are embedded, its first.
   """
 
-  def __init__(self, passages: list[Passage], client: openai.OpenAI | None, model: str = ''):
-    self.passages = passages
-    self.client = client
-    self.model = model
+  def __init__(
+    self,
+    passages: list[Passage],
+    client: openai.OpenAI | None,
+    model: str = '',
+    embedded: int = LONGEST,
+  ):
+    self.passages, self.client, self.model = passages, client, model
     if client:
       import faiss
 
-      vectors = self.embed([passage.text for passage in passages])
+      vectors = self.embed([passage.text[:embedded] for passage in passages])
       self.index = faiss.IndexFlatIP(vectors.shape[1])
       self.index.add(vectors)
     else:
@@ -138,6 +143,13 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--url', default='http://127.0.0.1:8000/v1', help='the endpoint')
   parser.add_argument('--embedder', metavar='URL', help='another endpoint for the embeddings')
+  parser.add_argument(
+    '--embedded',
+    type=int,
+    default=LONGEST,
+    metavar='N',
+    help='characters of a passage that are embedded',
+  )
   parser.add_argument('--passages', type=int, default=3, help='shown to the model')
   parser.add_argument('--words', action='store_true', help='find passages by BM25')
   parser.add_argument('--ask', metavar='QUESTION')
@@ -149,14 +161,15 @@ def main() -> None:
   if flags.evaluate:
     stores = {
       'words (BM25)': Store(passages, None),
-      embedding_model: Store(passages, embedder, embedding_model),
+      embedding_model: Store(passages, embedder, embedding_model, flags.embedded),
     }
     print(f'{len(passages)} passages, each asked for by its heading')
     for name, store in stores.items():
       row = '  '.join(f'{key} {value:.3f}' for key, value in evaluate(store).items())
       print(f'{name}: {row}')
   if flags.ask:
-    store = Store(passages, None) if flags.words else Store(passages, embedder, embedding_model)
+    finder = None if flags.words else embedder
+    store = Store(passages, finder, embedding_model, flags.embedded)
     print(answer(client, model, store, flags.ask, flags.passages))
 
 

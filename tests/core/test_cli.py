@@ -171,6 +171,13 @@ def arguments_of(tree: ast.Module) -> dict[str, set[str]]:
   return named
 
 
+def test_a_command_that_reads_no_gin_refuses_it(capsys):
+  parser = cli.parser('generate', 'Generates.', gin=False)
+  with pytest.raises(SystemExit):
+    cli.parse(parser, ['--gin.Sampling.top_k=3'])
+  assert 'no flag --gin.Sampling.top_k=3: this command reads no gin.' in capsys.readouterr().err
+
+
 def test_every_binding_that_help_and_docs_name_exists():
   named = {}
   for path in sorted((ROOT / 'research').rglob('*.py')):

@@ -127,3 +127,6 @@ def test_a_wrong_setting_is_told(page):
   page.locator('#send').click()
   wait_for(page, '#status', 'ask for fewer')
   assert 'error' in page.locator('#status').get_attribute('class')
+  # The message is there to be sent again.
+  assert page.locator('#prompt').input_value() == 'Hello'
+  assert page.locator('article').count() == 0

@@ -1,0 +1,97 @@
+"""experiments/rag: an agent calls its two tools through the endpoint, and answers cite their passages.
+
+They are the group `rag`: uv run --group rag pytest -n 0 -m slow tests/serving/test_rag.py
+"""
+
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+
+from tests.serving import tiny
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings('ignore')]  # of Haystack, about itself
+PAGES = {
+  'stop.md': '# Stopping\n\nOn SIGTERM the server answers what it has begun and ends. ' + 'x ' * 30,
+  'law.md': '# The law\n\nTwenty tokens are trained on for each parameter of a model. ' + 'y ' * 30,
+}
+
+
+def call(name: str, **arguments) -> str:
+  return f'<tool_call>\n{json.dumps({"name": name, "arguments": arguments})}\n</tool_call>'
+
+
+def say(prompt: str) -> str:
+  """An agent that looks a number up, multiplies, and answers; or a reader that cites one passage too many."""
+  if 'Answer the question from the passages' in prompt:
+    return 'Twenty [1], as everybody knows [7].'
+  results = re.findall(r'<\|im_start\|>tool\n(.*?)<\|im_end\|>', prompt, re.DOTALL)
+  if not results:
+    return call('search', question='tokens for each parameter')
+  if len(results) == 1:
+    factor = 20 if 'Twenty tokens' in results[0] else 0
+    return call('calculate', expression=f'{factor} * 1.5e8')
+  return f'That is {results[1]} tokens.'
+
+
+@pytest.fixture(scope='module')
+def parts(tmp_path_factory):
+  """(the endpoint, the passages of two pages)."""
+  for package in ('haystack', 'bm25s', 'pytrec_eval', 'faiss'):
+    pytest.importorskip(package)
+  folder = tmp_path_factory.mktemp('rag')
+  for name, text in PAGES.items():
+    (folder / name).write_text(text)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(str(tiny.ROOT / 'experiments' / 'rag'))
+    import rag
+
+    with tiny.serving(opened=lambda: tiny.scripted(folder / 'model', say)) as url:
+      yield f'{url}/v1', rag.read_passages(folder)
+    for name in ('rag', 'agent'):
+      sys.modules.pop(name, None)
+
+
+def test_an_agent_searches_calculates_and_answers(parts):
+  import agent
+  from haystack.dataclasses import ChatMessage
+  from rag import Store
+
+  url, passages = parts
+  log = []
+  loop = agent.make_agent(url, 'tiny', Store(passages, None), log.append)
+  answer = loop.run(messages=[ChatMessage.from_user('How many tokens for 1.5e8 parameters?')])
+  assert answer['messages'][-1].text == 'That is 3e+09 tokens.'
+  assert log == ["search('tokens for each parameter')", "calculate('20 * 1.5e8') = 3e+09"]
+
+
+def test_an_answer_says_which_passages_it_cites(parts):
+  import rag
+
+  url, passages = parts
+  client, model = rag.client_of(url)
+  told = rag.answer(client, model, rag.Store(passages, None), 'How many tokens?', 2)
+  assert told.splitlines()[2:] == [
+    '[1] law.md, "The law"',
+    '[2] stop.md, "Stopping" (not cited)',
+    '[7] is no passage: a wrong citation',
+  ]
+
+
+def test_passages_by_their_words_and_by_their_embeddings(parts, llama):
+  import openai
+  import rag
+
+  _, passages = parts
+  assert rag.evaluate(rag.Store(passages, None))['hit@1'] == 1.0
+  with (
+    tiny.serving(llama, room=256, slots=4) as url,
+    openai.OpenAI(base_url=f'{url}/v1', api_key='none') as client,
+  ):
+    store = rag.Store(passages, client, 'tiny')
+    vectors = store.embed([passage.text for passage in passages])
+    for number, passage in enumerate(passages):
+      np.testing.assert_allclose(store.scores(passage.text), vectors @ vectors[number], atol=1e-5)
+    assert rag.evaluate(store)['recall@3'] == 1.0
