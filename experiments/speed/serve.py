@@ -1,12 +1,14 @@
-"""The endpoint under load: many clients at once against one by one.
+"""The endpoint under load: many clients at once against one by one, and against `transformers serve`.
 
-    python experiments/speed/serve.py                 # a random LLaMA of 5M parameters
-    python experiments/speed/serve.py --minutes=10    # does the memory stay as it is?
+    python experiments/speed/serve.py                                  # a random LLaMA of 5M parameters
+    python experiments/speed/serve.py --against --clients=16 --rounds=2
+    python experiments/speed/serve.py --minutes=10                     # does the memory stay as it is?
 
 Each of --clients asks once for --max_tokens greedy tokens in a stream; prompts have 10 to 1,000 tokens, evenly
 on a logarithmic scale. First some of them ask one by one, then all at once. Throughput counts generated tokens;
-times to the first token and between tokens are the clients'. Every request must be answered in full. The
-server is a process of its own on this machine.
+times to the first token and between tokens are the clients'. Every request must be answered in full. Servers
+are processes of their own on this machine. --against starts two more, `transformers serve` as it is and with
+--continuous-batching, and the servers take turns: the others wait while one is measured.
 
 With --minutes eight clients ask all that time for answers of 32 tokens, and nothing else is measured.
 """
@@ -18,6 +20,7 @@ import itertools
 import os
 import pathlib
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -45,6 +48,8 @@ def main() -> None:
   parser.add_argument('--clients', type=int, default=64)
   parser.add_argument('--slots', type=int, default=16)
   parser.add_argument('--max_tokens', type=int, default=32)
+  parser.add_argument('--rounds', type=int, default=1, help='how often all ask at once')
+  parser.add_argument('--against', action='store_true', help='compare with `transformers serve`')
   parser.add_argument('--minutes', type=float, default=0, help='of load, to watch the memory')
   flags = parser.parse_args()
   with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
@@ -54,10 +59,21 @@ def main() -> None:
       sys.executable, '-m', 'research.serve', f'--hf={folder}', '--name=model', '--port=8137', '--room=1200',
       f'--slots={flags.slots}', f'--queue={flags.clients * 2}',
     ]  # fmt: skip
-    # --minutes watches the server as it is; the other prompts are all different, and nothing is kept for them.
-    command += [] if flags.minutes else ['--kept=0']
-    server = stack.enter_context(started('isoflop', command, 8137, 'model'))
-    asyncio.run((watch if flags.minutes else measure)(server, prompts, flags))
+    if flags.minutes:
+      server = stack.enter_context(started('isoflop', command, 8137, 'model'))
+      asyncio.run(watch(server, prompts, flags))
+      return
+    # Prompts of a later round are equal to those of an earlier one, and ours shall read them again as well.
+    servers = [stack.enter_context(started('isoflop', [*command, '--kept=0'], 8137, 'model'))]
+    if flags.against:
+      program = str(pathlib.Path(sys.executable).parent / 'transformers')
+      theirs = [program, 'serve', folder, '--port']
+      more = [
+        ('transformers serve', [*theirs, '8138'], 8138),
+        ('with batching', [*theirs, '8139', '--continuous-batching'], 8139),
+      ]
+      servers += [stack.enter_context(started(*one, folder)) for one in more]
+    asyncio.run(compare(servers, prompts, flags))
 
 
 def write_model(folder: pathlib.Path) -> pathlib.Path:
@@ -178,14 +194,27 @@ async def ask(client: openai.AsyncOpenAI, model: str, prompt: str, max_tokens: i
   return answer
 
 
-async def measure(server: Server, prompts: list[str], flags) -> None:
+async def compare(servers: list[Server], prompts: list[str], flags) -> None:
   """Prints what was measured."""
-  alone = await measure_alone(server, prompts, flags)
-  rate, answers = await measure_together(server, prompts, flags)
-  print(f'{rate / alone:.2f} times as many tokens a second at once as one by one')
-  lost = sum(answer.finish not in ('length', 'stop') for answer in answers)
+  one_by_one, rates, answers = {}, {}, {}
+  for server in servers:
+    one_by_one[server.name] = await measure_alone(server, prompts, flags)
+  for _ in range(flags.rounds):
+    for server in servers:
+      rate, answers[server.name] = await measure_together(server, prompts, flags)
+      rates.setdefault(server.name, []).append(rate)
+  ours, *others = servers
+  rate = statistics.mean(rates[ours.name])
+  times = rate / one_by_one[ours.name]
+  print(f'{ours.name}: {times:.2f} times as many tokens a second at once as one by one')
+  for other in others:
+    times = rate / statistics.mean(rates[other.name])
+    pairs = zip(answers[ours.name], answers[other.name], strict=True)
+    same = sum(a.text == b.text for a, b in pairs)
+    print(f'{times:.2f} times the tokens a second of {other.name}; {same} texts are the same')
+  lost = [answer for answer in answers[ours.name] if answer.finish not in ('length', 'stop')]
   if lost:
-    sys.exit(f'{lost} requests were lost')
+    sys.exit(f'{len(lost)} requests were lost')
 
 
 async def measure_alone(server: Server, prompts: list[str], flags) -> float:
