@@ -22,7 +22,7 @@ def padded_length(length: int, most: int, shortest: int = SHORTEST) -> int:
 
 
 def for_mesh(row: np.ndarray) -> np.ndarray:
-  """Returns one row [1, length], repeated so often as the mesh in use splits a batch, which cannot split one row."""
+  """Returns one row [1, length] as n equal rows, where the mesh in use splits a batch into n parts."""
   return np.repeat(row, axis_size('batch'), axis=0)
 
 

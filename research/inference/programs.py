@@ -40,8 +40,8 @@ class Plan:
 class Slots:
   """The arrays of an engine, with a row for each slot.
 
-  A mesh splits the rows of the cache like those of a batch. The other arrays are small, and every device has them
-  whole.
+  A mesh splits the rows of the cache like those of a batch. The other arrays are small, so every device has
+  them whole.
 
   Attributes:
     logits: [slots, vocab], for the next token.
