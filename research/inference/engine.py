@@ -222,7 +222,8 @@ class Engine(Answering):
     )  # fmt: skip
 
   def _read_more(self, tokens: np.ndarray, cache: decoding.Cache) -> Result:
-    return programs.read_more(self.graphdef, self.params, for_mesh(tokens), cache)
+    batch = for_mesh({'decoder_input_tokens': tokens})
+    return programs.read_more(self.graphdef, self.params, batch['decoder_input_tokens'], cache)
 
   def _batch(self, prompt: Sequence[int], request: Request) -> dict[str, np.ndarray]:
     batch = padded_row('decoder', prompt, padded_length(len(prompt), self.chunk))
@@ -230,7 +231,7 @@ class Engine(Answering):
       batch['decoder_causal_attention'] = batch['decoder_segment_ids']
     if self.encoder_room:
       batch |= padded_row('encoder', request.encoder, self.encoder_room)
-    return batch
+    return for_mesh(batch)
 
   def _changed(self) -> None:
     """Updates the settings of the steps after the active requests have changed."""

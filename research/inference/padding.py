@@ -21,17 +21,15 @@ def padded_length(length: int, most: int, shortest: int = SHORTEST) -> int:
   return min(padded, most)
 
 
-def for_mesh(row: np.ndarray) -> np.ndarray:
-  """Returns one row [1, length] as n equal rows, where the mesh in use splits a batch into n parts."""
-  return np.repeat(row, axis_size('batch'), axis=0)
-
-
 def padded_row(side: str, tokens: Sequence[int], length: int) -> dict[str, np.ndarray]:
-  """Returns the batch of one prompt, by seqio's keys, with the tokens of 'decoder' or 'encoder'.
-
-  It has one row, [1, length], or as many equal rows as the mesh in use needs (`for_mesh`).
-  """
+  """Returns a batch of one row, [1, length], with the tokens of 'decoder' or 'encoder', by seqio's keys."""
   padded, real = np.zeros((2, 1, length), np.int32)
   padded[0, : len(tokens)] = tokens
   real[0, : len(tokens)] = 1
-  return {f'{side}_input_tokens': for_mesh(padded), f'{side}_segment_ids': for_mesh(real)}
+  return {f'{side}_input_tokens': padded, f'{side}_segment_ids': real}
+
+
+def for_mesh(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Returns a batch of one row as n equal rows, if the mesh in use splits a batch into n parts."""
+  parts = axis_size('batch')
+  return {name: np.repeat(row, parts, axis=0) for name, row in batch.items()}
