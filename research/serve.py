@@ -69,7 +69,7 @@ def main(flags) -> int:
   from research.training.program import keep_compiled
 
   try:
-    from research.serving.served import open_served
+    from research.serving.served_model import open_served
     from research.serving.server import Knobs, serve
   except ImportError as error:
     raise UserError(

@@ -6,28 +6,37 @@ import time
 from collections.abc import Callable
 
 from research.inference.request import Request
-from research.serving.asked import Asked
+from research.serving.api_errors import ApiError, server_error
+from research.serving.engine_requests import EngineRequests
 from research.serving.model_thread import Piece
-from research.serving.refusals import Refused, server_error
 from research.serving.scoring import Scores
 from research.serving.tools import Call, CallReader
 
-LEAST = -9999.0  # the protocol's log-probability of what cannot be; JSON has no infinity
+LEAST = (
+  -9999.0
+)  # the protocol's log-probability of an impossible token, because JSON has no infinity
+# The engine's reasons to end an answer -> the protocol's `finish_reason`.
 FINISH = {'stop_token': 'stop', 'stop': 'stop', 'length': 'length'}
 
 
 def check(piece: Piece, request: Request) -> None:
-  """Raises Refused where a piece is an error."""
+  """Raises ApiError if a piece reports an error."""
   if piece.finish != 'error':
     return
+  # If a grammar or a bias can forbid every token, that is the client's error.
   if request.mask is not None or request.sampling.logit_bias:
-    raise Refused(f'no answer was found: {piece.error}', code='no_token_allowed')
+    raise ApiError(f'no answer was found: {piece.error}', code='no_token_allowed')
   raise server_error(piece.error)
 
 
 @dataclasses.dataclass
 class Usage:
-  """Counts of tokens."""
+  """Counts of tokens.
+
+  Attributes:
+    prompt: the tokens of all prompts.
+    generated: the tokens of all answers.
+  """
 
   prompt: int
   generated: int = 0
@@ -41,19 +50,21 @@ class Usage:
 
 
 class Spelling:
-  """Log-probabilities with the texts of their tokens.
+  """Writes log-probabilities with the texts of their tokens.
 
   Args:
-    spell: what an id spells, as bytes.
-    ends: ids that end a text, which are no part of it.
-    top: how many likely tokens are wanted at each place.
+    spell: returns the bytes of an id.
+    ends: the ids that end a text and are no part of it.
+    top: how many likely tokens the client wants at each place.
   """
 
   def __init__(self, spell: Callable[[int], bytes], ends: tuple[int, ...], top: int):
-    self.spell, self.ends, self.top = spell, set(ends), top
+    self.spell = spell
+    self.ends = set(ends)
+    self.top = top
 
-  def pairs(self, piece: Piece) -> list[tuple[int, float, list]]:
-    """(id, log-probability, the likeliest) of each token of a piece's text."""
+  def rows(self, piece: Piece) -> list[tuple[int, float, list]]:
+    """Returns (id, log-probability, likeliest tokens) of each token of a piece's text."""
     rows = zip(piece.tokens, piece.logprobs, piece.top, strict=True)
     ended = piece.finish == 'stop_token'
     return [
@@ -61,56 +72,64 @@ class Spelling:
     ]
 
   def text(self, token: int) -> str:
+    # A token may be a part of a character.
     return self.spell(token).decode(errors='replace')
 
   def for_chat(self, piece: Piece) -> dict:
+    """Returns the `logprobs` of a chat's choice."""
     content = [
-      {**self._one(token, p), 'top_logprobs': [self._one(t, q) for t, q in top]}
-      for token, p, top in self.pairs(piece)
+      {**self._token(token, p), 'top_logprobs': [self._token(t, q) for t, q in top]}
+      for token, p, top in self.rows(piece)
     ]
     return {'content': content, 'refusal': None}
 
-  def _one(self, token: int, p: float) -> dict:
-    spelt = self.spell(token)
+  def _token(self, token: int, p: float) -> dict:
     return {
-      'token': spelt.decode(errors='replace'), 'logprob': max(p, LEAST), 'bytes': list(spelt),
+      'token': self.text(token), 'logprob': max(p, LEAST), 'bytes': list(self.spell(token)),
     }  # fmt: skip
 
 
 class ChatAnswer:
-  """Turns pieces of chat answers into deltas.
+  """Turns the pieces of chat answers into choices with deltas.
 
   Args:
-    spelling: None where no log-probabilities are wanted.
+    requests: the engine's requests.
+    spelling: writes log-probabilities; None if the client wants none.
   """
 
-  object_name, prefix = 'chat.completion', 'chatcmpl'
+  object_name = 'chat.completion'
+  prefix = 'chatcmpl'
 
-  def __init__(self, asked: Asked, spelling: Spelling | None):
-    self.asked, self.spelling = asked, spelling
-    self.readers = [CallReader(asked.tools) if asked.tools else None for _ in asked.requests]
+  def __init__(self, requests: EngineRequests, spelling: Spelling | None):
+    self.requests = requests
+    self.spelling = spelling
+    names = requests.tools
+    self.readers = [CallReader(names) if names else None for _ in requests.requests]
 
   def first(self) -> list[dict]:
-    """The choices of a chunk that comes before any text."""
+    """Returns the choices that a stream sends before any text."""
     delta = {'role': 'assistant', 'content': ''}
-    return [_chat_choice(number, delta) for number in range(len(self.asked.requests))]
+    return [_chat_choice(number, delta) for number in range(len(self.requests.requests))]
 
   def choices(self, piece: Piece) -> list[dict]:
-    """The choices of the chunks that a piece makes; the last of an answer has its finish_reason."""
-    text, calls = piece.text, []
+    """Returns the choices of a piece, each for a chunk. The last one of an answer has its finish_reason."""
+    text = piece.text
+    calls = []
     reader = self.readers[piece.number]
-    counted = reader.calls if reader else 0
+    calls_before = reader.calls if reader else 0
     if reader:
       text, calls = reader.add(piece.text)
       if piece.finish:
         rest, more = reader.finish()
-        text, calls = text + rest, calls + more
-    told = self.spelling.for_chat(piece) if self.spelling and piece.tokens else None
+        text += rest
+        calls += more
+    logprobs = self.spelling.for_chat(piece) if self.spelling and piece.tokens else None
     choices = []
-    if text or (told and told['content']):
-      choices.append(_chat_choice(piece.number, {'content': text}, told))
+    # A token may have no certain text yet, but its log-probability is sent with it.
+    if text or (logprobs and logprobs['content']):
+      choices.append(_chat_choice(piece.number, {'content': text}, logprobs))
     for number, call in enumerate(calls):
-      delta = {'tool_calls': [_call_json(counted + number, call)]}
+      delta = {'tool_calls': [_call_json(calls_before + number, call)]}
       choices.append(_chat_choice(piece.number, delta))
     if piece.finish:
       finish = FINISH[piece.finish]
@@ -120,23 +139,25 @@ class ChatAnswer:
     return choices
 
   def whole(self, number: int, choices: list[dict]) -> dict:
-    """One choice of an answer that is told at once, from those of its pieces."""
+    """Returns the single choice of an answer that is not streamed, from the choices of its pieces."""
     text = ''.join(choice['delta'].get('content') or '' for choice in choices)
     calls = [call for choice in choices for call in choice['delta'].get('tool_calls', ())]
     for call in calls:
-      del call['index']
+      del call['index']  # only deltas have it
     message = {'role': 'assistant', 'content': text, 'refusal': None}
     if calls:
       message |= {'content': text or None, 'tool_calls': calls}
     logprobs = None
     if self.spelling:
-      told = [choice['logprobs']['content'] for choice in choices if choice['logprobs']]
-      logprobs = {'content': [token for some in told for token in some], 'refusal': None}
+      parts = [choice['logprobs']['content'] for choice in choices if choice['logprobs']]
+      logprobs = {'content': [token for part in parts for token in part], 'refusal': None}
     finish = choices[-1]['finish_reason']
     return {'index': number, 'message': message, 'logprobs': logprobs, 'finish_reason': finish}
 
 
-def _chat_choice(number: int, delta: dict, logprobs: dict | None = None, finish=None) -> dict:
+def _chat_choice(
+  number: int, delta: dict, logprobs: dict | None = None, finish: str | None = None
+) -> dict:
   return {'index': number, 'delta': delta, 'logprobs': logprobs, 'finish_reason': finish}
 
 
@@ -146,58 +167,72 @@ def _call_json(index: int, call: Call) -> dict:
 
 
 class TextAnswer:
-  """Turns pieces of completions into choices. `Scores` of a prompt come first where it is echoed."""
+  """Turns the pieces of completions into choices. `echo` gives the choice of a prompt, which comes first.
 
-  object_name, prefix = 'text_completion', 'cmpl'
+  Args:
+    requests: the engine's requests.
+    spelling: writes log-probabilities; None if the client wants none.
+  """
 
-  def __init__(self, asked: Asked, spelling: Spelling | None):
-    self.asked, self.spelling = asked, spelling
-    self.offsets = [0] * len(asked.requests)
+  object_name = 'text_completion'
+  prefix = 'cmpl'
+
+  def __init__(self, requests: EngineRequests, spelling: Spelling | None):
+    self.requests = requests
+    self.spelling = spelling
+    self.offsets = [0] * len(requests.requests)  # where the next token's text begins
 
   def first(self) -> list[dict]:
+    """Returns the choices that a stream sends before any text: none."""
     return []
 
   def choices(self, piece: Piece) -> list[dict]:
-    told = None
+    """Returns the choice of a piece, if it says anything."""
+    logprobs = None
     if self.spelling:
-      pairs = self.spelling.pairs(piece)
-      told = self._logprobs(piece.number, pairs)
-    if not (piece.text or piece.finish or (told and told['tokens'])):
+      logprobs = self._logprobs(piece.number, self.spelling.rows(piece))
+    if not (piece.text or piece.finish or (logprobs and logprobs['tokens'])):
       return []
-    return [_text_choice(piece.number, piece.text, told, FINISH.get(piece.finish))]
+    return [_text_choice(piece.number, piece.text, logprobs, FINISH.get(piece.finish))]
 
   def echo(self, number: int, tokens, text: str, scores: Scores | None) -> dict:
-    """The choice of a prompt that is echoed; its first token has no log-probability."""
+    """Returns the choice of an echoed prompt. Its first token has no log-probability."""
     if self.spelling is None or scores is None:
       return _text_choice(number, text, None, None)
-    pairs = [(tokens[0], None, []), *zip(tokens[1:], scores.logprobs, scores.top, strict=True)]
-    pairs = [(token, p, top[: self.spelling.top]) for token, p, top in pairs]
-    return _text_choice(number, text, self._logprobs(number, pairs), None)
+    rows = [(tokens[0], None, [])]
+    for token, p, top in zip(tokens[1:], scores.logprobs, scores.top, strict=True):
+      rows.append((token, p, top[: self.spelling.top]))
+    return _text_choice(number, text, self._logprobs(number, rows), None)
 
   def whole(self, number: int, choices: list[dict]) -> dict:
+    """Returns the single choice of an answer that is not streamed, from the choices of its pieces."""
     text = ''.join(choice['text'] for choice in choices)
-    told = [choice['logprobs'] for choice in choices if choice['logprobs']]
+    parts = [choice['logprobs'] for choice in choices if choice['logprobs']]
     logprobs = None
     if self.spelling:
       keys = ('tokens', 'token_logprobs', 'top_logprobs', 'text_offset')
-      logprobs = {key: [x for some in told for x in some[key]] for key in keys}
+      logprobs = {key: [value for part in parts for value in part[key]] for key in keys}
     return _text_choice(number, text, logprobs, choices[-1]['finish_reason'])
 
-  def _logprobs(self, number: int, pairs) -> dict:
-    texts = [self.spelling.text(token) for token, _, _ in pairs]
+  def _logprobs(self, number: int, rows) -> dict:
+    """Returns the `logprobs` of a choice, from rows as of `Spelling.rows`."""
+    texts = [self.spelling.text(token) for token, _, _ in rows]
     offsets = []
     for text in texts:
       offsets.append(self.offsets[number])
       self.offsets[number] += len(text)
     tops = []
-    for token, p, top in pairs:
-      # The protocol tells the token that was chosen as well, likely or not.
-      likely = {} if p is None else {self.spelling.text(token): max(p, LEAST)}
-      likely = {self.spelling.text(t): max(q, LEAST) for t, q in top} | likely
-      tops.append(likely if p is not None and self.spelling.top else None)
+    for token, p, top in rows:
+      if p is None or not self.spelling.top:
+        tops.append(None)
+        continue
+      likely = {self.spelling.text(t): max(q, LEAST) for t, q in top}
+      # The protocol lists the chosen token too, likely or not.
+      likely[self.spelling.text(token)] = max(p, LEAST)
+      tops.append(likely)
     return {
       'tokens': texts,
-      'token_logprobs': [None if p is None else max(p, LEAST) for _, p, _ in pairs],
+      'token_logprobs': [None if p is None else max(p, LEAST) for _, p, _ in rows],
       'top_logprobs': tops,
       'text_offset': offsets,
     }
@@ -208,7 +243,13 @@ def _text_choice(number: int, text: str, logprobs: dict | None, finish: str | No
 
 
 def envelope(answer: ChatAnswer | TextAnswer, model: str, chunk: bool) -> dict:
-  """What stands around the choices of an answer and of all its chunks."""
+  """Returns the fields around the choices. All chunks of one answer have the same.
+
+  Args:
+    answer: whose class says which object it is.
+    model: the model's name.
+    chunk: whether it is for the chunks of a stream.
+  """
   name = answer.object_name
   return {
     'id': f'{answer.prefix}-{secrets.token_hex(12)}',

@@ -1,4 +1,4 @@
-"""The application: which path goes where, who may ask, and what a mistake looks like."""
+"""The application: the paths, who may use them, and the responses to errors."""
 
 import hmac
 import importlib.resources
@@ -12,15 +12,15 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from research.core.errors import UserError
-from research.serving import refusals
+from research.serving import api_errors
+from research.serving.api_errors import ApiError
 from research.serving.endpoint import Endpoint
 from research.serving.metrics import Metrics
 from research.serving.model_thread import ModelThread
-from research.serving.refusals import Refused
-from research.serving.served import Served
+from research.serving.served_model import ServedModel
 
 LOOPBACK = ('127.0.0.1', 'localhost', '::1')
-# What may be seen without the key: neither says anything of the model.
+# These need no key, because they say nothing about the model.
 OPEN_PATHS = ('/', '/health')
 PATHS = {
   '/', '/health', '/metrics', '/openapi.json', '/v1/models', '/v1/chat/completions', '/v1/completions',
@@ -29,7 +29,7 @@ PATHS = {
 
 
 def make_app(
-  served: Served,
+  model: ServedModel,
   thread: ModelThread,
   *,
   key: str | None,
@@ -37,47 +37,57 @@ def make_app(
   largest: int,
   only_loopback: bool,
 ) -> Starlette:
-  """The application of a model.
+  """Returns the application of a model.
 
   Args:
-    key: that requests must have; None for none.
+    model: the model.
+    thread: the thread that runs it.
+    key: the API key that requests must have; None for none.
     timeout: the most seconds of an answer.
     largest: the most bytes of a body.
-    only_loopback: whether only this machine's names are answered, so that no page of the web reaches the server
-      by a name of its own.
+    only_loopback: whether requests must name this machine by one of its own names. Otherwise a web page could
+      reach the server under the page's name (DNS rebinding).
   """
   page = importlib.resources.files('research.serving').joinpath('page.html').read_text()
-  endpoint = Endpoint(served, thread, timeout=timeout, largest=largest, page=page)
+  endpoint = Endpoint(model, thread, timeout=timeout, largest=largest, page=page)
   routes = [
     Route('/', endpoint.show_page),
     Route('/health', endpoint.health),
     Route('/metrics', endpoint.metrics),
     Route('/openapi.json', endpoint.describe),
-    Route('/v1/models', endpoint.models),
-    Route('/v1/models/{name:path}', endpoint.model),
+    Route('/v1/models', endpoint.list_models),
+    Route('/v1/models/{name:path}', endpoint.describe_model),
     Route('/v1/chat/completions', endpoint.chat, methods=['POST']),
     Route('/v1/completions', endpoint.complete, methods=['POST']),
     Route('/v1/embeddings', endpoint.embed, methods=['POST']),
   ]
-  guards = [Middleware(Watch, metrics=thread.metrics, key=key)]
+  guards = [Middleware(Guard, metrics=thread.metrics, key=key)]
   if only_loopback:
     names = [*LOOPBACK, '[::1]']
     guards.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=names, www_redirect=False))
   handlers = {
-    Refused: _refuse,
-    UserError: _refuse_wrong,
-    HTTPException: _refuse_http,
-    TimeoutError: _refuse_slow,
-    Exception: _refuse_unexpected,
+    ApiError: _on_api_error,
+    UserError: _on_user_error,
+    HTTPException: _on_http_error,
+    TimeoutError: _on_timeout,
+    Exception: _on_unexpected,
   }
   return Starlette(routes=routes, middleware=guards, exception_handlers=handlers)
 
 
-class Watch:
-  """Asks for the key, and counts answers by path and status."""
+class Guard:
+  """Middleware that checks the key and counts responses by path and status.
+
+  Args:
+    app: the application behind it.
+    metrics: the server's metrics.
+    key: the API key; None for none.
+  """
 
   def __init__(self, app, metrics: Metrics, key: str | None):
-    self.app, self.metrics, self.key = app, metrics, key
+    self.app = app
+    self.metrics = metrics
+    self.key = key
 
   async def __call__(self, scope, receive, send) -> None:
     if scope['type'] != 'http':
@@ -86,51 +96,52 @@ class Watch:
 
     async def counted(message):
       if message['type'] == 'http.response.start':
-        # Only paths that exist, or anybody could make as many series as there are words.
+        # Only paths that exist get a series of their own. Otherwise clients could create any number.
         path = scope['path'] if scope['path'] in PATHS else 'other'
         self.metrics.requests.labels(path, message['status']).inc()
       await send(message)
 
     if self.key and scope['path'] not in OPEN_PATHS and not self._has_key(scope):
-      refusal = Refused(
+      error = ApiError(
         'the API key is missing or wrong: send it as Authorization: Bearer KEY.',
         status=401, kind='authentication_error', code='invalid_api_key',
         headers={'WWW-Authenticate': 'Bearer'},
       )  # fmt: skip
-      await _respond(refusal)(scope, receive, counted)
+      await _response(error)(scope, receive, counted)
       return
     await self.app(scope, receive, counted)
 
   def _has_key(self, scope) -> bool:
-    given = Request(scope).headers.get('authorization', '')
-    return hmac.compare_digest(given.encode(), f'Bearer {self.key}'.encode())
+    header = Request(scope).headers.get('authorization', '')
+    # The time of a comparison by == would tell how much of a key is right.
+    return hmac.compare_digest(header.encode(), f'Bearer {self.key}'.encode())
 
 
-def _respond(refusal: Refused) -> JSONResponse:
-  return JSONResponse(refusal.to_json(), refusal.status, refusal.headers)
+def _response(error: ApiError) -> JSONResponse:
+  return JSONResponse(error.to_json(), error.status, error.headers)
 
 
-async def _refuse(request: Request, refusal: Refused) -> JSONResponse:
-  return _respond(refusal)
+async def _on_api_error(request: Request, error: ApiError) -> JSONResponse:
+  return _response(error)
 
 
-async def _refuse_wrong(request: Request, error: UserError) -> JSONResponse:
-  """What the model cannot do, told by the rooms below."""
-  return _respond(Refused(str(error)))
+async def _on_user_error(request: Request, error: UserError) -> JSONResponse:
+  """Answers an error of the rooms below: what the model cannot do."""
+  return _response(ApiError(str(error)))
 
 
-async def _refuse_http(request: Request, error: HTTPException) -> JSONResponse:
-  """A path or a method that does not exist."""
+async def _on_http_error(request: Request, error: HTTPException) -> JSONResponse:
+  """Answers a path or a method that does not exist."""
   message = f'there is no {request.method} {request.url.path} here: {error.detail}.'
-  return _respond(Refused(message, status=error.status_code, headers=dict(error.headers or {})))
+  return _response(ApiError(message, status=error.status_code, headers=dict(error.headers or {})))
 
 
-async def _refuse_slow(request: Request, error: TimeoutError) -> JSONResponse:
-  return _respond(
-    refusals.server_error('the answer took too long: ask for fewer tokens.', 504, 'timeout')
+async def _on_timeout(request: Request, error: TimeoutError) -> JSONResponse:
+  return _response(
+    api_errors.server_error('the answer took too long: ask for fewer tokens.', 504, 'timeout')
   )
 
 
-async def _refuse_unexpected(request: Request, error: Exception) -> JSONResponse:
-  """A mistake of this program; the log has its traceback."""
-  return _respond(refusals.server_error('the server made a mistake, which its log tells.'))
+async def _on_unexpected(request: Request, error: Exception) -> JSONResponse:
+  """Answers a fault of this program. Starlette writes its traceback to the log."""
+  return _response(api_errors.server_error('the server made a mistake; its log has the details.'))

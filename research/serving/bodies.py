@@ -1,4 +1,4 @@
-"""The bodies of requests, as OpenAI's protocol has them, with bounds. What is not listed here is refused."""
+"""The bodies of requests in OpenAI's protocol, with bounds. A field that is not listed here is an error."""
 
 import re
 from typing import Annotated, Any, Literal
@@ -10,23 +10,27 @@ Token = Annotated[int, Field(ge=0)]
 Tokens = Annotated[list[Token], Field(min_length=1)]
 Text = Annotated[str, Field(min_length=1)]
 
-# The engine counts in float32: what is 0 there would keep no token at all.
+# The engine computes in float32. A mass that is 0 there would keep no token at all.
 LEAST_MASS = 1e-6
 
 
 class Body(pydantic.BaseModel):
-  """Types are strict: '5' is no number, and 1 no bool."""
+  """A part of a body. Types are strict: '5' is not a number, and 1 is not a bool."""
 
   model_config = pydantic.ConfigDict(extra='forbid', strict=True, allow_inf_nan=False)
 
 
 class StreamOptions(Body):
+  """What a stream has beside its text."""
+
   include_usage: bool = False
-  include_obfuscation: bool = False  # padding against eavesdroppers; there is none here
+  include_obfuscation: bool = (
+    False  # random padding against eavesdroppers, which this server does not add
+  )
 
 
 class Request(Body):
-  """What all requests have. All but `model` are about billing and storage: they change no answer."""
+  """The fields of every request. All but `model` concern billing and storage and change no answer."""
 
   model: str
   user: str | None = None
@@ -39,10 +43,9 @@ class Request(Body):
 
 
 class Generate(Request):
-  """What both kinds of generation have. None is the default, as the protocol says.
+  """The fields of both kinds of generation. None means the protocol's default.
 
-  `top_k`, `min_p`, `typical` and `repetition_penalty` are those of `inference.sampling.Sampling`, beyond the
-  protocol.
+  `top_k`, `min_p`, `typical` and `repetition_penalty` are beyond the protocol (`inference.sampling.Sampling`).
   """
 
   stream: bool | None = None
@@ -97,16 +100,22 @@ class Completion(Generate):
 
 
 class TextPart(Body):
+  """A part of a turn's content. Text is the only kind: these models read no pictures."""
+
   type: Literal['text']
   text: str
 
 
 class CalledFunction(Body):
+  """The function of a call, with its arguments as JSON text."""
+
   name: str
   arguments: str
 
 
 class ToolCall(Body):
+  """A call in a turn of the assistant. Some clients send the `index` of the stream back."""
+
   id: str
   type: Literal['function'] = 'function'
   function: CalledFunction
@@ -117,7 +126,7 @@ Content = str | list[TextPart]
 
 
 class Message(Body):
-  """A turn. Clients send the assistant's own turns back with fields that are null."""
+  """A turn. Clients send the assistant's turns back with all fields of the answer, some of them null."""
 
   role: Literal['system', 'developer', 'user', 'assistant', 'tool']
   content: Content | None = None
@@ -147,6 +156,8 @@ class Message(Body):
 
 
 class Function(Body):
+  """The description of a function. `parameters` is a JSON schema; None is a function without parameters."""
+
   name: Annotated[str, Field(pattern=r'^[a-zA-Z0-9_-]{1,64}$')]
   description: str | None = None
   parameters: dict[str, Any] | None = None
@@ -154,32 +165,44 @@ class Function(Body):
 
 
 class Tool(Body):
+  """A tool that the model may call."""
+
   type: Literal['function']
   function: Function
 
 
 class NamedFunction(Body):
+  """The name of a function that must be called."""
+
   name: str
 
 
 class NamedTool(Body):
+  """The tool that must be called."""
+
   type: Literal['function']
   function: NamedFunction
 
 
 class PlainFormat(Body):
+  """Any text, or any JSON object."""
+
   type: Literal['text', 'json_object']
 
 
 class Schema(Body):
+  """A named JSON schema."""
+
   name: str
   description: str | None = None
-  # A field called schema would hide pydantic's own.
+  # A field named schema would hide a method of pydantic's.
   json_schema: dict[str, Any] = Field(alias='schema')
   strict: bool | None = None
 
 
 class SchemaFormat(Body):
+  """JSON of a schema."""
+
   type: Literal['json_schema']
   json_schema: Schema
 
@@ -216,6 +239,7 @@ class Chat(Generate):
 
   @property
   def constrains(self) -> bool:
+    """Whether `response_format` constrains the answer."""
     return self.response_format is not None and self.response_format.type != 'text'
 
 

@@ -1,4 +1,4 @@
-"""Grammars of answers: JSON by a schema, and calls of tools. llguidance says which tokens may come next."""
+"""Grammars of answers: JSON of a schema, and calls of tools. llguidance says which tokens may come next."""
 
 import json
 from collections.abc import Sequence
@@ -6,62 +6,68 @@ from collections.abc import Sequence
 import llguidance
 import numpy as np
 
-from research.core.errors import first_line
+from research.serving.api_errors import ApiError
 from research.serving.bodies import Tool
-from research.serving.refusals import Refused
 from research.serving.vocabulary import Vocabulary
 
-BEGIN, END = '<tool_call>', '</tool_call>'
-# Without free white space a model cannot go on with it for ever.
+# The marks around a call, as Hermes and Qwen write them.
+BEGIN = '<tool_call>'
+END = '</tool_call>'
+# With free white space a model could write spaces for ever.
 COMPACT = {'whitespace_flexible': False, 'item_separator': ', ', 'key_separator': ': '}
 
 
 class Mask:
-  """Which tokens may come next (`inference.request.Mask`). One is for one request, for it remembers its tokens.
+  """Says which tokens may come next (`inference.request.Mask`). It keeps state, so each request has its own.
 
   Args:
-    grammar: of llguidance.
-    vocabulary: of the model.
+    grammar: in llguidance's language.
+    vocabulary: the model's.
     size: how many logits the model has.
   """
 
   def __init__(self, grammar: str, vocabulary: Vocabulary, size: int):
     self.matcher = llguidance.LLMatcher(vocabulary.matcher_tokenizer, grammar)
-    self.ends, self.size, self.read = list(vocabulary.ends), size, 0
+    self.ends = list(vocabulary.ends)
+    self.size = size
+    self.consumed = 0  # how many tokens the matcher has seen
 
   def __call__(self, tokens: Sequence[int]) -> np.ndarray:
+    """Returns bool [size] after the tokens of an answer. No token is allowed after a fault of the library."""
     try:
       return self._allowed(tokens)
-    except Exception:  # of the library: this answer ends with an error, and the engine goes on
+    except Exception:  # this answer ends with an error, and the engine continues with the others
       return np.zeros(self.size, bool)
 
   def _allowed(self, tokens: Sequence[int]) -> np.ndarray:
-    self.matcher.consume_tokens(list(tokens[self.read :]))
-    self.read = len(tokens)
+    self.matcher.consume_tokens(list(tokens[self.consumed :]))
+    self.consumed = len(tokens)
     allowed = np.zeros(self.size, bool)
     if not self.matcher.is_stopped():
       bits = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
       known = np.unpackbits(bits, bitorder='little')[: self.size]
       allowed[: len(known)] = known
-    # An error leaves no token, and the engine says so. A model may have several ends.
+    # A model may have several ends, and llguidance knows one. If the matcher has an error, no token is allowed,
+    # and the engine reports that.
     allowed[self.ends] = self.matcher.is_accepting() and not self.matcher.is_error()
     return allowed
 
 
 def check(grammar: str, param: str) -> str:
-  """The grammar, if llguidance understands it.
+  """Returns the grammar if llguidance understands it.
 
   Raises:
-    Refused: it does not.
+    ApiError: it does not; the error names the field `param`.
   """
   message = llguidance.LLMatcher.validate_grammar(grammar)
   if message:
-    raise Refused(f'{param}: {first_line(message)}.', param=param, code='invalid_schema')
+    first = message.strip().splitlines()[0].rstrip('.')
+    raise ApiError(f'{param}: {first}.', param=param, code='invalid_schema')
   return grammar
 
 
 def of_schema(schema: dict, param: str) -> str:
-  """JSON that a schema describes."""
+  """Returns the grammar of JSON that fits a schema, which is the field `param` of the request."""
   return check(_json_grammar(schema), param)
 
 
@@ -70,20 +76,22 @@ def _json_grammar(schema: dict) -> str:
 
 
 def of_calls(tools: Sequence[Tool], *, forced: bool, parallel: bool) -> str:
-  """Calls of tools, in the form of `tools.PROMPT`.
+  """Returns the grammar of answers with calls of tools, in the form of `tools.PROMPT`.
 
   Args:
-    forced: the answer is one call or more; else it is a text that may have calls.
-    parallel: whether there may be more than one.
+    tools: the tools that the model may call.
+    forced: whether the answer is calls alone; otherwise it is text that may contain calls.
+    parallel: whether there may be more than one call.
   """
   rules = [_call_rule(number, tool) for number, tool in enumerate(tools)]
   for number, tool in enumerate(tools):
-    # Each alone, so that a message names the tool.
+    # Each schema is also checked alone, so that an error names its tool.
     check(_json_grammar(_parameters(tool)), f'tools.{number}.function.parameters')
   any_call = ' | '.join(f'call_{number}' for number in range(len(tools)))
   if forced:
     start = ['start: call more*' if parallel else 'start: call', f'call: "{BEGIN}" rest_of_call']
-    start += [f'more: "\\n{BEGIN}" rest_of_call'] if parallel else []
+    if parallel:
+      start.append(f'more: "\\n{BEGIN}" rest_of_call')
   else:
     start = [
       'start: call* text' if parallel else 'start: call? text',
@@ -97,14 +105,14 @@ def of_calls(tools: Sequence[Tool], *, forced: bool, parallel: bool) -> str:
 
 
 def _call_rule(number: int, tool: Tool) -> str:
-  # The schema stands alone, so that references from its root go on being right.
+  # The schema is a document of its own here, so that its references from the root stay valid.
   beginning = _dumps(f'{{"name": "{tool.function.name}", "arguments": ')
   schema = _dumps({**_parameters(tool), 'x-guidance': COMPACT})
   return f'call_{number}: {beginning} %json {schema} "}}"'
 
 
 def _parameters(tool: Tool) -> dict:
-  """The schema of the arguments; a function without one takes none."""
+  """Returns the schema of a tool's arguments. A function without a schema takes none."""
   if tool.function.parameters is None:
     return {'type': 'object', 'properties': {}, 'additionalProperties': False}
   return {'type': 'object', **tool.function.parameters}

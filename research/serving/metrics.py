@@ -1,18 +1,19 @@
-"""What is measured, for Prometheus."""
+"""The server's measurements, for Prometheus."""
 
 import collections
 import math
 
 import prometheus_client as prometheus
 
-# Seconds; a laptop takes seconds for what a TPU does in milliseconds.
+# Bounds of the buckets, in seconds. A CPU takes seconds for what an accelerator does in milliseconds.
 LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
-REMEMBERED = 32  # answers that the time to wait is guessed from
+RECENT_ANSWERS = 32  # how many answers the estimate of the waiting time averages over
+LONGEST_RETRY = 60  # seconds; a client should look again at least once a minute
 
 
 class Metrics:
-  """The metrics of one server."""
+  """The metrics of one server, in a registry of its own, so that a process may have several servers."""
 
   def __init__(self):
     self.registry = prometheus.CollectorRegistry()
@@ -22,7 +23,9 @@ class Metrics:
     )
     self.prompt_tokens = prometheus.Counter('prompt_tokens', 'Tokens of prompts.', **knobs)
     self.generated_tokens = prometheus.Counter('generated_tokens', 'Tokens generated.', **knobs)
-    self.open = prometheus.Gauge('open_requests', 'Requests that wait or are at work.', **knobs)
+    self.open = prometheus.Gauge(
+      'open_requests', 'Requests that wait in the queue or are active.', **knobs
+    )
     self.first = prometheus.Histogram(
       'time_to_first_token_seconds', 'From the request to its first token.', buckets=LONG, **knobs
     )
@@ -35,25 +38,33 @@ class Metrics:
     self.steps = prometheus.Histogram(
       'step_seconds', 'A step of the engine.', buckets=SHORT, **knobs
     )
-    self._recent: collections.deque[float] = collections.deque(maxlen=REMEMBERED)
+    self._recent: collections.deque[float] = collections.deque(maxlen=RECENT_ANSWERS)
 
   def on_piece(self, job, number: int, piece, now: float) -> None:
-    """Counts what one step said for a request (`model_thread.Piece`)."""
+    """Records what one step generated for a request.
+
+    Args:
+      job: the `model_thread.Job` of the request.
+      number: the request's number in the job.
+      piece: a `model_thread.Piece`.
+      now: the time in seconds, by `time.monotonic`.
+    """
     self.generated_tokens.inc(len(piece.tokens))
-    last = job.last[number]
+    last = job.last_times[number]
     if last is None:
       self.first.observe(now - job.began)
     else:
       self.between.observe(now - last)
-    job.last[number] = now
+    job.last_times[number] = now
     if piece.finish:
       self.whole.observe(now - job.began)
       self._recent.append(now - job.began)
 
   def seconds_to_wait(self) -> int:
-    """What a client that was refused is told: about how long an answer takes now."""
+    """Returns the Retry-After of a full queue: about as long as an answer takes now."""
     mean = sum(self._recent) / len(self._recent) if self._recent else 1.0
-    return min(60, max(1, math.ceil(mean)))
+    return min(LONGEST_RETRY, max(1, math.ceil(mean)))
 
   def text(self) -> bytes:
+    """Returns all metrics in Prometheus' text format."""
     return prometheus.generate_latest(self.registry)

@@ -1,6 +1,7 @@
-"""The thread that owns the model. Requests come to it through a queue, and pieces go back to their loop.
+"""The thread that owns the model. Commands reach it through a queue, and pieces of answers go back to the loop.
 
-jax's programs run here alone. The side that speaks HTTP never waits for them, and the thread waits for nobody.
+Only this thread runs jax's programs. So the event loop, which speaks HTTP, never waits for them, and a step
+never waits for a client.
 """
 
 import asyncio
@@ -15,20 +16,20 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 from research.core.errors import in_a_line
 from research.inference.request import Completion, Request
-from research.serving import refusals
+from research.serving import api_errors
 from research.serving.metrics import Metrics
-from research.serving.served import Served
+from research.serving.served_model import ServedModel
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-  """What one step said for one request.
+  """The result of one step for one request.
 
   Attributes:
-    number: of the request within its job.
-    text: that is sure now.
-    tokens, logprobs, top: as of `Completion`, of this step alone.
-    finish, error: as of `Completion`.
+    number: the request's number in its job.
+    text: the text that is now certain.
+    tokens, logprobs, top: those of this step, as in `Completion`.
+    finish, error: as in `Completion`.
   """
 
   number: int
@@ -41,23 +42,33 @@ class Piece:
 
 
 class Job:
-  """Requests of one client: an asynchronous iterator over the pieces of all of them, until each is finished."""
+  """The requests of one client: an asynchronous iterator over their pieces, until every request is finished.
+
+  The event loop and the model's thread both use a job, but no attribute is written by both.
+
+  Attributes:
+    requests: the requests, numbered from 0.
+    numbers: the engine's number of a request -> its number in the job. The thread writes it.
+    sent: how many tokens of each request were sent. The thread writes it.
+    last_times: when the last piece of each request came, None before the first. The thread writes it.
+    began: the time of `submit`, by `time.monotonic`.
+    open: how many requests are not finished. The loop writes it.
+  """
 
   def __init__(self, requests: Sequence[Request], thread: 'ModelThread'):
-    self.requests, self._thread = list(requests), thread
-    self.numbers: dict[
-      int, int
-    ] = {}  # the engine's number of a request to the job's; the thread's own
-    self.told = [0] * len(self.requests)  # how many tokens of each the client has; the thread's own
+    self.requests = list(requests)
+    self.numbers: dict[int, int] = {}
+    self.sent = [0] * len(self.requests)
+    self.last_times: list[float | None] = [None] * len(self.requests)
     self.began = time.monotonic()
-    self.last: list[float | None] = [None] * len(self.requests)
     self.open = len(self.requests)
+    self._thread = thread
     self._loop = asyncio.get_running_loop()
-    self._pieces: asyncio.Queue[Piece | refusals.Refused] = asyncio.Queue()
+    self._pieces: asyncio.Queue[Piece | api_errors.ApiError] = asyncio.Queue()
 
-  def put(self, pieces: list[Piece | refusals.Refused]) -> None:
-    """Hands pieces over. From any thread."""
-    # The loop may have ended, and then nobody asks any more.
+  def put(self, pieces: list[Piece | api_errors.ApiError]) -> None:
+    """Sends pieces to the event loop. Any thread may call this."""
+    # Once the loop has ended, nobody waits for the pieces.
     with contextlib.suppress(RuntimeError):
       self._loop.call_soon_threadsafe(self._put, pieces)
 
@@ -68,7 +79,7 @@ class Job:
   async def __aiter__(self) -> AsyncIterator[Piece]:
     while self.open:
       piece = await self._pieces.get()
-      if isinstance(piece, refusals.Refused):
+      if isinstance(piece, api_errors.ApiError):
         self._thread.release(self)
         raise piece
       if piece.finish:
@@ -77,7 +88,7 @@ class Job:
       yield piece
 
   def cancel(self) -> None:
-    """Forgets what is not finished; call it whenever the client is done."""
+    """Drops the requests that are not finished. Call it whenever the client is done."""
     if self.open:
       self._thread.tell('cancel', self)
       self._thread.release(self)
@@ -87,80 +98,87 @@ class ModelThread:
   """Runs a model's engine.
 
   Args:
-    open_model: opens the model; it is called in the thread, and `mesh` is in use.
-    mesh: a function to the context in which the model is used.
-    most: how many requests may wait or be at work; more are refused.
-    metrics: what is measured.
+    open_model: opens the model. The thread calls it, under the mesh.
+    mesh: returns the context in which the mesh is in use.
+    most: how many requests may wait or be active; more are refused.
+    metrics: the server's metrics.
+
+  Attributes:
+    waiting: how many requests are not finished. The event loop writes it.
+    broken: why the model has failed; '' while it works.
   """
 
   def __init__(
     self,
-    open_model: Callable[[], Served],
+    open_model: Callable[[], ServedModel],
     mesh: Callable[[], contextlib.AbstractContextManager],
     most: int,
     metrics: Metrics,
   ):
-    self._open, self._mesh, self.most, self.metrics = open_model, mesh, most, metrics
-    self.waiting = 0  # requests that are not finished; the loop's own
+    self._open = open_model
+    self._mesh = mesh
+    self.most = most
+    self.metrics = metrics
+    self.waiting = 0
     self.broken = ''
     self._inbox: queue.SimpleQueue = queue.SimpleQueue()
     self._jobs: dict[int, Job] = {}
-    self._opened: concurrent.futures.Future[Served] = concurrent.futures.Future()
+    self._opened: concurrent.futures.Future[ServedModel] = concurrent.futures.Future()
     self._thread = threading.Thread(target=self._run, name='model', daemon=True)
 
-  def start(self) -> Served:
-    """Opens the model and gives it back when it is ready.
+  def start(self) -> ServedModel:
+    """Opens the model and returns it when it is ready.
 
     Raises:
       UserError: it cannot be opened.
     """
     self._thread.start()
-    self.served = self._opened.result()
-    return self.served
+    return self._opened.result()
 
   def stop(self) -> None:
-    """Ends the thread; what is still asked is not answered."""
+    """Ends the thread. Requests that are not finished get no answer."""
     self.tell('stop', None)
     self._thread.join(timeout=60)
 
-  def tell(self, what: str, value) -> None:
-    self._inbox.put((what, value))
+  def tell(self, command: str, value) -> None:
+    """Queues a command: 'submit' or 'cancel' with a job, 'call' with a future and a function, or 'stop'."""
+    self._inbox.put((command, value))
 
   def submit(self, requests: Sequence[Request]) -> Job:
-    """A job of requests that were checked.
+    """Starts a job of requests that were checked.
 
     Raises:
-      Refused: too many wait, or the model has failed.
+      ApiError: too many requests wait, or the model has failed.
     """
     if self.broken:
-      raise refusals.server_error(self.broken, 503, 'model_failed')
+      raise api_errors.server_error(self.broken, 503, 'model_failed')
     if len(requests) > self.most:
-      raise refusals.Refused(
+      raise api_errors.ApiError(
         f'{len(requests)} answers at a time are more than the {self.most} that this server takes.',
         code='too_many_answers',
       )
     if self.waiting + len(requests) > self.most:
-      raise refusals.busy(self.metrics.seconds_to_wait())
+      raise api_errors.busy(self.metrics.seconds_to_wait())
     job = Job(requests, self)
     self.waiting += len(requests)
     self.tell('submit', job)
     return job
 
   def release(self, job: Job) -> None:
-    """A job takes no more room."""
+    """Takes a job's open requests out of the count of those that wait."""
     self.waiting -= job.open
     job.open = 0
 
   async def call(self, function: Callable, *args):
-    """What a function of the model gives; it is called in the thread, between two steps.
+    """Returns the result of a function that uses the model. The thread calls it, between two steps.
 
     Raises:
-      Refused: too many wait, or the model has failed.
+      ApiError: too many requests wait, or the model has failed.
     """
     if self.broken:
-      raise refusals.server_error(self.broken, 503, 'model_failed')
+      raise api_errors.server_error(self.broken, 503, 'model_failed')
     if self.waiting >= self.most:
-      raise refusals.busy(self.metrics.seconds_to_wait())
+      raise api_errors.busy(self.metrics.seconds_to_wait())
     self.waiting += 1
     future: concurrent.futures.Future = concurrent.futures.Future()
     try:
@@ -173,12 +191,12 @@ class ModelThread:
     try:
       with self._mesh():
         try:
-          served = self._open()
-        except BaseException as error:
+          model = self._open()
+        except BaseException as error:  # `start` raises it in the main thread
           self._opened.set_exception(error)
           return
-        self.engine = served.generator.engine if served.generator else None
-        self._opened.set_result(served)
+        self.engine = model.generator.engine if model.generator else None
+        self._opened.set_result(model)
         self._work()
     except Exception as error:
       traceback.print_exc()
@@ -195,21 +213,27 @@ class ModelThread:
         self.metrics.steps.observe(time.monotonic() - began)
 
   def _take_commands(self, wait: bool) -> bool:
-    """Does what was told; False when the thread should end. One call is done at a time, between two steps."""
+    """Does the commands of the queue; returns False if the thread should end.
+
+    It returns after a call, so that at most one is done between two steps and streams do not stall.
+
+    Args:
+      wait: whether to wait for a command, because there is nothing else to do.
+    """
     while True:
       try:
-        what, value = self._inbox.get(block=wait)
+        command, value = self._inbox.get(block=wait)
       except queue.Empty:
         return True
       wait = False
-      if what == 'stop':
+      if command == 'stop':
         return False
-      if what == 'submit':
+      if command == 'submit':
         for number, request in enumerate(value.requests):
           engine_number = self.engine.submit(request)
           value.numbers[engine_number] = number
           self._jobs[engine_number] = value
-      elif what == 'cancel':
+      elif command == 'cancel':
         for number in value.numbers:
           self.engine.cancel(number)
           self._jobs.pop(number, None)
@@ -218,45 +242,54 @@ class ModelThread:
         return True
 
   def _report(self, events) -> None:
+    """Sends the results of a step to their jobs, those of one job together."""
     now = time.monotonic()
     pieces: dict[int, tuple[Job, list[Piece]]] = {}
     for event in events:
       job = self._jobs[event.number]
       number = job.numbers[event.number]
-      piece = _piece(number, event.text, event.completion, job.told[number])
-      job.told[number] += len(piece.tokens)
+      piece = _piece(number, event.text, event.completion, job.sent[number])
+      job.sent[number] += len(piece.tokens)
       self.metrics.on_piece(job, number, piece, now)
       if piece.finish:
         del self._jobs[event.number]
       pieces.setdefault(id(job), (job, []))[1].append(piece)
-    for job, of_job in pieces.values():
-      job.put(of_job)
+    for job, pieces_of_job in pieces.values():
+      job.put(pieces_of_job)
 
   def _fail(self, error: Exception) -> None:
-    """The engine's state is not to be trusted any more: everybody is told."""
-    self.broken = f'the model failed ({in_a_line(error)[:200]}); restart the server.'
-    refusal = refusals.server_error(self.broken, 503, 'model_failed')
+    """Answers every request, now and later, with an error: the engine's state cannot be trusted any more."""
+    first = (str(error).strip().splitlines() or [''])[0][:200]
+    self.broken = f'the model failed ({type(error).__name__}: {first}); restart the server.'
+    failure = api_errors.server_error(self.broken, 503, 'model_failed')
     for job in {id(job): job for job in self._jobs.values()}.values():
-      job.put([refusal])
+      job.put([failure])
     while True:
-      what, value = self._inbox.get()
-      if what == 'stop':
+      command, value = self._inbox.get()
+      if command == 'stop':
         return
-      if what == 'submit':
-        value.put([refusal])
-      elif what == 'call' and value[0].set_running_or_notify_cancel():
-        value[0].set_exception(refusal)
+      if command == 'submit':
+        value.put([failure])
+      elif command == 'call' and value[0].set_running_or_notify_cancel():
+        value[0].set_exception(failure)
 
 
-def _piece(number: int, text: str, completion: Completion, told: int) -> Piece:
+def _piece(number: int, text: str, completion: Completion, sent: int) -> Piece:
+  """Returns what a completion has beyond the tokens that were sent."""
   return Piece(
-    number, text, completion.tokens[told:], completion.logprobs[told:], completion.top[told:],
-    completion.finish, completion.error,
-  )  # fmt: skip
+    number,
+    text,
+    completion.tokens[sent:],
+    completion.logprobs[sent:],
+    completion.top[sent:],
+    completion.finish,
+    completion.error,
+  )
 
 
 def _do(future: concurrent.futures.Future, function: Callable, args: tuple) -> None:
-  """Calls a function for whoever waits for it."""
+  """Calls a function and puts its result, or its error, into the future."""
+  # The client may have gone while the command waited.
   if not future.set_running_or_notify_cancel():
     return
   try:

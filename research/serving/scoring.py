@@ -1,4 +1,4 @@
-"""Texts that are read as a whole: how likely their tokens are, and where they lie."""
+"""Reads whole texts: the log-probabilities of their tokens, and their embeddings."""
 
 import functools
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ from research.training.cross_entropy import default_chunks
 
 
 class Scores(NamedTuple):
-  """Of each token of a text but the first: its log-probability, and the likeliest tokens at its place.
+  """Scores of every token of a text but the first.
 
   Attributes:
-    logprobs: [tokens - 1].
-    top: for each, (id, log-probability), the likeliest first.
+    logprobs: [tokens - 1], the log-probability of each token.
+    top: the likeliest tokens at each place, as (id, log-probability), the likeliest first.
   """
 
   logprobs: list[float]
@@ -30,7 +30,15 @@ class Scores(NamedTuple):
 def score(
   graphdef: nnx.GraphDef, params: dict, tokens: Sequence[int], top: int, room: int
 ) -> Scores:
-  """Log-probabilities by the model alone, natural logarithms."""
+  """Returns log-probabilities (natural logarithms) by the model alone, without temperature or filters.
+
+  Args:
+    graphdef: the structure of a decoder.
+    params: its parameters.
+    tokens: the text.
+    top: how many of the likeliest tokens are reported at each place.
+    room: the most tokens of a text.
+  """
   length = padded_length(len(tokens), room)
   batch = padded_row('decoder', tokens, length)
   targets = np.zeros((1, length), np.int32)
@@ -46,26 +54,29 @@ def score(
 
 @functools.partial(jax.jit, static_argnames=('graphdef', 'top'))
 def _score(graphdef: nnx.GraphDef, params: dict, batch: dict, targets: jax.Array, *, top: int):
-  """(log-probabilities of the targets, the likeliest tokens, theirs), each [1, length, ...]."""
+  """Returns the log-probabilities of the targets [1, length], and the likeliest tokens and their
+  log-probabilities [1, length, top]."""
   model = nnx.merge(graphdef, params)
   x, _ = model.features(batch)
-  # Logits exist for a part of the length at a time: of a large vocabulary they are many.
+  # The length goes in parts, because the logits of a large vocabulary need much memory.
   parts = default_chunks(*targets.shape, model.vocab)
-  told = []
+  results = []
   for x_part, target in zip(
     jnp.split(x, parts, axis=1), jnp.split(targets, parts, axis=1), strict=True
   ):
-    # On a mesh every device has all of a token's logits, so that one can be picked.
+    # `take_along_axis` and `top_k` need all logits of a token on one device.
     logits = shard(model.logits(x_part).astype(jnp.float32), None, None, None)
     log_p = jax.nn.log_softmax(logits, axis=-1)
     values, ids = jax.lax.top_k(log_p, top)
-    told.append((jnp.take_along_axis(log_p, target[..., None], axis=-1)[..., 0], ids, values))
-  return tuple(jnp.concatenate(x, axis=1) for x in zip(*told, strict=True))
+    target_log_p = jnp.take_along_axis(log_p, target[..., None], axis=-1)[..., 0]
+    results.append((target_log_p, ids, values))
+  return tuple(jnp.concatenate(x, axis=1) for x in zip(*results, strict=True))
 
 
 def embed(graphdef: nnx.GraphDef, params: dict, tokens: Sequence[int], room: int) -> np.ndarray:
-  """The mean of the last features over the tokens, scaled to length 1: float32 [embed]."""
+  """Returns a text's embedding, float32 [embed] of length 1: the mean of the last layer's features."""
   batch = padded_row('decoder', tokens, padded_length(len(tokens), room))
   x = jax.device_get(programs.features(graphdef, params, batch))
+  # Of the padded tokens only the real ones count. The mean of many float32 numbers is taken in float64.
   mean = np.asarray(x[0, : len(tokens)], np.float64).mean(0)
   return (mean / np.linalg.norm(mean)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""The server: it opens the model, listens, and on SIGTERM answers what it has begun before it ends."""
+"""The server: it opens the model and listens. On SIGTERM it finishes the answers that it has begun."""
 
 import contextlib
 import dataclasses
@@ -15,7 +15,7 @@ from research.core.errors import UserError
 from research.serving.app import LOOPBACK, make_app
 from research.serving.metrics import Metrics
 from research.serving.model_thread import ModelThread
-from research.serving.served import Served
+from research.serving.served_model import ServedModel
 
 KEY = 'ISOFLOP_API_KEY'  # the environment variable with the API key
 LARGEST_BODY = 8 * 2**20  # bytes
@@ -26,10 +26,11 @@ class Knobs:
   """How a server runs.
 
   Attributes:
-    host, port: where it listens; port 0 takes a free one.
-    queue: how many requests may wait or be at work.
+    host: the address on which it listens.
+    port: its port; 0 takes a free one.
+    queue: how many requests may wait or be active.
     timeout: the most seconds of an answer.
-    drain: after SIGTERM, the most seconds for what was begun.
+    drain: after SIGTERM, the most seconds for answers that were begun.
   """
 
   host: str = '127.0.0.1'
@@ -40,10 +41,10 @@ class Knobs:
 
 
 def api_key(host: str) -> str | None:
-  """The key that the environment names; None for none.
+  """Returns the API key of the environment, None if there is none.
 
   Raises:
-    UserError: there is none, and other machines reach the server.
+    UserError: there is none, and other machines can reach the server.
   """
   key = os.environ.get(KEY, '').strip()
   if not key and host not in LOOPBACK:
@@ -55,32 +56,37 @@ def api_key(host: str) -> str | None:
 
 
 def serve(
-  open_model: Callable[[], Served],
+  open_model: Callable[[], ServedModel],
   mesh: Callable[[], contextlib.AbstractContextManager],
   knobs: Knobs,
   log: Callable[[str], None] = print,
 ) -> int:
-  """Serves a model until a signal; the exit status.
+  """Serves a model until a signal; returns the exit status.
 
   Args:
-    open_model: opens the model; called in the model's thread, where `mesh` is in use.
-    log: told where the server listens.
+    open_model: opens the model. The model's thread calls it, under the mesh.
+    mesh: returns the context in which the mesh is in use.
+    knobs: how the server runs.
+    log: receives the line with the server's address.
 
   Raises:
-    UserError: the model cannot be opened, the port is taken, or there is no key where one is needed.
+    UserError: the model cannot be opened, the port is taken, or a key is needed and missing.
   """
   key = api_key(knobs.host)
-  address = bind(knobs.host, knobs.port)
+  listening = bind(knobs.host, knobs.port)
   thread = ModelThread(open_model, mesh, knobs.queue, Metrics())
-  served = thread.start()
+  model = thread.start()
   app = make_app(
-    served, thread, key=key, timeout=knobs.timeout, largest=LARGEST_BODY,
+    model, thread, key=key, timeout=knobs.timeout, largest=LARGEST_BODY,
     only_loopback=key is None,
   )  # fmt: skip
-  config = config_of(app, knobs.host, knobs.port, knobs.drain)
-  server = Server(config, thread, lambda url: log(f'{served.name} at {url}'))
+
+  def announce(url: str) -> None:
+    log(f'{model.name} at {url}')
+
+  server = Server(config_of(app, knobs.host, knobs.port, knobs.drain), thread, announce)
   try:
-    server.run([address])
+    server.run([listening])
   except OSError as error:  # another program began to listen there while the model was read
     raise _cannot_listen(knobs.host, knobs.port, error) from None
   finally:
@@ -89,10 +95,11 @@ def serve(
 
 
 def bind(host: str, port: int) -> socket.socket:
-  """A socket at an address, on which nothing listens yet: so a port that is taken shows before a model is read.
+  """Returns a socket with this address, before anything listens on it. So a taken port is an error before the
+  model is read.
 
   Raises:
-    UserError: the address is taken, or is not this machine's.
+    UserError: the address is taken, or belongs to another machine.
   """
   bound = socket.socket(socket.AF_INET6 if ':' in host else socket.AF_INET)
   bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -118,28 +125,37 @@ def config_of(app: Starlette, host: str, port: int, drain: float) -> uvicorn.Con
 
 
 class Server(uvicorn.Server):
-  """uvicorn's server. It ends with status 0 after a signal, and by itself where the model failed."""
+  """uvicorn's server. It ends with status 0 after a signal, and by itself if the model fails.
+
+  Args:
+    config: uvicorn's settings.
+    thread: the model's thread.
+    announce: receives the server's URL once it listens.
+  """
 
   def __init__(self, config: uvicorn.Config, thread: ModelThread, announce: Callable[[str], None]):
     super().__init__(config)
-    self.thread, self.announce = thread, announce
+    self.thread = thread
+    self.announce = announce
 
   @contextlib.contextmanager
   def capture_signals(self):
-    if threading.current_thread() is not threading.main_thread():  # only that one may
+    if threading.current_thread() is not threading.main_thread():  # Python allows it only there
       yield
       return
-    # uvicorn's own raises the signal again in the end, and a drained server has nothing to complain about.
-    before = {one: signal.signal(one, self.handle_exit) for one in (signal.SIGINT, signal.SIGTERM)}
+    # uvicorn's own version raises the signal again at the end, but a drained server should end with status 0.
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, self.handle_exit) for number in numbers}
     try:
       yield
     finally:
-      for one, handler in before.items():
-        signal.signal(one, handler)
+      for number, handler in before.items():
+        signal.signal(number, handler)
 
   async def startup(self, sockets=None) -> None:
     await super().startup(sockets)
     if self.started:
+      # With port 0 only the socket knows the port.
       host, port = self.servers[0].sockets[0].getsockname()[:2]
       shown = f'[{host}]' if ':' in host else host
       self.announce(f'http://{shown}:{port}')

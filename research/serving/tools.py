@@ -1,11 +1,11 @@
-"""Calls of tools within a text: how a model is told of its tools, and how its calls are found."""
+"""Calls of tools: how the prompt describes the tools, and how calls are found in an answer."""
 
 import dataclasses
 import json
 import secrets
 from collections.abc import Sequence
 
-from research.serving.bodies import Message, Tool
+from research.serving.bodies import Message, Tool, ToolCall
 from research.serving.grammar import BEGIN, END
 
 # The words of Hermes and Qwen, which many open models have learned.
@@ -25,26 +25,32 @@ For each function call, return a json object with function name and arguments wi
 </tool_call>"""
 
 
+def _new_id() -> str:
+  return f'call_{secrets.token_hex(12)}'
+
+
 @dataclasses.dataclass(frozen=True)
 class Call:
   """A call that a model wrote.
 
   Attributes:
-    arguments: JSON of an object.
+    name: the tool's.
+    arguments: a JSON object, as text.
+    id: a random name, by which the client's answer refers to the call.
   """
 
   name: str
   arguments: str
-  id: str = dataclasses.field(default_factory=lambda: f'call_{secrets.token_hex(12)}')
+  id: str = dataclasses.field(default_factory=_new_id)
 
 
 def as_json(tools: Sequence[Tool]) -> list[dict]:
-  """The tools as templates expect them."""
+  """Returns the tools in the form that chat templates expect."""
   return [tool.model_dump(exclude_none=True) for tool in tools]
 
 
 def for_template(messages: Sequence[Message]) -> list[dict]:
-  """The turns for a template that knows of tools."""
+  """Returns the turns of a conversation for a template that supports tools."""
   turns = []
   for message in messages:
     turn = {'role': _role(message), 'content': message.text}
@@ -53,7 +59,7 @@ def for_template(messages: Sequence[Message]) -> list[dict]:
         {
           'id': call.id,
           'type': 'function',
-          # Templates write the arguments as JSON themselves.
+          # Templates convert the arguments to JSON themselves.
           'function': {'name': call.function.name, 'arguments': _arguments(call)},
         }
         for call in message.tool_calls
@@ -66,41 +72,49 @@ def for_template(messages: Sequence[Message]) -> list[dict]:
 
 
 def as_plain_turns(messages: Sequence[Message], tools: Sequence[Tool]) -> list[dict]:
-  """The turns for a template that knows nothing of tools: tools, calls and their results as text."""
+  """Returns the turns for a template that does not support tools: tools, calls and results become text.
+
+  Results follow the form of Qwen's template: consecutive results are one turn of the user.
+  """
   turns: list[dict] = []
+  last_is_result = False
   for message in messages:
     content = message.text
     if message.tool_calls:
-      calls = [
-        f'{BEGIN}\n{{"name": {json.dumps(c.function.name)}, "arguments": {json.dumps(_arguments(c))}}}\n{END}'
-        for c in message.tool_calls
-      ]
+      calls = [_call_text(call) for call in message.tool_calls]
       content = '\n'.join([content, *calls] if content else calls)
-    role = _role(message)
-    if role == 'tool':
-      role, content = 'user', f'<tool_response>\n{content}\n</tool_response>'
-      if turns and turns[-1].get('answers'):
-        turns[-1]['content'] += '\n' + content
-        continue
-      turns.append({'role': role, 'content': content, 'answers': True})
+    if message.role != 'tool':
+      turns.append({'role': _role(message), 'content': content})
+      last_is_result = False
       continue
-    turns.append({'role': role, 'content': content})
-  turns = [{'role': turn['role'], 'content': turn['content']} for turn in turns]
-  if tools:
-    told = PROMPT.format(tools='\n'.join(json.dumps(tool) for tool in as_json(tools)))
-    if turns[0]['role'] == 'system':
-      turns[0] = {'role': 'system', 'content': f'{turns[0]["content"]}\n\n{told}'}
+    content = f'<tool_response>\n{content}\n</tool_response>'
+    if last_is_result:
+      turns[-1]['content'] += '\n' + content
     else:
-      turns.insert(0, {'role': 'system', 'content': told})
+      turns.append({'role': 'user', 'content': content})
+    last_is_result = True
+  if tools:
+    prompt = PROMPT.format(tools='\n'.join(json.dumps(tool) for tool in as_json(tools)))
+    if turns[0]['role'] == 'system':
+      turns[0] = {'role': 'system', 'content': f'{turns[0]["content"]}\n\n{prompt}'}
+    else:
+      turns.insert(0, {'role': 'system', 'content': prompt})
   return turns
 
 
 def _role(message: Message) -> str:
+  """Returns a turn's role. Templates know OpenAI's newer name `developer` as `system`."""
   return 'system' if message.role == 'developer' else message.role
 
 
-def _arguments(call) -> dict | str:
-  """The arguments as a client sent them back; text that is no JSON stays text."""
+def _call_text(call: ToolCall) -> str:
+  name = json.dumps(call.function.name)
+  arguments = json.dumps(_arguments(call))
+  return f'{BEGIN}\n{{"name": {name}, "arguments": {arguments}}}\n{END}'
+
+
+def _arguments(call: ToolCall) -> dict | str:
+  """Returns the arguments of a call that a client sent back. Text that is not JSON stays text."""
   try:
     return json.loads(call.function.arguments)
   except ValueError:
@@ -108,76 +122,86 @@ def _arguments(call) -> dict | str:
 
 
 class CallReader:
-  """Splits a text that comes in pieces into plain text and calls. White space around calls is no text.
+  """Splits an answer, which comes in pieces, into text and calls. White space around calls is dropped.
 
-  A call is <tool_call>{...}</tool_call>, or the whole text is one JSON object of the same shape, as Llama 3.1
-  writes it. What looks like a call and names none of the tools is text.
+  A call is <tool_call>{...}</tool_call>. An answer that is a single JSON object of the same shape, as Llama 3.1
+  writes it, is a call too. Anything that looks like a call but names none of the tools is text.
 
   Args:
-    names: of the tools.
+    names: the names of the tools.
   """
 
   def __init__(self, names: Sequence[str]):
     self.names = set(names)
     self.calls = 0
-    self._held = ''  # what may still become a call
-    self._space = ''  # in front of what comes next
-    # What has come before, but for space.
-    self._at_start, self._after_call, self._said = True, False, False
+    self._held = ''  # text that may still become a call
+    self._space = ''  # white space that awaits the text after it
+    # What came before, white space aside.
+    self._at_start = True
+    self._after_call = False
+    self._after_text = False
 
   def add(self, text: str) -> tuple[str, list[Call]]:
-    """(text that is sure, calls that are whole) with another piece."""
+    """Adds a piece; returns the text that is now certain, and the calls that are now complete."""
     self._held += text
-    said, calls = '', []
+    certain = ''
+    calls = []
     while (begin := self._held.find(BEGIN)) >= 0:
       end = self._held.find(END, begin)
-      said += self._say(self._take(begin))
+      certain += self._release(self._take(begin))
       if end < 0:
-        return said, calls
+        return certain, calls
       written = self._take(end - begin + len(END))
       call = self._parse(written[len(BEGIN) : -len(END)])
       if call is None:
-        said += self._say(written)
+        certain += self._release(written)
       else:
         calls.append(self._count(call))
     if not self._may_be_bare():
-      said += self._say(self._take(len(self._held) - _overlap(self._held, BEGIN)))
-    return said, calls
+      certain += self._release(self._take(len(self._held) - _overlap(self._held, BEGIN)))
+    return certain, calls
 
   def finish(self) -> tuple[str, list[Call]]:
-    """What is left when no piece follows."""
-    left = self._take(len(self._held))
-    call = self._parse(left) if self._at_start else None
+    """Returns the rest after the last piece, as `add` does."""
+    rest = self._take(len(self._held))
+    call = self._parse(rest) if self._at_start else None
     if call is not None:
       return '', [self._count(call)]
-    said = self._say(left)
-    return (said if self.calls else said + self._space), []
+    certain = self._release(rest)
+    return (certain if self.calls else certain + self._space), []
 
   def _take(self, count: int) -> str:
-    taken, self._held = self._held[:count], self._held[count:]
+    """Removes so many characters from the held text and returns them."""
+    taken = self._held[:count]
+    self._held = self._held[count:]
     return taken
 
-  def _say(self, text: str) -> str:
-    """Text as it is told: space is held back until something follows, and dropped beside a call."""
+  def _release(self, text: str) -> str:
+    """Returns text for the client, without the white space at its end: that awaits what follows, and is dropped
+    beside a call."""
     if not text.strip():
       self._space += text
       return ''
     whole = self._space + text
-    between = '\n' if self._said else ''  # a call stood there
-    start = between + whole.lstrip() if self._after_call else whole
-    kept = start.rstrip()
-    self._space = start[len(kept) :]
-    self._at_start = self._after_call = False
-    self._said = True
-    return kept
+    if self._after_call:
+      between = '\n' if self._after_text else ''  # in place of a call between two texts
+      whole = between + whole.lstrip()
+    released = whole.rstrip()
+    self._space = whole[len(released) :]
+    self._at_start = False
+    self._after_call = False
+    self._after_text = True
+    return released
 
   def _count(self, call: Call) -> Call:
     self.calls += 1
-    self._space, self._at_start, self._after_call = '', False, True
+    self._space = ''
+    self._at_start = False
+    self._after_call = True
     return call
 
   def _may_be_bare(self) -> bool:
-    """Whether all of the text so far may become one JSON object."""
+    """Returns whether all text so far may become a single JSON object."""
     return self._at_start and self._held.lstrip().startswith('{')
 
   def _parse(self, text: str) -> Call | None:
@@ -187,12 +211,13 @@ class CallReader:
       return None
     if not isinstance(value, dict) or value.get('name') not in self.names:
       return None
+    # Llama 3.1 calls the arguments parameters.
     arguments = value.get('arguments', value.get('parameters', {}))
     return Call(value['name'], json.dumps(arguments)) if isinstance(arguments, dict) else None
 
 
 def _overlap(text: str, mark: str) -> int:
-  """How many of the last characters may begin `mark`."""
+  """Returns how many characters at the end of a text may be the beginning of `mark`."""
   for length in range(min(len(mark) - 1, len(text)), 0, -1):
     if mark.startswith(text[-length:]):
       return length

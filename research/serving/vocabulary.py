@@ -1,4 +1,4 @@
-"""The text of a model at an endpoint: prompts and conversations to ids, and what each id spells."""
+"""A model's tokenizer at an endpoint: the ids of a conversation, and the bytes of every token."""
 
 import functools
 from collections.abc import Sequence
@@ -20,44 +20,54 @@ class Vocabulary:
   """A tokenizer, with the bytes of every token.
 
   Args:
-    encoding: of the model.
-    start: ids in front of every conversation; of a run 0, of another's model what its template spells.
-    ends: ids that end a text.
-    whole: whether a conversation is split into tokens as a whole, as transformers does; else turn by turn, as
-      a run's conversations were.
+    encoding: the model's.
+    start: the ids before every conversation. They are (0,) for a run; the template of a Hugging Face model
+      writes its own.
+    ends: the ids that end a text.
+    whole: whether a conversation is tokenized as a whole, as transformers does it. Otherwise it is tokenized
+      turn by turn, as in the training of a run.
   """
 
   def __init__(
     self, encoding: Encoding, start: tuple[int, ...], ends: tuple[int, ...], whole: bool
   ):
-    self.encoding, self.start, self.ends, self.whole = encoding, start, ends, whole
+    self.encoding = encoding
+    self.start = start
+    self.ends = ends
+    self.whole = whole
 
   def decode(self, ids: Sequence[int]) -> str:
     return self.encoding.decode(list(ids))
 
   def of_conversation(self, parts: Sequence[str]) -> tuple[int, ...]:
-    """The ids of a conversation's parts; `conversations.EOS` in them is the end-of-text token."""
+    """Returns the ids of a conversation's parts. `conversations.EOS` in them is the end-of-text token."""
     texts = [''.join(parts)] if self.whole else parts
     ids = list(self.start)
     for text in texts:
       for number, piece in enumerate(text.split(conversations.EOS)):
-        ids += [self.encoding.end] if number else []
-        ids += self.encoding.encode(piece) if piece else []
+        if number:
+          ids.append(self.encoding.end)
+        if piece:
+          ids += self.encoding.encode(piece)
     return tuple(ids)
 
   @property
   def tokens(self) -> list[bytes]:
-    """What each id spells; a special token its name. The first time it takes seconds where there are many."""
+    """The bytes of each id; for a special token its name. For a large vocabulary the first use takes seconds.
+
+    Raises:
+      UserError: the tokenizer is of a kind whose bytes are not known.
+    """
     return self._table[0]
 
   @property
   def special(self) -> list[int]:
-    """Ids that are no part of a text."""
+    """The ids that are no part of a text."""
     return self._table[1]
 
   @functools.cached_property
   def _table(self) -> tuple[list[bytes], list[int]]:
-    """(tokens, special ids)."""
+    """The bytes of each id, and the special ids."""
     if isinstance(self.encoding, ByteEncoding):
       return _of_bytes(self.encoding)
     if isinstance(self.encoding, HuggingFaceEncoding):
@@ -71,22 +81,22 @@ class Vocabulary:
       if file.is_file():
         return _of_json(file.read_text())
     raise UserError(
-      'what the tokens of this tokenizer spell is not known: use a tokenizer.json for logprobs, tools and '
-      'response_format.'
+      'the bytes of the tokens of this tokenizer are not known: logprobs, tools and response_format need a '
+      'tokenizer.json.'
     )
 
   def spell(self, token: int) -> bytes:
-    """What one id spells; nothing for an id that only fills the model's logits up."""
+    """Returns the bytes of an id. An id that only pads the model's logits has none."""
     return self.tokens[token] if token < len(self.tokens) else b''
 
   @functools.cached_property
   def matcher_tokenizer(self) -> llguidance.LLTokenizer:
-    """What a grammar is matched with."""
-    return llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Wrapped(self)))
+    """The tokenizer in llguidance's form, for grammars."""
+    return llguidance.LLTokenizer(llguidance.TokenizerWrapper(_MatcherTokens(self)))
 
 
-class _Wrapped:
-  """The attributes that llguidance asks of a tokenizer."""
+class _MatcherTokens:
+  """The attributes and the call that llguidance expects of a tokenizer."""
 
   bos_token_id = None
 
@@ -97,12 +107,12 @@ class _Wrapped:
     self.encode = vocabulary.encoding.encode
 
   def __call__(self, text: str) -> list[int]:
-    if isinstance(text, bytes):  # llguidance asks whether bytes are understood
+    if isinstance(text, bytes):  # llguidance tries whether bytes are accepted
       raise TypeError
     ids = self.encode(text)
-    # SentencePiece drops spaces, and then a grammar would lose its place.
-    same = b''.join(self.tokens[i] for i in ids) == text.encode()
-    return ids if same else self._longest_first(text.encode())
+    # SentencePiece drops some spaces, and then a grammar would lose its position in the text.
+    exact = b''.join(self.tokens[i] for i in ids) == text.encode()
+    return ids if exact else self._longest_first(text.encode())
 
   @functools.cached_property
   def _ids(self) -> dict[bytes, int]:
@@ -110,13 +120,14 @@ class _Wrapped:
     return {spelt: i for i, spelt in enumerate(self.tokens) if spelt and i not in special}
 
   def _longest_first(self, text: bytes) -> list[int]:
-    """Tokens that spell a text exactly: at each place the longest."""
+    """Returns tokens with exactly the bytes of a text: at each position the longest token."""
     longest = max(map(len, self._ids))
-    ids, start = [], 0
+    ids = []
+    start = 0
     while start < len(text):
       lengths = range(min(longest, len(text) - start), 0, -1)
       length = next((n for n in lengths if text[start : start + n] in self._ids), None)
-      if length is None:  # no token spells this byte
+      if length is None:  # no token has this byte
         return ids
       ids.append(self._ids[text[start : start + length]])
       start += length
@@ -130,24 +141,26 @@ def _of_bytes(encoding: ByteEncoding) -> tuple[list[bytes], list[int]]:
 
 
 def _of_json(text: str) -> tuple[list[bytes], list[int]]:
+  """Returns the bytes and the special ids of a tokenizer.json. llguidance undoes its byte encodings."""
   try:
-    read = llguidance.LLTokenizer(text)
+    tokenizer = llguidance.LLTokenizer(text)
   except ValueError as error:
     raise UserError(
-      f'what the tokens of this tokenizer.json spell is not known ({error}); logprobs, tools and '
-      'response_format need it.'
+      f'the bytes of the tokens of this tokenizer.json are not known ({error}); logprobs, tools and '
+      'response_format need them.'
     ) from error
-  ids = range(read.vocab_size)
-  return [bytes(read.decode_bytes([i])) for i in ids], [i for i in ids if read.is_special_token(i)]
+  ids = range(tokenizer.vocab_size)
+  tokens = [bytes(tokenizer.decode_bytes([i])) for i in ids]
+  return tokens, [i for i in ids if tokenizer.is_special_token(i)]
 
 
 def _of_sentencepiece(model) -> tuple[list[bytes], list[int]]:
-  def spelt(i: int) -> bytes:
+  def spell(i: int) -> bytes:
     piece = model.id_to_piece(i)
     if model.is_byte(i):
       return bytes([int(piece[3:-1], 16)])  # <0x0A>
-    return piece.replace('\u2581', ' ').encode()
+    return piece.replace('\u2581', ' ').encode()  # SentencePiece's mark of a space
 
   ids = range(model.get_piece_size())
   special = [i for i in ids if model.is_control(i) or model.is_unknown(i) or model.is_unused(i)]
-  return [spelt(i) for i in ids], special
+  return [spell(i) for i in ids], special

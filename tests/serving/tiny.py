@@ -24,7 +24,7 @@ from research.serving import server
 from research.serving.app import make_app
 from research.serving.metrics import Metrics
 from research.serving.model_thread import ModelThread
-from research.serving.served import Served, open_served
+from research.serving.served_model import ServedModel, open_served
 from research.serving.vocabulary import Vocabulary
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
@@ -184,14 +184,16 @@ class Scripted(Answering):
     return events
 
 
-def scripted(folder: pathlib.Path, say, template: str = TEMPLATE, pause: float = 0.0) -> Served:
+def scripted(
+  folder: pathlib.Path, say, template: str = TEMPLATE, pause: float = 0.0
+) -> ServedModel:
   """A served model that says what `say` says."""
   write_llama(folder, template)
   encoding = FolderEncoding(folder)
   vocabulary = Vocabulary(encoding, (), encoding.ends, whole=True)
   engine = Scripted(vocabulary, say, pause)
   text = tokenizer.of_folder(folder)
-  return Served(
+  return ServedModel(
     'tiny', vocabulary, text.encode, None, {}, encoding.size, engine.room,
     generator=Generator(engine, text), render=conversations.template(encoding.template),
   )  # fmt: skip

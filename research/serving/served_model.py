@@ -1,4 +1,4 @@
-"""A model that is served: it generates, where it can, embeds, scores, and writes conversations."""
+"""A model that is served: it generates if it can, embeds and scores texts, and writes conversations as text."""
 
 import dataclasses
 import pathlib
@@ -16,22 +16,25 @@ from research.inference.generator import Generator, make_generator
 from research.serving import scoring
 from research.serving.vocabulary import Vocabulary
 
-PLAIN = 'plain'  # the name of `conversations.render_plain` where a file is expected
+PLAIN = 'plain'  # names `conversations.render_plain` in place of a template's file
 
 
 @dataclasses.dataclass(frozen=True)
-class Served:
-  """A model as the endpoint uses it, under the mesh on which its parameters lie.
+class ServedModel:
+  """A model as the endpoint uses it, under the mesh of its parameters.
 
   Attributes:
-    name: of the model in requests.
+    name: its name in requests.
     vocabulary: its tokenizer.
-    encode: a text to ids, with the special tokens that a prompt of this model has.
-    graphdef, params: the model.
+    encode: returns a text's ids, with the special tokens that a prompt of this model has.
+    graphdef: its structure.
+    params: its parameters.
     size: how many logits it has.
-    room: the most tokens of a text, its answer included.
-    generator: what generates; None for an encoder, and `cannot_generate` says why.
-    render: its chat template; None where it has none, and `cannot_chat` says why.
+    room: the most tokens of a text, with its answer.
+    generator: generates text; None for an encoder, and then `cannot_generate` says why.
+    cannot_generate: a sentence for the client.
+    render: its chat template; None if it has none, and then `cannot_chat` says why.
+    cannot_chat: a sentence for the client.
   """
 
   name: str
@@ -52,11 +55,11 @@ class Served:
     return bool(self.generator and self.generator.engine.encoder_room)
 
   def embed(self, tokens: Sequence[int]) -> np.ndarray:
-    """The mean of the last features [embed] over a text's tokens, of length 1."""
+    """Returns a text's embedding, float32 [embed] of length 1 (`scoring.embed`)."""
     return scoring.embed(self.graphdef, self.params, tokens, self.room)
 
   def score(self, tokens: Sequence[int], top: int) -> scoring.Scores:
-    """How likely each token of a text is after those before it."""
+    """Returns the log-probability of each token of a text after those before it."""
     return scoring.score(self.graphdef, self.params, tokens, top, self.room)
 
 
@@ -70,42 +73,63 @@ def open_served(
   slots: int = 8,
   int8: bool = False,
   kept: int = 4,
-) -> Served:
-  """Opens a model to serve it. Under a mesh.
+) -> ServedModel:
+  """Opens a model to serve it, under the mesh in use.
 
   Args:
-    checkpoint, hf: one of a run's or a converted model's folder, and a Hugging Face folder.
-    name: of the model in requests; '' is the folder's.
-    template: a file of a chat template, or 'plain'; None is the model's own.
-    room, slots, int8, kept: as of `inference.engine.Engine`; a room of 0 is what the model was trained with.
+    checkpoint: the folder of a run or of a converted model; None if `hf` is given.
+    hf: a Hugging Face folder; None if `checkpoint` is given.
+    name: the model's name in requests; '' for the folder's name.
+    template: the file of a chat template, or 'plain'; None for the model's own.
+    room: the most tokens of a text with its answer; 0 for the length that the model was trained on.
+    slots: how many requests are active at once.
+    int8: stores keys and values in int8.
+    kept: how many prompts stay in the cache (`inference.engine.Engine`).
 
   Raises:
-    UserError: there is no such model, or its tokenizer is not its own.
+    UserError: the model does not exist, or its tokenizer does not fit it.
   """
   opened = open_model(checkpoint, hf)
   name = name or pathlib.Path(checkpoint or hf).resolve().name
   room = room or loading.length_of(opened.run)
-  graphdef = nnx.graphdef(opened.model)
   if not getattr(opened.model, 'causal', True):
-    why = f'{name} sees both ways, so it does not generate text: ask it for embeddings.'
-    vocabulary = _vocabulary_of(opened, two_sided=False)
-    encode = tokenizer_of(opened, None, 'decoder').encode
-    facts = {'cannot_generate': why, 'cannot_chat': why}
-    sizes = {'size': opened.model.vocab, 'room': room}
-    return Served(name, vocabulary, encode, graphdef, opened.params, **sizes, **facts)
+    return _encoder(opened, name, room)
   architecture = loading.architecture_of(opened.run, opened.model)
-  vocabulary = _vocabulary_of(opened, architecture == 'encoder_decoder')
   generator = make_generator(
     opened.model, opened.params, tokenizer_of(opened, None, architecture), architecture,
     room=room, slots=slots, int8=int8, source=opened.source, pieces=1, kept=kept,
   )  # fmt: skip
   engine = generator.engine
-  render, cannot_chat = _render_of(opened, template, name, architecture)
-  return Served(
-    # The engine's own copy of the parameters, so that there is no other.
-    name, vocabulary, generator.encode, engine.graphdef.graphdef, engine.params, opened.model.vocab, room,
-    generator=generator, render=render, cannot_chat=cannot_chat,
-  )  # fmt: skip
+  render, cannot_chat = _template_of(opened, template, name, architecture)
+  return ServedModel(
+    name,
+    vocabulary=_vocabulary_of(opened, architecture == 'encoder_decoder'),
+    encode=generator.encode,
+    # The engine may have changed the parameters' form. With its own there is a single copy.
+    graphdef=engine.graphdef.graphdef,
+    params=engine.params,
+    size=opened.model.vocab,
+    room=room,
+    generator=generator,
+    render=render,
+    cannot_chat=cannot_chat,
+  )
+
+
+def _encoder(opened: Opened, name: str, room: int) -> ServedModel:
+  """Returns an encoder, which gives embeddings alone."""
+  why = f'{name} sees both ways, so it does not generate text: ask it for embeddings.'
+  return ServedModel(
+    name,
+    vocabulary=_vocabulary_of(opened, two_sided=False),
+    encode=tokenizer_of(opened, None, 'decoder').encode,
+    graphdef=nnx.graphdef(opened.model),
+    params=opened.params,
+    size=opened.model.vocab,
+    room=room,
+    cannot_generate=why,
+    cannot_chat=why,
+  )
 
 
 def _vocabulary_of(opened: Opened, two_sided: bool) -> Vocabulary:
@@ -116,10 +140,10 @@ def _vocabulary_of(opened: Opened, two_sided: bool) -> Vocabulary:
   return Vocabulary(encoding, (), tuple(encoding.ends) or (encoding.end,), whole=True)
 
 
-def _render_of(
+def _template_of(
   opened: Opened, template: str | None, name: str, architecture: str
 ) -> tuple[Callable[..., str] | None, str]:
-  """(the chat template, why there is none)."""
+  """Returns the chat template, or None and the reason why there is none."""
   if architecture == 'encoder_decoder':
     return None, f'{name} is an encoder-decoder: use /v1/completions.'
   if template:

@@ -1,0 +1,89 @@
+"""Errors in the shape of OpenAI's protocol."""
+
+import re
+
+import pydantic
+
+from research.core.errors import UserError, did_you_mean
+
+
+class ApiError(UserError):
+  """A request that the server refuses or cannot answer.
+
+  Args:
+    message: one sentence, with what to do.
+    status: the HTTP status.
+    kind: the protocol's `type`.
+    param: the wrong field.
+    code: the protocol's short name of the error.
+    headers: HTTP headers of the response.
+  """
+
+  def __init__(
+    self,
+    message: str,
+    *,
+    status: int = 400,
+    kind: str = 'invalid_request_error',
+    param: str | None = None,
+    code: str | None = None,
+    headers: dict[str, str] | None = None,
+  ):
+    super().__init__(message)
+    self.status = status
+    self.kind = kind
+    self.param = param
+    self.code = code
+    self.headers = headers or {}
+
+  def to_json(self) -> dict:
+    return {
+      'error': {
+        'message': str(self), 'type': self.kind, 'param': self.param, 'code': self.code,
+      }
+    }  # fmt: skip
+
+
+def busy(seconds: int) -> ApiError:
+  """Returns the error of a full queue, which the client should try again after so many seconds."""
+  return ApiError(
+    f'too many requests wait already: try again in {seconds} s.',
+    status=429, kind='rate_limit_error', code='rate_limit_exceeded',
+    headers={'Retry-After': str(seconds)},
+  )  # fmt: skip
+
+
+def server_error(message: str, status: int = 500, code: str | None = None) -> ApiError:
+  """Returns an error that is not the client's fault."""
+  return ApiError(message, status=status, kind='server_error', code=code)
+
+
+def of_validation(error: pydantic.ValidationError, fields: list[str]) -> ApiError:
+  """Returns the error of the first fault that pydantic reports in a body.
+
+  Args:
+    error: pydantic's report.
+    fields: the names of the body's fields, for a suggestion.
+  """
+  errors = error.errors(include_url=False, include_input=False, include_context=False)
+  # A field may have several forms. The form that matched deepest is what the client meant.
+  first = max(errors, key=_depth)
+  # pydantic adds the names of forms to the location: 'str', 'constrained-str', 'list[Text]', 'NamedTool'.
+  parts = map(str, first['loc'])
+  location = [part for part in parts if re.fullmatch('[a-z0-9_]+', part) and part != 'str']
+  param = '.'.join(location) or None
+  if first['type'] == 'json_invalid':
+    return ApiError(f'the body is not JSON: {first["msg"].removeprefix("Invalid JSON: ")}.')
+  if first['type'] == 'extra_forbidden':
+    guess = did_you_mean(location[0], fields) if len(location) == 1 else ''
+    message = f'{param} is no field of this request.{guess}'
+    return ApiError(message, param=param, code='unknown_parameter')
+  if first['type'] == 'missing':
+    return ApiError(f'{param} is missing.', param=param, code='missing_required_parameter')
+  why = first['msg'].removeprefix('Value error, ').rstrip('.')
+  message = f'{param}: {why}.' if param else f'{why}.'
+  return ApiError(message, param=param, code='invalid_value')
+
+
+def _depth(error: dict) -> int:
+  return len(error['loc'])
