@@ -10,9 +10,21 @@ ISOFLOP_API_KEY of the environment; a server that other machines reach needs one
 One device serves, unless gin names a mesh for all of them: --gin_file=gin/meshes/data.gin --gin.Mesh.tensor=2
 """
 
+import argparse
+import re
+
 from research.core import cli
 
 DEFAULT_MESH_FILE = 'gin/meshes/data.gin'  # what --gin.Mesh.tensor=2 alone changes
+
+
+def _origin(text: str) -> str:
+  """Returns the origin of a web page, as a browser writes it."""
+  if not re.fullmatch(r'https?://[^/*\s]+', text):
+    raise argparse.ArgumentTypeError(
+      f'{text!r} is no origin: write http://NAME:PORT or https://NAME.'
+    )
+  return text
 
 
 def _flags():
@@ -43,6 +55,10 @@ def _flags():
     parser.add_argument(
       f'--{name}', type=float, default=default, help=f'{what} (default {default})'
     )
+  what = 'a web page that may ask from a browser, as http://localhost:3000; may be repeated'
+  parser.add_argument(
+    '--allow_origin', action='append', default=[], type=_origin, metavar='URL', help=what
+  )
   parser.add_argument('--int8', action='store_true', help='keys and values in whole numbers')
   flags = cli.parse(parser)
   if bool(flags.checkpoint) == bool(flags.hf):
@@ -84,7 +100,9 @@ def main(flags) -> int:
     )  # fmt: skip
 
   mesh, devices = mesh_of(flags.gin_file, flags.gin)
-  knobs = Knobs(flags.host, flags.port, flags.queue, flags.timeout, flags.drain)
+  knobs = Knobs(
+    flags.host, flags.port, flags.queue, flags.timeout, flags.drain, tuple(flags.allow_origin)
+  )
   return serve(open_model, lambda: mesh.use(devices), knobs, lambda line: print(line, flush=True))
 
 

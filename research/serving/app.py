@@ -2,10 +2,12 @@
 
 import hmac
 import importlib.resources
+from collections.abc import Sequence
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse
@@ -36,6 +38,7 @@ def make_app(
   timeout: float,
   largest: int,
   only_loopback: bool,
+  origins: Sequence[str] = (),
 ) -> Starlette:
   """Returns the application of a model.
 
@@ -47,6 +50,8 @@ def make_app(
     largest: the most bytes of a body.
     only_loopback: whether requests must name this machine by one of its own names. Otherwise a web page could
       reach the server under the page's name (DNS rebinding).
+    origins: the web pages of other servers that may send requests from a browser (CORS), such as
+      'http://localhost:3000'.
   """
   page = importlib.resources.files('research.serving').joinpath('page.html').read_text()
   endpoint = Endpoint(model, thread, timeout=timeout, largest=largest, page=page)
@@ -65,6 +70,13 @@ def make_app(
   if only_loopback:
     names = [*LOOPBACK, '[::1]']
     guards.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=names, www_redirect=False))
+  if origins:
+    # The outermost, because a browser asks for permission (OPTIONS) without the key.
+    cors = Middleware(
+      CORSMiddleware, allow_origins=origins, allow_methods=['GET', 'POST'], allow_headers=['*'],
+      expose_headers=['Retry-After'],
+    )  # fmt: skip
+    guards.insert(0, cors)
   handlers = {
     ApiError: _on_api_error,
     UserError: _on_user_error,

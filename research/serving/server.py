@@ -31,6 +31,7 @@ class Knobs:
     queue: how many requests may wait or be active.
     timeout: the most seconds of an answer.
     drain: after SIGTERM, the most seconds for answers that were begun.
+    origins: the origins whose web pages may send requests from a browser.
   """
 
   host: str = '127.0.0.1'
@@ -38,6 +39,7 @@ class Knobs:
   queue: int = 64
   timeout: float = 600.0
   drain: float = 30.0
+  origins: tuple[str, ...] = ()
 
 
 def api_key(host: str) -> str | None:
@@ -78,7 +80,7 @@ def serve(
   model = thread.start()
   app = make_app(
     model, thread, key=key, timeout=knobs.timeout, largest=LARGEST_BODY,
-    only_loopback=key is None,
+    only_loopback=key is None, origins=knobs.origins,
   )  # fmt: skip
 
   def announce(url: str) -> None:

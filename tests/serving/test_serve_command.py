@@ -19,6 +19,7 @@ from research.parallel.mesh import Mesh
     (['--hf=a', '--timeout=nan'], '--timeout=nan must be above 0.'),
     (['--hf=a', '--room=-1'], '--room=-1 must be 0 or more.'),
     (['--hf=a', '--port=99999'], '--port=99999 must be at most 65535.'),
+    (['--hf=a', '--allow_origin=*'], "'*' is no origin: write http://NAME:PORT or https://NAME."),
     (['--hf=a', '--prot=1'], 'no flag --prot=1. Did you mean --port'),
   ],
 )

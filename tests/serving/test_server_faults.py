@@ -107,14 +107,22 @@ def test_other_names_of_this_machine_are_refused(url):
   assert httpx.get(f'{url}/v1/models', headers={'Host': 'evil.example'}).status_code == 400
 
 
-def test_a_key_is_demanded(llama):
-  with tiny.serving(llama, room=256, slots=4, key='secret') as url:
+def test_a_key_is_demanded_and_pages_of_one_origin_may_ask(llama):
+  page = 'http://localhost:3000'
+  with tiny.serving(llama, room=256, slots=4, key='secret', origins=(page,)) as url:
     answer = httpx.get(f'{url}/v1/models')
     assert answer.status_code == 401
     assert answer.json()['error']['code'] == 'invalid_api_key'
     right = {'Authorization': 'Bearer secret'}
     assert httpx.get(f'{url}/v1/models', headers=right).status_code == 200
     assert httpx.get(f'{url}/health').status_code == 200
+    # A browser asks for permission first, without the key.
+    asks = {'Access-Control-Request-Method': 'POST', 'Access-Control-Request-Headers': 'x-any'}
+    for origin, status in ((page, 200), ('http://evil.example', 400)):
+      permission = httpx.options(f'{url}/v1/completions', headers={'Origin': origin, **asks})
+      assert permission.status_code == status
+    answer = httpx.get(f'{url}/v1/models', headers={'Origin': page})
+    assert (answer.status_code, answer.headers['Access-Control-Allow-Origin']) == (401, page)
 
 
 @pytest.fixture(params=[60.0])

@@ -102,6 +102,7 @@ def serving(
   most: int = 64,
   timeout: float = 60.0,
   key: str | None = None,
+  origins: tuple[str, ...] = (),
   mesh: Mesh | None = None,
   devices: int = 1,
   **knobs,
@@ -114,7 +115,9 @@ def serving(
 
   thread = ModelThread(open_model, in_use, most, Metrics())
   served = thread.start()
-  app = make_app(served, thread, key=key, timeout=timeout, largest=2**20, only_loopback=True)
+  app = make_app(
+    served, thread, key=key, timeout=timeout, largest=2**20, only_loopback=True, origins=origins
+  )
   ready, address = threading.Event(), []
 
   def announce(url):
