@@ -40,10 +40,10 @@ def score(
     room: the most tokens of a text.
   """
   length = padded_length(len(tokens), room)
-  batch = padded_row('decoder', tokens, length)
   targets = np.zeros((1, length), np.int32)
   targets[0, : len(tokens) - 1] = tokens[1:]
-  host = jax.device_get(_score(graphdef, params, batch, for_mesh(targets), top=top))
+  batch = for_mesh({**padded_row('decoder', tokens, length), 'decoder_target_tokens': targets})
+  host = jax.device_get(_score(graphdef, params, batch, top=top))
   logprobs, top_tokens, top_logprobs = (x[0, : len(tokens) - 1] for x in host)
   pairs = [
     [(int(t), float(p)) for t, p in zip(ids, values, strict=True)]
@@ -53,10 +53,11 @@ def score(
 
 
 @functools.partial(jax.jit, static_argnames=('graphdef', 'top'))
-def _score(graphdef: nnx.GraphDef, params: dict, batch: dict, targets: jax.Array, *, top: int):
-  """Returns the log-probabilities of the targets [1, length], and the likeliest tokens and their
-  log-probabilities [1, length, top]."""
+def _score(graphdef: nnx.GraphDef, params: dict, batch: dict, *, top: int):
+  """Returns the log-probabilities of the targets [rows, length], and the likeliest tokens and their
+  log-probabilities [rows, length, top]."""
   model = nnx.merge(graphdef, params)
+  targets = batch['decoder_target_tokens']
   x, _ = model.features(batch)
   # The length goes in parts, because the logits of a large vocabulary need much memory.
   parts = default_chunks(*targets.shape, model.vocab)
@@ -75,7 +76,7 @@ def _score(graphdef: nnx.GraphDef, params: dict, batch: dict, targets: jax.Array
 
 def embed(graphdef: nnx.GraphDef, params: dict, tokens: Sequence[int], room: int) -> np.ndarray:
   """Returns a text's embedding, float32 [embed] of length 1: the mean of the last layer's features."""
-  batch = padded_row('decoder', tokens, padded_length(len(tokens), room))
+  batch = for_mesh(padded_row('decoder', tokens, padded_length(len(tokens), room)))
   x = jax.device_get(programs.features(graphdef, params, batch))
   # Of the padded tokens only the real ones count. The mean of many float32 numbers is taken in float64.
   mean = np.asarray(x[0, : len(tokens)], np.float64).mean(0)
