@@ -3,11 +3,11 @@
     python -m research.serve --checkpoint=runs/tiny
     python -m research.serve --hf=FOLDER --port=8000 --slots=16
 
-The checkpoint is a run's workdir or a converted model's folder; --hf reads a Hugging Face folder as it is. It
-answers /v1/chat/completions, /v1/completions, /v1/embeddings and /v1/models. The key that requests must have is
-ISOFLOP_API_KEY of the environment; a server that other machines reach needs one.
+The checkpoint is a run's workdir or a converted model's folder; --hf reads a Hugging Face folder as it is. The
+server answers /v1/chat/completions, /v1/completions, /v1/embeddings and /v1/models. The environment variable
+ISOFLOP_API_KEY holds the API key; a server that other machines can reach needs one.
 
-One device serves, unless gin names a mesh for all of them: --gin_file=gin/meshes/data.gin --gin.Mesh.tensor=2
+The server uses one device, unless gin names a mesh over all of them: --gin.Mesh.tensor=2
 """
 
 import argparse
@@ -15,7 +15,7 @@ import re
 
 from research.core import cli
 
-DEFAULT_MESH_FILE = 'gin/meshes/data.gin'  # what --gin.Mesh.tensor=2 alone changes
+DEFAULT_MESH_FILE = 'gin/meshes/data.gin'  # bindings without a file change this mesh
 
 
 def _origin(text: str) -> str:
@@ -40,10 +40,10 @@ def _flags():
   parser.add_argument('--host', default='127.0.0.1', help='(default 127.0.0.1)')
   numbers = {
     'port': (8000, '0 takes a free one'),
-    'slots': (8, 'requests that are answered at a time'),
-    'room': (0, 'tokens of a prompt and its answer; 0 is the length that it was trained on'),
-    'queue': (64, 'requests that may wait or be at work; more are refused (429)'),
-    'kept': (4, 'prompts that are kept, for prompts that begin with them'),
+    'slots': (8, 'requests that are answered at once'),
+    'room': (0, 'the most tokens of a prompt and its answer; 0 is the length of the training'),
+    'queue': (64, 'requests that may wait or be active; more are refused (429)'),
+    'kept': (4, 'prompts that stay in the cache, for prompts that begin with them'),
   }
   for name, (default, what) in numbers.items():
     parser.add_argument(f'--{name}', type=int, default=default, help=f'{what} (default {default})')
@@ -55,11 +55,11 @@ def _flags():
     parser.add_argument(
       f'--{name}', type=float, default=default, help=f'{what} (default {default})'
     )
-  what = 'a web page that may ask from a browser, as http://localhost:3000; may be repeated'
+  what = 'the server of web pages that may ask from a browser; may be repeated'
   parser.add_argument(
     '--allow_origin', action='append', default=[], type=_origin, metavar='URL', help=what
   )
-  parser.add_argument('--int8', action='store_true', help='keys and values in whole numbers')
+  parser.add_argument('--int8', action='store_true', help='stores keys and values in int8')
   flags = cli.parse(parser)
   if bool(flags.checkpoint) == bool(flags.hf):
     parser.error('give one of --checkpoint and --hf.')
@@ -107,7 +107,11 @@ def main(flags) -> int:
 
 
 def mesh_of(files: list[str], bindings: list[str]):
-  """(the mesh that gin names, over all devices; without gin one device)."""
+  """Returns the mesh that gin names and all devices; without gin a mesh of one device.
+
+  Raises:
+    UserError: gin is wrong, or the mesh does not divide the devices.
+  """
   import jax
 
   from research.core import configs
@@ -115,10 +119,10 @@ def mesh_of(files: list[str], bindings: list[str]):
 
   if not files and not bindings:
     return Mesh(), jax.devices()[:1]
-  # The files bind a run's mesh, and here there is no run.
+  # The files bind a run's mesh. There is no run here, so a macro takes its place as the root.
   config = configs.load(files or [DEFAULT_MESH_FILE], ['MESH=@Mesh()', *bindings], root='MESH')
   mesh = config.tree()
-  with config.explains():  # whether it divides the devices
+  with config.explains():  # an error names the binding
     mesh.shape(jax.device_count())
   return mesh, jax.devices()
 
