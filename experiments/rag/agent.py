@@ -1,6 +1,6 @@
-"""An agent over the endpoint: Haystack's loop with two tools that run here. See README.md beside this file.
+"""An agent over the endpoint: Haystack's loop with two local tools. See README.md beside this file.
 
-TaskMatrix's idea (Liang et al. 2023, arXiv:2303.16434) with a maintained loop in place of its own.
+The idea is TaskMatrix's (Liang et al. 2023, arXiv:2303.16434); the loop is a maintained one.
 """
 
 import argparse
@@ -22,7 +22,10 @@ OPERATORS = {
 
 
 def calculate(expression: str) -> str:
-  """The value of an expression of numbers, + - * / and brackets; nothing else is evaluated."""
+  """Returns the value of an expression of numbers, + - * / and brackets, or why it has none.
+
+  A model wrote the expression, so it is parsed and never executed.
+  """
 
   def value(node):
     if isinstance(node, ast.Expression):
@@ -37,11 +40,12 @@ def calculate(expression: str) -> str:
 
   try:
     return f'{value(ast.parse(expression, mode="eval")):g}'
-  except (SyntaxError, ValueError, ZeroDivisionError) as error:
+  except (SyntaxError, ValueError, ArithmeticError, RecursionError) as error:
     return f'cannot calculate {expression!r}: {error}'
 
 
 def text_parameter(name: str) -> dict:
+  """Returns the JSON schema of a tool with one text parameter."""
   return {
     'type': 'object',
     'properties': {name: {'type': 'string', 'maxLength': 80}},
@@ -51,7 +55,7 @@ def text_parameter(name: str) -> dict:
 
 
 def make_agent(url: str, model: str, store: Store, log=print) -> Agent:
-  """An agent that searches the documents and calculates; each call is logged."""
+  """Returns an agent that searches the documents and calculates. `log` receives a line for each call."""
 
   def search(question: str) -> str:
     log(f'search({question!r})')

@@ -11,7 +11,8 @@ import openai
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-SHORTEST, LONGEST = 80, 1500  # characters of a passage
+SHORTEST = 80  # characters of a passage; a shorter section says too little
+LONGEST = 1500  # characters of a passage, so that a few of them fit into a prompt
 RECALL_AT = (3, 10)
 ASK = (
   'Answer the question from the passages alone. Name the passages that you use as [1], [2]. If they do not '
@@ -33,22 +34,38 @@ class Passage:
 
 
 def read_passages(folder: pathlib.Path) -> list[Passage]:
-  """The sections of all Markdown files, without very short ones."""
+  """Returns the sections of all Markdown files of a folder, without the shortest ones."""
   passages = []
   for path in sorted(folder.glob('*.md')):
-    parts = re.split(r'^#+ (.+)$', path.read_text(), flags=re.MULTILINE)
-    for heading, text in zip(parts[1::2], parts[2::2], strict=True):
-      if len(text.strip()) >= SHORTEST:
-        passages.append(Passage(path.name, heading.strip('` '), text.strip()[:LONGEST]))
+    for heading, text in sections(path.read_text()):
+      if len(text) >= SHORTEST:
+        passages.append(Passage(path.name, heading, text[:LONGEST]))
   return passages
 
 
+def sections(page: str) -> list[tuple[str, str]]:
+  """Returns the (heading, text) of each section of a Markdown page."""
+  parts: list[tuple[str, list[str]]] = []
+  in_code = False
+  for line in page.splitlines():
+    if line.startswith('```'):
+      in_code = not in_code
+    # A comment in a shell's code looks like a heading.
+    if re.match('#+ ', line) and not in_code:
+      parts.append((line.strip('#` '), []))
+    elif parts:
+      parts[-1][1].append(line)
+  return [(heading, '\n'.join(lines).strip()) for heading, lines in parts]
+
+
 class Store:
-  """Passages that are retrieved by their embeddings (FAISS, inner product) or by their words (BM25).
+  """Finds passages by their embeddings (FAISS, inner product) or by their words (BM25).
 
   Args:
-    client, model: what embeds; None to find by words.
-    embedded: so many characters of a passage are embedded, its first.
+    passages: the passages.
+    client: the endpoint that embeds; None to compare words.
+    model: the name of its model.
+    embedded: how many characters of a passage are embedded, from its beginning.
   """
 
   def __init__(
@@ -58,7 +75,9 @@ class Store:
     model: str = '',
     embedded: int = LONGEST,
   ):
-    self.passages, self.client, self.model = passages, client, model
+    self.passages = passages
+    self.client = client
+    self.model = model
     if client:
       import faiss
 
@@ -73,12 +92,12 @@ class Store:
       self.index.index(words, show_progress=False)
 
   def embed(self, texts: list[str]) -> np.ndarray:
-    """[texts, embed], float32, of length 1."""
+    """Returns the embeddings of texts, float32 [texts, embed], each of length 1."""
     data = self.client.embeddings.create(model=self.model, input=texts).data
-    return np.array([item.embedding for item in data], np.float32)
+    return np.array([result.embedding for result in data], np.float32)
 
   def scores(self, question: str) -> np.ndarray:
-    """[passages], higher is better."""
+    """Returns how well each passage fits a question, [passages]; higher is better."""
     count = len(self.passages)
     if self.client:
       values, indices = self.index.search(self.embed([question]), count)
@@ -88,17 +107,20 @@ class Store:
     import bm25s
 
     words = bm25s.tokenize(question, return_ids=False, show_progress=False)
+    # A question of stop words alone has no words left.
     return np.asarray(self.index.get_scores(words[0])) if words[0] else np.zeros(count)
 
   def best(self, question: str, count: int) -> list[Passage]:
+    """Returns the passages that fit a question best."""
     order = np.argsort(-self.scores(question), kind='stable')
     return [self.passages[i] for i in order[:count]]
 
 
 def evaluate(store: Store) -> dict[str, float]:
-  """The means of the measures of `research.evaluation.retrieval_tasks` over all headings, and recall at k.
+  """Returns the means of the measures of `research.evaluation.retrieval_tasks` and of recall, over all headings.
 
-  One passage is right, so recall at k is how often it is among the first k.
+  Each heading is a question whose only relevant passage is its own. So recall at k is how often that passage is
+  among the first k.
   """
   from research.evaluation.retrieval_tasks import rank_measures
 
@@ -111,30 +133,37 @@ def evaluate(store: Store) -> dict[str, float]:
 
 
 def answer(client: openai.OpenAI, model: str, store: Store, question: str, count: int) -> str:
-  """The answer, the passages that it cites, and the citations of passages that it did not get."""
+  """Returns the model's answer, the passages with their numbers, and wrong citations.
+
+  Args:
+    client: the endpoint that answers.
+    model: the name of its model.
+    store: finds the passages.
+    question: the question.
+    count: how many passages the prompt has.
+  """
   passages = store.best(question, count)
-  context = '\n\n'.join(f'[{i}] ({p.place})\n{p.text}' for i, p in enumerate(passages, 1))
+  shown = '\n\n'.join(f'[{i}] ({p.place})\n{p.text}' for i, p in enumerate(passages, 1))
   turns = [
     {'role': 'system', 'content': ASK},
-    {'role': 'user', 'content': f'{context}\n\nQuestion: {question}'},
+    {'role': 'user', 'content': f'{shown}\n\nQuestion: {question}'},
   ]
-  response = client.chat.completions.create(
+  completion = client.chat.completions.create(
     model=model, messages=turns, temperature=0, max_tokens=200
   )
-  text = response.choices[0].message.content
+  text = completion.choices[0].message.content
   cited = sorted({int(number) for number in re.findall(r'\[(\d+)\]', text)})
   lines = [text, '']
-  lines += [
-    f'[{i}] {p.place}' + ('' if i in cited else ' (not cited)') for i, p in enumerate(passages, 1)
-  ]
-  lines += [
-    f'[{number}] is no passage: a wrong citation' for number in cited if number > len(passages)
-  ]
+  for number, passage in enumerate(passages, 1):
+    lines.append(f'[{number}] {passage.place}' + ('' if number in cited else ' (not cited)'))
+  for number in cited:
+    if not 1 <= number <= len(passages):
+      lines.append(f'[{number}] is no passage: a wrong citation')
   return '\n'.join(lines)
 
 
 def client_of(url: str) -> tuple[openai.OpenAI, str]:
-  """(a client of a server, the name of its model)."""
+  """Returns a client of a server, and the name of the server's model."""
   client = openai.OpenAI(base_url=url, api_key='none', timeout=600)
   return client, client.models.list().data[0].id
 
@@ -142,15 +171,15 @@ def client_of(url: str) -> tuple[openai.OpenAI, str]:
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--url', default='http://127.0.0.1:8000/v1', help='the endpoint')
-  parser.add_argument('--embedder', metavar='URL', help='another endpoint for the embeddings')
+  parser.add_argument('--embedder', metavar='URL', help='another endpoint, for the embeddings')
   parser.add_argument(
     '--embedded',
     type=int,
     default=LONGEST,
     metavar='N',
-    help='characters of a passage that are embedded',
+    help='characters of a passage that are embedded, so that it fits the model',
   )
-  parser.add_argument('--passages', type=int, default=3, help='shown to the model')
+  parser.add_argument('--passages', type=int, default=3, help='passages in the prompt')
   parser.add_argument('--words', action='store_true', help='find passages by BM25')
   parser.add_argument('--ask', metavar='QUESTION')
   parser.add_argument('--evaluate', action='store_true')
