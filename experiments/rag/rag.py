@@ -117,7 +117,7 @@ class Store:
 
 
 def evaluate(store: Store) -> dict[str, float]:
-  """Returns the means of the measures of `research.evaluation.retrieval_tasks` and of recall, over all headings.
+  """Returns the means over all headings of recall and of the measures of `evaluation.retrieval_tasks`.
 
   Each heading is a question whose only relevant passage is its own. So recall at k is how often that passage is
   among the first k.

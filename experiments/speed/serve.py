@@ -1,16 +1,16 @@
-"""The endpoint under load: many clients at once against one by one, and against `transformers serve`.
+"""Measures the endpoint under load: many clients at once, one by one, and against `transformers serve`.
 
     python experiments/speed/serve.py                                  # a random LLaMA of 5M parameters
     python experiments/speed/serve.py --against --clients=16 --rounds=2
     python experiments/speed/serve.py --minutes=10                     # does the memory stay as it is?
 
-Each of --clients asks once for --max_tokens greedy tokens in a stream; prompts have 10 to 1,000 tokens, evenly
-on a logarithmic scale. First some of them ask one by one, then all at once. Throughput counts generated tokens;
-times to the first token and between tokens are the clients'. Every request must be answered in full. Servers
-are processes of their own on this machine. --against starts two more, `transformers serve` as it is and with
---continuous-batching, and the servers take turns: the others wait while one is measured.
+Each of --clients asks once for --max_tokens greedy tokens in a stream. Prompts have 10 to 1,000 tokens, evenly
+spaced on a logarithmic scale. First some clients ask one by one, then all at once. Throughput counts generated
+tokens. The clients measure the times to the first token and between tokens. Every answer must be complete. Each
+server is a process of its own on this machine. --against adds `transformers serve`, with its defaults and with
+--continuous-batching. The servers take turns, and only one works at a time.
 
-With --minutes eight clients ask all that time for answers of 32 tokens, and nothing else is measured.
+With --minutes eight clients ask all the time for answers of 32 tokens, and only the memory is measured.
 """
 
 import argparse
@@ -34,10 +34,10 @@ import openai
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 TEXT = ' '.join((ROOT / 'docs' / name).read_text() for name in ('serve.md', 'generate.md'))
 SHORTEST, LONGEST = 10, 1000
-ALONE = 12  # requests that are asked one by one
+ALONE = 12  # requests that come one by one
 WATCHED_CLIENTS = 8
-BETWEEN_LOOKS = 30  # seconds
-WARM_UP = 120  # seconds of --minutes that the slope leaves out
+INTERVAL = 30  # seconds between two readings of the memory
+WARM_UP = 120  # seconds of --minutes that the slope leaves out, because programs are still compiled
 
 
 def main() -> None:
@@ -63,7 +63,7 @@ def main() -> None:
       server = stack.enter_context(started('isoflop', command, 8137, 'model'))
       asyncio.run(watch(server, prompts, flags))
       return
-    # Prompts of a later round are equal to those of an earlier one, and ours shall read them again as well.
+    # Every round has the same prompts. With --kept=0 our server reads them again, as the others do.
     servers = [stack.enter_context(started('isoflop', [*command, '--kept=0'], 8137, 'model'))]
     if flags.against:
       program = str(pathlib.Path(sys.executable).parent / 'transformers')
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def write_model(folder: pathlib.Path) -> pathlib.Path:
-  """A random LLaMA with a tokenizer of bytes."""
+  """Writes a random LLaMA with a tokenizer of bytes."""
   import tokenizers
   import transformers
 
@@ -87,7 +87,7 @@ def write_model(folder: pathlib.Path) -> pathlib.Path:
   text.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
   text.decoder = tokenizers.decoders.ByteLevel()
   text.add_special_tokens(['<|end|>'])
-  # The end has no place in the greedy answers of this model, so that all are of one length.
+  # Greedy answers of this model never contain the end token, so that all have the same length.
   config = transformers.LlamaConfig(
     vocab_size=len(vocab), hidden_size=256, intermediate_size=688, num_hidden_layers=6,
     num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=2048, initializer_range=0.2,
@@ -104,11 +104,12 @@ def write_model(folder: pathlib.Path) -> pathlib.Path:
 
 
 def make_prompts(folder, count: int) -> list[str]:
-  """Texts of 10 to 1,000 tokens, none of which begins as another does."""
+  """Returns texts of 10 to 1,000 tokens with different beginnings."""
   import tokenizers
 
   text = tokenizers.Tokenizer.from_file(str(pathlib.Path(folder) / 'tokenizer.json'))
-  chance, prompts = random.Random(0), []
+  chance = random.Random(0)
+  prompts = []
   for number in range(count):
     length = round(SHORTEST * (LONGEST / SHORTEST) ** (number / max(1, count - 1)))
     start = chance.randrange(len(TEXT) // 2)
@@ -119,14 +120,19 @@ def make_prompts(folder, count: int) -> list[str]:
 
 
 class Server:
-  """A server that answers, and what is asked of it.
+  """A server that is ready.
 
   Args:
+    name: its name in the output.
     model: its model's name in requests.
+    port: where it listens on this machine.
+    pid: its process.
   """
 
   def __init__(self, name: str, model: str, port: int, pid: int):
-    self.name, self.model, self.pid = name, model, pid
+    self.name = name
+    self.model = model
+    self.pid = pid
     self.url = f'http://127.0.0.1:{port}/v1'
 
   def client(self) -> openai.AsyncOpenAI:
@@ -134,7 +140,7 @@ class Server:
 
   @property
   def memory(self) -> float:
-    """MiB that its process holds."""
+    """The resident memory of its process in MiB."""
     status = pathlib.Path(f'/proc/{self.pid}/status').read_text()
     line = next(line for line in status.splitlines() if line.startswith('VmRSS'))
     return int(line.split()[1]) / 1024
@@ -142,7 +148,7 @@ class Server:
 
 @contextlib.contextmanager
 def started(name: str, command: list[str], port: int, model: str) -> Iterator[Server]:
-  """Starts a server and waits until it answers."""
+  """Starts a server, and yields it when it is ready."""
   began = time.monotonic()
   environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'HF_HUB_OFFLINE': '1'}
   process = subprocess.Popen(
@@ -164,10 +170,14 @@ def started(name: str, command: list[str], port: int, model: str) -> Iterator[Se
 
 
 class Answer:
-  """One streamed answer: its text, and when its pieces came."""
+  """A streamed answer: its text, and the times of its pieces."""
 
   def __init__(self):
-    self.began, self.times, self.finish, self.tokens, self.text = time.monotonic(), [], None, 0, ''
+    self.began = time.monotonic()
+    self.times: list[float] = []
+    self.finish = None
+    self.tokens = 0
+    self.text = ''
 
   @property
   def gaps(self) -> list[float]:
@@ -175,7 +185,7 @@ class Answer:
 
 
 async def ask(client: openai.AsyncOpenAI, model: str, prompt: str, max_tokens: int) -> Answer:
-  """Asks for a greedy answer. One that does not come has no `finish`."""
+  """Returns a greedy answer. It has no `finish` if it was lost."""
   answer = Answer()
   try:
     stream = await client.chat.completions.create(
@@ -195,8 +205,10 @@ async def ask(client: openai.AsyncOpenAI, model: str, prompt: str, max_tokens: i
 
 
 async def compare(servers: list[Server], prompts: list[str], flags) -> None:
-  """Prints what was measured."""
-  one_by_one, rates, answers = {}, {}, {}
+  """Measures each server one by one and at once, and prints ratios to the first."""
+  one_by_one = {}
+  rates = {}
+  answers = {}
   for server in servers:
     one_by_one[server.name] = await measure_alone(server, prompts, flags)
   for _ in range(flags.rounds):
@@ -218,7 +230,7 @@ async def compare(servers: list[Server], prompts: list[str], flags) -> None:
 
 
 async def measure_alone(server: Server, prompts: list[str], flags) -> float:
-  """Tokens a second of clients that ask one after another, after all is compiled that they need."""
+  """Returns the tokens a second of clients that ask one by one, after everything that they need is compiled."""
   async with server.client() as client:
     for prompt in (*prompts[:4], max(prompts, key=len)):
       await ask(client, server.model, prompt, flags.max_tokens)
@@ -230,12 +242,12 @@ async def measure_alone(server: Server, prompts: list[str], flags) -> float:
 
 
 async def measure_together(server: Server, prompts: list[str], flags) -> tuple[float, list[Answer]]:
-  """(tokens a second of clients that ask at the same time, their answers)."""
+  """Returns the tokens a second of clients that ask at the same time, and their answers."""
   before = server.memory
   async with server.client() as client:
     began = time.monotonic()
-    asked = (ask(client, server.model, prompt, flags.max_tokens) for prompt in prompts)
-    answers = await asyncio.gather(*asked)
+    requests = (ask(client, server.model, prompt, flags.max_tokens) for prompt in prompts)
+    answers = await asyncio.gather(*requests)
     seconds = time.monotonic() - began
   rate = show(f'{server.name}, {len(prompts)} at once', answers, seconds)
   print(f'  memory {before:,.0f} MiB before, {server.memory:,.0f} MiB after', flush=True)
@@ -243,7 +255,7 @@ async def measure_together(server: Server, prompts: list[str], flags) -> tuple[f
 
 
 def show(name: str, answers: list[Answer], seconds: float) -> float:
-  """Prints a line, and gives the tokens a second."""
+  """Prints the figures of answers that took so many seconds, and returns the tokens a second."""
   first = sorted(answer.times[0] - answer.began for answer in answers if answer.times)
   gaps = sorted(gap for answer in answers for gap in answer.gaps)
   rate = sum(answer.tokens for answer in answers) / seconds
@@ -254,17 +266,19 @@ def show(name: str, answers: list[Answer], seconds: float) -> float:
     return f'{1e3 * values[min(len(values) - 1, int(share * len(values)))]:.0f}'
 
   lost = sum(answer.finish not in ('length', 'stop') for answer in answers)
-  told = ', '.join(
+  times = ', '.join(
     f'{what} p50 {milliseconds(values, 0.5)} ms, p99 {milliseconds(values, 0.99)} ms'
     for what, values in (('first token', first), ('between tokens', gaps))
   )
-  print(f'{name}: {rate:.1f} tokens/s; {told}; {lost} of {len(answers)} lost', flush=True)
+  print(f'{name}: {rate:.1f} tokens/s; {times}; {lost} of {len(answers)} lost', flush=True)
   return rate
 
 
 async def watch(server: Server, prompts: list[str], flags) -> None:
-  """Keeps the server under load, and prints its memory every half minute and how it grows."""
-  began, rows, count = time.monotonic(), [], 0
+  """Keeps the server under load, and prints its memory every half minute and its slope at the end."""
+  began = time.monotonic()
+  rows = []  # (seconds, MiB)
+  count = 0
   deadline = began + 60 * flags.minutes
   turns = itertools.cycle(prompts)
 
@@ -280,7 +294,7 @@ async def watch(server: Server, prompts: list[str], flags) -> None:
     while time.monotonic() < deadline:
       rows.append((time.monotonic() - began, server.memory))
       print(f'  {rows[-1][0]:4.0f} s: {rows[-1][1]:,.1f} MiB, {count} answers', flush=True)
-      await asyncio.sleep(BETWEEN_LOOKS)
+      await asyncio.sleep(INTERVAL)
 
   async with server.client() as client:
     await asyncio.gather(look(), *(keep_asking(client) for _ in range(WATCHED_CLIENTS)))
