@@ -78,6 +78,23 @@ def main() -> None:
 
 def write_model(folder: pathlib.Path) -> pathlib.Path:
   """Writes a random LLaMA with a tokenizer of bytes."""
+  import transformers
+
+  # Greedy answers of this model never contain the end token, so that all have the same length.
+  config = transformers.LlamaConfig(
+    vocab_size=257, hidden_size=256, intermediate_size=688, num_hidden_layers=6,
+    num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=2048, initializer_range=0.2,
+    tie_word_embeddings=True, bos_token_id=None, eos_token_id=0, pad_token_id=0,
+  )  # fmt: skip
+  transformers.set_seed(0)
+  model = transformers.LlamaForCausalLM(config)
+  model.save_pretrained(folder)
+  write_tokenizer(folder)
+  return folder
+
+
+def write_tokenizer(folder: pathlib.Path) -> None:
+  """Writes a tokenizer of 256 bytes and an end token, which is 0."""
   import tokenizers
   import transformers
 
@@ -87,20 +104,10 @@ def write_model(folder: pathlib.Path) -> pathlib.Path:
   text.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
   text.decoder = tokenizers.decoders.ByteLevel()
   text.add_special_tokens(['<|end|>'])
-  # Greedy answers of this model never contain the end token, so that all have the same length.
-  config = transformers.LlamaConfig(
-    vocab_size=len(vocab), hidden_size=256, intermediate_size=688, num_hidden_layers=6,
-    num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=2048, initializer_range=0.2,
-    tie_word_embeddings=True, bos_token_id=None, eos_token_id=0, pad_token_id=0,
-  )  # fmt: skip
-  transformers.set_seed(0)
-  model = transformers.LlamaForCausalLM(config)
-  model.save_pretrained(folder)
   template = '{% for m in messages %}{{ m.content }}{% endfor %}'
   transformers.PreTrainedTokenizerFast(
     tokenizer_object=text, eos_token='<|end|>', chat_template=template
   ).save_pretrained(folder)
-  return folder
 
 
 def make_prompts(folder, count: int) -> list[str]:
