@@ -3,8 +3,8 @@
     python experiments/speed/invariance.py                     # a random LLaMA, T5 and Mamba
     python experiments/speed/invariance.py --hf=FOLDER         # a model of yours
 
-The reference is greedy answers that are asked for one at a time. Each line changes one thing. It prints how many
-answers have the same tokens, and the largest difference of a log-probability before the first different token.
+The reference is greedy answers that are asked for one at a time. Each line changes one thing: it says how many
+answers have the same tokens, and the largest difference of a log-probability before the first other token.
 """
 
 import argparse
