@@ -100,9 +100,9 @@ class Store:
     """Returns how well each passage fits a question, [passages]; higher is better."""
     count = len(self.passages)
     if self.client:
-      values, indices = self.index.search(self.embed([question]), count)
+      values, places = self.index.search(self.embed([question]), count)
       scores = np.empty(count, np.float32)
-      scores[indices[0]] = values[0]
+      scores[places[0]] = values[0]
       return scores
     import bm25s
 

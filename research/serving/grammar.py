@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import llguidance
 import numpy as np
 
+from research.core.errors import first_line
 from research.serving.api_errors import ApiError
 from research.serving.bodies import Tool
 from research.serving.vocabulary import Vocabulary
@@ -61,8 +62,7 @@ def check(grammar: str, param: str) -> str:
   """
   message = llguidance.LLMatcher.validate_grammar(grammar)
   if message:
-    first = message.strip().splitlines()[0].rstrip('.')
-    raise ApiError(f'{param}: {first}.', param=param, code='invalid_schema')
+    raise ApiError(f'{param}: {first_line(message)}.', param=param, code='invalid_schema')
   return grammar
 
 

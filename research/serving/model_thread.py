@@ -259,8 +259,7 @@ class ModelThread:
 
   def _fail(self, error: Exception) -> None:
     """Answers every request, now and later, with an error: the engine's state cannot be trusted any more."""
-    first = (str(error).strip().splitlines() or [''])[0][:200]
-    self.broken = f'the model failed ({type(error).__name__}: {first}); restart the server.'
+    self.broken = f'the model failed ({in_a_line(error)[:200]}); restart the server.'
     failure = api_errors.server_error(self.broken, 503, 'model_failed')
     for job in {id(job): job for job in self._jobs.values()}.values():
       job.put([failure])
