@@ -1,19 +1,17 @@
-"""The cache of decoding: what a model keeps of the tokens that it has read, so that it need not read them
-again.
+"""The cache of decoding: what a model keeps of the tokens that it has read, so that it need not read them again.
 
 A part calls the methods of its context (`model.part.Context`), and in decoding a `State` does the work:
 
 - `recall`: arrays with an entry per token, such as keys. They are kept in slots. The slot of a token is its
-position
-  modulo the number of slots. So a sliding window needs only as many slots as it sees, and every row may be at
-  its own position.
+  position modulo the number of slots. So a sliding window needs only as many slots as it sees, and every row
+  may be at its own position.
 - `carry`: the state of a recurrence.
 - `once`: arrays that only the first call computes, such as the encoder's keys.
 
 The first call makes an entry for each request of a part, in the order of the requests. Later calls find the
 entries in the same order and replace them. Every array of an entry is [batch, layers, ...], so that rows can be
-picked, repeated and replaced, and a scanned stack updates the part of its layer in place. Slots are the last
-axis but one, the order in which a CPU's matrix products read fastest.
+picked, repeated and replaced, and a scanned stack updates the part of its layer in place. `slots_axis` says
+where the slots lie.
 
 Prompts are padded on the left, so that the newest token of every row is its last.
 """
@@ -28,6 +26,16 @@ import jax.numpy as jnp
 from research.core.errors import UserError
 from research.model.part import Context
 from research.parallel.axes import axes_of
+from research.parallel.mesh import platform
+
+
+def slots_axis() -> int:
+  """Returns the axis of slots in an array [batch, ...] of one layer, for the platform of the mesh in use.
+
+  A CPU's matrix products read fastest with slots as the last axis but one. XLA for TPUs writes new tokens where
+  slots come first; in any other order it copies the whole cache before and after.
+  """
+  return -2 if platform() == 'cpu' else 1
 
 
 class Rounded(NamedTuple):
@@ -102,18 +110,21 @@ class State:
       places = jnp.maximum(_newest(last, slots) - last + length - 1, 0)
 
       def to_slots(x):
-        return jnp.moveaxis(pick(_whole(x), places), 1, -2)
+        return jnp.moveaxis(pick(_whole(x), places), 1, slots_axis())
 
       stored = tuple(map(Rounded.from_array, new)) if self.int8 else new
       self._make(jax.tree.map(to_slots, stored))
       return *new, context
     entry = self._next()
-    slots = jax.tree.leaves(entry)[0].shape[-2]
+    axis = slots_axis()  # also in a row of an entry, [layers, ...]
+    slots = jax.tree.leaves(entry)[0].shape[1:][axis]
     new = tuple(map(Rounded.from_array, new)) if isinstance(entry[0], Rounded) else new
 
-    def put_row(stored, x, slot):  # [layers, ..., slots, n], [length, ..., n], [length]
-      between = [slice(None)] * (stored.ndim - 3)
-      return stored.at[(self.layer, *between, slot)].set(x.astype(stored.dtype))
+    def put_row(stored, x, slot):  # [layers, ...], [length, ..., n], [length]
+      index = [slice(None)] * stored.ndim
+      index[0] = self.layer
+      index[axis] = slot
+      return stored.at[tuple(index)].set(x.astype(stored.dtype))
 
     def put(stored, x):
       # `vmap` over rows, or jax gathers the whole cache on a mesh.
@@ -122,7 +133,7 @@ class State:
     entry = jax.tree.map(put, entry, new)
     self._new.append(entry)
     arrays = (x.array() if isinstance(x, Rounded) else x for x in self._of_layer(entry))
-    arrays = (jnp.moveaxis(x, -2, 1) for x in arrays)
+    arrays = (jnp.moveaxis(x, axis, 1) for x in arrays)
     return *arrays, dataclasses.replace(context, key_positions=_newest(last, slots))
 
   def carry(self, f: Callable, initial):
