@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from research.core.errors import UserError
-from research.inference import decode
+from research.inference import decode, state
 from research.model import counts
 from research.model.part import Context
 from research.parallel.mesh import Mesh
@@ -111,6 +111,20 @@ def test_several_tokens_a_step_after_a_wrong_draft(family):
 @pytest.mark.parametrize('family', families((), ('glm', 'llama', 'bloom', 'gemma2')))
 def test_a_prefix_is_read_both_ways(family):
   compare(family, prefix=True)
+
+
+@pytest.mark.parametrize('family', families((), ('gemma2', 'llama', 'deepseek_v2', 't5')))
+def test_the_order_of_the_cache_on_other_platforms(family, monkeypatch):
+  monkeypatch.setattr(state, 'platform', lambda: 'tpu')
+  functions.cache_clear()
+  _, graphdef, params, batch = setup(family)
+  model = functools.partial(nnx.merge, graphdef)
+  read = lambda params, batch: decode.prefill(model(params), batch, ROOM)[1]
+  cache = jax.eval_shape(read, params, prompts_of(batch))
+  # Rows, layers, slots: of keys, or of what stands for them.
+  assert {x.shape[2] for x in jax.tree.leaves(cache.entries)} & {ROOM, 4}
+  compare(family)
+  functions.cache_clear()
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What an int4 Llama 2 7B takes in the memory of a slice of TPUs, and of the counts."""
+"""Llama 2 7B decoding on slices of TPUs: the bytes of int4, and no copy of the cache."""
 
 import importlib.util
 
@@ -40,3 +40,21 @@ def test_a_decoding_step_in_int4_needs_less_than_a_third_of_bfloat16s_arguments(
     for name in ('bfloat16', 'int4')
   }
   assert step['int4'] <= 0.30 * step['bfloat16']
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize('mesh', [{'fsdp': 1, 'tensor': 8}, {'fsdp': 8}], ids=['tensor', 'fsdp'])
+def test_a_step_copies_no_part_of_the_cache(mesh):
+  """Four of the layers, 16 rows of 2,048 tokens. FSDP also gathers a layer's matrices and the head."""
+  chips.prepare('v5e:2x4')
+  bindings = ['LAYERS=4', *(f'Mesh.{axis}={devices}' for axis, devices in mesh.items())]
+  run = configs.load([MODEL, 'gin/quantisation/bfloat16.gin'], bindings).build()
+  report = compile_decode(run, 'v5e:2x4', batch=16, room=2048)
+  memory, step = report['memory'], report['step']
+  assert memory['cache'] == pytest.approx(2**28, rel=1e-3)
+  gathered = 2 * 32000 * 4096 + 4 * 11008 * 4096 if mesh['fsdp'] > 1 else 0
+  assert step['temporaries'] < gathered + 0.05 * memory['cache']
+  if 'tensor' in mesh:
+    # Parameters and cache are read once, and a layer's keys and values again for their product.
+    assert step['moved_bytes_per_device'] < 2 * (memory['parameters'] + memory['cache'])
