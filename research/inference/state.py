@@ -1,4 +1,4 @@
-"""The cache of decoding: what a model keeps of the tokens that it has read, so that it need not read them again.
+"""The cache of decoding: what a model keeps of the tokens it has read, so that it need not read them again.
 
 A part calls the methods of its context (`model.part.Context`), and in decoding a `State` does the work:
 
