@@ -2,10 +2,10 @@
 
     python experiments/speed/data.py [--bytes 4000000] [--cache DIR]
 
-Freezing: text of the embedded corpus -> packed rows in a shard, through `research.freeze`'s own
-writer, for every objective; text tokens that enter per second of CPU time, which is what one core
-does, and per second of the clock, the best of three. Fill is the share of target positions that
-carry loss. Reading: shuffled batches of a frozen stream, in this process, before TensorFlow is there.
+Freezing: text of the embedded corpus becomes packed rows in a shard, through the writer of `research.freeze`,
+for every objective. The rates are text tokens per second of CPU time (one core) and of wall time, the
+best of three. Fill is the share of target positions that carry loss. Reading: shuffled batches of a frozen
+stream, in this process, before it imports TensorFlow.
 Targets: 500k text tokens/s a core for a causal LM on bytes, 300k for span corruption with
 SentencePiece; 10M tokens/s read, under 5% of a core at the rate of the quickstart's smallest model.
 """
@@ -22,15 +22,8 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from research.data import (  # noqa: E402
-  batches,
-  corpora,
-  vocabularies,
-)
-from research.data.cache import (  # noqa: E402
-  default_cache,
-  open_stream,
-)
+from research.data import batches, corpora, vocabularies  # noqa: E402
+from research.data.cache import default_cache, open_stream  # noqa: E402
 from research.data.streams import Stream  # noqa: E402
 
 
@@ -77,18 +70,20 @@ def freeze_one(stream: Stream, size: int, cache: pathlib.Path, repeats: int = 3)
   from tasks import vocabularies as tokenizers
 
   writer = writers.writer(stream, cache / 'unused', cache, lambda line: None)
-  documents, held = [], 0
+  documents = []
+  total = 0
   for piece in range(writer.pieces):
     for document in writer.store.documents('train', piece):
-      if held < size:
+      if total < size:
         documents.append(document)
-        held += len(document)
-  # Once on a little text, so that nothing is measured of what happens once in a process.
+        total += len(document)
+  # Once on a little text, so that the start-up of TensorFlow is not measured.
   few = tokenizers.encode(writer.vocabulary, documents[:3], stream.task.reads == 'pairs')
   list(recipes.blocks(writer.recipe, few, stream.lengths, 0))
   times = []
   for _ in range(repeats):
-    clock, cpu = time.perf_counter(), time.process_time()
+    clock = time.perf_counter()
+    cpu = time.process_time()
     encoded = tokenizers.encode(writer.vocabulary, documents, stream.task.reads == 'pairs')
     tokenized = time.process_time() - cpu
     with (
@@ -114,15 +109,19 @@ def smallest_rate() -> float:
 def read(cache: pathlib.Path, length: int = 512):
   """Prints tokens/s read in shuffled batches, and the share of a core at a small model's rate."""
   stream = Stream(lengths={'targets': length}, examples=30_000)
-  frozen, rate = open_stream(stream, cache, lambda line: None), smallest_rate()
+  frozen = open_stream(stream, cache, lambda line: None)
+  rate = smallest_rate()
   for prefetch in (0, 2):
-    made = batches.batches(frozen, 64, seed=0, prefetch=prefetch)
+    reader = batches.batches(frozen, 64, seed=0, prefetch=prefetch)
     for _ in range(20):
-      next(made)
-    clock, cpu, n = time.perf_counter(), time.process_time(), 0
-    while time.perf_counter() - clock < 3:
-      n += next(made)['decoder_target_tokens'].size
-    clock, cpu = time.perf_counter() - clock, time.process_time() - cpu
+      next(reader)
+    clock_start = time.perf_counter()
+    cpu_start = time.process_time()
+    n = 0
+    while time.perf_counter() - clock_start < 3:
+      n += next(reader)['decoder_target_tokens'].size
+    clock = time.perf_counter() - clock_start
+    cpu = time.process_time() - cpu_start
     print(
       f'read, prefetch {prefetch}: {n / clock / 1e6:6.1f}M tokens/s by the clock, '
       f'{n / cpu / 1e6:6.1f}M a core; {rate / (n / cpu):.2%} of a core at {rate:,.0f} tokens/s'
@@ -140,11 +139,11 @@ def main():
   print(f'{"objective":16}{"vocabulary":15}{"length":>7}{"text tokens/s a core":>22}'
         f'{"by the clock":>14}{"tokenizing":>12}{"fill":>7}')  # fmt: skip
   for stream in streams(cache, flags.bytes):
-    got = freeze_one(stream, flags.bytes, cache)
+    result = freeze_one(stream, flags.bytes, cache)
     print(
       f'{stream.name:16}{stream.vocabulary.name:15}{max(stream.lengths.values()):7d}'
-      f'{got["tokens"] / got["cpu"]:22,.0f}{got["tokens"] / got["clock"]:14,.0f}'
-      f'{got["tokenize"] / got["cpu"]:12.0%}{got["fill"]:7.1%}',
+      f'{result["tokens"] / result["cpu"]:22,.0f}{result["tokens"] / result["clock"]:14,.0f}'
+      f'{result["tokenize"] / result["cpu"]:12.0%}{result["fill"]:7.1%}',
       flush=True,
     )
 

@@ -1,10 +1,11 @@
-"""Eight learning rates of W2: as eight runs one by one, each on every core, and as one population on them.
+"""Eight learning rates of W2: eight runs one after the other, each on every core, against one population.
 
     python experiments/speed/population.py [--steps 25] [--repeats 3]
 
-Everything counts: processes, imports, compilation, training, evaluation, checkpoints. Each variant starts with
-no compiled program on disk (the runs one by one find those of the runs before them) and has the same cores; the
-variants take turns. Wall time is what a person waits, processor time what a busy machine cannot spoil.
+Everything counts: processes, imports, compilation, training, evaluation, checkpoints. Each variant starts
+without compiled programs on disk (of the eight runs, each finds those of the runs before it) and has the same
+cores; the variants take turns. Wall time is what a person waits for; other load on the machine hardly changes
+processor time.
 """
 
 import argparse
@@ -27,19 +28,20 @@ from research.core import configs
 from research.training import population
 population.share_cores(8)
 bindings, rates = map(json.loads, sys.argv[2:4])
-made = [configs.load(sys.argv[1], [*bindings, f'LEARNING_RATE={rate}']) for rate in rates]
+configurations = [configs.load(sys.argv[1], [*bindings, f'LEARNING_RATE={rate}']) for rate in rates]
 folders = [pathlib.Path(sys.argv[4]) / str(rate) for rate in rates]
-population.train_population([c.build() for c in made], folders, [c.text for c in made])
+runs = [each.build() for each in configurations]
+population.train_population(runs, folders, [each.text for each in configurations])
 """
 
 
-def started(command: list[str], environment: dict) -> None:
-  """A process, which must end well."""
-  done = subprocess.run(
+def run_python(command: list[str], environment: dict) -> None:
+  """Runs Python to its end; a failure ends the benchmark."""
+  process = subprocess.run(
     [sys.executable, *command], env=environment, cwd=ROOT, capture_output=True, text=True
   )
-  if done.returncode:
-    sys.exit(f'{command} failed:\n{done.stderr}')
+  if process.returncode:
+    sys.exit(f'{command} failed:\n{process.stderr}')
 
 
 def alone(bindings: list[str], workdir: pathlib.Path, environment: dict) -> None:
@@ -47,31 +49,34 @@ def alone(bindings: list[str], workdir: pathlib.Path, environment: dict) -> None
     flags = [f'--gin.{b}' for b in [*bindings, f'LEARNING_RATE={rate}']]
     file = '--gin_file=experiments/speed/w2.gin'
     command = ['-m', 'research.train', file, f'--workdir={workdir / str(rate)}', *flags]
-    started(command, environment)
+    run_python(command, environment)
 
 
 def together(bindings: list[str], workdir: pathlib.Path, environment: dict) -> None:
   file = 'experiments/speed/w2.gin'
   arguments = [file, json.dumps(bindings), json.dumps(RATES), str(workdir)]
-  started(['-c', TOGETHER, *arguments], environment)
+  run_python(['-c', TOGETHER, *arguments], environment)
 
 
 def measure(variant, bindings: list[str], cache: pathlib.Path) -> dict:
-  environment = {
-    **os.environ,
-    'ISOFLOP_CACHE': str(cache),
-    'PYTHONPATH': str(ROOT),
-    'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1',
-  }
+  """The wall and processor seconds of a variant, and its losses."""
+  environment = os.environ | {'ISOFLOP_CACHE': str(cache), 'PYTHONPATH': str(ROOT)}
+  environment['GLIBC_TUNABLES'] = 'glibc.malloc.hugetlb=1'
   shutil.rmtree(cache / 'xla', ignore_errors=True)
-  used = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
   with tempfile.TemporaryDirectory() as workdir:
-    began, before = time.monotonic(), used()
+    start = time.monotonic()
+    used = processor_seconds()
     variant(bindings, pathlib.Path(workdir), environment)
-    took = {'wall': time.monotonic() - began, 'processor': used() - before}
-    row = lambda rate: json.loads((pathlib.Path(workdir) / str(rate) / 'run.json').read_text())
-    losses = [row(rate)['loss'] for rate in RATES]
-  return {**took, 'losses': losses}
+    wall = time.monotonic() - start
+    processor = processor_seconds() - used
+    rows = [pathlib.Path(workdir) / str(rate) / 'run.json' for rate in RATES]
+    losses = [json.loads(row.read_text())['loss'] for row in rows]
+  return {'wall': wall, 'processor': processor, 'losses': losses}
+
+
+def processor_seconds() -> float:
+  """Seconds of user and system time of all child processes that have ended."""
+  return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
 
 
 def main() -> None:
@@ -87,20 +92,23 @@ def main() -> None:
     once = [*bindings, 'LEARNING_RATE=1e-4', 'Run.steps=1']
     freeze = ['-m', 'research.train', '--gin_file=experiments/speed/w2.gin']
     with tempfile.TemporaryDirectory() as workdir:  # freezes the text
-      started([*freeze, f'--workdir={workdir}/0', *(f'--gin.{b}' for b in once)], environment)
+      run_python([*freeze, f'--workdir={workdir}/0', *(f'--gin.{b}' for b in once)], environment)
     results = {'alone': [], 'together': []}
     for _ in range(flags.repeats):
       for name, variant in (('alone', alone), ('together', together)):
         results[name].append(measure(variant, bindings, cache))
         print(name, json.dumps(results[name][-1]), flush=True)
-  median = lambda name, key: statistics.median(r[key] for r in results[name])
-  for name, runs in results.items():
-    wall, processor = median(name, 'wall'), median(name, 'processor')
+  medians = {
+    name: {key: statistics.median(run[key] for run in runs) for key in ('wall', 'processor')}
+    for name, runs in results.items()
+  }
+  for name, seconds in medians.items():
     print(
-      f'{name:9} wall {wall:6.1f} s, processor {processor:6.1f} s (medians of {len(runs)}, {flags.steps} steps)'
+      f'{name:9} wall {seconds["wall"]:6.1f} s, processor {seconds["processor"]:6.1f} s '
+      f'(medians of {flags.repeats}, {flags.steps} steps)'
     )
   for key in ('wall', 'processor'):
-    print(f'{key}: {median("alone", key) / median("together", key):.2f}x less together')
+    print(f'{key}: {medians["alone"][key] / medians["together"][key]:.2f}x less together')
   pairs = zip(results['alone'][0]['losses'], results['together'][0]['losses'], strict=True)
   print(f'largest relative difference of a loss: {max(abs(a / b - 1) for a, b in pairs):.1e}')
 

@@ -2,9 +2,9 @@
 
     python experiments/speed/speculate.py --hf=FOLDER [--draft=FOLDER] [--ngram=2] [--guesses=4]
 
-The prompt asks to write a text again, which is where look-up helps; --prompt reads another one from a file.
-The ways take turns, `--repeats` times after one call each that compiles, and medians are printed. The tokens
-must be the same, or the script fails.
+The prompt asks for a copy of a text, where n-grams help most; --prompt reads another prompt from a file. The
+methods take turns, `--repeats` times after one call each that compiles, and medians are printed. If a method
+gives other tokens than plain decoding, the script fails.
 """
 
 import argparse
@@ -44,15 +44,16 @@ def main() -> None:
   from research.parallel.mesh import Mesh
 
   prompt = flags.prompt.read_text() if flags.prompt else PROMPT
-  ways = {'plain': {'slots': 1}, f'{flags.ngram}-grams': {'ngram': flags.ngram}}
+  methods = {'plain': {'slots': 1}, f'{flags.ngram}-grams': {'ngram': flags.ngram}}
   if flags.draft:
-    ways['draft'] = {'draft': flags.draft}
+    methods['draft'] = {'draft': flags.draft}
   with Mesh().use(jax.devices()[:1]):
     generators = {
       name: load(flags.checkpoint, hf=flags.hf, room=flags.room, guesses=flags.guesses, **knobs)
-      for name, knobs in ways.items()
+      for name, knobs in methods.items()
     }
-    tokens, rates = {}, {name: [] for name in ways}
+    tokens = {}
+    rates = {name: [] for name in methods}
     for repeat in range(flags.repeats + 1):
       for name, generator in generators.items():
         start = time.perf_counter()
@@ -60,7 +61,7 @@ def main() -> None:
         if repeat:
           rates[name].append(len(answer.tokens) / (time.perf_counter() - start))
         tokens[name] = answer.tokens
-  wrong = [name for name in ways if tokens[name] != tokens['plain']]
+  wrong = [name for name in methods if tokens[name] != tokens['plain']]
   if wrong:
     sys.exit(f'{", ".join(wrong)}: other tokens than plain decoding')
   plain = statistics.median(rates['plain'])

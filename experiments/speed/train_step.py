@@ -35,7 +35,10 @@ def synthetic(workload: str) -> tuple:
 
   batch, encoder, length, vocab = WORKLOADS[workload]
   random = np.random.default_rng(0)
-  draw = lambda n: random.integers(2, vocab, (batch, n), np.int32)
+
+  def draw(n: int):
+    return random.integers(2, vocab, (batch, n), np.int32)
+
   if encoder:
     return draw(encoder), draw(length)
   tokens = draw(length + 1)
@@ -63,14 +66,15 @@ def our_step(workload: str, bindings: list[str], packed: bool, mesh: contextlib.
     batch['decoder_input_tokens'] = inputs
   if packed:  # two documents in every row, as packing makes them
     half = targets.shape[1] // 2
-    places = np.broadcast_to(np.arange(targets.shape[1], dtype=np.int32), targets.shape)
-    batch['decoder_segment_ids'] = places // half + 1
-    batch['decoder_positions'] = places % half
+    positions = np.broadcast_to(np.arange(targets.shape[1], dtype=np.int32), targets.shape)
+    batch['decoder_segment_ids'] = positions // half + 1
+    batch['decoder_positions'] = positions % half
   mesh.enter_context(mesh_of(run, jax.devices()).use())
   program = make_program(run)
   state = jax.jit(program.init)(jax.random.key(0))
   step = jax.jit(program.step, donate_argnums=0)
-  batch, rate = hosts.place(batch), np.float32(1e-5)
+  batch = hosts.place(batch)
+  rate = np.float32(1e-5)
   size = sum(p.size for p in jax.tree.leaves(state['params']))
 
   def advance():
@@ -93,27 +97,34 @@ def torch_step(workload: str, compiled: bool):
 
 def measure(variant: str, workload: str, steps: int, bindings: list[str], packed: bool) -> dict:
   """One process's figures: wall and processor milliseconds of a step, start-up seconds, first loss."""
-  began, flops, mesh = time.monotonic(), None, contextlib.ExitStack()
+  start = time.monotonic()
+  flops = None
+  mesh = contextlib.ExitStack()
   if variant == 'isoflop':
     step, size, flops = our_step(workload, bindings, packed, mesh)
   else:
     step, size = torch_step(workload, compiled=variant == 'torch-compiled')
   loss = float(step())
-  first = time.monotonic() - began
+  first = time.monotonic() - start
   for _ in range(4):
     step()
-  used = lambda: sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
-  walls, before = [], used()
+  walls = []
+  used = processor_seconds()
   for _ in range(steps):
     start = time.perf_counter()
     step()
     walls.append(time.perf_counter() - start)
-  processor = (used() - before) / steps
+  processor = (processor_seconds() - used) / steps
   mesh.close()
   return {
     'ms': 1e3 * statistics.median(walls), 'best_ms': 1e3 * min(walls), 'cpu_ms': 1e3 * processor,
     'first_step_s': first, 'loss': loss, 'params': size, 'flops': flops,
   }  # fmt: skip
+
+
+def processor_seconds() -> float:
+  """Seconds of user and system time of this process."""
+  return sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
 
 
 def in_process(variant: str, workload: str, flags: argparse.Namespace) -> dict:
@@ -145,7 +156,10 @@ def table(workload: str, results: dict[str, list[dict]]) -> str:
     sys.exit(f'{workload}: the first losses differ, so the two versions do not compute the same')
   batch, _, length, _ = WORKLOADS[workload]
   tokens = batch * length
-  median = lambda variant, key: statistics.median(r[key] for r in results[variant])
+
+  def median(variant: str, key: str) -> float:
+    return statistics.median(row[key] for row in results[variant])
+
   flops = results['isoflop'][0]['flops'] * tokens
   lines = [
     f'{workload}: {tokens:,} target tokens and {flops / 1e9:.1f} GFLOP a step, '
@@ -182,13 +196,13 @@ def main() -> None:
     result = measure(flags.measure, flags.workload[0], flags.steps, flags.gin, flags.packed)
     print(json.dumps(result))
     return
-  wanted = flags.variant or (['isoflop'] if flags.before else list(VARIANTS))
-  wanted += [BEFORE] if flags.before else []
+  variants = flags.variant or (['isoflop'] if flags.before else list(VARIANTS))
+  variants += [BEFORE] if flags.before else []
   for workload in flags.workload or WORKLOADS:
-    results = {variant: [] for variant in wanted}
+    results = {variant: [] for variant in variants}
     for repeat in range(flags.repeats):
-      # There and back, so that no variant is always the first.
-      order = wanted if repeat % 2 == 0 else wanted[::-1]
+      # In alternating order, so that no variant is always the first.
+      order = variants if repeat % 2 == 0 else variants[::-1]
       for variant in order:
         results[variant].append(in_process(variant, workload, flags))
     print(table(workload, results), flush=True)

@@ -94,7 +94,7 @@ def evaluate_on_cluster(
     UserError: none of the checkpoints could be evaluated, or a host cannot do it.
   """
   pairs = loading.checkpoints_of(workdir)
-  storage.make(out)
+  storage.make(out)  # before any host looks whether it sees the folder
   tasks = ray_tasks.Tasks('research.evaluation.checkpoints', 'answer', needs, [workdir, out])
   calls = {}
   for run, step in pairs:
@@ -125,6 +125,7 @@ def _summarise(suite: Suite, pairs: list, answers: dict, workdir, out: pathlib.P
     if refusals:
       print(f'  not evaluated: {refusals[0]}')
       continue
+    # All tasks of a checkpoint have the same identity.
     identity = next(iter(parts.values()))['identity']
     results = {name: part['result'] for name, part in parts.items()}
     summary = write_summary(out / label, identity, results)

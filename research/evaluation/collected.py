@@ -41,6 +41,7 @@ class Collected:
   def add(self, row: Row, nats: np.ndarray, greedy: np.ndarray) -> None:
     """Takes the losses [scored] of a row, and finishes its request when all of its rows have come."""
     parts = self._parts[row.request]
+    # In float64, because the sum of a long text has many terms.
     parts.append((row, -float(np.sum(nats, dtype=np.float64)), bool(np.all(greedy))))
     if len(parts) == self._expected[row.request]:
       self.finish(row.request, _join(self._parts.pop(row.request)))

@@ -64,6 +64,7 @@ class Perplexity(Task):
 
   def items(self) -> list[Item]:
     texts = [text[: self.longest] for text in documents(self.corpus, self.examples)]
+    # The target is the size in bytes, which no tokenizer changes.
     return [Item((RollingLogLikelihood(text),), len(text.encode())) for text in texts]
 
   def measure(self, item, answers):

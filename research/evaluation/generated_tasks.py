@@ -104,6 +104,7 @@ class Generated(Task):
       'nats': -likelihood.nats,
       'nats_per_token': -likelihood.nats / likelihood.tokens,
     }
+    # Greedy decoding writes the right answer exactly where each of its tokens is the likeliest.
     if self.mode == 'direct':
       return {'accuracy': float(likelihood.greedy), **measures}
     generated = answers[1]
@@ -128,7 +129,7 @@ class Arithmetic(Generated):
     return f'{"addition" if self.operation == "+" else "subtraction"}-{self.digits}digits'
 
   def problem(self, rng: random.Random) -> Problem:
-    low = 10 ** (self.digits - 1) if self.digits > 1 else 0
+    low = 10 ** (self.digits - 1) if self.digits > 1 else 0  # no leading zeros
     a = rng.randrange(low, 10**self.digits)
     b = rng.randrange(low, 10**self.digits)
     if self.operation == '-':
@@ -141,6 +142,7 @@ class Arithmetic(Generated):
       column = x + y + carry if self.operation == '+' else x - y - carry
       carried = f'{self.operation}{carry}' if carry else ''
       steps.append(f'{x}{self.operation}{y}{carried}={column}')
+      # Of a subtraction the carry is a borrow, and a column may be negative.
       carry = int(column > 9) if self.operation == '+' else int(column < 0)
     answer = a + b if self.operation == '+' else a - b
     return Problem(f'{a}{self.operation}{b}=', ','.join(steps), str(answer))
@@ -226,7 +228,7 @@ class Brackets(Generated):
     stack = ''
     steps = []
     while len(row) < self.length or not stack:  # a closed row has no answer
-      opens = not stack or rng.random() < 0.6
+      opens = not stack or rng.random() < 0.6  # more opening than closing ones, so that stacks grow
       bracket = rng.choice('(<') if opens else closing[stack[-1]]
       row += bracket
       stack = stack + bracket if opens else stack[:-1]

@@ -69,6 +69,7 @@ def open_folder(path: str | pathlib.Path, step: int | None = None) -> Folder:
     raise UserError(f'--checkpoint={path}: there is no such folder.')
   if (path / 'config.gin').is_file():
     run = configs.load(str(path / 'config.gin')).build()
+    # The parameters stay on disk: the caller decides on which mesh they are read.
     return Folder(path, run.model, run, streamed.Params(path, step))
   if (path / 'model.gin').is_file():
     model = configs.load(str(path / 'model.gin'), root='MODEL').tree()
@@ -105,7 +106,7 @@ def checkpoints_of(workdir: str | pathlib.Path) -> list[tuple[pathlib.Path, int]
   """
   workdir = pathlib.Path(workdir)
   runs = [workdir] if (workdir / 'config.gin').is_file() else sorted(workdir.glob('runs/*'))
-  # A run that failed before its first step has no config.gin.
+  # A run of a sweep that failed before its first step has no config.gin.
   runs = [run for run in runs if (run / 'config.gin').is_file()]
   pairs = [(run, step) for run in runs for step in folders.saved_steps(run / 'checkpoints')]
   if not pairs:

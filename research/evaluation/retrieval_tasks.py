@@ -32,7 +32,7 @@ def rank_measures(scores: np.ndarray, right: int) -> dict[str, float]:
     raise UserError(
       f'pytrec-eval is needed for nDCG and MRR: uv sync --extra eval ({error}).'
     ) from None
-  names = [f'{i:06d}' for i in range(len(scores))]
+  names = [f'{i:06d}' for i in range(len(scores))]  # trec_eval's documents have names
   relevant = {'query': {names[right]: 1}}
   run = {'query': {name: float(score) for name, score in zip(names, scores, strict=True)}}
   evaluator = pytrec_eval.RelevanceEvaluator(relevant, {'ndcg_cut', 'recip_rank'})
@@ -114,6 +114,7 @@ class DocstringRetrieval(Ranking):
 
   def items(self) -> list[Item]:
     summaries = {}
+    # By source, so that a function that occurs twice is one candidate.
     for text in documents(self.corpus, self.documents):
       for summary, source in described_functions(text):
         summaries[source[: self.longest]] = summary
@@ -149,10 +150,12 @@ def described_functions(text: str) -> list[tuple[str, str]]:
   """
   pairs = []
   for node in _nodes(text):
+    # A function of a docstring alone has nothing left to find.
     if not isinstance(node, ast.FunctionDef) or len(node.body) < 2:
       continue
     summary = (ast.get_docstring(node) or '').strip().partition('\n')[0]
     if summary:
+      # Neither the docstring nor a decorator may give the function away.
       node.body = node.body[1:]
       node.decorator_list = []
       pairs.append((summary, ast.unparse(node)))
@@ -189,6 +192,7 @@ class NextImport(Ranking):
     """The next item of one user at a random position."""
     position = rng.randrange(1, len(user))
     history = user[max(0, position - self.history) : position]
+    # An item of the history would be an easy wrong candidate.
     unseen = [item for item in pool if item not in history]
     candidates, right = self.pick(user[position], unseen, rng)
     question = (

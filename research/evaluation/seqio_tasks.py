@@ -90,6 +90,7 @@ class Seqio(BaseTask):
         f'--answers={answers_path}', f'--out={out}',
       ]  # fmt: skip
       process = subprocess.run(command, capture_output=True, text=True, env=child_environment())
+      # The last line is the error; warnings of TensorFlow come before it.
       message = (process.stderr.strip().splitlines() or ['no message'])[-1]
       if process.returncode == 2:  # a UserError there
         raise UserError(message.removeprefix('error: '))

@@ -112,11 +112,12 @@ def make_engine(
   Raises:
     UserError: the tokenizer is not the model's, or the batch does not fit the devices.
   """
-  architecture = loading.architecture_of(run, model)
+  architecture = loading.architecture_of(run, model)  # refuses an encoder
   vocabulary = suite.vocabulary
   if vocabulary is None and run:
     vocabulary = loading.vocabulary_of(run)
   encoding = make_encoding(vocabulary) if vocabulary else FolderEncoding(tokenizer)
+  # An id beyond the model's vocabulary would be looked up as another one, without an error.
   if encoding.size > model.vocab:
     why = f'it has ids up to {encoding.size - 1}, and the model has {model.vocab} logits.'
     raise Invalid(Suite, 'vocabulary', why)
@@ -199,9 +200,10 @@ def run_task(
   progress: TaskProgress = no_task_progress,
 ) -> dict:
   """The result of one task of `run_suite`, which has the same arguments."""
-  name = task.name.replace('/', '-')
+  name = task.name.replace('/', '-')  # lm-eval's names may have slashes
   path = folder / f'{name}.json'
   answers_path = folder / f'{name}.answers.jsonl'
+  # Every field of the task is in its description, so that another value runs it again.
   key = {**identity, 'task': describe(task, 0)}
   result = _finished(path, key)
   if result is None:
@@ -209,6 +211,7 @@ def run_task(
     if answers.resumed:
       log(f'{task.name}: {answers.resumed:,} earlier answers are kept')
     result = task.run(answers, functools.partial(progress, task.name))
+    # A task that could not run is tried again the next time.
     if 'error' not in result:
       storage.write_atomic(path, json.dumps({'of': key, **result}, indent=1) + '\n')
       answers_path.unlink()

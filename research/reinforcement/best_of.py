@@ -32,7 +32,7 @@ def choose(
     raise UserError(
       f'{type(reward).__name__} abstains on all {len(completions)} answers to {prompt.text[:60]!r}.'
     )
-  best = int(np.nanargmax(scores))
+  best = int(np.nanargmax(scores))  # the first of equal ones
   return completions[best], [None if np.isnan(score) else float(score) for score in scores]
 
 

@@ -59,6 +59,7 @@ class HeldOut:
         HeldOut, 'prompts', 'only a run of reinforcement learning has a reward to judge by.'
       )
     rounds = Rounds(run.train, run)
+    # One device, because these prompts need not be a multiple of the run's devices.
     with Mesh().use(jax.local_devices()[:1]):
       graphdef = nnx.graphdef(loading.abstract_model(run.model))
       sampler = rounds.sampler(graphdef, Sampling(temperature=self.temperature))

@@ -111,6 +111,7 @@ class PromptLines(Prompts):
 
   @functools.cached_property
   def _text(self) -> str:
+    """The file's text, read once: every prompt and the run's identity come from it."""
     try:
       return pathlib.Path(self.file).expanduser().read_text()
     except (OSError, UnicodeDecodeError) as error:

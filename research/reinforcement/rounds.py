@@ -93,7 +93,7 @@ class Rounds(Opened):
       reference = rollouts.reference.params()
     number = start // rollouts.round_steps
     while True:
-      policy = params()
+      policy = params()  # the newest ones: a round is on-policy when it is sampled
       rows, scores, metrics = self.draw(sampler, policy)
       divergence = np.zeros(rows.mask.shape)
       if read_reference is not None:
@@ -101,6 +101,7 @@ class Rounds(Opened):
         rows.arrays[losses.REFERENCE] = log_probs * rows.mask
         divergence = (rows.log_probs - log_probs) * rows.mask
         metrics['kl'] = float(divergence.sum(1).mean())
+      # Read by the policy that sampled: PPO clips its new values around them.
       values = read_policy(policy, rows)[1] if rollouts.reads_values else None
       self._add_advantages(rows, Round(scores, self.weight * divergence, rows.mask, values))
       # The weight changes after its round, so that a round has one weight.
@@ -122,6 +123,7 @@ class Rounds(Opened):
   def _cut(self, rows: dict[str, np.ndarray], number: int) -> Iterator[dict[str, np.ndarray]]:
     """The batches of round `number`. Every epoch has the rows in another order."""
     order = np.arange(len(rows['decoder_loss_weights']))
+    # One batch and one epoch keep the groups in their order. Otherwise a batch mixes prompts.
     for epoch in range(self.rollouts.epochs):
       if self.rollouts.round_steps > 1:
         order = np.random.default_rng((self.seed, number, epoch)).permutation(len(order))
@@ -165,6 +167,7 @@ class Rounds(Opened):
         f'the reward {name} gave {scores.shape} scores for {len(rows.completions)} completions, or an infinite '
         'one: it must give a finite number for each, or NaN where it abstains.'
       )
+    # Such a round would teach nothing, in silence.
     if np.isnan(scores).all():
       raise UserError(
         f'the reward {name} abstained on every completion of a round: check its prompts.'

@@ -64,6 +64,7 @@ class Rows:
   def batch(self) -> dict[str, np.ndarray]:
     """The arrays that a train step reads, by seqio's keys and those of `losses`."""
     positions = np.arange(self.tokens.shape[1], dtype=np.int32) * self.real
+    # Inputs are the targets, shifted by one behind the first id.
     inputs = np.pad(self.tokens[:, :-1], ((0, 0), (1, 0)), constant_values=BEGIN) * self.real
     return {
       'decoder_input_tokens': inputs,
@@ -124,7 +125,7 @@ class Sampler:
     arrays |= {name: np.zeros(shape, np.float32) for name in ('log_probs', 'entropy', 'kept')}
     completions = []
     for row in range(seeds.size):
-      ids = prompt_ids[row // count]
+      ids = prompt_ids[row // count]  # the completions of a prompt are next to each other
       n = int(drawn.mask[row].sum())
       completion = slice(len(ids), len(ids) + n)
       arrays['tokens'][row, : len(ids)] = ids
@@ -152,7 +153,7 @@ class Sampler:
     stopped = bool(drawn.stopped[row])
     return Completion(
       tokens=tokens,
-      text=self.encoding.decode(tokens[:-1] if stopped else tokens),
+      text=self.encoding.decode(tokens[:-1] if stopped else tokens),  # without the stop
       logprobs=drawn.log_probs[row, :n].tolist(),
       finish='stop_token' if stopped else 'length',
     )
@@ -174,6 +175,7 @@ class Reader:
 
   def __call__(self, params: dict, rows: Rows) -> tuple[np.ndarray, np.ndarray | None]:
     """(log-probabilities, values or None), host arrays [rows, length]."""
+    # Weights and advantages do not change what a model reads.
     keys = [
       f'decoder_{key}' for key in ('input_tokens', 'target_tokens', 'segment_ids', 'positions')
     ]
