@@ -18,7 +18,7 @@ from research.evaluation.requests import (
   RollingLogLikelihood,
   TokensLogLikelihood,
 )
-from research.evaluation.rows import Settings
+from research.evaluation.rows import NO_CONTINUATION, Settings, rows_of
 from research.huggingface import inwards
 from research.inference.sampling import Sampling
 from research.parallel.mesh import Mesh
@@ -258,6 +258,14 @@ def test_a_request_without_an_answer_fails_and_the_others_do_not(request_, setti
   assert answer.tokens == 1
 
 
+def test_a_continuation_without_tokens_fails_in_an_encoder_decoder_too():
+  settings = Settings(length=8, architecture='encoder_decoder')
+  for request in (LogLikelihood('a', ''), TokensLogLikelihood((5,), ())):
+    assert rows_of(0, request, ByteEncoding(), settings) == Failed(NO_CONTINUATION)
+  (row,) = rows_of(0, GenerateUntil('a', max_tokens=4), ByteEncoding(), settings)
+  assert (row.inputs, row.encoder) == ((0,), (100, 1))
+
+
 def test_the_context_of_a_prefix_model_sees_itself_both_ways(llama):
   _, make = llama
   engine = make(architecture='prefix')
@@ -303,9 +311,6 @@ def test_an_encoder_decoder_equals_transformers(tmp_path, mesh):
     logs = torch.log_softmax(out.logits[0].double(), -1)
     expected = logs[torch.arange(len(target)), torch.tensor(target)].sum()
     assert answer.nats == pytest.approx(float(expected), rel=1e-4)
-  # An empty target has no likelihood, here as in a decoder.
-  (failed,) = engine.answer([LogLikelihood('a', '')])
-  assert failed == Failed('the continuation has no tokens.')
   for request, answer in zip(generated, (first, second), strict=True):
     source = torch.tensor([[*ByteEncoding().encode(request.context), 1]])
     with torch.no_grad():
