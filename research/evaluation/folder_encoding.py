@@ -43,6 +43,8 @@ class FolderEncoding:
     self.ends = self.with_special.ends
     end = self._special_id('eos_token')
     if end is None and not self.ends:
+      end = self._special_id('sep_token')  # BERT's [SEP] stands behind every text
+    if end is None and not self.ends:
       raise UserError(
         f'{folder}: neither config.json nor tokenizer_config.json names an end token.'
       )

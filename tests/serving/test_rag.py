@@ -16,8 +16,9 @@ from tests.serving import tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings('ignore')]  # of Haystack, about itself
 PAGES = {
-  'stop.md': '# Stopping\n\nOn SIGTERM the server answers what it has begun and ends. ' + 'x ' * 30,
-  'law.md': '# The law\n\nTwenty tokens are trained on for each parameter of a model. ' + 'y ' * 30,
+  'stop.md': '# SIGTERM\n\nOn SIGTERM the server answers what it has begun and ends. ' + 'x ' * 30,
+  'law.md': '# Tokens for each parameter\n\nTwenty tokens are trained on for each parameter of a model. '
+  + 'y ' * 30,
 }
 
 
@@ -26,10 +27,11 @@ def call(name: str, **arguments) -> str:
 
 
 def say(prompt: str) -> str:
-  """An agent that looks a number up, multiplies, and answers; or a reader that cites one passage too many."""
+  """Acts as an agent that looks a number up, multiplies and answers, or as a reader with a wrong citation."""
   if 'Answer the question from the passages' in prompt:
     return 'Twenty [1], as everybody knows [7].'
-  results = re.findall(r'<\|im_start\|>tool\n(.*?)<\|im_end\|>', prompt, re.DOTALL)
+  # The prompt has no special tokens here, only the roles that stood behind them.
+  results = re.findall(r'\ntool\n(.*?)\nassistant\n', prompt, re.DOTALL)
   if not results:
     return call('search', question='tokens for each parameter')
   if len(results) == 1:
@@ -40,7 +42,7 @@ def say(prompt: str) -> str:
 
 @pytest.fixture(scope='module')
 def parts(tmp_path_factory):
-  """(the endpoint, the passages of two pages)."""
+  """The endpoint, and the passages of two pages."""
   for package in ('haystack', 'bm25s', 'pytrec_eval', 'faiss'):
     pytest.importorskip(package)
   folder = tmp_path_factory.mktemp('rag')
@@ -76,8 +78,8 @@ def test_an_answer_says_which_passages_it_cites(parts):
   client, model = rag.client_of(url)
   told = rag.answer(client, model, rag.Store(passages, None), 'How many tokens?', 2)
   assert told.splitlines()[2:] == [
-    '[1] law.md, "The law"',
-    '[2] stop.md, "Stopping" (not cited)',
+    '[1] law.md, "Tokens for each parameter"',
+    '[2] stop.md, "SIGTERM" (not cited)',
     '[7] is no passage: a wrong citation',
   ]
 
@@ -96,7 +98,9 @@ def test_passages_by_their_words_and_by_their_embeddings(parts, llama):
     vectors = store.embed([passage.text for passage in passages])
     for number, passage in enumerate(passages):
       np.testing.assert_allclose(store.scores(passage.text), vectors @ vectors[number], atol=1e-5)
-    assert rag.evaluate(store)['recall@3'] == 1.0
+    headings = store.embed([passage.heading for passage in passages])
+    first = np.argmax(headings @ vectors.T, axis=1)
+    assert rag.evaluate(store)['hit@1'] == np.mean(first == np.arange(len(passages)))
 
 
 def test_sections_are_not_split_at_comments_in_code(parts):
