@@ -15,11 +15,9 @@ import pytest
 from tests.serving import tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings('ignore')]  # of Haystack, about itself
-PAGES = {
-  'stop.md': '# SIGTERM\n\nOn SIGTERM the server answers what it has begun and ends. ' + 'x ' * 30,
-  'law.md': '# Tokens for each parameter\n\nTwenty tokens are trained on for each parameter of a model. '
-  + 'y ' * 30,
-}
+STOP = '# SIGTERM\n\nOn SIGTERM the server answers what it has begun and ends. '
+LAW = '# Tokens for each parameter\n\nTwenty tokens are trained on for each parameter of a model. '
+PAGES = {'stop.md': STOP + 'x ' * 30, 'law.md': LAW + 'y ' * 30}
 
 
 def call(name: str, **arguments) -> str:
