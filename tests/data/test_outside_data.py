@@ -30,6 +30,7 @@ def outside(tmp_path, monkeypatch):
     sys.modules.pop(name, None)
 
 
+@pytest.mark.slow
 def test_the_recipes_of_the_page_are_frozen_by_a_process_of_their_own(outside, frozen_in_a_process):
   (stream,) = freeze.configured([str(outside / 'my_stream.gin')], [])
   assert from_spec(stream.spec()) == stream

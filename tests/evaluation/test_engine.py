@@ -99,6 +99,7 @@ MIXED = [
 ]
 
 
+@pytest.mark.slow
 def test_an_answer_depends_on_nothing_but_its_request(llama):
   _, make = llama
   expected = [to_json(answer) for answer in make().answer(MIXED)]
@@ -118,6 +119,7 @@ def test_another_batch_size_changes_nothing_but_the_last_digits(llama):
       assert other == answer
 
 
+@pytest.mark.slow
 def test_a_context_is_read_once_for_all_its_continuations(llama, monkeypatch):
   _, make = llama
   read = programs.read

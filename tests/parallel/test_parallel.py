@@ -150,6 +150,7 @@ PRODUCTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('name', 'sizes'),
   [
