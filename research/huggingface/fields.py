@@ -206,7 +206,13 @@ def _read_head_dim(settings: Settings) -> dict[str, Any]:
   return {'HEAD_DIM': width(settings) // heads(settings)}
 
 
-HEAD_DIM = Field('head_dim', 'HEAD_DIM', head_dim)
+def _head_dim_if_absent(settings: Settings) -> int | None:
+  return None if settings.is_given('head_dim') else head_dim(settings)
+
+
+# The classes of LLaMA, Mistral and Mixtral compute the size of a head from a null. The others fail on it.
+HEAD_DIM_OR_NULL = Field('head_dim', 'HEAD_DIM', head_dim)
+HEAD_DIM = Field('head_dim', 'HEAD_DIM', _head_dim_if_absent)
 # For families whose config.json has no such key.
 HEAD_DIM_ONLY_OURS = Derived(_read_head_dim)
 SIZES = (

@@ -4,6 +4,7 @@ from research.huggingface.fields import (
   ACTIVE,
   HEAD_DIM,
   HEAD_DIM_ONLY_OURS,
+  HEAD_DIM_OR_NULL,
   KV_HEADS,
   LAYER_NORM_EPS,
   MLP,
@@ -36,6 +37,7 @@ from research.huggingface.tables import TOP, experts, tree
 
 GELU_TANH = Options(('gelu_pytorch_tanh', 'gelu_new', 'gelu_fast'))
 LLAMA = (*SIZES, KV_HEADS, HEAD_DIM, MLP, RMS, ROPE, HEAD)
+FIRST = tuple(HEAD_DIM_OR_NULL if field is HEAD_DIM else field for field in LLAMA)
 # Families whose layers differ say how many there are with the pattern.
 UNLIKE = tuple(field for field in LLAMA if field is not SIZES[2])
 WINDOW = Optional('sliding_window', 'attention.Attention.window')
@@ -79,9 +81,9 @@ def _whole(number: float) -> float | int:
 GEMMA2 = (
   *(field for field in UNLIKE if field not in (ROPE, HEAD)),
   Head(soft_cap='final_logit_softcapping'),
-  Optional('attn_logit_softcapping', 'attention.Attention.soft_cap'),
   Derived(_read_scale, _write_scale),
 )
+SOFT_CAP = Optional('attn_logit_softcapping', 'attention.Attention.soft_cap')
 GEMMA2_WHEN = {
   'hidden_activation': GELU_TANH,
   'attention_bias': False,
@@ -141,9 +143,9 @@ def _write_shared(get: Resolved) -> dict:
 SHARED_MLP = Derived(_read_shared, _write_shared)
 
 LLAMA_LIKE = (
-  _llama('llama', 'LlamaForCausalLM', 'llama/family', when={'attention_bias': False, 'mlp_bias': False}),
-  _llama('mistral', 'MistralForCausalLM', 'llama/family', (*LLAMA, WINDOW)),
-  _llama('mixtral', 'MixtralForCausalLM', 'mixtral/family', (*LLAMA, LOCAL_EXPERTS, ACTIVE, WINDOW),
+  _llama('llama', 'LlamaForCausalLM', 'llama/family', FIRST, when={'attention_bias': False, 'mlp_bias': False}),
+  _llama('mistral', 'MistralForCausalLM', 'llama/family', (*FIRST, WINDOW)),
+  _llama('mixtral', 'MixtralForCausalLM', 'mixtral/family', (*FIRST, LOCAL_EXPERTS, ACTIVE, WINDOW),
          tree(MoE=experts('block_sparse_moe.', names=('w1', 'w3', 'w2')))),
   _llama('qwen2', 'Qwen2ForCausalLM', 'qwen2/family', (*UNLIKE, LAST_LAYERS)),
   _llama(
@@ -165,11 +167,12 @@ LLAMA_LIKE = (
   _llama('gemma', 'GemmaForCausalLM', 'gemma/family',
          when={'hidden_act': Options((*GELU_TANH, 'gelu')), 'attention_bias': False,
                'use_bidirectional_attention': Options((False, None))}),
-  Family('gemma2', 'Gemma2ForCausalLM', 'gin/models/gemma2/family.gin', (*GEMMA2, ROPE, ALTERNATING),
+  Family('gemma2', 'Gemma2ForCausalLM', 'gin/models/gemma2/family.gin', (*GEMMA2, SOFT_CAP, ROPE, ALTERNATING),
          tree(GEMMA_NORMS), TOP, GEMMA2_WHEN),
   Family('gemma3_text', 'Gemma3ForCausalLM', 'gin/models/gemma3/family.gin',
          (*GEMMA2, Derived(_read_gemma3_rope, _write_gemma3_rope), ALL_BUT_ONE), tree(GEMMA_NORMS), TOP,
-         GEMMA2_WHEN),
+         # Gemma 3 has the key of Gemma 2, but transformers does not apply the cap.
+         {**GEMMA2_WHEN, 'attn_logit_softcapping': None}),
   _llama('glm', 'GlmForCausalLM', 'glm/family', trees=tree(**GLM_PARTS),
          fields=(*LLAMA, Field('attention_bias', 'attention.Attention.qkv_bias'))),
   _llama('glm4', 'Glm4ForCausalLM', 'glm/family', trees=tree(GLM_NORMS4, **GLM_PARTS),
