@@ -203,7 +203,10 @@ def heads(settings: Settings) -> int:
 
 
 def _read_head_dim(settings: Settings) -> dict[str, Any]:
-  return {'HEAD_DIM': width(settings) // heads(settings)}
+  size = width(settings) // heads(settings)
+  # transformers would rotate that many channels of a smaller head.
+  equal(settings, 'head_dim', size)
+  return {'HEAD_DIM': size}
 
 
 def _head_dim_if_absent(settings: Settings) -> int | None:
@@ -213,7 +216,7 @@ def _head_dim_if_absent(settings: Settings) -> int | None:
 # The classes of LLaMA, Mistral and Mixtral compute the size of a head from a null. The others fail on it.
 HEAD_DIM_OR_NULL = Field('head_dim', 'HEAD_DIM', head_dim)
 HEAD_DIM = Field('head_dim', 'HEAD_DIM', _head_dim_if_absent)
-# For families whose config.json has no such key.
+# For families whose heads share the width.
 HEAD_DIM_ONLY_OURS = Derived(_read_head_dim)
 SIZES = (
   Field('vocab_size', 'VOCAB'),

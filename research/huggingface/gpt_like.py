@@ -3,6 +3,7 @@
 from research.core.errors import UserError
 from research.huggingface.fields import (
   GELU,
+  HEAD_DIM,
   HEAD_DIM_ONLY_OURS,
   LAYER_NORM,
   LAYER_NORM_EPS,
@@ -238,7 +239,7 @@ GPT_LIKE = (
   ),
   Family(
     'phi', 'PhiForCausalLM', 'gin/models/gpt2/family.gin',
-    (*SIZES, HEAD_DIM_ONLY_OURS, MLP, LAYER_NORM_EPS, ROPE, HEAD, KV_HEADS_AS_QUERIES,
+    (*SIZES, HEAD_DIM, MLP, LAYER_NORM_EPS, ROPE, HEAD, KV_HEADS_AS_QUERIES,
      always({**PARALLEL, **NO_POSITIONS, 'heads.UntiedHead.bias': True})),
     transformer(('input_layernorm',), 'model.layers.{}.', {**SELF_ATTENTION, 'output': 'self_attn.dense'},
                 {'inputs.0': 'mlp.fc1', 'output': 'mlp.fc2'}),

@@ -5,7 +5,7 @@ import math
 from research.core.errors import UserError
 from research.huggingface.fields import (
   ACTIVE,
-  HEAD_DIM_ONLY_OURS,
+  HEAD_DIM,
   KV_HEADS,
   MLP,
   NORMALISE,
@@ -243,7 +243,7 @@ OTHERS = (
   ),
   Family(
     'jamba', 'JambaForCausalLM', 'gin/models/jamba/52b.gin',
-    (*SIZES[:2], SIZES[3], KV_HEADS, HEAD_DIM_ONLY_OURS, MLP, RMS, HEAD,
+    (*SIZES[:2], SIZES[3], KV_HEADS, HEAD_DIM, MLP, RMS, HEAD,
      Field('num_experts', 'EXPERTS'), ACTIVE,
      Derived(_read_periods, _write_periods),
      _inner('mamba_expand'), Implied('mamba_dt_rank', 'mamba.Mamba.rank', _rank),

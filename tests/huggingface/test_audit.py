@@ -39,14 +39,14 @@ AUDITED = (
 )  # fmt: skip
 # Rotary options are tried on these, every other key on 'llama'.
 OTHER_ROTATION = ('llama-linear', 'llama-yarn')
-# Keys that older files have, in no class any more.
+# Keys that older files have, in no class any more, and values to try.
 OLD = {
-  'rope_theta': 5e4, 'rope_scaling': {'type': 'linear', 'factor': 2.0}, 'partial_rotary_factor': 0.5,
-  'rotary_pct': 0.5, 'rotary_emb_base': 5e4, 'rope_local_base_freq': 5e4, 'sliding_window_pattern': 2,
-  'sliding_window': 3, 'layer_types': ['full_attention', 'sliding_attention'], 'head_dim': 4,
-  'original_max_position_embeddings': 8, 'tie_word_embeddings': True, 'quantization_config': {'bits': 4},
-  'is_decoder': True, 'add_cross_attention': True, 'is_encoder_decoder': True, 'pruned_heads': {'0': [1]},
-  'an_option_of_tomorrow': 1,
+  'rope_theta': [5e4], 'rope_scaling': [{'type': 'linear', 'factor': 2.0}], 'partial_rotary_factor': [0.5],
+  'rotary_pct': [0.5], 'rotary_emb_base': [5e4], 'rope_local_base_freq': [5e4], 'sliding_window_pattern': [2],
+  'sliding_window': [3], 'layer_types': [['full_attention', 'sliding_attention']], 'head_dim': [4, 8, 16],
+  'original_max_position_embeddings': [8], 'tie_word_embeddings': [True], 'pruned_heads': [{'0': [1]}],
+  'quantization_config': [{'bits': 4}], 'is_decoder': [True], 'add_cross_attention': [True],
+  'is_encoder_decoder': [True], 'an_option_of_tomorrow': [1],
 }  # fmt: skip
 ABSENT = object()
 REFUSED = 'refused'
@@ -81,9 +81,13 @@ def changes(config: dict) -> dict[str, list]:
         flat[f'{key}.{inner}'] = [*variants(nested), None, ABSENT]
       flat[f'{key}.an_option_of_tomorrow'] = [1]
     flat[key] = [*variants(value), None, ABSENT]
-  for key, value in OLD.items():
+  for key, values in OLD.items():
     if key not in config:
-      flat[key] = [value, None]
+      flat[key] = [*values, None]
+  # GLM's own padding id is outside of a tiny vocabulary, and transformers builds no such model.
+  pad = SPECIAL_IDS.get(config['model_type'], (None, None, None))[2]
+  if pad is not None and pad >= config['vocab_size']:
+    flat['pad_token_id'].remove(ABSENT)
   return flat
 
 
