@@ -151,12 +151,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     'vocab_size': 50280, 'hidden_size': 768, 'state_size': 16, 'num_hidden_layers': 32,
     'layer_norm_epsilon': 1e-5, 'expand': 2, 'conv_kernel': 4, 'use_bias': False, 'use_conv_bias': True,
     'hidden_act': 'silu', 'time_step_rank': 'auto', 'tie_word_embeddings': True,
+    'rescale_prenorm_residual': False,
   },
   'mamba2': {
     'num_heads': 128, 'head_dim': 64, 'vocab_size': 32768, 'hidden_size': 4096, 'state_size': 128,
     'num_hidden_layers': 64, 'layer_norm_epsilon': 1e-5, 'expand': 2, 'conv_kernel': 4, 'n_groups': 8,
     'use_bias': False, 'use_conv_bias': True, 'hidden_act': 'silu', 'time_step_limit': [0.0, float('inf')],
-    'tie_word_embeddings': False,
+    'tie_word_embeddings': False, 'time_step_rank': 'auto', 'rescale_prenorm_residual': False,
   },
   'jamba': {
     'vocab_size': 65536, 'hidden_size': 4096, 'intermediate_size': 14336, 'num_hidden_layers': 32,

@@ -148,6 +148,19 @@ def equal(settings: Settings, key: str, value: Any) -> dict:
   return {}
 
 
+def computed(key: str) -> Derived:
+  """Refuses a key that a class of transformers computes, so that no file may set it, not even to null."""
+
+  def read(settings: Settings) -> dict[str, Any]:
+    if settings.is_given(key):
+      raise UserError(
+        f'config.json: {settings.name(key)} of {settings.model_type} follows from other keys; take it out.'
+      )
+    return {}
+
+  return Derived(read)
+
+
 class Options(tuple):
   """The values of a key that all mean the same. The first is the one that is written."""
 

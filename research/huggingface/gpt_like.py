@@ -17,6 +17,7 @@ from research.huggingface.fields import (
   Raw,
   Unused,
   always,
+  computed,
   equal,
   heads,
   width,
@@ -88,15 +89,8 @@ WORD_HEAD = Head('transformer.word_embeddings.weight')
 WTE_HEAD = Head('transformer.wte.weight')
 
 
-def _no_head_dim(settings: Settings) -> dict:
-  """Refuses head_dim, as Falcon's config class does, which computes it."""
-  if settings.is_given('head_dim'):
-    raise UserError('config.json: head_dim of falcon follows from hidden_size; take it out.')
-  return {}
-
-
 FALCON_SIZES = (
-  Derived(_no_head_dim),
+  computed('head_dim'),
   *SIZES, HEAD_DIM_ONLY_OURS, LAYER_NORM, ROPE, WORD_HEAD,
   Field('ffn_hidden_size', 'MLP', _four_widths),
 )  # fmt: skip

@@ -19,6 +19,7 @@ from research.huggingface.fields import (
   Implied,
   Optional,
   Unused,
+  computed,
   equal,
   heads,
 )
@@ -49,10 +50,14 @@ def _mamba(model_type, architecture, fields, parts) -> Family:
     *SIZES[:3],
     Field('layer_norm_epsilon', 'layers.RMSNorm.epsilon'),
     Head('backbone.embeddings.weight'),
+    computed('layer_types'),
     *fields,
   )
   trees = (Tree('stack', 'backbone.layers.{}.', ('norm',), parts),)
-  when = {'hidden_act': SILU, 'use_bias': False, 'use_conv_bias': True}
+  # With rescale_prenorm_residual transformers divides loaded weights as if they were new.
+  when = {
+    'hidden_act': SILU, 'use_bias': False, 'use_conv_bias': True, 'rescale_prenorm_residual': False,
+  }  # fmt: skip
   return Family(
     model_type, architecture, f'gin/models/{model_type}/family.gin', sizes, trees, top, when, (), 'backbone.',
   )  # fmt: skip
@@ -71,6 +76,14 @@ def _inner(hf: str) -> Derived:
     return {hf: int(factor) if factor == int(factor) else factor}
 
   return Derived(read, write)
+
+
+def _read_inner_size(settings: Settings) -> dict:
+  """Refuses a size of Mamba that is not `expand` times the width: transformers lets the file override it."""
+  if settings.is_given('intermediate_size'):
+    settings['intermediate_size']  # refuses a null
+    equal(settings, 'intermediate_size', int(settings['expand'] * settings['hidden_size']))
+  return {}
 
 
 def _rank(width: int) -> int:
@@ -135,6 +148,8 @@ LATENT_FIELDS = (
 def _read_latent(settings: Settings) -> dict:
   """Reads the rotary options, which scale the logits too, and the layers of DeepSeek-V2 and V3."""
   equal(settings, 'num_key_value_heads', heads(settings))
+  # The norms of the latent vectors have this epsilon in transformers, whatever the file says.
+  equal(settings, 'rms_norm_eps', 1e-6)
   rope = rope_of(settings)
   bindings = read_rope(settings, rope)
   # DeepSeek multiplies the logits of attention, too, by the square of YaRN's factor.
@@ -200,6 +215,12 @@ def _groups(top: int, has_method: bool) -> Derived:
       groups, active = 1, 1
     else:
       groups, active = settings['n_group'], settings['topk_group']
+    experts_of_group = settings['n_routed_experts'] // groups
+    if groups > 1 and experts_of_group < top:
+      raise UserError(
+        f'config.json: {settings.model_type} with n_group = {groups} has groups of {experts_of_group} experts, '
+        f'and the best {top} of each are wanted.'
+      )
     return {
       'moe.Router.groups': groups,
       'moe.Router.active_groups': active,
@@ -230,7 +251,7 @@ def _deepseek(version: str, gin: str, fields, when) -> Family:
 OTHERS = (
   _mamba(
     'mamba', 'MambaForCausalLM',
-    (_inner('expand'), Implied('time_step_rank', 'mamba.Mamba.rank', _rank), Unused(('intermediate_size',)),
+    (_inner('expand'), Implied('time_step_rank', 'mamba.Mamba.rank', _rank), Derived(_read_inner_size),
      Field('state_size', 'mamba.Mamba.state'), Field('conv_kernel', 'mamba.Mamba.width')),
     {'Mamba': under('mixer.', MAMBA)},
   ),
@@ -245,7 +266,7 @@ OTHERS = (
     'jamba', 'JambaForCausalLM', 'gin/models/jamba/52b.gin',
     (*SIZES[:2], SIZES[3], KV_HEADS, HEAD_DIM, MLP, RMS, HEAD,
      Field('num_experts', 'EXPERTS'), ACTIVE,
-     Derived(_read_periods, _write_periods),
+     computed('layer_types'), Derived(_read_periods, _write_periods),
      _inner('mamba_expand'), Implied('mamba_dt_rank', 'mamba.Mamba.rank', _rank),
      Field('mamba_d_state', 'mamba.Mamba.state'), Field('mamba_d_conv', 'mamba.Mamba.width')),
     tree(('input_layernorm', 'pre_ff_layernorm'), Mlp=under('feed_forward.', GATED),
