@@ -320,6 +320,25 @@ def test_a_key_that_transformers_has_dropped_is_refused_with_another_value():
   assert tried > 10
 
 
+@pytest.mark.parametrize(
+  ('name', 'key', 'value'),
+  [
+    ('Pythia-70M', 'head_dim', 128),  # transformers would rotate 32 of 64 channels and not 16
+    ('Qwen2.5-0.5B', 'head_dim', None),
+    ('Falcon-7B', 'head_dim', 64),
+    ('Gemma-3-270M', 'attn_logit_softcapping', 50.0),  # the cap is not applied there
+    ('DeepSeek-V3', 'rms_norm_eps', 1e-5),  # the inner norms keep 1e-6
+    ('DeepSeek-V3', 'n_group', 256),
+    ('Mamba-130M', 'intermediate_size', 1024),
+    ('Mamba-130M', 'rescale_prenorm_residual', True),  # rescales the weights that it loads
+    ('mT5 small', 'tie_word_embeddings', None),
+  ],
+)
+def test_a_value_that_transformers_takes_otherwise_is_refused_by_name(name, key, value):
+  with pytest.raises(UserError, match=key):
+    read(RELEASES[name] | {key: value})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('name', RELEASES)
 def test_the_model_of_a_release_has_the_tensors_of_transformers(name):
