@@ -1,4 +1,4 @@
-"""A run that starts from a checkpoint, and of which a part learns."""
+"""Fine-tuning: a run starts from a checkpoint, and a part of its parameters learns."""
 
 import os
 import pathlib
@@ -45,8 +45,8 @@ def run(config, workdir) -> dict:
     return train(config.build(), workdir, config.text, stream=silence)
 
 
-def saved(workdir) -> dict:
-  """Every array of the newest checkpoint, by name."""
+def saved(workdir) -> tuple[dict, dict]:
+  """(checksums of all parameters of the newest checkpoint, those of its own arrays), by name."""
   params = streamed.Params(workdir)
   return params.checksums(), params._meta()['checksums']
 
@@ -67,7 +67,7 @@ def test_lora_learns_alone_and_resumes_exactly(base, text_file, one_device, tmp_
   row = run(config, tmp_path / 'whole')
   # A base is only read, of which Orbax has nothing to warn.
   assert not [record.message for record in caplog.records if record.name == 'absl']
-  # The state holds what learns alone; the rest is the base, to the bit.
+  # The checkpoint has only the parameters that learn; the rest equals the base to the bit.
   all_sums, own_sums = saved(tmp_path / 'whole')
   assert all(name.startswith('params/') or 'base' not in name for name in own_sums)
   assert {name.rpartition('/')[2] for name in own_sums if name.startswith('params/')} == {
@@ -79,17 +79,15 @@ def test_lora_learns_alone_and_resumes_exactly(base, text_file, one_device, tmp_
   assert all_sums[f'{query}/base'] == base_sums[query]
   assert row['params_learned'] < row['params_total'] / 4
   assert row['init/loss'] > 0
-  # A matrix that does not learn has no gradient of its own: between a third and all of the FLOPs are left.
+  # A matrix that does not learn has no gradient: of the 6 FLOPs per parameter and token, 4 to 5 are left.
   per_token = row['flops_6n_with_head'] / row['tokens']
   assert 4 < per_token / row['params_with_head'] < 5
-  # Every reader sees a whole model.
-  whole = Pretrained(folder=str(tmp_path / 'whole'))
-  params = params_of(whole.model, whole.checkpoint)
-  tokens = params_of(Pretrained(folder=str(base)).model, streamed.Params(base))['embedder'][
-    'tokens'
-  ]
-  np.testing.assert_array_equal(params['embedder']['tokens'], tokens)
-  # Resumed from the middle it ends the same.
+  # Readers of the checkpoint see the whole model.
+  tuned = Pretrained(folder=str(tmp_path / 'whole'))
+  params = params_of(tuned.model, tuned.checkpoint)
+  base_params = params_of(Pretrained(folder=str(base)).model, streamed.Params(base))
+  np.testing.assert_array_equal(params['embedder']['tokens'], base_params['embedder']['tokens'])
+  # A run that resumes in the middle ends the same.
   shutil.copytree(tmp_path / 'whole', tmp_path / 'parts')
   shutil.rmtree(tmp_path / 'parts' / 'checkpoints' / '6')
   run(config, tmp_path / 'parts')
@@ -104,7 +102,7 @@ def test_the_base_is_part_of_what_a_run_is(base, text_file, one_device, tmp_path
   assert load(text_file, base, 'lora').build().identity() == identity
   earlier = load(text_file, copy, 'lora', **{'Checkpoint.step': 3}).build().identity()
   assert earlier != identity
-  # The base of a checkpoint may not change behind its back.
+  # A checkpoint refers to its base, so a base that changed is an error.
   run(
     load(text_file, copy, 'lora', **{'Run.steps': 1, 'Run.checkpoint_every': 1}), tmp_path / 'run'
   )
@@ -137,20 +135,20 @@ def test_a_vocabulary_grows(base, text_file, one_device):
   the_run = load(text_file, base, 'start', **more).build()
   with Mesh().use(jax.devices()[:1]):
     program = make_program(the_run)
-    drawn = jax.jit(program.init)(jax.random.key(0))['params']['embedder']['tokens']
+    initial = jax.jit(program.init)(jax.random.key(0))['params']['embedder']['tokens']
     state = jax.jit(program.init)(jax.random.key(0), program.initial_values())
   tokens = streamed.Params(base).piece(('embedder', 'tokens'), ())
   np.testing.assert_array_equal(state['params']['embedder']['tokens'][:384], tokens)
-  np.testing.assert_array_equal(state['params']['embedder']['tokens'][384:], drawn[384:])
+  np.testing.assert_array_equal(state['params']['embedder']['tokens'][384:], initial[384:])
 
 
 @pytest.mark.slow
 def test_what_does_not_learn_has_no_gradient_and_no_optimizer_state(base, text_file, one_device):
   steps = []
   for method, more in (('start', {}), ('start', {'Run.learns': "('kind:vector',)"})):
-    the_run = load(text_file, base, method, **more).build()
+    tuned = load(text_file, base, method, **more).build()
     with Mesh().use(jax.devices()[:1]):
-      program = make_program(the_run)
+      program = make_program(tuned)
       batch = {
         key: jax.ShapeDtypeStruct((8, 32), np.int32)
         for key in ('decoder_input_tokens', 'decoder_target_tokens', 'decoder_loss_weights')
@@ -179,12 +177,12 @@ def test_a_method_trains(method, base, text_file, one_device, tmp_path):
   # The tokens of a prompt are those that the text has.
   more = {
     'prompt': {'FIRST': ord('a') + 3, 'PROMPT': 26},
-    'prefix': {'LEARNING_RATE': 0.03, 'Run.steps': 40},  # it has far to go from where it is drawn
+    'prefix': {'LEARNING_RATE': 0.03, 'Run.steps': 40},  # it starts at random vectors
   }.get(method, {})
   row = run(load(text_file, base, method, **more), tmp_path)
   assert row['status'] == 'finished'
   assert 0 < row['params_learned'] < row['params_total'] / 2
-  # It starts from the base, whose loss it has at its first step.
+  # It starts as the base: its first loss is near that of the base.
   first = storage.read_rows(tmp_path / 'metrics.jsonl')[0]
   assert abs(first['loss'] - row['init/loss']) < 0.2
   assert row['loss'] < row['init/loss']
@@ -194,24 +192,24 @@ def test_a_method_trains(method, base, text_file, one_device, tmp_path):
 def test_adapters_over_one_base_learn_together_as_they_do_alone(
   base, text_file, one_device, tmp_path
 ):
-  made = [
+  configurations = [
     load(text_file, base, 'lora', LEARNING_RATE=rate, **{'Run.seed': seed})
     for rate, seed in ((1e-3, 0), (1e-2, 1))
   ]
-  assert len({alike.shape(config.build()) for config in made}) == 1
+  assert len({alike.shape(config.build()) for config in configurations}) == 1
   with open(os.devnull, 'w') as silence:
     rows = population.train_population(
-      [config.build() for config in made],
+      [config.build() for config in configurations],
       [tmp_path / 'a', tmp_path / 'b'],
-      [config.text for config in made],
+      [config.text for config in configurations],
       [silence, silence],
     )
-  for config, row, name in zip(made, rows, 'ab', strict=True):
+  for config, row, name in zip(configurations, rows, 'ab', strict=True):
     alone = run(config, tmp_path / f'{name} alone')
     np.testing.assert_allclose(row['loss'], alone['loss'], rtol=1e-5)
     assert row['params_learned'] == alone['params_learned']
-    own = saved(tmp_path / name)[1]
-    assert own.keys() == saved(tmp_path / f'{name} alone')[1].keys()
+    own_sums = saved(tmp_path / name)[1]
+    assert own_sums.keys() == saved(tmp_path / f'{name} alone')[1].keys()
 
 
 @pytest.mark.slow

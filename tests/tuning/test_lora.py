@@ -1,4 +1,4 @@
-"""Matrices that learn little beside a base that stays."""
+"""LoRA, rsLoRA, DoRA, (IA)^3 and adapters: a few parameters learn, and the base does not change."""
 
 import functools
 
@@ -44,21 +44,21 @@ def run(model, params, batch):
   return np.asarray(logits(params))
 
 
-def drawn(model) -> dict:
+def random_params(model) -> dict:
   return jax.jit(lambda key: nnx.to_pure_dict(nnx.state(model(rngs=nnx.Rngs(params=key)))))(
     jax.random.key(0)
   )
 
 
 def moved(params: dict, size: float = 0.05) -> dict:
-  """Parameters as if they had learned: what starts at zero or at one has left it."""
+  """Parameters as if they had learned: those that start at 0 or 1 have moved."""
 
-  def one(path, x):
+  def move(path, x):
     if path[-1].key not in LEARNED or 'norm' in str(path):
       return x
     return x + size * jax.random.normal(jax.random.key(x.size), x.shape)
 
-  return jax.tree.map_with_path(one, params)
+  return jax.tree.map_with_path(move, params)
 
 
 @pytest.mark.parametrize(
@@ -78,19 +78,20 @@ def test_at_first_it_is_the_base_and_merged_it_is_the_same(family, kind):
   model = functools.partial(tiny(family), weight=KINDS[kind])
   batch = batch_of(model)
   with Mesh().use(jax.devices()[:1]):
-    params = drawn(model)
+    params = random_params(model)
     plain, base = merge.merged(model, params)
-    at_first, of_base = run(model, params, batch), run(plain, base, batch)
+    at_first = run(model, params, batch)
+    of_base = run(plain, base, batch)
     if kind == 'DoRA':  # it multiplies by a ratio that is one up to rounding
       assert np.linalg.norm(at_first - of_base) < 1e-6 * np.linalg.norm(of_base)
     else:
       np.testing.assert_array_equal(at_first, of_base)
     # rsLoRA's factor is sqrt(3) times LoRA's: a change of the same size, so that one tolerance suits all.
     params = moved(params, 0.05 / np.sqrt(3) if kind == 'rsLoRA' else 0.05)
-    _, whole = merge.merged(model, params)
+    _, merged = merge.merged(model, params)
     learned = run(model, params, batch)
     assert np.abs(learned - at_first).max() > 1e-2
-    error = np.linalg.norm(learned - run(plain, whole, batch)) / np.linalg.norm(learned)
+    error = np.linalg.norm(learned - run(plain, merged, batch)) / np.linalg.norm(learned)
     assert error < 1e-6
 
 
@@ -102,15 +103,18 @@ def test_a_matrix_equals_the_papers_formula(kind):
   with Mesh().use(jax.devices()[:1]):
     weight = KINDS[kind](matrix, rngs=nnx.Rngs(params=0))
     params = moved(nnx.to_pure_dict(nnx.state(weight)), 0.5)
-    whole = np.asarray(nnx.merge(nnx.graphdef(weight), params)[...])
+    result = np.asarray(nnx.merge(nnx.graphdef(weight), params)[...])
   value = {name: np.asarray(x, np.float64) for name, x in params.items()}
   scale = 16 / (np.sqrt(3) if kind == 'rsLoRA' else 3)
   changed = value['base'] + scale * np.einsum('xhdr,xre->xhde', value['lora_a'], value['lora_b'])
   if kind == 'DoRA':
-    length = lambda w: np.sqrt((w**2).sum((1, 2), keepdims=True))
+
+    def length(w):
+      return np.sqrt((w**2).sum((1, 2), keepdims=True))
+
     magnitude = value['magnitude'][:, None, None] * length(value['base'])
     changed = magnitude * changed / length(changed)
-  np.testing.assert_allclose(whole, changed, rtol=2e-6, atol=2e-6)
+  np.testing.assert_allclose(result, changed, rtol=2e-6, atol=2e-6)
 
 
 def test_ia3_rescales_keys_values_and_hidden_units():
@@ -138,7 +142,7 @@ def test_an_adapter_changes_nothing_at_first_and_is_not_written_without():
       8, rngs=nnx.Rngs(params=0)
     )
     np.testing.assert_array_equal(after(x, Context(positions=jnp.arange(3)[None]))[0], x / 2)
-  # No family of Hugging Face has them: they are not left out in silence.
+  # No family of Hugging Face has adapters, and they are not left out in silence.
   with pytest.raises(UserError, match='has no tensor for'):
     family_to_write(merge.Tree(model), 'llama')
 

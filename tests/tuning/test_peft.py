@@ -1,4 +1,4 @@
-"""Adapters go to peft and come from it, and both compute the same."""
+"""Adapters are written for peft and read from it, and both compute the same."""
 
 import json
 import sys
@@ -45,7 +45,7 @@ def call(*flags) -> None:
 
 
 def logits(folder) -> np.ndarray:
-  """Of a folder of ours."""
+  """The logits of a converted folder."""
   model = configs.load(str(folder / 'model.gin'), root='MODEL').tree()
   with Mesh().use(jax.devices()[:1]):
     params = jax.tree.map(jax.numpy.asarray, ours.params_of(model, streamed.Params(folder)))
@@ -59,9 +59,8 @@ def their_logits(model) -> np.ndarray:
     return model(torch.tensor(TOKENS.astype(np.int64))).logits.numpy()
 
 
-@pytest.mark.filterwarnings(
-  'ignore:.*is_gradient_checkpointing:FutureWarning'
-)  # peft asks transformers
+# peft reads an attribute that transformers deprecates.
+@pytest.mark.filterwarnings('ignore:.*is_gradient_checkpointing:FutureWarning')
 @pytest.mark.parametrize('options', [{}, {'use_rslora': True}, {'use_dora': True}])
 def test_an_adapter_computes_the_same_in_peft_and_here(options, base, tmp_path):
   peft = pytest.importorskip('peft')

@@ -1,4 +1,4 @@
-"""A prefix is seen by every token of every packed document, in training and in decoding alike."""
+"""Every token of every packed document sees the prefix; a prompt changes rows of the token table."""
 
 import functools
 
@@ -42,12 +42,12 @@ def test_packed_documents_see_the_prefix_and_not_each_other():
     def logits(params, batch):
       return nnx.merge(graphdef, params)(batch)[0]
 
-    whole = logits(params, packed)
+    together = logits(params, packed)
     alone = [logits(params, {'decoder_input_tokens': tokens[:, i : i + 4]}) for i in (0, 4)]
-    np.testing.assert_allclose(whole, np.concatenate(alone, 1), rtol=2e-5, atol=2e-5)
-    # Every token sees it: another prefix gives other logits at every place.
+    np.testing.assert_allclose(together, np.concatenate(alone, 1), rtol=2e-5, atol=2e-5)
+    # Another prefix gives other logits at every position.
     changed = jax.tree.map_with_path(lambda path, x: x + 1 if 'prefix' in str(path) else x, params)
-    assert (np.abs(logits(changed, packed) - whole).max(-1) > 1e-3).all()
+    assert (np.abs(logits(changed, packed) - together).max(-1) > 1e-3).all()
 
 
 def test_a_prompt_is_a_difference_from_rows_of_the_table():

@@ -1,4 +1,4 @@
-"""What adds nothing goes first, and a model without it says the same."""
+"""Shrinking removes the parts that matter least. Without parts that add nothing, the model is the same."""
 
 import argparse
 import functools
@@ -35,10 +35,14 @@ def one_device_in_use():
     yield
 
 
-def drawn(model) -> dict:
+def random_params(model) -> dict:
   """Parameters large enough that every layer matters, on the host."""
-  make = jit(lambda key: nnx.to_pure_dict(nnx.state(model(rngs=nnx.Rngs(params=key)))))
-  params = jax.tree.map(np.array, jax.device_get(make(jax.random.key(0))))
+
+  @jit
+  def init(key):
+    return nnx.to_pure_dict(nnx.state(model(rngs=nnx.Rngs(params=key))))
+
+  params = jax.tree.map(np.array, jax.device_get(init(jax.random.key(0))))
   params['embedder']['tokens'] *= 50
   return params
 
@@ -49,7 +53,7 @@ def logits(model, params, batch) -> np.ndarray:
 
 
 def batch_of(model, params) -> dict:
-  """Tokens, and as targets what the model itself finds likeliest."""
+  """Random tokens, with the model's own likeliest tokens as targets."""
   tokens = np.random.default_rng(0).integers(1, VOCAB, (2, 12)).astype(np.int32)
   batch = {'decoder_input_tokens': tokens, 'decoder_loss_weights': np.ones_like(tokens)}
   batch['decoder_target_tokens'] = logits(model, params, batch).argmax(-1).astype(np.int32)
@@ -66,10 +70,10 @@ def part(params: dict, number: int) -> dict:
 
 
 def test_what_adds_nothing_goes_first():
-  """A layer, and of the others other units and another key head each, which goes with its queries."""
+  """A layer goes; of each other layer go different units, and a key head with its queries."""
   model = tiny('llama2', ['LAYERS=3'])
   smaller = tiny('llama2', ['MLP=24', 'HEADS=2', 'KV_HEADS=1'])
-  params = drawn(model)
+  params = random_params(model)
   for number in (0, 1):
     part(params, number)['output']['kernel'][1] = 0
   dead_units = [[0, *range(10, 16), 31], [5, 6, *range(20, 26)]]
@@ -103,8 +107,9 @@ def test_of_every_key_head_the_largest_queries_stay():
 
 @pytest.mark.slow
 def test_channels_that_nothing_writes_to_go():
-  model, smaller = tiny('llama2'), tiny('llama2', ['EMBED=12'])
-  params = drawn(model)
+  model = tiny('llama2')
+  smaller = tiny('llama2', ['EMBED=12'])
+  params = random_params(model)
   dead = [1, 2, 8, 15]
   params['embedder']['tokens'][:, dead] = 0
   for number in (0, 1):
@@ -113,7 +118,8 @@ def test_channels_that_nothing_writes_to_go():
   new, kept = shrunk(model, smaller, params, batch)
   assert sorted({*range(16)} - {*kept.channels.tolist()}) == dead
 
-  def rescaled(path, x):  # a norm's mean is over 12 channels now
+  def rescaled(path, x):
+    # The mean of a norm is over 12 channels now.
     return x * np.sqrt(16 / 12) if path[-1].key == 'scale' else x
 
   new = jax.tree.map_with_path(rescaled, new)
@@ -135,7 +141,8 @@ def test_channels_that_nothing_writes_to_go():
   ],
 )
 def test_what_cannot_be_made_smaller_is_refused(family, before, after, why):
-  model, smaller = tiny(family, before), tiny(family, [*before, *after])
+  model = tiny(family, before)
+  smaller = tiny(family, [*before, *after])
   with pytest.raises(UserError, match=why):  # before anything is computed
     shrunk(model, smaller, None, None)
 
@@ -154,7 +161,8 @@ def test_a_smaller_model_differs_in_sizes_alone():
 @pytest.mark.slow
 def test_a_converted_model_keeps_its_tokenizer_and_knows_every_token(text_file, tmp_path):
   def converted(vocab: int) -> pathlib.Path:
-    theirs, ours = tmp_path / f'theirs-{vocab}', tmp_path / f'ours-{vocab}'
+    theirs = tmp_path / f'theirs-{vocab}'
+    ours = tmp_path / f'ours-{vocab}'
     theirs.mkdir()
     write_llama(theirs, vocab)
     (theirs / 'tokenizer_config.json').write_text('{"tokenizer_class": "ByT5Tokenizer"}')
@@ -170,12 +178,13 @@ def test_a_converted_model_keeps_its_tokenizer_and_knows_every_token(text_file, 
       )
     )
 
-  ours, half = converted(384), tmp_path / 'half'
+  ours = converted(384)
+  half = tmp_path / 'half'
   shrink_mlp(ours, half)
   for name in ('tokenizer_config.json', 'special_ids.json'):
     kept = (ours / 'huggingface' / name).read_text()
     assert (half / 'huggingface' / name).read_text() == kept
-  # Importance would be measured on tokens that the model does not have.
+  # The model has no embeddings for some tokens of the data, so nothing can be measured.
   with pytest.raises(UserError, match=r'vocab.*200 is less than the 384 tokens of the data'):
     shrink_mlp(converted(200), tmp_path / 'none')
 

@@ -1,4 +1,4 @@
-"""What docs/tuning.md tells a person to type works, the last part of it on a really trained model."""
+"""The commands of docs/tuning.md run; the last ones on a trained model."""
 
 import json
 import pathlib
@@ -21,7 +21,7 @@ COMMANDS = [command for block in BLOCKS[:-1] for command in block]
 
 
 def run(command: str, folder: pathlib.Path, environment: dict, *more: str) -> None:
-  """Types a command of the page, whose folders below /tmp are below `folder`."""
+  """Runs a command of the page, with `folder` in place of /tmp."""
   words = shlex.split(command.replace('/tmp/', f'{folder}/'))
   assert words[:4] == ['uv', 'run', 'python', '-m'], command
   more = more if words[4] == 'research.train' else ()
@@ -67,7 +67,7 @@ corpora.TextFiles.validation_fraction = 0.2
 
 
 def conversations(count: int) -> list[dict]:
-  """A small language of its own: the assistant answers with the word's letters, apart and backwards."""
+  """Conversations about made-up words: the assistant spells a word backwards, letter by letter."""
   random = np.random.default_rng(0)
   lines = []
   for _ in range(count):
@@ -87,12 +87,9 @@ def test_a_trained_model_is_tuned_on_a_set_of_ones_own(smollm2, user_environment
   (tmp_path / 'downloaded').symlink_to(smollm2)
   (tmp_path / 'chats.jsonl').write_text('\n'.join(map(json.dumps, conversations(120))) + '\n')
   small = [
-    '--gin.LENGTH=64',
-    '--gin.Run.steps=8',
-    '--gin.Run.batch_size=4',
-    '--gin.Run.eval_every=4',
-  ]
-  small += ['--gin.Run.checkpoint_every=None', '--gin.LEARNING_RATE=1e-3', '--gin.Run.log_every=1']
+    '--gin.LENGTH=64', '--gin.Run.steps=8', '--gin.Run.batch_size=4', '--gin.Run.eval_every=4',
+    '--gin.Run.checkpoint_every=None', '--gin.LEARNING_RATE=1e-3', '--gin.Run.log_every=1',
+  ]  # fmt: skip
   for command in INSTRUCT:
     run(command, tmp_path, user_environment, *small)
   rows = storage.read_rows(tmp_path / 'instruct' / 'metrics.jsonl')
@@ -100,9 +97,10 @@ def test_a_trained_model_is_tuned_on_a_set_of_ones_own(smollm2, user_environment
   first = rows[0]['loss']
   assert held_out[-1] < held_out[0] < first
   assert held_out[-1] < 0.7 * first
-  # What was saved of it is less than a twentieth of the model.
-  size = lambda folder: sum(path.stat().st_size for path in folder.rglob('*') if path.is_file())
-  assert size(tmp_path / 'instruct' / 'checkpoints') < 0.05 * 3 * 4 * 134.5e6
+  # The checkpoints take less than a twentieth of the model's parameters and moments in float32.
+  files = (tmp_path / 'instruct' / 'checkpoints').rglob('*')
+  saved_bytes = sum(path.stat().st_size for path in files if path.is_file())
+  assert saved_bytes < 0.05 * 3 * 4 * 134.5e6
   # transformers computes from the merged folder what the run's own model computes.
   tuned = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'tuned').eval()
   tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / 'tuned')
@@ -114,7 +112,7 @@ def test_a_trained_model_is_tuned_on_a_set_of_ones_own(smollm2, user_environment
 
 
 def our_logits(folder: pathlib.Path, tokens: np.ndarray) -> np.ndarray:
-  """Of a run's model, its adapters unmerged."""
+  """The logits of a run's model, with its adapters unmerged."""
   import jax
   from flax import nnx
 
