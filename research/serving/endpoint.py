@@ -170,9 +170,8 @@ class Endpoint:
     if requests.top is None:
       return None
     vocabulary = self.model.vocabulary
-    await asyncio.to_thread(
-      vocabulary.spell, 0
-    )  # the first use takes seconds for a large vocabulary
+    # The first use takes seconds for a large vocabulary.
+    await asyncio.to_thread(vocabulary.spell, 0)
     return answers.Spelling(vocabulary.spell, vocabulary.ends, requests.top)
 
   async def _answer(self, request: Request, body, requests: EngineRequests, answer) -> Response:
@@ -187,8 +186,7 @@ class Endpoint:
     job = self.thread.submit(requests.requests)
     self.thread.metrics.prompt_tokens.inc(requests.prompt_tokens)
     if body.stream:
-      events = self._events(job, body, requests, answer)
-      return EventStream(job, events)
+      return EventStream(job, self._events(job, body, requests, answer))
     whole = await unless_gone(request, job, self._whole(job, requests, answer))
     return JSONResponse(whole)
 
