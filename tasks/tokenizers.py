@@ -7,9 +7,9 @@ import re
 import numpy as np
 import seqio
 import tensorflow as tf
-import tokenizers
 
 from research.core.errors import Invalid, did_you_mean
+from research.data.encoding import read_tokenizer
 from research.data.vocabularies import EOS_NAMES, HuggingFaceTokenizer
 
 
@@ -24,7 +24,7 @@ class TokenizerVocabulary(seqio.Vocabulary):
 
   def __init__(self, file: str, eos: str | None = None, extra_ids: int = 0):
     try:
-      self.tokenizer = tokenizers.Tokenizer.from_file(str(file))
+      self.tokenizer = read_tokenizer(file)
       self.settings = json.loads(pathlib.Path(file).read_text())
     except (KeyboardInterrupt, SystemExit):
       raise

@@ -61,13 +61,25 @@ class SentencePieceEncoding:
     return self.model.decode([i for i in ids if 0 < i < self.size and not self.model.is_control(i)])
 
 
+def read_tokenizer(file: str | pathlib.Path):
+  """Returns the `tokenizers.Tokenizer` of a tokenizer.json, without its padding and truncation.
+
+  Those are settings for the batches of one model (BERT's often have 128 tokens). Here a text has all its tokens
+  and no others.
+  """
+  import tokenizers
+
+  tokenizer = tokenizers.Tokenizer.from_file(str(file))
+  tokenizer.no_padding()
+  tokenizer.no_truncation()
+  return tokenizer
+
+
 class HuggingFaceEncoding:
   """The ids of a tokenizer.json, as `vocabularies.HuggingFaceTokenizer`: one higher if its id 0 is text."""
 
   def __init__(self, vocabulary: vocabularies.HuggingFaceTokenizer):
-    import tokenizers
-
-    self.tokenizer = tokenizers.Tokenizer.from_file(vocabulary.file)
+    self.tokenizer = read_tokenizer(vocabulary.file)
     settings = json.loads(pathlib.Path(vocabulary.file).read_text())
     # Id 0 pads rows, so it must not be text. Freezing shifts by the same rule.
     special = {t['id'] for t in settings.get('added_tokens', ()) if t.get('special')}

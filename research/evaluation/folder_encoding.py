@@ -8,6 +8,7 @@ import json
 import pathlib
 
 from research.core.errors import UserError
+from research.data.encoding import read_tokenizer
 from research.inference import tokenizer
 
 
@@ -33,9 +34,7 @@ class FolderEncoding:
     self._special = self._read_special()
     file = folder / 'tokenizer.json'
     if file.is_file():
-      import tokenizers
-
-      self._fast = tokenizers.Tokenizer.from_file(str(file))
+      self._fast = read_tokenizer(file)
     else:
       self._fast = None
       self._in_front, self._behind = self._count_special()

@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Callable
 
 from research.core.errors import UserError
-from research.data.encoding import Encoding
+from research.data.encoding import Encoding, read_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,10 +115,8 @@ def _start(folder: pathlib.Path) -> tuple[int, ...]:
 
 
 def _fast(path: pathlib.Path, ends, start) -> Tokenizer:
-  import tokenizers
-
   try:
-    inner = tokenizers.Tokenizer.from_file(str(path))
+    inner = read_tokenizer(path)
   except Exception as error:  # the library raises a bare Exception
     raise UserError(f'{path} is not a tokenizer.json: {error}.') from error
 

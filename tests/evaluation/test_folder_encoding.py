@@ -6,22 +6,25 @@ import pytest
 import tokenizers
 
 from research.core.errors import UserError
+from research.data.encoding import HuggingFaceEncoding
+from research.data.vocabularies import HuggingFaceTokenizer
 from research.evaluation.folder_encoding import FolderEncoding
+from research.inference import tokenizer
 
 VOCABULARY = {'<s>': 0, '</s>': 1, 'the': 2, 'law': 3, '?': 4}
 
 
 def write(folder, begins: bool, config: dict, template: str | None = None):
   """A folder with a word tokenizer."""
-  tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(VOCABULARY, unk_token='?'))
-  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-  tokenizer.add_special_tokens(['<s>', '</s>'])
+  words = tokenizers.Tokenizer(tokenizers.models.WordLevel(VOCABULARY, unk_token='?'))
+  words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+  words.add_special_tokens(['<s>', '</s>'])
   if begins:
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+    words.post_processor = tokenizers.processors.TemplateProcessing(
       single='<s> $A', special_tokens=[('<s>', 0)]
     )
   folder.mkdir()
-  tokenizer.save(str(folder / 'tokenizer.json'))
+  words.save(str(folder / 'tokenizer.json'))
   (folder / 'config.json').write_text('{"eos_token_id": [1, 3]}')
   (folder / 'tokenizer_config.json').write_text(json.dumps(config))
   if template:
@@ -56,3 +59,27 @@ def test_a_folder_without_a_tokenizer_or_an_end_is_refused(tmp_path):
   (folder / 'config.json').write_text('{}')
   with pytest.raises(UserError, match='names an end token'):
     FolderEncoding(folder)
+
+
+def test_padding_and_truncation_of_the_file_change_no_text(tmp_path):
+  """They are for a model's batches; all-MiniLM-L6-v2's file pads and cuts every text to 128 tokens."""
+  folder = write(tmp_path / 'a', True, {'eos_token': '</s>'})
+  file = str(folder / 'tokenizer.json')
+  changed = tokenizers.Tokenizer.from_file(file)
+  changed.enable_padding(length=4, pad_id=4)
+  changed.enable_truncation(4)
+  changed.save(file)
+  assert len(changed.encode('the').ids) == len(changed.encode('the law ' * 9).ids) == 4
+  frozen = HuggingFaceEncoding(HuggingFaceTokenizer(file))
+  whole = tokenizer.of_folder(folder)
+  for text in ('the', 'the law ' * 9):
+    words = [VOCABULARY[word] for word in text.split()]
+    assert whole.encode(text) == [0, *words]
+    for encoding in (FolderEncoding(folder), frozen):
+      assert encoding.encode(text) == words
+
+
+def test_the_separator_of_a_bert_ends_its_texts(tmp_path):
+  folder = write(tmp_path / 'a', False, {'sep_token': '</s>'})
+  (folder / 'config.json').write_text('{}')
+  assert FolderEncoding(folder).end == 1
