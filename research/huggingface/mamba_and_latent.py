@@ -154,6 +154,8 @@ def _read_latent(settings: Settings) -> dict:
   bindings = read_rope(settings, rope)
   # DeepSeek multiplies the logits of attention, too, by the square of YaRN's factor.
   mscale = rope.get('mscale_all_dim') if kind_of(rope) != 'default' else None
+  if mscale and rope.is_given('factor'):
+    rope['factor']  # refuses a null, which has no logarithm
   factor = bindings.get('positions.yarn_scaling.factor') or rope.get('factor') or 1.0
   magnitude = grow(factor, mscale) if mscale else 1.0
   dense = settings['first_k_dense_replace']
@@ -171,6 +173,14 @@ def _read_latent(settings: Settings) -> dict:
     'LOGIT_SCALE': (settings['qk_nope_head_dim'] + settings['qk_rope_head_dim']) ** -0.5
     * magnitude**2,
   }
+
+
+def _read_rotary_size(settings: Settings) -> dict:
+  """Refuses another head_dim than that of rotary positions: DeepSeek-V3's class lets a file override it."""
+  if settings.is_given('head_dim'):
+    settings['head_dim']  # refuses a null
+    equal(settings, 'head_dim', settings['qk_rope_head_dim'])
+  return {}
 
 
 def _write_latent(get: Get) -> dict:
@@ -276,6 +286,6 @@ OTHERS = (
      'expert_layer_offset': 1, 'mamba_conv_bias': True, 'mamba_proj_bias': False},
   ),
   _deepseek('V2', 'family', (_groups(1, has_method=True), Unused(('norm_topk_prob',))), {'mlp_bias': False}),
-  _deepseek('V3', 'v3', (_groups(2, has_method=False), NORMALISE, Unused(('num_nextn_predict_layers',))),
+  _deepseek('V3', 'v3', (_groups(2, has_method=False), NORMALISE, Derived(_read_rotary_size), Unused(('num_nextn_predict_layers',))),
             {'rope_interleave': True}),
 )  # fmt: skip
