@@ -286,6 +286,6 @@ OTHERS = (
      'expert_layer_offset': 1, 'mamba_conv_bias': True, 'mamba_proj_bias': False},
   ),
   _deepseek('V2', 'family', (_groups(1, has_method=True), Unused(('norm_topk_prob',))), {'mlp_bias': False}),
-  _deepseek('V3', 'v3', (_groups(2, has_method=False), NORMALISE, Derived(_read_rotary_size), Unused(('num_nextn_predict_layers',))),
-            {'rope_interleave': True}),
+  _deepseek('V3', 'v3', (_groups(2, has_method=False), NORMALISE, Derived(_read_rotary_size),
+                         Unused(('num_nextn_predict_layers',))), {'rope_interleave': True}),
 )  # fmt: skip

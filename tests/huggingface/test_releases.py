@@ -329,6 +329,7 @@ def test_a_key_that_transformers_has_dropped_is_refused_with_another_value():
     ('Gemma-3-270M', 'attn_logit_softcapping', 50.0),  # the cap is not applied there
     ('DeepSeek-V3', 'rms_norm_eps', 1e-5),  # the inner norms keep 1e-6
     ('DeepSeek-V3', 'n_group', 256),
+    ('DeepSeek-V3', 'head_dim', 128),  # positions would be made for 128 channels and not 64
     ('Mamba-130M', 'intermediate_size', 1024),
     ('Mamba-130M', 'rescale_prenorm_residual', True),  # rescales the weights that it loads
     ('mT5 small', 'tie_word_embeddings', None),
