@@ -1,4 +1,4 @@
-"""Bottleneck adapters: small networks that are put into a trained model, which stays."""
+"""Bottleneck adapters: small networks inside a trained model. They learn, and the model stays as it is."""
 
 from collections.abc import Callable
 
@@ -12,14 +12,15 @@ from research.model.weights import plain
 
 
 class Adapter(nnx.Module):
-  """up(activation(down(x))), zero at first, because `up` is.
+  """up(activation(down(x))). It starts at zero, because `up` does.
 
   As a part beside another, `((Attention, Adapter), (Mlp, Adapter))`, it is the parallel adapter of He et al.
   2022 (arXiv:2110.04366, section 3.3), which takes a `scale` of 4.
 
   Knobs:
-    bottleneck: the width in between.
-    scale: of the result.
+    bottleneck: the width between the two matrices.
+    activation: applied between them.
+    scale: the factor of the result.
   """
 
   def __init__(
@@ -32,8 +33,9 @@ class Adapter(nnx.Module):
     rngs: nnx.Rngs,
   ):
     check_sizes(Adapter, bottleneck=bottleneck)
-    self.activation, self.scale = activation, scale
-    # The matrices of an adapter learn whole: what the model's `weight` adds to a base is not for them.
+    self.activation = activation
+    self.scale = scale
+    # An adapter's matrices learn in full, so the model's choice of `weight` (LoRA, few bits) is not theirs.
     knobs = {'bias': True, 'weight': plain, 'rngs': rngs}
     self.down = Linear({'embed': embed}, {'mlp': bottleneck}, **knobs)
     self.up = Linear({'mlp': bottleneck}, {'embed': embed}, init=nnx.initializers.zeros, **knobs)
@@ -52,8 +54,8 @@ class After(nnx.Module):
   Pfeiffer's (Pfeiffer et al. 2021, arXiv:2005.00247).
 
   Knobs:
-    base: the part.
-    adapter: an `Adapter`.
+    base: makes the part.
+    adapter: makes the `Adapter`.
   """
 
   def __init__(self, embed: int, *, base: Factory, adapter: Factory, rngs: nnx.Rngs):
@@ -62,8 +64,8 @@ class After(nnx.Module):
 
   def __call__(self, x: jax.Array, context: Context):
     y, penalties = call_part(self.base, x, context)
-    more, _ = self.adapter(y, context)
-    return y + more, penalties
+    change, _ = self.adapter(y, context)
+    return y + change, penalties
 
   def cost(self, length: int, encoder_length: int) -> Cost:
     return cost_of(self.base, length, encoder_length) + cost_of(

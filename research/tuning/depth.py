@@ -1,4 +1,4 @@
-"""Which layers a model can do without: one at a time, the one without which the loss is lowest.
+"""Drops the layers that a model needs least, one at a time: the one without which the loss is lowest.
 
 Muralidharan et al. 2024 (Minitron), arXiv:2407.14679, section 2.2, depth importance by the validation loss.
 """
@@ -23,7 +23,7 @@ def depths(model: nnx.Module) -> dict[Path, int]:
 
 
 def token_loss(model: nnx.Module, batches: Batches) -> Callable[[dict], float]:
-  """A function of parameters, of as many layers as they have: nats per token on all batches."""
+  """Returns a function from parameters, of any number of layers, to nats per token on all batches."""
   graphdef = nnx.graphdef(model)
 
   @jax.jit
@@ -47,26 +47,26 @@ def fewer_layers(
   loss: Callable[[dict], float],
   log: Callable[[str], None],
 ) -> tuple[dict, dict[Path, list[int]]]:
-  """Parameters with fewer layers, and which layers of every stack stay, in order.
+  """Returns parameters with fewer layers, and the layers of every stack that stay, in order.
 
   Args:
     params: nested dicts of arrays.
-    now, wanted: layers by the path of a stack.
-    loss: of parameters of any depth.
-    log: takes a line for each layer that goes.
+    now, wanted: numbers of layers by the path of a stack.
+    loss: the loss of parameters of any depth.
+    log: called with a line for each layer that is dropped.
   """
   kept = {}
   for path, repeats in now.items():
     left = list(range(repeats))
     while len(left) > wanted[path]:
       candidates = []
-      for out in range(len(left)):
-        others = [i for i in range(len(left)) if i != out]
+      for dropped in range(len(left)):
+        others = [i for i in range(len(left)) if i != dropped]
         candidates.append(loss(_take_layers(params, path, others)))
-      out = int(np.argmin(candidates))
-      params = _take_layers(params, path, [i for i in range(len(left)) if i != out])
+      dropped = int(np.argmin(candidates))
+      params = _take_layers(params, path, [i for i in range(len(left)) if i != dropped])
       name = '/'.join(map(str, path))
-      log(f'without layer {left.pop(out)} of {name}: {candidates[out]:.4f} nats per token')
+      log(f'without layer {left.pop(dropped)} of {name}: {candidates[dropped]:.4f} nats per token')
     kept[path] = left
   return params, kept
 

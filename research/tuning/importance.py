@@ -1,4 +1,4 @@
-"""How much the units of a model matter, by their activations on a few batches.
+"""How much each unit of a model matters, by its activations on a few batches.
 
 Muralidharan et al. 2024 (Minitron), arXiv:2407.14679, section 2.2: a neuron of an MLP, a head and a channel of
 the residual stream matter as much as they are large. Here size is the root mean square over tokens.
@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from research.model.layers import Linear
-from research.model.stack import Stack, separate_layers
+from research.model.stack import Stack, place_of, separate_layers
 from research.model.weights import Weight, multiply
 
 # (path of a linear layer in the model's tree, its layer in the stack or None).
@@ -25,8 +25,8 @@ class Importance:
   """Root mean squares over tokens.
 
   Attributes:
-    inputs: of what every linear layer reads, in the shape of its inputs.
-    channels: of what all linear layers read from the residual stream, and the head: [embed], a sum over these.
+    inputs: those of the inputs of every linear layer, in the shape of its inputs.
+    channels: [embed], the sum of those of all linear layers that read the residual stream, and of the head.
   """
 
   inputs: dict[Place, np.ndarray]
@@ -34,7 +34,7 @@ class Importance:
 
 
 class _Watched(Weight):
-  """A matrix that tells what it is multiplied with."""
+  """A matrix that calls `note` with its inputs."""
 
   def __init__(self, base, axes: tuple, contract: int, note: Callable[[jax.Array], None]):
     self.base = base
@@ -48,32 +48,32 @@ class _Watched(Weight):
 
 
 def measure(model: nnx.Module, params: dict, batches: Iterable[dict[str, jax.Array]]) -> Importance:
-  """The importance of units by the tokens that carry a loss.
+  """Returns the importance of units, measured on the tokens that carry a loss.
 
   Args:
     model: a language model, with shapes in place of arrays.
-    params: of it.
-    batches: of its stream; one is enough, a few are steadier.
+    params: its parameters.
+    batches: batches of its stream. One is enough; a few give steadier figures.
   """
   graphdef = nnx.graphdef(model)
   width = model.embedder.tokens.shape[-1]
-  # The linear layers in the order of the sums: known once the function is traced.
-  read: dict[tuple, None] = {}
+  # The linear layers in the order of the sums, which is known once the function is traced.
+  order: dict[tuple, None] = {}
 
   @jax.jit
   def squares(params, batch):
     by_linear, *others = _squares(nnx.merge(graphdef, params), batch)
-    read.update(dict.fromkeys(by_linear))
+    order.update(dict.fromkeys(by_linear))
     return list(by_linear.values()), *others
 
   total = None
   for batch in batches:
-    found = jax.device_get(squares(params, batch))
-    total = found if total is None else jax.tree.map(np.add, total, found)
+    of_batch = jax.device_get(squares(params, batch))
+    total = of_batch if total is None else jax.tree.map(np.add, total, of_batch)
   values, of_features, tokens = total
   sizes = {}
   channels = np.sqrt(of_features / tokens)
-  for (path, layer, inputs), value in zip(read, values, strict=True):
+  for (path, layer, inputs), value in zip(order, values, strict=True):
     sizes[path, layer] = np.sqrt(value / tokens)
     if inputs == ('embed',) and value.shape == (width,):
       channels = channels + sizes[path, layer]
@@ -81,7 +81,7 @@ def measure(model: nnx.Module, params: dict, batches: Iterable[dict[str, jax.Arr
 
 
 def _squares(model: nnx.Module, batch: dict) -> tuple[dict, jax.Array, jax.Array]:
-  """Sums over tokens of squares: of what linear layers read, of the features; and the number of tokens."""
+  """Sums over tokens of the squares of linear layers' inputs and of features; and the number of tokens."""
   counted = (batch['decoder_loss_weights'] > 0).astype(jnp.float32)
   seen = {}
 
@@ -89,13 +89,13 @@ def _squares(model: nnx.Module, batch: dict) -> tuple[dict, jax.Array, jax.Array
     x = x.astype(jnp.float32)
     seen[key] = jnp.einsum('bl...,bl->...', x * x, counted)
 
-  # Layers one by one and nothing recomputed: what a scan or a checkpoint traces cannot be taken out of it.
+  # Separate layers and nothing recomputed: values that are traced in a scan or a checkpoint cannot leave it.
   separate_layers(model)
   for path, module in list(nnx.iter_modules(model)):
     if isinstance(module, Stack):
       module.remat = 'none'
     if isinstance(module, Linear):
-      key = (*_place(path), module.inputs)
+      key = (*place_of(path), module.inputs)
       axes = (*module.inputs, *module.outputs)
 
       def watch(x, key=key):
@@ -106,11 +106,3 @@ def _squares(model: nnx.Module, batch: dict) -> tuple[dict, jax.Array, jax.Array
   features = features.astype(jnp.float32)
   of_features = jnp.einsum('ble,bl->e', features * features, counted)
   return seen, of_features, jnp.sum(counted)
-
-
-def _place(path: tuple) -> Place:
-  """The path as it is in the tree of parameters, and the layer, of a path into separate layers."""
-  if 'layers' not in path:
-    return path, None
-  cut = path.index('layers')
-  return (*path[:cut], 'sublayers', *path[cut + 2 :]), path[cut + 1]

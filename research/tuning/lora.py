@@ -1,11 +1,11 @@
-"""Matrices that learn little beside a base that stays: LoRA, rsLoRA, DoRA and (IA)^3.
+"""Small matrices that learn beside a base that stays as it is: LoRA, rsLoRA, DoRA and (IA)^3.
 
     models.LanguageModel.weight = @lora.LoRA
     run.Run.learns = ('.*/lora_[ab]',)
 
-puts one in the place of every matrix: projections, experts, heads and token tables. A class that keeps its own,
-`embedder.Embedder.weight = @weights.plain`, is left out. While `lora_b` is zero the model is the base, to the
-bit. `merge.merged` makes plain matrices of them.
+replaces every matrix: projections, experts, heads and token tables. A binding of one class, such as
+`embedder.Embedder.weight = @weights.plain`, leaves its matrices out. While `lora_b` is zero, the model equals
+the base bit by bit. `merge.merged` turns such matrices into plain ones.
 """
 
 import functools
@@ -24,13 +24,13 @@ from research.model.weights import Matrix, Weight, multiply, plain
 class LoRA(Weight):
   """W + scale A B, A drawn and B zero (Hu et al. 2021, arXiv:2106.09685, section 4.1).
 
-  W is [inputs, outputs]; A is [inputs, rank] and B is [rank, outputs], of every expert its own.
+  W is [inputs, outputs], A is [inputs, rank] and B is [rank, outputs]. Every expert has its own A and B.
 
   Knobs:
-    rank: of A B.
-    alpha: the scale is alpha / rank;
-    rank_stabilized: alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv:2312.03732).
-    base: makes W, plain or anything else that is a weight, such as a quantised one.
+    rank: the rank of A B.
+    alpha: the scale is alpha / rank.
+    rank_stabilized: the scale is alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv:2312.03732).
+    base: makes W: a plain matrix or any other weight, such as a quantised one.
   """
 
   def __init__(
@@ -47,11 +47,13 @@ class LoRA(Weight):
     check_sizes(type(self), rank=rank)
     if not alpha > 0:
       raise Invalid(type(self), 'alpha', f'{alpha!r} must be positive.')
-    self.alpha, self.rank_stabilized = alpha, rank_stabilized
+    self.alpha = alpha
+    self.rank_stabilized = rank_stabilized
     self.scale = alpha / (math.sqrt(rank) if rank_stabilized else rank)
     self.base = base(matrix, rngs=rngs)
-    start, end = matrix.stacked, matrix.stacked + matrix.inputs
-    # Of a table one row is looked up, and not a sum over all rows.
+    start = matrix.stacked
+    end = start + matrix.inputs
+    # A table yields one row of A, and not a sum over all rows, so its rows do not count as inputs.
     fan_in = rank if matrix.kind == 'table' else matrix.fan_in
     self.lora_a = param(
       rngs,
@@ -95,15 +97,16 @@ class LoRA(Weight):
 
 
 class DoRA(LoRA):
-  """(W + scale A B) with the length of every column learned (Liu et al. 2024, arXiv:2402.09353, equation 5).
+  """(W + scale A B) with a learned length of every column (Liu et al. 2024, arXiv:2402.09353, equation 5).
 
-  `magnitude` is kept as its ratio to the column's length in W, so that it is 1 whatever W is loaded. Knobs are
-  LoRA's.
+  `magnitude` is the ratio of that length to the column's length in W, so that it starts at 1 whichever W is
+  loaded. The knobs are LoRA's.
   """
 
   def __init__(self, matrix: Matrix, *, rngs: nnx.Rngs, **knobs):
     super().__init__(matrix, rngs=rngs, **knobs)
-    start, end = self.stacked, self.stacked + self.inputs
+    start = self.stacked
+    end = start + self.inputs
     shape = (*matrix.shape[:start], *matrix.shape[end:])
     axes = (*matrix.axes[:start], *matrix.axes[end:])
     ones = nnx.initializers.ones
@@ -122,21 +125,24 @@ class DoRA(LoRA):
 
 
 def _length(matrix: jax.Array, over: tuple[int, ...]) -> jax.Array:
+  """The Euclidean length over some axes, which are kept with size 1."""
   return jnp.sqrt(jnp.sum(matrix * matrix, axis=over, keepdims=True))
 
 
 class Rescaled(Weight):
-  """A matrix whose inputs or outputs are multiplied by a learned vector, one at first.
+  """A matrix whose inputs or outputs are multiplied by a learned vector, which starts at one.
 
   Knobs:
-    of_inputs: whether it is the inputs.
+    of_inputs: whether the inputs are multiplied, and not the outputs.
+    base: makes the matrix.
   """
 
   def __init__(self, matrix: Matrix, *, of_inputs: bool, base: Factory = plain, rngs: nnx.Rngs):
     super().__init__(matrix)
     self.of_inputs = of_inputs
     self.base = base(matrix, rngs=rngs)
-    start, end = self.stacked, self.stacked + self.inputs
+    start = self.stacked
+    end = start + self.inputs
     kept = range(start, end) if of_inputs else range(end, len(matrix.shape))
     kept = [*range(start), *kept]
     self.scale = param(
@@ -149,7 +155,8 @@ class Rescaled(Weight):
     )
 
   def __getitem__(self, index) -> jax.Array:
-    start, end = self.stacked, self.stacked + self.inputs
+    start = self.stacked
+    end = start + self.inputs
     others = range(end, len(self.shape)) if self.of_inputs else range(start, end)
     return (self.base[...] * jnp.expand_dims(self.scale[...], tuple(others)))[index]
 

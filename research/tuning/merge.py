@@ -1,4 +1,4 @@
-"""Plain parameters of a model whose matrices are made of some: what LoRA and its kin come to."""
+"""Turns matrices that are computed from several parameters (LoRA, few bits) into plain ones."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from research.parallel.mesh import Mesh
 
 @dataclasses.dataclass(frozen=True)
 class Tree:
-  """A resolved model where a `configs.Config` is asked for its tree."""
+  """A resolved model, for functions that ask a `configs.Config` for its tree."""
 
   model: functools.partial
 
@@ -23,13 +23,13 @@ class Tree:
 
 
 def merged(model, params: dict) -> tuple[functools.partial, dict]:
-  """The model with plain matrices that computes the same, and its parameters.
+  """Returns the model with plain matrices that computes the same, and its parameters.
 
-  What is no matrix, such as adapters and prefixes, stays as it is.
+  Adapters, prefixes and other parameters that are no matrices stay as they are.
 
   Args:
-    model: a partial that needs only `rngs`, whose `weight` may be anything.
-    params: of it, nested dicts of arrays.
+    model: a partial that needs only `rngs`, with any choice of `weight`.
+    params: its parameters, nested dicts of arrays.
   """
   module = counts.abstract(model)
   plain_model = without_weights(model)
@@ -53,9 +53,9 @@ def _within_another(module: nnx.Module, path: tuple) -> bool:
 
 
 def _matrix(weight: Weight, params: dict) -> np.ndarray:
-  """The matrix of a weight; of one in a stack, those of all its layers."""
+  """The matrix of a weight, float32; for a weight in a stack, the matrices of all layers."""
   abstract = nnx.to_pure_dict(nnx.state(weight))
-  # Of a quantised matrix every array has the axes of the matrix, as what is called base has elsewhere.
+  # How many axes of layers come first: a quantised matrix has no `base`, but its codes have the same axes.
   stored = jax.tree.leaves(abstract.get('base', abstract.get('packed')))[0]
   layers = len(stored.shape) - len(weight.shape)
   graphdef = nnx.graphdef(weight)

@@ -30,7 +30,7 @@ from research.tuning.merge import Tree, without_weights
 PREFIX = 'base_model.model.'
 MAGNITUDE = 'lora_magnitude_vector'
 ADAPTER = 'adapter_model.safetensors'
-# Of adapter_config.json: what `read_config` reads, and what says nothing about the numbers.
+# Keys of adapter_config.json that `read_config` reads, and keys that do not change what the adapters compute.
 READ = ('peft_type', 'r', 'lora_alpha', 'use_rslora', 'use_dora', 'bias')
 IDLE = (
   'auto_mapping',
@@ -57,24 +57,26 @@ def save(
   """Writes the adapters of a model.
 
   Args:
-    folder: to write.
-    model: a partial that needs only `rngs`, with `weight` a LoRA or a DoRA.
-    params: of it, nested dicts of arrays.
-    model_type: the Hugging Face family of the base, as 'llama'.
-    base: where the base model is, for a reader of the folder.
+    folder: the folder to write.
+    model: a partial that needs only `rngs`, whose `weight` is a LoRA or a DoRA.
+    params: its parameters, nested dicts of arrays.
+    model_type: the Hugging Face family of the base, such as 'llama'.
+    base: where the base model is, for the readers of the folder.
 
   Raises:
-    UserError: the model has no adapters, or some that peft's folder cannot say.
+    UserError: the model has no adapters, or adapters that peft's format cannot describe.
   """
   folder = pathlib.Path(folder)
   wanted, _ = family_to_write(Tree(without_weights(model)), model_type)
   module = counts.abstract(model)
-  tensors, kinds, targets = {}, set(), set()
+  tensors = {}
+  kinds = set()
+  targets = set()
   for tensor, piece, weight in _adapted(module, wanted):
     values = {k: np.asarray(v) for k, v in _leaves(params, piece.path).items()}
     lora = {name: values[name][piece.index] for name in _members(weight)}
     if not lora['lora_b'].any() and np.all(lora.get('magnitude', 1) == 1):
-      continue  # peft's models have none where nothing was learned
+      continue  # peft's models have no adapter where nothing was learned
     _check(tensor, weight)
     kernel = values['base'][piece.index]
     name = PREFIX + tensor.name.removesuffix('.weight')
@@ -100,7 +102,7 @@ def read_config(folder: pathlib.Path) -> dict:
   """The knobs of `lora.LoRA` in an adapter_config.json, and 'kind', 'LoRA' or 'DoRA'.
 
   Raises:
-    UserError: it is another method's, or it says something that has no equal here.
+    UserError: it is of another method, or has an option that is not supported here.
   """
   path = folder / 'adapter_config.json'
   if not path.is_file():
@@ -117,7 +119,8 @@ def read_config(folder: pathlib.Path) -> dict:
     # PiSSA, OLoRA, CorDA and LoftQ change the base as well, which the folder does not hold.
     how = config['init_lora_weights']
     raise UserError(f'{path}: init_lora_weights = {how!r} changes the base, and is not supported.')
-  rank, alpha = config.get('r'), config.get('lora_alpha')
+  rank = config.get('r')
+  alpha = config.get('lora_alpha')
   if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float) or not alpha > 0:
     raise UserError(f'{path}: r = {rank!r} and lora_alpha = {alpha!r} must be positive numbers.')
   kind = 'DoRA' if config.get('use_dora') else 'LoRA'
@@ -128,18 +131,20 @@ def read_config(folder: pathlib.Path) -> dict:
 def load(
   folder: str | pathlib.Path, base: str | pathlib.Path, out: str | pathlib.Path, model_type: str
 ) -> None:
-  """Writes our checkpoint and the model.gin of a base model with the adapters of peft's folder.
+  """Writes a checkpoint and the model.gin of a base model with the adapters of a folder of peft.
 
   Args:
-    folder: that peft wrote.
-    base: of the base model, as `research.convert` wrote it.
-    out: to write.
-    model_type: the Hugging Face family of the base, as 'llama'.
+    folder: the folder that peft wrote.
+    base: the folder of the base model that `research.convert` wrote.
+    out: the folder to write.
+    model_type: the Hugging Face family of the base, such as 'llama'.
 
   Raises:
-    UserError: the folder is of another base, or says what has no equal here.
+    UserError: the folder belongs to another base, or has an option that is not supported here.
   """
-  folder, base, out = pathlib.Path(folder), pathlib.Path(base), pathlib.Path(out)
+  folder = pathlib.Path(folder)
+  base = pathlib.Path(base)
+  out = pathlib.Path(out)
   knobs = read_config(folder)
   text = _gin_text(base, knobs)
   config = configs.Config('MODEL')
@@ -196,7 +201,7 @@ def _gin_text(base: pathlib.Path, knobs: dict) -> str:
 
 
 def _plain_start(module: nnx.Module, params: streamed.Params) -> dict[tuple, np.ndarray]:
-  """Every parameter by path: the base's, and adapters that change nothing."""
+  """Every parameter by path: those of the base, and adapters that change nothing yet."""
   arrays = {}
   for path, value in nnx.to_flat_state(nnx.state(module)):
     if path[-1] in ('lora_a', 'lora_b'):
@@ -220,7 +225,7 @@ def _adapted(module: nnx.Module, wanted: list[Tensor]) -> Iterator[tuple[Tensor,
 
 
 def _check(tensor: Tensor, weight: LoRA) -> None:
-  """Raises UserError where peft has no adapter of this meaning."""
+  """Raises a UserError where peft has no equivalent of an adapter."""
   if len(tensor.pieces) > 1:
     raise UserError(
       f'{tensor.name} holds several matrices, and peft has one adapter for all of it; merge the adapters '
@@ -274,7 +279,8 @@ def _from_peft(read: Mapping, kernel, weight: LoRA, folder, name: str) -> dict[s
   shapes = {key: x.shape for key, x in read.items()}
   if shapes != expected:
     raise UserError(f'{folder}: the adapter of {name} has {shapes}, and {expected} is expected.')
-  start, end = weight.inputs, len(kernel.shape)
+  start = weight.inputs
+  end = kernel.ndim
   lora = {
     'lora_a': read['lora_A.weight'].T.reshape(*kernel.shape[:start], weight.rank),
     'lora_b': read['lora_B.weight'].T.reshape(weight.rank, *kernel.shape[start:end]),
@@ -286,7 +292,7 @@ def _from_peft(read: Mapping, kernel, weight: LoRA, folder, name: str) -> dict[s
 
 
 def params_of(model, params: streamed.Params) -> dict:
-  """All parameters of a model in the host's memory, nested as the model has them."""
+  """All parameters of a model, in the host's memory, nested dicts as in the model."""
   abstract = nnx.to_pure_dict(nnx.state(counts.abstract(model)))
 
   def read(path, _):

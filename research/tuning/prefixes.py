@@ -1,4 +1,4 @@
-"""Prefix tuning and prompt tuning: a model that stays is steered by vectors that it sees."""
+"""Prefix tuning and prompt tuning: learned vectors steer a model that stays as it is."""
 
 import jax
 import jax.numpy as jnp
@@ -15,19 +15,21 @@ from research.parallel.axes import shard, spec
 
 
 class Prefix(nnx.Module):
-  """Keys and values before all others, of every layer its own (Li & Liang 2021, arXiv:2101.00190, section 4).
+  """Learned keys and values before all others, in each layer (Li & Liang 2021, arXiv:2101.00190, section 4).
 
-  `attention.Attention.prefix = @prefixes.Prefix`. They have no position, and each packed document sees them.
-  (The paper makes them by an MLP while it trains; here they are parameters at once, as after its training.)
+  `attention.Attention.prefix = @prefixes.Prefix`. They have no position, and every packed document sees them.
+  (In the paper an MLP computes them during training. Here they are parameters from the start, as the paper's
+  are after training.)
 
   Knobs:
-    length: how many there are.
+    length: the number of learned keys.
   """
 
   def __init__(self, kv_heads: int, head_dim: int, *, length: int, rngs: nnx.Rngs):
     check_sizes(Prefix, length=length)
     self.length = length
-    shape, axes = (length, kv_heads, head_dim), (None, 'kv_heads', 'head_dim')
+    shape = (length, kv_heads, head_dim)
+    axes = (None, 'kv_heads', 'head_dim')
     self.key = param(rngs, shape, axes, normal, kind='table')
     self.value = param(rngs, shape, axes, normal, kind='table')
 
@@ -61,11 +63,12 @@ class Prefix(nnx.Module):
       )  # fmt: skip
     if mask is not None:
       mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (self.length, 0)), constant_values=True)
-    key, value = self._before(self.key, key), self._before(self.value, value)
+    key = self._before(self.key, key)
+    value = self._before(self.value, value)
     return dot_product_attention(query, key, value, mask=mask, scale=scale, soft_cap=soft_cap)
 
   def _before(self, learned: nnx.Param, x: jax.Array) -> jax.Array:
-    """Learned vectors and x, one after the other along the length."""
+    """Learned vectors [length, kv_heads, head_dim], then x, along the length."""
     x = shard(x, 'batch', None, 'kv_heads', None)
     shape = (x.shape[0], *learned.shape)
     where = spec('batch', None, 'kv_heads', None, shape=shape)
@@ -74,15 +77,16 @@ class Prefix(nnx.Module):
 
 
 class Prompt(Weight):
-  """A table of which some rows learn: prompt tuning (Lester et al. 2021, arXiv:2104.08691), or new tokens.
+  """A table in which some rows learn: prompt tuning (Lester et al. 2021, arXiv:2104.08691), or new tokens.
 
   `embedder.Embedder.weight = @prefixes.Prompt`. The data begin with these tokens: a chat template writes the
-  names of tokens that nothing else uses. What is learned is the difference from the rows, zero at first, as if
-  started from the vocabulary (section 3.2).
+  names of tokens that nothing else uses. The parameter is the difference from the rows of the table. It starts
+  at zero, so the prompt starts from the vocabulary (section 3.2).
 
   Knobs:
-    first: the first row that learns;
-    length: how many do.
+    first: the first row that learns.
+    length: the number of rows that learn.
+    base: makes the table.
   """
 
   def __init__(
@@ -97,7 +101,8 @@ class Prompt(Weight):
       raise Invalid(Prompt, 'first', why)
     self.first = first
     self.base = base(matrix, rngs=rngs)
-    shape, axes = (length, *matrix.shape[1:]), (None, *matrix.axes[1:])
+    shape = (length, *matrix.shape[1:])
+    axes = (None, *matrix.axes[1:])
     self.prompt = param(rngs, shape, axes, nnx.initializers.zeros, kind='table')
 
   def __getitem__(self, index) -> jax.Array:

@@ -1,8 +1,8 @@
-"""A smaller model out of a trained one: the layers, heads, MLP units and channels that matter least go.
+"""Makes a smaller model of a trained one: it drops the layers, heads, MLP units and channels that matter least.
 
-The smaller model is the same gin with smaller sizes. Parameters have named axes, so the sizes say what is to
-go, for every family whose parts name their axes. First layers go by the loss without them (`depth`), then units
-by their activations (`importance`).
+The smaller model is the same gin with smaller sizes. Parameters have named axes, so the sizes say what to drop,
+in every family whose parts name their axes. Layers are dropped first, by the loss without them (`depth`), then
+units, by their activations (`importance`).
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from research.model.weights import Weight
 from research.tuning import depth, importance
 from research.tuning.depth import Batches, Path
 
-# Axes of which units can go. 'kv_heads' goes with 'heads'.
+# Axes whose units can be dropped. 'kv_heads' follows 'heads'.
 UNITS = ('mlp', 'heads')
 
 
@@ -40,18 +40,19 @@ class Parameter:
     return self.axes.count('layers')
 
   def size(self, axis: str) -> tuple[int, int]:
-    """Of an axis, now and in the smaller model."""
-    at = self.axes.index(axis)
-    return self.old[at], self.new[at]
+    """The size of an axis, now and in the smaller model."""
+    index = self.axes.index(axis)
+    return self.old[index], self.new[index]
 
   def falls(self, axis: str) -> bool:
+    """Whether the axis is shorter in the smaller model."""
     before, after = self.size(axis)
     return after < before
 
 
 @dataclasses.dataclass
 class Kept:
-  """What stays.
+  """The layers, units and channels that stay.
 
   Attributes:
     layers: by the path of a stack, the layers in order.
@@ -66,7 +67,7 @@ class Kept:
   losses: tuple[float, float] | None = None
 
   def described(self) -> dict:
-    """The same for JSON."""
+    """The same as values of JSON."""
     return {
       'layers': {_name(path): layers for path, layers in self.layers.items()},
       'units': {
@@ -88,12 +89,13 @@ def shrink(
 
   Args:
     model, smaller: language models, with shapes in place of arrays.
-    params: of `model`, nested dicts of arrays.
-    batches: what importance is measured on.
+    params: the parameters of `model`, nested dicts of arrays.
+    batches: batches on which importance is measured.
+    log: called with a line for each layer that is dropped.
 
   Raises:
-    UserError: the smaller model is larger somewhere, or differs in something else than layers, heads, units of
-      MLPs and width.
+    UserError: the smaller model is larger in some size, or differs in more than layers, heads, units of MLPs
+      and width.
   """
   _check_models(model, smaller)
   sizes = _sizes(model, smaller)
@@ -134,7 +136,8 @@ def _sizes(model: nnx.Module, smaller: nnx.Module) -> dict[Path, Parameter]:
   Raises:
     UserError: they differ in more than sizes that can be made smaller.
   """
-  old, new = dict(all_parameters(model)), dict(all_parameters(smaller))
+  old = dict(all_parameters(model))
+  new = dict(all_parameters(smaller))
   if old.keys() != new.keys():
     path = min(old.keys() ^ new.keys(), key=str)
     raise UserError(
@@ -205,7 +208,8 @@ def _check_choices(sizes: dict[Path, Parameter], chosen: dict[Path, str], width:
 def _choose_units(chosen: dict[Path, str], sizes, measured: importance.Importance, kept: Kept):
   """The units that stay, of every part that has fewer in the smaller model."""
   for path, axis in chosen.items():
-    kernel, part = sizes[*path, 'kernel'], path[:-1]
+    kernel = sizes[*path, 'kernel']
+    part = path[:-1]
     layers = sorted((layer for at, layer in measured.inputs if at == path), key=lambda n: n or 0)
     if not layers:
       raise UserError(f'{_name(path)} was not used on the batches: its units cannot be compared.')
