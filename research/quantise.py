@@ -65,12 +65,14 @@ def main(flags) -> None:
   tree = config.tree()
   model = tree.keywords['model'] if folder.run else tree
   with config.explains(), Mesh().use(jax.devices()[:1]):
-    post_training.check(model, flags.method)
+    weights = post_training.weights_to_fill(model, flags.method)
     calibration_batches, validation_batches = _batches(folder, kind, flags)
     source, params = _plain(folder)
     before = calibration.loss_of(source, params, validation_batches)
     print(f'loss {before:.4f} before rounding', flush=True)
-    params, errors = post_training.quantise(model, params, flags.method, calibration_batches)
+    params, errors = post_training.quantise(
+      model, weights, params, flags.method, calibration_batches
+    )
     after = calibration.loss_of(model, params, validation_batches)
   facts = {'method': flags.method, 'loss_before': before, 'loss_after': after}
   facts |= report.sizes(model)

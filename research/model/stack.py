@@ -180,6 +180,14 @@ def separate_layers(module: nnx.Module) -> None:
       separate_layers(child)
 
 
+def place_of(path: tuple) -> tuple[tuple, int | None]:
+  """The path among stacked parameters, and the layer (or None), of a path into a module of separate layers."""
+  if 'layers' not in path:
+    return path, None
+  cut = path.index('layers')
+  return (*path[:cut], 'sublayers', *path[cut + 2 :]), path[cut + 1]
+
+
 def _unstack(tree) -> list:
   """Splits a tree of arrays into one tree per index of the first axis."""
   leaves, treedef = jax.tree.flatten(tree)

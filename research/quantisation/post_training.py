@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -14,8 +13,9 @@ from research.core.errors import UserError, did_you_mean
 from research.model import counts
 from research.model.weights import Weight
 from research.quantisation import calibration
+from research.quantisation.calibration import Inputs
 from research.quantisation.quantised import BFloat16, Quantised
-from research.quantisation.rounding import METHODS, Rounded, output_error
+from research.quantisation.rounding import METHODS, Rounded, corrected, output_error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Error:
 
 def quantise(
   model,
+  weights: Mapping[tuple, Weight],
   params: Mapping,
   method: str,
   batches: Iterable[dict] = (),
@@ -46,34 +47,45 @@ def quantise(
   """The parameters of a quantised model, from those of the plain one.
 
   Args:
-    model: makes the quantised model, `model(rngs=...)`; its `quantised.Quantised` matrices are rounded.
+    model: makes the quantised model, `model(rngs=...)`.
+    weights: the matrices of it that are to be filled, as `weights_to_fill` returns them.
     params: the parameters of the plain model, host arrays as nested dicts.
     method: a key of `rounding.METHODS`. A matrix whose inputs are not recorded (experts, heads, token tables)
       is always rounded to nearest.
     batches: calibration tokens in batches, as for training.
-
-  Raises:
-    UserError: the method is unknown; the model has no quantised matrix, or knobs that the method does not fill.
   """
-  weights = check(model, method)
-  grams = {}
+  matrices = {
+    path: _Filling('/'.join(map(str, path)), weight, np.asarray(_at(params, path), np.float32))
+    for path, weight in weights.items()
+    if isinstance(weight, Quantised)
+  }
+
+  def round_matrix(path: tuple, layer: int | None, inputs: Inputs) -> np.ndarray:
+    return matrices[path].round(() if layer is None else (layer,), method, inputs)
+
   if method != 'nearest':
-    grams = calibration.grams(calibration.recorded(model), _for_recording(weights, params), batches)
+    calibration.round_in_order(model, params, batches, round_matrix)
   tree, errors = dict(params), []
   for path, weight in weights.items():
-    matrix = np.asarray(_at(params, path), np.float32)
-    if isinstance(weight, BFloat16):
-      stored = {'packed': matrix.astype(ml_dtypes.bfloat16)}
+    if isinstance(weight, Quantised):
+      stored = matrices[path].stored()
+      errors += matrices[path].errors
     else:
-      name = '/'.join(map(str, path))
-      stored, of_matrix = _all_layers(weight, matrix, grams.get(path), method)
-      errors += [dataclasses.replace(error, name=name) for error in of_matrix]
+      stored = {'packed': np.asarray(_at(params, path)).astype(ml_dtypes.bfloat16)}
     tree = _put(tree, path, stored)
   return tree, errors
 
 
-def check(model, method: str) -> dict[tuple, Weight]:
-  """The matrices of a model that `quantise` fills, by path; arguments and errors as of `quantise`."""
+def weights_to_fill(model, method: str) -> dict[tuple, Weight]:
+  """The matrices that `quantise` fills, by path, with shapes in place of arrays.
+
+  Args:
+    model: makes the quantised model, `model(rngs=...)`.
+    method: a key of `rounding.METHODS`.
+
+  Raises:
+    UserError: the method is unknown; the model has no quantised matrix, or knobs that the method does not fill.
+  """
   if method not in METHODS:
     raise UserError(f'no method {method!r}.{did_you_mean(method, METHODS)}')
   module = counts.abstract(model)
@@ -97,59 +109,77 @@ def check(model, method: str) -> dict[tuple, Weight]:
   return weights
 
 
-def _for_recording(weights: Mapping[tuple, Weight], params: Mapping) -> dict:
-  """The plain parameters under the names that `Recorded` gives them."""
-  tree = dict(params)
-  for path in weights:
-    tree = _put(tree, path, {'base': _at(params, path)})
-  return tree
+class _Filling:
+  """A matrix of all layers [layers..., stacked..., inputs..., outputs...] that is rounded a slice at a time.
 
+  Attributes:
+    errors: of the slices that were rounded.
+  """
 
-def _all_layers(weight: Quantised, matrix, gram, method: str) -> tuple[dict, list[Error]]:
-  """The stored arrays of a matrix [layers..., stacked..., inputs..., outputs...], a slice at a time."""
-  lead = matrix.ndim - len(weight.shape) + weight.stacked
-  # The groups of a token table lie along the vectors, which therefore take the place of the inputs.
-  table = weight.packed.kind == 'table'
-  arrays: dict[str, Any] = {}
-  errors = []
-  for index in np.ndindex(*matrix.shape[:lead]):
-    layer = matrix[index]
-    flat = layer.T if table else layer.reshape(math.prod(layer.shape[: weight.inputs]), -1)
+  def __init__(self, name: str, weight: Quantised, matrix: np.ndarray):
+    self.name = name
+    self.weight = weight
+    self.matrix = matrix
+    self.slices = matrix.shape[: matrix.ndim - len(weight.shape) + weight.stacked]
+    self.arrays: dict[str, np.ndarray] = {}
+    self.errors: list[Error] = []
+    # The groups of a token table lie along the vectors, which therefore take the place of the inputs.
+    self.is_table = weight.packed.kind == 'table'
+
+  def round(self, index: tuple, method: str, inputs: Inputs | None) -> np.ndarray:
+    """Rounds a slice, keeps its arrays and its error, and returns the matrix that they stand for."""
+    weight = self.weight
+    piece = self.matrix[index]
+    if self.is_table:
+      flat = piece.T
+    else:
+      flat = piece.reshape(math.prod(piece.shape[: weight.inputs]), -1)
     # Where all inputs share a scale, the inputs of all heads are one group.
     group = len(flat) if weight.layout.whole else weight.layout.group
-    seen = None if gram is None else gram[index[: gram.ndim - 2]]
-    chosen = method if seen is not None else 'nearest'
-    rounded = METHODS[chosen](flat, seen, group, weight.form, weight.zeros)
+    gram = None
+    target = flat
+    if inputs is not None:
+      gram = inputs.gram
+      target = corrected(flat, inputs.gram, inputs.drift)
+    rounded = METHODS[method](target, gram, group, weight.form, weight.zeros)
     if weight.input_scale is not None and rounded.input_scale is None:
       rounded = dataclasses.replace(rounded, input_scale=np.ones(len(flat), np.float32))
     whole = rounded.matrix(weight.form)
     size = float(np.sum(flat.astype(np.float64) ** 2))
-    errors.append(
-      Error(
-        '', index, chosen, float(np.sum((flat - whole).astype(np.float64) ** 2)) / max(size, 1e-300),
-        None if seen is None else output_error(flat, whole, seen),
-      )
-    )  # fmt: skip
-    for name, x in _stored(weight, rounded, table).items():
-      if name not in arrays:
-        arrays[name] = np.empty((*matrix.shape[:lead], *x.shape), x.dtype)
-      arrays[name][index] = x
-  return arrays, errors
+    difference = float(np.sum((flat - whole).astype(np.float64) ** 2))
+    of_outputs = None if gram is None else output_error(target, whole, gram)
+    self.errors.append(Error(self.name, index, method, difference / max(size, 1e-300), of_outputs))
+    for name, x in _stored(weight, rounded, self.is_table).items():
+      if name not in self.arrays:
+        self.arrays[name] = np.empty((*self.slices, *x.shape), x.dtype)
+      self.arrays[name][index] = x
+    return (whole.T if self.is_table else whole).reshape(piece.shape)
+
+  def stored(self) -> dict[str, np.ndarray]:
+    """The arrays of all slices; those that no method was given the inputs of are rounded to nearest."""
+    done = {error.index for error in self.errors}
+    for index in np.ndindex(*self.slices):
+      if index not in done:
+        self.round(index, 'nearest', None)
+    return self.arrays
 
 
 def _stored(weight: Quantised, rounded: Rounded, table: bool) -> dict[str, np.ndarray]:
   """The arrays of one layer as `Quantised` has them."""
-  start, layout = weight.stacked, weight.layout
+  start = weight.stacked
   shape = weight.shape[start:]
-  scales = layout.scale_shape[start:]
-  turn = np.transpose if table else lambda x: x
-  codes = turn(rounded.codes).reshape(shape)
+  scale_shape = weight.layout.scale_shape[start:]
+
+  def turned(x):
+    return x.T if table else x
+
+  codes = turned(rounded.codes).reshape(shape)
   stored = {
-    'packed': weight.form.pack(codes, layout.axis - start),
-    'scale': turn(rounded.scale).reshape(scales),
+    'packed': weight.form.pack(codes, weight.layout.axis - start),
+    'scale': turned(rounded.scale).reshape(scale_shape),
   }
   if weight.zeros:
-    stored['zero'] = turn(rounded.zero).reshape(scales).astype(np.uint8)
+    stored['zero'] = turned(rounded.zero).reshape(scale_shape).astype(np.uint8)
   if weight.input_scale is not None:
     stored['input_scale'] = rounded.input_scale.reshape(shape[: weight.inputs])
   return stored

@@ -32,7 +32,8 @@ class Layout:
   """
 
   def __init__(self, matrix: Matrix, group: int | None):
-    self.shape, self.axes = matrix.shape, matrix.axes
+    self.shape = matrix.shape
+    self.axes = matrix.axes
     inputs = range(matrix.stacked, matrix.stacked + matrix.inputs)
     table = matrix.kind == 'table'
     self.axis = len(matrix.shape) - 1 if table else inputs[-1]
@@ -55,18 +56,19 @@ class Layout:
 
   def split(self, x):
     """The matrix with its axis as [groups, group], and the axes over which a group extends."""
-    a = self.axis
-    x = x.reshape(*x.shape[:a], self.groups, self.group, *x.shape[a + 1 :])
-    return x, (*self.whole, a + 1)
+    before = x.shape[: self.axis]
+    after = x.shape[self.axis + 1 :]
+    return x.reshape(*before, self.groups, self.group, *after), (*self.whole, self.axis + 1)
 
   def spread(self, scale: jax.Array) -> jax.Array:
     """Scales [.., groups, ..] as [.., inputs, ..], one for every number of a group."""
-    a = self.axis
     if self.group == 1:
       return scale
-    wide = jnp.expand_dims(scale, a + 1)
-    wide = jnp.broadcast_to(wide, (*scale.shape[: a + 1], self.group, *scale.shape[a + 1 :]))
-    return wide.reshape(*scale.shape[:a], self.shape[a], *scale.shape[a + 1 :])
+    before = scale.shape[: self.axis]
+    after = scale.shape[self.axis + 1 :]
+    wide = jnp.expand_dims(scale, self.axis + 1)
+    wide = jnp.broadcast_to(wide, (*before, self.groups, self.group, *after))
+    return wide.reshape(*before, self.shape[self.axis], *after)
 
 
 def encode(x, layout: Layout, form: Format, zeros: bool) -> dict:
@@ -112,16 +114,19 @@ class Quantised(Weight):
   ):
     super().__init__(matrix)
     check_sizes(type(self), group=group)
-    self.form = form = knob_format(type(self), 'format', format, zeros)
+    self.form = knob_format(type(self), 'format', format, zeros)
     self._check_activations(activations, group, zeros)
-    self.zeros, self.activations = zeros, activations
-    self.layout = layout = Layout(matrix, group)
-    if matrix.shape[layout.axis] % form.per_byte:
-      n = matrix.shape[layout.axis]
+    self.zeros = zeros
+    self.activations = activations
+    self.layout = Layout(matrix, group)
+    form = self.form
+    layout = self.layout
+    size = matrix.shape[layout.axis]
+    if size % form.per_byte:
       raise Invalid(
         type(self),
         'format',
-        f'{form.name} packs {form.per_byte} numbers in a byte, and a matrix has {n} inputs; leave it plain, '
+        f'{form.name} packs {form.per_byte} numbers in a byte, and a matrix has {size} inputs; leave it plain, '
         "or in 'int8'.",
       )
     # The codes of a freshly drawn matrix; on one device, since a group may lie on several parts of it.
@@ -193,12 +198,15 @@ class Quantised(Weight):
     """Rows of a table, of which only the codes of these tokens are looked up."""
     if self.layout.axis != 1:
       return super().rows(index, dtype)
-    stored = (self.packed, self.scale) + ((self.zero,) if self.zeros else ())
-    found = [look_up(x[...], self.axes[0], index) for x in stored]
-    codes = self.form.unpack(found[0], found[0].ndim - 1)
+
+    def stored_rows(parameter):
+      return look_up(parameter[...], self.axes[0], index)
+
+    packed = stored_rows(self.packed)
+    codes = self.form.unpack(packed, packed.ndim - 1)
     repeat = functools.partial(jnp.repeat, repeats=self.layout.group, axis=-1)
-    zero = repeat(found[2].astype(jnp.float32)) if self.zeros else None
-    return (self.form.decode(codes, zero) * repeat(found[1])).astype(dtype)
+    zero = repeat(stored_rows(self.zero).astype(jnp.float32)) if self.zeros else None
+    return (self.form.decode(codes, zero) * repeat(stored_rows(self.scale))).astype(dtype)
 
 
 def _where_it_divides(axes: tuple, x: jax.Array) -> tuple:

@@ -72,11 +72,15 @@ def write(
     for name in key:
       node = node[name]
     arrays[key] = np.asarray(node, value.dtype)
+
+  def pieces():
+    return ((key, (), x) for key, x in arrays.items())
+
   streamed.write_params(
     out / 'checkpoints' if kind == 'run' else out,
     {key: x.shape for key, x in arrays.items()},
     dict.fromkeys(arrays, 0),
-    lambda: ((key, (), x) for key, x in arrays.items()),
+    pieces,
     {key: x.dtype for key, x in arrays.items()},
   )
   (out / ('config.gin' if kind == 'run' else 'model.gin')).write_text(config.text)

@@ -51,6 +51,20 @@ def _squared(matrix: np.ndarray, gram: np.ndarray) -> float:
   return float(np.sum(matrix * (gram @ matrix), dtype=np.float64))
 
 
+def corrected(matrix: np.ndarray, gram: np.ndarray, drift: np.ndarray) -> np.ndarray:
+  """The matrix whose outputs on the inputs x come closest to what `matrix` makes of the original inputs y.
+
+  The matrices before this one are rounded, so that its inputs have drifted from y to x; the least-squares
+  solution compensates that. It is damped as GPTQ's inverse is, towards `matrix` itself.
+
+  Args:
+    matrix: float32 [inputs, outputs].
+    gram, drift: the sums of x x^T and of x (y - x)^T.
+  """
+  change = np.linalg.solve(_damped(gram), drift @ matrix.astype(np.float64))
+  return (matrix + change).astype(np.float32)
+
+
 def _scales(matrix: np.ndarray, group: int, form: Format, zeros: bool):
   """Scales and zero points [groups, outputs] of a matrix [inputs, outputs]."""
   split = matrix.reshape(-1, group, matrix.shape[1])
@@ -103,12 +117,15 @@ def gptq(matrix: np.ndarray, gram: np.ndarray, group: int, form: Format, zeros: 
 
 def _inverse_cholesky(gram: np.ndarray) -> np.ndarray:
   """The upper Cholesky factor of the inverse of a damped gram matrix."""
-  gram = gram.astype(np.float64)
-  diagonal = np.diag(gram)
-  size = max(float(diagonal.mean()), 1e-30)
-  gram = gram + DAMPING * size * np.eye(len(gram))
-  inverse = np.linalg.inv(gram)
+  inverse = np.linalg.inv(_damped(gram))
   return np.linalg.cholesky((inverse + inverse.T) / 2).T
+
+
+def _damped(gram: np.ndarray) -> np.ndarray:
+  """A gram matrix, float64, with a share of the mean of its diagonal added to its diagonal."""
+  gram = gram.astype(np.float64)
+  size = max(float(np.diag(gram).mean()), 1e-30)
+  return gram + DAMPING * size * np.eye(len(gram))
 
 
 def awq(matrix: np.ndarray, gram: np.ndarray, group: int, form: Format, zeros: bool) -> Rounded:

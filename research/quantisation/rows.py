@@ -12,11 +12,11 @@ from research.inference.tokenizer import Tokenizer
 from research.training.experience import Experience
 from research.training.run import Run
 
-BATCH_TOKENS = 4096  # tokens of a batch, few enough for any model on a CPU
+BATCH_TOKENS = 4096  # tokens of a batch: few enough for the memory of a CPU machine
 
 
 def of_run(run: Run, rows: int) -> tuple[list[dict], list[dict]]:
-  """Batches of a run's training stream, about `rows` examples, and of its whole validation stream.
+  """Returns batches of a run's training stream, about `rows` examples, and of its whole validation stream.
 
   With 0 rows the training stream is not opened.
 

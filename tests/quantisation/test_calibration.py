@@ -5,10 +5,12 @@ from typing import ClassVar
 
 import jax
 import numpy as np
+import pytest
 from flax import nnx
 
 from research.model import counts
 from research.model.parameters import param, project
+from research.model.stack import Stack, separate_layers
 from research.model.weights import Weight
 from research.parallel.mesh import Mesh
 from research.quantisation import calibration
@@ -17,7 +19,7 @@ from tests.families import tiny
 
 
 class Telling(Weight):
-  """A plain matrix that hands its inputs to the host."""
+  """A plain matrix that keeps its inputs, of models that run operation by operation."""
 
   told: ClassVar[list[np.ndarray]] = []
 
@@ -29,27 +31,60 @@ class Telling(Weight):
     return self.base[index]
 
   def multiply(self, x, to):
-    jax.debug.callback(lambda x: self.told.append(np.asarray(x, np.float64)), x)
+    self.told.append(np.asarray(x, np.float64).reshape(-1, np.prod(self.shape[: self.inputs])))
     return project(x, self.base[...], self.axes, to, contract=self.inputs)
 
 
-def test_the_gram_of_a_matrix_is_the_sum_over_its_inputs():
+def told(model, params, batch) -> list[np.ndarray]:
+  """The inputs [tokens, inputs] of every matrix of the model, in the order of the products."""
+  Telling.told.clear()
+  telling = functools.partial(model, weight=Telling)
+  module = nnx.merge(nnx.graphdef(counts.abstract(telling)), params)
+  for _, part in nnx.iter_modules(module):
+    if isinstance(part, Stack):
+      part.remat = 'none'
+  separate_layers(module)
+  module.features(batch)
+  return list(Telling.told)
+
+
+@pytest.mark.parametrize('noise', [0.0, 0.1])
+def test_inputs_are_those_behind_rounded_matrices_and_their_drift(noise):
+  """`Rounding` adds noise to every matrix; the model whose matrices all have it is the reference."""
   tokens = np.random.default_rng(0).integers(1, 64, (2, 2, 8)).astype(np.int32)
   batches = [{'decoder_input_tokens': rows, 'decoder_target_tokens': rows} for rows in tokens]
-  plain = tiny('llama2', ['LAYERS=1'])
-  telling = functools.partial(plain, weight=Telling)
+  plain = tiny('llama2', ['LAYERS=2'])
   quantised = functools.partial(plain, weight=functools.partial(Quantised, format='int8'))
+  random = np.random.default_rng(1)
+  seen = []
   with Mesh().use(jax.devices()[:1]):
-    params = jax.jit(lambda: nnx.to_pure_dict(nnx.state(telling(rngs=nnx.Rngs(params=0)))))()
-    grams = calibration.grams(calibration.recorded(quantised), params, batches)
-    graphdef = nnx.graphdef(counts.abstract(telling))
+    params = jax.jit(lambda: nnx.to_pure_dict(nnx.state(plain(rngs=nnx.Rngs(params=0)))))()
+    params = jax.tree.map(np.array, params)
+    noisy = jax.tree.map(np.array, params)
+
+    def rounded(path, layer, inputs):
+      node = noisy
+      for key in path:
+        node = node[key]
+      node[layer] += noise * random.normal(size=node[layer].shape).astype(np.float32)
+      seen.append(inputs)
+      return node[layer]
+
+    calibration.round_in_order(quantised, params, batches, rounded)
+    based = [jax.tree.map(jax.numpy.asarray, _with_base(x)) for x in (params, noisy)]
     everything = {'decoder_input_tokens': tokens.reshape(4, 8)}
-    jax.jit(lambda p: nnx.merge(graphdef, p)(everything)[0])(params)
-    jax.effects_barrier()
-  flat = [x.reshape(32, -1) for x in Telling.told]
-  expected = sorted((x.T @ x for x in flat), key=np.trace)
-  # Queries, keys and values have one input, as gate and up have. The order is that of the trace.
-  ours = sorted((x[0] for x in grams.values()), key=np.trace)
-  assert len(ours) == len(expected) == 7
-  for x, reference in zip(ours, expected, strict=True):
-    np.testing.assert_allclose(x, reference, rtol=1e-4, atol=1e-4 * np.abs(reference).max())
+    original, behind = [told(plain, x, everything) for x in based]
+  # Four matrices of attention and three of the MLP, in two layers.
+  assert len(seen) == len(behind) == 14
+  for inputs, y, x in zip(seen, original, behind, strict=True):
+    size = np.abs(x.T @ x).max()
+    np.testing.assert_allclose(inputs.gram, x.T @ x, rtol=1e-4, atol=1e-5 * size)
+    np.testing.assert_allclose(inputs.drift, x.T @ (y - x), rtol=1e-4, atol=1e-5 * size)
+
+
+def _with_base(params):
+  """Parameters under the names that they have in a model whose matrices are `Weight`s."""
+  if not isinstance(params, dict):
+    return params
+  names = ('kernel', 'tokens', 'weight')
+  return {k: {'base': x} if k in names else _with_base(x) for k, x in params.items()}

@@ -72,6 +72,21 @@ def test_the_error_of_outputs_is_that_of_the_outputs(problem):
   assert got == pytest.approx(expected, rel=1e-4)
 
 
+def test_a_corrected_matrix_is_the_damped_least_squares_solution(problem):
+  matrix, _ = problem
+  random = np.random.default_rng(2)
+  y = random.normal(size=(50, INPUTS))
+  x = y + 0.3 * random.normal(size=y.shape)
+  corrected = rounding.corrected(matrix, x.T @ x, x.T @ (y - x))
+  # The damping as further rows of the regression, which pull the solution to the matrix itself.
+  pull = np.sqrt(0.01 * np.mean(np.sum(x * x, axis=0))) * np.eye(INPUTS)
+  rows = np.concatenate([x, pull])
+  wanted = np.concatenate([y @ matrix, pull @ matrix])
+  expected = np.linalg.lstsq(rows, wanted, rcond=None)[0]
+  np.testing.assert_allclose(corrected, expected, rtol=1e-4, atol=1e-5)
+  np.testing.assert_array_equal(rounding.corrected(matrix, x.T @ x, 0 * (x.T @ x)), matrix)
+
+
 def test_inputs_that_are_always_zero_do_not_stop_gptq(problem):
   matrix, gram = problem
   gram[3] = gram[:, 3] = 0
