@@ -18,6 +18,7 @@ from research.model.weights import Matrix, Weight, multiply
 from research.quantisation.quantised import BFloat16, Quantised
 from research.training.losses import CrossEntropy
 
+LOSS_CHUNKS = 8  # parts of a row whose logits are computed one after the other, if they divide it
 CHUNK = 4096  # tokens whose products are summed in float32; the sums of chunks are added in float64
 
 
@@ -102,6 +103,10 @@ def round_in_order(
       weight.round = _once(functools.partial(round_matrix, *place_of(path)), sums)
   rows = [jax.tree.map(np.asarray, batch) for batch in batches]
   rows = {key: np.concatenate([batch[key] for batch in rows]) for key in rows[0]}
+  if 'decoder_loss_weights' in rows:
+    # Rows without a target only fill the last batch.
+    counted = rows['decoder_loss_weights'].any(axis=1)
+    rows = {key: x[counted] for key, x in rows.items()}
   module.features({key: jnp.asarray(np.concatenate([x, x])) for key, x in rows.items()})
 
 
@@ -179,7 +184,9 @@ def losses_of(model, trees: Iterable[Mapping], batches: Iterable[dict]) -> list[
 def _loss(model, batch: dict) -> tuple[jax.Array, jax.Array]:
   """The sum of the cross-entropy over a batch, and the number of its targets."""
   features, _ = model.features(batch)
-  terms, sums = CrossEntropy()(model, features, batch, 1)
+  # In parts along the length, since the logits of a large vocabulary are many times the model's own arrays.
+  chunks = math.gcd(features.shape[1], LOSS_CHUNKS)
+  terms, sums = CrossEntropy()(model, features, batch, chunks)
   return terms['loss'], sums['weight']
 
 

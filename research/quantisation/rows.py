@@ -38,7 +38,13 @@ def of_run(run: Run, rows: int) -> tuple[list[dict], list[dict]]:
 
 
 def of_text(file: str, tokenizer: Tokenizer, length: int, rows: int | None) -> list[dict]:
-  """Batches of a text cut into rows of `length` targets, for a decoder: at most `rows`, or all with None.
+  """Returns batches of a text cut into rows of `length` targets, for a decoder.
+
+  Args:
+    file: the text.
+    tokenizer: the model's tokenizer.
+    length: tokens of a row.
+    rows: at most this many, taken evenly from the whole text; None takes all.
 
   Raises:
     UserError: the file cannot be read, or is shorter than a row.
@@ -49,14 +55,28 @@ def of_text(file: str, tokenizer: Tokenizer, length: int, rows: int | None) -> l
   except (OSError, UnicodeDecodeError) as error:
     raise UserError(f'{file} cannot be read as text: {error}.') from error
   ids = np.array(tokenizer.encode(text), np.int32)
-  number = (len(ids) - 1) // length
+  # Every row begins as a prompt does: a model that always saw BOS loses much without it. Where prompts have none,
+  # a row begins with the last token of the row before.
+  begin = np.array(tokenizer.encode(''), np.int32)
+  if not np.array_equal(ids[: len(begin)], begin):
+    begin = begin[:0]
+  ids = ids[len(begin) :]
+  shared = 0 if len(begin) else 1
+  step = length + 1 - len(begin) - shared
+  number = (len(ids) - shared) // step
   if number < 1:
     raise UserError(
       f'{file} has {len(ids)} tokens, less than a row of {length}; take a smaller --length.'
     )
-  number = number if rows is None else min(number, rows)
-  targets = ids[1 : 1 + number * length].reshape(number, length)
-  inputs = ids[: number * length].reshape(number, length)
+  tokens = ids[step * np.arange(number)[:, None] + np.arange(step + shared)]
+  tokens = np.concatenate([np.tile(begin, (number, 1)), tokens], axis=1)
+  targets = tokens[:, 1:]
+  inputs = tokens[:, :-1]
+  if rows is not None and rows < number:
+    # Evenly over the whole text, whose parts may be of different kinds.
+    chosen = np.arange(rows) * number // rows
+    targets = targets[chosen]
+    inputs = inputs[chosen]
   return list(_batches(inputs, targets, max(1, BATCH_TOKENS // length)))
 
 
