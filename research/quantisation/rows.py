@@ -55,8 +55,8 @@ def of_text(file: str, tokenizer: Tokenizer, length: int, rows: int | None) -> l
   except (OSError, UnicodeDecodeError) as error:
     raise UserError(f'{file} cannot be read as text: {error}.') from error
   ids = np.array(tokenizer.encode(text), np.int32)
-  # Every row begins as a prompt does, since a model that always saw BOS loses much without it. Where prompts have
-  # none, a row begins with the last token of the row before.
+  # Every row begins as a prompt does, since a model that always saw BOS loses much without it. Where prompts
+  # have none, a row begins with the last token of the row before.
   begin = np.array(tokenizer.encode(''), np.int32)
   if not np.array_equal(ids[: len(begin)], begin):
     begin = begin[:0]
