@@ -27,7 +27,8 @@ class Error:
     index: its layer, and its expert.
     method: the method that rounded it.
     weights: the squared error of the matrix over its squared size.
-    outputs: the same for its outputs on the calibration text; None where its inputs were not recorded.
+    outputs: the squared error of its outputs on the calibration text over their squared size, behind rounded
+      matrices and against what least squares could reach; None where its inputs were not recorded.
   """
 
   name: str
@@ -44,7 +45,7 @@ def quantise(
   method: str,
   batches: Iterable[dict] = (),
 ) -> tuple[dict, list[Error]]:
-  """The parameters of a quantised model, from those of the plain one.
+  """Returns the parameters of a quantised model, from those of the plain one, and the error of every matrix.
 
   Args:
     model: makes the quantised model, `model(rngs=...)`.
@@ -61,23 +62,27 @@ def quantise(
   }
 
   def round_matrix(path: tuple, layer: int | None, inputs: Inputs) -> np.ndarray:
-    return matrices[path].round(() if layer is None else (layer,), method, inputs)
+    index = () if layer is None else (layer,)
+    if path in matrices:
+      return matrices[path].round(index, method, inputs)
+    return _in_bfloat16(_at(params, path)[index]).astype(np.float32)
 
   if method != 'nearest':
     calibration.round_in_order(model, params, batches, round_matrix)
-  tree, errors = dict(params), []
+  tree = dict(params)
+  errors = []
   for path, weight in weights.items():
     if isinstance(weight, Quantised):
       stored = matrices[path].stored()
       errors += matrices[path].errors
     else:
-      stored = {'packed': np.asarray(_at(params, path)).astype(ml_dtypes.bfloat16)}
+      stored = {'packed': _in_bfloat16(_at(params, path))}
     tree = _put(tree, path, stored)
   return tree, errors
 
 
 def weights_to_fill(model, method: str) -> dict[tuple, Weight]:
-  """The matrices that `quantise` fills, by path, with shapes in place of arrays.
+  """Returns the matrices that `quantise` fills, by path, with shapes in place of arrays.
 
   Args:
     model: makes the quantised model, `model(rngs=...)`.
@@ -156,7 +161,7 @@ class _Filling:
     return (whole.T if self.is_table else whole).reshape(piece.shape)
 
   def stored(self) -> dict[str, np.ndarray]:
-    """The arrays of all slices; those that no method was given the inputs of are rounded to nearest."""
+    """The arrays of all slices. Slices whose inputs were not recorded are rounded to nearest."""
     done = {error.index for error in self.errors}
     for index in np.ndindex(*self.slices):
       if index not in done:
@@ -183,6 +188,10 @@ def _stored(weight: Quantised, rounded: Rounded, table: bool) -> dict[str, np.nd
   if weight.input_scale is not None:
     stored['input_scale'] = rounded.input_scale.reshape(shape[: weight.inputs])
   return stored
+
+
+def _in_bfloat16(matrix) -> np.ndarray:
+  return np.asarray(matrix).astype(ml_dtypes.bfloat16)
 
 
 def _at(tree: Mapping, path: tuple):
