@@ -33,22 +33,10 @@ ADAPTER = 'adapter_model.safetensors'
 # Keys of adapter_config.json that `read_config` reads, and keys that do not change what the adapters compute.
 READ = ('peft_type', 'r', 'lora_alpha', 'use_rslora', 'use_dora', 'bias')
 IDLE = (
-  'auto_mapping',
-  'base_model_name_or_path',
-  'exclude_modules',
-  'fan_in_fan_out',
-  'inference_mode',
-  'init_lora_weights',
-  'layers_pattern',
-  'layers_to_transform',
-  'lora_dropout',
-  'megatron_core',
-  'peft_version',
-  'qalora_group_size',
-  'revision',
-  'target_modules',
-  'task_type',
-)
+  'auto_mapping', 'base_model_name_or_path', 'exclude_modules', 'fan_in_fan_out', 'inference_mode',
+  'init_lora_weights', 'layers_pattern', 'layers_to_transform', 'lora_dropout', 'megatron_core',
+  'peft_version', 'qalora_group_size', 'revision', 'target_modules', 'task_type',
+)  # fmt: skip
 
 
 def save(
