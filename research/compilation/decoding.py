@@ -17,6 +17,7 @@ from research.core.errors import Invalid, UserError
 from research.inference import decode
 from research.model import counts
 from research.parallel import axes
+from research.parallel.mesh import platform
 from research.training.program import mesh_of
 from research.training.run import Run
 
@@ -98,7 +99,7 @@ def lower(run: Run, mesh: jax.sharding.Mesh, batch: int, room: int, prompt: int)
 
   def make():
     model = run.model(rngs=nnx.Rngs(params=jax.random.key(0)))
-    if mesh.devices.flat[0].platform == 'cpu':  # as `decode.for_backend` does
+    if platform() == 'cpu':  # as `decode.for_backend` does
       decode.suit_cpu(model)
     return model
 

@@ -16,7 +16,7 @@ from flax import nnx
 
 from research.core.errors import Invalid, UserError, did_you_mean
 from research.parallel.axes import gather, shard, spec, spec_of, splits
-from research.parallel.mesh import as_tuple
+from research.parallel.mesh import as_tuple, platform
 
 Initializer = Callable[..., jax.Array]
 
@@ -197,7 +197,7 @@ def _project(ins, outs, whole, to, dtype, x, kernel):
   lead = x.ndim - len(ins)
   kernel = gather(kernel.astype(x.dtype), *whole)
   few = math.prod(x.shape[:lead]) <= FEW_ROWS
-  if few and outs[0] == 0 and jax.default_backend() == 'cpu' and not splits():
+  if few and outs[0] == 0 and platform() == 'cpu' and not splits():
     return _columns(x, kernel, lead, ins, to, dtype)
   contract = (tuple(range(lead, x.ndim)), ins)
   return _dot(x, kernel, contract, to, dtype)
