@@ -52,14 +52,13 @@ def main(flags) -> None:
       slots=flags.slots, beam_count=flags.beams, **options,
     )  # fmt: skip
     if flags.interactive:
-      terminal.converse(generator, settings)
+      terminal.converse(generator, samples, settings)
     elif flags.prompt is not None:
       prompt = sys.stdin.read() if flags.prompt == '-' else flags.prompt
       if choose:
         print(choose(prompt, generator([prompt], samples=samples, **settings))[0].text)
         return
-      for request in generator.requests(prompt, flags.samples, **settings):
-        terminal.show(generator, prompt, {**settings, 'sampling': request.sampling})
+      terminal.show(generator, prompt, samples, settings)
     else:
       source = {'source': generator.source, 'tokenizer': flags.tokenizer, 'beams': flags.beams}
       source |= {'samples': samples}

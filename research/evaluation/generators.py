@@ -7,8 +7,9 @@ from flax import nnx
 
 from research.data.encoding import make_encoding
 from research.evaluation import loading
-from research.inference import beams, one_by_one, speculate, tokenizer
+from research.inference import beams, one_by_one, tokenizer
 from research.inference.generator import Generator, make_generator
+from research.inference.ngrams import Ngram
 
 PENALTIES = {'length': beams.by_length, 'wu': beams.wu}
 
@@ -61,7 +62,7 @@ def load(
   if beam_count:
     search = one_by_one.Beams(graphdef, opened.params, beam_count, PENALTIES[penalty])
   elif ngram:
-    guess = speculate.Ngram(ngram)
+    guess = Ngram(ngram)
     speculation = one_by_one.Speculation(graphdef, opened.params, guess, guesses=guesses)
   elif draft:
     # The folder of a draft may be of either kind.
@@ -71,8 +72,9 @@ def load(
       graphdef, opened.params, nnx.graphdef(draft_model.model), draft_model.params, guesses
     )
   text = tokenizer_of(opened, tokenizer_file, architecture)
+  room = room or loading.length_of(opened.run, opened.model)
   return make_generator(
-    opened.model, opened.params, text, architecture, room=room or loading.length_of(opened.run),
+    opened.model, opened.params, text, architecture, room=room,
     slots=slots, int8=int8, beams=search, speculation=speculation, source=opened.source,
   )  # fmt: skip
 

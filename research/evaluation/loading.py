@@ -21,6 +21,7 @@ from research.data.objectives import Conversation
 from research.data.streams import Stream
 from research.data.vocabularies import Vocabulary
 from research.huggingface import inwards
+from research.inference.request_check import positions_of
 from research.parallel import hosts
 from research.parallel.mesh import Mesh
 from research.training.experience import Experience
@@ -163,7 +164,7 @@ def architecture_of(run: Run | None, model: nnx.Module) -> str:
     return 'encoder_decoder'
   if not model.causal:
     raise UserError(
-      'this model sees both ways, so it gives no likelihood of a text: evaluate a decoder or an '
+      'this model sees both ways, so it gives no likelihood of a text: use a decoder or an '
       'encoder-decoder.'
     )
   stream = _first_stream(run) if run else None
@@ -186,9 +187,11 @@ def _first_stream(run: Run) -> Stream:
   return streams_of(trained_on)[0]
 
 
-def length_of(run: Run | None) -> int:
-  """The longest row that a run trained on, in tokens; 1024 for a converted model."""
-  return max(run.train.lengths.values()) if run else 1024
+def length_of(run: Run | None, model: nnx.Module) -> int:
+  """The longest row that a run trained on, in tokens; for a converted model 1024, or its learned positions."""
+  if run:
+    return max(run.train.lengths.values())
+  return min(1024, positions_of(model) or 1024)
 
 
 def mesh_for(model) -> Mesh:

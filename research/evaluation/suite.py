@@ -124,7 +124,7 @@ def make_engine(
   if suite.batch_size % axis_size('batch'):
     why = f'{suite.batch_size} rows cannot be divided by the {axis_size("batch")} devices.'
     raise Invalid(Suite, 'batch_size', why)
-  settings = _settings(suite, architecture, run, encoding)
+  settings = _settings(suite, architecture, run, model, encoding)
   identity = {
     'vocabulary': type(vocabulary or encoding).__name__,
     'template_sha256': _sha256(settings.template),
@@ -134,7 +134,9 @@ def make_engine(
   return engine, identity
 
 
-def _settings(suite: Suite, architecture: str, run: Run | None, encoding: Encoding) -> Settings:
+def _settings(
+  suite: Suite, architecture: str, run: Run | None, model: nnx.Module, encoding: Encoding
+) -> Settings:
   """The suite's settings; what it leaves open is the model's own, by its run or its folder."""
   begin = 0 if suite.begin == 'own' else suite.begin
   start = None
@@ -145,7 +147,7 @@ def _settings(suite: Suite, architecture: str, run: Run | None, encoding: Encodi
     start = encoding.start
     template = template or encoding.template
   return Settings(
-    length=suite.length or loading.length_of(run),
+    length=suite.length or loading.length_of(run, model),
     architecture=architecture,
     begin=begin,
     start=start,

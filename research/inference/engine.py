@@ -27,7 +27,7 @@ from research.inference.graph import graph_of
 from research.inference.padding import for_mesh, padded_length, padded_row
 from research.inference.programs import Plan, Slots
 from research.inference.prompts import PromptReader, Reading, Result
-from research.inference.request import Completion, Request
+from research.inference.request import NOT_NUMBERS, Completion, Request
 from research.inference.request_check import check_model, check_request
 from research.inference.sampling import Sampling
 from research.inference.text import TextStream
@@ -270,10 +270,7 @@ class Engine(Answering):
     request, completion = work.request, work.completion
     if not chosen['numbers']:
       completion.finish = 'error'
-      completion.error = (
-        'the logits are not numbers (NaN or infinite), or no token is allowed: check the checkpoint, or the '
-        'mask and the biases.'
-      )
+      completion.error = NOT_NUMBERS
       return ''
     token = int(chosen['tokens'])
     text = ''

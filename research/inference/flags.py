@@ -10,7 +10,6 @@ SAMPLING = {
   'presence_penalty': 0.0, 'frequency_penalty': 0.0, 'seed': 0,
 }  # fmt: skip
 NUMBERS = {
-  'max_tokens': (128, 'the most tokens of an answer'),
   'samples': (1, 'answers to each prompt'),
   'best_of': (0, 'draw so many answers, and keep the one that --reward scores highest; 0 for none'),
   'top': (0, 'report so many of the likeliest tokens at each place'),
@@ -30,6 +29,9 @@ TEXTS = {
   'out': ('FILE', 'answers as JSON lines (with --prompts)'),
   'reward': ('FILE.gin', 'its REWARD scores answers (with --best_of)'),
 }  # fmt: skip
+FILTERS = ('top_k', 'top_p', 'min_p', 'typical')
+# What a line of a file of prompts cannot say, because it holds for all lines.
+SETTINGS = {*SAMPLING, *NUMBERS, *TEXTS, 'max_tokens', 'penalty', 'stop', 'int8'} - {'prompt'}
 PENALTIES = {
   'length': 'log-likelihood / length (transformers)',
   'wu': 'log-likelihood / ((5 + length) / 6)^0.6 (T5X)',
@@ -40,23 +42,52 @@ def parse(description: str) -> argparse.Namespace:
   """Parses the command line; ends the program with an error if the flags are wrong."""
   parser = cli.parser('generate', description, gin=False)
   for name, (metavar, what) in TEXTS.items():
-    parser.add_argument(f'--{name}', metavar=metavar, help=what)
+    parser.add_argument(f'--{name}', action=_Once, metavar=metavar, help=what)
   for name, (default, what) in NUMBERS.items():
     parser.add_argument(f'--{name}', type=int, default=default, help=f'{what} (default {default})')
+  what = 'the most tokens of an answer (default 128, or what the room leaves)'
+  parser.add_argument('--max_tokens', type=int, help=what)
   for name, default in SAMPLING.items():
     kind = type(default)
     parser.add_argument(f'--{name}', type=kind, default=default, help=f'(default {default})')
   what = '; '.join(f'{name}: {formula}' for name, formula in PENALTIES.items())
-  parser.add_argument('--penalty', choices=PENALTIES, default='length', help=f'of beams. {what}')
+  parser.add_argument('--penalty', choices=PENALTIES, help=f'of beams (default length). {what}')
   what = 'a string that ends an answer; may be repeated'
   parser.add_argument('--stop', action='append', default=[], metavar='TEXT', help=what)
   parser.add_argument('--interactive', action='store_true', help='asks for prompts')
   parser.add_argument('--int8', action='store_true', help='keys and values in whole numbers')
   flags = cli.parse(parser)
-  wrong = _conflict(flags)
+  wrong = _conflict(flags) or _without_effect(flags)
   if wrong:
     parser.error(wrong)
+  flags.penalty = flags.penalty or 'length'
   return flags
+
+
+class _Once(argparse.Action):
+  """Stores a text. A second one would replace the first without a word, so it is an error."""
+
+  def __call__(self, parser, namespace, value, option=None):
+    if getattr(namespace, self.dest) is not None:
+      parser.error(f'{option} is given twice; give it once.')
+    setattr(namespace, self.dest, value)
+
+
+def _without_effect(flags: argparse.Namespace) -> str:
+  """Returns a sentence about a flag that would change nothing; empty if there is none."""
+  if flags.penalty and not flags.beams:
+    return '--penalty is of beams: give --beams, or leave it out.'
+  if flags.guesses != NUMBERS['guesses'][0] and not (flags.draft or flags.ngram):
+    return '--guesses needs --draft or --ngram; give one of them, or leave it out.'
+  if flags.top and not flags.prompts:
+    return (
+      '--top is written to the answers of --prompts: give --prompts and --out, or leave it out.'
+    )
+  if flags.temperature == 0:
+    for name in FILTERS:
+      if getattr(flags, name) != SAMPLING[name]:
+        return f'--{name} needs --temperature above 0: without it the likeliest token is taken.'
+  return ''
 
 
 def _conflict(flags: argparse.Namespace) -> str:

@@ -18,6 +18,8 @@ from research.inference.request import Completion, Request
 from research.inference.sampling import Sampling
 from research.inference.tokenizer import Tokenizer, check_belongs
 
+MAX_TOKENS = 128  # of an answer, unless a request says otherwise
+
 
 class Generator:
   """Generates text.
@@ -33,20 +35,32 @@ class Generator:
     self.tokenizer = tokenizer
     self.source = source
 
-  def request(self, prompt: str, **settings) -> Request:
+  def request(self, prompt: str, *, max_tokens: int | None = None, **settings) -> Request:
     """Returns the request of a prompt; `settings` are fields of `Request`.
 
+    Without `max_tokens` an answer has at most `MAX_TOKENS`, or as many as the room leaves.
+
     Raises:
-      UserError: the prompt is empty.
+      UserError: the prompt is empty, or is not a text.
     """
     if not prompt:
       raise UserError('the prompt is empty: give some text to continue.')
+    try:
+      prompt.encode()
+    except UnicodeEncodeError as error:
+      raise UserError(
+        f'the prompt is not a text: character {error.start} is half of a pair (a surrogate), or a byte that is '
+        'not UTF-8.'
+      ) from None
     ids = tuple(self.encode(prompt))
     if self.engine.encoder_room:
       tokens = {'encoder': ids, 'prompt': self.tokenizer.start or (0,)}
     else:
       tokens = {'prompt': ids}
-    return Request(**{'stop_tokens': self.tokenizer.ends, **tokens, **settings})
+    if max_tokens is None:
+      max_tokens = max(1, min(MAX_TOKENS, self.engine.room - len(tokens['prompt'])))
+    settings = {'stop_tokens': self.tokenizer.ends, 'max_tokens': max_tokens, **settings}
+    return Request(**tokens, **settings)
 
   def encode(self, text: str) -> list[int]:
     """Returns the ids of a prompt, for the decoder or, in an encoder-decoder, for the encoder."""

@@ -12,13 +12,15 @@ from flax import nnx
 from research.core.errors import Invalid, UserError
 from research.inference import beams, decode, speculate
 from research.inference.answering import Answering, Event
+from research.inference.ngrams import Ngram
 from research.inference.padding import padded_length, padded_row
-from research.inference.request import Completion, Request
+from research.inference.request import NOT_NUMBERS, Completion, Request
 from research.inference.request_check import check_model, check_request
 from research.inference.text import TextStream
 
-# Returns the tokens of the answer to a request; the batch has its prompt, as one row.
-Method = Callable[[dict, Request], list[int]]
+# Returns the tokens of the answer to a request, or None if the logits were not numbers. The batch has the
+# request's prompt, as one row.
+Method = Callable[[dict, Request], list[int] | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +39,13 @@ class Beams:
   beams: int
   penalty: beams.Penalty = beams.by_length
 
-  def __call__(self, batch: dict, request: Request) -> list[int]:
-    tokens, _ = beams.search(
+  def __call__(self, batch: dict, request: Request) -> list[int] | None:
+    tokens, scores = beams.search(
       self.graphdef, self.params, batch, request.max_tokens, beams=self.beams,
       ends=tuple(request.stop_tokens), penalty=self.penalty,
     )  # fmt: skip
+    if not scores[0, 0] > beams.NEVER:  # no beam was finished, or its score is NaN
+      return None
     best = np.asarray(tokens)[0, 0].tolist()
     ends = [place for place, token in enumerate(best) if token in request.stop_tokens]
     return best[: ends[0] + 1] if ends else best
@@ -68,19 +72,24 @@ class Speculation:
 
   graphdef: nnx.GraphDef
   params: dict
-  draft: nnx.GraphDef | speculate.Ngram
+  draft: nnx.GraphDef | Ngram
   draft_params: dict | None = None
   guesses: int = 4
 
-  def __call__(self, batch: dict, request: Request) -> list[int]:
+  def __call__(self, batch: dict, request: Request) -> list[int] | None:
+    continuation = self.continuation(batch, request)
+    tokens = np.asarray(continuation.tokens)[0, : int(continuation.length[0])].tolist()
+    return None if speculate.NOT_A_TOKEN in tokens else tokens
+
+  def continuation(self, batch: dict, request: Request) -> speculate.Continuations:
+    """Returns the tokens and the number of steps that they took; see `__call__`."""
     # The seed is an array and not part of the static settings, so that samples share a compiled program.
     seeds = jnp.array([request.sampling.seed], jnp.uint32)
-    continuation = speculate.compiled(
+    return speculate.compiled(
       self.graphdef, self.params, self.draft, self.draft_params, batch, request.max_tokens, seeds,
       settings=dataclasses.replace(request.sampling, seed=0), guesses=self.guesses,
       ends=tuple(request.stop_tokens),
     )  # fmt: skip
-    return np.asarray(continuation.tokens)[0, : int(continuation.length[0])].tolist()
 
   def check(self, request: Request) -> None:
     """Raises UserError if a request has settings that speculation does not support."""
@@ -132,6 +141,11 @@ class OneByOne(Answering):
 
   def step(self) -> list[Event]:
     number, request = self._waiting.popleft()
+    completion = self._completion(request, self.method(self.batch(request), request))
+    return [Event(number, completion.text, completion)]
+
+  def batch(self, request: Request) -> dict[str, np.ndarray]:
+    """Returns the prompt of a request as a padded batch of one row."""
     # The answer follows the padded prompt, so the padding must leave room for it.
     length = padded_length(len(request.prompt), self.room - request.max_tokens)
     batch = padded_row('decoder', request.prompt, length)
@@ -139,11 +153,12 @@ class OneByOne(Answering):
       batch['decoder_causal_attention'] = batch['decoder_segment_ids']
     if self.encoder_room:
       batch |= padded_row('encoder', request.encoder, self.encoder_room)
-    completion = self._completion(request, self.method(batch, request))
-    return [Event(number, completion.text, completion)]
+    return batch
 
-  def _completion(self, request: Request, tokens: list[int]) -> Completion:
+  def _completion(self, request: Request, tokens: list[int] | None) -> Completion:
     """Returns the completion of these tokens, up to a stop token or a stop string."""
+    if tokens is None:
+      return Completion(finish='error', error=NOT_NUMBERS)
     completion = Completion()
     stream = None
     if self.decode is not None:

@@ -8,6 +8,11 @@ import numpy as np
 from research.core.errors import Invalid
 from research.inference.sampling import Sampling
 
+# The error of a request whose next token cannot be chosen.
+NOT_NUMBERS = (
+  'the logits are not numbers (NaN or infinite), or no token is allowed: check the checkpoint, or the mask and '
+  'the biases.'
+)
 # Maps the tokens generated so far to those that may come next: a bool array [vocab].
 Mask = Callable[[Sequence[int]], np.ndarray]
 

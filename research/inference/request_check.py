@@ -42,9 +42,13 @@ def check_model(owner: type, model: nnx.Module, room: int, encoder_room: int) ->
   if ('encoder' in model.inputs) != bool(encoder_room):
     why = 'an encoder-decoder needs it.' if 'encoder' in model.inputs else 'this is a decoder.'
     raise Invalid(owner, 'encoder_room', f'{encoder_room}: {why}')
+  most = positions_of(model)
+  if most is not None and room > most:
+    why = f'{room} is more than the {most} positions that the model has learned; lower it.'
+    raise Invalid(owner, 'room', why)
+
+
+def positions_of(model: nnx.Module) -> int | None:
+  """Returns how many positions a model has learned; None for a model whose positions have no end."""
   learned = getattr(model.embedder, 'positions', None)
-  if learned is not None:
-    most = learned.shape[0] - model.embedder.position_offset
-    if room > most:
-      why = f'{room} is more than the {most} positions that the model has learned; lower it.'
-      raise Invalid(owner, 'room', why)
+  return None if learned is None else learned.shape[0] - model.embedder.position_offset

@@ -54,15 +54,21 @@ class Sampling:
   seed: int = 0
 
   def __post_init__(self):
-    # A smaller probability or penalty is 0 in float32, or nearly 0, and no token would be left.
+    # A smaller probability is 0 in float32, or nearly 0, and no token would be left. Logits divided by a
+    # smaller temperature would be infinite.
     least = 1e-30
     wrong = {
-      'temperature': (self.temperature >= 0, 'must be 0 (greedy) or more'),
+      'temperature': (
+        self.temperature == 0 or least <= self.temperature < math.inf,
+        'must be 0 (greedy), or a finite number above 0',
+      ),
       'top_k': (isinstance(self.top_k, int) and self.top_k >= 0, 'must be 0 (all) or a number of tokens'),
       'top_p': (least <= self.top_p <= 1, 'must be above 0 and at most 1'),
       'min_p': (0 <= self.min_p <= 1, 'must be from 0 to 1'),
       'typical': (least <= self.typical <= 1, 'must be above 0 and at most 1'),
-      'repetition_penalty': (self.repetition_penalty >= least, 'must be above 0 (1 for none)'),
+      'repetition_penalty': (
+        least <= self.repetition_penalty < math.inf, 'must be a finite number above 0 (1 for none)',
+      ),
       'presence_penalty': (math.isfinite(self.presence_penalty), 'must be a number'),
       'frequency_penalty': (math.isfinite(self.frequency_penalty), 'must be a number'),
       'seed': (isinstance(self.seed, int) and 0 <= self.seed < 2**31, 'must be from 0 to 2^31 - 1'),

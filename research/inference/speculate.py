@@ -20,26 +20,18 @@ from flax import nnx
 
 from research.core.errors import UserError
 from research.inference import decode, sampling
+from research.inference.ngrams import Ngram
 from research.inference.sampling import Sampling
 from research.inference.state import pick
 
-
-@dataclasses.dataclass(frozen=True)
-class Ngram:
-  """A draft without a model: it guesses the tokens that followed the last occurrence of the newest `n` tokens.
-
-  This is prompt look-up (Saxena 2023). It helps if an answer repeats parts of its prompt, as in editing and
-  summaries.
-  """
-
-  n: int = 2
+NOT_A_TOKEN = -1  # in place of a token whose logits were not numbers
 
 
 class Continuations(NamedTuple):
   """The result of speculative decoding.
 
   Attributes:
-    tokens: [batch, max_tokens].
+    tokens: [batch, max_tokens]; `NOT_A_TOKEN` where the model's logits were not numbers.
     length: [batch], how many of the tokens belong to the text: those up to the first end, which belongs to it.
     steps: how often the model was called after it had read the prompts.
   """
@@ -131,7 +123,7 @@ class _Speculation:
     if isinstance(self.draft, nnx.Module):
       guessed, q, draft_cache = self.guess(token, draft_cache)
     else:
-      guessed = _from_ngrams(text, start, self.draft.n, self.guesses)
+      guessed = self.draft.guess(text, start, self.guesses)
       q = jax.nn.one_hot(guessed, self.model.vocab)
     logits, cache = decode.step(self.model, jnp.concatenate([token, guessed], axis=1), cache)
     accept_keys, last_keys = self.keys(start, 1), self.keys(start, 2)
@@ -221,29 +213,21 @@ def _prefill(model, batch, room: int, guesses: int):
 
 
 def _probabilities(settings: Sampling, logits: jax.Array) -> jax.Array:
-  """Returns the distributions that the settings draw from, [rows, length, vocab]."""
+  """Returns the distributions that the settings draw from, [rows, length, vocab]; NaN for logits that
+  are not numbers.
+  """
   flat = logits.reshape(-1, logits.shape[-1]).astype(jnp.float32)
   knobs = {k: jnp.full(flat.shape[0], x[0]) for k, x in sampling.as_rows([settings]).items()}
-  return jax.nn.softmax(sampling.distribution(flat, knobs, settings.filters)).reshape(logits.shape)
+  p = jax.nn.softmax(sampling.distribution(flat, knobs, settings.filters))
+  # A greedy row has one token of probability 1, whatever its logits are.
+  numbers = jnp.isfinite(jnp.max(flat, axis=-1, keepdims=True))
+  return jnp.where(numbers, p, jnp.nan).reshape(logits.shape)
 
 
 def _draw(keys: jax.Array, p: jax.Array) -> jax.Array:
-  """Draws a token for each row from probabilities p [rows, vocab]."""
-  return jax.vmap(jax.random.categorical)(keys, jnp.log(p)).astype(jnp.int32)
-
-
-def _from_ngrams(text: jax.Array, start: jax.Array, n: int, guesses: int) -> jax.Array:
-  """Returns the tokens after the last earlier occurrence of each row's newest n tokens, [rows, guesses]."""
-  places = jnp.arange(text.shape[1])
-
-  def guess_row(text, start):
-    same = (places >= n - 1) & (places < start)
-    for back in range(n):
-      same &= jnp.roll(text, back) == text[start - back]
-    place = jnp.max(jnp.where(same, places, 0))
-    return jax.lax.dynamic_slice_in_dim(text, place + 1, guesses)
-
-  return jax.vmap(guess_row)(text, start)
+  """Draws a token for each row from probabilities p [rows, vocab]; `NOT_A_TOKEN` if they are NaN."""
+  tokens = jax.vmap(jax.random.categorical)(keys, jnp.log(p)).astype(jnp.int32)
+  return jnp.where(jnp.isnan(p[:, 0]), NOT_A_TOKEN, tokens)
 
 
 def _accept(keys, last_keys, guessed, p, q) -> tuple[jax.Array, jax.Array]:

@@ -6,14 +6,15 @@ from research.core.errors import UserError
 from research.inference.generator import Generator
 
 
-def show(generator: Generator, prompt: str, settings: dict) -> None:
-  """Prints the text of one prompt as it is generated; `settings` are fields of `Request`."""
-  for text in generator.stream(prompt, **settings):
-    print(text, end='', flush=True)
-  print()
+def show(generator: Generator, prompt: str, samples: int, settings: dict) -> None:
+  """Prints the answers to one prompt, each as it is generated; `settings` are fields of `Request`."""
+  for request in generator.requests(prompt, samples, **settings):
+    for text in generator.engine.stream(request):
+      print(text, end='', flush=True)
+    print()
 
 
-def converse(generator: Generator, settings: dict) -> None:
+def converse(generator: Generator, samples: int, settings: dict) -> None:
   """Asks for prompts until the input ends. An error of one prompt does not end the loop."""
   while True:
     try:
@@ -21,6 +22,6 @@ def converse(generator: Generator, settings: dict) -> None:
     except EOFError:
       return
     try:
-      show(generator, prompt, settings)
+      show(generator, prompt, samples, settings)
     except UserError as error:
       print(f'error: {error}', file=sys.stderr)

@@ -91,7 +91,7 @@ def open_served(
   """
   opened = open_model(checkpoint, hf)
   name = name or pathlib.Path(checkpoint or hf).resolve().name
-  room = room or loading.length_of(opened.run)
+  room = room or loading.length_of(opened.run, opened.model)
   if not getattr(opened.model, 'causal', True):
     return _encoder(opened, name, room)
   architecture = loading.architecture_of(opened.run, opened.model)

@@ -202,8 +202,9 @@ def test_a_request_joins_others():
   np.testing.assert_allclose(got[2], want[0], atol=TOLERANCE * np.abs(want).max())
 
 
-def test_keys_in_int8_are_close_to_those_in_float32():
-  _, graphdef, params, batch = setup('gemma2')
+@pytest.mark.parametrize('family', families(('gemma2',), ('gemma2', 'llama', 'deepseek_v2', 't5')))
+def test_keys_in_int8_are_close_to_those_in_float32(family):
+  _, graphdef, params, batch = setup(family)
   _, prefill, step = functions(graphdef)
   token = np.full((len(LENGTHS), 1), 3, np.int32)
   want, plain = step(params, token, prefill(params, prompts_of(batch), 1, False)[1])

@@ -182,6 +182,23 @@ def test_logits_that_are_not_numbers_end_a_request_with_an_error(make_engine, mo
   assert 'the logits are not numbers' in completion.error
 
 
+def test_a_text_without_an_answer_is_an_error_and_no_row(make_engine, model, tmp_path):
+  broken = jax.tree.map(lambda x: x * np.nan, model[1])
+  own = tokenizer.Tokenizer(lambda text: [LETTERS.index(c) for c in text], decode, 64, ())
+  generator, out = Generator(make_engine(broken), own), tmp_path / 'answers.jsonl'
+  rows = answers.answer_all(generator, ['abc', 'x'], out, 'one', samples=1, max_tokens=3)
+  with pytest.raises(UserError, match=r'2 of 2 prompts have no answer; number 0 .*not numbers'):
+    list(rows)
+  assert out.read_text() == ''
+
+
+def test_an_answer_has_at_most_what_the_room_leaves(make_engine):
+  own = tokenizer.Tokenizer(lambda text: [LETTERS.index(c) for c in text], decode, 64, ())
+  generator = Generator(make_engine(), own)
+  assert generator.request('abc').max_tokens == ROOM - 3
+  assert generator.request('abc', max_tokens=5).max_tokens == 5
+
+
 def test_a_tokenizer_of_another_model_is_refused(model):
   other = tokenizer.Tokenizer(list, decode, 50_257, ())
   abstract = counts.abstract(tiny('llama', ['LAYERS=1']))
@@ -206,8 +223,8 @@ def test_answers_go_on_where_they_were_interrupted(make_engine, tmp_path):
   prompts = ['abc', 'x', 'hello']
   settings = {'sampling': DRAWN, 'max_tokens': 5}
 
-  def answer(identity='one'):
-    return list(answers.answer_all(generator, prompts, out, identity, samples=2, **settings))
+  def answer():
+    return list(answers.answer_all(generator, prompts, out, 'one', samples=2, **settings))
 
   want = answer()
   assert [len(row['texts']) for row in want] == [2, 2, 2]
@@ -217,19 +234,6 @@ def test_answers_go_on_where_they_were_interrupted(make_engine, tmp_path):
   assert len(got) == 2
   rows = [json.loads(line) for line in out.read_text().splitlines()]
   assert sorted(rows, key=lambda row: row['number']) == sorted(want, key=lambda row: row['number'])
-  with pytest.raises(UserError, match='written with other settings or another checkpoint'):
-    answer('two')
-
-
-@pytest.mark.parametrize(
-  ('line', 'message'),
-  [('{"prompet": "a"}', 'write a string, or an object with'), ('{', 'not JSON')],
-)
-def test_a_file_of_prompts_names_the_line_that_is_wrong(line, message, tmp_path):
-  path = tmp_path / 'prompts.jsonl'
-  path.write_text(f'"fine"\n{line}\n')
-  with pytest.raises(UserError, match=rf'prompts\.jsonl:2: {message}'):
-    answers.read_prompts(path)
 
 
 def test_text_is_held_back_until_it_is_sure():

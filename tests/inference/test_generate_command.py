@@ -93,6 +93,11 @@ def test_the_model_guesses_for_itself(run, expected, folder):
     (['--ngram=2', '--top=3'], '--top does not work with --ngram'),
     (['--draft=somewhere', '--int8'], '--int8 does not work with --draft'),
     (['--prompts=file'], 'give one of --prompt, --prompts and --interactive.'),
+    (['--top=3'], '--top is written to the answers of --prompts'),
+    (['--penalty=wu'], '--penalty is of beams'),
+    (['--guesses=2'], '--guesses needs --draft or --ngram'),
+    (['--top_p=0.9'], '--top_p needs --temperature above 0'),
+    (['--prompt=b'], '--prompt is given twice'),
     (['--beam=2'], 'no flag --beam=2. Did you mean --beams'),
   ],
 )

@@ -7,10 +7,10 @@ import pytest
 from research.core.errors import Invalid, UserError
 from research.inference import beams, speculate
 from research.inference.engine import Engine
+from research.inference.ngrams import Ngram
 from research.inference.one_by_one import Beams, OneByOne, Speculation
 from research.inference.request import Request
 from research.inference.sampling import Sampling
-from research.inference.speculate import Ngram
 from research.parallel.mesh import Mesh
 from tests.families import tiny
 from tests.model.test_model import make
@@ -81,6 +81,32 @@ def test_a_stop_string_ends_a_text(guesses_well):
   stop = free.text[2:4]
   got = guesses_well.run([Request(prompt=PROMPT, max_tokens=MORE, stop=(stop,))])[0]
   assert (got.text, got.finish) == (free.text[: free.text.index(stop)], 'stop')
+
+
+def test_logits_that_are_not_numbers_are_an_error(model, guesses_well):
+  graphdef, params = model
+  broken = jax.tree.map(lambda x: x * np.nan, params)
+  method = Speculation(graphdef, broken, graphdef, params, guesses=3)
+  (completion,) = OneByOne(method, room=ROOM).run([Request(prompt=PROMPT, max_tokens=MORE)])
+  assert completion.finish == 'error'
+  assert 'the logits are not numbers' in completion.error
+
+
+def test_a_draft_that_is_broken_changes_no_greedy_token(model, guesses_well):
+  graphdef, params = model
+  broken = jax.tree.map(lambda x: x * np.nan, params)
+  method = Speculation(graphdef, params, graphdef, broken, guesses=3)
+  request = Request(prompt=PROMPT, max_tokens=MORE)
+  got, want = (engine.run([request])[0] for engine in (OneByOne(method, room=ROOM), guesses_well))
+  assert got.tokens == want.tokens
+
+
+@pytest.mark.slow
+def test_beams_of_logits_that_are_not_numbers_are_an_error(model):
+  broken = jax.tree.map(lambda x: x * np.nan, model[1])
+  engine = OneByOne(Beams(model[0], broken, 3, beams.wu), room=ROOM)
+  (completion,) = engine.run([Request(prompt=PROMPT, max_tokens=MORE, stop_tokens=(7,))])
+  assert 'the logits are not numbers' in completion.error
 
 
 @pytest.mark.slow

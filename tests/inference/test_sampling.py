@@ -143,6 +143,7 @@ def test_presence_and_frequency_are_subtracted():
   [
     *({'temperature': -1.0}, {'top_p': 0.0}, {'top_k': -1}, {'min_p': 2.0}, {'seed': -3}),
     *({'top_p': 1e-300}, {'typical': 1e-300}, {'repetition_penalty': 5e-324}),  # 0 in float32
+    *({'temperature': float('nan')}, {'temperature': float('inf')}, {'temperature': 1e-38}),
   ],
 )
 def test_settings_that_make_no_sense_are_refused(knobs):

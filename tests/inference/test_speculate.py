@@ -10,9 +10,10 @@ from scipy import stats
 
 from research.core.errors import UserError
 from research.inference.engine import Engine
+from research.inference.ngrams import Ngram
 from research.inference.request import Request
 from research.inference.sampling import Sampling
-from research.inference.speculate import Ngram, speculate
+from research.inference.speculate import speculate
 from research.parallel.mesh import Mesh
 from tests.families import tiny
 from tests.model.test_model import COMPILE, make
@@ -70,12 +71,13 @@ def test_greedy_tokens_are_those_without_guesses(draft):
 
 
 @pytest.mark.slow
-def test_draws_have_the_distribution_of_the_model():
+@pytest.mark.parametrize('draft', [None, Ngram(1)])
+def test_draws_have_the_distribution_of_the_model(draft):
   """The second token, the first that a guess can change, over many rows of one prompt, by chi-square."""
   rows = 1500
   settings = Sampling(temperature=0.7, top_k=6)
   batch = {k: np.repeat(x, rows, 0) for k, x in ragged((4,), 4).items()}
-  got = np.asarray(run(batch, 2, settings=settings).tokens)
+  got = np.asarray(run(batch, 2, draft, settings=settings).tokens)
   graphdef, params, _ = models()
   whole = jax.jit(lambda p, b: nnx.merge(graphdef, p)(b)[0], compiler_options=COMPILE)
 
