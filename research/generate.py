@@ -1,7 +1,7 @@
 """Generates text with a trained model.
 
     python -m research.generate --checkpoint=runs/tiny --prompt='def f(x):' --temperature=0.8
-    python -m research.generate --hf=FOLDER --prompts=prompts.jsonl --out=answers.jsonl --samples=4
+    python -m research.generate --hf=FOLDER --prompts=prompts.jsonl --out=answers.jsonl --top=5
 
 --checkpoint is a run's workdir or a converted model's folder; --hf reads a Hugging Face folder without
 converting it. --prompt=- reads the prompt from standard input. With --prompts the answers are JSON lines;

@@ -67,7 +67,7 @@ def load(
   elif draft:
     # The folder of a draft may be of either kind.
     is_hf = (pathlib.Path(draft) / 'config.json').is_file()
-    draft_model = open_model(None, draft) if is_hf else open_model(draft, None)
+    draft_model = open_model(None, draft) if is_hf else open_model(draft, None, '--draft')
     speculation = one_by_one.Speculation(
       graphdef, opened.params, nnx.graphdef(draft_model.model), draft_model.params, guesses
     )
@@ -79,9 +79,13 @@ def load(
   )  # fmt: skip
 
 
-def open_model(checkpoint: str | None, hf: str | None) -> Opened:
-  """Reads a model from the folder of a run or a converted model, or from Hugging Face's."""
-  folder = loading.open_hf(hf) if hf else loading.open_folder(checkpoint)
+def open_model(checkpoint: str | None, hf: str | None, flag: str = '--checkpoint') -> Opened:
+  """Reads a model from the folder of a run or a converted model, or from Hugging Face's.
+
+  Args:
+    flag: that named the folder of `checkpoint`, for messages.
+  """
+  folder = loading.open_hf(hf) if hf else loading.open_folder(checkpoint, flag=flag)
   model = loading.abstract_model(folder.model)
   source = hf or f'{checkpoint} at step {folder.step}'
   return Opened(model, loading.read_params(folder), folder.run, folder.tokenizer, source)

@@ -56,18 +56,21 @@ class Folder:
     return self.path / 'huggingface' if self.params else self.path
 
 
-def open_folder(path: str | pathlib.Path, step: int | None = None) -> Folder:
+def open_folder(
+  path: str | pathlib.Path, step: int | None = None, flag: str = '--checkpoint'
+) -> Folder:
   """Opens the folder of a run or of a converted model.
 
   Args:
     step: of the checkpoint; None is the newest.
+    flag: that named the folder, for messages.
 
   Raises:
     UserError: the folder holds no model, or no such checkpoint.
   """
   path = pathlib.Path(path)
   if not path.is_dir():
-    raise UserError(f'--checkpoint={path}: there is no such folder.')
+    raise UserError(f'{flag}={path}: there is no such folder.')
   if (path / 'config.gin').is_file():
     run = configs.load(str(path / 'config.gin')).build()
     # The parameters stay on disk: the caller decides on which mesh they are read.
@@ -76,7 +79,7 @@ def open_folder(path: str | pathlib.Path, step: int | None = None) -> Folder:
     model = configs.load(str(path / 'model.gin'), root='MODEL').tree()
     return Folder(path, model, None, streamed.Params(path, step))
   raise UserError(
-    f'--checkpoint={path} holds no config.gin (of a run) and no model.gin (of a converted model).'
+    f'{flag}={path} holds no config.gin (of a run) and no model.gin (of a converted model).'
   )
 
 
@@ -150,7 +153,10 @@ def vocabulary_of(run: Run | None) -> Vocabulary:
   """
   stream = _first_stream(run) if run else None
   if stream is None or stream.registered:
-    raise UserError('the checkpoint does not say its tokenizer: bind Suite.vocabulary.')
+    raise UserError(
+      'the checkpoint does not say its tokenizer: bind Suite.vocabulary to evaluate it, or give '
+      '--tokenizer=FILE to generate.'
+    )
   return stream.vocabulary
 
 

@@ -84,6 +84,8 @@ def _without_effect(flags: argparse.Namespace) -> str:
       '--top is written to the answers of --prompts: give --prompts and --out, or leave it out.'
     )
   if flags.temperature == 0:
+    if flags.samples > 1:
+      return '--samples gives different answers only with --temperature above 0; set it.'
     for name in FILTERS:
       if getattr(flags, name) != SAMPLING[name]:
         return f'--{name} needs --temperature above 0: without it the likeliest token is taken.'

@@ -96,6 +96,7 @@ def test_the_model_guesses_for_itself(run, expected, folder):
     (['--top=3'], '--top is written to the answers of --prompts'),
     (['--penalty=wu'], '--penalty is of beams'),
     (['--guesses=2'], '--guesses needs --draft or --ngram'),
+    (['--samples=3'], '--samples gives different answers only with --temperature'),
     (['--top_p=0.9'], '--top_p needs --temperature above 0'),
     (['--prompt=b'], '--prompt is given twice'),
     (['--beam=2'], 'no flag --beam=2. Did you mean --beams'),
