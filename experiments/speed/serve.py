@@ -1,14 +1,16 @@
-"""Measures the endpoint under load: many clients at once, one by one, and against `transformers serve`.
+"""Measures the endpoint under load: clients one by one and all at once, also beside `transformers serve`.
 
     python experiments/speed/serve.py                                  # a random LLaMA of 5M parameters
     python experiments/speed/serve.py --against --clients=16 --rounds=2
-    python experiments/speed/serve.py --minutes=10                     # does the memory stay as it is?
+    python experiments/speed/serve.py --minutes=10                     # does the memory grow?
 
-Each of --clients asks once for --max_tokens greedy tokens in a stream. Prompts have 10 to 1,000 tokens, evenly
-spaced on a logarithmic scale. First some clients ask one by one, then all at once. Throughput counts generated
-tokens. The clients measure the times to the first token and between tokens. Every answer must be complete. Each
-server is a process of its own on this machine. --against adds `transformers serve`, with its defaults and with
---continuous-batching. The servers take turns, and only one works at a time.
+Each of --clients asks once, in a stream, for --max_tokens greedy tokens. The prompts have 10 to 1,000 tokens,
+evenly spaced on a logarithmic scale. First some clients ask one by one, then all ask at once. The clients
+measure the time to the first token and between tokens; throughput counts the generated tokens. A request whose
+answer is not complete counts as lost.
+
+Each server is a process of its own on this machine. --against adds two servers of transformers: one with its
+defaults, and one with --continuous-batching. Only one server works at a time.
 
 With --minutes eight clients ask all the time for answers of 32 tokens, and only the memory is measured.
 """
@@ -77,7 +79,7 @@ def main() -> None:
 
 
 def write_model(folder: pathlib.Path) -> pathlib.Path:
-  """Writes a random LLaMA with a tokenizer of bytes."""
+  """Writes a LLaMA with random parameters and a tokenizer of bytes, and returns its folder."""
   import transformers
 
   # Greedy answers of this model never contain the end token, so that all have the same length.
@@ -111,7 +113,7 @@ def write_tokenizer(folder: pathlib.Path) -> None:
 
 
 def make_prompts(folder, count: int) -> list[str]:
-  """Returns texts of 10 to 1,000 tokens with different beginnings."""
+  """Returns texts of SHORTEST to LONGEST tokens that begin at different places of the documents."""
   import tokenizers
 
   text = tokenizers.Tokenizer.from_file(str(pathlib.Path(folder) / 'tokenizer.json'))
@@ -212,7 +214,7 @@ async def ask(client: openai.AsyncOpenAI, model: str, prompt: str, max_tokens: i
 
 
 async def compare(servers: list[Server], prompts: list[str], flags) -> None:
-  """Measures each server one by one and at once, and prints ratios to the first."""
+  """Measures each server with clients one by one and at once, and prints how the first compares."""
   one_by_one = {}
   rates = {}
   answers = {}
@@ -237,7 +239,7 @@ async def compare(servers: list[Server], prompts: list[str], flags) -> None:
 
 
 async def measure_alone(server: Server, prompts: list[str], flags) -> float:
-  """Returns the tokens a second of clients that ask one by one, after everything that they need is compiled."""
+  """Returns the tokens a second of clients that ask one by one, after the server has compiled its programs."""
   async with server.client() as client:
     for prompt in (*prompts[:4], max(prompts, key=len)):
       await ask(client, server.model, prompt, flags.max_tokens)
@@ -249,7 +251,7 @@ async def measure_alone(server: Server, prompts: list[str], flags) -> float:
 
 
 async def measure_together(server: Server, prompts: list[str], flags) -> tuple[float, list[Answer]]:
-  """Returns the tokens a second of clients that ask at the same time, and their answers."""
+  """Returns the tokens a second of clients that all ask at once, and their answers."""
   before = server.memory
   async with server.client() as client:
     began = time.monotonic()
@@ -262,7 +264,7 @@ async def measure_together(server: Server, prompts: list[str], flags) -> tuple[f
 
 
 def show(name: str, answers: list[Answer], seconds: float) -> float:
-  """Prints the figures of answers that took so many seconds, and returns the tokens a second."""
+  """Prints the figures of answers that took `seconds` together, and returns the tokens a second."""
   first = sorted(answer.times[0] - answer.began for answer in answers if answer.times)
   gaps = sorted(gap for answer in answers for gap in answer.gaps)
   rate = sum(answer.tokens for answer in answers) / seconds

@@ -23,6 +23,10 @@ def check(piece: Piece, request: Request) -> None:
   """Raises ApiError if a piece reports an error."""
   if piece.finish != 'error':
     return
+  if why := getattr(request.mask, 'error', ''):
+    raise ApiError(
+      f'the schema is too large for this server ({why}): use a smaller one.', code='invalid_schema'
+    )
   # If a grammar or a bias can forbid every token, that is the client's error.
   if request.mask is not None or request.sampling.logit_bias:
     raise ApiError(f'no answer was found: {piece.error}', code='no_token_allowed')

@@ -6,6 +6,8 @@ import pydantic
 
 from research.core.errors import UserError, did_you_mean
 
+MOST_FAULTS = 1000  # of a body, that are looked through for the one to report
+
 
 class ApiError(UserError):
   """A request that the server refuses or cannot answer.
@@ -53,6 +55,11 @@ def busy(seconds: int) -> ApiError:
   )  # fmt: skip
 
 
+def client_gone() -> ApiError:
+  """Returns the error of a client that hung up. Nobody reads it, but the metrics count its status."""
+  return ApiError('the client is gone.', status=499)
+
+
 def server_error(message: str, status: int = 500, code: str | None = None) -> ApiError:
   """Returns an error that is not the client's fault."""
   return ApiError(message, status=status, kind='server_error', code=code)
@@ -65,17 +72,24 @@ def of_validation(error: pydantic.ValidationError, fields: list[str]) -> ApiErro
     error: pydantic's report.
     fields: the names of the body's fields, for a suggestion.
   """
+  if error.error_count() > MOST_FAULTS:
+    return ApiError(
+      f'the body has {error.error_count():,} faults: is it a request?', code='invalid_value'
+    )
   errors = error.errors(include_url=False, include_input=False, include_context=False)
   # A field may have several forms. The form that matched deepest is what the client meant.
   first = max(errors, key=_depth)
   # pydantic adds the names of forms to the location: 'str', 'constrained-str', 'list[Text]', 'NamedTool'.
-  parts = map(str, first['loc'])
-  location = [part for part in parts if re.fullmatch('[a-z0-9_]+', part) and part != 'str']
-  param = '.'.join(location) or None
+  parts = [str(part) for part in first['loc']]
+  # The name of an unknown field is the client's, so it may look like a form's.
+  known = parts[:-1] if first['type'] == 'extra_forbidden' else parts
+  location = [part for part in known if re.fullmatch('[a-z0-9_]+', part) and part != 'str']
+  location += parts[len(known) :]
+  param = '.'.join(location)[:200] or None  # a hostile body may have a name of megabytes
   if first['type'] == 'json_invalid':
     return ApiError(f'the body is not JSON: {first["msg"].removeprefix("Invalid JSON: ")}.')
   if first['type'] == 'extra_forbidden':
-    guess = did_you_mean(location[0], fields) if len(location) == 1 else ''
+    guess = did_you_mean(param, fields) if len(location) == 1 else ''
     message = f'{param} is no field of this request.{guess}'
     return ApiError(message, param=param, code='unknown_parameter')
   if first['type'] == 'missing':

@@ -2,26 +2,27 @@
 
 import hmac
 import importlib.resources
+import re
 from collections.abc import Sequence
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from research.core.errors import UserError
 from research.serving import api_errors
-from research.serving.api_errors import ApiError
+from research.serving.api_errors import ApiError, client_gone
 from research.serving.endpoint import Endpoint
 from research.serving.metrics import Metrics
 from research.serving.model_thread import ModelThread
 from research.serving.served_model import ServedModel
 
 LOOPBACK = ('127.0.0.1', 'localhost', '::1')
+LOOPBACK_HOSTS = ('127.0.0.1', 'localhost', '[::1]')  # the same, as they stand in the header Host
 # These need no key, because they say nothing about the model.
 OPEN_PATHS = ('/', '/health')
 PATHS = {
@@ -66,10 +67,7 @@ def make_app(
     Route('/v1/completions', endpoint.complete, methods=['POST']),
     Route('/v1/embeddings', endpoint.embed, methods=['POST']),
   ]
-  guards = [Middleware(Guard, metrics=thread.metrics, key=key)]
-  if only_loopback:
-    names = [*LOOPBACK, '[::1]']
-    guards.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=names, www_redirect=False))
+  guards = [Middleware(Guard, metrics=thread.metrics, key=key, only_loopback=only_loopback)]
   if origins:
     # The outermost, because a browser asks for permission (OPTIONS) without the key.
     cors = Middleware(
@@ -81,6 +79,7 @@ def make_app(
     ApiError: _on_api_error,
     UserError: _on_user_error,
     HTTPException: _on_http_error,
+    ClientDisconnect: _on_hang_up,
     TimeoutError: _on_timeout,
     Exception: _on_unexpected,
   }
@@ -88,18 +87,20 @@ def make_app(
 
 
 class Guard:
-  """Middleware that checks the key and counts responses by path and status.
+  """Middleware that checks the name and the key of requests, and counts responses by path and status.
 
   Args:
     app: the application behind it.
     metrics: the server's metrics.
     key: the API key; None for none.
+    only_loopback: whether requests must name this machine by one of its own names.
   """
 
-  def __init__(self, app, metrics: Metrics, key: str | None):
+  def __init__(self, app, metrics: Metrics, key: str | None, only_loopback: bool):
     self.app = app
     self.metrics = metrics
     self.key = key
+    self.only_loopback = only_loopback
 
   async def __call__(self, scope, receive, send) -> None:
     if scope['type'] != 'http':
@@ -113,20 +114,30 @@ class Guard:
         self.metrics.requests.labels(path, message['status']).inc()
       await send(message)
 
-    if self.key and scope['path'] not in OPEN_PATHS and not self._has_key(scope):
-      error = ApiError(
-        'the API key is missing or wrong: send it as Authorization: Bearer KEY.',
-        status=401, kind='authentication_error', code='invalid_api_key',
-        headers={'WWW-Authenticate': 'Bearer'},
-      )  # fmt: skip
-      await _response(error)(scope, receive, counted)
-      return
-    await self.app(scope, receive, counted)
+    error = self._refusal(Request(scope))
+    app = _response(error) if error else self.app
+    await app(scope, receive, counted)
 
-  def _has_key(self, scope) -> bool:
-    header = Request(scope).headers.get('authorization', '')
+  def _refusal(self, request: Request) -> ApiError | None:
+    """Returns why a request is refused; None if it is not."""
+    name = re.sub(r':[0-9]*$', '', request.headers.get('host', '')).lower()
+    if self.only_loopback and name not in LOOPBACK_HOSTS:
+      return ApiError(
+        f'without a key this server answers only requests to {", ".join(LOOPBACK)}, and not to {name[:80]!r}: '
+        'use one of these names, or start the server with a key in ISOFLOP_API_KEY.',
+        code='wrong_host',
+      )
+    if not self.key or request.scope['path'] in OPEN_PATHS:
+      return None
+    header = request.headers.get('authorization', '')
     # The time of a comparison by == would tell how much of a key is right.
-    return hmac.compare_digest(header.encode(), f'Bearer {self.key}'.encode())
+    if hmac.compare_digest(header.encode(), f'Bearer {self.key}'.encode()):
+      return None
+    return ApiError(
+      'the API key is missing or wrong: send it as Authorization: Bearer KEY.',
+      status=401, kind='authentication_error', code='invalid_api_key',
+      headers={'WWW-Authenticate': 'Bearer'},
+    )  # fmt: skip
 
 
 def _response(error: ApiError) -> JSONResponse:
@@ -144,8 +155,13 @@ async def _on_user_error(request: Request, error: UserError) -> JSONResponse:
 
 async def _on_http_error(request: Request, error: HTTPException) -> JSONResponse:
   """Answers a path or a method that does not exist."""
-  message = f'there is no {request.method} {request.url.path} here: {error.detail}.'
+  message = f'there is no {request.method} {request.url.path[:200]} here: {error.detail}.'
   return _response(ApiError(message, status=error.status_code, headers=dict(error.headers or {})))
+
+
+async def _on_hang_up(request: Request, error: ClientDisconnect) -> JSONResponse:
+  """Ends a request whose client left before its body was complete. Nobody reads this."""
+  return _response(client_gone())
 
 
 async def _on_timeout(request: Request, error: TimeoutError) -> JSONResponse:

@@ -6,9 +6,40 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field
 
-Token = Annotated[int, Field(ge=0)]
-Tokens = Annotated[list[Token], Field(min_length=1)]
+# A list ends its check at the first fault. A body of millions of faults would cost gigabytes otherwise.
+Token = Annotated[int, Field(ge=0, lt=2**31)]
+Tokens = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
 Text = Annotated[str, Field(min_length=1)]
+MOST_TEXTS = 2048  # of a body; OpenAI's bound on `input`
+
+
+def _form(value: Any) -> str:
+  """Returns the form that a client means by a value, so that an error is about that form alone."""
+  if isinstance(value, str):
+    return 'Text'
+  first = value[0] if isinstance(value, list) and value else None
+  return 'Tokens' if isinstance(first, int) else 'Texts'
+
+
+def _form_of_one(value: Any) -> str:
+  return 'Text' if isinstance(value, str) else 'Tokens'
+
+
+OneText = Annotated[
+  Annotated[Text, pydantic.Tag('Text')] | Annotated[Tokens, pydantic.Tag('Tokens')],
+  pydantic.Discriminator(_form_of_one),
+]
+Texts = Annotated[list[OneText], Field(min_length=1, max_length=MOST_TEXTS, fail_fast=True)]
+# One text or several, each as text or as tokens.
+OneOrMore = Annotated[
+  Annotated[Text, pydantic.Tag('Text')]
+  | Annotated[Tokens, pydantic.Tag('Tokens')]
+  | Annotated[Texts, pydantic.Tag('Texts')],
+  pydantic.Discriminator(_form),
+]
+Count = Annotated[int, Field(ge=1, lt=2**31)]  # a number of tokens
+# A stop string that is longer than an answer can never end it, and costs time at every token.
+Stop = Annotated[str, Field(min_length=1, max_length=1024)]
 
 # The engine computes in float32. A mass that is 0 there would keep no token at all.
 LEAST_MASS = 1e-6
@@ -18,6 +49,15 @@ class Body(pydantic.BaseModel):
   """A part of a body. Types are strict: '5' is not a number, and 1 is not a bool."""
 
   model_config = pydantic.ConfigDict(extra='forbid', strict=True, allow_inf_nan=False)
+
+
+def _without_nul(text: str) -> str:
+  if '\0' in text:  # `conversations.EOS`, which would end the turn
+    raise ValueError('the text has a NUL character')
+  return text
+
+
+TurnText = Annotated[str, pydantic.AfterValidator(_without_nul)]
 
 
 class StreamOptions(Body):
@@ -51,7 +91,7 @@ class Generate(Request):
   stream: bool | None = None
   stream_options: StreamOptions | None = None
   n: Annotated[int, Field(ge=1, le=128)] | None = None
-  stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
+  stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
   seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
   temperature: Annotated[float, Field(ge=0, le=2)] | None = None
   top_p: Annotated[float, Field(ge=LEAST_MASS, le=1)] | None = None
@@ -81,8 +121,8 @@ class Generate(Request):
 class Completion(Generate):
   """POST /v1/completions"""
 
-  prompt: Text | Tokens | Annotated[list[Text | Tokens], Field(min_length=1)]
-  max_tokens: Annotated[int, Field(ge=0)] | None = None
+  prompt: OneOrMore
+  max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
   echo: bool | None = None
   logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
   best_of: int | None = None
@@ -96,6 +136,9 @@ class Completion(Generate):
       raise ValueError('max_tokens of 0 goes with echo: true')
     if self.echo and self.stream:
       raise ValueError('echo does not go with stream')
+    several = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
+    if several and len(self.prompt) * (self.n or 1) > MOST_TEXTS:
+      raise ValueError(f'a request gives at most {MOST_TEXTS:,} answers')
     return self
 
 
@@ -103,26 +146,26 @@ class TextPart(Body):
   """A part of a turn's content. Text is the only kind: these models read no pictures."""
 
   type: Literal['text']
-  text: str
+  text: TurnText
 
 
 class CalledFunction(Body):
   """The function of a call, with its arguments as JSON text."""
 
-  name: str
-  arguments: str
+  name: TurnText
+  arguments: TurnText
 
 
 class ToolCall(Body):
   """A call in a turn of the assistant. Some clients send the `index` of the stream back."""
 
-  id: str
+  id: TurnText
   type: Literal['function'] = 'function'
   function: CalledFunction
   index: int | None = None
 
 
-Content = str | list[TextPart]
+Content = TurnText | Annotated[list[TextPart], Field(fail_fast=True)]
 
 
 class Message(Body):
@@ -130,9 +173,9 @@ class Message(Body):
 
   role: Literal['system', 'developer', 'user', 'assistant', 'tool']
   content: Content | None = None
-  name: str | None = None
-  tool_calls: list[ToolCall] | None = None
-  tool_call_id: str | None = None
+  name: TurnText | None = None
+  tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
+  tool_call_id: TurnText | None = None
   refusal: None = None
   audio: None = None
   function_call: None = None
@@ -159,7 +202,7 @@ class Function(Body):
   """The description of a function. `parameters` is a JSON schema; None is a function without parameters."""
 
   name: Annotated[str, Field(pattern=r'^[a-zA-Z0-9_-]{1,64}$')]
-  description: str | None = None
+  description: TurnText | None = None
   parameters: dict[str, Any] | None = None
   strict: bool | None = None
 
@@ -210,9 +253,9 @@ class SchemaFormat(Body):
 class Chat(Generate):
   """POST /v1/chat/completions"""
 
-  messages: Annotated[list[Message], Field(min_length=1)]
-  max_tokens: Annotated[int, Field(ge=1)] | None = None
-  max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+  messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+  max_tokens: Count | None = None
+  max_completion_tokens: Count | None = None
   logprobs: bool | None = None
   top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
   tools: Annotated[list[Tool], Field(max_length=128)] | None = None
@@ -246,6 +289,6 @@ class Chat(Generate):
 class Embed(Request):
   """POST /v1/embeddings"""
 
-  input: Text | Tokens | Annotated[list[Text | Tokens], Field(min_length=1, max_length=2048)]
+  input: OneOrMore
   encoding_format: Literal['float', 'base64'] | None = None
-  dimensions: Annotated[int, Field(ge=1)] | None = None
+  dimensions: Count | None = None

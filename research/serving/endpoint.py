@@ -6,20 +6,16 @@ import time
 from collections.abc import AsyncIterator
 
 import numpy as np
-import pydantic
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from research.serving import answers, api_errors, bodies, engine_requests, openapi
 from research.serving.api_errors import ApiError
+from research.serving.body_reader import read_body
 from research.serving.engine_requests import EngineRequests
 from research.serving.model_thread import Job, ModelThread
 from research.serving.served_model import ServedModel
 from research.serving.streams import EventStream, event_text, unless_gone
-
-# Many clients read no response before they have sent the whole body. So a body that is too large is read to its
-# end and dropped, up to this many bytes.
-MOST_DROPPED = 2**28
 
 
 class Endpoint:
@@ -64,13 +60,7 @@ class Endpoint:
     """POST /v1/embeddings"""
     body = await self._body(request, bodies.Embed)
     texts = await asyncio.to_thread(engine_requests.of_embedding, body, self.model)
-    vectors = []
-    async with asyncio.timeout(self.timeout):
-      for tokens in texts:
-        vectors.append(await self.thread.call(self.model.embed, tokens))
-    if body.dimensions not in (None, len(vectors[0])):
-      why = f'this model has {len(vectors[0])} dimensions; leave them out.'
-      raise ApiError(f'dimensions: {why}', param='dimensions')
+    vectors = await unless_gone(request, self._vectors(texts, body.dimensions))
     if not np.all(np.isfinite(vectors)):
       raise api_errors.server_error(
         'the features are not numbers (NaN or infinite): check the checkpoint.'
@@ -84,6 +74,21 @@ class Endpoint:
     ]
     usage = {'prompt_tokens': total, 'total_tokens': total}
     return JSONResponse({'object': 'list', 'data': data, 'model': self.model.name, 'usage': usage})
+
+  async def _vectors(self, texts: list[list[int]], dimensions: int | None) -> list[np.ndarray]:
+    """Returns the embeddings of texts.
+
+    Raises:
+      ApiError: the model has other dimensions than those that the client wants (None for any).
+    """
+    vectors = []
+    async with asyncio.timeout(self.timeout):
+      for tokens in texts:
+        vectors.append(await self.thread.call(self.model.embed, tokens))
+        if dimensions not in (None, len(vectors[0])):
+          why = f'this model has {len(vectors[0])} dimensions; leave them out.'
+          raise ApiError(f'dimensions: {why}', param='dimensions')
+    return vectors
 
   async def list_models(self, request: Request) -> Response:
     """GET /v1/models"""
@@ -128,42 +133,15 @@ class Endpoint:
   def _check_name(self, name: str) -> None:
     if name != self.model.name:
       raise ApiError(
-        f'there is no model {name!r} here: ask for {self.model.name!r}.',
+        f'there is no model {name[:80]!r} here: ask for {self.model.name!r}.',
         status=404, param='model', code='model_not_found',
       )  # fmt: skip
 
   async def _body(self, request: Request, kind: type[bodies.Request]):
-    """Returns the checked body of a request.
-
-    Raises:
-      ApiError: the body is not valid, or it names another model.
-    """
-    content_type = request.headers.get('content-type', '').partition(';')[0].strip().lower()
-    # A web page can send other types to this machine without asking the browser (CORS), but not JSON.
-    if content_type != 'application/json':
-      raise ApiError('Content-Type must be application/json.', status=415)
-    data = await self._read(request)
-    try:
-      body = kind.model_validate_json(data)
-    except pydantic.ValidationError as error:
-      fields = [field.alias or name for name, field in kind.model_fields.items()]
-      raise api_errors.of_validation(error, fields) from None
+    """Returns the checked body of a request (`read_body`), which names this model."""
+    body = await read_body(request, kind, self.largest, self.timeout)
     self._check_name(body.model)
     return body
-
-  async def _read(self, request: Request) -> bytes:
-    data = bytearray()
-    length = 0
-    async for part in request.stream():
-      length += len(part)
-      if length <= self.largest:
-        data += part
-      elif length > MOST_DROPPED:
-        break
-    if length > self.largest:
-      message = f'the body is larger than {self.largest:,} bytes, the most that this server reads.'
-      raise ApiError(message, status=413, code='body_too_large')
-    return bytes(data)
 
   async def _spelling(self, requests: EngineRequests) -> answers.Spelling | None:
     """Returns what writes log-probabilities; None if the client wants none."""
@@ -187,7 +165,7 @@ class Endpoint:
     self.thread.metrics.prompt_tokens.inc(requests.prompt_tokens)
     if body.stream:
       return EventStream(job, self._events(job, body, requests, answer))
-    whole = await unless_gone(request, job, self._whole(job, requests, answer))
+    whole = await unless_gone(request, self._whole(job, requests, answer), job)
     return JSONResponse(whole)
 
   async def _whole(self, job: Job, requests: EngineRequests, answer, echoes=None) -> dict:
@@ -238,7 +216,7 @@ class Endpoint:
 
   async def _echo(self, request: Request, body, requests: EngineRequests, answer) -> Response:
     """Returns completions that begin with their prompts, and the log-probabilities of the prompts' tokens."""
-    scores = await self._scores_of_prompts(requests)
+    scores = await unless_gone(request, self._scores_of_prompts(requests))
     echoes = []
     for number, engine_request in enumerate(requests.requests):
       text = self.model.vocabulary.decode(engine_request.prompt)
@@ -249,7 +227,7 @@ class Endpoint:
       return JSONResponse(self._envelope_of(answer, echoes, answers.Usage(requests.prompt_tokens)))
     job = self.thread.submit(requests.requests)
     whole = self._whole(job, requests, answer, echoes)
-    return JSONResponse(await unless_gone(request, job, whole))
+    return JSONResponse(await unless_gone(request, whole, job))
 
   async def _scores_of_prompts(self, requests: EngineRequests) -> list:
     """Returns the scores of each request's prompt; None for each if the client wants none."""

@@ -89,6 +89,16 @@ def of_chat(body: bodies.Chat, model: ServedModel) -> EngineRequests:
   _check_generates(model)
   if model.render is None:
     raise ApiError(model.cannot_chat, code='no_chat_template')
+  # Every turn has a token at least, and a template takes long for a million turns.
+  if len(body.messages) > model.room:
+    why = (
+      f'{len(body.messages):,} turns are more than the {model.room} tokens that this model takes'
+    )
+    raise ApiError(
+      f'messages: {why}; leave out the first ones.',
+      param='messages',
+      code='context_length_exceeded',
+    )
   offered = _offered_tools(body)
   prompt = model.vocabulary.of_conversation(_parts(body, offered, model))
   room = model.room - len(prompt)
@@ -103,9 +113,9 @@ def of_chat(body: bodies.Chat, model: ServedModel) -> EngineRequests:
   requests = _samples(request, answers)
   if rules:
     # A mask keeps the state of its answer, so each request has its own.
+    masks = grammar.masks(rules, model.vocabulary, model.size, answers)
     requests = [
-      dataclasses.replace(request, mask=grammar.Mask(rules, model.vocabulary, model.size))
-      for request in requests
+      dataclasses.replace(request, mask=mask) for request, mask in zip(requests, masks, strict=True)
     ]
   names = tuple(tool.function.name for tool in offered)
   return EngineRequests(requests, answers, top, names)

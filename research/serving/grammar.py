@@ -14,6 +14,8 @@ from research.serving.vocabulary import Vocabulary
 # The marks around a call, as Hermes and Qwen write them.
 BEGIN = '<tool_call>'
 END = '</tool_call>'
+# A step takes longer the more alternatives a schema has: at this size at most half a second.
+LONGEST_SCHEMA = 100_000  # characters
 # With free white space a model could write spaces for ever.
 COMPACT = {'whitespace_flexible': False, 'item_separator': ', ', 'key_separator': ': '}
 
@@ -22,14 +24,14 @@ class Mask:
   """Says which tokens may come next (`inference.request.Mask`). It keeps state, so each request has its own.
 
   Args:
-    grammar: in llguidance's language.
-    vocabulary: the model's.
+    matcher: of the grammar; no other mask may use it.
+    ends: the ids that end a text.
     size: how many logits the model has.
   """
 
-  def __init__(self, grammar: str, vocabulary: Vocabulary, size: int):
-    self.matcher = llguidance.LLMatcher(vocabulary.matcher_tokenizer, grammar)
-    self.ends = list(vocabulary.ends)
+  def __init__(self, matcher: llguidance.LLMatcher, ends: Sequence[int], size: int):
+    self.matcher = matcher
+    self.ends = list(ends)
     self.size = size
     self.consumed = 0  # how many tokens the matcher has seen
 
@@ -39,6 +41,11 @@ class Mask:
       return self._allowed(tokens)
     except Exception:  # this answer ends with an error, and the engine continues with the others
       return np.zeros(self.size, bool)
+
+  @property
+  def error(self) -> str:
+    """Why no token is allowed, if the library could not go on; otherwise ''."""
+    return first_line(self.matcher.get_error(), '')
 
   def _allowed(self, tokens: Sequence[int]) -> np.ndarray:
     self.matcher.consume_tokens(list(tokens[self.consumed :]))
@@ -52,6 +59,30 @@ class Mask:
     # and the engine reports that.
     allowed[self.ends] = self.matcher.is_accepting() and not self.matcher.is_error()
     return allowed
+
+
+def masks(grammar: str, vocabulary: Vocabulary, size: int, count: int) -> list[Mask]:
+  """Returns the masks of `count` answers.
+
+  Args:
+    grammar: in llguidance's language.
+    vocabulary: the model's.
+    size: how many logits the model has.
+    count: how many answers follow the grammar.
+
+  Raises:
+    ApiError: no token can begin such an answer.
+  """
+  matcher = llguidance.LLMatcher(vocabulary.matcher_tokenizer, grammar)
+  # The first step of a large grammar takes long. Here it holds up no other answer, and the copies share it.
+  first = Mask(matcher.deep_copy(), vocabulary.ends, size)
+  if not first(()).any():
+    why = first.error or 'the tokenizer lacks its characters'
+    raise ApiError(
+      f'no token can begin an answer of this schema ({why}): use a smaller or simpler one.',
+      code='no_token_allowed',
+    )
+  return [Mask(matcher.deep_copy(), vocabulary.ends, size) for _ in range(count)]
 
 
 def check(grammar: str, param: str) -> str:
@@ -68,11 +99,11 @@ def check(grammar: str, param: str) -> str:
 
 def of_schema(schema: dict, param: str) -> str:
   """Returns the grammar of JSON that fits a schema, which is the field `param` of the request."""
-  return check(_json_grammar(schema), param)
-
-
-def _json_grammar(schema: dict) -> str:
-  return llguidance.LLMatcher.grammar_from_json_schema(_dumps(schema), defaults=COMPACT)
+  text = _dumps(schema)
+  if len(text) > LONGEST_SCHEMA:
+    why = f'{len(text):,} characters are more than the {LONGEST_SCHEMA:,} that a schema may have.'
+    raise ApiError(f'{param}: {why}', param=param, code='invalid_schema')
+  return check(llguidance.LLMatcher.grammar_from_json_schema(text, defaults=COMPACT), param)
 
 
 def of_calls(tools: Sequence[Tool], *, forced: bool, parallel: bool) -> str:
@@ -83,10 +114,13 @@ def of_calls(tools: Sequence[Tool], *, forced: bool, parallel: bool) -> str:
     forced: whether the answer is calls alone; otherwise it is text that may contain calls.
     parallel: whether there may be more than one call.
   """
-  rules = [_call_rule(number, tool) for number, tool in enumerate(tools)]
-  for number, tool in enumerate(tools):
-    # Each schema is also checked alone, so that an error names its tool.
-    check(_json_grammar(_parameters(tool)), f'tools.{number}.function.parameters')
+  schemas = [
+    _parameters(tool, f'tools.{number}.function.parameters') for number, tool in enumerate(tools)
+  ]
+  rules = [
+    _call_rule(number, tool, schema)
+    for number, (tool, schema) in enumerate(zip(tools, schemas, strict=True))
+  ]
   any_call = ' | '.join(f'call_{number}' for number in range(len(tools)))
   if forced:
     start = ['start: call more*' if parallel else 'start: call', f'call: "{BEGIN}" rest_of_call']
@@ -104,18 +138,28 @@ def of_calls(tools: Sequence[Tool], *, forced: bool, parallel: bool) -> str:
   return check('\n'.join(['%llguidance {}', *start, rest, *rules]), 'tools')
 
 
-def _call_rule(number: int, tool: Tool) -> str:
+def _call_rule(number: int, tool: Tool, schema: dict) -> str:
   # The schema is a document of its own here, so that its references from the root stay valid.
   beginning = _dumps(f'{{"name": "{tool.function.name}", "arguments": ')
-  schema = _dumps({**_parameters(tool), 'x-guidance': COMPACT})
-  return f'call_{number}: {beginning} %json {schema} "}}"'
+  return f'call_{number}: {beginning} %json {_dumps({**schema, "x-guidance": COMPACT})} "}}"'
 
 
-def _parameters(tool: Tool) -> dict:
-  """Returns the schema of a tool's arguments. A function without a schema takes none."""
+def _parameters(tool: Tool, param: str) -> dict:
+  """Returns the schema of a tool's arguments. A function without a schema takes none.
+
+  Raises:
+    ApiError: it is no schema of an object; the error names the field `param`.
+  """
   if tool.function.parameters is None:
     return {'type': 'object', 'properties': {}, 'additionalProperties': False}
-  return {'type': 'object', **tool.function.parameters}
+  kind = tool.function.parameters.get('type', 'object')
+  if kind != 'object' and not (isinstance(kind, list) and 'object' in kind):
+    why = "the arguments of a call are an object, so its type must be 'object'."
+    raise ApiError(f'{param}: {why}', param=param, code='invalid_schema')
+  schema = {**tool.function.parameters, 'type': 'object'}
+  # Each schema is also checked alone, so that an error names its tool.
+  of_schema(schema, param)
+  return schema
 
 
 def _dumps(value) -> str:

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Coroutine
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
-from research.serving.api_errors import ApiError
+from research.serving.api_errors import client_gone
 from research.serving.model_thread import Job
 
 # A proxy in front (nginx) must not hold events back.
@@ -16,7 +16,8 @@ HEADERS = {'Cache-Control': 'no-cache', 'X-Accel-Buffering': 'no'}
 
 def event_text(value: dict) -> str:
   """Returns a server-sent event with a value as JSON."""
-  return f'data: {json.dumps(value, ensure_ascii=False)}\n\n'
+  # In ASCII, because some clients take U+2028 for the end of a line.
+  return f'data: {json.dumps(value)}\n\n'
 
 
 class EventStream(StreamingResponse):
@@ -38,8 +39,13 @@ class EventStream(StreamingResponse):
       self.job.cancel()
 
 
-async def unless_gone(request: Request, job: Job, answer: Coroutine) -> dict:
-  """Returns the result of the coroutine `answer`, and cancels the job if the client hangs up before.
+async def unless_gone(request: Request, answer: Coroutine, job: Job | None = None):
+  """Returns the result of the coroutine `answer`. If the client hangs up before, it cancels that and the job.
+
+  Args:
+    request: whose body was read.
+    answer: what computes the answer.
+    job: what it waits for, if the engine works for it.
 
   Raises:
     ApiError: the client has hung up. Nobody reads it, but the metrics count its status.
@@ -49,12 +55,13 @@ async def unless_gone(request: Request, job: Job, answer: Coroutine) -> dict:
   try:
     await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
     if not work.done():
-      raise ApiError('the client is gone.', status=499)
+      raise client_gone()
     return work.result()
   finally:
     work.cancel()
     gone.cancel()
-    job.cancel()
+    if job:
+      job.cancel()
 
 
 async def _hung_up(request: Request) -> None:

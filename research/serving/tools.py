@@ -114,11 +114,18 @@ def _call_text(call: ToolCall) -> str:
 
 
 def _arguments(call: ToolCall) -> dict | str:
-  """Returns the arguments of a call that a client sent back. Text that is not JSON stays text."""
+  """Returns the arguments of a call that a client sent back. Text that is no JSON object stays text."""
+  value = _json_object(call.function.arguments)
+  return call.function.arguments if value is None else value
+
+
+def _json_object(text: str) -> dict | None:
+  """Returns the JSON object that a text is; None if it is none, or is nested too deeply to be read."""
   try:
-    return json.loads(call.function.arguments)
-  except ValueError:
-    return call.function.arguments
+    value = json.loads(text)
+  except (ValueError, RecursionError):
+    return None
+  return value if isinstance(value, dict) else None
 
 
 class CallReader:
@@ -205,15 +212,13 @@ class CallReader:
     return self._at_start and self._held.lstrip().startswith('{')
 
   def _parse(self, text: str) -> Call | None:
-    try:
-      value = json.loads(text)
-    except ValueError:
-      return None
-    if not isinstance(value, dict) or value.get('name') not in self.names:
+    value = _json_object(text)
+    name = value.get('name') if value else None
+    if not isinstance(name, str) or name not in self.names:
       return None
     # Llama 3.1 calls the arguments parameters.
     arguments = value.get('arguments', value.get('parameters', {}))
-    return Call(value['name'], json.dumps(arguments)) if isinstance(arguments, dict) else None
+    return Call(name, json.dumps(arguments)) if isinstance(arguments, dict) else None
 
 
 def _overlap(text: str, mark: str) -> int:

@@ -141,17 +141,52 @@ def _of_bytes(encoding: ByteEncoding) -> tuple[list[bytes], list[int]]:
 
 
 def _of_json(text: str) -> tuple[list[bytes], list[int]]:
-  """Returns the bytes and the special ids of a tokenizer.json. llguidance undoes its byte encodings."""
+  """Returns the bytes and the special ids of a tokenizer.json.
+
+  Raises:
+    UserError: its tokens have no bytes of their own.
+  """
   try:
     tokenizer = llguidance.LLTokenizer(text)
-  except ValueError as error:
-    raise UserError(
-      f'the bytes of the tokens of this tokenizer.json are not known ({error}); logprobs, tools and '
-      'response_format need them.'
-    ) from error
+  except ValueError:  # llguidance undoes only byte encodings
+    return _by_decoder(text)
   ids = range(tokenizer.vocab_size)
   tokens = [bytes(tokenizer.decode_bytes([i])) for i in ids]
   return tokens, [i for i in ids if tokenizer.is_special_token(i)]
+
+
+def _by_decoder(text: str) -> tuple[list[bytes], list[int]]:
+  """Returns the same as `_of_json` for tokenizers of words or pieces: what each token adds to a text before it.
+
+  So the first token of a text may have a space in front that the text has not, as SentencePiece's.
+  """
+  import tokenizers
+
+  tokenizer = tokenizers.Tokenizer.from_str(text)
+  added = tokenizer.get_added_tokens_decoder()
+  special = sorted(i for i, token in added.items() if token.special)
+  tokens = [b''] * (1 + max(tokenizer.get_vocab(with_added_tokens=True).values()))
+  for i in special:
+    tokens[i] = added[i].content.encode()
+  plain = sorted(set(tokenizer.get_vocab(with_added_tokens=True).values()) - set(special))
+
+  def decode(rows: list[list[int]]) -> list[str]:
+    return tokenizer.decode_batch(rows, skip_special_tokens=False)
+
+  before, after = plain[-1], plain[-2]
+  start, end = decode([[before], [before, after]])
+  end = end.removeprefix(start)
+  wholes = decode([[before, i, after] for i in plain])
+  for i, longer, whole in zip(plain, decode([[before, i] for i in plain]), wholes, strict=True):
+    added_text = longer.removeprefix(start)
+    # A token that changes with those around it, or is a part of a character, has no bytes of its own.
+    if whole != start + added_text + end or '\ufffd' in added_text:
+      raise UserError(
+        f'the token {tokenizer.id_to_token(i)!r} of this tokenizer.json has no bytes of its own; logprobs, '
+        'tools and response_format need them.'
+      )
+    tokens[i] = added_text.encode()
+  return tokens, special
 
 
 def _of_sentencepiece(model) -> tuple[list[bytes], list[int]]:

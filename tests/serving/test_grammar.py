@@ -1,13 +1,16 @@
 """Which tokens a grammar allows, for tokenizers of each kind."""
 
 import pytest
+import tokenizers
 
+from research.core.errors import UserError
 from research.data import encoding, vocabularies
 
 pytest.importorskip('llguidance')
 
 from research.evaluation.folder_encoding import FolderEncoding
 from research.serving import grammar
+from research.serving import vocabulary as vocabulary_room
 from research.serving.bodies import Tool
 from research.serving.vocabulary import Vocabulary
 
@@ -30,7 +33,7 @@ def vocabulary(request, llama):
 def allows(rules: str, vocabulary: Vocabulary, text: str) -> bool:
   """Whether the grammar lets a text be said, a token at a time, and end there."""
   size = vocabulary.encoding.size + 5  # a model may have logits that no token has
-  mask, said = grammar.Mask(rules, vocabulary, size), []
+  (mask,), said = grammar.masks(rules, vocabulary, size, 1), []
   for token in vocabulary.encoding.encode(text):
     allowed = mask(said)
     assert allowed.shape == (size,)
@@ -90,6 +93,53 @@ def test_a_sentencepiece_model_spells_its_pieces(tmp_path):
   rules = grammar.of_schema(SCHEMA, 'x')
   assert allows(rules, vocabulary, '{"a": 1}')
   assert not allows(rules, vocabulary, '{"a": x}')
+
+
+def tokenizer_of(model, decoder, special=()):
+  tokenizer = tokenizers.Tokenizer(model)
+  if decoder:
+    tokenizer.decoder = decoder
+  tokenizer.add_special_tokens(list(special))
+  return tokenizer
+
+
+WORDS = tokenizers.models.WordLevel({f'w{i}': i for i in range(6)}, unk_token='w0')
+PIECES = tokenizers.models.WordPiece(
+  {'[UNK]': 0, 'cat': 1, '##s': 2, 'a': 3, '.': 4}, unk_token='[UNK]'
+)
+UNIGRAM = tokenizers.models.Unigram(
+  [('<pad>', 0), ('</s>', 0), ('<unk>', 0), ('\u2581cat', -1), ('s', -2), ('\u2581', -3)], unk_id=2
+)
+OTHERS = {
+  'words': (tokenizer_of(WORDS, None), [3, 5, 0], b' w3 w5 w0'),
+  'word pieces': (
+    tokenizer_of(PIECES, tokenizers.decoders.WordPiece(), ['[UNK]']),
+    [3, 1, 2, 4],
+    b' a cats.',
+  ),
+  "T5's": (
+    tokenizer_of(UNIGRAM, tokenizers.decoders.Metaspace(), ['<pad>', '</s>', '<unk>']),
+    [3, 4, 3],
+    b' cats cat',
+  ),
+}
+
+
+@pytest.mark.parametrize('kind', OTHERS)
+def test_tokens_without_bytes_of_their_own_are_what_they_add_to_a_text(kind):
+  tokenizer, ids, text = OTHERS[kind]
+  tokens, special = vocabulary_room._of_json(tokenizer.to_str())
+  assert b''.join(tokens[i] for i in ids) == text
+  # In the middle of a text they are what the tokenizer decodes.
+  assert tokenizer.decode(ids * 2) == (text * 2).decode().lstrip()
+  assert [tokens[i].decode() for i in special] == [tokenizer.id_to_token(i) for i in special]
+
+
+def test_tokens_that_depend_on_their_neighbours_have_no_bytes():
+  model = tokenizers.models.BPE({'a': 0, 'b</w>': 1, 'ab</w>': 2, 'c': 3, 'd': 4}, [])
+  tokenizer = tokenizer_of(model, tokenizers.decoders.BPEDecoder())
+  with pytest.raises(UserError, match='has no bytes of its own; logprobs'):
+    vocabulary_room._of_json(tokenizer.to_str())
 
 
 def test_a_conversation_of_a_run_is_split_turn_by_turn(llama):

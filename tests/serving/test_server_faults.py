@@ -216,6 +216,7 @@ def test_sigterm_under_load_loses_no_answer(llama, user_environment):
     env={**user_environment, 'PYTHONPATH': str(tiny.ROOT)},
   )  # fmt: skip
   try:
+    assert process.stdout.readline().startswith(f'opening {llama};')
     url = re.search(r'http://\S+', process.stdout.readline())[0]
     assert ask(url, {**CHAT, 'model': 'llama'}).status_code == 200
     answers, asked = [], {**CHAT, 'model': 'llama', 'max_tokens': 300, 'temperature': 0}
