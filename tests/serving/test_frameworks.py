@@ -1,6 +1,9 @@
 """The frameworks that people build with speak to the endpoint: a chat, a stream, a tool call, an embedding.
 
-They are the group `clients`: uv run --group clients pytest -n 0 -m slow tests/serving/test_frameworks.py
+Each is a group of its own, and `clients` is all of them; a framework that is not installed is skipped:
+
+    uv run --group langchain pytest -n 0 -m slow tests/serving/test_frameworks.py
+    uv run --group clients pytest -n 0 -m slow tests/serving/test_frameworks.py
 """
 
 import asyncio
