@@ -242,7 +242,7 @@ def test_clients_that_come_and_go_leave_nothing_behind(tmp_path):
       thread.start()
     for thread in threads:
       thread.join()
-    assert set(statuses) == {0, 200, 429}
+    assert {0, 200} <= set(statuses) <= {0, 200, 429}
     assert ends(served.generator.engine)
     assert measured(url, 'open_requests') == 0
     assert ask(url, CHAT).status_code == 200
