@@ -55,9 +55,11 @@ class TextStream:
   def _unsure(self, text: str) -> int:
     """Returns how many of the last characters may still change, or may begin a stop string."""
     # Tokenizers decode the first tokens of a character of several tokens as U+FFFD.
-    half = len(text) - len(text.rstrip('\ufffd'))
+    whole = text.rstrip('\ufffd')
+    half = len(text) - len(whole)
     longest = max((len(stop) - 1 for stop in self.stop), default=0)
-    for length in range(min(longest, len(text)), 0, -1):
-      if any(stop.startswith(text[-length:]) for stop in self.stop):
-        return max(half, length)
+    for length in range(min(longest, len(whole)), 0, -1):
+      # The character that is not whole yet may be the stop string's next one.
+      if any(stop.startswith(whole[-length:]) for stop in self.stop):
+        return half + length
     return half

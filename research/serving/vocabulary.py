@@ -178,12 +178,14 @@ def _by_decoder(text: str) -> tuple[list[bytes], list[int]]:
   end = end.removeprefix(start)
   wholes = decode([[before, i, after] for i in plain])
   for i, longer, whole in zip(plain, decode([[before, i] for i in plain]), wholes, strict=True):
+    name = tokenizer.id_to_token(i)
     added_text = longer.removeprefix(start)
     # A token that changes with those around it, or is a part of a character, has no bytes of its own.
-    if whole != start + added_text + end or '\ufffd' in added_text:
+    is_part = '\ufffd' in added_text and '\ufffd' not in name
+    if is_part or whole != start + added_text + end:
       raise UserError(
-        f'the token {tokenizer.id_to_token(i)!r} of this tokenizer.json has no bytes of its own; logprobs, '
-        'tools and response_format need them.'
+        f'the token {name!r} of this tokenizer.json has no bytes of its own; logprobs, tools and '
+        'response_format need them.'
       )
     tokens[i] = added_text.encode()
   return tokens, special
