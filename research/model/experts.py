@@ -26,7 +26,11 @@ from research.model.parameters import normal
 from research.model.part import Factory
 from research.model.weights import Matrix, make_weight
 from research.parallel.axes import per_device, shard, spec
-from research.parallel.mesh import as_tuple
+from research.parallel.mesh import as_tuple, platform
+
+# Decoding on an accelerator multiplies so many tokens with all experts. Reading a matrix of bfloat16 takes as
+# long as multiplying it with 166 (TPU v5p) to 295 (H100) rows.
+FEW_TOKENS = 128
 
 
 class Experts(nnx.Module):
@@ -80,14 +84,15 @@ class Experts(nnx.Module):
       x: [batch, length, embed].
       weights: [batch, length, active].
       index: [batch, length, active], the chosen experts; the index `experts` chooses none.
-      dropless: ignores the capacity. Decoding has no whole sequence over which a capacity is defined.
+      dropless: for decoding. It ignores the capacity, because there is no whole sequence over which one is
+        defined; and few tokens may go through all experts (`all_experts`).
     """
     axes = ('expert', None, 'mlp')
     capacity = None if dropless else self.capacity
     inputs = [shard(w[...].astype(x.dtype), *axes) for w in self.inputs]
     output = shard(self.output[...].astype(x.dtype), 'expert', 'mlp', None)
     if jax.sharding.get_abstract_mesh().empty:
-      return self.compute(x, weights, index, inputs, output, capacity)
+      return self.compute(x, weights, index, inputs, output, capacity, decoding=dropless)
     # With a capacity a token's row depends on the tokens before it, so sequences stay whole.
     tokens = ('batch', 'length' if capacity is None else None, None)
     token_spec = spec(*tokens, shape=x.shape)
@@ -104,7 +109,7 @@ class Experts(nnx.Module):
     def local(x, weights, index, inputs, output):
       index = _among(index, output.shape[0], peers, copies)
       send = self.in_rounds if peers and capacity is None else self.compute
-      y = send(x, weights, index, inputs, output, capacity, peers)
+      y = send(x, weights, index, inputs, output, capacity, peers, decoding=dropless)
       return jax.lax.psum(y, split) if split else y
 
     x, weights, index = (shard(y, *tokens) for y in (x, weights, index))
@@ -112,8 +117,10 @@ class Experts(nnx.Module):
     mapped = per_device(local, in_specs=in_specs, out_specs=token_spec)
     return shard(mapped(x, weights, index, inputs, output), 'batch', 'sequence', None)
 
-  def compute(self, x, weights, index, inputs, output, capacity, peers=()):
+  def compute(self, x, weights, index, inputs, output, capacity, peers=(), decoding=False):
     """Returns the sum over the choices of experts on this device; with a capacity, of experts of all peers."""
+    if decoding and _few(x):
+      return self.all_experts(x, weights, index, inputs, output)
     experts = output.shape[0]
     n = _size(peers)
     if capacity is None:
@@ -132,7 +139,37 @@ class Experts(nnx.Module):
     y = permute(_exchange(y, experts, peers, back=True), row, source)
     return weigh(y, weights).reshape(x.shape)
 
-  def in_rounds(self, x, weights, index, inputs, output, capacity, peers):
+  def all_experts(self, x, weights, index, inputs, output):
+    """Returns the same sum as `compute` without a capacity; every expert on this device reads every token.
+
+    The kernels of grouped products need one layer's matrices as an array of their own. In decoding XLA would
+    copy them out of the stack of all layers, which takes longer than these products: they read the stack.
+    """
+    experts = output.shape[0]
+    tokens = x.reshape(1, -1, x.shape[-1])
+    tokens = jnp.broadcast_to(tokens, (experts, *tokens.shape[1:]))
+    hidden = (
+      f(jnp.einsum('xne,xem->xnm', tokens, w))
+      for f, w in zip(self.activations, inputs, strict=True)
+    )
+    y = jnp.einsum('xnm,xme->xne', functools.reduce(jnp.multiply, hidden), output)
+    # [tokens, choices, experts]: a choice of none, or of an expert elsewhere, is no expert's.
+    chosen = index.reshape(-1, index.shape[-1], 1) == jnp.arange(experts)
+    weights = weights.reshape(-1, weights.shape[-1], 1)
+    by_expert = jnp.sum(jnp.where(chosen, weights, 0.0), axis=1)
+    y = jnp.where(chosen.any(axis=1).T[..., None], y, 0.0)
+    return jnp.einsum('xne,nx->ne', y, by_expert.astype(y.dtype)).reshape(x.shape)
+
+  def all_tokens(self, x, weights, index, inputs, output, peers):
+    """Returns the same sum as `in_rounds`; every device's experts read the tokens of all peers."""
+    experts = output.shape[0]
+    x, weights, index = (jax.lax.all_gather(y, peers, tiled=True) for y in (x, weights, index))
+    index = index - jax.lax.axis_index(peers) * experts
+    index = jnp.where((index >= 0) & (index < experts), index, experts)
+    y = self.all_experts(x, weights, index, inputs, output)
+    return jax.lax.psum_scatter(y, peers, tiled=True)
+
+  def in_rounds(self, x, weights, index, inputs, output, capacity, peers, decoding=False):
     """Sends every choice to the peer that has its expert, and the result back. Drops no choice.
 
     Arrays must have the same size on all devices, so in a round each device sends `room` rows to each peer,
@@ -140,6 +177,8 @@ class Experts(nnx.Module):
     """
     experts = output.shape[0]
     n = _size(peers)
+    if decoding and _few(x, n):
+      return self.all_tokens(x, weights, index, inputs, output, peers)
     flat = index.reshape(-1)
     active = index.shape[-1]
     count = flat.size
@@ -163,7 +202,8 @@ class Experts(nnx.Module):
       rows = swap(permute(rows, source, row))
       expert = swap(expert)
       ones = jnp.ones((1, n * room, 1), weights.dtype)
-      y = self.compute(rows[None], ones, expert[None, :, None], inputs, output, None)
+      choice = expert[None, :, None]
+      y = self.compute(rows[None], ones, choice, inputs, output, None, decoding=decoding)
       return weigh(permute(swap(y[0]), row, source), weights)
 
     # All devices must do the same number of rounds, because a collective waits for every device.
@@ -228,6 +268,11 @@ def _among(index, experts: int, peers, copies):
     mine = (index // experts) % columns == jax.lax.axis_index(copies)
     index = jnp.where(mine, index // (experts * columns) * experts + index % experts, n * experts)
   return jnp.minimum(index, n * experts)
+
+
+def _few(x: jax.Array, devices: int = 1) -> bool:
+  """Returns whether the tokens of so many devices, x [batch, length, embed] on each, go through all experts."""
+  return platform() != 'cpu' and devices * x.shape[0] * x.shape[1] <= FEW_TOKENS
 
 
 def _size(axes: tuple) -> int:

@@ -11,7 +11,7 @@ from flax import nnx
 
 from research.core.errors import UserError
 from research.inference import decode, state
-from research.model import counts
+from research.model import counts, experts
 from research.model.part import Context
 from research.parallel.mesh import Mesh
 from tests.families import PRESETS, tiny
@@ -113,9 +113,12 @@ def test_a_prefix_is_read_both_ways(family):
   compare(family, prefix=True)
 
 
-@pytest.mark.parametrize('family', families((), ('gemma2', 'llama', 'deepseek_v2', 't5')))
-def test_the_order_of_the_cache_on_other_platforms(family, monkeypatch):
+@pytest.mark.parametrize(
+  'family', families((), ('gemma2', 'llama', 'deepseek_v2', 'mixtral', 't5'))
+)
+def test_the_cache_and_the_experts_of_other_platforms(family, monkeypatch):
   monkeypatch.setattr(state, 'platform', lambda: 'tpu')
+  monkeypatch.setattr(experts, 'platform', lambda: 'tpu')
   functions.cache_clear()
   _, graphdef, params, batch = setup(family)
   model = functools.partial(nnx.merge, graphdef)

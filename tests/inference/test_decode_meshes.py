@@ -11,6 +11,7 @@ from research.inference import beams, decode
 from research.inference.engine import Engine
 from research.inference.request import Request
 from research.inference.sampling import Sampling
+from research.model import experts
 from research.parallel.mesh import Mesh
 from tests.families import tiny
 from tests.model.test_model import COMPILE, make
@@ -64,6 +65,16 @@ def alone(family):
 def test_tokens_are_those_of_one_device(family, mesh):
   tokens, logits = greedy(tiny(family), MESHES[mesh], jax.local_devices())
   want_tokens, want = alone(family)
+  assert tokens.tolist() == want_tokens.tolist()
+  assert np.abs(logits - want).max() < 1e-5 * np.abs(want).max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('mesh', ['data x expert', 'fsdp x tensor'])
+def test_on_other_platforms_all_experts_read_all_tokens(mesh, monkeypatch):
+  want_tokens, want = alone('mixtral')
+  monkeypatch.setattr(experts, 'platform', lambda: 'tpu')
+  tokens, logits = greedy(tiny('mixtral'), MESHES[mesh], jax.local_devices())
   assert tokens.tolist() == want_tokens.tolist()
   assert np.abs(logits - want).max() < 1e-5 * np.abs(want).max()
 
