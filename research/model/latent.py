@@ -84,9 +84,7 @@ class LatentAttention(nnx.Module):
     k = self.key(latent)
     v = self.value(latent)
     k_rotary = self.rotary(self.key_rotary(x)[:, :, None], context.positions)
-    # Without the axis of the single head: with it, XLA for TPUs copies this part of the cache in every step.
-    k_rotary, recalled_context = context.recall(k_rotary[:, :, 0])
-    k_rotary = k_rotary[:, :, None]
+    k_rotary, recalled_context = context.recall(k_rotary)
     if recalled_context.key_positions is not None:
       return self.output(self.absorbed(q, latent, k_rotary, recalled_context)), {}
     # Training expands keys and values to all heads, for the fused kernels.
