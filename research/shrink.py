@@ -17,9 +17,9 @@ from research.core import cli
 from research.core.errors import UserError
 
 # Lines of a resolved model that may differ: sizes (shrinking itself refuses some), how parameters would start,
-# and how layers are compiled.
+# how layers are compiled, and which sizes are trained at once.
 _SIZES = 'embed|mlp|heads|kv_heads|head_dim|repeats|vocab|experts'
-MAY_DIFFER = rf'\s*(({_SIZES}) = \d+|(init|init_scale|stddev|scan|remat) = .*)'
+MAY_DIFFER = rf'\s*(({_SIZES}) = \d+|(init|init_scale|stddev|scan|remat|nested) = .*)'
 
 
 def main(flags) -> None:

@@ -9,8 +9,8 @@ from research.core.errors import UserError
 from research.data.frozen import Batch, Frozen, FrozenMixture
 from research.data.mixtures import Curriculum
 
-# The key under which a training step adds the seeds of noise to a batch, uint32 [rows, 2].
-NOISE = 'noise_seeds'
+# The key under which a training step adds seeds to a batch, uint32 [rows, 2].
+ROW_SEEDS = 'row_seeds'
 
 
 def shortened(batch: Batch, cut: int) -> Batch:

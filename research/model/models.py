@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from research.data.batches import NOISE
+from research.data.batches import ROW_SEEDS
 from research.model.parameters import check_sizes, size
 from research.model.part import Context, Cost, DecodingState, Factory, cost_of
 from research.model.weights import used_by_default
@@ -22,12 +22,17 @@ from research.parallel.axes import spec
 def _embed(model, batch: dict, name: str, positions: jax.Array) -> jax.Array:
   """The vectors of the 'encoder' or 'decoder' tokens of a batch, in training with the embedder's noise."""
   tokens = batch[f'{name}_input_tokens']
-  if NOISE not in batch:
+  if ROW_SEEDS not in batch:
     return model.embedder(tokens, positions, model.dtype)
   # The two sides of a pair have noise of their own.
-  seeds = batch[NOISE] ^ np.uint32(name == 'encoder')
+  seeds = batch[ROW_SEEDS] ^ np.uint32(name == 'encoder')
   segments = batch.get(f'{name}_segment_ids')
   return model.embedder(tokens, positions, model.dtype, seeds, segments)
+
+
+def _turns(batch: dict) -> jax.Array | None:
+  """`Context.turns` of a batch. Both seeds of a row are even (training/row_seeds.py)."""
+  return jnp.sum(batch[ROW_SEEDS] // 2, axis=1, dtype=jnp.uint32) if ROW_SEEDS in batch else None
 
 
 def _positions(batch: dict, name: str) -> jax.Array:
@@ -102,6 +107,7 @@ class LanguageModel(nnx.Module):
       prefix=_as_bool(batch.get('decoder_causal_attention')),
       causal=self.causal,
       state=state,
+      turns=_turns(batch),
     )
     return self.stack(_embed(self, batch, 'decoder', positions), context)
 
@@ -177,7 +183,7 @@ class EncoderDecoder(nnx.Module):
       if 'encoder_segment_ids' in batch
       else (source > 0).astype(jnp.int32)
     )
-    context = Context(positions=positions, segments=segments, causal=False)
+    context = Context(positions=positions, segments=segments, causal=False, turns=_turns(batch))
     encoded, penalties = self.encoder(_embed(self, batch, 'encoder', positions), context)
     return encoded, segments, penalties
 
@@ -193,6 +199,7 @@ class EncoderDecoder(nnx.Module):
       encoded=encoded,
       encoded_segments=segments,
       state=state,
+      turns=_turns(batch),
     )
     x, more = self.decoder(_embed(self, batch, 'decoder', positions), context)
     return x, {k: penalties.get(k, 0.0) + more.get(k, 0.0) for k in {**penalties, **more}}

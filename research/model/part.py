@@ -31,6 +31,8 @@ class Context:
   bias: jax.Array | None = None  # [heads, 2 length - 1], by the distance key - query
   encoded: jax.Array | None = None  # [batch, encoder length, embed]
   encoded_segments: jax.Array | None = None  # [batch, encoder length]
+  # In training, [batch]: a number that goes on from row to row, and from step to step.
+  turns: jax.Array | None = None
   # In decoding: the cached arrays of the tokens before.
   state: 'DecodingState | None' = None
   # [batch, keys], the positions of the keys that `recall` returned; negative for empty entries of the cache.

@@ -20,7 +20,7 @@ from research.parallel.axes import axes_of, spec
 from research.parallel.mesh import Mesh, as_tuple, pipeline_shape
 
 # Fields of `Context` with a batch axis.
-_ROWS = ('positions', 'segments', 'prefix', 'encoded', 'encoded_segments')
+_ROWS = ('positions', 'segments', 'prefix', 'encoded', 'encoded_segments', 'turns')
 
 
 @dataclasses.dataclass(frozen=True)

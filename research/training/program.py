@@ -20,7 +20,7 @@ from research.parallel import axes as axes_module
 from research.parallel import hosts
 from research.parallel.axes import axis_size, on_each, spec, splits
 from research.parallel.mesh import Mesh, default_mesh, platform, threads
-from research.training import cross_entropy, learning, noise, optimizers
+from research.training import cross_entropy, learning, optimizers, row_seeds
 from research.training.run import Run
 
 # A single CPU core computes so many tokens at a time: their activations fit its caches (experiments/speed).
@@ -43,7 +43,7 @@ class Program:
     routed: True if the model has experts.
     kinds: the kind of every parameter, nested as the parameters are.
     frozen: names of the parameters that do not learn.
-    noisy: True if the embedder adds noise in training.
+    seeded: True if rows of a training batch need seeds (row_seeds.py).
   """
 
   run: Run
@@ -54,7 +54,7 @@ class Program:
   routed: bool
   kinds: dict
   frozen: frozenset[str] = frozenset()
-  noisy: bool = False
+  seeded: bool = False
 
   def optimizer(self, rate) -> optax.GradientTransformation:
     """Returns the optimizer with learning rate `rate`.
@@ -156,7 +156,7 @@ class Program:
     """Returns the sum of the run's loss over a batch, and a dict of the sums that it consists of."""
     model = nnx.merge(self.graphdef, self.whole(params, fixed))
     features, penalties = model.features(batch)
-    batch = noise.without_seeds(batch)
+    batch = row_seeds.without_seeds(batch)
     chunks = self.run.logits_chunks or choose_chunks(*features.shape[:2], model.vocab)
     others = {name: nnx.merge(self.others[name], fixed[name]) for name in self.run.loss.models}
     terms, counts = self.run.loss(model, features, batch, chunks, **others)
@@ -182,8 +182,8 @@ class Program:
       The new state, and metrics by name: means over the batch, 'tokens' and 'grad_norm'.
     """
     gradient = jax.value_and_grad(self.loss, has_aux=True)
-    if self.noisy:
-      batch = noise.with_seeds(batch, state['step'])
+    if self.seeded:
+      batch = row_seeds.with_seeds(batch, state['step'])
     of_part = functools.partial(gradient, state['params'], fixed=fixed)
     (_, sums), grads = self.over_parts(of_part, batch)
     weight = jnp.maximum(sums.pop('weight'), 1.0)  # a batch without any target would divide by 0
@@ -262,7 +262,7 @@ def make_program(run: Run) -> Program:
   graphdef = nnx.graphdef(abstract)
   frozen = learning.frozen_names(abstract, run.learns)
   of_run = graphdef, others, abstract.vocab, inputs, routed
-  return Program(run, *of_run, kinds(abstract), frozen, noise.is_noisy(abstract))
+  return Program(run, *of_run, kinds(abstract), frozen, row_seeds.are_needed(abstract))
 
 
 def choose_chunks(rows: int, length: int, vocab: int) -> int:

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from research.model.layers import Linear
+from research.model.mlp import Mlp
 from research.model.stack import Stack, place_of, separate_layers
 from research.model.weights import Weight, multiply
 
@@ -27,10 +28,12 @@ class Importance:
   Attributes:
     inputs: those of the inputs of every linear layer, in the shape of its inputs.
     channels: [embed], the sum of those of all linear layers that read the residual stream, and of the head.
+    nested: paths of the MLPs whose first units were trained to matter most (`Mlp.nested`).
   """
 
   inputs: dict[Place, np.ndarray]
   channels: np.ndarray
+  nested: frozenset[tuple] = frozenset()
 
 
 class _Watched(Weight):
@@ -77,7 +80,9 @@ def measure(model: nnx.Module, params: dict, batches: Iterable[dict[str, jax.Arr
     sizes[path, layer] = np.sqrt(value / tokens)
     if inputs == ('embed',) and value.shape == (width,):
       channels = channels + sizes[path, layer]
-  return Importance(sizes, channels)
+  modules = nnx.iter_modules(model)
+  nested = (path for path, part in modules if isinstance(part, Mlp) and part.nested)
+  return Importance(sizes, channels, frozenset(nested))
 
 
 def _squares(model: nnx.Module, batch: dict) -> tuple[dict, jax.Array, jax.Array]:
@@ -106,3 +111,8 @@ def _squares(model: nnx.Module, batch: dict) -> tuple[dict, jax.Array, jax.Array
   features = features.astype(jnp.float32)
   of_features = jnp.einsum('ble,bl->e', features * features, counted)
   return seen, of_features, jnp.sum(counted)
+
+
+def largest(size: np.ndarray, count: int) -> np.ndarray:
+  """The indices of the largest, in their order."""
+  return np.sort(np.argsort(-size, kind='stable')[:count])

@@ -112,7 +112,7 @@ def shrink(
     measured = importance.measure(model, params, batches)
     _choose_units(chosen, sizes, measured, kept)
     if width[0] != width[1]:
-      kept.channels = _largest(measured.channels, width[1])
+      kept.channels = importance.largest(measured.channels, width[1])
     flat = {path: _slice(path, p, _at(params, path), kept) for path, p in sizes.items()}
     params = nested(flat)
   kept.losses = before, depth.token_loss(smaller, batches)(params)
@@ -219,8 +219,10 @@ def _choose_units(chosen: dict[Path, str], sizes, measured: importance.Importanc
       size = np.sqrt((size**2).sum(axis=tuple(range(1, size.ndim))))
       if axis == 'heads':
         each.append(_heads(size, _key_heads(part, sizes), kernel, part))
+      elif part in measured.nested:
+        each.append({axis: np.arange(kernel.size(axis)[1])})
       else:
-        each.append({axis: _largest(size, kernel.size(axis)[1])})
+        each.append({axis: importance.largest(size, kernel.size(axis)[1])})
     for name in each[0]:
       index = np.stack([of_layer[name] for of_layer in each])
       kept.units[part, name] = index[0] if layers == [None] else index
@@ -245,15 +247,10 @@ def _heads(size: np.ndarray, groups: tuple[int, int], kernel: Parameter, part: P
       f'{_name(part)}: {heads} heads over {after} key heads are more for each than the {grouped.shape[1]} now; '
       'keep more key heads.'
     )
-  best = np.stack([_largest(group, queries) for group in grouped])
+  best = np.stack([importance.largest(group, queries) for group in grouped])
   sums = np.take_along_axis(grouped**2, best, axis=1).sum(axis=1)
-  keys = _largest(sums, after)
+  keys = importance.largest(sums, after)
   return {'kv_heads': keys, 'heads': (keys[:, None] * grouped.shape[1] + best[keys]).reshape(-1)}
-
-
-def _largest(size: np.ndarray, count: int) -> np.ndarray:
-  """The indices of the largest, in their order."""
-  return np.sort(np.argsort(-size, kind='stable')[:count])
 
 
 # Slices.

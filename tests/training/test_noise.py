@@ -10,14 +10,14 @@ import pytest
 from research.core import configs
 from research.parallel import hosts
 from research.parallel.mesh import Mesh
-from research.training import noise
+from research.training import row_seeds
 from research.training.program import make_program
 
 
 def test_seeds_are_of_a_step_a_row_and_a_side():
   batch = {'decoder_input_tokens': np.zeros((3, 4), np.int32)}
   decoders = [
-    np.asarray(noise.with_seeds(batch, jnp.int32(step))['noise_seeds']) for step in (0, 1)
+    np.asarray(row_seeds.with_seeds(batch, jnp.int32(step))['row_seeds']) for step in (0, 1)
   ]
   encoders = [seeds ^ np.uint32(1) for seeds in decoders]
   seeds = np.concatenate([*decoders, *encoders])
