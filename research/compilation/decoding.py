@@ -101,12 +101,12 @@ def lower(run: Run, mesh: jax.sharding.Mesh, batch: int, room: int, prompt: int)
     model = run.model(rngs=nnx.Rngs(params=jax.random.key(0)))
     if platform() == 'cpu':  # as `decode.for_backend` does
       decode.suit_cpu(model)
-    return model
+    return nnx.split(model)
 
-  abstract = jax.eval_shape(make)
+  graphdef, state = jax.eval_shape(make)
+  abstract = nnx.merge(graphdef, state)
   decode.check_decodes(abstract)
-  graphdef, params = nnx.graphdef(abstract), nnx.to_pure_dict(nnx.state(abstract))
-  params = jax.tree.map(on_mesh, params)
+  params = jax.tree.map(on_mesh, nnx.to_pure_dict(state))
   inputs = {'decoder_input_tokens': tokens(prompt)}
   if 'encoder' in abstract.inputs:
     inputs['encoder_input_tokens'] = tokens(run.train.lengths['inputs'])

@@ -127,8 +127,7 @@ def separated(graphdef: nnx.GraphDef, params: dict) -> tuple[nnx.GraphDef, dict]
   XLA on a CPU copies the slices of stacked parameters, so a step would write and read all parameters once more.
   The parameters are copied here, unless the model has this form already.
   """
-  abstract = jax.eval_shape(functools.partial(_suited, graphdef), params)
-  new = nnx.graphdef(abstract)
+  new, _ = jax.eval_shape(functools.partial(_suited, graphdef), params)
   return (graphdef, params) if new == graphdef else (new, _separate(graphdef, params))
 
 
@@ -143,15 +142,16 @@ def suit_cpu(model: nnx.Module) -> None:
   turn_matrices(model)
 
 
-def _suited(graphdef: nnx.GraphDef, params: dict) -> nnx.Module:
+def _suited(graphdef: nnx.GraphDef, params: dict) -> tuple[nnx.GraphDef, nnx.State]:
   model = nnx.merge(graphdef, params)
   suit_cpu(model)
-  return model
+  # Split here: a model that leaves a transformed function forgets that its modules share parameters.
+  return nnx.split(model)
 
 
 @functools.partial(jax.jit, static_argnames='graphdef')
 def _separate(graphdef: nnx.GraphDef, params: dict) -> dict:
-  return nnx.to_pure_dict(nnx.state(_suited(graphdef, params)))
+  return nnx.to_pure_dict(_suited(graphdef, params)[1])
 
 
 def insert(cache: Cache, other: Cache, row: jax.Array | int) -> Cache:

@@ -157,6 +157,8 @@ class Attention(nnx.Module):
     prefix: makes learned keys and values that every token sees beside the others (`prefixes.Prefix`).
   """
 
+  same_input = ('query', 'key', 'value')
+
   def __init__(
     self,
     embed: int,
@@ -251,6 +253,8 @@ class Attention(nnx.Module):
 
 class CrossAttention(Attention):
   """Attention from the decoder to the encoder's output, without a position bias. Only padding is hidden."""
+
+  same_input = ('key', 'value')
 
   def __call__(self, x: jax.Array, context: Context):
     if self.prefix is not None:

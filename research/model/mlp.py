@@ -29,6 +29,8 @@ class Mlp(nnx.Module):
       Everywhere else all units are used. Empty for a plain MLP.
   """
 
+  same_input = ('inputs',)
+
   def __init__(
     self,
     embed: int,

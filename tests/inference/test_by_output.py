@@ -1,5 +1,7 @@
 """Matrices kept by output: the same numbers, from the form that a CPU multiplies faster."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +9,10 @@ import pytest
 from flax import nnx
 
 from research.inference.by_output import ByOutput, turn_matrices
+from research.model.attention import Attention, CrossAttention
 from research.model.layers import Linear
 from research.model.parameters import FEW_ROWS
+from research.model.part import Context
 from research.parallel.mesh import Mesh
 
 
@@ -43,3 +47,32 @@ def test_a_matrix_of_stacked_layers_stays_as_it_is():
   linear = stacked(jax.random.split(jax.random.key(0), 3))
   turn_matrices(linear)
   assert isinstance(linear.kernel, nnx.Param)
+
+
+@pytest.mark.parametrize('rows', [1, FEW_ROWS + 1])
+def test_matrices_with_the_same_input_are_one_product(rows):
+  attention = Attention(24, heads=4, head_dim=6, kv_heads=2, qkv_bias=True, rngs=nnx.Rngs(params=0))
+  x = jax.random.normal(jax.random.key(1), (1, rows, 24))
+  context = Context(positions=jnp.arange(rows)[None])
+  want, _ = attention(x, context)
+  matrices = [linear.kernel[...] for linear in (attention.query, attention.key, attention.value)]
+  turn_matrices(attention)
+  joined = [linear.kernel for linear in (attention.query, attention.key, attention.value)]
+  assert [(kernel.start, kernel.stop) for kernel in joined] == [(0, 24), (24, 36), (36, 48)]
+  for kernel, matrix in zip(joined, matrices, strict=True):
+    np.testing.assert_array_equal(kernel[...], matrix)
+  np.testing.assert_allclose(attention(x, context)[0], want, atol=1e-6 * float(jnp.abs(want).max()))
+  # The parameters hold the joint matrix once, and so does the program multiply with it.
+  graphdef, state = nnx.split(attention)
+  shapes = sorted(x.shape for x in jax.tree.leaves(state))
+  assert shapes == [(2, 6), (2, 6), (4, 6), (24, 4, 6), (48, 24)]
+  step = jax.jit(lambda state: nnx.merge(graphdef, state)(x, context)[0])
+  program = step.lower(state).compile().as_text()
+  assert len(re.findall(r'f32\[(?:48,1|\d+,48|48,\d+)\]\S* (?:dot|custom-call)\(', program)) == 1
+
+
+def test_keys_of_an_encoder_are_joined_without_queries():
+  attention = CrossAttention(8, heads=2, head_dim=4, rngs=nnx.Rngs(params=0))
+  turn_matrices(attention)
+  assert isinstance(attention.query.kernel, ByOutput)
+  assert attention.key.kernel.base is attention.value.kernel.base
