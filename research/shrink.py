@@ -31,7 +31,8 @@ def main(flags) -> None:
   from research.data.batches import batch_at
   from research.data.cache import open_stream
   from research.huggingface import companions
-  from research.model.parameters import abstract_model, size
+  from research.model import counts
+  from research.model.parameters import size
   from research.parallel import hosts
   from research.parallel.mesh import Mesh
   from research.training.checks import check_vocabulary
@@ -47,7 +48,7 @@ def main(flags) -> None:
     original = trained.model
   check_same(original, run.model)
   frozen = open_stream(run.train)
-  model, smaller = abstract_model(original), abstract_model(run.model)
+  model, smaller = counts.abstract(original), counts.abstract(run.model)
   with config.explains():
     check_vocabulary(run, model.vocab, frozen)
   with Mesh().use(jax.devices()[:1]):

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from research.data.batches import ROW_SEEDS, Batch
-from research.model.mlp import Mlp
 from research.parallel.axes import shard
 
 
@@ -13,7 +12,7 @@ def are_needed(model: nnx.Module) -> bool:
   """Whether the embedder of a model adds noise, or one of its MLPs is nested."""
   if getattr(getattr(model, 'embedder', None), 'noise', 0.0):
     return True
-  return any(isinstance(part, Mlp) and part.nested for _, part in nnx.iter_modules(model))
+  return any(getattr(part, 'nested', ()) for _, part in nnx.iter_modules(model))
 
 
 def with_seeds(batch: Batch, step: jax.Array) -> Batch:

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,7 +17,9 @@ from research.training.program import make_program
 from research.tuning import shrinking
 from tests.families import tiny
 from tests.training.test_noise import packed_batch
-from tests.tuning.test_shrinking import batch_of, jit, logits, random_params
+from tests.tuning.test_shrinking import batch_of, logits, one_device_in_use, random_params
+
+__all__ = ['one_device_in_use']  # pytest uses it in every test of this file
 
 NESTED = 'Mlp.nested=(0.25, 0.5, 1.0)'
 
@@ -27,7 +30,7 @@ def test_a_row_in_training_is_the_model_that_shrinking_cuts_out():
   batch = batch_of(tiny('llama2'), params)
   batch = {key: np.tile(x, (2, 1))[:3] for key, x in batch.items()}
   # The first row's turn at step 4 is the second of the three sizes.
-  training = jit(lambda batch, step: row_seeds.with_seeds(batch, step))(batch, np.int32(4))
+  training = row_seeds.with_seeds(batch, jnp.int32(4))
   rows = logits(model, params, training)
   sizes = {0: 'MLP=16', 1: None, 2: 'MLP=8'}
   for row, size in sizes.items():
