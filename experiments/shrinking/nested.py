@@ -2,8 +2,8 @@
 
     python experiments/shrinking/nested.py --workdir=runs/nested
 
-For each seed it trains the large model of base.gin as it is and with nested sizes, cuts the nested one to half and
-to a quarter of its MLP units, and trains models of these sizes alone. Started again, it does only the missing
+For each seed it trains the large model of base.gin as it is and with nested sizes, cuts the nested one to half
+and to a quarter of its MLP units, and trains models of these sizes alone. Started again, it does only the missing
 runs. It writes nested.csv to its own folder.
 """
 
@@ -24,11 +24,8 @@ def cut(nested: pathlib.Path, units: int) -> dict:
   """The row of the nested model's first units. One step at no rate gives it a validation loss."""
   out = nested.parent / f'cut-{units}'
   if not out.exists():
-    research.shrink.main(
-      argparse.Namespace(
-        checkpoint=str(nested), gin_file=[str(nested / 'config.gin')], gin=[f'MLP={units}'], out=str(out), batches=1,
-      )
-    )  # fmt: skip
+    flags = {'gin_file': [str(nested / 'config.gin')], 'gin': [f'MLP={units}'], 'batches': 1}
+    research.shrink.main(argparse.Namespace(checkpoint=str(nested), out=str(out), **flags))
   bindings = [f'BASE={str(out)!r}', 'Run.steps=1', 'LEARNING_RATE=1e-12']
   return finished_run(nested.parent / f'loss-{units}', [str(out / 'config.gin'), START], bindings)
 

@@ -203,8 +203,8 @@ corpora.TextFiles.validation_fraction = 0.2
   )
   small = [f'--gin_file={tmp_path / "files.gin"}', '--gin.Run.steps=40']
   small += ['--gin.Run.eval_every=None', '--gin.Run.checkpoint_every=None']
-  (block,) = re.findall(r'```bash\n(.*?)```', PAGE, re.DOTALL)
-  for command in block.strip().splitlines():
+  commands = '\n'.join(re.findall(r'```bash\n(.*?)```', PAGE, re.DOTALL)).split('\n')
+  for command in filter(None, commands):
     words = shlex.split(command.replace('/tmp/', f'{tmp_path}/'))
     assert words[:4] == ['uv', 'run', 'python', '-m'], command
     more = small if words[4] == 'research.train' else []
