@@ -3,8 +3,8 @@
     python experiments/shrinking/nested.py --workdir=runs/nested
 
 For each seed it trains the large model of base.gin as it is and with nested sizes, cuts the nested one to half
-and to a quarter of its MLP units, and trains models of these sizes alone. Started again, it does only the missing
-runs. It writes nested.csv to its own folder.
+and to a quarter of its MLP units, and trains models of these sizes alone. Started again, it does only the
+missing runs. It writes nested.csv to its own folder.
 """
 
 import argparse

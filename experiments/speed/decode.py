@@ -68,14 +68,19 @@ def isoflop(batch: int) -> Callable[[], int]:
 
 
 def products(batch: int) -> Callable[[], int]:
-  """The matrix products of every step, in order, with nothing between them."""
+  """The matrix products of every step of `isoflop`, in order, with nothing between them."""
+  sys.path.insert(0, str(ROOT))
   import jax
   import jax.numpy as jnp
 
+  from research.model.parameters import project
+  from research.parallel.mesh import Mesh
+
   heads, keys = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
+  # As the engine keeps them: by output, and those with the same input as one (inference/by_output.py).
   shapes = {
-    'query': (EMBED, heads), 'key': (EMBED, keys), 'value': (EMBED, keys), 'output': (heads, EMBED),
-    'gate': (EMBED, MLP), 'up': (EMBED, MLP), 'down': (MLP, EMBED),
+    'queries, keys, values': (heads + 2 * keys, EMBED), 'output': (EMBED, heads),
+    'gates': (2 * MLP, EMBED), 'down': (EMBED, MLP),
   }  # fmt: skip
   random = np.random.default_rng(0)
 
@@ -85,19 +90,24 @@ def products(batch: int) -> Callable[[], int]:
   layers = [{name: matrix(shape) for name, shape in shapes.items()} for _ in range(LAYERS)]
   table = matrix((VOCAB, EMBED))
 
+  def times(x, matrix):
+    return project(x, matrix, (None, None), (None, None), transposed=True)
+
   @jax.jit
   def step(x, layers, table):
     for w in layers:
       # Keys and values are added to the queries only so that nothing is left out as unused.
-      more = jnp.concatenate([x @ w['key'], x @ w['value']], axis=-1)
-      x = (x @ w['query'] + jnp.pad(more, ((0, 0), (0, heads - 2 * keys)))) @ w['output']
-      x = ((x @ w['gate']) * (x @ w['up'])) @ w['down']
-    return jnp.argmax(x @ table.T, axis=-1)
+      y = times(x, w['queries, keys, values'])
+      x = times(y[:, :heads] + jnp.pad(y[:, heads:], ((0, 0), (0, heads - 2 * keys))), w['output'])
+      y = times(x, w['gates'])
+      x = times(y[:, :MLP] * y[:, MLP:], w['down'])
+    return jnp.argmax(times(x, table), axis=-1)
 
   def call() -> int:
     x = jnp.ones((batch, EMBED))
-    for _ in range(NEW):
-      step(x, layers, table).block_until_ready()
+    with Mesh().use(jax.devices()[:1]):
+      for _ in range(NEW):
+        step(x, layers, table).block_until_ready()
     return batch * NEW
 
   return call
