@@ -262,7 +262,7 @@ class Chat(Generate):
   tool_choice: Literal['none', 'auto', 'required'] | NamedTool | None = None
   parallel_tool_calls: bool | None = None
   response_format: Annotated[PlainFormat | SchemaFormat, Field(discriminator='type')] | None = None
-  modalities: list[Literal['text']] | None = None
+  modalities: Annotated[list[Literal['text']], Field(max_length=1)] | None = None
 
   @pydantic.model_validator(mode='after')
   def _fields_that_go_together(self):

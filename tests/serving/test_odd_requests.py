@@ -68,6 +68,7 @@ WRONG = {
   ),
   # A report of every fault in a large body would cost gigabytes.
   'a hundred thousand faults in a list': ({**COMPLETE, 'prompt': [True] * 100_000}, 'prompt.0: '),
+  'a hundred thousand kinds of answers': ({**CHAT, 'modalities': [1] * 100_000}, 'modalities: '),
   'ten thousand unknown fields': (
     {**CHAT, **{f'x{i}': 0 for i in range(10_000)}},
     'the body has 10,000 faults: is it a request?',
