@@ -4,10 +4,11 @@
     python -m research.quantise --hf=FOLDER --gin_file=gin/quantisation/int4.gin --method=gptq --out=OUT \\
       --calibration=some.txt --validation=other.txt
 
-The gin files say which matrices become what, the method how they are rounded: nearest, gptq, awq or smooth. A
-run is calibrated on its own training stream and validated on its own validation stream; any other model needs
-two texts. The result is a folder that generates, evaluates and converts like every checkpoint. Its
-quantisation.json has the loss before and after, and the error of every matrix.
+The gin files say what every matrix becomes, and the method how it is rounded: nearest, gptq, awq or smooth.
+keep finds the codes of a model that was packed before, and rounds nothing. A run is calibrated on its own
+training stream and validated on its own validation stream; any other model needs two texts. The result is a
+folder that generates, evaluates and converts like every checkpoint. Its quantisation.json has the loss before
+and after, and the error of every matrix.
 """
 
 import json
@@ -16,7 +17,8 @@ import pathlib
 from research.core import cli, text
 from research.core.errors import UserError
 
-METHODS = ('nearest', 'gptq', 'awq', 'smooth')
+CALIBRATED = ('gptq', 'awq', 'smooth')
+METHODS = ('nearest', 'keep', *CALIBRATED)
 
 
 def _flags():
@@ -97,9 +99,9 @@ def _check(flags, place: pathlib.Path, out: pathlib.Path) -> None:
         '--tokenizer.'
       )
     return
-  if not flags.validation or (flags.method != 'nearest' and not flags.calibration):
+  if not flags.validation or (flags.method in CALIBRATED and not flags.calibration):
     raise UserError(
-      'this model brings no stream: give --validation=FILE, and --calibration=FILE for all but nearest.'
+      'this model brings no stream: give --validation=FILE, and for gptq, awq and smooth --calibration=FILE.'
     )
   for flag, file in texts.items():
     if file and not pathlib.Path(file).is_file():
@@ -125,7 +127,7 @@ def _plain(folder) -> tuple:
 def _batches(folder, kind: str, flags) -> tuple[list, list]:
   """Batches to calibrate on, and batches to validate on."""
   if folder.run:
-    return rows.of_run(folder.run, 0 if flags.method == 'nearest' else flags.rows)
+    return rows.of_run(folder.run, flags.rows if flags.method in CALIBRATED else 0)
   module = counts.abstract(folder.model)
   if 'encoder' in module.inputs or not module.causal:
     raise UserError(
@@ -136,7 +138,7 @@ def _batches(folder, kind: str, flags) -> tuple[list, list]:
   tokenizer = of_file(file) if file else report.tokenizer_of(folder.path, kind)
   check_belongs(tokenizer, module.vocab)
   validation = rows.of_text(flags.validation, tokenizer, flags.length, None)
-  if flags.method == 'nearest':
+  if flags.method not in CALIBRATED:
     return [], validation
   return rows.of_text(flags.calibration, tokenizer, flags.length, flags.rows), validation
 

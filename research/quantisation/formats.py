@@ -1,8 +1,12 @@
 """Numbers of few bits: the values of a format, rounding a matrix to them, packing them in bytes.
 
-A matrix is rounded in groups that share a scale: w = scale x value of a code. With a zero point a whole number
-is w = scale x (code - zero). Everything here works on numpy and on jax arrays alike, so that training, rounding
-after training and decoding share one definition.
+A matrix is rounded in groups that share a scale: w = scale x value of a code. With an offset for each group,
+whole numbers count from 0: w = scale x code + offset, as in Q4_1 of llama.cpp. The offset is no whole number of
+steps, so that the codes reach from the smallest to the largest number of the group. Scale and offset are then
+float16, which is less memory than a float32 scale with a whole zero point.
+
+Everything here works on numpy and on jax arrays alike, so that training, rounding after training and decoding
+share one definition.
 """
 
 import dataclasses
@@ -47,34 +51,31 @@ class Format:
     return 1 if self.bits > 4 else 2 if self.bits > 2 else 4
 
   @property
-  def dtype(self):
-    """The type of stored codes: int8 for int8, so that a product can read it, and uint8 for all others."""
-    return np.int8 if self.name == 'int8' else np.uint8
-
-  @property
   def top(self) -> float:
-    """The largest value of a code without a zero point; the scale is the largest magnitude over this value."""
+    """The largest value of a code without an offset; the scale is the largest magnitude over this value."""
     if self.is_integer:
       return 2 ** (self.bits - 1) - 1
     return 1.0 if self.name == 'nf4' else float(ml_dtypes.finfo(FLOATS[self.name]).max)
 
-  def encode(self, x, zero=None):
-    """The nearest codes of x, which is the matrix over its scale.
+  def encode(self, x, scale=1.0, offset=None):
+    """The codes of the numbers that are nearest to x.
 
     Args:
-      x: float32.
-      zero: the code that stands for 0, of a shape that broadcasts; None where there is none.
+      x: the matrix.
+      scale, offset: of every number, of shapes that broadcast; the offset is None where there is none.
 
     Returns:
-      int8 of int8 without a zero point, else uint8.
+      int8 of int8 without offsets, so that a product of whole numbers can read it; else uint8.
     """
     xp = namespace(x)
-    if self.is_integer and zero is not None:
-      return xp.clip(xp.round(x + zero), 0, 2**self.bits - 1).astype(np.uint8)
+    x = _float32(x)
+    if offset is not None:
+      x = (x - _float32(offset)) / _float32(scale)
+      return xp.clip(xp.round(x), 0, 2**self.bits - 1).astype(np.uint8)
+    x = xp.clip(x / _float32(scale), -self.top, self.top)
     if self.is_integer:
-      code = xp.clip(xp.round(x), -self.top, self.top)
+      code = xp.round(x)
       return code.astype(np.int8) if self.bits == 8 else (code + self.top + 1).astype(np.uint8)
-    x = xp.clip(x, -self.top, self.top)
     if self.name == 'nf4':
       middles = (NF4[1:] + NF4[:-1]) / 2
       return xp.searchsorted(xp.asarray(middles), x).astype(np.uint8)
@@ -82,11 +83,16 @@ class Format:
       return x.astype(FLOATS[self.name]).view(np.uint8)
     return jax.lax.bitcast_convert_type(x.astype(FLOATS[self.name]), jnp.uint8)
 
-  def decode(self, codes, zero=None):
-    """The float32 values of codes, to be multiplied by the scale; arguments as of `encode`."""
+  def decode(self, codes, scale=1.0, offset=None):
+    """The float32 numbers that codes stand for; arguments as of `encode`."""
+    if offset is not None:
+      # A float16 scale times a code of at most 8 bits is exact, so that fused or not, this is one number.
+      return codes.astype(np.float32) * _float32(scale) + _float32(offset)
+    return self._values(codes) * _float32(scale)
+
+  def _values(self, codes):
+    """The float32 values of codes without scale and offset."""
     xp = namespace(codes)
-    if self.is_integer and zero is not None:
-      return codes.astype(np.float32) - zero
     if self.is_integer:
       values = codes.astype(np.float32)
       return values if self.bits == 8 else values - (self.top + 1)
@@ -99,32 +105,30 @@ class Format:
       return codes.view(FLOATS[self.name]).astype(np.float32)
     return jax.lax.bitcast_convert_type(codes, FLOATS[self.name]).astype(jnp.float32)
 
-  def scales(self, x, axes: tuple[int, ...], zeros: bool = False):
-    """The scale and the zero point (or None) of groups.
+  def scales(self, x, axes: tuple[int, ...], offsets: bool = False):
+    """The scale and the offset (or None) of groups.
 
     Args:
       x: float32.
       axes: the axes over which a group extends.
-      zeros: whether there is a zero point; the codes then range from the smallest to the largest number.
+      offsets: whether there are offsets; the codes then range from the smallest to the largest number.
 
     Returns:
-      Both float32, of the shape of x with 1 in place of `axes`; zero points are whole.
+      Both of the shape of x with 1 in place of `axes`: a float32 scale alone, or both in float16.
     """
     xp = namespace(x)
-    if not zeros:
+    if not offsets:
       largest = xp.max(xp.abs(x), axis=axes, keepdims=True)
       return xp.where(largest > 0, largest / self.top, 1).astype(np.float32), None
-    # 0 is within the range, so that it has a code.
-    low = xp.minimum(xp.min(x, axis=axes, keepdims=True), 0)
-    high = xp.maximum(xp.max(x, axis=axes, keepdims=True), 0)
-    steps = 2**self.bits - 1
-    scale = xp.where(high > low, (high - low) / steps, 1).astype(np.float32)
-    return scale, xp.clip(xp.round(-low / scale), 0, steps).astype(np.float32)
+    low = xp.min(x, axis=axes, keepdims=True)
+    high = xp.max(x, axis=axes, keepdims=True)
+    scale = ((high - low) / (2**self.bits - 1)).astype(np.float16)
+    return xp.where(scale > 0, scale, 1).astype(np.float16), low.astype(np.float16)
 
-  def round_trip(self, x, axes: tuple[int, ...], zeros: bool = False):
+  def round_trip(self, x, axes: tuple[int, ...], offsets: bool = False):
     """x rounded to the format; arguments as of `scales`."""
-    scale, zero = self.scales(x, axes, zeros)
-    return self.decode(self.encode(x / scale, zero), zero) * scale
+    scale, offset = self.scales(x, axes, offsets)
+    return self.decode(self.encode(x, scale, offset), scale, offset)
 
   def pack(self, codes, axis: int):
     """Codes of fewer than 5 bits, several to a byte along an axis, the first in the lowest bits."""
@@ -167,24 +171,29 @@ def format_of(name: str | int) -> Format:
   return FORMATS[name]
 
 
-def knob_format(owner: type, field: str, name: str | int, zeros: bool = False) -> Format:
+def knob_format(owner: type, field: str, name: str | int, offsets: bool = False) -> Format:
   """The format that a knob of a class names.
 
   Args:
     owner, field: the class and its knob, for the message.
     name: as of `format_of`.
-    zeros: whether the class wants a zero point for each group.
+    offsets: whether the class wants an offset for each group.
 
   Raises:
-    Invalid: there is no such format, or it has no zero points.
+    Invalid: there is no such format, or it has no offsets.
   """
   try:
     form = format_of(name)
   except UserError as error:
     raise Invalid(owner, field, str(error)) from None
-  if zeros and not form.is_integer:
-    raise Invalid(owner, 'zeros', f'{form.name} has no zero point; only whole numbers have.')
+  if offsets and not form.is_integer:
+    raise Invalid(owner, 'offsets', f'{form.name} has no offsets; only whole numbers have.')
   return form
+
+
+def _float32(x):
+  """x in float32; the scale 1 of a format without groups is a number of Python."""
+  return x if isinstance(x, float) else x.astype(np.float32)
 
 
 def namespace(x):

@@ -14,8 +14,21 @@ from research.model import counts
 from research.model.weights import Weight
 from research.quantisation import calibration
 from research.quantisation.calibration import Inputs
+from research.quantisation.kept import keep
 from research.quantisation.quantised import BFloat16, Quantised
-from research.quantisation.rounding import METHODS, Rounded, corrected, output_error
+from research.quantisation.rounding import (
+  Rounded,
+  awq,
+  corrected,
+  gptq,
+  nearest,
+  output_error,
+  smooth,
+)
+
+# Those that look at the inputs of a matrix, on a calibration text, and those that do not.
+CALIBRATED = {'gptq': gptq, 'awq': awq, 'smooth': smooth}
+METHODS = {'nearest': nearest, 'keep': keep, **CALIBRATED}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +64,8 @@ def quantise(
     model: makes the quantised model, `model(rngs=...)`.
     weights: the matrices of it that are to be filled, as `weights_to_fill` returns them.
     params: the parameters of the plain model, host arrays as nested dicts.
-    method: a key of `rounding.METHODS`. A matrix whose inputs are not recorded (experts, heads, token tables)
-      is always rounded to nearest.
+    method: a key of `METHODS`. A matrix whose inputs are not recorded (experts, heads, token tables) is rounded
+      to nearest, if the method is one of `CALIBRATED`.
     batches: calibration tokens in batches, as for training.
   """
   matrices = {
@@ -67,13 +80,13 @@ def quantise(
       return matrices[path].round(index, method, inputs)
     return _in_bfloat16(_at(params, path)[index]).astype(np.float32)
 
-  if method != 'nearest':
+  if method in CALIBRATED:
     calibration.round_in_order(model, params, batches, round_matrix)
   tree = dict(params)
   errors = []
   for path, weight in weights.items():
     if isinstance(weight, Quantised):
-      stored = matrices[path].stored()
+      stored = matrices[path].stored('nearest' if method in CALIBRATED else method)
       errors += matrices[path].errors
     else:
       stored = {'packed': _in_bfloat16(_at(params, path))}
@@ -86,7 +99,7 @@ def weights_to_fill(model, method: str) -> dict[tuple, Weight]:
 
   Args:
     model: makes the quantised model, `model(rngs=...)`.
-    method: a key of `rounding.METHODS`.
+    method: a key of `METHODS`.
 
   Raises:
     UserError: the method is unknown; the model has no quantised matrix, or knobs that the method does not fill.
@@ -146,7 +159,10 @@ class _Filling:
     if inputs is not None:
       gram = inputs.gram
       target = corrected(flat, inputs.gram, inputs.drift)
-    rounded = METHODS[method](target, gram, group, weight.form, weight.zeros)
+    try:
+      rounded = METHODS[method](target, gram, group, weight.form, weight.offsets)
+    except UserError as error:
+      raise UserError(f'{self.name} {list(index)}: {error}') from None
     if weight.input_scale is not None and rounded.input_scale is None:
       rounded = dataclasses.replace(rounded, input_scale=np.ones(len(flat), np.float32))
     whole = rounded.matrix(weight.form)
@@ -160,12 +176,12 @@ class _Filling:
       self.arrays[name][index] = x
     return (whole.T if self.is_table else whole).reshape(piece.shape)
 
-  def stored(self) -> dict[str, np.ndarray]:
-    """The arrays of all slices. Slices whose inputs were not recorded are rounded to nearest."""
+  def stored(self, method: str) -> dict[str, np.ndarray]:
+    """The arrays of all slices. Those that are not rounded yet are rounded by a method that reads no inputs."""
     done = {error.index for error in self.errors}
     for index in np.ndindex(*self.slices):
       if index not in done:
-        self.round(index, 'nearest', None)
+        self.round(index, method, None)
     return self.arrays
 
 
@@ -183,8 +199,8 @@ def _stored(weight: Quantised, rounded: Rounded, table: bool) -> dict[str, np.nd
     'packed': weight.form.pack(codes, weight.layout.axis - start),
     'scale': turned(rounded.scale).reshape(scale_shape),
   }
-  if weight.zeros:
-    stored['zero'] = turned(rounded.zero).reshape(scale_shape).astype(np.uint8)
+  if weight.offsets:
+    stored['offset'] = turned(rounded.offset).reshape(scale_shape)
   if weight.input_scale is not None:
     stored['input_scale'] = rounded.input_scale.reshape(shape[: weight.inputs])
   return stored

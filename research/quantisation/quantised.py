@@ -47,7 +47,7 @@ class Layout:
 
   @property
   def scale_shape(self) -> tuple[int, ...]:
-    """The shape of scales and zero points."""
+    """The shape of scales and offsets."""
     sizes = list(self.shape)
     sizes[self.axis] = self.groups
     for axis in self.whole:
@@ -71,34 +71,36 @@ class Layout:
     return wide.reshape(*before, self.shape[self.axis], *after)
 
 
-def encode(x, layout: Layout, form: Format, zeros: bool) -> dict:
-  """A matrix rounded to nearest: 'packed', 'scale', and 'zero' where there are zero points."""
+def encode(x, layout: Layout, form: Format, offsets: bool) -> dict:
+  """A matrix rounded to nearest: 'packed', 'scale', and 'offset' where there are offsets."""
   split, axes = layout.split(x)
-  scale, zero = form.scales(split, axes, zeros)
-  codes = form.encode(split / scale, zero).reshape(layout.shape)
+  scale, offset = form.scales(split, axes, offsets)
+  codes = form.encode(split, scale, offset).reshape(layout.shape)
   stored = {'packed': form.pack(codes, layout.axis), 'scale': scale.reshape(layout.scale_shape)}
-  if zeros:
-    stored['zero'] = zero.reshape(layout.scale_shape).astype('uint8')
+  if offsets:
+    stored['offset'] = offset.reshape(layout.scale_shape)
   return stored
 
 
 class Quantised(Weight):
-  """A matrix of codes, several to a byte, and a scale for each group: w = scale x (code - zero).
+  """A matrix of codes, several to a byte, and a scale for each group: w = scale x value of the code, or, with
+  offsets, w = scale x code + offset.
 
-  Parameters: `packed` [matrix's shape, the grouped axis shorter], `scale` float32 and `zero` uint8 [the same,
-  an entry for each group], `input_scale` float32 [inputs]. A group lies along the last input axis; that of a
-  token table along the vector of a token.
+  Parameters: `packed` [matrix's shape, the grouped axis shorter]; `scale` and `offset` [the same, an entry for
+  each group] in float16, or `scale` alone in float32; `input_scale` float32 [inputs]. A group lies along the
+  last input axis; that of a token table along the vector of a token.
 
   Knobs:
     format: 'int2' to 'int8', 'nf4', 'fp8_e4m3' or 'fp8_e5m2' (`formats.FORMATS`); a number n is 'int<n>'.
     group: how many inputs share a scale; the largest divisor of the axis up to this number is taken. None: all
       inputs of an output share one.
-    zeros: whether each group has a zero point (integers alone).
+    offsets: whether each group has an offset (integers alone), which makes its codes reach from its smallest to
+      its largest number.
     input_scales: whether the inputs are divided by a vector before the product; the matrix was multiplied by it
       before it was rounded (AWQ: Lin et al. 2023, arXiv:2306.00978; SmoothQuant: Xiao et al. 2022,
       arXiv:2211.10438).
     activations: 'int8' rounds the inputs of every token too and multiplies whole numbers; it needs format
-      'int8', no zero points and group None (Dettmers et al. 2022, arXiv:2208.07339, section 2). None does not.
+      'int8', no offsets and group None (Dettmers et al. 2022, arXiv:2208.07339, section 2). None does not.
   """
 
   def __init__(
@@ -107,16 +109,16 @@ class Quantised(Weight):
     *,
     format: str | int = 'int8',
     group: int | None = None,
-    zeros: bool = False,
+    offsets: bool = False,
     input_scales: bool = False,
     activations: str | None = None,
     rngs: nnx.Rngs,
   ):
     super().__init__(matrix)
     check_sizes(type(self), group=group)
-    self.form = knob_format(type(self), 'format', format, zeros)
-    self._check_activations(activations, group, zeros)
-    self.zeros = zeros
+    self.form = knob_format(type(self), 'format', format, offsets)
+    self._check_activations(activations, group, offsets)
+    self.offsets = offsets
     self.activations = activations
     self.layout = Layout(matrix, group)
     form = self.form
@@ -131,7 +133,10 @@ class Quantised(Weight):
       )
     # The codes of a freshly drawn matrix; on one device, since a group may lie on several parts of it.
     drawn = encode(
-      matrix.init(rngs.params(), matrix.shape, jnp.float32, out_sharding=None), layout, form, zeros
+      matrix.init(rngs.params(), matrix.shape, jnp.float32, out_sharding=None),
+      layout,
+      form,
+      offsets,
     )
 
     def stored(name: str, holds: int, axes: tuple) -> nnx.Param:
@@ -145,19 +150,19 @@ class Quantised(Weight):
     self.packed = stored('packed', form.per_byte, _where_it_divides(matrix.axes, drawn['packed']))
     beside = _where_it_divides(matrix.axes, drawn['scale'])
     self.scale = stored('scale', 0, beside)
-    self.zero = stored('zero', 0, beside) if zeros else None
+    self.offset = stored('offset', 0, beside) if offsets else None
     end = matrix.stacked + matrix.inputs
     drawn['input_scale'] = jnp.ones(matrix.shape[:end])
     of_inputs = (*matrix.axes[: matrix.stacked], *[None] * matrix.inputs)
     scaled = input_scales and matrix.kind == 'matrix'
     self.input_scale = stored('input_scale', 0, of_inputs) if scaled else None
 
-  def _check_activations(self, activations, group, zeros) -> None:
+  def _check_activations(self, activations, group, offsets) -> None:
     if activations not in (None, 'int8'):
       why = f"{activations!r} is not supported; only 'int8' or None."
       raise Invalid(type(self), 'activations', why)
-    if activations and (self.form.name != 'int8' or zeros or group is not None):
-      why = "needs format = 'int8', zeros = False and group = None: whole numbers are summed over all inputs."
+    if activations and (self.form.name != 'int8' or offsets or group is not None):
+      why = "needs format = 'int8', offsets = False and group = None: whole numbers are summed over all inputs."
       raise Invalid(type(self), 'activations', why)
 
   def __getitem__(self, index) -> jax.Array:
@@ -177,8 +182,9 @@ class Quantised(Weight):
 
   def _rounded(self) -> jax.Array:
     codes = self.form.unpack(self._read(self.packed), self.layout.axis)
-    zero = None if self.zero is None else self._spread(self._read(self.zero).astype(jnp.float32))
-    return self.form.decode(codes, zero) * self._spread(self._read(self.scale))
+    scale = self._spread(self._read(self.scale))
+    offset = None if self.offset is None else self._spread(self._read(self.offset))
+    return self.form.decode(codes, scale, offset)
 
   def _spread(self, scale: jax.Array) -> jax.Array:
     wide = self.layout.spread(scale)
@@ -205,8 +211,9 @@ class Quantised(Weight):
     packed = stored_rows(self.packed)
     codes = self.form.unpack(packed, packed.ndim - 1)
     repeat = functools.partial(jnp.repeat, repeats=self.layout.group, axis=-1)
-    zero = repeat(stored_rows(self.zero).astype(jnp.float32)) if self.zeros else None
-    return (self.form.decode(codes, zero) * repeat(stored_rows(self.scale))).astype(dtype)
+    scale = repeat(stored_rows(self.scale))
+    offset = None if self.offset is None else repeat(stored_rows(self.offset))
+    return self.form.decode(codes, scale, offset).astype(dtype)
 
 
 def _where_it_divides(axes: tuple, x: jax.Array) -> tuple:
@@ -246,10 +253,9 @@ _int8_product.defvjp(_int8_forward, _int8_backward)
 
 
 def bits_per_number(weight: Quantised) -> float:
-  """The bits of a number of the matrix, with its share of scales and zero points."""
-  stored = [
-    x for x in (weight.packed, weight.scale, weight.zero, weight.input_scale) if x is not None
-  ]
+  """The bits of a number of the matrix, with its share of scales and offsets."""
+  arrays = (weight.packed, weight.scale, weight.offset, weight.input_scale)
+  stored = [x for x in arrays if x is not None]
   size = sum(8 * math.prod(x.shape) * x.dtype.itemsize for x in stored)
   return size / (math.prod(weight.packed.shape) * weight.form.per_byte)
 

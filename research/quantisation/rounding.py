@@ -15,7 +15,9 @@ from research.quantisation.formats import Format
 DAMPING = 0.01
 BLOCK = 128  # columns whose corrections are summed before they are applied to the rest
 AWQ_POWERS = np.linspace(0, 1, 21)  # Lin et al. 2023, section 3.2: a grid over [0, 1]
-AWQ_RANGES = np.linspace(1, 0.5, 11)  # and of shares of a group's range, as in its implementation
+RANGES = np.linspace(
+  1, 0.5, 11
+)  # shares of a group's range that are tried, as in AWQ's implementation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,20 +26,19 @@ class Rounded:
 
   Attributes:
     codes: [inputs, outputs].
-    scale, zero: [groups, outputs]; zero is None where there are no zero points.
+    scale, offset: [groups, outputs]; the offset is None where there are no offsets.
     input_scale: [inputs], multiplied the matrix before it was rounded; None where nothing did.
   """
 
   codes: np.ndarray
   scale: np.ndarray
-  zero: np.ndarray | None = None
+  offset: np.ndarray | None = None
   input_scale: np.ndarray | None = None
 
   def matrix(self, form: Format) -> np.ndarray:
     """The matrix that the codes stand for, float32 [inputs, outputs]."""
-    repeat = len(self.codes) // len(self.scale)
-    zero = None if self.zero is None else np.repeat(self.zero, repeat, axis=0)
-    matrix = form.decode(self.codes, zero) * np.repeat(self.scale, repeat, axis=0)
+    group = len(self.codes) // len(self.scale)
+    matrix = form.decode(self.codes, *_wide(group, self.scale, self.offset))
     return matrix if self.input_scale is None else matrix / self.input_scale[:, None]
 
 
@@ -65,15 +66,13 @@ def corrected(matrix: np.ndarray, gram: np.ndarray, drift: np.ndarray) -> np.nda
   return (matrix + change).astype(np.float32)
 
 
-def _scales(matrix: np.ndarray, group: int, form: Format, zeros: bool):
-  """Scales and zero points [groups, outputs] of a matrix [inputs, outputs]."""
-  split = matrix.reshape(-1, group, matrix.shape[1])
-  scale, zero = form.scales(split, (1,), zeros)
-  return scale[:, 0], None if zero is None else zero[:, 0]
+def _wide(group: int, scale: np.ndarray, offset: np.ndarray | None):
+  """Scales and offsets [groups, outputs] for every input, [inputs, outputs]."""
+  return tuple(None if x is None else np.repeat(x, group, axis=0) for x in (scale, offset))
 
 
 def nearest(
-  matrix: np.ndarray, gram: np.ndarray | None, group: int, form: Format, zeros: bool
+  matrix: np.ndarray, gram: np.ndarray | None, group: int, form: Format, offsets: bool
 ) -> Rounded:
   """Every number becomes the nearest one that its group can represent.
 
@@ -82,37 +81,90 @@ def nearest(
     gram: [inputs, inputs]; not read here.
     group: how many inputs share a scale.
     form: the format.
-    zeros: whether groups have zero points.
+    offsets: whether groups have offsets.
   """
-  scale, zero = _scales(matrix, group, form, zeros)
-  wide = None if zero is None else np.repeat(zero, group, axis=0)
-  codes = form.encode(matrix / np.repeat(scale, group, axis=0), wide)
-  return Rounded(codes, scale, zero)
+  split = matrix.reshape(-1, group, matrix.shape[1])
+  scale, offset = form.scales(split, (1,), offsets)
+  codes = form.encode(split, scale, offset).reshape(matrix.shape)
+  return Rounded(codes, scale[:, 0], None if offset is None else offset[:, 0])
 
 
-def gptq(matrix: np.ndarray, gram: np.ndarray, group: int, form: Format, zeros: bool) -> Rounded:
+def gptq(matrix: np.ndarray, gram: np.ndarray, group: int, form: Format, offsets: bool) -> Rounded:
   """Rounds input by input; the inputs that are not rounded yet compensate the error of those that are.
 
   Frantar et al. 2023, arXiv:2210.17323, algorithm 1. The largest inputs come first (act_order of the authors'
-  implementation), and the scales of all groups are those of the original matrix. Arguments as of `nearest`.
+  implementation), and the scales of all groups are fitted to the original matrix (`_fitted`). Arguments as of
+  `nearest`.
   """
-  scale, zero = _scales(matrix, group, form, zeros)
+  scale, offset = _fitted(matrix, gram, group, form, offsets)
+  # The order in which inputs are rounded.
   order = np.argsort(-np.diag(gram), kind='stable')
   left = matrix[order].astype(np.float64)
   upper = _inverse_cholesky(gram[np.ix_(order, order)])
-  codes = np.empty(matrix.shape, form.dtype if zero is None else np.uint8)
+  codes: list[np.ndarray | None] = [None] * len(left)
   for start in range(0, len(left), BLOCK):
     end = min(start + BLOCK, len(left))
     errors = np.empty((end - start, left.shape[1]))
     for i in range(start, end):
       s = scale[order[i] // group]
-      z = None if zero is None else zero[order[i] // group]
-      code = form.encode((left[i] / s).astype(np.float32), z)
+      z = None if offset is None else offset[order[i] // group]
+      code = form.encode(left[i], s, z)
       codes[order[i]] = code
-      errors[i - start] = (left[i] - form.decode(code, z) * s) / upper[i, i]
+      errors[i - start] = (left[i] - form.decode(code, s, z)) / upper[i, i]
       left[i + 1 : end] -= np.outer(upper[i, i + 1 : end], errors[i - start])
     left[end:] -= upper[start:end, end:].T @ errors
-  return Rounded(codes, scale, zero)
+  return Rounded(np.stack(codes), scale, offset)
+
+
+def _fitted(matrix: np.ndarray, gram: np.ndarray, group: int, form: Format, offsets: bool):
+  """Scales and offsets [groups, outputs] with the least error of the outputs of each group by itself.
+
+  The ranges `RANGES` of a group are tried, and for each of them the scale and the offset that fit its codes
+  best by least squares. Arguments as of `nearest`.
+  """
+  split = matrix.reshape(-1, group, matrix.shape[1])
+  damped = _damped(gram)
+  starts = range(0, len(matrix), group)
+  blocks = np.stack([damped[a : a + group, a : a + group] for a in starts])
+  middle = np.zeros_like(split[:, :1])
+  if offsets:
+    middle = (split.min(axis=1, keepdims=True) + split.max(axis=1, keepdims=True)) / 2
+  least = np.full((len(split), 1, matrix.shape[1]), np.inf)
+  best = form.scales(split, (1,), offsets)
+  for share in RANGES:
+    grid = form.scales(middle + share * (split - middle), (1,), offsets)
+    for scale, offset in (grid, _least_squares(split, blocks, form, *grid)):
+      error = split - form.decode(form.encode(split, scale, offset), scale, offset)
+      harm = np.sum(error * (blocks @ error), axis=1, keepdims=True)
+      better = harm < least
+      least = np.where(better, harm, least)
+      pairs = zip((scale, offset), best, strict=True)
+      best = [None if new is None else np.where(better, new, old) for new, old in pairs]
+  return tuple(None if x is None else x[:, 0] for x in best)
+
+
+def _least_squares(split, blocks, form: Format, scale, offset):
+  """The scales and offsets that fit the codes of a grid best; arguments as in `_fitted`.
+
+  Args:
+    split: [groups, group, outputs].
+    blocks: [groups, group, group], the gram matrices that measure the errors.
+    scale, offset: the grid, [groups, 1, outputs].
+  """
+  codes = form.encode(split, scale, offset)
+  error = split - form.decode(codes, scale, offset)
+  values = form.decode(codes, 1.0, None if offset is None else 0.0).astype(np.float64)
+  columns = np.stack([values] if offset is None else [values, np.ones_like(values)], axis=-1)
+  weighted = np.einsum('gij,gjok->giok', blocks, columns)
+  normal = np.einsum('giok,gioh->gokh', columns, weighted)
+  # Where all codes of a group are the same they do not determine both; the smallest change does as well.
+  ridge = np.maximum(1e-9 * np.trace(normal, axis1=-2, axis2=-1), 1e-300)
+  normal += ridge[..., None, None] * np.eye(normal.shape[-1])
+  moment = np.einsum('giok,gio->gok', weighted, error)
+  change = np.linalg.solve(normal, moment[..., None])[:, None, ..., 0]
+  fitted = scale + change[..., 0]
+  fitted = np.where(fitted > 0, fitted, scale).astype(scale.dtype)
+  return fitted, None if offset is None else (offset + change[..., 1]).astype(offset.dtype)
 
 
 def _inverse_cholesky(gram: np.ndarray) -> np.ndarray:
@@ -128,13 +180,13 @@ def _damped(gram: np.ndarray) -> np.ndarray:
   return gram + DAMPING * size * np.eye(len(gram))
 
 
-def awq(matrix: np.ndarray, gram: np.ndarray, group: int, form: Format, zeros: bool) -> Rounded:
+def awq(matrix: np.ndarray, gram: np.ndarray, group: int, form: Format, offsets: bool) -> Rounded:
   """Rounds to nearest after every row was multiplied by size^power, which gives large inputs finer steps.
 
   Lin et al. 2023, arXiv:2306.00978, equations 4 and 5. The power is the one of a grid with the smallest error
-  of the outputs, and the size of an input is the root of its mean square. Then the range of every group is
-  narrowed where this lessens the group's error, as in the authors' implementation, if that lessens the error of
-  the outputs too. Arguments as of `nearest`.
+  of the outputs, and the size of an input is the root of its mean square. Then the scales of groups are fitted
+  (`_fitted`; the authors' implementation narrows ranges), if that lessens the error of the outputs too.
+  Arguments as of `nearest`.
   """
   # A common factor of all sizes changes nothing, so sums serve as means.
   size = np.sqrt(np.maximum(np.diag(gram), 0))
@@ -146,44 +198,22 @@ def awq(matrix: np.ndarray, gram: np.ndarray, group: int, form: Format, zeros: b
   def scaled(power: float) -> Rounded:
     by = size**power
     by = (by / np.sqrt(by.max() * by.min())).astype(np.float32)
-    rounded = nearest(matrix * by[:, None], gram, group, form, zeros)
+    rounded = nearest(matrix * by[:, None], gram, group, form, offsets)
     return dataclasses.replace(rounded, input_scale=by)
 
   # The power 0 leaves the matrix as it is, so the result is never worse than `nearest`.
   best = min(map(scaled, AWQ_POWERS), key=harm)
   by = best.input_scale
-  narrowed = _narrowed(matrix * by[:, None], gram / np.outer(by, by), group, form, zeros)
-  narrowed = dataclasses.replace(narrowed, input_scale=by)
+  larger = matrix * by[:, None]
+  scale, offset = _fitted(larger, gram / np.outer(by, by), group, form, offsets)
+  codes = form.encode(larger, *_wide(group, scale, offset))
   # Errors of different groups may add up, so what is better for each group may be worse for the outputs.
-  return min(best, narrowed, key=harm)
+  return min(best, Rounded(codes, scale, offset, by), key=harm)
 
 
-def _narrowed(matrix, gram, group: int, form: Format, zeros: bool) -> Rounded:
-  """Rounds to nearest; each group has the share of its range (`AWQ_RANGES`) with the least error by itself."""
-  split = matrix.reshape(-1, group, matrix.shape[1])
-  starts = range(0, len(matrix), group)
-  blocks = np.stack([gram[a : a + group, a : a + group] for a in starts])
-  least = np.full((len(split), 1, matrix.shape[1]), np.inf)
-  kept = None
-  for share in AWQ_RANGES:
-    # The zero point moves with the range, since numbers are cut off at both ends.
-    scale, zero = form.scales(share * split, (1,), zeros)
-    error = form.decode(form.encode(split / scale, zero), zero) * scale - split
-    harm = np.sum(error * (blocks @ error), axis=1, keepdims=True)
-    better = harm < least
-    least = np.where(better, harm, least)
-    of_share = scale, np.zeros_like(scale) if zero is None else zero
-    kept = (
-      of_share
-      if kept is None
-      else [np.where(better, *pair) for pair in zip(of_share, kept, strict=True)]
-    )
-  scale, zero = kept
-  codes = form.encode(split / scale, zero if zeros else None).reshape(matrix.shape)
-  return Rounded(codes, scale[:, 0].astype(np.float32), zero[:, 0] if zeros else None)
-
-
-def smooth(matrix: np.ndarray, gram: np.ndarray, group: int, form: Format, zeros: bool) -> Rounded:
+def smooth(
+  matrix: np.ndarray, gram: np.ndarray, group: int, form: Format, offsets: bool
+) -> Rounded:
   """Rounds to nearest after half of the inputs' unevenness moved into the matrix; int8 inputs then lose less.
 
   Xiao et al. 2022, arXiv:2211.10438, equation 4 with alpha 1/2, by root mean squares in place of largest
@@ -192,8 +222,5 @@ def smooth(matrix: np.ndarray, gram: np.ndarray, group: int, form: Format, zeros
   of_inputs = np.sqrt(np.maximum(np.diag(gram), 0) / max(float(np.diag(gram).mean()), 1e-30))
   of_matrix = np.abs(matrix).max(axis=1)
   by = np.sqrt(np.maximum(of_inputs, 1e-4) / np.maximum(of_matrix, 1e-8)).astype(np.float32)
-  rounded = nearest(matrix * by[:, None], gram, group, form, zeros)
+  rounded = nearest(matrix * by[:, None], gram, group, form, offsets)
   return dataclasses.replace(rounded, input_scale=by)
-
-
-METHODS = {'nearest': nearest, 'gptq': gptq, 'awq': awq, 'smooth': smooth}

@@ -24,7 +24,7 @@ class StraightThrough(Weight):
   gradient by w is that by w'.
 
   Knobs:
-    format, group, zeros: as in `quantised.Quantised`.
+    format, group, offsets: as in `quantised.Quantised`.
     activations: the format of the inputs of projections, with one scale for each token; None does not round
       them. Experts, heads and token tables have no inputs of this kind.
   """
@@ -35,17 +35,17 @@ class StraightThrough(Weight):
     *,
     format: str | int = 'int8',
     group: int | None = None,
-    zeros: bool = False,
+    offsets: bool = False,
     activations: str | int | None = None,
     rngs: nnx.Rngs,
   ):
     super().__init__(matrix)
     check_sizes(type(self), group=group)
-    self.form = knob_format(type(self), 'format', format, zeros)
+    self.form = knob_format(type(self), 'format', format, offsets)
     self.of_inputs = None
     if activations is not None:
       self.of_inputs = knob_format(type(self), 'activations', activations)
-    self.zeros = zeros
+    self.offsets = offsets
     self.layout = Layout(matrix, group)
     self.base = param(
       rngs, matrix.shape, matrix.axes, matrix.init, kind=matrix.kind, active=matrix.active
@@ -58,7 +58,7 @@ class StraightThrough(Weight):
     """The rounded matrix, float32."""
     matrix = self.base[...]
     split, axes = self.layout.split(matrix)
-    rounded = self.form.round_trip(jax.lax.stop_gradient(split), axes, self.zeros)
+    rounded = self.form.round_trip(jax.lax.stop_gradient(split), axes, self.offsets)
     return straight_through(matrix, rounded.reshape(matrix.shape))
 
   def multiply(self, x: jax.Array, to: tuple[str | None, ...]) -> jax.Array:

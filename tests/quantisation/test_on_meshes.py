@@ -25,7 +25,7 @@ from tests.families import tiny
 pytestmark = pytest.mark.slow
 MESHES = {'data x tensor': Mesh(data=4, tensor=2), 'fsdp x tensor': Mesh(data=1, fsdp=4, tensor=2)}
 KNOBS = {
-  'int4': {'format': 4, 'group': 4, 'zeros': True},
+  'int4': {'format': 4, 'group': 4, 'offsets': True},
   'int8 times int8': {'format': 'int8', 'activations': 'int8'},
   'nf4': {'format': 'nf4', 'group': 8, 'input_scales': True},
 }

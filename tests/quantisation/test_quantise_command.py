@@ -117,7 +117,7 @@ def test_what_does_not_go_together_is_told(command, base):
   ('flags', 'says'),
   [
     ('', 'this model brings no stream: give --validation=FILE'),
-    ('--method=gptq --validation={text}', 'and --calibration=FILE for all but nearest'),
+    ('--method=gptq --validation={text}', 'and for gptq, awq and smooth --calibration=FILE'),
     ('--validation={text}.gone', r'--validation=.*gone: there is no such file'),
     ('--method=gptq --calibration={text} --validation={text}', 'are the same file'),
     ('--out={text} --validation={text}', 'is not an empty folder'),
@@ -180,7 +180,7 @@ def test_training_that_foresees_the_rounding_is_rounded_to_what_it_saw(
   flags = [
     '--gin_file=gin/quantisation/int4.gin',
     '--gin.GROUP=None',
-    '--gin.Quantised.zeros=False',
+    '--gin.Quantised.offsets=False',
   ]
   out = command(*flags, checkpoint=tmp_path / 'aware')
   report = json.loads((out / 'quantisation.json').read_text())

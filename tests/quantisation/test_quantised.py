@@ -24,7 +24,7 @@ from tests.families import tiny
 
 KNOBS = {
   'int8': {'format': 'int8'},
-  'int4 with zero points': {'format': 4, 'group': 4, 'zeros': True},
+  'int4 with offsets': {'format': 4, 'group': 4, 'offsets': True},
   'int3 with input scales': {'format': 3, 'group': 8, 'input_scales': True},
   'nf4': {'format': 'nf4', 'group': 8},
   'fp8': {'format': 'fp8_e4m3', 'group': 8},
@@ -81,17 +81,17 @@ def by_hand(weight: Quantised) -> np.ndarray:
       code = (code >> (width * (index[axis] % form.per_byte))) & (2**width - 1)
     group = [i if n > 1 else 0 for i, n in zip(index, scale.shape, strict=True)]
     group[axis] = index[axis] // weight.layout.group
-    zero = None
-    if weight.zeros:
-      zero = np.asarray(weight.zero[...])[tuple(group)].astype(np.float32)
-    value = form.decode(np.atleast_1d(code), zero)[0] * scale[tuple(group)]
+    offset = None
+    if weight.offsets:
+      offset = np.asarray(weight.offset[...])[tuple(group)]
+    value = form.decode(np.atleast_1d(code), scale[tuple(group)], offset)[0]
     if weight.input_scale is not None:
       value /= np.asarray(weight.input_scale[...])[index[: weight.inputs]]
     matrix[index] = value
   return matrix
 
 
-FAST = ('int8', 'int4 with zero points', 'int3 with input scales')
+FAST = ('int8', 'int4 with offsets', 'int3 with input scales')
 EACH = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in KNOBS]
 
 
@@ -134,17 +134,17 @@ def dequantised(weight: Quantised, stored: dict) -> np.ndarray:
   axis = weight.layout.axis - len(weight.shape)  # from the end, for layers stand before
   spread = lambda x: np.repeat(x, weight.layout.group, axis=axis)
   stored = {name: np.asarray(x) for name, x in stored.items()}
-  zero = spread(stored['zero']).astype(np.float32) if weight.zeros else None
+  offset = spread(stored['offset']) if weight.offsets else None
   codes = weight.form.unpack(stored['packed'], axis)
-  return weight.form.decode(codes, zero) * spread(stored['scale'])
+  return weight.form.decode(codes, spread(stored['scale']), offset)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(('name', 'zeros'), EVERY)
-def test_logits_are_those_of_the_dequantised_model(name, zeros):
+@pytest.mark.parametrize(('name', 'offsets'), EVERY)
+def test_logits_are_those_of_the_dequantised_model(name, offsets):
   """Every matrix is packed: projections, token vectors and head. The dequantised model has plain ones."""
   plain, logits = one_layer()
-  knobs = {'format': name, 'group': 4, 'zeros': zeros}
+  knobs = {'format': name, 'group': 4, 'offsets': offsets}
   model = functools.partial(plain, weight=functools.partial(Quantised, **knobs))
   module = counts.abstract(model)
   graphdef = nnx.graphdef(module)
@@ -187,7 +187,7 @@ def test_products_of_whole_numbers():
   ('knobs', 'says'),
   [
     ({'format': 'int9'}, 'format: no format of numbers'),
-    ({'format': 'nf4', 'zeros': True}, 'nf4 has no zero point'),
+    ({'format': 'nf4', 'offsets': True}, 'nf4 has no offsets'),
     ({'format': 'int8', 'activations': 'int4'}, "activations: 'int4' is not supported"),
     ({'format': 'int8', 'activations': 'int8', 'group': 4}, 'summed over all inputs'),
     ({'format': 'int4', 'group': 0}, '0 is not a size'),
@@ -203,7 +203,7 @@ def test_knobs_that_do_not_go_together_are_told(knobs, says):
   [
     ({'format': 9}, "format: no format of numbers 'int9'"),
     ({'activations': 'int9'}, "activations: no format of numbers 'int9'"),
-    ({'format': 'nf4', 'zeros': True}, 'zeros: nf4 has no zero point'),
+    ({'format': 'nf4', 'offsets': True}, 'offsets: nf4 has no offsets'),
   ],
 )
 def test_training_that_foresees_the_rounding_knows_the_same_formats(knobs, says):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from research.quantisation import rounding
+from research.quantisation import post_training, rounding
 from research.quantisation.formats import FORMATS
 
 INPUTS, OUTPUTS, GROUP = 24, 7, 8
@@ -19,7 +19,7 @@ def problem():
   return matrix, (x.T @ x).astype(np.float32)
 
 
-def one_at_a_time(matrix, gram, scale, zero, form):
+def one_at_a_time(matrix, gram, scale, offset, form):
   """Optimal brain quantisation in a fixed order, as it is derived: with a new inverse after every input."""
   order = np.argsort(-np.diag(gram), kind='stable')
   gram = gram.astype(np.float64) + 0.01 * np.diag(gram).astype(np.float64).mean() * np.eye(INPUTS)
@@ -28,9 +28,8 @@ def one_at_a_time(matrix, gram, scale, zero, form):
   for i in order:
     inverse = np.linalg.inv(gram[np.ix_(remaining, remaining)])
     s = scale[i // GROUP]
-    z = None if zero is None else zero[i // GROUP]
-    code = form.encode((left[i] / s).astype(np.float32), z)
-    rounded[i] = form.decode(code, z) * s
+    z = None if offset is None else offset[i // GROUP]
+    rounded[i] = form.decode(form.encode(left[i], s, z), s, z)
     error = (left[i] - rounded[i]) / inverse[0, 0]
     for k, other in enumerate(remaining):
       left[other] = left[other] - inverse[0, k] * error
@@ -38,14 +37,51 @@ def one_at_a_time(matrix, gram, scale, zero, form):
   return rounded
 
 
-@pytest.mark.parametrize(('name', 'zeros'), [('int4', True), ('int3', False), ('nf4', False)])
-def test_gptq_is_optimal_brain_quantisation(problem, name, zeros):
+@pytest.mark.parametrize(('name', 'offsets'), [('int4', True), ('int3', False), ('nf4', False)])
+def test_gptq_is_optimal_brain_quantisation(problem, name, offsets):
   matrix, gram = problem
   form = FORMATS[name]
-  rounded = rounding.gptq(matrix, gram, GROUP, form, zeros)
-  zero = rounded.zero if zeros else None
-  expected = one_at_a_time(matrix, gram, rounded.scale, zero, form)
+  rounded = rounding.gptq(matrix, gram, GROUP, form, offsets)
+  expected = one_at_a_time(matrix, gram, rounded.scale, rounded.offset, form)
   np.testing.assert_allclose(rounded.matrix(form), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(('name', 'offsets'), [('int4', True), ('int3', False), ('nf4', False)])
+def test_fitted_scales_do_less_harm_to_the_outputs_of_each_group(problem, name, offsets):
+  matrix, gram = problem
+  form = FORMATS[name]
+  fitted = rounding._fitted(matrix, gram, GROUP, form, offsets)
+  plain = rounding.nearest(matrix, gram, GROUP, form, offsets)
+  codes = form.encode(matrix, *rounding._wide(GROUP, *fitted))
+  of_fit = matrix - rounding.Rounded(codes, *fitted).matrix(form)
+  of_range = matrix - plain.matrix(form)
+  ratios = []
+  for start in range(0, INPUTS, GROUP):
+    group = slice(start, start + GROUP)
+    block = rounding._damped(gram)[group, group]
+    harm = [np.sum(e[group] * (block @ e[group]), axis=0) for e in (of_fit, of_range)]
+    assert np.all(harm[0] <= harm[1] * (1 + 1e-5))
+    ratios.append(harm[0] / harm[1])
+  assert np.mean(ratios) < 0.7
+
+
+def test_codes_and_their_grid_are_found_by_least_squares(problem):
+  """Against a regression of each group on its codes, with the gram matrix as the metric."""
+  matrix, gram = problem
+  form = FORMATS['int4']
+  split = matrix.reshape(-1, GROUP, OUTPUTS)
+  grid = form.scales(split, (1,), True)
+  codes = form.encode(split, *grid)
+  blocks = np.stack([gram[a : a + GROUP, a : a + GROUP] for a in range(0, INPUTS, GROUP)])
+  scale, offset = rounding._least_squares(split, blocks, form, *grid)
+  for g, block in enumerate(blocks.astype(np.float64)):
+    root = np.linalg.cholesky(block).T
+    for output in range(OUTPUTS):
+      columns = np.stack([codes[g, :, output], np.ones(GROUP)], axis=1)
+      expected = np.linalg.lstsq(root @ columns, root @ split[g, :, output], rcond=None)[0]
+      # The results are rounded to float16.
+      np.testing.assert_allclose(scale[g, 0, output], expected[0], rtol=1e-3)
+      np.testing.assert_allclose(offset[g, 0, output], expected[1], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize('name', ['int3', 'int4', 'nf4', 'fp8_e4m3'])
@@ -56,7 +92,8 @@ def test_what_looks_at_the_inputs_does_less_harm_to_the_outputs(problem, name):
     method: rounding.output_error(
       matrix, function(matrix, gram, GROUP, form, False).matrix(form), gram
     )
-    for method, function in rounding.METHODS.items()
+    for method, function in post_training.METHODS.items()
+    if method != 'keep'
   }
   assert error['gptq'] < 0.8 * error['nearest']
   assert error['awq'] <= error['nearest']
