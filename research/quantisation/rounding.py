@@ -154,13 +154,14 @@ def _least_squares(split, blocks, form: Format, scale, offset):
   codes = form.encode(split, scale, offset)
   error = split - form.decode(codes, scale, offset)
   values = form.decode(codes, 1.0, None if offset is None else 0.0).astype(np.float64)
-  columns = np.stack([values] if offset is None else [values, np.ones_like(values)], axis=-1)
-  weighted = np.einsum('gij,gjok->giok', blocks, columns)
-  normal = np.einsum('giok,gioh->gokh', columns, weighted)
+  columns = [values] if offset is None else [values, np.ones_like(values)]
+  weighted = [blocks @ column for column in columns]
+  normal = [[np.sum(w * column, axis=1) for column in columns] for w in weighted]
+  normal = np.moveaxis(np.array(normal), (0, 1), (-2, -1))
+  moment = np.stack([np.sum(w * error, axis=1) for w in weighted], axis=-1)
   # Where all codes of a group are the same they do not determine both; the smallest change does as well.
   ridge = np.maximum(1e-9 * np.trace(normal, axis1=-2, axis2=-1), 1e-300)
-  normal += ridge[..., None, None] * np.eye(normal.shape[-1])
-  moment = np.einsum('giok,gio->gok', weighted, error)
+  normal += ridge[..., None, None] * np.eye(len(columns))
   change = np.linalg.solve(normal, moment[..., None])[:, None, ..., 0]
   fitted = scale + change[..., 0]
   fitted = np.where(fitted > 0, fitted, scale).astype(scale.dtype)
