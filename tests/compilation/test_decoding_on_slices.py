@@ -24,7 +24,7 @@ def test_the_counts_say_how_many_bytes():
     name: counts.count(run_of(name).model, {'targets': 128}) for name in ('bfloat16', 'int4')
   }
   assert stored['int4'].params_total == stored['bfloat16'].params_total == 6_738_415_616
-  # 4 bits, a float32 scale and a uint8 zero point for 128; token vectors and the head in 8.
+  # 4 bits, a float16 scale and a float16 offset for 128; token vectors and the head in 8.
   assert stored['int4'].stored_bytes < 0.29 * stored['bfloat16'].stored_bytes
   decoded = counts.count_decoding(run_of('int4').model, {'targets': 128})
   half = counts.count_decoding(run_of('bfloat16').model, {'targets': 128})

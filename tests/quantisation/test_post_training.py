@@ -3,11 +3,14 @@
 import jax
 import ml_dtypes
 import numpy as np
+import pytest
 from flax import nnx
 
+from research.core.errors import UserError
 from research.model import counts
 from research.parallel.mesh import Mesh
 from research.quantisation import post_training
+from research.tuning import merge
 from tests.families import PRESETS, tiny
 
 # The projections of attention in bfloat16, everything else in int4.
@@ -20,6 +23,28 @@ GROUP = 8
 attention.Attention.linear = @half/layers.Linear
 half/layers.Linear.weight = @quantised.BFloat16
 """
+
+
+@pytest.mark.slow
+def test_a_model_that_was_packed_keeps_its_numbers_and_another_is_refused():
+  files = [f'gin/models/{PRESETS["llama2"]}.gin', 'gin/quantisation/int4.gin']
+  model = tiny('llama2', ['LAYERS=1', 'GROUP=8'], files)
+  random = np.random.default_rng(0)
+  shapes = nnx.to_pure_dict(nnx.state(counts.abstract(tiny('llama2', ['LAYERS=1']))))
+  params = jax.tree.map(lambda x: random.normal(size=x.shape).astype(np.float32), shapes)
+  weights = post_training.weights_to_fill(model, 'keep')
+  with pytest.raises(
+    UserError, match=r'stack/.* \[0\]: .* are on no grid of int4.* another --method'
+  ):
+    post_training.quantise(model, weights, params, 'keep')
+  rounded, _ = post_training.quantise(model, weights, params, 'nearest')
+  with Mesh().use(jax.devices()[:1]):
+    _, packed = merge.merged(model, jax.tree.map(jax.numpy.asarray, rounded))
+  kept, errors = post_training.quantise(model, weights, packed, 'keep')
+  assert {(error.method, error.weights) for error in errors} == {('keep', 0.0)}
+  with Mesh().use(jax.devices()[:1]):
+    _, again = merge.merged(model, jax.tree.map(jax.numpy.asarray, kept))
+  jax.tree.map(np.testing.assert_array_equal, again, packed)
 
 
 def test_matrices_in_bfloat16_stay_plain_beside_matrices_that_gptq_rounds(tmp_path):
