@@ -54,16 +54,21 @@ def keep(
 
 
 def _grids(form: Format) -> Iterator[Grid]:
-  """Grids without an offset: the largest magnitude of a group has each value of the format in turn."""
+  """Grids without an offset: the largest magnitude of a group has each value of the format in turn.
+
+  The product of a float32 scale and a code was rounded, so the scale may be a neighbour of the quotient.
+  """
   every = np.arange(2**form.bits).astype(np.uint8)
   values = np.abs(form.decode(every.view(np.int8) if form.name == 'int8' else every))
   for value in np.unique(values[(values > 0) & (values <= form.top)])[::-1]:
-    yield functools.partial(_of_largest, value)
+    for towards in (None, np.inf, 0):
+      yield functools.partial(_of_largest, value, towards)
 
 
-def _of_largest(value: float, x: np.ndarray) -> tuple[np.ndarray, None]:
+def _of_largest(value: float, towards: float | None, x: np.ndarray) -> tuple[np.ndarray, None]:
   largest = np.abs(x).max(axis=1, keepdims=True)
-  return np.where(largest > 0, largest / value, 1).astype(np.float32), None
+  scale = np.where(largest > 0, largest / value, 1).astype(np.float32)
+  return scale if towards is None else np.nextafter(scale, np.float32(towards)), None
 
 
 def _grids_with_offset(form: Format) -> Iterator[Grid]:

@@ -4,7 +4,7 @@
     quantised.Quantised.format = 'int4'
 
 replaces every matrix: projections, experts, heads and token tables. `research.quantise` fills them from a
-trained model. They do not learn; LoRA may learn beside them (`lora.LoRA.base`, which is QLoRA).
+trained model. They do not learn, but LoRA may learn beside them (`lora.LoRA.base`, QLoRA).
 """
 
 import functools

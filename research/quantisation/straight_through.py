@@ -1,10 +1,10 @@
-"""Quantisation-aware training: matrices are rounded in the forward pass, and learn as if they were not.
+"""Quantisation-aware training: matrices are rounded in the forward pass and learn as if they were not.
 
     models.LanguageModel.weight = @straight_through.StraightThrough
     straight_through.StraightThrough.format = 4
 
-The parameters stay float32. `research.quantise` with the same format and group then rounds them to the very
-numbers that training saw.
+The parameters stay float32. `research.quantise` with the same format, group and offsets rounds them to the
+numbers that the forward pass used.
 """
 
 import jax
@@ -25,8 +25,8 @@ class StraightThrough(Weight):
 
   Knobs:
     format, group, offsets: as in `quantised.Quantised`.
-    activations: the format of the inputs of projections, with one scale for each token; None does not round
-      them. Experts, heads and token tables have no inputs of this kind.
+    activations: the format of the inputs of projections, with one scale for each token; None leaves them as they
+      are. The inputs of experts, heads and token tables are never rounded.
   """
 
   def __init__(

@@ -43,7 +43,7 @@ def test_a_symmetric_grid_is_kept_though_its_ends_do_not_occur():
   np.testing.assert_array_equal(kept.matrix(FORMATS['int4']), matrix)
 
 
-@pytest.mark.parametrize('name', ['nf4', 'int3', 'fp8_e4m3'])
+@pytest.mark.parametrize('name', ['nf4', 'int3', 'int8', 'fp8_e4m3'])
 def test_what_a_format_rounded_is_kept_in_it(name):
   form = FORMATS[name]
   matrix = form.round_trip(MATRIX.T, (0,))

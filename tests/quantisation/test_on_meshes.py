@@ -93,7 +93,7 @@ def run(config, workdir, mesh=None) -> dict:
 AWARE = ['gin/quantisation/aware.gin']
 
 
-def test_runs_that_foresee_the_rounding_learn_together_as_alone(text_file, tmp_path, one_device):
+def test_aware_runs_learn_together_as_alone(text_file, tmp_path, one_device):
   made = [
     load(text_file, AWARE, **{'Run.seed': seed}, BITS=3, ACTIVATION_BITS=4) for seed in (0, 1)
   ]
@@ -109,7 +109,7 @@ def test_runs_that_foresee_the_rounding_learn_together_as_alone(text_file, tmp_p
   assert abs(plain['loss'] - rows[0]['loss']) > 1e-4
 
 
-def test_a_run_that_foresees_the_rounding_is_the_same_on_a_mesh(text_file, tmp_path):
+def test_an_aware_run_is_the_same_on_a_mesh(text_file, tmp_path):
   config = load(text_file, AWARE, BITS=4, **{'Run.steps': 3})
   losses = [
     run(config, tmp_path / name, mesh)['loss']
@@ -122,7 +122,7 @@ def test_a_run_that_foresees_the_rounding_is_the_same_on_a_mesh(text_file, tmp_p
   np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3)
 
 
-def test_a_run_that_foresees_the_rounding_resumes_to_the_bit(text_file, tmp_path, one_device):
+def test_an_aware_run_resumes_to_the_bit(text_file, tmp_path, one_device):
   config = load(text_file, AWARE, BITS=3, **{'Run.checkpoint_every': 4})
 
   def params() -> dict:

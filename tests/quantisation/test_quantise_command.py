@@ -170,9 +170,7 @@ def test_a_model_that_is_quantised_is_quantised_again_in_another_format(command,
   assert opened_loss(out) == pytest.approx(opened_loss(once.parent / 'once'), rel=1e-3)
 
 
-def test_training_that_foresees_the_rounding_is_rounded_to_what_it_saw(
-  command, text_file, tmp_path, one_device
-):
+def test_an_aware_run_is_rounded_to_what_it_saw(command, text_file, tmp_path, one_device):
   lines = [f"FILES='{text_file}'", 'Run.steps=4', 'LAYERS=1', 'BITS=4']
   config = configs.load(['tests/gin/decoder.gin', 'gin/quantisation/aware.gin'], lines)
   with config.explains(), open(os.devnull, 'w') as silence:

@@ -206,7 +206,7 @@ def test_knobs_that_do_not_go_together_are_told(knobs, says):
     ({'format': 'nf4', 'offsets': True}, 'offsets: nf4 has no offsets'),
   ],
 )
-def test_training_that_foresees_the_rounding_knows_the_same_formats(knobs, says):
+def test_aware_training_knows_the_same_formats(knobs, says):
   with pytest.raises(Invalid, match=says):
     StraightThrough(OUTPUT, **knobs, rngs=nnx.Rngs(params=0))
 
