@@ -25,8 +25,8 @@ class StraightThrough(Weight):
 
   Knobs:
     format, group, offsets: as in `quantised.Quantised`.
-    activations: the format of the inputs of projections, with one scale for each token; None leaves them as they
-      are. The inputs of experts, heads and token tables are never rounded.
+    activations: the format of the inputs of projections, with one scale for each token; None leaves them as
+      they are. The inputs of experts, heads and token tables are never rounded.
   """
 
   def __init__(
