@@ -16,8 +16,6 @@ DAMPING = 0.01
 BLOCK = 128  # columns whose corrections are summed before they are applied to the rest
 AWQ_POWERS = np.linspace(0, 1, 21)  # Lin et al. 2023, section 3.2: a grid over [0, 1]
 RANGES = (1.0, 0.9, 0.8, 0.7, 0.6)  # shares of a group's range that are tried
-  1, 0.5, 11
-)  # shares of a group's range that are tried, as in AWQ's implementation
 
 
 @dataclasses.dataclass(frozen=True)
