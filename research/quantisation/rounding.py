@@ -16,6 +16,7 @@ DAMPING = 0.01
 BLOCK = 128  # columns whose corrections are summed before they are applied to the rest
 AWQ_POWERS = np.linspace(0, 1, 21)  # Lin et al. 2023, section 3.2: a grid over [0, 1]
 RANGES = (1.0, 0.9, 0.8, 0.7, 0.6)  # shares of a group's range that are tried
+OUTPUTS = 64  # outputs whose scales are fitted together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,10 +125,22 @@ def _fitted(matrix: np.ndarray, gram: np.ndarray, group: int, form: Format, offs
   damped = _damped(gram)
   starts = range(0, len(matrix), group)
   blocks = np.stack([damped[a : a + group, a : a + group] for a in starts])
+  # A few outputs at a time stay in the processor's cache.
+  parts = [
+    _fitted_outputs(split[..., a : a + OUTPUTS], blocks, form, offsets)
+    for a in range(0, matrix.shape[1], OUTPUTS)
+  ]
+  return tuple(
+    None if x[0] is None else np.concatenate(x, axis=1) for x in zip(*parts, strict=True)
+  )
+
+
+def _fitted_outputs(split: np.ndarray, blocks: np.ndarray, form: Format, offsets: bool):
+  """As `_fitted`, of numbers [groups, group, outputs], with the gram matrices of their groups."""
   middle = np.zeros_like(split[:, :1])
   if offsets:
     middle = (split.min(axis=1, keepdims=True) + split.max(axis=1, keepdims=True)) / 2
-  least = np.full((len(split), 1, matrix.shape[1]), np.inf)
+  least = np.full(middle.shape, np.inf)
   best = form.scales(split, (1,), offsets)
   for share in RANGES:
     grid = form.scales(middle + share * (split - middle), (1,), offsets)
@@ -138,7 +151,7 @@ def _fitted(matrix: np.ndarray, gram: np.ndarray, group: int, form: Format, offs
       least = np.where(better, harm, least)
       pairs = zip((scale, offset), best, strict=True)
       best = [None if new is None else np.where(better, new, old) for new, old in pairs]
-  return tuple(None if x is None else x[:, 0] for x in best)
+  return [None if x is None else x[:, 0] for x in best]
 
 
 def _least_squares(split, blocks, form: Format, scale, offset):
