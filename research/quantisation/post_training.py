@@ -162,7 +162,8 @@ class _Filling:
     try:
       rounded = METHODS[method](target, gram, group, weight.form, weight.offsets)
     except UserError as error:
-      raise UserError(f'{self.name} {list(index)}: {error}') from None
+      name = ' '.join(map(str, (self.name, *index)))
+      raise UserError(f'{name}: {error}') from None
     if weight.input_scale is not None and rounded.input_scale is None:
       rounded = dataclasses.replace(rounded, input_scale=np.ones(len(flat), np.float32))
     whole = rounded.matrix(weight.form)

@@ -166,7 +166,7 @@ def test_a_model_that_is_quantised_is_quantised_again_in_another_format(command,
   weights = [
     m for _, m in nnx.iter_modules(counts.abstract(folder.model)) if isinstance(m, Quantised)
   ]
-  assert {(m.form.name, m.zeros, m.layout.groups) for m in weights} == {('int8', False, 1)}
+  assert {(m.form.name, m.offsets, m.layout.groups) for m in weights} == {('int8', False, 1)}
   assert opened_loss(out) == pytest.approx(opened_loss(once.parent / 'once'), rel=1e-3)
 
 
