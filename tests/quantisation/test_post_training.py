@@ -34,7 +34,7 @@ def test_a_model_that_was_packed_keeps_its_numbers_and_another_is_refused():
   params = jax.tree.map(lambda x: random.normal(size=x.shape).astype(np.float32), shapes)
   weights = post_training.weights_to_fill(model, 'keep')
   with pytest.raises(
-    UserError, match='embedder/tokens: .* are on no grid of int8.* another --method'
+    UserError, match=r'embedder/tokens: .* are on no grid of int8.* another --method'
   ):
     post_training.quantise(model, weights, params, 'keep')
   rounded, _ = post_training.quantise(model, weights, params, 'nearest')
