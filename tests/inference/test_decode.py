@@ -205,8 +205,8 @@ def test_a_request_joins_others():
   np.testing.assert_allclose(got[2], want[0], atol=TOLERANCE * np.abs(want).max())
 
 
-# The bytes in int8 by those in float32, at most. A scale of four bytes goes with every vector: of 8 here, and of
-# 4 in the rotated keys of DeepSeek. The encoder's keys stay as they are.
+# The bytes in int8 by those in float32, at most. A scale of four bytes goes with every vector: of 8 here, and
+# of 4 in the rotated keys of DeepSeek. The encoder's keys stay as they are.
 INT8_BYTES = {'gemma2': 0.4, 'llama': 0.4, 'deepseek_v2': 0.42, 't5': 0.56}
 
 
