@@ -205,12 +205,7 @@ def test_a_request_joins_others():
   np.testing.assert_allclose(got[2], want[0], atol=TOLERANCE * np.abs(want).max())
 
 
-# The bytes in int8 by those in float32, at most. A scale of four bytes goes with every vector: of 8 here, and
-# of 4 in the rotated keys of DeepSeek. The encoder's keys stay as they are.
-INT8_BYTES = {'gemma2': 0.4, 'llama': 0.4, 'deepseek_v2': 0.42, 't5': 0.56}
-
-
-@pytest.mark.parametrize('family', families(('gemma2',), INT8_BYTES))
+@pytest.mark.parametrize('family', families(('gemma2',), ('gemma2', 'llama')))
 def test_keys_in_int8_are_close_to_those_in_float32(family):
   _, graphdef, params, batch = setup(family)
   _, prefill, step = functions(graphdef)
@@ -219,7 +214,7 @@ def test_keys_in_int8_are_close_to_those_in_float32(family):
   got, rounded = step(params, token, prefill(params, prompts_of(batch), 1, True)[1])
   size = lambda cache: sum(x.nbytes for x in jax.tree.leaves(cache.entries))
   assert 0 < np.abs(got - want).max() < 0.05 * np.abs(want).max()
-  assert size(rounded) < INT8_BYTES[family] * size(plain)
+  assert size(rounded) < 0.4 * size(plain)
 
 
 def test_a_position_past_the_room_is_nan_and_never_wrapped():
