@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 from research.core.errors import UserError
 from research.model.part import Context
-from research.parallel.axes import axes_of
+from research.parallel.axes import axes_of, splits
 from research.parallel.mesh import platform
 
 
@@ -123,8 +123,13 @@ class State:
     def put_row(stored, x, slot):  # [layers, ...], [length, ..., n], [length]
       index = [slice(None)] * stored.ndim
       index[0] = self.layer
+      if platform() == 'cpu' and len(positions) == length == 1 and not splits():
+        # XLA on a CPU makes an update of one token a part of what reads it, and so updates a copy of the cache
+        # once more for the next step. An update of two tokens it leaves alone; the second is beyond the slots.
+        slot = jnp.append(slot, slots)
+        x = jnp.concatenate([x, x])
       index[axis] = slot
-      return stored.at[tuple(index)].set(x.astype(stored.dtype))
+      return stored.at[tuple(index)].set(x.astype(stored.dtype), mode='drop')
 
     def put(stored, x):
       # `vmap` over rows, or jax gathers the whole cache on a mesh.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import numpy as np
@@ -143,20 +144,25 @@ def test_a_request_that_is_forgotten_frees_its_slot(make_engine):
   assert completion.tokens == alone.tokens
 
 
-def test_the_step_has_no_copy_of_the_cache(model):
+@pytest.mark.parametrize('rows', [1, 8])
+def test_the_step_has_no_copy_of_the_cache(model, rows):
   """What the compiled step needs beside its arguments is small, however large the cache (donated)."""
   from research.inference import programs
 
   graphdef, params = decoding.for_backend(*model)
-  slots = jax.eval_shape(lambda: Engine(graphdef, params, slots=8, room=4096, chunk=CHUNK).slots)
-  tokens = jax.ShapeDtypeStruct((8,), np.int32)
-  active = jax.ShapeDtypeStruct((8,), bool)
+  slots = jax.eval_shape(lambda: Engine(graphdef, params, slots=rows, room=4096, chunk=CHUNK).slots)
+  tokens = jax.ShapeDtypeStruct((rows,), np.int32)
+  active = jax.ShapeDtypeStruct((rows,), bool)
   lowered = programs.advance.lower(graphdef, params, slots, tokens, active, penalises=False)
-  memory = lowered.compile().memory_analysis()
-  cache = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(slots.cache))
+  compiled = lowered.compile()
+  memory = compiled.memory_analysis()
+  entries = jax.tree.leaves(slots.cache)
+  cache = sum(x.size * x.dtype.itemsize for x in entries)
   assert memory.alias_size_in_bytes > 0.99 * cache
   # One layer's keys and values are read out; there is one layer here, so at most those.
   assert memory.temp_size_in_bytes < 1.1 * cache
+  shape = ','.join(map(str, max(entries, key=lambda x: x.size).shape))
+  assert not re.search(rf'\[{shape}\]\S* copy\(', compiled.as_text())
 
 
 WRONG = {
