@@ -10,9 +10,8 @@ missing runs. It writes nested.csv to its own folder.
 import argparse
 import csv
 import pathlib
-import statistics
 
-from study import BASE, HERE, START, finished_run
+from study import BASE, HERE, START, finished_run, parse, tell
 
 import research.shrink
 
@@ -53,13 +52,9 @@ def main(workdir: pathlib.Path, seeds: list[int]) -> None:
   for size in SIZES:
     for way in ('one run', 'alone'):
       losses = [row['loss'] for row in rows if (row['size'], row['way']) == (size, way)]
-      each = ', '.join(f'{loss:.4f}' for loss in losses)
-      print(f'{size}, {way}: {statistics.mean(losses):.4f} nats per byte ({each})')
+      tell(f'{size}, {way}', losses)
 
 
 if __name__ == '__main__':
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--workdir', type=pathlib.Path, default=pathlib.Path('runs/nested'))
-  parser.add_argument('--seeds', type=int, nargs='+', default=[1, 2, 3])
-  flags = parser.parse_args()
+  flags = parse(__doc__.splitlines()[0], 'runs/nested')
   main(flags.workdir, flags.seeds)

@@ -105,20 +105,29 @@ def draw(workdirs: list[pathlib.Path]) -> None:
   figure.savefig(HERE / 'healing.png', dpi=120)
 
 
+def tell(what: str, losses: list[float]) -> None:
+  """Prints the mean of the seeds, and each."""
+  each = ', '.join(f'{loss:.4f}' for loss in losses)
+  print(f'{what}: {statistics.mean(losses):.4f} nats per byte ({each})')
+
+
+def parse(description: str, workdir: str) -> argparse.Namespace:
+  """Parses the flags of a study; `workdir` is the default of --workdir."""
+  parser = argparse.ArgumentParser(description=description)
+  parser.add_argument('--workdir', type=pathlib.Path, default=pathlib.Path(workdir))
+  parser.add_argument('--seeds', type=int, nargs='+', default=[1, 2, 3])
+  return parser.parse_args()
+
+
 def main(workdir: pathlib.Path, seeds: list[int]) -> None:
   workdirs = [workdir / f'seed{seed}' for seed in seeds]
   rows = [row for seed, folder in zip(seeds, workdirs, strict=True) for row in study(folder, seed)]
   write_results(rows)
   draw(workdirs)
   for way in ('large', *WAYS):
-    losses = [row['loss'] for row in rows if row['way'] == way]
-    each = ', '.join(f'{loss:.4f}' for loss in losses)
-    print(f'{way}: {statistics.mean(losses):.4f} nats per byte ({each})')
+    tell(way, [row['loss'] for row in rows if row['way'] == way])
 
 
 if __name__ == '__main__':
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--workdir', type=pathlib.Path, default=pathlib.Path('runs/shrinking'))
-  parser.add_argument('--seeds', type=int, nargs='+', default=[1, 2, 3])
-  flags = parser.parse_args()
+  flags = parse(__doc__.splitlines()[0], 'runs/shrinking')
   main(flags.workdir, flags.seeds)

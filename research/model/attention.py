@@ -157,6 +157,7 @@ class Attention(nnx.Module):
     prefix: makes learned keys and values that every token sees beside the others (`prefixes.Prefix`).
   """
 
+  # Decoding on a CPU joins the matrices of these layers (inference/by_output.py).
   same_input = ('query', 'key', 'value')
 
   def __init__(
