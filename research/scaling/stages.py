@@ -22,6 +22,7 @@ def fit(picked: list[dict], parsed, chosen: dict, every: list[dict]):
     UserError: a flag has no meaning for this fit.
   """
   law = chosen.get('law', Options().law)
+  _check_points(law, parsed.predict)
   alone = 'law' in chosen and not flags.is_of_params_and_tokens(law)
   if parsed.then or alone:
     _refuse(
@@ -54,6 +55,17 @@ def fit(picked: list[dict], parsed, chosen: dict, every: list[dict]):
       'it has no effect with --examples, whose noise is binomial',
     )
   return any_law.fit_law(picked, law, **_arguments(chosen, parsed))
+
+
+def _check_points(law: laws.Law, asked: list[str]) -> None:
+  """Raises UserError for a point of --predict at which `law` says nothing, before anything is fitted."""
+  for text, point in zip(asked, flags.points(asked), strict=True):
+    try:
+      law.check_point(point)
+    except laws.LawError as error:
+      splits = 'flops' in point and flags.is_of_params_and_tokens(law)
+      budget = ' For a budget use --forecast=FLOPS.' if splits else ''
+      raise UserError(f'--predict={text}: {error}{budget}') from None
 
 
 def _arguments(chosen: dict, parsed) -> dict:

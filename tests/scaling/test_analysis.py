@@ -307,6 +307,36 @@ def test_the_commands_errors_are_one_sentence(tmp_path, capsys):
   assert 'Did you mean Chinchilla' in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+  ('flags', 'why'),
+  [
+    (['params=1e9,flops=1e20'], 'is a law of params, tokens, and not of .flops.*--forecast='),
+    (['params=1e9'], 'missing tokens'),
+    (['params=1e9,tokens=-1'], 'tokens = -1 must be positive'),
+    (['params=0,tokens=1e9'], 'params = 0 must be positive'),
+    (['params=1e9,tokens=1e400'], 'tokens = inf is no finite number'),
+    (['flops=1e20,paramss=3', '--law=LossOfCompute'], 'is a law of flops, and not of .paramss'),
+    (['flops=1e20,params=3', '--law=LossOfCompute'], 'is a law of flops, and not of .params'),
+    (['k=5,params=3', '--law=CoverageOfSamples'], 'is a law of k'),
+    (['tuning_data=-1', '--law=RectifiedTuning'], 'tuning_data = -1 must be zero or more'),
+  ],
+)
+def test_a_point_at_which_the_law_says_nothing_is_refused_before_the_fit(
+  tmp_path, capsys, monkeypatch, flags, why
+):
+  from research import fit
+  from research.scaling import law_fit
+
+  def no_fit(*_, **__):
+    raise AssertionError('it was fitted first')
+
+  monkeypatch.setattr(law_fit, 'fit', no_fit)
+  path = tmp_path / 'results.csv'
+  path.write_text('params,tokens,loss\n1e8,1e9,3\n2e8,1e9,2.9\n4e8,2e9,2.7\n')
+  assert fit.main([f'--results={path}', f'--predict={flags[0]}', *flags[1:]]) == 2
+  assert re.search(f'--predict={re.escape(flags[0])}: .*{why}', capsys.readouterr().err)
+
+
 def test_help_imports_neither_jax_nor_tensorflow():
   code = (
     'import sys\n'

@@ -161,9 +161,7 @@ class Law:
 
   def namespace(self, inputs: Mapping) -> types.SimpleNamespace:
     """The `x` of `predict`: the inputs and their logarithms. Raises LawError for a missing input."""
-    missing = [name for name in self.inputs if name not in inputs]
-    if missing:
-      raise LawError(f'{self.name} needs {", ".join(self.inputs)}: missing {", ".join(missing)}.')
+    self._check_missing(inputs)
     x = {name: np.asarray(inputs[name], np.float64) for name in self.inputs}
     return types.SimpleNamespace(**x, **self.logarithms(x))
 
@@ -177,6 +175,26 @@ class Law:
       elif name not in self.plain:
         logs[f'ln_{name}'] = np.log(values)
     return logs
+
+  def _check_missing(self, inputs: Mapping) -> None:
+    missing = [name for name in self.inputs if name not in inputs]
+    if missing:
+      raise LawError(f'{self.name} needs {", ".join(self.inputs)}: missing {", ".join(missing)}.')
+
+  def check_point(self, point: Mapping[str, float]) -> None:
+    """Raises LawError where `point` has other inputs than the law, or one that the law has no value at."""
+    takes = ', '.join(self.inputs)
+    for name in point:
+      if name not in self.inputs:
+        raise LawError(f'{self.name} is a law of {takes}, and not of {name!r}.')
+    self._check_missing(point)
+    for name, value in point.items():
+      if not math.isfinite(value):
+        raise LawError(f'{name} = {value} is no finite number.')
+      zero_is_fine = name in self.zeros or name in self.plain
+      if (name not in self.plain and value < 0) or (value == 0 and not zero_is_fine):
+        least = 'zero or more' if zero_is_fine else 'positive'
+        raise LawError(f'{name} = {value:g} must be {least}.')
 
   def check_names(self, parameters) -> None:
     """Raises LawError for a name that is not one of the law's parameters."""
