@@ -1,6 +1,7 @@
 """The attention product against its definition in numpy, float64, values and gradients."""
 
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from research.model.attention import visible
+from research.model.kernels import dot_product
 from research.model.kernels.dot_product import dot_product_attention
 from research.parallel.axes import shard
 from research.parallel.mesh import Mesh
@@ -68,6 +70,9 @@ CASES = {
   'soft cap': ({'bias_batch': 1}, {'soft_cap': 1.5}),
   'one key head': ({'kv_heads': 1}, {}),
   'cross': ({'length': (48, 80)}, {}),
+  # A CPU computes the logits of one query by another product than those of several.
+  'one query': ({'length': (1, 80), 'kv_heads': 2, 'bias_batch': 2}, {'soft_cap': 1.5}),
+  'two queries': ({'length': (2, 80), 'kv_heads': 2, 'bias_batch': 2}, {'soft_cap': 1.5}),
   'causal': ({}, {'causal': True}),
   'causal, groups, bias, cap': (
     {'kv_heads': 2, 'bias_batch': 1},
@@ -124,10 +129,11 @@ def test_bfloat16_is_within_its_rounding():
   agree(got, reference(q, k, v, dy, bias=None, **same), 2e-2)
 
 
+@pytest.mark.parametrize('queries', [64, 1])
 @pytest.mark.parametrize('kv_heads', [4, 1])
-def test_a_mesh_changes_nothing(kv_heads):
-  q, k, v, dy, bias = inputs(kv_heads=kv_heads, bias_batch=1, batch=4)
-  same = {'mask': visible(None, None, (64, 64), causal=True), 'scale': 0.3, 'soft_cap': None}
+def test_a_mesh_changes_nothing(kv_heads, queries):
+  q, k, v, dy, bias = inputs((queries, 64), kv_heads=kv_heads, bias_batch=1, batch=4)
+  same = {'mask': visible(None, None, (queries, 64), causal=True), 'scale': 0.3, 'soft_cap': None}
   with Mesh(data=2, fsdp=2, tensor=2).use():
     place = lambda x, axis: shard(x, 'batch', None, axis, None)
     arrays = place(q, 'heads'), place(k, 'kv_heads'), place(v, 'kv_heads'), place(dy, 'heads')
@@ -136,6 +142,34 @@ def test_a_mesh_changes_nothing(kv_heads):
     )
     assert jax.typeof(got[1][1]).sharding.spec == jax.typeof(arrays[1]).sharding.spec
   agree(jax.device_get(got), reference(q, k, v, dy, bias=bias, **same))
+
+
+def program(queries: int, slots: int = 96, head_dim: int = 16):
+  """Attention of one row, lowered; keys and values are stored [rows, kv_heads, slots, head_dim]."""
+
+  def attend(query, key, value):
+    key, value = (jnp.swapaxes(x, 1, 2) for x in (key, value))
+    return dot_product_attention(query, key, value, scale=0.3)
+
+  query = jax.ShapeDtypeStruct((1, queries, 6, head_dim), jnp.float32)
+  stored = jax.ShapeDtypeStruct((1, 3, slots, head_dim), jnp.float32)
+  with Mesh(data=1).use(jax.devices()[:1]):
+    return jax.jit(attend).lower(query, stored, stored)
+
+
+def test_the_keys_of_one_query_are_not_transposed(monkeypatch):
+  """No array of the program is [..., head_dim, slots]. The form of other platforms has one, here on a CPU."""
+  transposed = re.compile(r'f32\[(?:\d+,)*16,96\]')
+  assert not transposed.search(program(queries=1).compile().as_text())
+  monkeypatch.setattr(dot_product, 'platform', lambda: 'tpu')
+  assert transposed.search(program(queries=1).compile().as_text())
+
+
+def test_only_one_query_on_a_cpu_has_another_program(monkeypatch):
+  ours = {queries: program(queries).as_text() for queries in (1, 2, 64)}
+  monkeypatch.setattr(dot_product, 'platform', lambda: 'tpu')
+  theirs = {queries: program(queries).as_text() for queries in ours}
+  assert [queries for queries in ours if ours[queries] != theirs[queries]] == [1]
 
 
 def test_the_causal_half_that_is_not_computed_costs_nothing():

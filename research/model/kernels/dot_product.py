@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from research.parallel.axes import spec, spec_of
+from research.parallel.mesh import platform
 
 # The logit of a key that the query may not see, and a lower bound of the maximum of a row. A row that sees no
 # key then has exp(HIDDEN - FLOOR) = 0 everywhere: its result and its gradient are zero and not NaN.
@@ -108,9 +109,15 @@ def logits(scale, soft_cap, query, key, mask, bias):
   """Returns the logits after the soft cap, bias and mask, and those after the soft cap alone.
 
   Both are float32 [batch, kv_heads, query, group, key]. XLA's product of q and k has this order of axes, so
-  nothing is transposed.
+  nothing is transposed. A CPU would transpose the keys, which are the second operand. That is little beside the
+  product with many queries, but as much as the product with one: then the keys come first.
   """
-  s = jnp.einsum('bqkgd,bskd->bkqgs', query * scale, key, preferred_element_type=jnp.float32)
+  query = query * scale
+  if query.shape[1] == 1 and platform() == 'cpu':
+    s = jnp.einsum('bskd,bqkgd->bksqg', key, query, preferred_element_type=jnp.float32)
+    s = jnp.moveaxis(s, 2, -1)
+  else:
+    s = jnp.einsum('bqkgd,bskd->bkqgs', query, key, preferred_element_type=jnp.float32)
   if soft_cap is not None:
     s = soft_cap * jnp.tanh(s / soft_cap)
   capped = s
