@@ -18,7 +18,7 @@ from research.parallel.axes import splits
 
 
 class ByOutput(Weight):
-  """A plain matrix whose output axes come first; see `parameters.FEW_ROWS`."""
+  """A plain matrix whose output axes come first; see `model.kernels.few_rows`."""
 
   def __init__(self, kernel: nnx.Param, inputs: int):
     """Transposes a kernel.

@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from research.core.errors import Invalid, UserError, did_you_mean
+from research.model.kernels.few_rows import FEW_ROWS, few_rows
 from research.parallel.axes import gather, shard, spec, spec_of, splits
 from research.parallel.mesh import as_tuple, platform
 
@@ -187,35 +188,15 @@ def project(
   return _project(ins, outs, _whole(axes), spec(*to, shape=shape), dtype or x.dtype, x, kernel)
 
 
-# For so many rows or fewer (the tokens of a decoding step), a CPU computes the product with a kernel
-# [outputs, inputs] faster as kernel times columns: see experiments/speed/README.md, "Decoding".
-FEW_ROWS = 32
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
 def _project(ins, outs, whole, to, dtype, x, kernel):
   lead = x.ndim - len(ins)
   kernel = gather(kernel.astype(x.dtype), *whole)
   few = math.prod(x.shape[:lead]) <= FEW_ROWS
   if few and outs[0] == 0 and platform() == 'cpu' and not splits():
-    return _columns(x, kernel, lead, ins, to, dtype)
+    return few_rows(x, kernel, len(ins), to, dtype)
   contract = (tuple(range(lead, x.ndim)), ins)
   return _dot(x, kernel, contract, to, dtype)
-
-
-def _columns(x, kernel, lead, ins, to, dtype):
-  """Multiplies few rows with a kernel [outputs, inputs], as kernel times columns.
-
-  XLA on a CPU copies the second operand of every product to another layout. Here that is the small operand. The
-  barriers keep XLA from swapping the operands back.
-  """
-  columns = jax.lax.optimization_barrier(jnp.moveaxis(x, range(lead), range(-lead, 0)))
-  contract = (ins, tuple(range(len(ins))))
-  rank = kernel.ndim - len(ins)  # how many axes are outputs
-  if to is not None:
-    to = jax.P(*to[lead:], *to[:lead])
-  y = jax.lax.optimization_barrier(_dot(kernel, columns, contract, to, dtype))
-  return jnp.moveaxis(y, range(rank), range(-rank, 0))
 
 
 def _project_forward(ins, outs, whole, to, dtype, x, kernel):

@@ -10,8 +10,8 @@ from flax import nnx
 
 from research.inference.by_output import ByOutput, turn_matrices
 from research.model.attention import Attention, CrossAttention
+from research.model.kernels.few_rows import FEW_ROWS, PARTS
 from research.model.layers import Linear
-from research.model.parameters import FEW_ROWS
 from research.model.part import Context
 from research.parallel.mesh import Mesh
 
@@ -37,6 +37,25 @@ def test_a_turned_matrix_gives_the_same_product(rows, inputs, outputs):
   np.testing.assert_array_equal(linear.kernel[...], whole)
   scale = float(jnp.abs(want).max())
   np.testing.assert_allclose(linear(x), want, atol=1e-6 * scale)
+
+
+@pytest.mark.parametrize(
+  ('rows', 'outputs', 'divided'),
+  # One column and a size that XLA gives to one core; two columns; not divisible; too small; large enough.
+  [(1, 400, True), (2, 400, False), (1, 402, False), (1, 200, False), (1, 2000, False)],
+)
+def test_a_product_that_one_core_would_compute_is_divided(rows, outputs, divided):
+  inputs = 400
+  linear = Linear({'embed': inputs}, {'mlp': outputs}, rngs=nnx.Rngs(params=0))
+  x = jax.random.normal(jax.random.key(1), (1, rows, inputs))
+  want = np.asarray(x, np.float64) @ np.asarray(linear.kernel[...], np.float64)
+  turn_matrices(linear)
+  graphdef, state = nnx.split(linear)
+  lowered = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x)).lower(state, x)
+  parts = f'tensor<{PARTS}x{outputs // PARTS}x{inputs}xf32>'
+  assert (parts in lowered.as_text()) == divided
+  got = lowered.compile()(state, x)
+  np.testing.assert_allclose(got, want, rtol=0, atol=1e-6 * np.abs(want).max())
 
 
 def test_a_matrix_of_stacked_layers_stays_as_it_is():
