@@ -141,14 +141,18 @@ def forecasts(rows: list[dict], design: Design) -> dict:
   of_lora = of_way(rows, 'lora', design.width)
   of_all = of_way(rows, 'full', design.width)
   lora = study_runs.fit(of_lora, laws.MultiplicativeTuning(), inputs, holds)
-  # One size: X is the same in all rows, so that its power is nothing.
+  # One size: X is the same in all rows, and its power is a part of A.
   all_parameters = study_runs.fit(
     of_all,
     laws.MultiplicativeTuning(),
     {'tuning_data': 'tokens', 'scale': 'params_with_head'},
-    [{'a': 0.0}, {'a': 0.0, 'E': E_OF_PYTHON}],
+    [{'a': 1.0}, {'a': 1.0, 'E': E_OF_PYTHON}],
   )
-  cells = [(design.larger, design.longer), (design.ranks[-1], design.longer), (design.larger, design.tuning[-1])]  # fmt: skip
+  cells = [
+    (design.larger, design.longer),
+    (design.ranks[-1], design.longer),
+    (design.larger, design.tuning[-1]),
+  ]
   found = {name_of(*cell): lora.forecast(scale=cell[0], tuning_data=cell[1]) for cell in cells}
   params = of_all[0]['params_with_head']
   longest = all_parameters.forecast(scale=params, tuning_data=design.longer)
