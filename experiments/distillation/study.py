@@ -2,10 +2,10 @@
 
     python experiments/distillation/study.py --workdir=runs/distillation_study
 
-Teachers of three sizes learn the code of experiments/transfer, each on more tokens than the one before. Students
-of several sizes learn the same text for several lengths, from each teacher and without one. Chinchilla's law
-is fitted to the runs without a teacher and Busbridge's to the others, and their forecasts are registered before
-the larger student starts.
+Teachers of three sizes learn the code of experiments/transfer, each on more tokens than the one before.
+Students of several sizes learn the same text for several lengths, from each teacher and without one.
+Chinchilla's law is fitted to the runs without a teacher and Busbridge's to the others, and their forecasts are
+registered before the larger student starts.
 """
 
 import dataclasses
@@ -25,8 +25,8 @@ from research.scaling.report.figure import MARKERS, new_figure  # noqa: E402
 ALONE = 'experiments/transfer/run.gin'
 DISTILLED = 'experiments/distillation/run.gin'
 COLUMNS = (
-  'run', 'way', 'stage', 'width', 'teacher_width', 'params_with_head', 'tokens', 'loss', 'divergence', 'teacher_loss',
-  'supervised_loss', 'loss_without_teacher', 'learning_rate', 'batch_size', 'steps', 'seed', 'seconds',
+  'run', 'way', 'stage', 'width', 'teacher_width', 'params_with_head', 'tokens', 'loss', 'divergence',
+  'teacher_loss', 'supervised_loss', 'loss_without_teacher', 'learning_rate', 'batch_size', 'steps', 'seed', 'seconds',
 )  # fmt: skip
 E_OF_PYTHON = 0.83  # the irreducible loss of Python sources, of experiments/isoflop_decoder
 NO_TEACHER = 'no teacher'
