@@ -26,7 +26,8 @@ ALONE = 'experiments/transfer/run.gin'
 DISTILLED = 'experiments/distillation/run.gin'
 COLUMNS = (
   'run', 'way', 'stage', 'width', 'teacher_width', 'params_with_head', 'tokens', 'loss', 'divergence',
-  'teacher_loss', 'supervised_loss', 'loss_without_teacher', 'learning_rate', 'batch_size', 'steps', 'seed', 'seconds',
+  'teacher_loss', 'supervised_loss', 'loss_without_teacher', 'learning_rate', 'batch_size', 'steps', 'seed',
+  'seconds',
 )  # fmt: skip
 E_OF_PYTHON = 0.83  # the irreducible loss of Python sources, of experiments/isoflop_decoder
 NO_TEACHER = 'no teacher'

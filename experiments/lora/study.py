@@ -154,7 +154,7 @@ def forecasts(rows: list[dict], design: Design) -> dict:
     (design.larger, design.tuning[-1]),
   ]
   found = {name_of(*cell): lora.forecast(scale=cell[0], tuning_data=cell[1]) for cell in cells}
-  params = of_all[0]['params_with_head']
+  params = study_runs.params(base(design.width, design.pretraining))
   longest = all_parameters.forecast(scale=params, tuning_data=design.longer)
   return {**found, name_of(None, design.longer): longest}
 

@@ -103,19 +103,21 @@ def tuned(
 
 
 def plan(design: Design, workdir: pathlib.Path) -> tuple[list, list]:
-  """(the runs of the fits, the runs that test them)."""
+  """(the runs of the fits and all parents, the runs that test the laws)."""
   most = design.pretraining[-1]
   middle = design.widths[1]
   parents = [parent(width, most, 0) for width in reversed(design.widths)]
   parents += [parent(middle, tokens, 0) for tokens in design.pretraining[:-1]]
   fits = [tuned(start, tokens, 'fit', 0, workdir) for start in parents for tokens in design.tuning]
   alone = [scratch(width, tokens, 'fit') for width in design.widths for tokens in design.scratch]
-  tests = []
+  tests, tested = [], []
   for seed in design.seeds:
-    for start in (parent(design.larger, most, seed), parent(middle, design.longer, seed)):
-      tests += [start, tuned(start, design.tuning[-1], 'test', seed, workdir)]
+    starts = parent(design.larger, most, seed), parent(middle, design.longer, seed)
+    tested += starts
+    tests += [tuned(start, design.tuning[-1], 'test', seed, workdir) for start in starts]
   tests += [scratch(design.larger, tokens, 'test') for tokens in design.scratch[-2:]]
-  return [*parents, *fits, *alone], tests
+  # What learns code is not forecast, so that it need not wait.
+  return [*tested, *parents, *fits, *alone], tests
 
 
 def with_transfer(rows: list[dict]) -> list[dict]:
