@@ -255,7 +255,7 @@ def padded_size(count: int, least: int, factor: int) -> int:
 
 def _missing_rows(n: int) -> int:
   """How many rows to add to `n`: two sizes for each doubling of n, but no step below 16 rows."""
-  step = max(16, 1 << (max(n - 1, 1).bit_length() - 2))
+  step = max(16, (1 << max(n - 1, 1).bit_length()) >> 2)
   return -n % step if n <= _MOST_PADDED_ROWS else 0
 
 

@@ -36,6 +36,13 @@ def grid(noise=0.0, seed=0, true=TRUE):
   return n, d, loss * np.exp(noise * np.random.default_rng(seed).normal(size=n.size))
 
 
+def test_two_rows_are_refused_with_a_sentence():
+  x = {'tuning_data': np.array([1e3, 1e4]), 'scale': np.ones(2)}
+  loss = np.array([3.0, 2.0])
+  with pytest.raises(fitted.NotIdentifiable, match='2 rows'):
+    law_fit.fit(laws.MultiplicativeTuning(), x, loss, fixed={'a': 1.0, 'E': 0.5})
+
+
 def test_the_huber_optimum_of_the_replication(points):
   x, loss = points
   found = law_fit.fit(laws.Chinchilla(), x, loss)
