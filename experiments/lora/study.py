@@ -141,12 +141,12 @@ def forecasts(rows: list[dict], design: Design) -> dict:
   of_lora = of_way(rows, 'lora', design.width)
   of_all = of_way(rows, 'full', design.width)
   lora = study_runs.fit(of_lora, laws.MultiplicativeTuning(), inputs, holds)
-  # One size: X is the same in all rows, and its power is a part of A.
+  # One size has no X. With D_0 at one token, Lin's law is a power law of the data alone.
   all_parameters = study_runs.fit(
     of_all,
-    laws.MultiplicativeTuning(),
-    {'tuning_data': 'tokens', 'scale': 'params_with_head'},
-    [{'a': 1.0}, {'a': 1.0, 'E': E_OF_PYTHON}],
+    laws.RectifiedTuning(),
+    {'tuning_data': 'tokens'},
+    [{'D_0': 1.0}, {'D_0': 1.0, 'E': E_OF_PYTHON}],
   )
   cells = [
     (design.larger, design.longer),
@@ -154,8 +154,7 @@ def forecasts(rows: list[dict], design: Design) -> dict:
     (design.larger, design.tuning[-1]),
   ]
   found = {name_of(*cell): lora.forecast(scale=cell[0], tuning_data=cell[1]) for cell in cells}
-  params = study_runs.params(base(design.width, design.pretraining))
-  longest = all_parameters.forecast(scale=params, tuning_data=design.longer)
+  longest = all_parameters.forecast(tuning_data=design.longer)
   return {**found, name_of(None, design.longer): longest}
 
 
