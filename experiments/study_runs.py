@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import pathlib
 import statistics
+import threading
 import time
 
 from research.core import cli, configs, storage
@@ -118,7 +119,19 @@ def _pool(workers: int) -> concurrent.futures.ProcessPoolExecutor:
   for name, value in cli.CPU_ENVIRONMENT.items():
     os.environ.setdefault(name, value)
   spawn = multiprocessing.get_context('spawn')
-  return concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawn)
+  return concurrent.futures.ProcessPoolExecutor(
+    workers, mp_context=spawn, initializer=_end_with_the_study
+  )
+
+
+def _end_with_the_study() -> None:
+  """Ends this worker when the study is killed: started again, the study may train the same run."""
+
+  def watch():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+  threading.Thread(target=watch, daemon=True).start()
 
 
 def _ready(waiting: list[StudyRun], over: set[str], failed: dict) -> list[StudyRun]:
