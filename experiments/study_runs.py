@@ -79,11 +79,9 @@ def finish(runs: list[StudyRun], workdir: pathlib.Path, workers: int) -> list[di
   waiting = [run for run in runs if run.name not in rows]
   if waiting:
     print(f'{len(waiting)} of {len(runs)} runs are to be trained, {workers} at once', flush=True)
-    needs = {need for run in waiting for need in run.needs}
-    over = {name for name in needs if read_row(workdir, name)}
-    rows |= _train_all(waiting, over, workdir, workers)
-  names = [run for run in runs if rows.get(run.name, {}).get('status') == 'finished']
-  return [{'run': run.name, **run.facts, **rows[run.name]} for run in names]
+    rows |= _train_all(waiting, workdir, workers)
+  finished = [run for run in runs if rows.get(run.name, {}).get('status') == 'finished']
+  return [{'run': run.name, **run.facts, **rows[run.name]} for run in finished]
 
 
 def read_row(workdir: pathlib.Path, name: str) -> dict | None:
@@ -92,17 +90,15 @@ def read_row(workdir: pathlib.Path, name: str) -> dict | None:
   return json.loads(path.read_text()) if path.is_file() else None
 
 
-def _train_all(
-  waiting: list[StudyRun], over: set[str], workdir: pathlib.Path, workers: int
-) -> dict:
-  """{name: row} of the runs that were trained; `over` has the names of those that were over before."""
-  unknown = {n for run in waiting for n in run.needs} - over - {run.name for run in waiting}
-  if unknown:
-    raise UserError(f'runs of the study need {min(unknown)}, which is not over.')
+def _train_all(waiting: list[StudyRun], workdir: pathlib.Path, workers: int) -> dict:
+  """{name: row} of the runs that were trained."""
+  needs = {need for run in waiting for need in run.needs}
+  over = {n for n in needs if (read_row(workdir, n) or {}).get('status') == 'finished'}
+  failed = dict.fromkeys(needs - over - {run.name for run in waiting}, 'it did not finish')
   pool = _pool(workers)
   began = time.monotonic()
   total = len(waiting)
-  rows, failed, futures = {}, {}, {}
+  rows, futures = {}, {}
   while waiting or futures:
     for run in _ready(waiting, rows.keys() | over, failed):
       futures[pool.submit(_train, run, workdir)] = run
