@@ -193,7 +193,7 @@ def outcomes(rows: list[dict], design: Design) -> dict[str, list[float]]:
 def draw(rows: list[dict], design: Design, path: pathlib.Path) -> None:
   """Losses of students against their tokens, a panel a size and a line a teacher."""
   widths = (*design.widths, design.larger)
-  figure, panels = new_figure(len(widths), size=(4.4, 3.9))
+  figure, panels = new_figure(len(widths), size=(4.4, 3.9), sharex=True)
   for axes, width in zip(panels, widths, strict=True):
     students = [row for row in rows if row['width'] == width and row['way'] != 'teacher']
     for i, teacher in enumerate((None, *(place[0] for place in design.teachers))):
@@ -202,9 +202,17 @@ def draw(rows: list[dict], design: Design, path: pathlib.Path) -> None:
       label = f'teacher of width {teacher}' if teacher else NO_TEACHER
       tokens = [row['tokens'] for row in points]
       losses = [row['loss'] for row in points]
-      line = '' if width == design.larger else '-'
+      line = 'none' if width == design.larger else '-'  # two seeds of a cell
       if points:
-        axes.plot(tokens, losses, line, marker=MARKERS[i], markersize=5, color=f'C{i}', label=label)
+        axes.plot(
+          tokens,
+          losses,
+          linestyle=line,
+          marker=MARKERS[i],
+          markersize=5,
+          color=f'C{i}',
+          label=label,
+        )
     axes.set_xscale('log')
     axes.set_xlabel('tokens of the student')
     axes.set_title(f'students of width {width}', fontsize=10)
