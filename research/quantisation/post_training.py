@@ -160,6 +160,8 @@ class _Filling:
       gram = inputs.gram
       target = corrected(flat, inputs.gram, inputs.drift)
     try:
+      if weight.offsets:
+        _check_offsets(flat)
       rounded = METHODS[method](target, gram, group, weight.form, weight.offsets)
     except UserError as error:
       name = ' '.join(map(str, (self.name, *index)))
@@ -184,6 +186,16 @@ class _Filling:
       if index not in done:
         self.round(index, method, None)
     return self.arrays
+
+
+def _check_offsets(matrix: np.ndarray) -> None:
+  """Raises UserError where offsets, which are float16, cannot hold the numbers of a matrix."""
+  largest = float(np.abs(matrix).max())
+  if largest > float(np.finfo(np.float16).max):
+    raise UserError(
+      f'its largest number is {largest:.4g}, and offsets are float16, which ends at 65504; take a format '
+      'without offsets: --gin.Quantised.offsets=False.'
+    )
 
 
 def _stored(weight: Quantised, rounded: Rounded, table: bool) -> dict[str, np.ndarray]:

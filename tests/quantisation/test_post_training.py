@@ -67,3 +67,13 @@ def test_matrices_in_bfloat16_stay_plain_beside_matrices_that_gptq_rounds(tmp_pa
   # The MLP's three matrices by GPTQ; the inputs of token vectors and head are not recorded.
   methods = sorted(error.method for error in errors)
   assert methods == ['gptq', 'gptq', 'gptq', 'nearest', 'nearest']
+
+
+def test_a_number_that_an_offset_cannot_hold_is_refused():
+  files = [f'gin/models/{PRESETS["llama2"]}.gin', 'gin/quantisation/int4.gin']
+  model = tiny('llama2', ['LAYERS=1', 'GROUP=8'], files)
+  plain = nnx.to_pure_dict(nnx.state(counts.abstract(tiny('llama2', ['LAYERS=1']))))
+  params = jax.tree.map(lambda x: np.full(x.shape, 7e4, np.float32), plain)
+  weights = post_training.weights_to_fill(model, 'nearest')
+  with pytest.raises(UserError, match=r'kernel 0: its largest number is 7e\+04, .*offsets=False'):
+    post_training.quantise(model, weights, params, 'nearest')
