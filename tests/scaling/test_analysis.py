@@ -315,7 +315,7 @@ def test_the_commands_errors_are_one_sentence(tmp_path, capsys):
     (['params=1e9,tokens=-1'], 'tokens = -1 must be positive'),
     (['params=0,tokens=1e9'], 'params = 0 must be positive'),
     (['params=1e9,tokens=1e400'], 'tokens = inf is no finite number'),
-    (['flops=1e20,paramss=3', '--law=LossOfCompute'], 'is a law of flops, and not of .paramss'),
+    (['flops=1e20,sizes=3', '--law=LossOfCompute'], 'is a law of flops, and not of .sizes'),
     (['flops=1e20,params=3', '--law=LossOfCompute'], 'is a law of flops, and not of .params'),
     (['k=5,params=3', '--law=CoverageOfSamples'], 'is a law of k'),
     (['tuning_data=-1', '--law=RectifiedTuning'], 'tuning_data = -1 must be zero or more'),
