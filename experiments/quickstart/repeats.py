@@ -3,6 +3,8 @@
     python -m research.sweep --gin_file=experiments/quickstart/repeats.gin --workdir=runs/repeats
     python experiments/quickstart/repeats.py --results=runs/repeats/results.csv
 
+repeats_rows.csv has the rows of 2026-11-27: `--results=experiments/quickstart/repeats_rows.csv` trains nothing.
+
 The rows of seeds i and i + 20 are the i-th quickstart: 25 runs of the fit, and two of the forecast, whose mean
 is the outcome. Each forecast is made from its 25 rows alone, by the default rule. Writes repeats.csv and
 repeats.png beside this file.
@@ -95,7 +97,7 @@ def draw(repeats: list[dict]) -> None:
   ax.set(
     xlabel='quickstart, by its seed',
     ylabel='loss (nats per byte)',
-    title='Forecasts with 90% intervals; diamonds: what the runs came to',
+    title='Forecasts with 90% intervals, and outcomes (diamonds)',
   )
   picture.savefig(HERE / 'repeats.png', dpi=130)
 
