@@ -23,7 +23,7 @@ from research.core.errors import UserError, in_a_line
 from research.data import cache
 from research.scaling import any_law
 from research.scaling.options import Options
-from research.scaling.rows import Columns
+from research.scaling.rows import Columns, RowError
 
 THREADS = 'PJRT_NPROC'  # threads of a product of jax on a CPU; small products want one
 
@@ -262,11 +262,13 @@ def fit(rows: list[dict], law, inputs: dict[str, str], holds: list[dict]) -> Fit
     holds: the sets of parameters to hold, such as [{}, {'E': 0.8}].
   """
   refused = []
-  columns = Columns(params='params_with_head', inputs=inputs)
+  columns = Columns(params='params_with_head', tokens='tokens', inputs=inputs)
   for held in holds:
     options = Options(fixed=held, replicates=400)
     try:
       found = any_law.fit_law(rows, law, columns, role=None, options=options)
+    except RowError:  # a mistake of the study, and no fact about its rows
+      raise
     except UserError as error:
       refused.append(in_a_line(error))
     else:

@@ -214,6 +214,8 @@ def draw(rows: list[dict], design: Design, path: pathlib.Path) -> None:
           label=label,
         )
     axes.set_xscale('log')
+    axes.set_xticks(design.tokens, [f'{tokens / 1000:g}k' for tokens in design.tokens])
+    axes.minorticks_off()
     axes.set_xlabel('tokens of the student')
     axes.set_title(f'students of width {width}', fontsize=10)
     axes.legend(frameon=False, fontsize=8)
