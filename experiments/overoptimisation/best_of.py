@@ -1,7 +1,7 @@
 """Best-of-n against a proxy: completions are drawn and judged by gold once; each proxy then scores them.
 
-    python best_of.py sample --base=DIR --prompts=FILE --out=FILE --count=16 --samples=1024
-    python best_of.py score --proxy=DIR --samples=FILE --out=FILE
+python best_of.py sample --base=DIR --prompts=FILE --out=FILE --count=16 --samples=1024
+python best_of.py score --proxy=DIR --samples=FILE --out=FILE
 """
 
 import argparse

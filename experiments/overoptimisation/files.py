@@ -25,10 +25,10 @@ def pairs(count: int, seed: int) -> list[dict]:
   return rows
 
 
-def write(folder: pathlib.Path, sizes: tuple[int, ...]) -> None:
-  """Writes every file that is missing or differs, with a fixed time."""
+def write(folder: pathlib.Path, sizes: tuple[int, ...], count: int) -> None:
+  """Writes every file that is missing or differs, with a fixed time; the policy reads `count` texts."""
   folder.mkdir(parents=True, exist_ok=True)
-  rows = {'text': [{'text': text} for text in gold.texts(20_000, 0)]}
+  rows = {'text': [{'text': text} for text in gold.texts(count, 0)]}
   rows['text_validation'] = [{'text': text} for text in gold.texts(1_000, 1)]
   rows['prompts'] = [{'prompt': text[: gold.PROMPT]} for text in gold.texts(2_000, 2)]
   rows['pairs_validation'] = pairs(1_000, 10)

@@ -68,7 +68,7 @@ def fitted(method: str, rows: list[dict]) -> dict:
   kl = np.array([row['kl'] for row in rows])
   values = np.array([row['gold'] for row in rows])
   result = fit(LAWS[method], {'kl': kl}, values, check=False)
-  return {'a': result.params['a'], 'b': result.params['b'], 'params': rows[0]['params']}
+  return {'a': result.parameters['a'], 'b': result.parameters['b'], 'params': rows[0]['params']}
 
 
 def fits(rows: list[dict]) -> list[dict]:

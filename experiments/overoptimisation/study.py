@@ -23,12 +23,12 @@ import laws_of_proxies
 HERE = pathlib.Path(__file__).resolve().parent
 GIN = 'experiments/overoptimisation'
 FULL = {
-  'widths': (8, 16, 32, 64), 'pairs': (250, 1000, 4000), 'middle': 1000,
+  'widths': (8, 16, 32, 64), 'pairs': (250, 1000, 4000), 'middle': 1000, 'texts': 20_000,
   'base_steps': 500, 'proxy_steps': 300, 'policy_steps': 120, 'every': 5,
   'prompts': 16, 'samples': 1024,
 }  # fmt: skip
 QUICK = {
-  'widths': (4, 8, 16), 'pairs': (64,), 'middle': 64,
+  'widths': (4, 8, 16), 'pairs': (64,), 'middle': 64, 'texts': 2_000,
   'base_steps': 20, 'proxy_steps': 10, 'policy_steps': 4, 'every': 1,
   'prompts': 2, 'samples': 64,
 }  # fmt: skip
@@ -149,7 +149,7 @@ class Study:
 
   def prepare(self) -> None:
     """Writes the text and freezes every stream."""
-    files.write(self.data, self.plan['pairs'])
+    files.write(self.data, self.plan['pairs'], self.plan['texts'])
     freeze = ['-m', 'research.freeze']
     jobs = [self.base(), *(self.train_proxy(self.plan['widths'][0], p) for p in self.plan['pairs'])]
     for _, command in jobs:
@@ -161,7 +161,7 @@ class Study:
     return laws_of_proxies.points(self.workdir, self.plan)
 
   def main(self) -> None:
-    files.write(self.data, self.plan['pairs'])
+    files.write(self.data, self.plan['pairs'], self.plan['texts'])
     *smaller, largest = self.plan['widths']
     middle = self.plan['middle']
     cells = [(width, pairs) for width in smaller for pairs in self.plan['pairs']]
