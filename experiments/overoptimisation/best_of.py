@@ -51,7 +51,7 @@ def sample(flags) -> dict:
 
 
 def best_of_n(scores: np.ndarray, values: np.ndarray, n: int) -> float:
-  """The expected value of the completion with the highest score of n that are drawn without replacement.
+  """The expected value of the completion with the highest score of n, drawn without replacement.
 
   The one of rank i from below (1 is the lowest) of m is the highest with probability C(i - 1, n - 1) / C(m, n).
   """
@@ -67,7 +67,7 @@ def best_of_n(scores: np.ndarray, values: np.ndarray, n: int) -> float:
 
 
 def score(flags) -> dict:
-  """The mean gold and proxy reward of best-of-n, for each n; and what the proxy gives the base's completions."""
+  """The gold and proxy reward of best-of-n for each n; the proxy's deviation, and correlation with gold."""
   groups = json.loads(pathlib.Path(flags.samples).read_text())
   reward = RewardModel(model=Pretrained(folder=flags.proxy), longest=32)
   scores = []

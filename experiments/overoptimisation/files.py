@@ -1,4 +1,4 @@
-"""Writes the files of experiments/overoptimisation: the policy's text, prompts, and pairs labelled by the gold reward."""
+"""Writes the files of the study: the policy's text, prompts, and pairs that the gold reward labelled."""
 
 import json
 import os
@@ -12,7 +12,7 @@ TIME = 1_700_000_000
 
 
 def pairs(count: int, seed: int) -> list[dict]:
-  """Pairs of completions of one prompt; the better one is chosen with probability sigma(CERTAINTY x difference)."""
+  """Pairs of completions; the better is chosen with probability sigma(CERTAINTY x difference)."""
   first = gold.texts(count, seed)
   second = gold.texts(count, seed + 1)
   rng = np.random.default_rng((2, seed))

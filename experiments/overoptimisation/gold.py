@@ -1,9 +1,9 @@
-"""The true reward of experiments/overoptimisation, its texts, and an evaluation that keeps both rewards and the KL.
+"""The true reward of the study, its texts, and an evaluation that keeps both rewards and the KL divergence.
 
-A text is 4 letters of a prompt and 24 of a completion, out of 8 letters, drawn by a Markov chain. The gold reward
-of a completion is the sum of a value for each three letters in a row, in standard deviations of the chain's texts,
-less half a unit for each distinct pair of letters under 17. So the chain's texts say little of what repetition
-costs, and a proxy that saw few pairs does not know it.
+A text is 4 letters of a prompt and 24 of a completion, out of 8 letters, drawn by a Markov chain. The gold
+reward of a completion is the sum of a value for each three letters in a row, in standard deviations of the
+chain's texts, less half a unit for each distinct pair of letters under 17. So the chain's texts say little of
+what repetition costs, and a proxy that saw few pairs does not know it.
 """
 
 import dataclasses
@@ -73,7 +73,7 @@ def texts(count: int, seed: int) -> list[str]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Judged:
-  """Samples completions; columns eval/judged/gold, /proxy and /kl (nats, from the reference) are of the same ones.
+  """Samples completions, and gives the mean gold and proxy reward and KL from the reference, in nats, of them.
 
   Attributes:
     prompts: where the prompts come from.

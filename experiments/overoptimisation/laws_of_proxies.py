@@ -1,4 +1,4 @@
-"""The points of experiments/overoptimisation, the laws of Gao et al. (2022) through them, the forecast and the figure."""
+"""The points of the study, the laws of Gao et al. (2022) through them, the forecast and the figure."""
 
 import json
 import pathlib
@@ -137,7 +137,7 @@ def curve(method: str, law: dict, kl: np.ndarray) -> np.ndarray:
 
 
 def draw(rows: list[dict], table: list[dict], plan: dict, path: pathlib.Path) -> None:
-  """Gold (filled), its law (line) and proxy (dashed) against the square root of KL, a panel a method and factor."""
+  """Gold (marks), its law (line) and proxy (dashed) against the square root of KL, by method and factor."""
   figure, axes = new_figure(columns=2, rows=2, size=(5.6, 4.2))
   panels = [(method, factor) for factor in ('width', 'pairs') for method in LAWS]
   for ax, (method, factor) in zip(axes, panels, strict=True):

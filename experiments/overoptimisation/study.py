@@ -1,9 +1,10 @@
 """Over-optimisation: what the gold reward does while best-of-n and reinforcement follow a proxy of it.
 
-    python experiments/overoptimisation/study.py --workdir=runs/overoptimisation --prepare   # freezes text, once
+    python experiments/overoptimisation/study.py --workdir=runs/overoptimisation --prepare
     python experiments/overoptimisation/study.py --workdir=runs/overoptimisation --workers=2
 
-It runs from the repository's root. Started again, it does only what is missing. --quick is a tiny version.
+The first command only writes and freezes text. Both run from the repository's
+root. Started again, the study does only what is missing. --quick is a tiny version.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""experiments/overoptimisation: its gold reward, its estimator of best-of-n, and its tiny version from end to end."""
+"""experiments/overoptimisation: its gold reward, its estimator of best-of-n, and its tiny version."""
 
 import itertools
 import json
@@ -40,7 +40,8 @@ def test_gold_is_standard_on_the_chain_and_punishes_repetition(parts):
   gold, _ = parts
   _, values, mean, deviation = gold.tables()
   rewards = np.array([gold.gold(text[gold.PROMPT :]) for text in gold.texts(2_000, 3)])
-  assert -1 < rewards.mean() < 0 and 0.8 < rewards.std() < 1.5
+  assert -1 < rewards.mean() < 0
+  assert 0.8 < rewards.std() < 1.5
   best = max(itertools.product(range(8), repeat=3), key=lambda index: values[index])
   repeated = ''.join(gold.LETTERS[number] for number in best) * 8
   numbers = [gold.LETTERS.index(letter) for letter in repeated]
