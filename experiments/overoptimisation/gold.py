@@ -83,6 +83,7 @@ class Judged:
   prompts: Prompts
   examples: int = 64
   samples: int = 4
+  name: str = 'judged'
   during: bool = True
 
   @property

@@ -90,22 +90,21 @@ def fits(rows: list[dict]) -> list[dict]:
   return table
 
 
-def forecast(rows: list[dict], largest: int, middle: int) -> list[dict]:
+def forecast(rows: list[dict], largest: pathlib.Path, middle: int) -> list[dict]:
   """a and b of the largest proxy, on lines in ln(parameters) through those of the smaller ones.
 
-  The parameters of the largest proxy are known; nothing that it scored is read.
+  Of the largest proxy, whose workdir is `largest`, only the number of parameters is read.
   """
-  smaller = [row for row in fits(rows) if row['pairs'] == middle and row['width'] < largest]
+  params = json.loads((largest / 'run.json').read_text())['params_total']
+  smaller = [row for row in fits(rows) if row['pairs'] == middle and row['params'] < params]
   table = []
   for method in LAWS:
     laws = [row for row in smaller if row['method'] == method]
-    # A LLaMA of width w has 26 w^2 parameters in its two layers and 264 w of embedding.
-    size = np.log(26 * largest**2 + 264 * largest)
-    sizes = np.log([26 * row['width'] ** 2 + 264 * row['width'] for row in laws])
+    sizes = np.log([row['params'] for row in laws])
     values = {}
     for name in ('a', 'b'):
       line = np.polyfit(sizes, [row[name] for row in laws], 1)
-      values[name] = max(float(np.polyval(line, size)), 0.0)
+      values[name] = max(float(np.polyval(line, np.log(params))), 0.0)
     table.append({'method': method, **values})
   return table
 

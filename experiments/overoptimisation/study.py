@@ -187,7 +187,8 @@ class Study:
     if path.is_file():
       return
     when = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
-    forecast = laws_of_proxies.forecast(self.points(), largest, self.plan['middle'])
+    middle = self.plan['middle']
+    forecast = laws_of_proxies.forecast(self.points(), self.proxy(largest, middle), middle)
     path.write_text(json.dumps({'utc': when, 'largest': largest, 'forecast': forecast}, indent=2))
     self.say(f'forecast of {when} in {path}')
 
