@@ -69,7 +69,7 @@ def best_of_n(scores: np.ndarray, values: np.ndarray, n: int) -> float:
 def score(flags) -> dict:
   """The gold and proxy reward of best-of-n for each n; the proxy's deviation, and correlation with gold."""
   groups = json.loads(pathlib.Path(flags.samples).read_text())
-  reward = RewardModel(model=Pretrained(folder=flags.proxy), longest=32)
+  reward = RewardModel(model=Pretrained(folder=flags.proxy), longest=128)
   scores = []
   for group in groups:
     pieces = zip(group['texts'], group['finishes'], strict=True)
