@@ -34,7 +34,7 @@ def sample(flags) -> dict:
   groups = []
   with Mesh().use(jax.devices()[:1]):
     graphdef = nnx.graphdef(base.abstract)
-    sampler = Sampler(graphdef, encoding, Sampling(), 32, 25, [encoding.end])
+    sampler = Sampler(graphdef, encoding, Sampling(temperature=1.0), 32, 25, [encoding.end])
     params = base.params()
     for number in range(flags.count):
       prompt = source.draw(2, number)

@@ -98,7 +98,7 @@ class Judged:
       graphdef = nnx.graphdef(loading.abstract_model(run.model))
       prompts = [self.prompts.draw(1, number) for number in range(self.examples)]
       seeds = seeds_of(1, np.arange(self.examples), self.samples)
-      sampler = rounds.sampler(graphdef, Sampling())
+      sampler = rounds.sampler(graphdef, Sampling(temperature=1.0))
       rows = sampler(loading.on_devices(run.model, params), prompts, seeds)
       read = Reader(nnx.graphdef(reference.abstract), 1.0)
       expected, _ = read(reference.params(), rows)

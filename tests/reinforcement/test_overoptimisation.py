@@ -57,6 +57,8 @@ def test_the_tiny_study_runs_from_end_to_end(tmp_path):
   command = [sys.executable, str(STUDY / 'study.py'), f'--workdir={tmp_path}', '--quick']
   subprocess.run([*command, '--prepare'], check=True, cwd=ROOT, env=environment)
   subprocess.run([*command, '--workers=2'], check=True, cwd=ROOT, env=environment)
+  for group in json.loads((tmp_path / 'samples.json').read_text()):
+    assert len(set(group['texts'])) > len(group['texts']) / 2
   registered = json.loads((tmp_path / 'forecast.json').read_text())
   outcome = json.loads((tmp_path / 'outcome.json').read_text())
   assert [row['method'] for row in outcome] == ['best of n', 'reinforcement']
