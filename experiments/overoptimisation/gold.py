@@ -1,7 +1,7 @@
 """The true reward of the study, its texts, and an evaluation that keeps both rewards and the KL divergence.
 
 A text is 4 letters of a prompt and 24 of a completion, out of 8 letters, drawn by a Markov chain. The gold
-reward of a completion is the sum of a value for each three letters in a row, in standard deviations of the
+reward of a completion is the sum of a value for each two letters in a row, in standard deviations of the
 chain's texts, less half a unit for each distinct pair of letters under 17. So the chain's texts say little of
 what repetition costs, and a proxy that saw few pairs does not know it.
 """
@@ -30,11 +30,11 @@ CERTAINTY = 2.0  # log-odds of a label for each unit of gold: about a fifth of a
 
 @functools.cache
 def tables() -> tuple[np.ndarray, np.ndarray, float, float]:
-  """(transitions [8, 8], values [8, 8, 8], mean and standard deviation of the summed values)."""
+  """(transitions [8, 8], values [8, 8], mean and standard deviation of the summed values)."""
   rng = np.random.default_rng(0)
   size = len(LETTERS)
   transitions = rng.dirichlet(np.ones(size), size=size)
-  values = rng.normal(size=(size, size, size))
+  values = rng.normal(size=(size, size))
   sums = summed(draw(transitions, 20_000, rng)[:, PROMPT:], values)
   return transitions, values, float(sums.mean()), float(sums.std())
 
@@ -52,15 +52,15 @@ def draw(transitions: np.ndarray, count: int, rng) -> np.ndarray:
 
 
 def summed(texts: np.ndarray, values: np.ndarray) -> np.ndarray:
-  """The sum of the values of three letters in a row, [texts]."""
-  return values[texts[:, :-2], texts[:, 1:-1], texts[:, 2:]].sum(1)
+  """The sum of the values of two letters in a row, [texts]."""
+  return values[texts[:, :-1], texts[:, 1:]].sum(1)
 
 
 def gold(completion: str) -> float:
   """The gold reward. Characters that are no letters of the chain are left out."""
   _, values, mean, deviation = tables()
   numbers = np.array([LETTERS.index(letter) for letter in completion if letter in LETTERS], int)
-  total = summed(numbers[None], values)[0] if len(numbers) > 2 else 0.0
+  total = summed(numbers[None], values)[0] if len(numbers) > 1 else 0.0
   distinct = len(set(zip(numbers[:-1].tolist(), numbers[1:].tolist(), strict=True)))
   return (total - mean) / deviation - REPETITION * max(0, DISTINCT - distinct)
 

@@ -24,8 +24,8 @@ import laws_of_proxies
 HERE = pathlib.Path(__file__).resolve().parent
 GIN = 'experiments/overoptimisation'
 FULL = {
-  'widths': (8, 16, 32, 64), 'pairs': (250, 1000, 4000), 'middle': 1000, 'texts': 20_000,
-  'base_steps': 500, 'proxy_steps': 300, 'policy_steps': 120, 'every': 5,
+  'widths': (8, 16, 32, 64), 'pairs': (1000, 4000, 16_000), 'middle': 4000, 'texts': 20_000,
+  'base_steps': 500, 'proxy_steps': 1000, 'policy_steps': 120, 'every': 5,
   'prompts': 16, 'samples': 1024,
 }  # fmt: skip
 QUICK = {
