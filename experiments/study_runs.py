@@ -21,6 +21,7 @@ import time
 from research.core import cli, configs, storage
 from research.core.errors import UserError, in_a_line
 from research.data import cache
+from research.data.mixtures import streams_of
 from research.scaling import any_law
 from research.scaling.options import Options
 from research.scaling.rows import Columns, RowError
@@ -51,14 +52,19 @@ def folder_of(workdir: pathlib.Path, name: str) -> pathlib.Path:
   return workdir / 'runs' / name
 
 
-def flags(description: str, workdir: str) -> argparse.Namespace:
-  """Parses the flags of a study; `workdir` is the default of --workdir."""
+def parser(description: str, workdir: str) -> argparse.ArgumentParser:
+  """The flags of a study; `workdir` is the default of --workdir."""
   parser = argparse.ArgumentParser(description=description)
   parser.add_argument('--workdir', type=pathlib.Path, default=pathlib.Path(workdir))
   parser.add_argument('--workers', type=int, default=2, help='how many runs train at once')
   parser.add_argument('--freeze', action='store_true', help='make and freeze the text, and stop')
   parser.add_argument('--quick', action='store_true', help='a tiny study that shows that it runs')
-  return parser.parse_args()
+  return parser
+
+
+def flags(description: str, workdir: str) -> argparse.Namespace:
+  """Parses the flags of a study that has no others."""
+  return parser(description, workdir).parse_args()
 
 
 def freeze(runs: list[StudyRun]) -> None:
@@ -66,7 +72,8 @@ def freeze(runs: list[StudyRun]) -> None:
   streams = {}
   for run in runs:
     built = configs.load(list(run.files), list(run.bindings)).build()
-    streams |= {stream.key(): stream for stream in (built.train, built.validation)}
+    for stream in (*streams_of(built.train), *streams_of(built.validation)):
+      streams[stream.key()] = stream
   cache.open_streams(list(streams.values()))
 
 

@@ -30,7 +30,6 @@ from research.evaluation.requests import (
   Failed,
   GenerateUntil,
   Request,
-  RollingLogLikelihood,
 )
 from research.evaluation.rows import Row, Settings, rows_of
 from research.inference import decode
@@ -147,7 +146,7 @@ class Engine:
     if isinstance(request, Embed):
       return Group(length, encoder, 'embed')
     whole = Group(length, encoder, 'score')
-    if isinstance(request, RollingLogLikelihood) or self.cannot_decode:
+    if request.alone or self.cannot_decode:
       return whole
     continuation = padded_length(row.scored - 1, most, SHORTEST_CONTINUATION)
     # Padding behind the last learned position has no embedding, and a short context is not worth sharing.

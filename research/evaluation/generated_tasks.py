@@ -85,7 +85,7 @@ class Generated(Task):
       context += f'{shot.question}{shot.completion(self.mode)}\n'
     context += problem.question
     completion = problem.completion(self.mode) + '\n'
-    requests = [LogLikelihood(context, completion)]
+    requests = [LogLikelihood(context, completion, alone=True)]
     if self.mode == 'chain':
       # Twice as many tokens as the right chain has bytes, because a wrong one may be longer.
       requests.append(GenerateUntil(context, ('\n',), 2 * len(completion.encode())))

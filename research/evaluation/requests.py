@@ -5,6 +5,7 @@ text, generation until a stop, and the embedding of a text. Log-likelihoods are 
 """
 
 import dataclasses
+from typing import ClassVar
 
 import numpy as np
 
@@ -13,10 +14,15 @@ from research.inference.sampling import Sampling
 
 @dataclasses.dataclass(frozen=True)
 class LogLikelihood:
-  """Asks for ln p(continuation | context)."""
+  """Asks for ln p(continuation | context).
+
+  Attributes:
+    alone: whether no other request has this context. Both are then read at once, by one program instead of two.
+  """
 
   context: str
   continuation: str
+  alone: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +32,8 @@ class TokensLogLikelihood:
   The context is read as it is: no beginning-of-text token is put in front.
   """
 
+  alone: ClassVar[bool] = False
+
   context: tuple[int, ...]
   continuation: tuple[int, ...]
 
@@ -33,6 +41,8 @@ class TokensLogLikelihood:
 @dataclasses.dataclass(frozen=True)
 class RollingLogLikelihood:
   """Asks for ln p(text) of a whole text of any length. It is scored in windows: see `Settings.stride`."""
+
+  alone: ClassVar[bool] = True
 
   text: str
 

@@ -1,5 +1,7 @@
 """Answers equal those of transformers, and depend on their own request alone."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -136,6 +138,17 @@ def test_a_context_is_read_once_for_all_its_continuations(llama, monkeypatch):
   # A longer continuation has another shape, and its own reading.
   make(batch_size=4).answer([*choices, LogLikelihood('def f(x):\n  return', ' x + 1 + 2 + 3')])
   assert len(contexts) == 3
+
+
+@pytest.mark.slow
+def test_a_context_without_other_continuations_is_read_with_its_own(llama, monkeypatch):
+  _, make = llama
+  shared = make().answer(REQUESTS)
+  monkeypatch.setattr(programs, 'read', None)  # calling it would fail
+  alone = make().answer([dataclasses.replace(request, alone=True) for request in REQUESTS])
+  for answer, other in zip(alone, shared, strict=True):
+    assert answer.nats == pytest.approx(other.nats, rel=1e-5)
+    assert (answer.greedy, answer.tokens) == (other.greedy, other.tokens)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The studies of transfer, LoRA and distillation, in their tiny versions."""
+"""The studies of transfer, LoRA, distillation and emergence, in their tiny versions."""
 
 import csv
 import json
@@ -23,7 +23,7 @@ def run(study: str, workdir: pathlib.Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1000)
-@pytest.mark.parametrize('study', ['transfer', 'lora', 'distillation'])
+@pytest.mark.parametrize('study', ['transfer', 'lora', 'distillation', 'emergence'])
 def test_study_registers_before_it_tests_and_goes_on(study, tmp_path):
   first = run(study, tmp_path)
   assert 'failed' not in first
