@@ -294,12 +294,14 @@ def compare(workdir: pathlib.Path, forecast: dict, measured: dict[str, list[floa
     if values and expected['value'] is not None:
       mean = statistics.mean(values)
       result['mean'] = mean
-      result['error'] = expected['value'] / mean - 1
+      result['difference'] = expected['value'] - mean
+      result['error'] = result['difference'] / mean if mean else None  # an accuracy may be 0
+      off = f'{result["error"]:+.2%}' if mean else f'{result["difference"]:+.4g}'
       result['inside'] = expected['low'] <= mean <= expected['high']
       interval = f'[{expected["low"]:.5g}, {expected["high"]:.5g}]'
       each = ', '.join(f'{value:.5g}' for value in values)
       print(f'{name}: {expected["value"]:.5g} {interval} was forecast, {mean:.5g} came ({each}): '
-            f'off by {result["error"]:+.2%}')  # fmt: skip
+            f'off by {off}')  # fmt: skip
     else:
       print(f'{name}: {expected.get("why") or "not measured"}')
     outcome[name] = result
