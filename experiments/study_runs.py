@@ -26,6 +26,7 @@ from research.scaling import any_law
 from research.scaling.options import Options
 from research.scaling.rows import Columns, RowError
 
+E_OF_PYTHON = 0.83  # the irreducible loss of Python sources, of experiments/isoflop_decoder
 THREADS = 'PJRT_NPROC'  # threads of a product of jax on a CPU; small products want one
 
 
@@ -268,6 +269,8 @@ def fit(rows: list[dict], law, inputs: dict[str, str], holds: list[dict]) -> Fit
     inputs: the column of each input.
     holds: the sets of parameters to hold, such as [{}, {'E': 0.8}].
   """
+  if not rows:
+    return Fitted(None, {}, ('none of its runs has finished.',))
   refused = []
   columns = Columns(params='params_with_head', tokens='tokens', inputs=inputs)
   for held in holds:

@@ -28,7 +28,6 @@ COLUMNS = (
   'run', 'way', 'stage', 'width', 'params_with_head', 'pretraining', 'tokens', 'loss', 'data_transferred',
   'init/loss', 'learning_rate', 'batch_size', 'steps', 'seed', 'seconds',
 )  # fmt: skip
-E_OF_PYTHON = 0.83  # the irreducible loss of Python sources, of experiments/isoflop_decoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +54,7 @@ class Design:
 
 
 QUICK = Design(
-  widths=(16, 24), larger=32, pretraining=(1e4, 2e4), longer=4e4, tuning=(5e3, 1e4), scratch=(6e3, 1.5e4, 3e4)
+  widths=(16, 24), larger=32, pretraining=(1e4, 2e4), longer=4e4, tuning=(5e3, 1e4), scratch=(6e3, 8e3, 3e4)
 )  # fmt: skip
 
 
@@ -145,7 +144,7 @@ def forecasts(rows: list[dict], design: Design) -> dict:
   helped = [row for row in sizes if (row['data_transferred'] or 0) > 0]
   middle = [row for row in rows if row['way'] == 'tuned' and row['width'] == design.widths[1]]
   tuning = {'tuning_data': 'tokens'}
-  holds = [{}, {'E': E_OF_PYTHON}]
+  holds = [{}, {'E': study_runs.E_OF_PYTHON}]
   zhang = laws.MultiplicativeTuning()
   transferred = study_runs.fit(helped, laws.DataTransferred(), tuning, [{}])
   of_size = study_runs.fit(sizes, zhang, {**tuning, 'scale': 'params_with_head'}, holds)
