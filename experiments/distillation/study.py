@@ -29,7 +29,6 @@ COLUMNS = (
   'teacher_loss', 'supervised_loss', 'loss_without_teacher', 'learning_rate', 'batch_size', 'steps', 'seed',
   'seconds',
 )  # fmt: skip
-E_OF_PYTHON = 0.83  # the irreducible loss of Python sources, of experiments/isoflop_decoder
 NO_TEACHER = 'no teacher'
 # What Busbridge's law holds, until the rows determine the rest: first the width of its bend, then the bend at
 # the loss of the student, then no bend at all (c_1 near 0) and no outer exponent.
@@ -120,7 +119,7 @@ def plan(design: Design, workdir: pathlib.Path) -> tuple[list, list]:
 def supervised(rows: list[dict]) -> study_runs.Fitted:
   """Chinchilla's law of the runs without a teacher, teachers among them."""
   alone = [row for row in rows if row['way'] != 'distilled']
-  holds = [{}, {'E': E_OF_PYTHON}, {'E': E_OF_PYTHON, 'alpha': 0.35}]
+  holds = [{}, {'E': study_runs.E_OF_PYTHON}, {'E': study_runs.E_OF_PYTHON, 'alpha': 0.35}]
   return study_runs.fit(alone, laws.Chinchilla(), {}, holds)
 
 

@@ -28,7 +28,6 @@ COLUMNS = (
   'run', 'way', 'stage', 'width', 'params_with_head', 'params_learned', 'rank', 'tokens', 'loss', 'init/tokens',
   'init/loss', 'learning_rate', 'batch_size', 'steps', 'seed', 'seconds',
 )  # fmt: skip
-E_OF_PYTHON = 0.83  # the irreducible loss of Python sources, of experiments/isoflop_decoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,14 +113,18 @@ def grid(
 def tests(design: Design, workdir: pathlib.Path) -> list[study_runs.StudyRun]:
   """The larger rank, the longest runs, and both at once; all parameters on as much."""
   start = base(design.width, design.pretraining)
-  cells = [
+  cells = cells_of_tests(design)
+  return [tuned(start, *cell, 'test', seed, workdir) for seed in design.seeds for cell in cells]
+
+
+def cells_of_tests(design: Design) -> list[tuple[int | None, float]]:
+  """(rank, None for all parameters; tokens) of each test."""
+  return [
     (design.larger, design.longer),
     (None, design.longer),
     (design.ranks[-1], design.longer),
     (design.larger, design.tuning[-1]),
   ]
-  runs = [tuned(start, *cell, 'test', seed, workdir) for seed in design.seeds for cell in cells]
-  return runs
 
 
 def of_way(rows: list[dict], way: str, width: int, stage: str | None = None) -> list[dict]:
@@ -136,7 +139,7 @@ def name_of(rank: int | None, tokens: float) -> str:
 
 def forecasts(rows: list[dict], design: Design) -> dict:
   """Fits the laws of LoRA and of the tuning of all parameters; {name: forecast} of the tests."""
-  holds = [{}, {'E': E_OF_PYTHON}]
+  holds = [{}, {'E': study_runs.E_OF_PYTHON}]
   inputs = {'tuning_data': 'tokens', 'scale': 'rank'}
   of_lora = of_way(rows, 'lora', design.width)
   of_all = of_way(rows, 'full', design.width)
@@ -146,13 +149,9 @@ def forecasts(rows: list[dict], design: Design) -> dict:
     of_all,
     laws.RectifiedTuning(),
     {'tuning_data': 'tokens'},
-    [{'D_0': 1.0}, {'D_0': 1.0, 'E': E_OF_PYTHON}],
+    [{'D_0': 1.0}, {'D_0': 1.0, 'E': study_runs.E_OF_PYTHON}],
   )
-  cells = [
-    (design.larger, design.longer),
-    (design.ranks[-1], design.longer),
-    (design.larger, design.tuning[-1]),
-  ]
+  cells = [cell for cell in cells_of_tests(design) if cell[0]]
   found = {name_of(*cell): lora.forecast(scale=cell[0], tuning_data=cell[1]) for cell in cells}
   longest = all_parameters.forecast(tuning_data=design.longer)
   return {**found, name_of(None, design.longer): longest}
@@ -200,7 +199,7 @@ def exponents(rows: list[dict], design: Design) -> dict:
     of_width = of_way(rows, 'lora', width, 'fit') if width else []
     if of_width:
       fitted = study_runs.fit(
-        of_width, laws.MultiplicativeTuning(), inputs, [{}, {'E': E_OF_PYTHON}]
+        of_width, laws.MultiplicativeTuning(), inputs, [{}, {'E': study_runs.E_OF_PYTHON}]
       )
       found[str(width)] = fitted.fit.fit.parameters if fitted.fit else ' '.join(fitted.refused)
   return found

@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from research.checkpoints.pretrained import Pretrained
+from research.core import storage
 from research.data.encoding import make_encoding
 from research.evaluation import loading
 from research.inference.request import Completion
@@ -104,9 +105,7 @@ def main() -> None:
     result = sample(flags)
   else:
     result = score(flags)
-  partial = pathlib.Path(f'{flags.out}.partial')
-  partial.write_text(json.dumps(result))
-  partial.rename(flags.out)
+  storage.write_atomic(pathlib.Path(flags.out), json.dumps(result))
 
 
 if __name__ == '__main__':

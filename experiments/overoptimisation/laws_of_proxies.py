@@ -131,8 +131,7 @@ def outcome(registered: list[dict], rows: list[dict], largest: int, middle: int)
 
 def curve(method: str, law: dict, kl: np.ndarray) -> np.ndarray:
   """The law's gold reward at `kl`."""
-  d = np.sqrt(np.maximum(kl, 1e-12))
-  return d * (law['a'] - law['b'] * (d if method == 'best of n' else np.log(d)))
+  return LAWS[method]({'a': law['a'], 'b': law['b']}, kl=kl)
 
 
 def draw(rows: list[dict], table: list[dict], plan: dict, path: pathlib.Path) -> None:

@@ -9,7 +9,6 @@ root. Started again, the study does only what is missing. --quick is a tiny vers
 
 import argparse
 import csv
-import datetime
 import json
 import os
 import pathlib
@@ -18,10 +17,13 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import files
-import laws_of_proxies
-
 HERE = pathlib.Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent)]
+
+import files  # noqa: E402
+import laws_of_proxies  # noqa: E402
+import study_runs  # noqa: E402
+
 GIN = 'experiments/overoptimisation'
 FULL = {
   'widths': (8, 16, 32, 64), 'pairs': (1000, 4000, 16_000), 'middle': 4000, 'texts': 20_000,
@@ -183,14 +185,11 @@ class Study:
 
   def register(self, largest: int) -> None:
     """Writes the forecast, once, before the runs that test it."""
-    path = self.workdir / 'forecast.json'
-    if path.is_file():
+    if (self.workdir / 'forecast.json').is_file():
       return
-    when = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
     middle = self.plan['middle']
     forecast = laws_of_proxies.forecast(self.points(), self.proxy(largest, middle), middle)
-    path.write_text(json.dumps({'utc': when, 'largest': largest, 'forecast': forecast}, indent=2))
-    self.say(f'forecast of {when} in {path}')
+    study_runs.register(self.workdir, {'largest': largest, 'forecast': forecast})
 
   def finish(self, largest: int) -> None:
     """Writes results.csv, laws.csv, outcome.json and the figure to the workdir."""
@@ -203,7 +202,7 @@ class Study:
         writer.writerows(rows)
     registered = json.loads((self.workdir / 'forecast.json').read_text())['forecast']
     outcome = laws_of_proxies.outcome(registered, points, largest, self.plan['middle'])
-    (self.workdir / 'outcome.json').write_text(json.dumps(outcome, indent=2))
+    study_runs.write_json(self.workdir / 'outcome.json', outcome)
     laws_of_proxies.draw(points, fits, self.plan, self.workdir / 'overoptimisation.png')
     for row in outcome:
       self.say(', '.join(f'{name} {value}' for name, value in row.items()))
