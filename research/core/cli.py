@@ -127,7 +127,7 @@ def _interrupt(number, frame) -> None:
 
 def machine_fault(error: BaseException) -> str | None:
   """Returns a sentence about a fault of this machine (a full disk, a missing plugin), None for other errors."""
-  text = f'{error} {error.__cause__ or ""}'
+  text = ' '.join(map(str, _with_causes(error)))
   frames = traceback.extract_tb(error.__traceback__)
   # Without any plugin of the platform jax fails an assertion that has no text.
   if frames and frames[-1].filename.endswith('xla_bridge.py'):
@@ -156,6 +156,15 @@ def machine_fault(error: BaseException) -> str | None:
       'name another in TMPDIR.'
     )
   return None
+
+
+def _with_causes(error: BaseException | None) -> list[BaseException]:
+  """The error, what it was raised from, and so on."""
+  found = []
+  while error is not None and error not in found:
+    found.append(error)
+    error = error.__cause__
+  return found
 
 
 def _prepare_terminal() -> None:

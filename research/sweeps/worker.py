@@ -14,7 +14,7 @@ import os
 import time
 
 from research.checkpoints.folders import copy_checkpoint, saved_steps
-from research.core import storage
+from research.core import cli, storage
 from research.core.errors import UserError, in_a_line
 from research.designs.plan import Planned
 from research.sweeps import leases
@@ -206,8 +206,10 @@ class Worker:
     except interrupt.Interrupted:
       raise
     except Exception as error:
-      # A wrong input stays wrong, so there is no retry. Among several members nobody knows whose it is.
-      if isinstance(error, UserError) and len(members) == 1:
+      # A wrong input stays wrong, so there is no retry; a full disk may have room again. Among several
+      # members nobody knows whose input it is.
+      wrong_input = isinstance(error, UserError) and cli.machine_fault(error) is None
+      if wrong_input and len(members) == 1:
         return self.folder.fail(members[0][0], str(error))
       reason = in_a_line(error)
       for run, lease in members:

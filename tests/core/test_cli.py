@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from research.core import cli
+from research.core.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 
@@ -143,6 +144,15 @@ def test_a_platform_that_is_not_here_is_one_sentence(platform):
 )
 def test_a_disk_that_takes_no_more_is_one_sentence(error, says):
   assert cli.machine_fault(error).startswith(says)
+
+
+def test_a_full_disk_is_found_behind_the_errors_that_were_raised_from_it():
+  full = ValueError(f'writing: {os.strerror(errno.ENOSPC)}')
+  middle = RuntimeError('the save failed')
+  middle.__cause__ = full
+  outer = UserError('no checkpoint')
+  outer.__cause__ = middle
+  assert cli.machine_fault(outer).startswith('the disk is full: free')
 
 
 def test_a_fault_of_our_own_is_no_fault_of_the_machine():

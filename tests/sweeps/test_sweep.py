@@ -1,11 +1,13 @@
 """A sweep: its plan, its workers, and a forecast that is registered before it is tested."""
 
 import dataclasses
+import errno
 import functools
 import html
 import io
 import json
 import math
+import os
 import pathlib
 import re
 import subprocess
@@ -256,6 +258,29 @@ def test_a_failed_run_is_tried_again_then_a_row_with_its_reason_and_the_rest_goe
   assert len(folder.rows(runs)) == len(runs)
   analysis = findings.conclude(folder, the_sweep, runs)
   assert len(analysis.rows) == len(runs) - 1
+
+
+def test_a_full_disk_is_tried_again_and_a_wrong_input_is_not(plan, trained, tmp_path, monkeypatch):
+  the_sweep, _, runs, _ = plan
+  folder, fake = Folder(tmp_path), loop.train
+  tried = []
+
+  def fails(run, workdir, text, stream):
+    tried.append(workdir.name)
+    if workdir.name == runs[2].name and tried.count(runs[2].name) < 3:
+      full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), 'array')
+      raise UserError('the disk has no room for a checkpoint') from full
+    if workdir.name == runs[3].name:
+      raise UserError('no such file')
+    return fake(run, workdir, text, stream)
+
+  monkeypatch.setattr(loop, 'train', fails)
+  work(the_sweep, folder, runs)
+  assert folder.row(runs[2])['status'] == 'finished'
+  assert tried.count(runs[2].name) == 3
+  row = folder.row(runs[3])
+  assert (row['status'], row['reason']) == ('failed', 'no such file')
+  assert tried.count(runs[3].name) == 1
 
 
 def test_a_run_whose_worker_vanishes_again_and_again_is_given_up(plan, trained, tmp_path):
