@@ -194,10 +194,11 @@ def draw(rows: list[dict], design: Design, path: pathlib.Path) -> None:
     axes.set_xscale('log')
     axes.set_xlabel('tokens of prose')
     axes.set_ylabel(label)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc='upper right' if axes is losses else 'lower right')
   losses.set_title('after code (lines), from scratch (dashes)', fontsize=10)
   moved.set_title('what the head start is worth', fontsize=10)
   moved.set_yscale('log')
+  moved.set_xlim(losses.get_xlim())  # less than a decade of its own has too many labels
   figure.savefig(path, dpi=120)
 
 
