@@ -31,12 +31,13 @@ COLUMNS = (
 )  # fmt: skip
 NO_TEACHER = 'no teacher'
 # What Busbridge's law holds, until the rows determine the rest: first the width of its bend, then the bend at
-# the loss of the student, then no bend at all (c_1 near 0) and no outer exponent.
+# the loss of the student, then no bend at all (c_1 near 0), no outer exponent, and the usual power of N.
 HOLDS = (
   {'f_1': 0.1},
   {'f_1': 0.1, 'd_1': 1.0},
   {'f_1': 0.1, 'd_1': 1.0, 'c_1': 1e-6},
   {'f_1': 0.1, 'd_1': 1.0, 'c_1': 1e-6, 'gamma': 1.0},
+  {'f_1': 0.1, 'd_1': 1.0, 'c_1': 1e-6, 'gamma': 1.0, 'alpha': 0.35},
 )
 
 
@@ -54,11 +55,11 @@ class Design:
   """
 
   teachers: tuple[tuple[int, float], ...] = ((16, 1e5), (32, 4e5), (96, 1.5e6))
-  widths: tuple[int, ...] = (16, 32)
+  widths: tuple[int, ...] = (12, 24, 48)
   tokens: tuple[float, ...] = (2e4, 6e4, 1.8e5, 5.4e5)
   larger: int = 64
   tests: tuple[tuple[int, float], ...] = ((2, 6e4), (2, 5.4e5), (1, 5.4e5))
-  seeds: tuple[int, ...] = (1, 2)
+  seeds: tuple[int, ...] = (3, 4)
 
 
 QUICK = Design(
