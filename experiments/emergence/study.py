@@ -43,6 +43,7 @@ class Design:
     ratio: tokens per parameter, of every run.
     seeds: of every width.
     examples: sums that an accuracy is of.
+    repeated: a width of the fit, and further seeds of it: how many have the skill?
   """
 
   fit: tuple[int, ...] = (8, 12, 16, 20, 24, 32)
@@ -50,11 +51,12 @@ class Design:
   ratio: float = 40.0
   seeds: tuple[int, ...] = (0, 1)
   examples: int = 500
+  repeated: tuple[int, tuple[int, ...]] = (32, (2, 3, 4, 5, 6, 7))
 
 
 # For an accelerator: four decades of compute, to 4.5e14 FLOPs.
 LARGE = Design(fit=(16, 24, 32, 48, 64, 96), test=(128, 192))
-QUICK = Design(fit=(4, 8, 12), test=(16,), ratio=2.0, examples=50)
+QUICK = Design(fit=(4, 8, 12), test=(16,), ratio=2.0, examples=50, repeated=(8, (2,)))
 
 
 def size(width: int) -> tuple[str, ...]:
@@ -102,6 +104,12 @@ def runs_of(design: Design, stage: str) -> list[study_runs.StudyRun]:
     for width in sorted(widths, reverse=True)
     for seed in design.seeds
   ]
+
+
+def repeats_of(design: Design) -> list[study_runs.StudyRun]:
+  """One size with further seeds."""
+  width, seeds = design.repeated
+  return [planned(design, width, seed, 'repeat') for seed in seeds]
 
 
 def check_text(run: study_runs.StudyRun) -> dict[str, tuple[int, int]]:
@@ -163,6 +171,8 @@ def main() -> None:
   verdicts = forecasts.judge(rows, design.examples)
   study_runs.write_json(workdir / 'verdicts.json', verdicts)
   figure.draw(rows, forecast, workdir / 'emergence.png')
+  rows += rows_of(study_runs.finish(repeats_of(design), workdir, flags.workers))
+  study_runs.write_rows(workdir / 'results.csv', rows, COLUMNS)
 
 
 def exact(run: study_runs.StudyRun) -> tuple[int, int, int]:

@@ -3,6 +3,7 @@
 An accuracy is a hard metric: it stays at chance until most of an answer is right. The loss of the right answer
 is a smooth one. If the loss falls by one power law all along, the emergence is of the metric, and the loss
 forecasts it (Schaeffer et al. 2023, arXiv:2304.15004). If it bends where the accuracy rises, the model changed.
+And if runs of one compute part there, some with the skill and some without, no law of the compute tells one run.
 """
 
 import dataclasses
@@ -17,6 +18,8 @@ from research.scaling.laws.regimes import BrokenPower, ComputeOptimal
 FEWEST = 10
 # The AICc weight above which one law counts as the better one.
 CLEAR = 0.95
+# Runs are of one compute where it differs by no more than this share; packing alone makes a difference.
+SAME = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,11 +27,14 @@ class Emergence:
   """What the rows say about an emergence.
 
   Attributes:
-    verdict: 'metric', 'model', 'undecided' or 'none' (the accuracy is above chance from the start).
+    verdict: 'metric', 'model', 'seeds', 'undecided' or 'none' (the accuracy is above chance from the start).
     chance_until: the largest compute up to which every accuracy may be chance; NaN where the first one is not.
     fall: by what share the loss falls over those runs.
     falls: the p value of that fall.
     broken: the AICc weight of a power law with a break against one without; NaN for too few rows.
+    scatter: of runs of one compute, the standard deviations of the logarithm of their losses, before and after
+      the accuracy rises; NaN without such runs.
+    parts: the p value of a second one that is no larger than the first; NaN without such runs.
   """
 
   verdict: str
@@ -36,6 +42,8 @@ class Emergence:
   fall: float
   falls: float
   broken: float
+  scatter: tuple[float, float] = (np.nan, np.nan)
+  parts: float = np.nan
 
   def __str__(self) -> str:
     if self.verdict == 'none':
@@ -44,6 +52,11 @@ class Emergence:
     ending = {
       'metric': f'The loss has no break{weight}: the jump is of the metric, and the loss forecasts it.',
       'model': f'The loss breaks too{weight}: the jump is of the model; smaller runs do not forecast it.',
+      'seeds': (
+        f'Then runs of one compute part: their losses scatter by {self.scatter[1]:.1%}, and by '
+        f'{self.scatter[0]:.1%} before (p = {self.parts:.2g}). Whether a run has the skill is partly a matter of '
+        'its seed, and no law of the compute forecasts a single run.'
+      ),
       'undecided': f'These rows do not decide whether the loss breaks{weight}.',
     }
     return (
@@ -92,9 +105,40 @@ def judge(flops, accuracy, loss, examples: float, chance: float) -> Emergence:
   if len(loss) >= FEWEST and count < len(loss):
     compared = diagnostics.compare((ComputeOptimal(), BrokenPower()), {'flops': flops}, loss)
     broken = {line['law']: line['weight'] for line in compared}['BrokenPower']
+  scatter, parts = _scatter(flops, loss, below)
   verdict = 'undecided'
-  if p_value < 0.05 and broken < 1 - CLEAR:
+  if parts < 1 - CLEAR:
+    verdict = 'seeds'
+  elif p_value < 0.05 and broken < 1 - CLEAR:
     verdict = 'metric'
   elif broken > CLEAR:
     verdict = 'model'
-  return Emergence(verdict, float(flops[below][-1]), float(fall), float(p_value), float(broken))
+  return Emergence(
+    verdict, float(flops[below][-1]), float(fall), float(p_value), float(broken), scatter, parts
+  )
+
+
+def _scatter(flops, loss, below) -> tuple[tuple[float, float], float]:
+  """(standard deviations of ln(loss) among runs of one compute, before and after; p value that it did not grow).
+
+  The test is that of two variances (F).
+
+  Args:
+    flops: compute of each run [rows], in ascending order.
+    loss: [rows].
+    below: a mask [rows] of the runs before the accuracy rises.
+  """
+  new = np.diff(np.log(flops), prepend=-np.inf) > SAME
+  group = np.cumsum(new)
+  squares, degrees = np.zeros(2), np.zeros(2)
+  for number in np.unique(group):
+    members = group == number
+    after = int(not below[members].all())
+    squares[after] += np.sum((np.log(loss[members]) - np.log(loss[members]).mean()) ** 2)
+    degrees[after] += members.sum() - 1
+  if degrees.min() == 0 or squares[0] == 0:
+    return (np.nan, np.nan), np.nan
+  variances = squares / degrees
+  p_value = stats.f.sf(variances[1] / variances[0], degrees[1], degrees[0])
+  before, after = np.sqrt(variances)
+  return (float(before), float(after)), float(p_value)

@@ -101,6 +101,22 @@ def test_an_emergence_of_the_metric_and_one_of_the_model(breaks):
   assert ('of the model' if breaks else 'of the metric') in str(judged)
 
 
+@pytest.mark.parametrize('part', [False, True])
+def test_runs_of_one_compute_that_part_are_told(part):
+  """Two seeds at each compute. From a compute on one of them has a third of the loss, or both have half."""
+  rng = np.random.default_rng(0)
+  flops = np.repeat(np.geomspace(1e10, 1e13, 8), 2) * (1 + 0.001 * rng.normal(size=16))
+  skilled = (np.arange(16) >= 10) & (np.arange(16) % 2 == 0) if part else np.arange(16) >= 10
+  loss = 5 * (flops / 1e10) ** -0.1 * np.where(skilled, 1 / 3 if part else 0.5, 1.0)
+  loss *= np.exp(0.03 * rng.normal(size=16))
+  accuracy = np.where(skilled, 0.9, 0.01)
+  judged = emergence.judge(flops, accuracy, loss, 500, chance=0.011)
+  assert (judged.verdict == 'seeds') == part, judged
+  if part:
+    assert judged.scatter[0] == pytest.approx(0.03, rel=0.6)
+    assert 'no law of the compute forecasts a single run' in str(judged)
+
+
 def test_nothing_emerges_where_the_first_run_is_above_chance():
   judged = emergence.judge([1e18, 1e19], [0.5, 0.6], [2.0, 1.9], 500, chance=0.25)
   assert judged.verdict == 'none'
