@@ -3,7 +3,7 @@
 An accuracy is a hard metric: it stays at chance until most of an answer is right. The loss of the right answer
 is a smooth one. If the loss falls by one power law all along, the emergence is of the metric, and the loss
 forecasts it (Schaeffer et al. 2023, arXiv:2304.15004). If it bends where the accuracy rises, the model changed.
-And if runs of one compute part there, some with the skill and some without, no law of the compute tells one run.
+And if runs of one compute part there, some with the skill and some without, no law of compute tells one run.
 """
 
 import dataclasses
@@ -54,8 +54,8 @@ class Emergence:
       'model': f'The loss breaks too{weight}: the jump is of the model; smaller runs do not forecast it.',
       'seeds': (
         f'Then runs of one compute part: their losses scatter by {self.scatter[1]:.1%}, and by '
-        f'{self.scatter[0]:.1%} before (p = {self.parts:.2g}). Whether a run has the skill is partly a matter of '
-        'its seed, and no law of the compute forecasts a single run.'
+        f'{self.scatter[0]:.1%} before (p = {self.parts:.2g}). Whether a run has the skill is partly a matter '
+        'of its seed, and no law of the compute forecasts a single run.'
       ),
       'undecided': f'These rows do not decide whether the loss breaks{weight}.',
     }
@@ -119,7 +119,7 @@ def judge(flops, accuracy, loss, examples: float, chance: float) -> Emergence:
 
 
 def _scatter(flops, loss, below) -> tuple[tuple[float, float], float]:
-  """(standard deviations of ln(loss) among runs of one compute, before and after; p value that it did not grow).
+  """(deviations of ln(loss) among runs of one compute, before and after; the p value that they did not grow).
 
   The test is that of two variances (F).
 

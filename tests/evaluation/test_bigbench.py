@@ -1,4 +1,4 @@
-"""Published-like figures of a trained model on public tasks: BIG-bench's own files through lm-eval and our engine.
+"""A trained model on BIG-bench's own files, through lm-eval and our engine: eight figures.
 
 The files are in the source archive of a package of the Python index. It has no wheel, so it is no group of
 pyproject.toml:

@@ -49,7 +49,7 @@ def log_scale(ax, axis: str, plain: bool = False):
   line = getattr(ax, f'{axis}axis')
   line.set_major_locator(LogLocator(subs=subs, numticks=12))
   if plain:
-    if narrow:
+    if high / low < 8:
       line.set_major_locator(MaxNLocator(7))
     else:
       line.set_major_locator(LogLocator(subs=(1.0, 3.0), numticks=12))
