@@ -47,7 +47,7 @@ def _condition(axes, rows: list[dict], forecast: dict, condition: tuple, i: int)
     axes.plot(
       [row['flops'] for row in chosen], [row[metric] for row in chosen], MARKERS[i], color=color,
       markerfacecolor=face, markersize=5, linestyle='none',
-      label=f'{shots} shots' if stage == 'fit' else None,
+      label=f'shots: {shots}' if stage == 'fit' else None,
     )  # fmt: skip
   curve = forecast['curves'].get(f'{mode}, {shots} shots', [])
   column = 1 if metric == 'nats' else 2

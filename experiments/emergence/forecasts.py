@@ -25,6 +25,14 @@ def of_condition(rows: list[dict], mode: str, shots: int | None = None) -> list[
   ]
 
 
+def nats_of_compute(rows: list[dict], mode: str, shots: int, examples: int) -> any_law.FittedLaw:
+  """Compute to the nats of the answer: the first of two steps, also where the second cannot be fitted."""
+  del examples  # nats are no counts
+  options = Options(fixed={'E': HELD['E']}, replicates=400)
+  chosen = of_condition(rows, mode, shots)
+  return any_law.fit_law(chosen, laws.ComputeOptimal(), COLUMNS, None, options)
+
+
 def two_steps(rows: list[dict], mode: str, shots: int, examples: int) -> TwoSteps:
   """Compute to the nats of the answer, and from them to the accuracy by one curve for all shots of the mode."""
   return fit_two_steps(
@@ -64,13 +72,14 @@ def make(rows: list[dict], expected: dict[int, float], examples: int) -> dict:
   for mode in sums.MODES:
     for shots in sums.SHOTS:
       condition = (rows, mode, shots, examples)
+      first = _fitted(nats_of_compute, condition)
       chained = _fitted(two_steps, condition)
       alone = _fitted(one_step, condition)
       for width, flops in expected.items():
         parts = {
-          'nats': _value(chained, 'loss_at', flops),
-          'accuracy': _value(chained, 'value_at', flops),
-          'accuracy in one step': _value(alone, 'value_at', flops),
+          'nats': _value(first, flops),
+          'accuracy': _value(chained, flops),
+          'accuracy in one step': _value(alone, flops),
         }
         found |= {name_of(mode, shots, width, what): value for what, value in parts.items()}
       if isinstance(chained, TwoSteps):
@@ -90,13 +99,13 @@ def _fitted(fit, condition: tuple):
   return fitted
 
 
-def _value(fitted, method: str, flops: float) -> dict:
+def _value(fitted, flops: float) -> dict:
   """A forecast as `study_runs.compare` reads it."""
   if isinstance(fitted, str):
     return {'value': None, 'why': fitted}
-  value, low, high = getattr(fitted, method)(flops=flops)
+  value, low, high = fitted.value_at(flops=flops)
   forecast = {'value': value, 'low': low, 'high': high, 'at': {'flops': flops}}
-  if method == 'value_at' and isinstance(fitted, TwoSteps):
+  if isinstance(fitted, TwoSteps):
     forecast['measured_low'], forecast['measured_high'] = fitted.measured_at(flops=flops)
   return forecast
 
