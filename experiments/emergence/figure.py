@@ -37,16 +37,16 @@ def draw(rows: list[dict], forecast: dict, path: pathlib.Path) -> None:
 
 
 def _condition(axes, rows: list[dict], forecast: dict, condition: tuple, i: int) -> None:
-  """One number of shots in a panel: filled marks were fitted to, open ones are the outcome."""
+  """One number of shots in a panel: filled marks were fitted to, open ones tested it, small ones are more seeds."""
   mode, shots, metric = condition
   color = color_of(i)
-  for stage, face in (('fit', color), ('test', 'white')):
+  for stage, face, size in (('fit', color, 5), ('test', 'white', 5), ('again', 'white', 3)):
     chosen = [
       row for row in rows if (row['mode'], row['shots'], row['stage']) == (mode, shots, stage)
     ]
     axes.plot(
       [row['flops'] for row in chosen], [row[metric] for row in chosen], MARKERS[i], color=color,
-      markerfacecolor=face, markersize=5, linestyle='none',
+      markerfacecolor=face, markersize=size, linestyle='none',
       label=f'shots: {shots}' if stage == 'fit' else None,
     )  # fmt: skip
   curve = forecast['curves'].get(f'{mode}, {shots} shots', [])

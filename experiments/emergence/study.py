@@ -43,7 +43,8 @@ class Design:
     ratio: tokens per parameter, of every run.
     seeds: of every width.
     examples: sums that an accuracy is of.
-    repeated: a width of the fit, and further seeds of it: how many have the skill?
+    again: widths of which more seeds are trained after the test: how many runs have the skill?
+    more: these seeds.
   """
 
   fit: tuple[int, ...] = (8, 12, 16, 20, 24, 32)
@@ -51,12 +52,13 @@ class Design:
   ratio: float = 40.0
   seeds: tuple[int, ...] = (0, 1)
   examples: int = 500
-  repeated: tuple[int, tuple[int, ...]] = (32, (2, 3, 4, 5, 6, 7))
+  again: tuple[int, ...] = (32, 48)
+  more: tuple[int, ...] = (2, 3, 4, 5)
 
 
 # For an accelerator: four decades of compute, to 4.5e14 FLOPs.
-LARGE = Design(fit=(16, 24, 32, 48, 64, 96), test=(128, 192))
-QUICK = Design(fit=(4, 8, 12), test=(16,), ratio=2.0, examples=50, repeated=(8, (2,)))
+LARGE = Design(fit=(16, 24, 32, 48, 64, 96), test=(128, 192), again=())
+QUICK = Design(fit=(4, 8, 12), test=(16,), ratio=2.0, again=(8,), more=(2,), examples=50)
 
 
 def size(width: int) -> tuple[str, ...]:
@@ -97,19 +99,12 @@ def planned(design: Design, width: int, seed: int, stage: str) -> study_runs.Stu
 
 
 def runs_of(design: Design, stage: str) -> list[study_runs.StudyRun]:
-  """The runs of a stage, the longest first so that the last ones are short."""
-  widths = design.fit if stage == 'fit' else design.test
+  """The runs of a stage ('fit', 'test' or 'again'), the longest first so that the last ones are short."""
+  widths = {'fit': design.fit, 'test': design.test, 'again': design.again}[stage]
+  seeds = design.more if stage == 'again' else design.seeds
   return [
-    planned(design, width, seed, stage)
-    for width in sorted(widths, reverse=True)
-    for seed in design.seeds
+    planned(design, width, seed, stage) for width in sorted(widths, reverse=True) for seed in seeds
   ]
-
-
-def repeats_of(design: Design) -> list[study_runs.StudyRun]:
-  """One size with further seeds."""
-  width, seeds = design.repeated
-  return [planned(design, width, seed, 'repeat') for seed in seeds]
 
 
 def check_text(run: study_runs.StudyRun) -> dict[str, tuple[int, int]]:
@@ -168,11 +163,11 @@ def main() -> None:
   rows += rows_of(study_runs.finish(tests, workdir, flags.workers))
   study_runs.write_rows(workdir / 'results.csv', rows, COLUMNS)
   study_runs.compare(workdir, forecast, forecasts.outcomes(rows))
+  rows += rows_of(study_runs.finish(runs_of(design, 'again'), workdir, flags.workers))
+  study_runs.write_rows(workdir / 'results.csv', rows, COLUMNS)
   verdicts = forecasts.judge(rows, design.examples)
   study_runs.write_json(workdir / 'verdicts.json', verdicts)
   figure.draw(rows, forecast, workdir / 'emergence.png')
-  rows += rows_of(study_runs.finish(repeats_of(design), workdir, flags.workers))
-  study_runs.write_rows(workdir / 'results.csv', rows, COLUMNS)
 
 
 def exact(run: study_runs.StudyRun) -> tuple[int, int, int]:

@@ -18,6 +18,9 @@ from research.scaling.laws.regimes import BrokenPower, ComputeOptimal
 FEWEST = 10
 # The AICc weight above which one law counts as the better one.
 CLEAR = 0.95
+# The share of the variance of ln(loss) that a law without a break must describe, or the loss forecasts little.
+# A few rows that scatter never show a break: AICc takes the law with fewer parameters.
+DESCRIBED = 0.95
 # Runs are of one compute where it differs by no more than this share; packing alone makes a difference.
 SAME = 0.01
 
@@ -32,6 +35,7 @@ class Emergence:
     fall: by what share the loss falls over those runs.
     falls: the p value of that fall.
     broken: the AICc weight of a power law with a break against one without; NaN for too few rows.
+    described: the share of the variance of ln(loss) that the one without describes; NaN for too few rows.
     scatter: of runs of one compute, the standard deviations of the logarithm of their losses, before and after
       the accuracy rises; NaN without such runs.
     parts: the p value of a second one that is no larger than the first; NaN without such runs.
@@ -42,6 +46,7 @@ class Emergence:
   fall: float
   falls: float
   broken: float
+  described: float = np.nan
   scatter: tuple[float, float] = (np.nan, np.nan)
   parts: float = np.nan
 
@@ -59,6 +64,11 @@ class Emergence:
       ),
       'undecided': f'These rows do not decide whether the loss breaks{weight}.',
     }
+    if self.verdict == 'undecided' and self.described < DESCRIBED:
+      ending['undecided'] += (
+        f' A law without a break describes {self.described:.0%} of the variance of ln(loss), too little to '
+        'forecast.'
+      )
     return (
       f'up to {self.chance_until:.3g} FLOPs accuracy cannot be told from chance, while the loss '
       f'falls by {self.fall:.1%} (p = {self.falls:.2g}). {ending[self.verdict]}'
@@ -101,21 +111,21 @@ def judge(flops, accuracy, loss, examples: float, chance: float) -> Emergence:
     line = stats.linregress(np.log(flops[below]), np.log(loss[below]), alternative='less')
     fall = 1 - np.exp(line.slope * np.log(flops[below][-1] / flops[0]))
     p_value = line.pvalue
-  broken = np.nan
+  broken = described = np.nan
   if len(loss) >= FEWEST and count < len(loss):
-    compared = diagnostics.compare((ComputeOptimal(), BrokenPower()), {'flops': flops}, loss)
-    broken = {line['law']: line['weight'] for line in compared}['BrokenPower']
+    smooth, bent = diagnostics.compare((ComputeOptimal(), BrokenPower()), {'flops': flops}, loss)
+    broken = bent['weight']
+    described = 1 - smooth['rss'] / max(len(loss) * np.var(np.log(loss)), 1e-300)
   scatter, parts = _scatter(flops, loss, below)
   verdict = 'undecided'
   if parts < 1 - CLEAR:
     verdict = 'seeds'
-  elif p_value < 0.05 and broken < 1 - CLEAR:
+  elif p_value < 0.05 and broken < 1 - CLEAR and described >= DESCRIBED:
     verdict = 'metric'
   elif broken > CLEAR:
     verdict = 'model'
-  return Emergence(
-    verdict, float(flops[below][-1]), float(fall), float(p_value), float(broken), scatter, parts
-  )
+  numbers = (flops[below][-1], fall, p_value, broken, described)
+  return Emergence(verdict, *map(float, numbers), scatter, parts)
 
 
 def _scatter(flops, loss, below) -> tuple[tuple[float, float], float]:

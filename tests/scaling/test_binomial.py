@@ -117,6 +117,20 @@ def test_runs_of_one_compute_that_part_are_told(part):
     assert 'no law of the compute forecasts a single run' in str(judged)
 
 
+@pytest.mark.slow
+def test_a_law_that_hardly_describes_the_loss_is_no_forecast():
+  """One seed each of experiments/emergence: a run learns or does not, and AICc sees no break in so few rows."""
+  flops = np.geomspace(4.6e9, 2.2e12, 16)
+  loss = [
+    6.96, 6.76, 5.09, 4.99, 4.81, 4.75, 4.70, 4.37, 3.49, 4.09, 1.17, 2.78, 0.91, 0.71, 2.45, 0.43
+  ]  # fmt: skip
+  correct = [0, 3, 5, 3, 5, 7, 13, 11, 31, 24, 333, 43, 401, 391, 55, 459]
+  judged = emergence.judge(flops, np.array(correct) / 500, loss, 500, chance=1 / 90)
+  assert judged.broken < 0.05
+  assert judged.verdict == 'undecided', judged
+  assert 'too little to forecast' in str(judged)
+
+
 def test_nothing_emerges_where_the_first_run_is_above_chance():
   judged = emergence.judge([1e18, 1e19], [0.5, 0.6], [2.0, 1.9], 500, chance=0.25)
   assert judged.verdict == 'none'
