@@ -37,7 +37,7 @@ def draw(rows: list[dict], forecast: dict, path: pathlib.Path) -> None:
 
 
 def _condition(axes, rows: list[dict], forecast: dict, condition: tuple, i: int) -> None:
-  """One number of shots in a panel: filled marks were fitted to, open ones tested it, small ones are more seeds."""
+  """One number of shots in a panel: filled marks were fitted to, open ones tested, small ones more seeds."""
   mode, shots, metric = condition
   color = color_of(i)
   for stage, face, size in (('fit', color, 5), ('test', 'white', 5), ('again', 'white', 3)):
