@@ -6,10 +6,11 @@ import pathlib
 import numpy as np
 
 from research.core import storage
-from research.scaling import fit
+from research.scaling import bootstrap, fit
 from research.scaling.laws import BestOfNReward, ReinforcementReward
 from research.scaling.report.figure import MARKERS, new_figure
 
+REPLICATES = 400  # of a bootstrap
 LAWS = {'best of n': BestOfNReward(), 'reinforcement': ReinforcementReward()}
 
 
@@ -63,12 +64,20 @@ def of_cell(rows: list[dict], method: str, width: int, pairs: int) -> list[dict]
   return [row for row in rows if (row['method'], row['width'], row['pairs']) == wanted]
 
 
-def fitted(method: str, rows: list[dict]) -> dict:
-  """{a, b, params} of the method's law; b is 0 at the least."""
+def fitted(method: str, rows: list[dict], replicates: int = 0) -> dict:
+  """{a, b, params} of the method's law; b is 0 at the least.
+
+  With replicates also the 90% intervals of a and b, which take the points as independent.
+  """
   kl = np.array([row['kl'] for row in rows])
   values = np.array([row['gold'] for row in rows])
   result = fit(LAWS[method], {'kl': kl}, values, check=False)
-  return {'a': result.parameters['a'], 'b': result.parameters['b'], 'params': rows[0]['params']}
+  found = {'a': result.parameters['a'], 'b': result.parameters['b'], 'params': rows[0]['params']}
+  if replicates:
+    intervals = bootstrap.bootstrap(result, replicates=replicates).intervals()
+    for name in ('a', 'b'):
+      found[f'{name}_low'], found[f'{name}_high'] = intervals[name]
+  return found
 
 
 def fits(rows: list[dict]) -> list[dict]:
@@ -79,11 +88,12 @@ def fits(rows: list[dict]) -> list[dict]:
       cell = of_cell(rows, method, width, pairs)
       if len(cell) < 3:
         continue
-      law = fitted(method, cell)
+      law = fitted(method, cell, REPLICATES)
       top = max(cell, key=lambda row: row['gold'])
       table.append({
         'method': method, 'width': width, 'params': law['params'], 'pairs': pairs,
-        'accuracy': cell[0]['accuracy'], 'a': law['a'], 'b': law['b'],
+        'accuracy': cell[0]['accuracy'], 'a': law['a'], 'a_low': law['a_low'], 'a_high': law['a_high'],
+        'b': law['b'], 'b_low': law['b_low'], 'b_high': law['b_high'],
         'peak_kl': top['kl'], 'peak_gold': top['gold'],
         'last_kl': cell[-1]['kl'], 'last_gold': cell[-1]['gold'], 'last_proxy': cell[-1]['proxy'],
       })  # fmt: skip
