@@ -170,7 +170,7 @@ def outcomes(rows: list[dict], design: Design) -> dict[str, list[float]]:
 def draw(rows: list[dict], design: Design, path: pathlib.Path) -> None:
   """The loss against the tokens of prose, for each rank and for all parameters; a panel a size."""
   widths = [width for width in (design.width, design.second) if width]
-  figure, panels = new_figure(len(widths))
+  figure, panels = new_figure(len(widths), sharex=True)
   for axes, width in zip(panels, widths, strict=True):
     for i, rank in enumerate((*design.ranks, design.larger, None)):
       of_rank = [
