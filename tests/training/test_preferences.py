@@ -1,9 +1,9 @@
-"""Losses of preferences equal TRL's formulas in float64, however the batch is cut; DPO finds the known optimum.
+"""Losses of preferences equal TRL's, however the batch is cut; DPO finds the known optimum.
 
-The formulas are those of trl 1.16, read in its sources and written again in torch: `DPOTrainer` ("sigmoid", and
-"ipo", whose means over tokens are `per_token` here), `CPOTrainer.cpo_loss` ("sigmoid" with label smoothing is
-the form of cDPO; "simpo"), `ORPOTrainer.odds_ratio_loss`, `KTOTrainer` with its KL given, and `RewardTrainer`
-with margin and centring.
+trl 1.16 itself gave the numbers of `TRL` (reference_trl.py). For gradients, and in float64, its formulas were read
+in its sources and written again in torch: `DPOTrainer` ("sigmoid", and "ipo", whose means over tokens are `per_token`
+here), `CPOTrainer.cpo_loss` ("sigmoid" with label smoothing is the form of cDPO; "simpo"),
+`ORPOTrainer.odds_ratio_loss`, `KTOTrainer` with its KL given, and `RewardTrainer` with margin and centring.
 """
 
 import dataclasses
@@ -228,6 +228,24 @@ def test_loss_and_gradient_are_the_references(name):
   np.testing.assert_allclose(means['loss'], expected, rtol=1e-5)
   np.testing.assert_allclose(d_x, expected_x, rtol=1e-4, atol=1e-5)
   np.testing.assert_allclose(means['kernel'], expected_kernel, rtol=1e-4, atol=1e-4)
+
+
+# What `reference_trl.py` prints, in float32, for the pairs of `drawn`. TRL's IPO takes means over tokens alone.
+TRL = {
+  'kto': 0.6312267,
+  'dpo': 0.8593781,
+  'cdpo': 0.8076388,
+  'ipo per token': 30.97509,
+  'simpo': 1.798868,
+  'orpo': 3.139491,
+  'bradley-terry': 1.685782,
+}
+
+
+@pytest.mark.parametrize('name', TRL)
+def test_a_loss_is_that_of_trl(name):
+  means = loss_and_gradients(CASES[name][0], *drawn(), head_of(name))[1]
+  assert means['loss'] == pytest.approx(TRL[name], rel=1e-5)
 
 
 @pytest.mark.parametrize('name', ['dpo', 'bradley-terry'])
