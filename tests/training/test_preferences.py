@@ -1,8 +1,8 @@
 """Losses of preferences equal TRL's, however the batch is cut; DPO finds the known optimum.
 
-trl 1.16 itself gave the numbers of `TRL` (reference_trl.py). For gradients, and in float64, its formulas were read
-in its sources and written again in torch: `DPOTrainer` ("sigmoid", and "ipo", whose means over tokens are `per_token`
-here), `CPOTrainer.cpo_loss` ("sigmoid" with label smoothing is the form of cDPO; "simpo"),
+trl 1.16 itself gave the numbers of `TRL` (reference_trl.py). For gradients, and in float64, its formulas were
+read in its sources and written again in torch: `DPOTrainer` ("sigmoid", and "ipo", whose means over tokens are
+`per_token` here), `CPOTrainer.cpo_loss` ("sigmoid" with label smoothing is the form of cDPO; "simpo"),
 `ORPOTrainer.odds_ratio_loss`, `KTOTrainer` with its KL given, and `RewardTrainer` with margin and centring.
 """
 
