@@ -84,11 +84,10 @@ def cpo(loss: str, log_probs: torch.Tensor, beta: float, smoothing: float) -> to
 
 
 def orpo() -> torch.Tensor:
-  means = column(0) / column(2)
-  odds = ORPOTrainer.odds_ratio_loss(trainer(beta=0.1), *means.chunk(2))[0]
-  return (
-    -means.chunk(2)[0] - odds
-  ).mean()  # the cross-entropy as a mean over pairs, as in the paper
+  chosen, rejected = (column(0) / column(2)).chunk(2)
+  odds = ORPOTrainer.odds_ratio_loss(trainer(beta=0.1), chosen, rejected)[0]
+  # The cross-entropy is the paper's, a mean over pairs. TRL takes one over all tokens, the prompts' too.
+  return (-chosen - odds).mean()
 
 
 def reward() -> torch.Tensor:
@@ -102,8 +101,9 @@ def main() -> None:
   losses = {
     'kto': kto(),
     'dpo': dpo('sigmoid', 0.3),
-    # The log-ratios in the place of log p: cDPO is CPO's loss of them.
+    # The log-ratios in the place of log p: cDPO, and IPO over sums, are CPO's losses of them.
     'cdpo': cpo('sigmoid', column(0) - column(1), 0.3, 0.2),
+    'ipo': cpo('ipo', column(0) - column(1), 0.1, 0.0),
     'ipo per token': dpo('ipo', 0.1),
     'simpo': cpo('simpo', column(0) / column(2), 2.0, 0.0),
     'orpo': orpo(),
