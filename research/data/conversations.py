@@ -159,7 +159,7 @@ class Template:
   """
 
   def __init__(self, path: str):
-    sources, self._tokens = _read_template(path)
+    sources, self._tokens = read_template(path)
     try:
       import jinja2
       import jinja2.meta
@@ -220,8 +220,12 @@ def _environment():
   return environment
 
 
-def _read_template(path: str) -> tuple[dict[str, str], dict[str, str]]:
-  """Returns the jinja2 sources of a template by name, one of them 'default', and {name: special token}."""
+def read_template(path: str) -> tuple[dict[str, str], dict[str, str]]:
+  """Returns the jinja2 sources of a template by name, one of them 'default', and {name: special token}.
+
+  Raises:
+    UserError: the file cannot be read, or has no template.
+  """
   try:
     text = pathlib.Path(path).expanduser().read_text(encoding='utf-8')
     if not path.endswith('.json'):

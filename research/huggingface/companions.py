@@ -106,8 +106,12 @@ def _of_run(folder: pathlib.Path, source: pathlib.Path) -> dict[str, Any]:
   run = configs.load([str(source / 'config.gin')], root='RUN').tree()
   stream = run.keywords.get('train')
   vocabulary = getattr(stream, 'vocabulary', None)
+  template = getattr(getattr(stream, 'task', None), 'template', None)
   try:
-    return run_tokenizer.write(folder, vocabulary, _trained_model(stream))
+    ids = run_tokenizer.write(folder, vocabulary, _trained_model(stream))
+    if template is not None:
+      run_tokenizer.write_template(folder, template)
+    return ids
   except UserError as error:
     print(f'note: the tokenizer of {source} is not written; add it to the folder yourself: {error}')
     return {}

@@ -10,6 +10,7 @@ from typing import Any
 
 from research.core.errors import UserError
 from research.data import vocabularies
+from research.data.conversations import read_template
 from research.data.encoding import HuggingFaceEncoding, SentencePieceEncoding
 
 PAD = '<pad>'
@@ -54,6 +55,30 @@ def write(folder: pathlib.Path, vocabulary, cache_file: pathlib.Path | None) -> 
 
 def _write_config(folder: pathlib.Path, config: dict[str, Any]) -> None:
   (folder / 'tokenizer_config.json').write_text(json.dumps(config, indent=2) + '\n')
+
+
+def write_template(folder: pathlib.Path, template: str) -> None:
+  """Adds a run's chat template, and the tokens that it names, to tokenizer_config.json.
+
+  Args:
+    template: as `research.data.objectives.Conversation` has it.
+
+  Raises:
+    UserError: the template is gone, or cannot be read.
+  """
+  sources, tokens = read_template(template)
+  path = folder / 'tokenizer_config.json'
+  config = json.loads(path.read_text())
+  config['chat_template'] = sources['default']
+  if len(sources) > 1:
+    config['chat_template'] = [{'name': name, 'template': text} for name, text in sources.items()]
+  tokenizer = folder / 'tokenizer.json'
+  known = tokenizer.read_text() if tokenizer.is_file() else ''
+  for name, token in tokens.items():
+    # A token that the tokenizer lacks would become a new one, with an id that the model has no vector for.
+    if name not in config and token and json.dumps(token, ensure_ascii=False) in known:
+      config[name] = token
+  _write_config(folder, config)
 
 
 def _write_bytes(folder, vocabulary) -> dict[str, Any]:

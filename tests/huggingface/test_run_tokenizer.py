@@ -1,6 +1,7 @@
 """The tokenizer of a run, written beside its export: transformers gives the ids of training."""
 
 import io
+import json
 
 import pytest
 import sentencepiece
@@ -8,6 +9,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from research.core.errors import UserError
+from research.data import conversations
 from research.data.encoding import make_encoding
 from research.data.vocabularies import Bytes, HuggingFaceTokenizer, SentencePiece
 from research.huggingface import run_tokenizer
@@ -59,6 +61,26 @@ def check(vocabulary, folder):
     assert theirs.decode(encoding.encode(text), clean_up_tokenization_spaces=False) == text
   assert theirs.eos_token_id == ids['eos_token_id'] == encoding.end
   return theirs, ids
+
+
+@pytest.mark.parametrize('several', [False, True])
+def test_a_chat_template_goes_along(tmp_path, fast, several):
+  source = "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+  template = [{'name': 'default', 'template': source}, {'name': 'tool_use', 'template': 'tools'}]
+  settings = {'chat_template': template if several else source, 'bos_token': '<|endoftext|>'}
+  settings['unk_token'] = '<no such token>'
+  file = tmp_path / 'tokenizer_config.json'
+  file.write_text(json.dumps(settings))
+  out = tmp_path / 'out'
+  out.mkdir()
+  run_tokenizer.write(out, HuggingFaceTokenizer(str(fast)), None)
+  size = len(T.AutoTokenizer.from_pretrained(out))
+  run_tokenizer.write_template(out, str(file))
+  theirs = T.AutoTokenizer.from_pretrained(out)
+  messages = [{'role': 'user', 'content': 'the law'}]
+  assert theirs.apply_chat_template(messages, tokenize=False) == '<|endoftext|><user>the law'
+  assert conversations.template(str(file))(messages) == '<|endoftext|><user>the law'
+  assert len(theirs) == size
 
 
 def test_bytes(tmp_path):
