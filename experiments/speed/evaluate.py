@@ -2,6 +2,7 @@
 
     uv run --extra eval --group hf python experiments/speed/evaluate.py --hf=FOLDER
 
+lm-eval's backend needs torch and accelerate (docs/contributing.md).
 The folder is Hugging Face's: config.json, *.safetensors and a tokenizer. The requests are questions with four
 choices after two solved ones, and then the same questions with one choice each, where no context is shared.
 Both backends answer them in batches of the same size, once to warm up (to compile) and `--repeat` times to

@@ -131,6 +131,7 @@ def compare_backends(engine, folder, tasks, plan, limit: int) -> int:
     limit: documents of each task.
   """
   lm_eval = pytest.importorskip('lm_eval')
+  pytest.importorskip('accelerate', reason='of lm-eval on torch: docs/contributing.md')
   from lm_eval.models.huggingface import HFLM
   from lm_eval.tasks import TaskManager
 
