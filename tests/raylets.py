@@ -49,6 +49,8 @@ def started(hosts: int = 3) -> Iterator[Hosts]:
   from ray.cluster_utils import Cluster
 
   os.environ['RAY_USAGE_STATS_ENABLED'] = '0'
+  # Cluster writes the head's address into Ray's own folder, which a machine without an earlier cluster lacks.
+  os.makedirs('/tmp/ray', exist_ok=True)
   with _without_agents(), tempfile.TemporaryDirectory(prefix='ray', dir='/tmp') as folder:
     head = {
       **_options(),
