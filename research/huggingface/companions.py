@@ -109,12 +109,18 @@ def _of_run(folder: pathlib.Path, source: pathlib.Path) -> dict[str, Any]:
   template = getattr(getattr(stream, 'task', None), 'template', None)
   try:
     ids = run_tokenizer.write(folder, vocabulary, _trained_model(stream))
-    if template is not None:
-      run_tokenizer.write_template(folder, template)
-    return ids
   except UserError as error:
     print(f'note: the tokenizer of {source} is not written; add it to the folder yourself: {error}')
     return {}
+  if template is not None:
+    try:
+      run_tokenizer.write_template(folder, template)
+    except UserError as error:  # the tokenizer is written, and its ids are known
+      print(
+        f'note: the chat template of {source} is not written; add chat_template.jinja to the folder '
+        f'yourself: {error}'
+      )
+  return ids
 
 
 def _trained_model(stream) -> pathlib.Path | None:

@@ -8,11 +8,12 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
+from research.core import configs
 from research.core.errors import UserError
 from research.data import conversations
 from research.data.encoding import make_encoding
 from research.data.vocabularies import Bytes, HuggingFaceTokenizer, SentencePiece
-from research.huggingface import run_tokenizer
+from research.huggingface import companions, run_tokenizer
 
 T = pytest.importorskip('transformers')
 TEXTS = (*run_tokenizer.SAMPLES, 'law law\nrun', 'of  the\u00a0law', '<pad>')
@@ -117,3 +118,25 @@ def test_what_has_no_equal_is_refused(tmp_path, bpe, monkeypatch):
 def test_another_class_is_named(tmp_path):
   with pytest.raises(UserError, match='NoneType is a vocabulary'):
     run_tokenizer.write(tmp_path, None, None)
+
+
+@pytest.mark.parametrize('lost', [False, True])
+def test_a_run_keeps_its_tokenizer_where_its_chat_template_is_lost(tmp_path, capsys, lost):
+  chats = tmp_path / 'chats.jsonl'
+  chats.write_text(
+    '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+  )
+  template = tmp_path / 'template.json'
+  template.write_text('{"chat_template": "{{ messages }}"}')
+  bindings = [f'FILES={str(chats)!r}', f'objectives.Conversation.template={str(template)!r}']
+  config = configs.load(['gin/runs/tiny.gin', 'gin/objectives/conversation.gin'], bindings)
+  (tmp_path / 'config.gin').write_text(config.text)
+  out = tmp_path / 'out'
+  out.mkdir()
+  if lost:
+    template.write_text('{}')
+  ids = companions.write_companions(out, tmp_path, 300)
+  written = json.loads((out / 'tokenizer_config.json').read_text())
+  assert ids['eos_token_id'] == 1
+  assert written.get('chat_template') == (None if lost else '{{ messages }}')
+  assert ('chat template of' in capsys.readouterr().out) == lost
