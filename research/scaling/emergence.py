@@ -118,7 +118,7 @@ def judge(flops, accuracy, loss, examples: float, chance: float) -> Emergence:
     described = 1 - smooth['rss'] / max(len(loss) * np.var(np.log(loss)), 1e-300)
   scatter, parts = _scatter(flops, loss, below)
   verdict = 'undecided'
-  if parts < 1 - CLEAR:
+  if parts < 0.05:
     verdict = 'seeds'
   elif p_value < 0.05 and broken < 1 - CLEAR and described >= DESCRIBED:
     verdict = 'metric'

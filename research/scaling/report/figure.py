@@ -44,18 +44,16 @@ def log_scale(ax, axis: str, plain: bool = False):
   """
   getattr(ax, f'set_{axis}scale')('log')
   low, high = sorted(getattr(ax, f'get_{axis}lim')())
-  narrow = high / low < 30
-  subs = (1.0, 2.0, 5.0) if narrow else (1.0,)
   line = getattr(ax, f'{axis}axis')
-  line.set_major_locator(LogLocator(subs=subs, numticks=12))
   if plain:
-    if high / low < 8:
-      line.set_major_locator(MaxNLocator(7))
-    else:
-      line.set_major_locator(LogLocator(subs=(1.0, 3.0), numticks=12))
+    narrow = high / low < 8
+    locator = MaxNLocator(7) if narrow else LogLocator(subs=(1.0, 3.0), numticks=12)
+    line.set_major_locator(locator)
     line.set_minor_locator(NullLocator())
     line.set_major_formatter('{x:.4g}')
     return
+  subs = (1.0, 2.0, 5.0) if high / low < 30 else (1.0,)
+  line.set_major_locator(LogLocator(subs=subs, numticks=12))
   line.set_major_formatter(LogFormatterSciNotation(labelOnlyBase=False))
   line.set_minor_formatter('')
 
