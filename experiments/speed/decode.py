@@ -1,6 +1,7 @@
 """Decoding against transformers and llama.cpp on a CPU: tokens a second of a 135M-parameter LLaMA, float32.
 
     python experiments/speed/decode.py [--batch 1 --batch 8] [--variant isoflop] [--repeats 3]
+    python experiments/speed/decode.py --operations --batch 8    # where ours spends its time
 
 Every measurement is a process of its own, one at a time and in turns, so that a busy machine slows all alike.
 Each reads `--batch` prompts of 16 random tokens and generates 64 tokens greedily for each. The weights are
@@ -26,6 +27,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import operations
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 PROMPT, NEW, ROOM = 16, 64, 128  # tokens
@@ -289,10 +291,19 @@ def main() -> None:
   parser.add_argument('--batch', action='append', type=int, help='default: 1, 8 and 64')
   parser.add_argument('--variant', action='append', choices=VARIANTS, help='default: all')
   parser.add_argument('--repeats', type=int, default=3, help='processes of each')
+  parser.add_argument(
+    '--operations', action='store_true', help="XLA's operations by the time they take"
+  )
   parser.add_argument('--measure', choices=[*VARIANTS, 'bandwidth'], help=argparse.SUPPRESS)
   flags = parser.parse_args()
   if flags.measure:
     print(json.dumps(measure(flags.measure, flags.batch[0])))
+    return
+  if flags.operations:
+    for batch in flags.batch or (1, 8, 64):
+      call = isoflop(batch)
+      call()
+      print(f'batch {batch}, a call of {NEW} tokens each:\n{operations.table(call, 1)}', flush=True)
     return
   peak = in_process('bandwidth', 1)['bytes_per_s']
   for batch in flags.batch or (1, 8, 64):

@@ -2,6 +2,7 @@
 
     python experiments/speed/train_step.py [--workload W2] [--repeats 3]
     python experiments/speed/train_step.py --before=CHECKOUT    # ours now and in another version
+    python experiments/speed/train_step.py --operations         # where ours spends its time
 
 Every measurement is a process of its own, one at a time and in turns, so that a busy machine slows all alike. A
 step is the whole update: loss, gradients, clipping to norm 1, AdamW. Ours is the step of `research.train`.
@@ -54,6 +55,7 @@ def our_step(workload: str, bindings: list[str], packed: bool, mesh: contextlib.
   from research.core import configs
   from research.model import counts
   from research.parallel import hosts
+  from research.training import background_jit
   from research.training.program import make_program, mesh_of
 
   run = configs.load(f'experiments/speed/{workload.lower()}.gin', bindings).build()
@@ -72,7 +74,7 @@ def our_step(workload: str, bindings: list[str], packed: bool, mesh: contextlib.
   mesh.enter_context(mesh_of(run, jax.devices()).use())
   program = make_program(run)
   state = jax.jit(program.init)(jax.random.key(0))
-  step = jax.jit(program.step, donate_argnums=0)
+  step = background_jit.jit(program.step, donate_argnums=0)
   batch = hosts.place(batch)
   rate = np.float32(1e-5)
   size = sum(p.size for p in jax.tree.leaves(state['params']))
@@ -120,6 +122,17 @@ def measure(variant: str, workload: str, steps: int, bindings: list[str], packed
     'ms': 1e3 * statistics.median(walls), 'best_ms': 1e3 * min(walls), 'cpu_ms': 1e3 * processor,
     'first_step_s': first, 'loss': loss, 'params': size, 'flops': flops,
   }  # fmt: skip
+
+
+def print_operations(workload: str, flags: argparse.Namespace) -> None:
+  """Prints which operations our step spends its time on."""
+  import operations
+
+  with contextlib.ExitStack() as mesh:
+    step, _, _ = our_step(workload, flags.gin, flags.packed, mesh)
+    step()
+    step()
+    print(f'{workload}, a step:\n{operations.table(step)}', flush=True)
 
 
 def processor_seconds() -> float:
@@ -188,6 +201,9 @@ def main() -> None:
   parser.add_argument('--steps', type=int, default=20, help='timed, after 5')
   parser.add_argument('--cores', help="taskset's list, such as 0: everything on one core")
   parser.add_argument('--packed', action='store_true', help='ours with two documents in a row')
+  parser.add_argument(
+    '--operations', action='store_true', help="XLA's operations by the time they take"
+  )
   parser.add_argument('--measure', choices=VARIANTS, help=argparse.SUPPRESS)
   arguments = [a for a in sys.argv[1:] if not a.startswith('--gin.')]
   flags = parser.parse_args(arguments)
@@ -195,6 +211,10 @@ def main() -> None:
   if flags.measure:
     result = measure(flags.measure, flags.workload[0], flags.steps, flags.gin, flags.packed)
     print(json.dumps(result))
+    return
+  if flags.operations:
+    for workload in flags.workload or WORKLOADS:
+      print_operations(workload, flags)
     return
   variants = flags.variant or (['isoflop'] if flags.before else list(VARIANTS))
   variants += [BEFORE] if flags.before else []
