@@ -14,7 +14,7 @@ MOST = 25  # kinds that the table has
 def table(call: Callable[[], object], calls: int = 3) -> str:
   """Milliseconds that each kind of operation takes in a call, summed over the cores.
 
-  Operations are XLA's thunks, by the name of their kind (all `ynn_fusion.12` are one `ynn_fusion`). An operation
+  Operations are XLA's thunks, by the name of their kind (`ynn_fusion.12` is a `ynn_fusion`). An operation
   on several cores counts once, from its beginning to its end; operations beside each other count each. So the
   sum may be more than the time of the call.
 
