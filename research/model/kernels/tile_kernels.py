@@ -1,0 +1,209 @@
+"""Attention tile by tile in Pallas kernels for TPUs: what splash attention, jax's own kernel, has not.
+
+That is a bias by distance (`distance.py`), prefixes, sizes of heads that are no multiple of 128 or differ
+between keys and values, lengths that are no multiple of a tile, and sequences of which a device has a part. The
+forward kernel is FlashAttention-2's (Dao 2023, arXiv:2307.08691). The backward pass computes the weights again,
+in one kernel for the gradient of queries and in one for that of keys and values.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from research.model.kernels import distance
+from research.model.kernels.dot_product import FLOOR
+from research.model.kernels.tiles import NN, TN, Grid, Operands, Tiles, dot
+
+
+def forward(
+  tiles: Tiles, operands: Operands, ahead: jax.Array, dtype
+) -> tuple[jax.Array, jax.Array]:
+  """Returns attention, [batch, heads, queries, head_dim of value], and the logarithms of the sums of weights.
+
+  Args:
+    tiles: the static side.
+    operands: the arrays.
+    ahead: int32, by how many places the first query is after the first key.
+    dtype: that of the first result. The second is float32 [batch, heads, 1, queries]; a query that sees no key
+      has zeros and a number below -1e28.
+  """
+  query, value = operands.query, operands.value
+  batch, heads, queries, _ = query.shape
+  group = heads // operands.key.shape[1]
+  width = value.shape[3]
+
+  def place(ahead, h, b, i, j):
+    return b, h, jax.lax.div(h, group), i, tiles.key_tile(ahead, i, j, grid.counts[1])
+
+  grid = Grid(tiles, operands, place)
+  shape = (heads, batch, *grid.counts)
+
+  def kernel(ahead_ref, refs, y_ref, log_ref, sums, top, total):
+    i, j = pl.program_id(2), pl.program_id(3)
+    ahead = ahead_ref[0]
+
+    @pl.when(j == 0)
+    def _():
+      sums[...] = jnp.zeros_like(sums)
+      total[...] = jnp.zeros_like(total)
+      top[...] = jnp.full_like(top, FLOOR)
+
+    @pl.when(tiles.runs(ahead, i, j))
+    def _():
+      s, _ = tiles.logits(refs, ahead, i, j)
+      new = jnp.maximum(top[...], jnp.max(s, axis=0, keepdims=True))
+      weights = jnp.exp(s - new)
+      keep = jnp.exp(top[...] - new)
+      total[...] = total[...] * keep + jnp.sum(weights, axis=0, keepdims=True)
+      top[...] = new
+      v = refs.value[...]
+      sums[...] = sums[...] * keep + dot(v, weights.astype(v.dtype), TN)
+
+    @pl.when(j == shape[3] - 1)
+    def _():
+      n = jnp.maximum(total[...], 1e-30)
+      y_ref[...] = (sums[...] / n).T.astype(y_ref.dtype)
+      log_ref[...] = top[...] + jnp.log(n)
+
+  out_shape = (
+    jax.ShapeDtypeStruct((batch, heads, queries, width), dtype),
+    jax.ShapeDtypeStruct((batch, heads, 1, queries), jnp.float32),
+  )
+  out_specs = (grid.rows_of_query(width), grid.numbers_of_query())
+  scratch = [pltpu.VMEM((rows, tiles.block), jnp.float32) for rows in (width, 1, 1)]
+  return _call(
+    tiles, kernel, shape, 'PPPA', ahead, (operands,), (grid.inputs(),), out_shape, out_specs, scratch,
+    name='attention_forward',
+  )  # fmt: skip
+
+
+def backward_query(
+  tiles: Tiles, operands: Operands, ahead, saved, dtype, *, d_bias: bool
+) -> tuple[jax.Array, jax.Array | None]:
+  """Returns the gradients of the query and of the windows (if `d_bias`).
+
+  Args:
+    tiles: as in `forward`.
+    operands: as in `forward`.
+    ahead: as in `forward`.
+    saved: dy [batch, heads, queries, head_dim of value], the logarithms of `forward`, and the sums of dy y over
+      head_dim, float32 [batch, heads, 1, queries].
+    dtype: that of the query's gradient.
+    d_bias: whether the windows have a gradient.
+  """
+  batch, heads, _, head_dim = operands.query.shape
+  group = heads // operands.key.shape[1]
+
+  def place(ahead, h, b, i, j):
+    return b, h, jax.lax.div(h, group), i, tiles.key_tile(ahead, i, j, grid.counts[1])
+
+  grid = Grid(tiles, operands, place)
+  shape = (heads, batch, *grid.counts)
+
+  def kernel(ahead_ref, refs, saved, dq_ref, dw_ref, dq):
+    b, i, j = (pl.program_id(axis) for axis in (1, 2, 3))
+    ahead = ahead_ref[0]
+
+    @pl.when(j == 0)
+    def _():
+      dq[...] = jnp.zeros_like(dq)
+
+    if d_bias:
+
+      @pl.when((b == 0) & (i == 0) & (j == 0))
+      def _():
+        dw_ref[...] = jnp.zeros_like(dw_ref)
+
+    @pl.when(tiles.runs(ahead, i, j))
+    def _():
+      _, ds, capped = tiles.gradients(refs, saved, ahead, i, j)
+      if d_bias:
+        dw_ref[i - j + shape[3] - 1] += distance.gathered(ds)
+      k = refs.key[...]
+      dq[...] += dot(k, tiles.uncapped(ds, capped).astype(k.dtype), TN)
+
+    @pl.when(j == shape[3] - 1)
+    def _():
+      dq_ref[...] = dq[...].T.astype(dq_ref.dtype)
+
+  out_shape = [jax.ShapeDtypeStruct(operands.query.shape, dtype), None]
+  out_specs = [grid.rows_of_query(head_dim), None]
+  if d_bias:
+    sums = (operands.windows.shape[1], distance.SUBLANES, 2 * tiles.block)
+    out_shape[1] = jax.ShapeDtypeStruct((heads, *sums), jnp.float32)
+    out_specs[1] = pl.BlockSpec((None, *sums), lambda h, *_: (h, 0, 0, 0))
+  semantics = 'PAAA' if d_bias else 'PPPA'
+  dq, sums = _call(
+    tiles, kernel, shape, semantics, ahead, (operands, saved), (grid.inputs(), grid.saved(saved)),
+    tuple(out_shape), tuple(out_specs), [pltpu.VMEM((head_dim, tiles.block), jnp.float32)],
+    name='attention_backward_query',
+  )  # fmt: skip
+  return dq, distance.finished(sums) if d_bias else None
+
+
+def backward_keys(
+  tiles: Tiles, operands: Operands, ahead, saved, dtype
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the gradients of keys and values. The arguments are those of `backward_query`."""
+  batch, heads, _, head_dim = operands.query.shape
+  kv_heads, width = operands.key.shape[1], operands.value.shape[3]
+  group = heads // kv_heads
+
+  def place(ahead, h, b, j, g, i):
+    return b, h * group + g, h, tiles.query_tile(ahead, i, j, grid.counts[0]), j
+
+  grid = Grid(tiles, operands, place)
+  shape = (kv_heads, batch, grid.counts[1], group, grid.counts[0])
+
+  def kernel(ahead_ref, refs, saved, dk_ref, dv_ref, dk, dv):
+    j, g, i = (pl.program_id(axis) for axis in (2, 3, 4))
+    ahead = ahead_ref[0]
+
+    @pl.when((g == 0) & (i == 0))
+    def _():
+      dk[...] = jnp.zeros_like(dk)
+      dv[...] = jnp.zeros_like(dv)
+
+    @pl.when(tiles.runs(ahead, i, j))
+    def _():
+      weights, ds, capped = tiles.gradients(refs, saved, ahead, i, j)
+      q, dy = refs.query[...], saved[0][...]
+      dv[...] += dot(weights.astype(dy.dtype), dy, NN)
+      dk[...] += dot(tiles.uncapped(ds, capped).astype(q.dtype), q, NN)
+
+    @pl.when((g == shape[3] - 1) & (i == shape[4] - 1))
+    def _():
+      dk_ref[...] = dk[...].astype(dk_ref.dtype)
+      dv_ref[...] = dv[...].astype(dv_ref.dtype)
+
+  arrays = (operands.key, operands.value)
+  return _call(
+    tiles, kernel, shape, 'PPPAA', ahead, (operands, saved), (grid.inputs(), grid.saved(saved)),
+    tuple(jax.ShapeDtypeStruct(x.shape, dtype) for x in arrays),
+    (grid.rows_of_key(head_dim), grid.rows_of_key(width)),
+    [pltpu.VMEM((tiles.block, size), jnp.float32) for size in (head_dim, width)],
+    name='attention_backward_keys',
+  )  # fmt: skip
+
+
+def _call(
+  tiles, kernel, grid, semantics, ahead, inputs, in_specs, out_shape, out_specs, scratch, *, name
+):
+  kinds = {'P': 'parallel', 'A': 'arbitrary'}
+  return pl.pallas_call(
+    kernel,
+    out_shape=out_shape,
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=1,
+      grid=grid,
+      in_specs=in_specs,
+      out_specs=out_specs,
+      scratch_shapes=scratch,
+    ),
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=tuple(kinds[letter] for letter in semantics)
+    ),
+    interpret=tiles.interpret,
+    name=name,
+  )(jnp.reshape(ahead, (1,)).astype(jnp.int32), *inputs)
