@@ -208,12 +208,13 @@ _IN_PLACE = {'dynamic-update-slice': 1, 'scatter': 2}
 
 @dataclasses.dataclass(frozen=True)
 class _Instruction:
-  """A line of HLO: the text of its result's type, its operation, its operands, and what it calls."""
+  """A line of HLO: result's type, operation, operands, what it calls, and the bytes that a kernel says to move."""
 
   type: str
   operation: str
   operands: tuple[str, ...]
   calls: str | None
+  kernel_bytes: int = 0
 
   @property
   def bytes(self) -> int:
@@ -225,7 +226,8 @@ def moved_bytes(text: str) -> int:
 
   An update in place (a slice of a stacked array, an entry of a cache) counts only the bytes that it writes. If
   XLA cannot update in place, it writes a `copy` first, which counts as a whole. Results within fusions count
-  nothing, and neither do the program's arguments.
+  nothing, and neither do the program's arguments. A kernel that reads operands several times, tile by tile, and
+  says so (Pallas's `CostEstimate`) counts for every further time.
   """
   lines_of, _ = computations(text)
   times = trip_counts(text)
@@ -237,6 +239,9 @@ def moved_bytes(text: str) -> int:
     for instruction in instructions.values():
       if instruction.operation not in _FREE and not instruction.operation.endswith('-done'):
         total += 2 * times[name] * _written(instruction, instructions, parsed)
+        operands = (instructions[x].bytes for x in instruction.operands if x in instructions)
+        again = instruction.kernel_bytes - instruction.bytes - sum(operands)
+        total += times[name] * max(0, again)
   return total
 
 
@@ -256,7 +261,9 @@ def _instructions(lines: list[str]) -> tuple[dict[str, _Instruction], _Instructi
       end += 1
     operands = tuple(re.findall(r'%([\w.\-]+)', line[match.end() : end]))
     calls = re.search(r'calls=%?([\w.\-]+)', line[end:])
-    instruction = _Instruction(match[3], match[4], operands, calls[1] if calls else None)
+    moves = re.search(r'"bytes_accessed":"?(\d+)', line[end:])
+    kernel = int(moves[1]) if moves else 0
+    instruction = _Instruction(match[3], match[4], operands, calls and calls[1], kernel)
     instructions[match[2]] = instruction
     if match[1]:
       root = instruction

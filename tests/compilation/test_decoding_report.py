@@ -57,6 +57,15 @@ def test_an_update_in_place_counts_as_what_it_writes(line, written):
   assert hlo.moved_bytes(text) == 2 * written
 
 
+@pytest.mark.parametrize(('says', 'again'), [(2 * ALL, 0), (5 * ALL, 3 * ALL)])
+def test_what_a_kernel_reads_again_counts(says, again):
+  """It reads the cache and writes as much; reading it once is in the rule of every array."""
+  config = f'{{"custom_call_config":{{"cost_estimate":{{"flops":"9","bytes_accessed":"{says}"}}}}}}'
+  line = f'custom-call(%cache), custom_call_target="tpu_custom_call", backend_config={config}'
+  text = PROGRAM.replace('LINES', f'%last = f32[64,128]{{1,0}} {line}')
+  assert hlo.moved_bytes(text) == 2 * ALL + again
+
+
 @pytest.fixture(scope='module')
 def run():
   bindings = ['LAYERS=4', 'Stack.scan=True', "streams.Stream.lengths={'targets': 32}"]

@@ -73,8 +73,8 @@ def forward(
   out_specs = (grid.rows_of_query(width), grid.numbers_of_query())
   scratch = [pltpu.VMEM((rows, tiles.block), jnp.float32) for rows in (width, 1, 1)]
   return _call(
-    tiles, kernel, shape, 'PPPA', ahead, (operands,), (grid.inputs(),), out_shape, out_specs, scratch,
-    name='attention_forward',
+    grid, kernel, shape, 'PPPA', ahead, (operands,), (grid.inputs(),), out_shape, out_specs, scratch,
+    name='attention_forward', products=(1, 1),
   )  # fmt: skip
 
 
@@ -135,9 +135,9 @@ def backward_query(
     out_specs[1] = pl.BlockSpec((None, *sums), lambda h, *_: (h, 0, 0, 0))
   semantics = 'PAAA' if d_bias else 'PPPA'
   dq, sums = _call(
-    tiles, kernel, shape, semantics, ahead, (operands, saved), (grid.inputs(), grid.saved(saved)),
+    grid, kernel, shape, semantics, ahead, (operands, saved), (grid.inputs(), grid.saved(saved)),
     tuple(out_shape), tuple(out_specs), [pltpu.VMEM((head_dim, tiles.block), jnp.float32)],
-    name='attention_backward_query',
+    name='attention_backward_query', products=(2, 1),
   )  # fmt: skip
   return dq, distance.finished(sums) if d_bias else None
 
@@ -179,24 +179,37 @@ def backward_keys(
 
   arrays = (operands.key, operands.value)
   return _call(
-    tiles, kernel, shape, 'PPPAA', ahead, (operands, saved), (grid.inputs(), grid.saved(saved)),
+    grid, kernel, shape, 'PPPAA', ahead, (operands, saved), (grid.inputs(), grid.saved(saved)),
     tuple(jax.ShapeDtypeStruct(x.shape, dtype) for x in arrays),
     (grid.rows_of_key(head_dim), grid.rows_of_key(width)),
     [pltpu.VMEM((tiles.block, size), jnp.float32) for size in (head_dim, width)],
-    name='attention_backward_keys',
+    name='attention_backward_keys', products=(2, 2),
   )  # fmt: skip
 
 
 def _call(
-  tiles, kernel, grid, semantics, ahead, inputs, in_specs, out_shape, out_specs, scratch, *, name
+  grid,
+  kernel,
+  steps,
+  semantics,
+  ahead,
+  inputs,
+  in_specs,
+  out_shape,
+  out_specs,
+  scratch,
+  *,
+  name,
+  products,
 ):
+  """Runs a kernel: in parallel (P) along some axes of the steps, and in order (A) along the others."""
   kinds = {'P': 'parallel', 'A': 'arbitrary'}
   return pl.pallas_call(
     kernel,
     out_shape=out_shape,
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1,
-      grid=grid,
+      grid=steps,
       in_specs=in_specs,
       out_specs=out_specs,
       scratch_shapes=scratch,
@@ -204,6 +217,9 @@ def _call(
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=tuple(kinds[letter] for letter in semantics)
     ),
-    interpret=tiles.interpret,
+    cost_estimate=grid.cost(
+      ahead, inputs, out_shape, products, once='query' if len(steps) == 4 else 'key'
+    ),
+    interpret=grid.tiles.interpret,
     name=name,
   )(jnp.reshape(ahead, (1,)).astype(jnp.int32), *inputs)

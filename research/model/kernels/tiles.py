@@ -6,6 +6,7 @@ belongs to a query is a row.
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -155,6 +156,7 @@ class Grid:
   """
 
   def __init__(self, tiles: Tiles, operands: Operands, place):
+    self.tiles = tiles
     self.block = tiles.block
     self.operands = operands
     self.place = place
@@ -197,3 +199,40 @@ class Grid:
 
   def saved(self, saved):
     return self.rows_of_query(saved[0].shape[3]), self.numbers_of_query(), self.numbers_of_query()
+
+  def cost(
+    self, ahead, inputs, outputs, products: tuple[int, int], *, once: str
+  ) -> pl.CostEstimate:
+    """Returns what a kernel computes, and reads and writes.
+
+    Args:
+      ahead: as in `forward`; if it is no number, all tiles count.
+      inputs: `Operands`, and maybe what the backward pass needs.
+      outputs: the shapes of the results.
+      products: of weights and head_dim, and of weights and head_dim of value, as often as a tile has them.
+      once: 'query' if the tiles of queries stay while those of keys pass by, or 'key'.
+    """
+    x = self.operands
+    queries, keys = self.counts
+    pairs = [(i, j) for i in range(queries) for j in range(keys)]
+    if isinstance(ahead, int):
+      pairs = [(i, j) for i, j in pairs if self.tiles.runs(ahead, i, j)]
+    area = x.query.shape[0] * x.query.shape[1] * len(pairs) * self.block**2
+    of_queries = [x.query, x.query_marks, *inputs[1:]]
+    of_keys = [x.key, x.value, x.key_marks]
+    stay, pass_by = (of_queries, of_keys) if once == 'query' else (of_keys, of_queries)
+    # What passes by is read again for every tile that stays, if it has more than one tile.
+    passing = keys if once == 'query' else queries
+    again = len(pairs) / passing if passing > 1 else 1
+    if once == 'query':
+      again *= x.query.shape[1] // x.key.shape[1]
+    nbytes = _bytes(stay) + again * _bytes(pass_by) + _bytes(outputs)
+    if x.windows is not None:
+      nbytes += x.query.shape[0] * x.query.shape[1] * len(pairs) * 2 * self.block * 4
+    sizes = x.query.shape[3], x.value.shape[3]
+    flops = 2 * area * sum(n * size for n, size in zip(products, sizes, strict=True))
+    return pl.CostEstimate(flops=flops, transcendentals=area, bytes_accessed=int(nbytes))
+
+
+def _bytes(tree) -> int:
+  return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
