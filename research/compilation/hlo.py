@@ -208,7 +208,7 @@ _IN_PLACE = {'dynamic-update-slice': 1, 'scatter': 2}
 
 @dataclasses.dataclass(frozen=True)
 class _Instruction:
-  """A line of HLO: result's type, operation, operands, what it calls, and the bytes that a kernel says to move."""
+  """A line of HLO: result's type, operation, operands, what it calls, and the bytes a kernel says to move."""
 
   type: str
   operation: str

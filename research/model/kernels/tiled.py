@@ -89,13 +89,16 @@ def heads_first(x: jax.Array) -> jax.Array:
 
 def marks_of(sight: Sight) -> tuple[jax.Array, jax.Array] | None:
   """Returns `Operands`' marks of queries and keys, [batch, length] each, or None."""
-  segments, key_segments, prefix, _ = sight
-  if segments is None and prefix is None:
+  if sight.segments is None and sight.prefix is None:
     return None
-  if segments is None:
-    segments = key_segments = jnp.ones_like(prefix, jnp.int32)
-  marks = tuple(2 * x.astype(jnp.int32) for x in (segments, key_segments))
-  return marks if prefix is None else tuple(x + prefix.astype(jnp.int32) for x in marks)
+  sides = (sight.segments, sight.key_segments)
+  return tuple(mark(segments, sight.prefix) for segments in sides)
+
+
+def mark(segments: jax.Array | None, prefix: jax.Array | None) -> jax.Array:
+  """Returns the marks of tokens: twice the segment, plus 1 in a prefix."""
+  marks = 0 if segments is None else 2 * segments.astype(jnp.int32)
+  return marks if prefix is None else marks + prefix.astype(jnp.int32)
 
 
 def operands_of(query, key, value, windows, marks) -> Operands:
@@ -112,7 +115,7 @@ def _attend(plan, query, key, value, windows, marks):
 
 def _forward(plan, query, key, value, windows, marks):
   learns = windows is not None and windows.perturbed
-  arrays = jax.tree.map(_value, (query, key, value, windows, marks), is_leaf=_is_primal)
+  arrays = jax.tree.map(value_of, (query, key, value, windows, marks), is_leaf=is_primal)
   y, log_total = tile_kernels.forward(plan, operands_of(*arrays), 0, arrays[2].dtype)
   # A residual is an array, so whether the bias learns is said by the tree: () or None.
   return y, (*arrays, y, log_total, () if learns else None)
@@ -134,11 +137,11 @@ def _backward(plan, residuals, dy):
   return dq, dk, dv, d_windows, None
 
 
-def _is_primal(x):
+def is_primal(x):
   return isinstance(x, jax.custom_derivatives.CustomVJPPrimal)
 
 
-def _value(x):
+def value_of(x):
   return x.value
 
 
