@@ -13,20 +13,26 @@ import jax.numpy as jnp
 from research.model.kernels import distance, tile_kernels
 from research.model.kernels.dot_product import FLOOR, logits
 from research.model.kernels.tiled import block_of, mark, operands_of
-from research.model.kernels.tiles import Tiles
+from research.model.kernels.tiles import At, Tiles
 from research.model.positions import by_place
 
 
 class Block(NamedTuple):
-  """Arrays of keys, [batch, chunk, ...] as in `ring_attention` (`Fused`: keys and values with heads first).
-
-  In the ring the chunks of a device come before. Any may be None.
-  """
+  """Arrays of keys, [chunks, batch, chunk, ...]. Any may be None."""
 
   key: jax.Array | None
   value: jax.Array | None
   segments: jax.Array | None
   prefix: jax.Array | None
+
+
+class Pair(NamedTuple):
+  """A chunk of queries and a chunk of keys: which of those at hand, and which of the sequence."""
+
+  i: jax.Array | int
+  j: jax.Array | int
+  number: jax.Array | int
+  other: jax.Array | int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,72 +56,88 @@ class Plain:
     """The inverse of `enter`, for the result."""
     return y
 
-  def of_rows(self, x):
-    """Takes an array of queries to the axes of sums over keys."""
-    return jnp.swapaxes(x, 2, 3)
+  def start(self, query, value):
+    """Returns the sums over no keys: the result, float32, and the logarithms of the sums of weights."""
+    rows = jnp.swapaxes(query, 2, 3).shape[:-1]
+    y = jnp.zeros((*rows, value.shape[-1]), jnp.float32)
+    return y, jnp.full(rows, FLOOR, jnp.float32)
 
-  def of_queries(self, x):
-    """The inverse of `of_rows`."""
-    return jnp.swapaxes(x, 2, 3)
+  def finish(self, sums, dtype):
+    """Returns the result, with the axes of the queries, and the logarithms of the sums of weights."""
+    return jnp.swapaxes(sums[0].astype(dtype), 2, 3), sums[1]
 
-  def forward(self, query, mine, theirs, number, other, bias):
-    """Returns the normalised result, float32, and the logarithms of the sums of weights.
+  def saved(self, dy, y, log_total):
+    """Returns what the backward pass needs: dy, the logarithms, and the sums of dy y over head_dim."""
+    mean = jnp.sum(dy.astype(jnp.float32) * y, axis=-1)
+    return dy, log_total, jnp.swapaxes(mean, 2, 3)
+
+  def forward(self, sums, query, block, passing, pair: Pair, bias):
+    """Returns the sums with those of a pair of chunks.
 
     Args:
-      query: a chunk of queries.
-      mine: what belongs to its tokens.
-      theirs: a chunk of keys, and what belongs to them.
-      number: which chunk of the sequence the queries are.
-      other: which chunk the keys are.
+      sums: those so far (`start`).
+      query: all chunks of queries.
+      block: what belongs to their tokens.
+      passing: all chunks of keys, and what belongs to them.
+      pair: the two chunks.
       bias: [kv_heads, group, distances] of the whole sequence, or None.
     """
-    s, _ = self.logits(query, mine, theirs, number, other, self.bias(bias, number, other))
+    s, _ = self.logits(query, block, passing, pair, self.bias(bias, pair.number, pair.other))
     top = jnp.maximum(jnp.max(s, axis=-1), FLOOR)
     weights = jnp.exp(s - top[..., None])
     total = jnp.maximum(jnp.sum(weights, axis=-1), 1e-30)
-    v = theirs.value
-    y = jnp.einsum(
+    v = _entry(passing.value, pair.j)
+    part = jnp.einsum(
       'bkqgs,bskd->bkqgd', weights.astype(v.dtype), v, preferred_element_type=jnp.float32
     )
-    return y / total[..., None], top + jnp.log(total)
+    y, log_total = (_entry(x, pair.i) for x in sums)
+    new = jnp.logaddexp(log_total, top + jnp.log(total))
+    old, fresh = (jnp.exp(x - new)[..., None] for x in (log_total, top))
+    updated = (y * old + part * fresh, new)
+    return tuple(x.at[pair.i].set(y) for x, y in zip(sums, updated, strict=True))
 
-  def backward(self, query, mine, theirs, number, other, bias, saved, learns):
-    """Returns the gradients of queries, keys, values and bias, float32.
+  def backward(self, sums, query, block, passing, pair: Pair, bias, saved, learns):
+    """Returns the sums with those of a pair of chunks, and the bias's gradient of this pair alone.
 
     Args:
-      query: as in `forward`, and so are the next five.
-      mine: see above.
-      theirs: see above.
-      number: see above.
-      other: see above.
+      sums: the gradients of all chunks so far, float32: of queries (to be multiplied by `scale`), keys, values.
+      query: as in `forward`, and so are the next four.
+      block: see above.
+      passing: see above.
+      pair: see above.
       bias: see above.
-      saved: of the queries: the gradient of the result, the logarithms of the sums of weights over all chunks,
-        and the sums over head_dim of results and their gradients.
+      saved: `saved`, with the logarithms over all keys.
       learns: whether the bias needs its gradient.
     """
     del learns  # XLA leaves out what nothing needs
-    dy, log_total, mean = saved
+    dy, log_total, mean = (_entry(x, pair.i) for x in saved)
     dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     term, add_bias = None, None
     if bias is not None:
-      term, add_bias = jax.vjp(functools.partial(self.bias, number=number, other=other), bias)
-    s, capped = self.logits(query, mine, theirs, number, other, term)
+      of_pair = functools.partial(self.bias, number=pair.number, other=pair.other)
+      term, add_bias = jax.vjp(of_pair, bias)
+    s, capped = self.logits(query, block, passing, pair, term)
     weights = jnp.exp(s - log_total[..., None])
     # d logits = weights (d weights - sum of weights d weights), and that sum is dy . y.
-    ds = weights * (dot('bqkgd,bskd->bkqgs', dy, theirs.value) - mean[..., None])
+    key, value = (_entry(x, pair.j) for x in (passing.key, passing.value))
+    ds = weights * (dot('bqkgd,bskd->bkqgs', dy, value) - mean[..., None])
     d_bias = None
     if bias is not None:
       d_bias = add_bias(jnp.sum(ds, axis=0, keepdims=True).astype(bias.dtype))[0]
     if self.soft_cap is not None:
       ds = ds * (1 - jnp.square(capped / self.soft_cap))
     weights, ds = weights.astype(dy.dtype), ds.astype(query.dtype)
-    dq = dot('bkqgs,bskd->bqkgd', ds, theirs.key) * self.scale
-    dk = dot('bkqgs,bqkgd->bskd', ds, query * self.scale)
-    return dq, dk, dot('bkqgs,bqkgd->bskd', weights, dy), d_bias
+    dq, dk, dv = sums
+    dq = dq.at[pair.i].add(dot('bkqgs,bskd->bqkgd', ds, key))
+    scaled = _entry(query, pair.i) * self.scale
+    dk = dk.at[pair.j].add(dot('bkqgs,bqkgd->bskd', ds, scaled))
+    dv = dv.at[pair.j].add(dot('bkqgs,bqkgd->bskd', weights, dy))
+    return (dq, dk, dv), d_bias
 
-  def logits(self, query, mine, theirs, number, other, bias):
-    mask = self.mask(mine, theirs, number, other)
-    return logits(self.scale, self.soft_cap, query, theirs.key, mask, bias)
+  def logits(self, query, block, passing, pair, bias):
+    mine, theirs = _entry(block, pair.i), _entry(passing, pair.j)
+    mask = self.mask(mine, theirs, pair.number, pair.other)
+    return logits(self.scale, self.soft_cap, _entry(query, pair.i), theirs.key, mask, bias)
 
   def mask(self, mine, theirs, number, other):
     """Returns the mask of two chunks, [batch or 1, 1, chunk, 1, chunk] bool, or None."""
@@ -148,7 +170,7 @@ class Plain:
 
 @dataclasses.dataclass(frozen=True)
 class Fused(Plain):
-  """The same with [batch, heads, chunk, head_dim], without [query, key] in memory.
+  """The same with [chunks, batch, heads, chunk, head_dim], without [query, key] in memory, updated in place.
 
   Attributes:
     interpret: runs the kernels in Python, for tests.
@@ -164,43 +186,50 @@ class Fused(Plain):
   def leave(self, y):
     return jnp.swapaxes(y, 2, 3)
 
-  def of_rows(self, x):
-    return x
+  def start(self, query, value):
+    y = jnp.zeros((*query.shape[:-1], value.shape[-1]), jnp.float32)
+    return y, jnp.full((*query.shape[:3], 1, query.shape[3]), FLOOR, jnp.float32)
 
-  def of_queries(self, x):
-    return x
+  def finish(self, sums, dtype):
+    return sums[0].astype(dtype), sums[1]
 
-  def forward(self, query, mine, theirs, number, other, bias):
-    windows = self.bias(bias, number, other)
-    tiles, operands, ahead = self.operands(query, mine, theirs, number, other, windows)
-    y, log_total = tile_kernels.forward(tiles, operands, ahead, jnp.float32)
-    return y, log_total[:, :, 0]
+  def saved(self, dy, y, log_total):
+    return dy, log_total, jnp.sum(dy.astype(jnp.float32) * y, axis=-1)[..., None, :]
 
-  def backward(self, query, mine, theirs, number, other, bias, saved, learns):
+  def forward(self, sums, query, block, passing, pair, bias):
+    windows = self.bias(bias, pair.number, pair.other)
+    arguments = self.arguments(query, block, passing, pair, windows)
+    updated = tile_kernels.forward(*arguments, jnp.float32, tuple(map(_rows, sums)))
+    return tuple(y.reshape(x.shape) for x, y in zip(sums, updated, strict=True))
+
+  def backward(self, sums, query, block, passing, pair, bias, saved, learns):
     windows, add_bias = None, None
     if bias is not None:
-      windows, add_bias = jax.vjp(functools.partial(self.bias, number=number, other=other), bias)
-    arguments = self.operands(query, mine, theirs, number, other, windows)
-    dy, log_total, mean = saved
-    saved = (dy, log_total[:, :, None], mean[:, :, None])
-    dq, d_windows = tile_kernels.backward_query(*arguments, saved, jnp.float32, d_bias=learns)
-    dk, dv = tile_kernels.backward_keys(*arguments, saved, jnp.float32)
+      of_pair = functools.partial(self.bias, number=pair.number, other=pair.other)
+      windows, add_bias = jax.vjp(of_pair, bias)
+    arguments = (*self.arguments(query, block, passing, pair, windows), tuple(map(_rows, saved)))
+    dq, dk, dv = map(_rows, sums)
+    dq, d_windows = tile_kernels.backward_query(*arguments, jnp.float32, dq, d_bias=learns)
+    dk, dv = tile_kernels.backward_keys(*arguments, jnp.float32, (dk, dv))
     d_bias = None
     if bias is not None:
       d_bias = add_bias(d_windows)[0] if learns else jnp.zeros_like(bias)
-    return dq * self.scale, dk, dv, d_bias
+    return tuple(y.reshape(x.shape) for x, y in zip(sums, (dq, dk, dv), strict=True)), d_bias
 
-  def operands(self, query, mine, theirs, number, other, windows):
-    """Returns the arguments of the kernels."""
+  def arguments(self, query, block, passing, pair, windows):
+    """Returns the arguments of the kernels. They work on the chunks where they are, as rows of the batch."""
     marks = None
-    if mine.segments is not None or mine.prefix is not None:
-      marks = (mark(mine.segments, mine.prefix), mark(theirs.segments, theirs.prefix))
+    if block.segments is not None or block.prefix is not None:
+      marks = tuple(_rows(mark(x.segments, x.prefix)) for x in (block, passing))
     tiles = Tiles(
-      block_of(self.chunk, self.chunk), self.chunk, self.causal, mine.prefix is not None,
+      block_of(self.chunk, self.chunk), self.chunk, self.causal, block.prefix is not None,
       self.window, self.soft_cap, self.interpret,
     )  # fmt: skip
-    operands = operands_of(query * self.scale, theirs.key, theirs.value, windows, marks)
-    return tiles, operands, (number - other) * self.chunk
+    arrays = map(_rows, (query * self.scale, passing.key, passing.value))
+    batch = query.shape[1]
+    ahead = (pair.number - pair.other) * self.chunk
+    at = At(ahead, pair.i * batch, pair.j * batch, batch)
+    return tiles, operands_of(*arrays, windows, marks), at
 
   def bias(self, bias, number, other):
     """Returns the windows of the tiles of two chunks (`distance.windows`), or None."""
@@ -208,3 +237,12 @@ class Fused(Plain):
       return None
     near = self.near(bias, number, other).reshape(-1, 2 * self.chunk - 1)
     return distance.windows(near, self.chunk, self.chunk, block_of(self.chunk, self.chunk))
+
+
+def _entry(tree, slot):
+  return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, slot, keepdims=False), tree)
+
+
+def _rows(x):
+  """Takes [chunks, batch, ...] to rows of one batch."""
+  return x.reshape(-1, *x.shape[2:])

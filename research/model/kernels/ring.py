@@ -11,8 +11,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from research.model.kernels.chunks import Block, Fused, Plain
-from research.model.kernels.dot_product import FLOOR, grouped, ungrouped
+from research.model.kernels.chunks import Block, Fused, Pair, Plain
+from research.model.kernels.dot_product import grouped, ungrouped
 from research.model.kernels.tiled import LANES, is_primal, value_of
 from research.parallel.axes import per_device
 from research.parallel.mesh import platform
@@ -179,14 +179,6 @@ def _product(chunk: int, *, interpret: bool, **knobs) -> Plain:
   return Plain(chunk, **knobs)
 
 
-def _entry(tree, slot):
-  return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, slot, keepdims=False), tree)
-
-
-def _add(total, slot, x):
-  return total.at[slot].add(x)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(ring, query, block, bias):
   """Attention of this device's queries to all keys, [chunks, batch, chunk, kv_heads, group, head_dim]."""
@@ -203,28 +195,16 @@ def _forward(ring, query, block, bias):
 
 def _around(ring, query, block, bias):
   rank = jax.lax.axis_index(ring.axis)
-  product = ring.product
-  rows = product.of_rows(query).shape[:-1]
-  log_total = jnp.full(rows, FLOOR, jnp.float32)
-  y = jnp.zeros((*rows, block.value.shape[-1]), jnp.float32)
 
   def visit(carry, passing, source, first):
-    state, _ = carry
+    sums, _ = carry
     for i, j in ring.pairs(rank, source, first):
-      part, log_part = product.forward(
-        _entry(query, i), _entry(block, i), _entry(passing, j), ring.number(rank, i),
-        ring.number(source, j), bias,
-      )  # fmt: skip
-      y, log_total = _entry(state, i)
-      # Each part is the mean of its values by its own weights.
-      new = jnp.logaddexp(log_total, log_part)
-      old, fresh = (jnp.exp(x - new)[..., None] for x in (log_total, log_part))
-      updated = (y * old + part * fresh, new)
-      state = jax.tree.map(lambda chunks, x, i=i: chunks.at[i].set(x), state, updated)
-    return state, ()
+      pair = Pair(i, j, ring.number(rank, i), ring.number(source, j))
+      sums = ring.product.forward(sums, query, block, passing, pair, bias)
+    return sums, ()
 
-  ((y, log_total), _) = ring.around(visit, ((y, log_total), ()), block)
-  return product.of_queries(y.astype(block.value.dtype)), log_total
+  sums, _ = ring.around(visit, (ring.product.start(query, block.value), ()), block)
+  return ring.product.finish(sums, block.value.dtype)
 
 
 def _backward(ring, residuals, dy):
@@ -232,19 +212,15 @@ def _backward(ring, residuals, dy):
   if isinstance(dy, jax.custom_derivatives.SymbolicZero):
     dy = jnp.zeros(y.shape, y.dtype)
   rank = jax.lax.axis_index(ring.axis)
-  product = ring.product
-  mean = jnp.sum(dy.astype(jnp.float32) * y, axis=-1, keepdims=True)
-  mean = product.of_rows(mean)[..., 0]
+  saved = ring.product.saved(dy, y, log_total)
 
   def visit(carry, passing, source, first):
     (dq, d_bias), (dk, dv) = carry
     for i, j in ring.pairs(rank, source, first):
-      saved = tuple(_entry(x, i) for x in (dy, log_total, mean))
-      of_query, of_key, of_value, of_bias = product.backward(
-        _entry(query, i), _entry(block, i), _entry(passing, j), ring.number(rank, i),
-        ring.number(source, j), bias, saved, learns is not None,
-      )  # fmt: skip
-      dq, dk, dv = _add(dq, i, of_query), _add(dk, j, of_key), _add(dv, j, of_value)
+      pair = Pair(i, j, ring.number(rank, i), ring.number(source, j))
+      (dq, dk, dv), of_bias = ring.product.backward(
+        (dq, dk, dv), query, block, passing, pair, bias, saved, learns is not None
+      )
       d_bias = None if bias is None else d_bias + of_bias
     return (dq, d_bias), (dk, dv)
 
@@ -256,7 +232,8 @@ def _backward(ring, residuals, dy):
   carry = ((zeros(query), d_bias), (zeros(block.key), zeros(block.value)))
   (dq, d_bias), (dk, dv) = ring.around(visit, carry, block)
   d_block = Block(dk.astype(block.key.dtype), dv.astype(block.value.dtype), None, None)
-  return dq.astype(query.dtype), d_block, None if bias is None else d_bias.astype(bias.dtype)
+  dq = (dq * ring.product.scale).astype(query.dtype)
+  return dq, d_block, None if bias is None else d_bias.astype(bias.dtype)
 
 
 _attend.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from research.model.kernels import distance, tile_kernels
-from research.model.kernels.tiles import Operands, Tiles
+from research.model.kernels.tiles import At, Operands, Tiles
 
 LANES = 128  # lengths of tiles are multiples of this
 
@@ -110,13 +110,13 @@ def operands_of(query, key, value, windows, marks) -> Operands:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(plan, query, key, value, windows, marks):
   operands = operands_of(query, key, value, windows, marks)
-  return tile_kernels.forward(plan, operands, 0, value.dtype)[0]
+  return tile_kernels.forward(plan, operands, At(), value.dtype)[0]
 
 
 def _forward(plan, query, key, value, windows, marks):
   learns = windows is not None and windows.perturbed
   arrays = jax.tree.map(value_of, (query, key, value, windows, marks), is_leaf=is_primal)
-  y, log_total = tile_kernels.forward(plan, operands_of(*arrays), 0, arrays[2].dtype)
+  y, log_total = tile_kernels.forward(plan, operands_of(*arrays), At(), arrays[2].dtype)
   # A residual is an array, so whether the bias learns is said by the tree: () or None.
   return y, (*arrays, y, log_total, () if learns else None)
 
@@ -129,9 +129,9 @@ def _backward(plan, residuals, dy):
   operands = operands_of(*arrays)
   saved = (dy, log_total, mean_of(y, dy))
   dq, d_windows = tile_kernels.backward_query(
-    plan, operands, 0, saved, query.dtype, d_bias=learns is not None
+    plan, operands, At(), saved, query.dtype, d_bias=learns is not None
   )
-  dk, dv = tile_kernels.backward_keys(plan, operands, 0, saved, key.dtype)
+  dk, dv = tile_kernels.backward_keys(plan, operands, At(), saved, key.dtype)
   if windows is not None and d_windows is None:
     d_windows = jnp.zeros_like(windows)
   return dq, dk, dv, d_windows, None

@@ -7,6 +7,7 @@ belongs to a query is a row.
 import dataclasses
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -149,14 +150,36 @@ class Operands:
   windows: jax.Array | None = None
 
 
+class At(NamedTuple):
+  """Which rows of the batch a kernel works on, and where their tokens are.
+
+  Attributes:
+    ahead: by how many places the first query is after the first key.
+    query_row: the first row of queries.
+    key_row: the first row of keys.
+    rows: how many rows; None is all of them.
+  """
+
+  ahead: jax.Array | int = 0
+  query_row: jax.Array | int = 0
+  key_row: jax.Array | int = 0
+  rows: int | None = None
+
+  @property
+  def numbers(self) -> jax.Array:
+    return jnp.stack([jnp.asarray(x, jnp.int32) for x in self[:3]])
+
+
 class Grid:
   """Where the blocks of arrays are in the steps of a grid.
 
-  `place(ahead, *indices)` returns batch, head of queries, head of keys, tile of queries and tile of keys.
+  `place(ahead, *indices)` returns row, head of queries, head of keys, tile of queries and tile of keys.
   """
 
-  def __init__(self, tiles: Tiles, operands: Operands, place):
+  def __init__(self, tiles: Tiles, operands: Operands, at: At, place):
     self.tiles = tiles
+    self.at = at
+    self.rows = at.rows or operands.query.shape[0]
     self.block = tiles.block
     self.operands = operands
     self.place = place
@@ -164,19 +187,20 @@ class Grid:
 
   def spec(self, shape, index):
     def where(*args):
-      *indices, ahead = args
-      return index(*self.place(ahead[0], *indices))
+      *indices, at = args
+      row, *others = self.place(at[0], *indices)
+      return index(at[1] + row, at[2] + row, *others)
 
     return pl.BlockSpec(shape, where)
 
   def rows_of_query(self, size):
-    return self.spec((None, None, self.block, size), lambda b, h, _, i, j: (b, h, i, 0))
+    return self.spec((None, None, self.block, size), lambda q, k, h, _, i, j: (q, h, i, 0))
 
   def rows_of_key(self, size):
-    return self.spec((None, None, self.block, size), lambda b, _, h, i, j: (b, h, j, 0))
+    return self.spec((None, None, self.block, size), lambda q, k, _, h, i, j: (k, h, j, 0))
 
   def numbers_of_query(self):
-    return self.spec((None, None, 1, self.block), lambda b, h, _, i, j: (b, h, 0, i))
+    return self.spec((None, None, 1, self.block), lambda q, k, h, _, i, j: (q, h, 0, i))
 
   def inputs(self) -> Operands:
     x = self.operands
@@ -184,13 +208,13 @@ class Grid:
     windows = None
     if x.query_marks is not None:
       marks = (
-        self.spec((None, 1, self.block), lambda b, h, _, i, j: (b, 0, i)),
-        self.spec((None, self.block, 1), lambda b, h, _, i, j: (b, j, 0)),
+        self.spec((None, 1, self.block), lambda q, k, h, _, i, j: (q, 0, i)),
+        self.spec((None, self.block, 1), lambda q, k, h, _, i, j: (k, j, 0)),
       )
     if x.windows is not None:
       keys = self.counts[1]
       windows = self.spec(
-        (None, None, 1, 2 * self.block), lambda b, h, _, i, j: (h, i - j + keys - 1, 0, 0)
+        (None, None, 1, 2 * self.block), lambda q, k, h, _, i, j: (h, i - j + keys - 1, 0, 0)
       )
     return Operands(
       self.rows_of_query(x.query.shape[3]), self.rows_of_key(x.key.shape[3]),
@@ -200,25 +224,22 @@ class Grid:
   def saved(self, saved):
     return self.rows_of_query(saved[0].shape[3]), self.numbers_of_query(), self.numbers_of_query()
 
-  def cost(
-    self, ahead, inputs, outputs, products: tuple[int, int], *, once: str
-  ) -> pl.CostEstimate:
-    """Returns what a kernel computes, and reads and writes.
+  def cost(self, saved, outputs, products: tuple[int, int], *, once: str) -> pl.CostEstimate:
+    """Returns what a kernel computes, and reads and writes. If `ahead` is no number, all tiles count.
 
     Args:
-      ahead: as in `forward`; if it is no number, all tiles count.
-      inputs: `Operands`, and maybe what the backward pass needs.
-      outputs: the shapes of the results.
+      saved: what the backward pass needs beside the operands, or ().
+      outputs: what is written by rows, and read if that is in place.
       products: of weights and head_dim, and of weights and head_dim of value, as often as a tile has them.
       once: 'query' if the tiles of queries stay while those of keys pass by, or 'key'.
     """
     x = self.operands
     queries, keys = self.counts
     pairs = [(i, j) for i in range(queries) for j in range(keys)]
-    if isinstance(ahead, int):
-      pairs = [(i, j) for i, j in pairs if self.tiles.runs(ahead, i, j)]
-    area = x.query.shape[0] * x.query.shape[1] * len(pairs) * self.block**2
-    of_queries = [x.query, x.query_marks, *inputs[1:]]
+    if isinstance(self.at.ahead, int):
+      pairs = [(i, j) for i, j in pairs if self.tiles.runs(self.at.ahead, i, j)]
+    area = self.rows * x.query.shape[1] * len(pairs) * self.block**2
+    of_queries = [x.query, x.query_marks, *saved]
     of_keys = [x.key, x.value, x.key_marks]
     stay, pass_by = (of_queries, of_keys) if once == 'query' else (of_keys, of_queries)
     # What passes by is read again for every tile that stays, if it has more than one tile.
@@ -226,13 +247,14 @@ class Grid:
     again = len(pairs) / passing if passing > 1 else 1
     if once == 'query':
       again *= x.query.shape[1] // x.key.shape[1]
-    nbytes = _bytes(stay) + again * _bytes(pass_by) + _bytes(outputs)
+    nbytes = self.bytes(stay) + again * self.bytes(pass_by) + self.bytes(outputs)
     if x.windows is not None:
-      nbytes += x.query.shape[0] * x.query.shape[1] * len(pairs) * 2 * self.block * 4
+      nbytes += self.rows * x.query.shape[1] * len(pairs) * 2 * self.block * 4
     sizes = x.query.shape[3], x.value.shape[3]
     flops = 2 * area * sum(n * size for n, size in zip(products, sizes, strict=True))
     return pl.CostEstimate(flops=flops, transcendentals=area, bytes_accessed=int(nbytes))
 
-
-def _bytes(tree) -> int:
-  return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+  def bytes(self, tree) -> int:
+    """Returns the bytes of the rows that a kernel works on."""
+    arrays = jax.tree.leaves(tree)
+    return sum(self.rows * math.prod(x.shape[1:]) * x.dtype.itemsize for x in arrays)
