@@ -122,9 +122,9 @@ def self_attention(
       query, key, value, segments=segments, prefix=prefix, bias=context.bias, causal=context.causal,
       window=window, **knobs,
     )  # fmt: skip
-  plain = prefix is None and context.bias is None
+  has_bias = context.bias is not None
   if flash.suits(
-    query, key, value, causal=context.causal, window=window, soft_cap=soft_cap, plain=plain
+    query, key, value, causal=context.causal, window=window, soft_cap=soft_cap, bias=has_bias
   ):
     return flash.flash_attention(
       query, key, value, segments=segments, prefix=prefix, bias=context.bias, causal=context.causal,

@@ -57,13 +57,17 @@ def test_tiles_are_the_product(case, monkeypatch):
   compare(TILED[case], functools.partial(flash.flash_attention, interpret=True))
 
 
-@pytest.mark.parametrize('case', [case for case in CASES if case != 'soft cap'])
+CUDNN = [case for case in CASES if case != 'soft cap']
+CUDNN += ['bias', 'bias, both ways', 'bias, prefix, packed', 'prefix, window']
+
+
+@pytest.mark.parametrize('case', CUDNN)
 def test_what_cudnn_is_asked_for_is_the_product(case):
   def asked(q, k, v, *, segments, prefix, bias, window=None, **knobs):
     sight = tiled.Sight(segments, segments, prefix, bias)
     return flash._cudnn(q, k, v, sight, window=window, implementation='xla', **knobs)
 
-  compare(CASES[case], asked)
+  compare({**CASES, **TILED}[case], asked)
 
 
 def test_attention_to_another_sequence():

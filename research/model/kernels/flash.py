@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.model.kernels.tiled import Sight, tiled_attention
+from research.model.positions import by_place
 from research.parallel.axes import per_device, spec
 from research.parallel.mesh import platform
 
@@ -22,7 +23,7 @@ def suits(
   causal: bool,
   window: int | None = None,
   soft_cap: float | None = None,
-  plain: bool = True,
+  bias: bool = False,
 ) -> bool:
   """Returns whether the devices in use have a fused kernel for this attention.
 
@@ -33,11 +34,11 @@ def suits(
     causal: no token sees a later one.
     window: as in `attention.visible`.
     soft_cap: as in `dot_product_attention`; cuDNN has none.
-    plain: there is no bias and no prefix.
+    bias: there is a bias by distance. cuDNN would read it as a whole, [heads, query, key].
   """
   if platform() == 'gpu':
     sizes = query.shape[3], value.shape[3], query.shape[1], key.shape[1]
-    return plain and _suits_cudnn(query.dtype, *sizes, causal, window, soft_cap)
+    return not bias and _suits_cudnn(query.dtype, *sizes, causal, window, soft_cap)
   # A shorter sequence would mostly be padding.
   return platform() == 'tpu' and min(query.shape[1], key.shape[1]) >= LANES // 2
 
@@ -75,7 +76,7 @@ def flash_attention(
 
   On TPUs this is splash attention, jax's own Pallas kernel, where it serves, and else `tile_kernels.py`. On
   GPUs it is cuDNN's. Tiles that the causal mask or the window hides are not computed. cuDNN has no segments, so
-  it gets a mask of them, [batch, query, key].
+  it gets a mask of them and of prefixes, [batch, query, key].
 
   Args:
     query: [batch, queries, heads, head_dim].
@@ -122,12 +123,22 @@ def flash_attention(
 
 
 def _cudnn(query, key, value, sight, *, scale, causal, window, implementation='cudnn'):
+  segments, key_segments, prefix, bias = sight
   mask = None
-  if sight.segments is not None:
-    mask = (sight.segments[:, :, None] == sight.key_segments[:, None])[:, None]
+  if segments is not None:
+    mask = (segments[:, :, None] == key_segments[:, None])[:, None]
+  if causal and prefix is not None:
+    place = jnp.arange(query.shape[1])
+    sees = (place[:, None] >= place) | (prefix[:, :, None] & prefix[:, None])
+    if window is not None:
+      sees &= jnp.abs(place[:, None] - place) < window
+    mask = sees[:, None] if mask is None else sees[:, None] & mask
+    causal, window = False, None
   near = None if window is None else (window - 1, 0)
+  if bias is not None:
+    bias = by_place(bias.astype(query.dtype), query.shape[1])[None]
   return jax.nn.dot_product_attention(
-    query, key, value, mask=mask, scale=scale, is_causal=causal, local_window_size=near,
+    query, key, value, bias=bias, mask=mask, scale=scale, is_causal=causal, local_window_size=near,
     implementation=implementation,
   )  # fmt: skip
 
