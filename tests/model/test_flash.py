@@ -4,6 +4,7 @@ The kernels for TPUs are run in Python; what cuDNN is asked for is done by jax's
 """
 
 import functools
+import importlib.util
 import re
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from research.compilation import chips
 from research.model import attention, part
 from research.model.attention import visible
 from research.model.kernels import flash, tiled
@@ -51,7 +53,13 @@ def test_splash_is_the_product(case):
   compare(CASES[case], functools.partial(flash.flash_attention, interpret=True))
 
 
-@pytest.mark.parametrize('case', TILED)
+# Those that hold every piece of the kernels; the others are slow.
+FAST = ('bias, packed, capped, groups', 'bias, prefix, packed', 'no whole tiles, packed')
+
+
+@pytest.mark.parametrize(
+  'case', [x if x in FAST else pytest.param(x, marks=pytest.mark.slow) for x in TILED]
+)
 def test_tiles_are_the_product(case, monkeypatch):
   monkeypatch.setattr(tiled, 'block_of', lambda *lengths: 128)
   compare(TILED[case], functools.partial(flash.flash_attention, interpret=True))
@@ -106,6 +114,26 @@ def test_a_query_that_sees_nothing_has_zeros():
   assert np.abs(y[:, :60]).min() > 0
   assert not np.any(y[:, 60:])
   assert not np.any(dq[:, 60:])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec('libtpu'), reason='libtpu is not installed')
+@pytest.mark.parametrize('learns', [True, False])
+def test_a_tpu_compiles_the_tiles(learns):
+  """T5's bias with a gradient, and one that is fixed, of which no gradient is computed."""
+  chips.prepare('v5e:2x2')
+  devices, _ = chips.devices_of('v5e:2x2')
+  shape = jax.ShapeDtypeStruct((2, 512, 4, 64), jnp.bfloat16)
+  bias = jax.ShapeDtypeStruct((4, 1023), jnp.float32)
+  f = lambda q, k, v, bias: flash.flash_attention(
+    q, k, v, bias=bias, scale=0.1, causal=True
+  ).astype(jnp.float32).sum()  # fmt: skip
+  with Mesh(data=1).use(devices[:1]):
+    compiled = jax.jit(jax.grad(f, (0, 1, 2, 3) if learns else (0, 1, 2))).lower(*[shape] * 3, bias)
+    text = compiled.compile().as_text()
+  kernels = re.findall(r'%attention_(\w+)[.\d]* = (\(?)', text)
+  of_bias = '(' if learns else ''
+  assert set(kernels) == {('forward', '('), ('backward_query', of_bias), ('backward_keys', '(')}
 
 
 @pytest.mark.parametrize('segments', [None, SEGMENTS])
