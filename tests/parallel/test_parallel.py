@@ -212,7 +212,7 @@ RINGS = {
 )
 def test_ring_attention_is_attention(case, fused, monkeypatch):
   """With segments, grouped queries, a bias by distance and capped logits, on 4 devices; causal is balanced."""
-  monkeypatch.setattr('research.model.kernels.chunks.block_of', lambda *lengths: 8)
+  monkeypatch.setattr('research.model.kernels.chunks.block_of', lambda *lengths, most: 8)
   knobs = {'scale': 0.3, 'soft_cap': 5.0, **RINGS[case]}
   rng = np.random.default_rng(0)
   length = 64

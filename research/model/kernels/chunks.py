@@ -49,8 +49,8 @@ class Plain:
   soft_cap: float | None
 
   def enter(self, query, key, value):
-    """Takes chunks [chunks, batch, chunk, kv_heads, (group,) head_dim] to the axes of this product."""
-    return query, key, value
+    """Takes chunks [chunks, batch, chunk, kv_heads, (group,) head_dim] to those of this product, scaled."""
+    return query * self.scale, key, value
 
   def leave(self, y):
     """The inverse of `enter`, for the result."""
@@ -100,7 +100,7 @@ class Plain:
     """Returns the sums with those of a pair of chunks, and the bias's gradient of this pair alone.
 
     Args:
-      sums: the gradients of all chunks so far, float32: of queries (to be multiplied by `scale`), keys, values.
+      sums: the gradients of all chunks so far, float32: of queries, keys and values.
       query: as in `forward`, and so are the next four.
       block: see above.
       passing: see above.
@@ -129,15 +129,14 @@ class Plain:
     weights, ds = weights.astype(dy.dtype), ds.astype(query.dtype)
     dq, dk, dv = sums
     dq = dq.at[pair.i].add(dot('bkqgs,bskd->bqkgd', ds, key))
-    scaled = _entry(query, pair.i) * self.scale
-    dk = dk.at[pair.j].add(dot('bkqgs,bqkgd->bskd', ds, scaled))
+    dk = dk.at[pair.j].add(dot('bkqgs,bqkgd->bskd', ds, _entry(query, pair.i)))
     dv = dv.at[pair.j].add(dot('bkqgs,bqkgd->bskd', weights, dy))
     return (dq, dk, dv), d_bias
 
   def logits(self, query, block, passing, pair, bias):
     mine, theirs = _entry(block, pair.i), _entry(passing, pair.j)
     mask = self.mask(mine, theirs, pair.number, pair.other)
-    return logits(self.scale, self.soft_cap, _entry(query, pair.i), theirs.key, mask, bias)
+    return logits(1, self.soft_cap, _entry(query, pair.i), theirs.key, mask, bias)
 
   def mask(self, mine, theirs, number, other):
     """Returns the mask of two chunks, [batch or 1, 1, chunk, 1, chunk] bool, or None."""
@@ -178,9 +177,14 @@ class Fused(Plain):
 
   interpret: bool = False
 
+  @property
+  def block(self) -> int:
+    """The size of tiles. Most pairs of chunks have no hidden tiles, so large ones waste nothing."""
+    return block_of(self.chunk, self.chunk, most=1024)
+
   def enter(self, query, key, value):
     chunks, batch, chunk, kv_heads, group, size = query.shape
-    query = query.reshape(chunks, batch, chunk, kv_heads * group, size)
+    query = query.reshape(chunks, batch, chunk, kv_heads * group, size) * self.scale
     return tuple(jnp.swapaxes(x, 2, 3) for x in (query, key, value))
 
   def leave(self, y):
@@ -222,10 +226,10 @@ class Fused(Plain):
     if block.segments is not None or block.prefix is not None:
       marks = tuple(_rows(mark(x.segments, x.prefix)) for x in (block, passing))
     tiles = Tiles(
-      block_of(self.chunk, self.chunk), self.chunk, self.causal, block.prefix is not None,
+      self.block, self.chunk, self.causal, block.prefix is not None,
       self.window, self.soft_cap, self.interpret,
     )  # fmt: skip
-    arrays = map(_rows, (query * self.scale, passing.key, passing.value))
+    arrays = map(_rows, (query, passing.key, passing.value))
     batch = query.shape[1]
     ahead = (pair.number - pair.other) * self.chunk
     at = At(ahead, pair.i * batch, pair.j * batch, batch)
@@ -236,7 +240,7 @@ class Fused(Plain):
     if bias is None:
       return None
     near = self.near(bias, number, other).reshape(-1, 2 * self.chunk - 1)
-    return distance.windows(near, self.chunk, self.chunk, block_of(self.chunk, self.chunk))
+    return distance.windows(near, self.chunk, self.chunk, self.block)
 
 
 def _entry(tree, slot):

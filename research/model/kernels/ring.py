@@ -232,8 +232,7 @@ def _backward(ring, residuals, dy):
   carry = ((zeros(query), d_bias), (zeros(block.key), zeros(block.value)))
   (dq, d_bias), (dk, dv) = ring.around(visit, carry, block)
   d_block = Block(dk.astype(block.key.dtype), dv.astype(block.value.dtype), None, None)
-  dq = (dq * ring.product.scale).astype(query.dtype)
-  return dq, d_block, None if bias is None else d_bias.astype(bias.dtype)
+  return dq.astype(query.dtype), d_block, None if bias is None else d_bias.astype(bias.dtype)
 
 
 _attend.defvjp(_forward, _backward, symbolic_zeros=True)

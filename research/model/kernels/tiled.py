@@ -70,10 +70,12 @@ def tiled_attention(
   return heads_first(y[:, :, :queries])
 
 
-def block_of(queries: int, keys: int) -> int:
-  """Returns the size of tiles that wastes least: the largest that needs no more padding than the smallest."""
+def block_of(queries: int, keys: int, most: int = 512) -> int:
+  """Returns the size of tiles: the largest, up to `most`, that needs no more padding than the smallest."""
   whole = [-(-length // LANES) * LANES for length in (queries, keys)]
-  return next(size for size in (512, 256, LANES) if not any(length % size for length in whole))
+  return next(
+    size for size in (most, 512, 256, LANES) if not any(length % size for length in whole)
+  )
 
 
 def padded(x: jax.Array, block: int, axis: int) -> jax.Array:
