@@ -152,54 +152,12 @@ def torch_step(flags) -> dict:
 
 
 def attention(flags) -> dict:
-  """cuDNN's attention as we call it against float32's plain one: largest error of output and gradients.
-
-  Relative to the largest value of each; packed rows, windows and grouped queries beside plain causal ones.
-  """
+  """cuDNN's attention as we call it against the plain one (gpu_attention.py, which also tells times)."""
   sys.path.insert(0, str(ROOT))
-  import jax
-  import jax.numpy as jnp
+  import gpu_attention
 
-  from research.model.kernels import flash
-
-  implementation = 'xla' if flags.small else 'cudnn'
-  length, keys = (64, 4) if flags.small else (1024, 4)
-  random = [
-    jax.random.normal(jax.random.key(i), (2, length, 8 if i == 0 else keys, 64)) for i in range(3)
-  ]
-  cotangent = jax.random.normal(jax.random.key(3), (2, length, 8, 64))
-  segments = jnp.broadcast_to(jnp.arange(length) // (length // 3) + 1, (2, length))
-  errors = {}
-  cases = {'causal': {}, 'packed': {'segments': segments}, 'window': {'window': length // 4},
-           'both': {'segments': segments, 'window': length // 4}, 'encoder': {'causal': False}}  # fmt: skip
-  for name, case in cases.items():
-    knobs = {'segments': None, 'scale': 64**-0.5, 'causal': True, 'window': None} | case
-    segment = knobs.pop('segments')
-
-    def plain(q, k, v, knobs=knobs, segment=segment):
-      places = jnp.arange(length)
-      seen = jnp.ones((length, length), bool)
-      if knobs['causal']:
-        seen &= places[:, None] >= places
-      if knobs['window']:
-        seen &= places[:, None] - places < knobs['window']
-      seen = jnp.broadcast_to(seen, (2, length, length))
-      if segment is not None:
-        seen &= segment[:, :, None] == segment[:, None]
-      k, v = (jnp.repeat(x, 8 // keys, axis=2) for x in (k, v))
-      logits = jnp.einsum('bqhd,bkhd->bhqk', q, k, precision='highest') * knobs['scale']
-      weights = jax.nn.softmax(jnp.where(seen[:, None], logits, -jnp.inf))
-      return jnp.einsum('bhqk,bkhd->bqhd', weights, v, precision='highest')
-
-    def fused(q, k, v, knobs=knobs, segment=segment):
-      return flash._cudnn(q, k, v, segment, implementation=implementation, **knobs)
-
-    halves = [x.astype(jnp.bfloat16) for x in random]
-    right, back = jax.vjp(jax.jit(plain), *(x.astype(jnp.float32) for x in halves))
-    ours, our_back = jax.vjp(jax.jit(fused), *halves)
-    half = cotangent.astype(jnp.bfloat16)
-    pairs = zip([right, *back(half.astype(jnp.float32))], [ours, *our_back(half)], strict=True)
-    errors[name] = max(float(jnp.abs(a - b).max() / jnp.abs(a).max()) for a, b in pairs)
+  rows = gpu_attention.compare(flags.small)
+  errors = {name: row.get('error', float('nan')) for name, row in rows.items()}
   return {'errors': errors, 'ms': 0.0}
 
 

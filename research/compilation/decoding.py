@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from research.compilation import chips, hlo
+from research.compilation import chips, hlo, traffic
 from research.compilation.report import GIB, DoesNotFit, device_bytes, network
 from research.core.errors import Invalid, UserError
 from research.inference import decode
@@ -145,7 +145,7 @@ def _program_report(lowered, mesh, chip, topology: str) -> dict:
     'temporaries': stats.temp_size_in_bytes,
     'peak': stats.peak_memory_in_bytes,
     # Every argument (parameters and cache) is read once, in addition to the results of the program.
-    'moved_bytes_per_device': stats.argument_size_in_bytes + hlo.moved_bytes(text),
+    'moved_bytes_per_device': stats.argument_size_in_bytes + traffic.moved_bytes(text),
     'collectives': network(hlo.collectives(text), mesh, chip, topology),
   }
 

@@ -11,7 +11,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from research.compilation import chips, hlo
+from research.compilation import chips, hlo, traffic
 from research.core.errors import UserError
 from research.model import counts
 from research.parallel import axes
@@ -186,7 +186,7 @@ def compile_run(run: Run, topology: str, slices: int = 1, keep_hlo: str | None =
       'batch_size': run.batch_size, 'microbatches': run.microbatches, 'lengths': run.train.lengths,
       'remat': remat_of(run.model), 'compile_s': seconds,
       'memory': memory(compiled, state, batch, fixed, chip),
-      **flops(run), 'moved_bytes_per_device': hlo.moved_bytes(text),
+      **flops(run), 'moved_bytes_per_device': traffic.moved_bytes(text),
       'collectives': network(hlo.collectives(text), mesh, chip, topology),
     }  # fmt: skip
   return report | roofline(report, chip) if chip else report

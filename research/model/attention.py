@@ -122,13 +122,14 @@ def self_attention(
       query, key, value, segments=segments, prefix=prefix, bias=context.bias, causal=context.causal,
       window=window, **knobs,
     )  # fmt: skip
-  plain = prefix is None and context.bias is None
+  has_bias = context.bias is not None
   if flash.suits(
-    query, value, causal=context.causal, window=window, soft_cap=soft_cap, plain=plain
+    query, key, value, causal=context.causal, window=window, soft_cap=soft_cap, bias=has_bias
   ):
     return flash.flash_attention(
-      query, key, value, segments=segments, causal=context.causal, window=window, **knobs
-    )
+      query, key, value, segments=segments, prefix=prefix, bias=context.bias, causal=context.causal,
+      window=window, **knobs,
+    )  # fmt: skip
   mask = visible(
     segments, segments, (length, length), causal=context.causal, prefix=prefix, window=window
   )
@@ -264,10 +265,14 @@ class CrossAttention(Attention):
     mask = visible(context.segments, context.encoded_segments, lengths, causal=False)
     q, k, v = self.project(x, context.encoded, context)
     k, v = context.once(k, v)
+    knobs = {'scale': self.scale, 'soft_cap': self.soft_cap}
+    if flash.suits(q, k, v, causal=False, soft_cap=self.soft_cap):
+      segments = context.segments if mask is not None else None
+      knobs |= {'segments': segments, 'key_segments': context.encoded_segments}
+      return self.output(flash.flash_attention(q, k, v, causal=False, **knobs)), {}
     # If the mesh splits lengths, every device compares its queries with all keys.
     k, v = (shard(y, 'batch', None, 'kv_heads', None) for y in (k, v))
-    y = dot_product_attention(q, k, v, mask=mask, scale=self.scale, soft_cap=self.soft_cap)
-    return self.output(y), {}
+    return self.output(dot_product_attention(q, k, v, mask=mask, **knobs)), {}
 
   def cost(self, length: int, encoder_length: int) -> Cost:
     """As for `Attention`, but the keys are the tokens of the encoder, and all are visible."""

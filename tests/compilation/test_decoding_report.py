@@ -6,7 +6,7 @@ import math
 import jax
 import pytest
 
-from research.compilation import chips, hlo
+from research.compilation import chips, traffic
 from research.compilation.decoding import compile_decode, show
 from research.core import configs
 from research.core.errors import UserError
@@ -54,7 +54,28 @@ ROW, ALL = 4 * 128, 4 * 64 * 128
 )
 def test_an_update_in_place_counts_as_what_it_writes(line, written):
   text = PROGRAM.replace('LINES', f'%last = f32[64,128]{{1,0}} {line}')
-  assert hlo.moved_bytes(text) == 2 * written
+  assert traffic.moved_bytes(text) == 2 * written
+
+
+@pytest.mark.parametrize(
+  ('more', 'moved'),
+  [('', 6 * ALL), (', output_to_operand_aliasing={{}: (0, {})}', 5 * ALL)],
+)
+def test_a_kernel_counts_what_it_says_to_move(more, moved):
+  """And one reading of its result, where that is an array of its own."""
+  config = (
+    f'{{"custom_call_config":{{"cost_estimate":{{"flops":"9","bytes_accessed":"{5 * ALL}"}}}}}}'
+  )
+  line = f'custom-call(%cache), custom_call_target="tpu_custom_call", backend_config={config}{more}'
+  text = PROGRAM.replace('LINES', f'%last = f32[64,128]{{1,0}} {line}')
+  assert traffic.moved_bytes(text) == moved
+
+
+def test_the_start_of_a_copy_counts_its_copy():
+  text = PROGRAM.replace(
+    'LINES', '%last = (f32[64,128]{1,0:S(1)}, f32[64,128]{1,0}, u32[]) copy-start(%cache)'
+  )
+  assert traffic.moved_bytes(text) == 2 * (ALL + 4)
 
 
 @pytest.fixture(scope='module')

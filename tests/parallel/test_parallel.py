@@ -197,12 +197,38 @@ def test_other_parts_and_rules_change_nothing(name, sizes):
   check(name, **sizes)
 
 
-def test_ring_attention_is_attention():
-  """Causal and balanced, with segments, grouped queries, a bias by distance and capped logits, on 4 devices."""
+SLOW = {True: pytest.mark.slow, False: ()}
+RINGS = {
+  'causal': {'causal': True},
+  'both ways': {'causal': False},
+  'prefix': {'causal': True, 'prefix': True},
+  'window': {'causal': True, 'window': 20},
+}
+
+
+@pytest.mark.parametrize(
+  ('case', 'fused'),
+  [
+    ('causal', False),
+    *(pytest.param(case, True, marks=SLOW[case != 'both ways']) for case in RINGS),
+  ],
+)
+def test_ring_attention_is_attention(case, fused, monkeypatch):
+  """With segments, grouped queries, a bias by distance and capped logits, on 4 devices; causal is balanced."""
+  monkeypatch.setattr('research.model.kernels.chunks.block_of', lambda *lengths, most: 8)
+  knobs = {'scale': 0.3, 'soft_cap': 5.0, **RINGS[case]}
   rng = np.random.default_rng(0)
-  shapes = (2, 32, 4, 8), (2, 32, 2, 8), (2, 32, 2, 6), (4, 63), (2, 32, 4, 6)
+  length = 64
+  shapes = (
+    (2, length, 4, 8),
+    (2, length, 2, 8),
+    (2, length, 2, 6),
+    (4, 2 * length - 1),
+    (2, length, 4, 6),
+  )
   *inputs, weight = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
-  segments = np.sort(rng.integers(0, 3, (2, 32)), axis=1)
+  segments = np.sort(rng.integers(0, 3, (2, length)), axis=1)
+  prefix = np.arange(length)[None] < [[30], [11]] if knobs.pop('prefix', False) else None
 
   def loss(attend):
     return compiled(
@@ -211,22 +237,23 @@ def test_ring_attention_is_attention():
       )
     )(*inputs)
 
-  knobs = {'scale': 0.3, 'soft_cap': 5.0}
   with Mesh().use(jax.devices()[:1]):
-    see = visible(segments, segments, (32, 32), causal=True)
+    sight = {'causal': knobs['causal'], 'prefix': prefix, 'window': knobs.get('window')}
+    see = visible(segments, segments, (length, length), **sight)
     plain = lambda q, k, v, bias: dot_product.dot_product_attention(
-      q, k, v, mask=see, bias=positions.by_place(bias, 32)[None], **knobs
+      q, k, v, mask=see, bias=positions.by_place(bias, length)[None], scale=0.3, soft_cap=5.0
     )
     expected = loss(plain)
   with Mesh(context=4, data=2).use():
     where = axes.spec('batch', 'length')
-    split = lambda x: jax.sharding.reshard(x, where)
+    split = lambda x: None if x is None else jax.sharding.reshard(jnp.asarray(x), where)
     around = lambda q, k, v, bias: jax.sharding.reshard(
       ring.ring_attention(
-        *map(split, (q, k, v)), segments=split(segments), bias=bias, causal=True, **knobs
+        *map(split, (q, k, v)), segments=split(segments), prefix=split(prefix), bias=bias,
+        interpret=fused, **knobs,
       ),
       jax.P(),
-    )
+    )  # fmt: skip
     found = loss(around)
   for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
     np.testing.assert_allclose(b, a, rtol=0, atol=TOLERANCE * np.abs(a).max())

@@ -7,14 +7,15 @@ is larger than a block. In the backward pass they go around again, together with
 
 import dataclasses
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from research.model.kernels.dot_product import FLOOR, grouped, logits, ungrouped
-from research.model.positions import by_place
+from research.model.kernels.chunks import Block, Fused, Pair, Plain
+from research.model.kernels.dot_product import grouped, ungrouped
+from research.model.kernels.tiled import LANES, is_primal, value_of
 from research.parallel.axes import per_device
+from research.parallel.mesh import platform
 
 
 def ring_attention(
@@ -29,6 +30,7 @@ def ring_attention(
   soft_cap: float | None = None,
   causal: bool,
   window: int | None = None,
+  interpret: bool = False,
 ) -> jax.Array:
   """Attention of sequences to themselves (`dot_product_attention`), their length split over devices.
 
@@ -48,6 +50,7 @@ def ring_attention(
     soft_cap: c in c tanh(logits / c).
     causal: no token sees a later one.
     window: no token sees one that is `window` or more places away.
+    interpret: runs the kernel for TPUs, in Python, for tests.
 
   Returns:
     [batch, length, heads, head_dim of value]. A query that sees no key (padding) gets zeros.
@@ -61,53 +64,45 @@ def ring_attention(
   by_distance = jax.P(sharding[2], None, None)
   if bias is not None:
     bias = bias.reshape(kv_heads, -1, bias.shape[1], out_sharding=by_distance)
-  ring = _Ring.over(axis, length, causal, prefix is not None, window, scale, soft_cap)
+  make = functools.partial(
+    _product, causal=causal, window=window, scale=scale, soft_cap=soft_cap, interpret=interpret
+  )
+  ring = _Ring.over(axis, length, causal, prefix is not None, window, make)
   in_specs = (sharding, keys, keys, rows, rows, by_distance)
   run = per_device(ring.device, in_specs=in_specs, out_specs=sharding)
   return ungrouped(run(query, key, value, segments, prefix, bias))
 
 
-class _Block(NamedTuple):
-  """Arrays of keys, [chunks, batch, chunk, ...], that pass by (or stay). Any may be None."""
-
-  key: jax.Array | None
-  value: jax.Array | None
-  segments: jax.Array | None
-  prefix: jax.Array | None
-
-
 @dataclasses.dataclass(frozen=True)
 class _Ring:
-  """The static side of one attention: the ring, and which token may see which.
+  """The static side of one attention: the ring, and the product of two chunks.
 
-  A chunk has `chunk` tokens. Every device has one chunk, or two if `balanced`: device p those with the numbers
-  p and 2 devices - 1 - p.
+  Every device has one chunk, or two if `balanced`: device p those with the numbers p and 2 devices - 1 - p.
   """
 
   axis: str
   devices: int
-  chunk: int
   balanced: bool
   steps: int
-  causal: bool
-  window: int | None
-  scale: float
-  soft_cap: float | None
+  product: Plain
 
   @classmethod
-  def over(cls, axis, length, causal, prefix, window, scale, soft_cap):
+  def over(cls, axis, length, causal, prefix, window, make):
     devices = jax.sharding.get_abstract_mesh().shape[axis]
     balanced = causal and not prefix and window is None and length % (2 * devices) == 0
     chunk = length // (devices * (2 if balanced else 1))
     # Without a prefix, a causal window never reaches the devices beyond the one where it begins.
     short = causal and not prefix and window is not None
     steps = min(devices, 1 - (1 - window) // chunk) if short else devices
-    return cls(axis, devices, chunk, balanced, steps, causal, window, scale, soft_cap)
+    return cls(axis, devices, balanced, steps, make(chunk))
 
   def device(self, query, key, value, segments, prefix, bias):
     """What every device computes, with its own part of the length."""
-    query, *block = (self.take(x) for x in (query, key, value, segments, prefix))
-    return self.give(_attend(self, query, _Block(*block), bias))
+    heads = query.shape[2:4]
+    query, key, value, *rows = (self.take(x) for x in (query, key, value, segments, prefix))
+    query, key, value = self.product.enter(query, key, value)
+    y = self.product.leave(_attend(self, query, Block(key, value, *rows), bias))
+    return self.give(y.reshape(*y.shape[:3], *heads, y.shape[-1]))
 
   # In order, device p has the chunks 2 p and 2 p + 1. `take` exchanges them for those that it works on.
 
@@ -176,123 +171,68 @@ class _Ring:
     (carry, (_, travelling)), _ = jax.lax.scan(step, state, jnp.arange(1, self.steps))
     return carry, self.turn(travelling, back=self.steps - 1)
 
-  def mask(self, query, key, number, other):
-    """Returns the mask of two chunks with these numbers, [batch or 1, 1, chunk, 1, chunk] bool, or None."""
-    place = jnp.arange(self.chunk)
-    distance = (number - other) * self.chunk + place[:, None] - place[None, :]
-    see = None
-    if self.causal:
-      see = (distance >= 0)[None]
-      if query.prefix is not None:
-        see = see | (query.prefix[:, :, None] & key.prefix[:, None, :])
-    if self.window is not None:
-      near = (jnp.abs(distance) < self.window)[None]
-      see = near if see is None else see & near
-    if query.segments is not None:
-      same = query.segments[:, :, None] == key.segments[:, None, :]
-      see = same if see is None else see & same
-    return None if see is None else see[:, None, :, None]
 
-  def bias(self, bias, number, other):
-    """Returns the bias of two chunks, [1, kv_heads, chunk, group, chunk], of [kv_heads, group, distance]."""
-    if bias is None:
-      return None
-    start = (other - number) * self.chunk + (bias.shape[-1] + 1) // 2 - self.chunk
-    near = jax.lax.dynamic_slice_in_dim(bias, start, 2 * self.chunk - 1, axis=2)
-    return jnp.swapaxes(by_place(near, self.chunk), 1, 2)[None]
-
-
-def _entry(tree, slot):
-  return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, slot, keepdims=False), tree)
-
-
-def _add(total, slot, x):
-  return total.at[slot].add(x)
+def _product(chunk: int, *, interpret: bool, **knobs) -> Plain:
+  """Returns the product of two chunks for the devices in use."""
+  if interpret or (platform() == 'tpu' and chunk % LANES == 0):
+    return Fused(chunk, interpret=interpret, **knobs)
+  return Plain(chunk, **knobs)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(ring, query, block, bias):
   """Attention of this device's queries to all keys, [chunks, batch, chunk, kv_heads, group, head_dim]."""
-  return _forward(ring, query, block, bias)[0]
+  return _around(ring, query, block, bias)[0]
 
 
 def _forward(ring, query, block, bias):
+  learns = bias is not None and bias.perturbed
+  query, block, bias = jax.tree.map(value_of, (query, block, bias), is_leaf=is_primal)
+  y, log_total = _around(ring, query, block, bias)
+  # A residual is an array, so whether the bias learns is said by the tree: () or None.
+  return y, (query, block, bias, y, log_total, () if learns else None)
+
+
+def _around(ring, query, block, bias):
   rank = jax.lax.axis_index(ring.axis)
-  chunks, batch, chunk, kv_heads, group, _ = query.shape
-  row = (chunks, batch, kv_heads, chunk, group)
-  total = jnp.zeros((*row, 1), jnp.float32)
-  y = jnp.zeros((*row, block.value.shape[-1]), jnp.float32)
 
   def visit(carry, passing, source, first):
-    state, _ = carry
+    sums, _ = carry
     for i, j in ring.pairs(rank, source, first):
-      number, other = ring.number(rank, i), ring.number(source, j)
-      mine, theirs = _entry(block, i), _entry(passing, j)
-      s, _ = logits(
-        ring.scale, ring.soft_cap, _entry(query, i), theirs.key,
-        ring.mask(mine, theirs, number, other), ring.bias(bias, number, other),
-      )  # fmt: skip
-      y, top, total = _entry(state, i)
-      new = jnp.maximum(top, jnp.max(s, axis=-1, keepdims=True))
-      weights, keep = jnp.exp(s - new), jnp.exp(top - new)
-      v = theirs.value
-      product = jnp.einsum(
-        'bkqgs,bskd->bkqgd', weights.astype(v.dtype), v, preferred_element_type=jnp.float32
-      )
-      # The running softmax: earlier terms are rescaled to the new maximum.
-      y = y * keep + product
-      total = total * keep + jnp.sum(weights, axis=-1, keepdims=True)
-      updated = (y, new, total)
-      state = jax.tree.map(lambda chunks, x, i=i: chunks.at[i].set(x), state, updated)
-    return state, ()
+      pair = Pair(i, j, ring.number(rank, i), ring.number(source, j))
+      sums = ring.product.forward(sums, query, block, passing, pair, bias)
+    return sums, ()
 
-  (y, top, total), _ = ring.around(visit, ((y, total + FLOOR, total), ()), block)
-  total = jnp.maximum(total, 1e-30)
-  y = jnp.swapaxes((y / total).astype(block.value.dtype), 2, 3)
-  return y, (query, block, bias, y, top + jnp.log(total))
+  sums, _ = ring.around(visit, (ring.product.start(query, block.value), ()), block)
+  return ring.product.finish(sums, block.value.dtype)
 
 
 def _backward(ring, residuals, dy):
-  query, block, bias, y, log_total = residuals
+  query, block, bias, y, log_total, learns = residuals
+  if isinstance(dy, jax.custom_derivatives.SymbolicZero):
+    dy = jnp.zeros(y.shape, y.dtype)
   rank = jax.lax.axis_index(ring.axis)
-  # d logits = weights (d weights - sum of weights d weights), and that sum is dy . y.
-  mean = jnp.sum(dy.astype(jnp.float32) * y, axis=-1, keepdims=True)
-  mean = jnp.swapaxes(mean, 2, 3)
-  dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-
-  def zeros(x):
-    return jnp.zeros(x.shape, jnp.float32)
+  saved = ring.product.saved(dy, y, log_total)
 
   def visit(carry, passing, source, first):
     (dq, d_bias), (dk, dv) = carry
     for i, j in ring.pairs(rank, source, first):
-      number, other = ring.number(rank, i), ring.number(source, j)
-      mine, theirs, q, dyi = _entry(block, i), _entry(passing, j), _entry(query, i), _entry(dy, i)
-      term, add_bias = None, None
-      if bias is not None:
-        of_chunks = functools.partial(ring.bias, number=number, other=other)
-        term, add_bias = jax.vjp(of_chunks, bias)
-      s, capped = logits(
-        ring.scale, ring.soft_cap, q, theirs.key, ring.mask(mine, theirs, number, other), term
+      pair = Pair(i, j, ring.number(rank, i), ring.number(source, j))
+      (dq, dk, dv), of_bias = ring.product.backward(
+        (dq, dk, dv), query, block, passing, pair, bias, saved, learns is not None
       )
-      weights = jnp.exp(s - _entry(log_total, i))
-      ds = weights * (dot('bqkgd,bskd->bkqgs', dyi, theirs.value) - _entry(mean, i))
-      if bias is not None:
-        d_bias = d_bias + add_bias(jnp.sum(ds, axis=0, keepdims=True).astype(bias.dtype))[0]
-      if ring.soft_cap is not None:
-        ds = ds * (1 - jnp.square(capped / ring.soft_cap))
-      weights, ds = weights.astype(dyi.dtype), ds.astype(q.dtype)
-      dq = _add(dq, i, dot('bkqgs,bskd->bqkgd', ds, theirs.key) * ring.scale)
-      dk = _add(dk, j, dot('bkqgs,bqkgd->bskd', ds, q * ring.scale))
-      dv = _add(dv, j, dot('bkqgs,bqkgd->bskd', weights, dyi))
+      d_bias = None if bias is None else d_bias + of_bias
     return (dq, d_bias), (dk, dv)
 
   # Gradients are summed in float32 while they go around.
+  def zeros(x):
+    return jnp.zeros(x.shape, jnp.float32)
+
   d_bias = None if bias is None else zeros(bias)
   carry = ((zeros(query), d_bias), (zeros(block.key), zeros(block.value)))
   (dq, d_bias), (dk, dv) = ring.around(visit, carry, block)
-  d_block = _Block(dk.astype(block.key.dtype), dv.astype(block.value.dtype), None, None)
+  d_block = Block(dk.astype(block.key.dtype), dv.astype(block.value.dtype), None, None)
   return dq.astype(query.dtype), d_block, None if bias is None else d_bias.astype(bias.dtype)
 
 
-_attend.defvjp(_forward, _backward)
+_attend.defvjp(_forward, _backward, symbolic_zeros=True)
