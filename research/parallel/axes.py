@@ -7,7 +7,7 @@ import jax
 from jax import P
 
 from research.core.errors import Invalid
-from research.parallel.mesh import MAY_STAY_WHOLE, Mesh, as_tuple, rules_in_use
+from research.parallel.mesh import IF_DIVIDED, MAY_STAY_WHOLE, Mesh, as_tuple, rules_in_use
 
 
 def axis_size(name: str) -> int:
@@ -29,7 +29,18 @@ def splits() -> bool:
 
 def on_each(size: int, name: str) -> int:
   """Returns the size that one device has of an array axis `name` of this size, at least 1."""
-  return max(1, size // axis_size(name))
+  sizes = dict(jax.sharding.get_abstract_mesh().shape)
+  axes = _claimed(name, size, rules_in_use.get() or {}, sizes)
+  return max(1, size // math.prod(sizes[axis] for axis in axes))
+
+
+def _claimed(name: str | None, size: int | None, rules: dict, sizes: dict) -> list[str]:
+  """Returns the mesh axes of more than one device that the rules have for an array axis of this size."""
+  axes = [axis for axis in as_tuple(rules.get(name)) if sizes.get(axis, 1) > 1]
+  optional = IF_DIVIDED.get(name)
+  if optional in axes and size is not None and size % math.prod(sizes[axis] for axis in axes):
+    axes.remove(optional)
+  return axes
 
 
 def spec(*names: str | None, shape: tuple[int, ...] | None = None) -> P:
@@ -44,9 +55,8 @@ def spec(*names: str | None, shape: tuple[int, ...] | None = None) -> P:
   taken = set()
   parts = []
   for i, name in enumerate(names):
-    axes = tuple(
-      axis for axis in as_tuple(rules.get(name)) if sizes.get(axis, 1) > 1 and axis not in taken
-    )
+    claimed = _claimed(name, None if shape is None else shape[i], rules, sizes)
+    axes = tuple(axis for axis in claimed if axis not in taken)
     if shape is not None and shape[i] % math.prod(sizes[axis] for axis in axes):
       axes = ()
     taken.update(axes)
@@ -72,7 +82,7 @@ def check(parameters: Mapping[str, tuple[tuple[str | None, ...], tuple[int, ...]
     )
     for name, size in zip(names, shape, strict=True):
       rule = rules.get(name)
-      axes = [axis for axis in as_tuple(rule) if sizes.get(axis, 1) > 1]
+      axes = _claimed(name, size, rules, sizes)
       clash = [axis for axis in axes if axis in taken]
       if clash and isinstance(rule, str):
         why = (

@@ -24,6 +24,8 @@ ARRAY_AXES = (
 # Batches are split over every mesh axis with examples of its own, and sequences over context. The 'embed' axis
 # of a parameter is split over the mesh axes that would otherwise hold copies (ZeRO-3; data has copies). The
 # axis that is not contracted with the residual stream is split over tensor (Megatron), and experts over expert.
+# The vocabulary lies before and after a pipeline, so its stages share it: each looks up, and multiplies with, a
+# part of it.
 RULES = {
   'batch': ('data', 'fsdp', 'expert'),
   'length': 'context',
@@ -31,7 +33,7 @@ RULES = {
   'heads': 'tensor',
   'kv_heads': 'tensor',
   'mlp': 'tensor',
-  'vocab': 'tensor',
+  'vocab': ('tensor', 'stage'),
   'expert': 'expert',
   'layers': 'stage',
   # The channels of parts that carry a state along the sequence: each device has the whole sequence.
@@ -42,6 +44,9 @@ RULES = {
 }
 # Grouped queries have few key heads. If there are fewer of them than devices, every device has all of them.
 MAY_STAY_WHOLE = ('kv_heads',)
+# Mesh axes that split an array axis only if they divide it. If the vocabulary does not suit them, every stage
+# has a copy of it.
+IF_DIVIDED = {'vocab': 'stage'}
 
 rules_in_use = contextvars.ContextVar('rules', default=None)
 _platform = contextvars.ContextVar('platform', default=None)

@@ -13,6 +13,7 @@ import pytest
 from research.compilation import chips, hlo
 from research.compilation import report as report_module
 from research.compilation.report import DoesNotFit, compile_run, lower, memory
+from research.compilation.show import show
 from research.core import configs
 from research.core.errors import UserError
 from research.model import counts
@@ -152,6 +153,24 @@ def test_every_large_input_is_split(fsdp):
   assert len(large) > 10
   assert not [x.shape for x, s in large if math.prod(s.shard_shape(x.shape)) * 8 != x.size]
   assert all(s.shard_shape((8, 32)) == (1, 32) for s in jax.tree.leaves(batch))
+
+
+def test_stages_have_no_copies_of_the_vocabulary_and_the_report_tells_the_bubble():
+  """Every parameter but norms is split over all devices."""
+  mesh = Mesh(data=1, fsdp=2, stage=4)
+  run = tiny('LAYERS=4', mesh=mesh)
+  report = compile_run(run, 'here')
+  assert report['pipeline'] == {
+    'axis': 'stage', 'stages': 4, 'rounds': 1, 'microbatches': 4, 'ticks': 7, 'bubble': 3 / 7,
+  }  # fmt: skip
+  total = counts.count(run.model, run.train.lengths).params_total
+  assert report['memory']['parameters'] == pytest.approx(4 * total / 8, rel=0.02)
+  assert 'a stage is idle in 42.9% of them' in show(report)
+  # Without the rule every stage had all of the table and of the head.
+  copied = dataclasses.replace(mesh, rules={'vocab': 'tensor'})
+  before = compile_run(dataclasses.replace(run, mesh=copied), 'here')['memory']['parameters']
+  vocabulary = 2 * 384 * 64 * 4 / 2
+  assert before - report['memory']['parameters'] == vocabulary - vocabulary / 4
 
 
 def test_the_report_counts_the_state_and_the_batch(fsdp):

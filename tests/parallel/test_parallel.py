@@ -16,11 +16,13 @@ import pytest
 from families import tiny
 from flax import nnx
 
+from research.compilation import hlo
 from research.core.errors import Invalid
 from research.model import pipeline, positions
 from research.model.attention import visible
 from research.model.experts import Experts
 from research.model.kernels import dot_product, ring
+from research.model.part import Context
 from research.parallel import axes, hosts
 from research.parallel.mesh import Mesh
 from research.training.losses import CrossEntropy
@@ -289,11 +291,31 @@ def test_every_choice_comes_to_its_expert_however_full():
     np.testing.assert_allclose(b, a, rtol=0, atol=TOLERANCE * np.abs(a).max())
 
 
-def test_a_pipeline_waits_as_long_as_it_says():
-  schedule = pipeline.Schedule('stage', stages=4, rounds=2, microbatches=8)
-  assert schedule.ticks == 2 * 8 + 3
-  assert schedule.bubble == 3 / 19
-  assert pipeline.Schedule('stage', 4, 1, 8).bubble == 3 / 11
+@pytest.mark.parametrize(
+  ('stages', 'rounds', 'microbatches', 'bubble'),
+  [(4, 1, 8, 3 / 11), (4, 2, 8, 3 / 19), (2, 2, 3, 1 / 7), (2, 1, 2, 1 / 3)],
+)
+def test_a_pipeline_waits_as_long_as_it_says(stages, rounds, microbatches, bubble):
+  """Of the loop that runs: the ticks of the compiled one, and those whose result counts."""
+
+  def block(x, layers, context):
+    return x + jnp.sum(layers), {'counts': 1.0}
+
+  mesh = Mesh(data=1, stage=stages, stage_rounds=rounds, stage_microbatches=microbatches)
+  with mesh.use(jax.devices()[:stages]):
+    schedule = pipeline.schedule_of(2 * stages * rounds)
+    layers = pipeline.over_stages(jnp.ones(2 * stages * rounds))
+    x = jnp.zeros((microbatches, 1, 1))
+    context = Context(positions=jnp.zeros((microbatches, 1), int))
+    run = functools.partial(pipeline.pipelined, schedule, block, context=context)
+    run = jax.jit(run).lower(layers, x).compile()
+    y, penalties = run(layers, x)
+  ticks = max(hlo.trip_counts(run.as_text()).values())
+  # A penalty is the mean over microbatches, of which every stage computes each once a round.
+  busy = float(penalties['counts']) * microbatches / stages
+  assert 1 - busy / ticks == pytest.approx(bubble, abs=1e-6)
+  assert (schedule.ticks, schedule.bubble) == (ticks, pytest.approx(bubble))
+  assert (np.asarray(y) == 2 * stages * rounds).all()
 
 
 @pytest.mark.parametrize(

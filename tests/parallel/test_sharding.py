@@ -64,6 +64,19 @@ def test_names_become_places_only_where_they_fit():
     assert axes.spec('embed', 'mlp') == P(None, None)
 
 
+def test_stages_share_the_vocabulary_where_they_divide_it():
+  with Mesh(data=1, stage=4, tensor=2).use():
+    assert axes.spec('vocab', 'embed', shape=(16, 8)) == P(('tensor', 'stage'), None)
+    assert axes.on_each(16, 'vocab') == 2
+    axes.check({'tokens': (('vocab', 'embed'), (18, 8))})
+    assert axes.spec('vocab', 'embed', shape=(18, 8)) == P('tensor', None)
+    assert axes.on_each(18, 'vocab') == 9
+    with pytest.raises(Invalid, match="tensor 2 does not divide the 17 'vocab'"):
+      axes.check({'tokens': (('vocab', 'embed'), (17, 8))})
+  with Mesh(data=1, fsdp=2, stage=4, rules={'vocab': None}).use():
+    assert axes.spec('vocab', 'embed', shape=(16, 8)) == P(None, 'fsdp')
+
+
 def test_parameters_are_split_over_every_axis_that_would_hold_copies_of_them():
   with Mesh(data=1, fsdp=2, context=2, expert=2).use():
     assert axes.spec('batch', 'length') == P(('fsdp', 'expert'), 'context')
