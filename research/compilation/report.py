@@ -79,14 +79,14 @@ def device_bytes(tree) -> int:
   )
 
 
-def remat_of(tree) -> str:
-  """Returns the rematerialisation policy of a model's first stack, from its tree of partials."""
-  policies = []
+def of_first_stack(tree, field: str, default):
+  """Returns a knob of a model's first stack, from the model's tree of partials."""
+  found = []
 
   def walk(value):
     if hasattr(value, 'keywords'):
       if getattr(value.func, '__name__', '') == 'Stack':
-        policies.append(value.keywords.get('remat', 'full'))
+        found.append(value.keywords.get(field, default))
       for v in value.keywords.values():
         walk(v)
     elif isinstance(value, list | tuple):
@@ -94,7 +94,12 @@ def remat_of(tree) -> str:
         walk(v)
 
   walk(tree)
-  return policies[0] if policies else 'full'
+  return found[0] if found else default
+
+
+def remat_of(tree) -> str:
+  """Returns the rematerialisation policy of a model's first stack, from the model's tree of partials."""
+  return of_first_stack(tree, 'remat', 'full')
 
 
 def flops(run: Run) -> dict[str, float]:
@@ -109,7 +114,8 @@ def flops(run: Run) -> dict[str, float]:
   head = 6 * (count.params_with_head - count.params_non_embedding)
   mixing = count.flops_attention_causal - count.flops_6n_with_head
   all_but_head = (count.flops_attention_causal - head) / 3
-  recomputed = {'none': 0.0, 'dots': mixing / 3}.get(remat_of(run.model), all_but_head)
+  times = 1 if of_first_stack(run.model, 'remat_layers', 1) == 1 else 2
+  recomputed = {'none': 0.0, 'dots': mixing / 3}.get(remat_of(run.model), times * all_but_head)
   return {
     'model_flops': tokens * count.flops_attention_causal,
     'hardware_flops': tokens * (count.flops_attention_causal + recomputed),

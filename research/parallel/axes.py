@@ -1,13 +1,22 @@
 """Splits, gathers and checks the axes of arrays on the mesh in use."""
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import jax
 from jax import P
 
 from research.core.errors import Invalid
-from research.parallel.mesh import IF_DIVIDED, MAY_STAY_WHOLE, Mesh, as_tuple, rules_in_use
+from research.parallel.mesh import (
+  IF_DIVIDED,
+  LAST,
+  MAY_STAY_WHOLE,
+  Mesh,
+  as_tuple,
+  rules_in_use,
+  sum_dtype,
+)
 
 
 def axis_size(name: str) -> int:
@@ -134,15 +143,63 @@ def gather(x: jax.Array, *names: str | None) -> jax.Array:
   if not over and not copies:
     return x
 
-  def collect(x):
+  def collect(x, steps):
     x = jax.lax.pcast(x, copies, to='reduced') if copies else x
     for i, axes in gathered.items():
-      x = jax.lax.all_gather(x, axes, axis=i, tiled=True, to='reduced')
+      for step in steps(axes):
+        x = jax.lax.all_gather(x, step, axis=i, tiled=True, to='reduced')
     return x
 
   in_specs = P(*(axes or None for axes in source))
   out_specs = P(*(axes or None for axes in target), reduced=over | set(copies))
-  return jax.shard_map(collect, in_specs=in_specs, out_specs=out_specs)(x)
+
+  def mapped(steps, x):
+    part = functools.partial(collect, steps=steps)
+    return jax.shard_map(part, in_specs=in_specs, out_specs=out_specs)(x)
+
+  return gathered_by(mapped, x, over)
+
+
+def gathered_by(collect, x: jax.Array, over: Iterable[str]) -> jax.Array:
+  """Gathers a parameter by a linear function, and adds up its gradient as the mesh in use says.
+
+  The gradient is added up in `Mesh.sum_dtype`, and over the mesh axes of `mesh.LAST` after all others. Over a
+  whole slice at once, XLA for TPUs would make an all-reduce of the reduce-scatter. The gather is one step.
+
+  Args:
+    collect: `collect(steps, x)` gathers x over the mesh axes of each of `steps(axes)`, in turn.
+    x: the parameter.
+    over: the mesh axes that `collect` gathers over.
+  """
+  dtype = sum_dtype() or x.dtype
+  if x.dtype == dtype and not set(over) & set(LAST):
+    return collect(_at_once, x)
+
+  @jax.custom_vjp
+  def whole(x):
+    return collect(_at_once, x)
+
+  def forward(x):
+    return whole(x), x
+
+  def backward(x, gradient):
+    # The function is linear: of this forward pass nothing is computed.
+    add_up = jax.vjp(functools.partial(collect, _last_first), x.astype(dtype))[1]
+    return (add_up(gradient.astype(dtype))[0].astype(x.dtype),)
+
+  whole.defvjp(forward, backward)
+  return whole(x)
+
+
+def _at_once(axes: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+  return (axes,)
+
+
+def _last_first(axes: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+  """Returns the steps of a gather whose reverse has the axes of `mesh.LAST` last."""
+  last = tuple(axis for axis in axes if axis in LAST)
+  others = tuple(axis for axis in axes if axis not in LAST)
+  return tuple(step for step in (last, others) if step)
 
 
 def per_device(f, *, in_specs, out_specs):

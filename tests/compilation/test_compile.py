@@ -4,8 +4,10 @@ import dataclasses
 import importlib.util
 import math
 import os
+import re
 import subprocess
 import sys
+from collections import Counter
 
 import jax
 import pytest
@@ -128,6 +130,38 @@ def test_fsdp_is_all_gather_and_reduce_scatter_of_the_right_sizes(fsdp):
   # What is left are norms' scales and scalars.
   small = 4 * sum(x.size for x in jax.tree.leaves(params)) - 4 * matrices(state)
   assert moved('all-reduce') <= 2 * small + 4 * 64
+
+
+@pytest.mark.parametrize(('dtype', 'asked', 'summed'), [
+  ('bfloat16', None, 'bf16'), ('bfloat16', 'float32', 'f32'), ('float32', 'bfloat16', 'bf16'),
+])  # fmt: skip
+def test_gradients_are_added_up_in_the_dtype_that_the_mesh_says(dtype, asked, summed):
+  run = tiny(f"LanguageModel.dtype='{dtype}'", mesh=Mesh(data=1, fsdp=8, sum_dtype=asked))
+  with run.mesh.use() as mesh:
+    # Before XLA for CPUs, which computes some of bfloat16 in float32.
+    text = lower(run, mesh)[0].as_text()
+  found = re.findall(
+    r'"stablehlo.reduce_scatter".*?\}\) : \(tensor<[\dx]*x(\w+)>\)', text, re.DOTALL
+  )
+  assert len(found) >= 9  # the matrices of a layer, the table and the head
+  assert set(found) == {summed}
+
+
+def test_gradients_are_added_up_over_one_side_and_then_the_other():
+  """Reduce-scatters over fsdp have whole gradients, those over fsdp_outer what is left; gathers are joint."""
+  run = tiny(mesh=Mesh(data=1, fsdp=4, fsdp_outer=2))
+  with run.mesh.use() as mesh:
+    lowered, state, *_ = lower(run, mesh)
+    found = hlo.collectives(lowered.compile().as_text())
+  sizes = dict(mesh.shape)
+  moved = Counter()
+  for c in found:
+    moved[c.kind, '+'.join(hlo.axes_of(c.group, sizes))] += c.count * c.bytes
+  split = sum(x.size for x in jax.tree.leaves(state['params']) if 'fsdp' in str(x.sharding.spec))
+  assert moved['reduce-scatter', 'fsdp'] == 4 * split
+  assert moved['reduce-scatter', 'fsdp_outer'] == 4 * split / 4
+  assert ('reduce-scatter', 'fsdp_outer+fsdp') not in moved
+  assert {axes for kind, axes in moved if kind == 'all-gather'} == {'fsdp_outer+fsdp'}
 
 
 def test_nothing_is_whole_that_should_be_split(fsdp):

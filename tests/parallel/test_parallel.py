@@ -170,10 +170,28 @@ def test_products_of_two_change_nothing(name, kinds):
   check(name, **{kind: KINDS[kind] for kind in kinds})
 
 
+def test_a_sum_in_bfloat16_rounds_gradients_and_nothing_else():
+  (loss, _, grads), params = one_device('decoder')
+  (loss2, _, grads2), _ = results(
+    'decoder', Mesh(data=2, fsdp=4, sum_dtype='bfloat16'), params=params
+  )
+  np.testing.assert_allclose(loss2, loss, rtol=TOLERANCE)
+  matrices = [
+    (g, g2) for g, g2 in zip(*map(jax.tree.leaves, (grads, grads2)), strict=True) if g.ndim > 2
+  ]
+  for g, g2 in matrices:
+    # Seven sums of numbers of 8 bits.
+    np.testing.assert_allclose(g2, g, rtol=0, atol=8 * 2**-9 * np.abs(g).max())
+    assert (g2 != g).any()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ('name', 'sizes'),
   [
+    ('decoder', {'data': 2, 'fsdp': 2, 'fsdp_outer': 2, 'sum_dtype': 'float32'}),
+    ('moe', {'fsdp': 2, 'fsdp_outer': 2, 'expert': 2}),
+    ('decoder', {'stage': 2, 'fsdp': 2, 'fsdp_outer': 2}),
     ('decoder', {'tensor': 2, 'context': 2, 'rules': SEQUENCE_PARALLEL}),
     ('encoder_decoder', {'tensor': 2, 'rules': SEQUENCE_PARALLEL}),
     ('moe', {'tensor': 2, 'expert': 2, 'rules': SEQUENCE_PARALLEL}),
