@@ -7,12 +7,12 @@ Forward and backward of 18,432 rows through 8 experts on one device. Needs libtp
 
 from research.compilation import chips, hlo
 
-chips.prepare('v5p:2x2x1')
+chips.prepare('v5p:2x2x1')  # before jax is imported
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.experimental.pallas.ops.tpu.megablox import gmm
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+from jax.experimental.pallas.ops.tpu.megablox import gmm  # noqa: E402
 
 ROWS, EMBED, MLP, EXPERTS = 18432, 4096, 14336, 8
 
