@@ -47,8 +47,9 @@ if __name__ == '__main__':
 
 
 from research.compilation import decoding
-from research.compilation.report import compile_run, show
+from research.compilation.report import compile_run
 from research.compilation.search import search, show_rows
+from research.compilation.show import show
 from research.core import configs
 
 

@@ -20,6 +20,13 @@ HEAD = (
 ROWS = {
   'gpt2_124m': ('gpt2_124m', 'v5e:4x4', 2, ()),
   'llama2_7b': ('llama2_7b', 'v5e:16x16', 1, ()),
+  'llama2_7b_outer': ('llama2_7b', 'v5e:16x16', 1, ('mesh.Mesh.fsdp_outer=8',)),
+  'llama2_7b_two_layers': (
+    'llama2_7b',
+    'v5e:16x16',
+    1,
+    ('mesh.Mesh.fsdp_outer=8', 'stack.Stack.remat_layers=2'),
+  ),
   'llama2_7b_microbatches': ('llama2_7b', 'v5e:16x16', 1, ('Run.microbatches=4',)),
   'llama2_7b_offload': ('llama2_7b', 'v5e:16x16', 1, ("stack.Stack.remat='offload'",)),
   'llama2_7b_v5p': ('llama2_7b_v5p', 'v5p:2x4x4', 1, ()),

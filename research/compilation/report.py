@@ -4,6 +4,7 @@ Memory and collectives are those of the program that XLA compiles for the topolo
 that this machine lacks. Times are computed from the chip's peak rates; they were not measured on a TPU.
 """
 
+import dataclasses
 import math
 import operator
 import time
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from research.compilation import chips, hlo, traffic
 from research.core.errors import UserError
 from research.model import counts
+from research.model.pipeline import schedule_in_use
 from research.parallel import axes
 from research.training import checks
 from research.training.program import make_program, mesh_of
@@ -77,14 +79,14 @@ def device_bytes(tree) -> int:
   )
 
 
-def remat_of(tree) -> str:
-  """Returns the rematerialisation policy of a model's first stack, from its tree of partials."""
-  policies = []
+def of_first_stack(tree, field: str, default):
+  """Returns a knob of a model's first stack, from the model's tree of partials."""
+  found = []
 
   def walk(value):
     if hasattr(value, 'keywords'):
       if getattr(value.func, '__name__', '') == 'Stack':
-        policies.append(value.keywords.get('remat', 'full'))
+        found.append(value.keywords.get(field, default))
       for v in value.keywords.values():
         walk(v)
     elif isinstance(value, list | tuple):
@@ -92,11 +94,16 @@ def remat_of(tree) -> str:
         walk(v)
 
   walk(tree)
-  return policies[0] if policies else 'full'
+  return found[0] if found else default
+
+
+def remat_of(tree) -> str:
+  """Returns the rematerialisation policy of a model's first stack, from the model's tree of partials."""
+  return of_first_stack(tree, 'remat', 'full')
 
 
 def flops(run: Run) -> dict[str, float]:
-  """Returns the FLOPs of a step on all devices: those of the model, and those with recomputation.
+  """Returns the FLOPs of a step on all devices: those of the model, with recomputation, and of the head alone.
 
   The model's FLOPs count only visible pairs of attention. The forward pass is a third of a step. By the policy,
   the backward pass computes again: nothing ('none'), the products of attention ('dots' stores those without a
@@ -107,10 +114,12 @@ def flops(run: Run) -> dict[str, float]:
   head = 6 * (count.params_with_head - count.params_non_embedding)
   mixing = count.flops_attention_causal - count.flops_6n_with_head
   all_but_head = (count.flops_attention_causal - head) / 3
-  recomputed = {'none': 0.0, 'dots': mixing / 3}.get(remat_of(run.model), all_but_head)
+  times = 1 if of_first_stack(run.model, 'remat_layers', 1) == 1 else 2
+  recomputed = {'none': 0.0, 'dots': mixing / 3}.get(remat_of(run.model), times * all_but_head)
   return {
     'model_flops': tokens * count.flops_attention_causal,
     'hardware_flops': tokens * (count.flops_attention_causal + recomputed),
+    'head_flops': tokens * head,
   }
 
 
@@ -187,9 +196,20 @@ def compile_run(run: Run, topology: str, slices: int = 1, keep_hlo: str | None =
       'remat': remat_of(run.model), 'compile_s': seconds,
       'memory': memory(compiled, state, batch, fixed, chip),
       **flops(run), 'moved_bytes_per_device': traffic.moved_bytes(text),
-      'collectives': network(hlo.collectives(text), mesh, chip, topology),
+      'collectives': network(hlo.collectives(text), mesh, chip, topology), 'pipeline': pipeline(),
     }  # fmt: skip
   return report | roofline(report, chip) if chip else report
+
+
+def pipeline() -> dict | None:
+  """Returns the schedule of a pipeline on the mesh in use; None without stages.
+
+  `bubble` is the fraction of the ticks of its loop in which a stage is idle. Backwards it is the same.
+  """
+  schedule = schedule_in_use()
+  if schedule is None:
+    return None
+  return {**dataclasses.asdict(schedule), 'ticks': schedule.ticks, 'bubble': schedule.bubble}
 
 
 def memory(compiled, state, batch, fixed, chip) -> dict[str, float]:
@@ -213,13 +233,18 @@ def memory(compiled, state, batch, fixed, chip) -> dict[str, float]:
 
 
 def roofline(report: dict, chip: chips.Chip) -> dict:
-  """Returns the seconds of each resource at its peak; a step takes at least the largest, at most their sum."""
+  """Returns the seconds of each resource at its peak; a step takes at least the largest, at most their sum.
+
+  The ticks in which a stage of a pipeline is idle are in the seconds of arithmetic.
+  """
 
   def network_seconds(kind: str) -> float:
     return sum(c.get('seconds', 0) for c in report['collectives'] if c.get('network') == kind)
 
+  busy = 1 - report['pipeline']['bubble'] if report['pipeline'] else 1.0
+  in_layers = report['hardware_flops'] - report['head_flops']
   terms = {
-    'compute_s': report['hardware_flops'] / report['devices'] / chip.flops,
+    'compute_s': (report['head_flops'] + in_layers / busy) / report['devices'] / chip.flops,
     'hbm_s': report['moved_bytes_per_device'] / chip.hbm_rate,
     'ici_s': network_seconds('ICI'),
     'dcn_s': network_seconds('DCN'),
@@ -246,43 +271,3 @@ def _advice(run: Run, error: str, state: int, chip) -> str:
       'halve the activations in memory: double Run.microbatches, or Mesh.tensor or Mesh.context'
     )
   return f'the step does not fit a device ({used}; state {state / GIB:.2f} GiB): {remedy}.'
-
-
-def show(report: dict) -> str:
-  """Returns the report as a table."""
-  mesh = ' x '.join(f'{k} {v}' for k, v in report['mesh'].items() if v > 1) or 'one device'
-  memory = report['memory']
-  keys = ['parameters', 'optimizer', 'frozen', 'batch', 'temporaries', 'total', 'peak', 'host']
-  if not memory['frozen']:
-    keys.remove('frozen')
-  lines = [
-    f'{report["topology"]} x {report["slices"]}: {report["devices"]} devices, mesh {mesh}, batch '
-    f'{report["batch_size"]:,}, remat {report["remat"]}; compiled in {report["compile_s"]:.0f} s',
-    'memory per device:',
-    *(f'  {key:12}{_gib(memory[key])}' for key in keys),
-  ]
-  if memory['limit']:
-    share = memory['peak'] / memory['limit']
-    lines.append(f'  {"of":12}{_gib(memory["limit"])}  ({share:.0%})')
-  lines += [
-    f'FLOPs of a step: {report["model_flops"]:.3e}; {report["hardware_flops"]:.3e} with recomputation',
-    'collectives of a step, per device:',
-    f'  {"kind":20}{"axes":16}{"count":>7}{"MiB each":>10}  seconds at peak',
-  ]
-  for c in report['collectives']:
-    timed = f'{c["seconds"]:.4f} {c["network"]}' if 'seconds' in c else ''
-    lines.append(
-      f'  {c["kind"]:20}{c["axes"]:16}{c["count"]:>7,}{c["bytes"] / 2**20:>10.2f}  {timed}'
-    )
-  if 'mfu' in report:
-    terms = ', '.join(f'{k} {report[f"{k}_s"]:.3f} s' for k in ('compute', 'hbm', 'ici', 'dcn'))
-    lines += [
-      f'roofline: {terms}',
-      f'a step takes {report["predicted_step_s"]:.3f} s and has an MFU of {report["mfu"]:.0%} if all of these '
-      f'overlap at their peaks; {report["no_overlap_step_s"]:.3f} s, {report["no_overlap_mfu"]:.0%} if none do',
-    ]
-  return '\n'.join(lines)
-
-
-def _gib(size: float) -> str:
-  return f'{size / GIB:8.3f} GiB'

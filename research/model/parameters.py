@@ -16,7 +16,7 @@ from flax import nnx
 
 from research.core.errors import Invalid, UserError, did_you_mean
 from research.model.kernels.few_rows import FEW_ROWS, few_rows
-from research.parallel.axes import gather, shard, spec, spec_of, splits
+from research.parallel.axes import gather, gathered_by, shard, spec, spec_of, splits
 from research.parallel.mesh import as_tuple, platform
 
 Initializer = Callable[..., jax.Array]
@@ -250,10 +250,15 @@ def look_up(table: jax.Array, rows: str | None, index: jax.Array) -> jax.Array:
   embed_axes = as_tuple(table_spec[1])
   token_axes = as_tuple(index_spec[0]) + as_tuple(index_spec[1])
 
+  def collect(steps, table):
+    for step in steps(embed_axes):
+      table = jax.lax.all_gather(table, step, axis=1, tiled=True)
+    return table
+
   def local(table, index):
     table = jax.lax.pcast(table, tuple(set(token_axes) - {*embed_axes, *row_axes}), to='varying')
     if embed_axes:
-      table = jax.lax.all_gather(table, embed_axes, axis=1, tiled=True)
+      table = gathered_by(collect, table, embed_axes)
     if not row_axes:
       return table.at[index].get(mode='clip')
     index = index - jax.lax.axis_index(row_axes) * table.shape[0]

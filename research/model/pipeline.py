@@ -57,11 +57,11 @@ def over_stages(x: jax.Array) -> jax.Array:
   return jax.sharding.reshard(x, jax.P(stages, *axes_of(x)[1:]))
 
 
-def schedule_of(layers: int) -> Schedule | None:
-  """Returns the schedule of a stack of layers on the mesh in use; None if the mesh has no stages.
+def schedule_in_use() -> Schedule | None:
+  """Returns the schedule of every stack on the mesh in use; None if the mesh has no stages.
 
   Raises:
-    Invalid: the layers are not a multiple of stages x rounds, or there are too few microbatches.
+    Invalid: there are too few microbatches.
   """
   axis = spec('layers')[0]
   if axis is None:
@@ -75,13 +75,23 @@ def schedule_of(layers: int) -> Schedule | None:
       'raise it or lower Mesh.stage.'
     )
     raise Invalid(Mesh, 'stage_microbatches', why)
-  if layers % (stages * rounds):
+  return Schedule(axis, stages, rounds, microbatches)
+
+
+def schedule_of(layers: int) -> Schedule | None:
+  """Returns the schedule of a stack of layers on the mesh in use; None if the mesh has no stages.
+
+  Raises:
+    Invalid: the layers are not a multiple of stages x rounds, or there are too few microbatches.
+  """
+  schedule = schedule_in_use()
+  if schedule is not None and layers % (schedule.stages * schedule.rounds):
     why = (
-      f'a stack of {layers} layers cannot be cut into {stages} stages x {rounds} rounds of equal blocks; '
-      'change Mesh.stage, Mesh.stage_rounds or the number of layers.'
+      f'a stack of {layers} layers cannot be cut into {schedule.stages} stages x {schedule.rounds} '
+      'rounds of equal blocks; change Mesh.stage, Mesh.stage_rounds or the number of layers.'
     )
     raise Invalid(Mesh, 'stage', why)
-  return Schedule(axis, stages, rounds, microbatches)
+  return schedule
 
 
 def pipelined(

@@ -13,6 +13,7 @@ from research.model.parameters import check_sizes
 from research.model.part import Context, Cost, Factory, cost_of
 from research.model.pipeline import over_stages, pipelined, schedule_of
 from research.model.residual import add_penalties
+from research.parallel.axes import axes_of, spec_of
 
 # What the backward pass has stored of the forward pass of a layer. It computes everything else again.
 _LAYER_INPUT = 'layer_input'
@@ -42,6 +43,9 @@ class Stack(nnx.Module):
       unrolled, which runs faster in a small model. The parameters are the same.
     remat: what the backward pass computes again: 'none' nothing, 'full' everything, 'dots' everything but
       matrix products, 'offload' everything, from layer inputs that are stored in the host's memory.
+    remat_layers: of so many consecutive layers only the input of the first is stored (Chen et al. 2016,
+      arXiv:1604.06174). With more than 1 the backward pass begins with another forward pass. It divides the
+      layers (of a block of a pipeline), and needs `scan` and `remat = 'full'`.
   """
 
   def __init__(
@@ -55,14 +59,19 @@ class Stack(nnx.Module):
     bias: Factory | None = None,
     scan: bool = True,
     remat: str = 'full',
+    remat_layers: int = 1,
     rngs: nnx.Rngs,
   ):
-    check_sizes(Stack, repeats=repeats)
+    check_sizes(Stack, repeats=repeats, remat_layers=remat_layers)
     if remat not in REMAT:
       raise Invalid(Stack, 'remat', f'there is no policy {remat!r}.{did_you_mean(remat, REMAT)}')
+    if remat_layers > 1 and not (scan and remat == 'full'):
+      why = f"{remat_layers} needs Stack.scan = True and Stack.remat = 'full'."
+      raise Invalid(Stack, 'remat_layers', why)
     self.repeats = repeats
     self.scan = scan
     self.remat = remat
+    self.remat_layers = remat_layers
 
     def build(key, part):
       parts = part if isinstance(part, tuple | list) else (part,)
@@ -131,6 +140,8 @@ class Stack(nnx.Module):
     if self.remat != 'none':
       layer = jax.checkpoint(layer, policy=REMAT[self.remat], prevent_cse=not self.scan)
     if self.scan and self.layers is None:
+      if self.remat_layers > 1:
+        layer, stacked = self.in_groups(layer, stacked)
       x, penalties = jax.lax.scan(layer, x, stacked)
       return x, jax.tree.map(jnp.sum, penalties)
     penalties = {}
@@ -138,6 +149,25 @@ class Stack(nnx.Module):
       x, penalty = layer(x, sublayers)
       penalties = add_penalties(penalties, penalty)
     return x, penalties
+
+  def in_groups(self, layer, stacked):
+    """Returns a function of `remat_layers` layers that stores only their input, and the parameters for it."""
+    n = jax.tree.leaves(stacked)[0].shape[0]
+    if n % self.remat_layers:
+      why = f'{self.remat_layers} does not divide the {n} layers in a row.'
+      raise Invalid(Stack, 'remat_layers', why)
+
+    def group(x, layers):
+      x, penalties = jax.lax.scan(layer, x, layers)
+      return x, jax.tree.map(jnp.sum, penalties)
+
+    def grouped(w):
+      where = spec_of(w)
+      where = None if where is None else jax.P(None, *axes_of(w))
+      return w.reshape(-1, self.remat_layers, *w.shape[1:], out_sharding=where)
+
+    group = jax.checkpoint(group, policy=REMAT['full'], prevent_cse=False)
+    return group, jax.tree.map(grouped, stacked)
 
 
 class Stacks(nnx.Module):

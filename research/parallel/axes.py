@@ -1,13 +1,22 @@
 """Splits, gathers and checks the axes of arrays on the mesh in use."""
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import jax
 from jax import P
 
 from research.core.errors import Invalid
-from research.parallel.mesh import MAY_STAY_WHOLE, Mesh, as_tuple, rules_in_use
+from research.parallel.mesh import (
+  IF_DIVIDED,
+  LAST,
+  MAY_STAY_WHOLE,
+  Mesh,
+  as_tuple,
+  rules_in_use,
+  sum_dtype,
+)
 
 
 def axis_size(name: str) -> int:
@@ -29,7 +38,18 @@ def splits() -> bool:
 
 def on_each(size: int, name: str) -> int:
   """Returns the size that one device has of an array axis `name` of this size, at least 1."""
-  return max(1, size // axis_size(name))
+  sizes = dict(jax.sharding.get_abstract_mesh().shape)
+  axes = _claimed(name, size, rules_in_use.get() or {}, sizes)
+  return max(1, size // math.prod(sizes[axis] for axis in axes))
+
+
+def _claimed(name: str | None, size: int | None, rules: dict, sizes: dict) -> list[str]:
+  """Returns the mesh axes of more than one device that the rules have for an array axis of this size."""
+  axes = [axis for axis in as_tuple(rules.get(name)) if sizes.get(axis, 1) > 1]
+  optional = IF_DIVIDED.get(name)
+  if optional in axes and size is not None and size % math.prod(sizes[axis] for axis in axes):
+    axes.remove(optional)
+  return axes
 
 
 def spec(*names: str | None, shape: tuple[int, ...] | None = None) -> P:
@@ -44,9 +64,8 @@ def spec(*names: str | None, shape: tuple[int, ...] | None = None) -> P:
   taken = set()
   parts = []
   for i, name in enumerate(names):
-    axes = tuple(
-      axis for axis in as_tuple(rules.get(name)) if sizes.get(axis, 1) > 1 and axis not in taken
-    )
+    claimed = _claimed(name, None if shape is None else shape[i], rules, sizes)
+    axes = tuple(axis for axis in claimed if axis not in taken)
     if shape is not None and shape[i] % math.prod(sizes[axis] for axis in axes):
       axes = ()
     taken.update(axes)
@@ -72,7 +91,7 @@ def check(parameters: Mapping[str, tuple[tuple[str | None, ...], tuple[int, ...]
     )
     for name, size in zip(names, shape, strict=True):
       rule = rules.get(name)
-      axes = [axis for axis in as_tuple(rule) if sizes.get(axis, 1) > 1]
+      axes = _claimed(name, size, rules, sizes)
       clash = [axis for axis in axes if axis in taken]
       if clash and isinstance(rule, str):
         why = (
@@ -124,15 +143,63 @@ def gather(x: jax.Array, *names: str | None) -> jax.Array:
   if not over and not copies:
     return x
 
-  def collect(x):
+  def collect(x, steps):
     x = jax.lax.pcast(x, copies, to='reduced') if copies else x
     for i, axes in gathered.items():
-      x = jax.lax.all_gather(x, axes, axis=i, tiled=True, to='reduced')
+      for step in steps(axes):
+        x = jax.lax.all_gather(x, step, axis=i, tiled=True, to='reduced')
     return x
 
   in_specs = P(*(axes or None for axes in source))
   out_specs = P(*(axes or None for axes in target), reduced=over | set(copies))
-  return jax.shard_map(collect, in_specs=in_specs, out_specs=out_specs)(x)
+
+  def mapped(steps, x):
+    part = functools.partial(collect, steps=steps)
+    return jax.shard_map(part, in_specs=in_specs, out_specs=out_specs)(x)
+
+  return gathered_by(mapped, x, over)
+
+
+def gathered_by(collect, x: jax.Array, over: Iterable[str]) -> jax.Array:
+  """Gathers a parameter by a linear function, and adds up its gradient as the mesh in use says.
+
+  The gradient is added up in `Mesh.sum_dtype`, and over the mesh axes of `mesh.LAST` after all others. Over a
+  whole slice at once, XLA for TPUs would make an all-reduce of the reduce-scatter. The gather is one step.
+
+  Args:
+    collect: `collect(steps, x)` gathers x over the mesh axes of each of `steps(axes)`, in turn.
+    x: the parameter.
+    over: the mesh axes that `collect` gathers over.
+  """
+  dtype = sum_dtype() or x.dtype
+  if x.dtype == dtype and not set(over) & set(LAST):
+    return collect(_at_once, x)
+
+  @jax.custom_vjp
+  def whole(x):
+    return collect(_at_once, x)
+
+  def forward(x):
+    return whole(x), x
+
+  def backward(x, gradient):
+    # The function is linear: of this forward pass nothing is computed.
+    add_up = jax.vjp(functools.partial(collect, _last_first), x.astype(dtype))[1]
+    return (add_up(gradient.astype(dtype))[0].astype(x.dtype),)
+
+  whole.defvjp(forward, backward)
+  return whole(x)
+
+
+def _at_once(axes: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+  return (axes,)
+
+
+def _last_first(axes: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+  """Returns the steps of a gather whose reverse has the axes of `mesh.LAST` last."""
+  last = tuple(axis for axis in axes if axis in LAST)
+  others = tuple(axis for axis in axes if axis not in LAST)
+  return tuple(step for step in (last, others) if step)
 
 
 def per_device(f, *, in_specs, out_specs):

@@ -16,7 +16,7 @@ import jax
 from research.core.errors import Invalid, did_you_mean
 
 # Outermost first: neighbours along the last axes are neighbours in the slice and have the fastest links.
-MESH_AXES = ('data', 'stage', 'fsdp', 'expert', 'context', 'tensor')
+MESH_AXES = ('data', 'stage', 'fsdp_outer', 'fsdp', 'expert', 'context', 'tensor')
 ARRAY_AXES = (
   'batch', 'length', 'embed', 'heads', 'kv_heads', 'head_dim', 'mlp', 'vocab', 'expert', 'layers', 'state',
   'channels', 'sequence',
@@ -24,14 +24,16 @@ ARRAY_AXES = (
 # Batches are split over every mesh axis with examples of its own, and sequences over context. The 'embed' axis
 # of a parameter is split over the mesh axes that would otherwise hold copies (ZeRO-3; data has copies). The
 # axis that is not contracted with the residual stream is split over tensor (Megatron), and experts over expert.
+# The vocabulary lies before and after a pipeline, so its stages share it: each looks up, and multiplies with, a
+# part of it.
 RULES = {
-  'batch': ('data', 'fsdp', 'expert'),
+  'batch': ('data', 'fsdp_outer', 'fsdp', 'expert'),
   'length': 'context',
-  'embed': ('fsdp', 'expert', 'context'),
+  'embed': ('fsdp', 'expert', 'context', 'fsdp_outer'),
   'heads': 'tensor',
   'kv_heads': 'tensor',
   'mlp': 'tensor',
-  'vocab': 'tensor',
+  'vocab': ('tensor', 'stage'),
   'expert': 'expert',
   'layers': 'stage',
   # The channels of parts that carry a state along the sequence: each device has the whole sequence.
@@ -42,9 +44,15 @@ RULES = {
 }
 # Grouped queries have few key heads. If there are fewer of them than devices, every device has all of them.
 MAY_STAY_WHOLE = ('kv_heads',)
+# Mesh axes that split an array axis only if they divide it. If the vocabulary does not suit them, every stage
+# has a copy of it.
+IF_DIVIDED = {'vocab': 'stage'}
+# Gradients are added up over these mesh axes in a step of its own, after all others.
+LAST = ('fsdp_outer',)
 
 rules_in_use = contextvars.ContextVar('rules', default=None)
 _platform = contextvars.ContextVar('platform', default=None)
+_sum_dtype = contextvars.ContextVar('sum_dtype', default=None)
 _pipeline = contextvars.ContextVar('pipeline', default=(1, None))
 
 
@@ -58,6 +66,9 @@ class Mesh:
   Attributes:
     data: copies of the parameters, each with its own examples.
     fsdp: splits examples, and parameters and optimizer state (ZeRO-3), which are gathered layer by layer.
+    fsdp_outer: splits as fsdp does; the product of both counts. Gradients are added up over `fsdp` first and
+      over `fsdp_outer` after that. XLA for TPUs does not reduce-scatter over a whole slice with equal sides,
+      but does over two rows of it and then over the others (experiments/tpu_fit/README.md).
     tensor: splits heads, MLPs and the vocabulary (Megatron).
     context: splits sequences.
     expert: splits experts, and examples.
@@ -65,12 +76,15 @@ class Mesh:
     stage_rounds: how often a microbatch passes through all stages.
     stage_microbatches: microbatches of a batch in the pipeline; None, the least, is as many as stages.
     dcn_data, dcn_stage: numbers of slices; dcn_data -1 is all of them.
+    sum_dtype: 'float32' or 'bfloat16', the dtype in which gradients of matrices and tables are added up over
+      devices; None is the dtype of activations.
     rules: replace entries of `RULES`; None keeps an axis whole. From a tuple of mesh axes an array takes those
       that its other axes do not use; a single mesh axis must not be used by another.
   """
 
   data: int = -1
   fsdp: int = 1
+  fsdp_outer: int = 1
   tensor: int = 1
   context: int = 1
   expert: int = 1
@@ -79,6 +93,7 @@ class Mesh:
   stage_microbatches: int | None = None
   dcn_data: int = -1
   dcn_stage: int = 1
+  sum_dtype: str | None = None
   rules: dict = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
@@ -90,6 +105,8 @@ class Mesh:
         )
     if self.stage_rounds < 1:
       raise Invalid(Mesh, 'stage_rounds', f'{self.stage_rounds} must be 1 or more.')
+    if self.sum_dtype not in (None, 'float32', 'bfloat16'):
+      raise Invalid(Mesh, 'sum_dtype', f"{self.sum_dtype!r} must be 'float32', 'bfloat16' or None.")
     if [getattr(self, axis) for axis in MESH_AXES].count(-1) > 1:
       raise Invalid(Mesh, 'data', 'only one mesh axis may be -1 (all the devices that are left).')
     for name, axes in self.rules.items():
@@ -163,6 +180,7 @@ class Mesh:
     mesh = self.arrange(devices)
     rules = rules_in_use.set(self.table)
     platform = _platform.set(devices[0].platform)
+    sum_dtype = _sum_dtype.set(self.sum_dtype)
     pipeline = _pipeline.set((self.stage_rounds, self.stage_microbatches))
     try:
       with jax.set_mesh(mesh):
@@ -171,6 +189,7 @@ class Mesh:
       rules_in_use.reset(rules)
       _platform.reset(platform)
       _pipeline.reset(pipeline)
+      _sum_dtype.reset(sum_dtype)
 
 
 def platform() -> str:
@@ -222,3 +241,8 @@ def as_tuple(axes) -> tuple:
 def pipeline_shape() -> tuple[int, int | None]:
   """Returns (rounds, microbatches) of a pipeline on the mesh in use; microbatches may be None."""
   return _pipeline.get()
+
+
+def sum_dtype() -> str | None:
+  """Returns `Mesh.sum_dtype` of the mesh in use."""
+  return _sum_dtype.get()

@@ -4,8 +4,10 @@ import dataclasses
 import importlib.util
 import math
 import os
+import re
 import subprocess
 import sys
+from collections import Counter
 
 import jax
 import pytest
@@ -13,6 +15,7 @@ import pytest
 from research.compilation import chips, hlo
 from research.compilation import report as report_module
 from research.compilation.report import DoesNotFit, compile_run, lower, memory
+from research.compilation.show import show
 from research.core import configs
 from research.core.errors import UserError
 from research.model import counts
@@ -129,6 +132,38 @@ def test_fsdp_is_all_gather_and_reduce_scatter_of_the_right_sizes(fsdp):
   assert moved('all-reduce') <= 2 * small + 4 * 64
 
 
+@pytest.mark.parametrize(('dtype', 'asked', 'summed'), [
+  ('bfloat16', None, 'bf16'), ('bfloat16', 'float32', 'f32'), ('float32', 'bfloat16', 'bf16'),
+])  # fmt: skip
+def test_gradients_are_added_up_in_the_dtype_that_the_mesh_says(dtype, asked, summed):
+  run = tiny(f"LanguageModel.dtype='{dtype}'", mesh=Mesh(data=1, fsdp=8, sum_dtype=asked))
+  with run.mesh.use() as mesh:
+    # Before XLA for CPUs, which computes some of bfloat16 in float32.
+    text = lower(run, mesh)[0].as_text()
+  found = re.findall(
+    r'"stablehlo.reduce_scatter".*?\}\) : \(tensor<[\dx]*x(\w+)>\)', text, re.DOTALL
+  )
+  assert len(found) >= 9  # the matrices of a layer, the table and the head
+  assert set(found) == {summed}
+
+
+def test_gradients_are_added_up_over_one_side_and_then_the_other():
+  """Reduce-scatters over fsdp have whole gradients, those over fsdp_outer what is left; gathers are joint."""
+  run = tiny(mesh=Mesh(data=1, fsdp=4, fsdp_outer=2))
+  with run.mesh.use() as mesh:
+    lowered, state, *_ = lower(run, mesh)
+    found = hlo.collectives(lowered.compile().as_text())
+  sizes = dict(mesh.shape)
+  moved = Counter()
+  for c in found:
+    moved[c.kind, '+'.join(hlo.axes_of(c.group, sizes))] += c.count * c.bytes
+  split = sum(x.size for x in jax.tree.leaves(state['params']) if 'fsdp' in str(x.sharding.spec))
+  assert moved['reduce-scatter', 'fsdp'] == 4 * split
+  assert moved['reduce-scatter', 'fsdp_outer'] == 4 * split / 4
+  assert ('reduce-scatter', 'fsdp_outer+fsdp') not in moved
+  assert {axes for kind, axes in moved if kind == 'all-gather'} == {'fsdp_outer+fsdp'}
+
+
 def test_nothing_is_whole_that_should_be_split(fsdp):
   run, compiled, state = fsdp
   shapes = {shape for _, _, shape in hlo.arrays(compiled.as_text())}
@@ -152,6 +187,24 @@ def test_every_large_input_is_split(fsdp):
   assert len(large) > 10
   assert not [x.shape for x, s in large if math.prod(s.shard_shape(x.shape)) * 8 != x.size]
   assert all(s.shard_shape((8, 32)) == (1, 32) for s in jax.tree.leaves(batch))
+
+
+def test_stages_have_no_copies_of_the_vocabulary_and_the_report_tells_the_bubble():
+  """Every parameter but norms is split over all devices."""
+  mesh = Mesh(data=1, fsdp=2, stage=4)
+  run = tiny('LAYERS=4', mesh=mesh)
+  report = compile_run(run, 'here')
+  assert report['pipeline'] == {
+    'axis': 'stage', 'stages': 4, 'rounds': 1, 'microbatches': 4, 'ticks': 7, 'bubble': 3 / 7,
+  }  # fmt: skip
+  total = counts.count(run.model, run.train.lengths).params_total
+  assert report['memory']['parameters'] == pytest.approx(4 * total / 8, rel=0.02)
+  assert 'a stage is idle in 42.9% of them' in show(report)
+  # Without the rule every stage had all of the table and of the head.
+  copied = dataclasses.replace(mesh, rules={'vocab': 'tensor'})
+  before = compile_run(dataclasses.replace(run, mesh=copied), 'here')['memory']['parameters']
+  vocabulary = 2 * 384 * 64 * 4 / 2
+  assert before - report['memory']['parameters'] == vocabulary - vocabulary / 4
 
 
 def test_the_report_counts_the_state_and_the_batch(fsdp):

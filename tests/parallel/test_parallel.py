@@ -16,11 +16,13 @@ import pytest
 from families import tiny
 from flax import nnx
 
+from research.compilation import hlo
 from research.core.errors import Invalid
 from research.model import pipeline, positions
 from research.model.attention import visible
 from research.model.experts import Experts
 from research.model.kernels import dot_product, ring
+from research.model.part import Context
 from research.parallel import axes, hosts
 from research.parallel.mesh import Mesh
 from research.training.losses import CrossEntropy
@@ -168,10 +170,28 @@ def test_products_of_two_change_nothing(name, kinds):
   check(name, **{kind: KINDS[kind] for kind in kinds})
 
 
+def test_a_sum_in_bfloat16_rounds_gradients_and_nothing_else():
+  (loss, _, grads), params = one_device('decoder')
+  (loss2, _, grads2), _ = results(
+    'decoder', Mesh(data=2, fsdp=4, sum_dtype='bfloat16'), params=params
+  )
+  np.testing.assert_allclose(loss2, loss, rtol=TOLERANCE)
+  matrices = [
+    (g, g2) for g, g2 in zip(*map(jax.tree.leaves, (grads, grads2)), strict=True) if g.ndim > 2
+  ]
+  for g, g2 in matrices:
+    # Seven sums of numbers of 8 bits.
+    np.testing.assert_allclose(g2, g, rtol=0, atol=8 * 2**-9 * np.abs(g).max())
+    assert (g2 != g).any()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ('name', 'sizes'),
   [
+    ('decoder', {'data': 2, 'fsdp': 2, 'fsdp_outer': 2, 'sum_dtype': 'float32'}),
+    ('moe', {'fsdp': 2, 'fsdp_outer': 2, 'expert': 2}),
+    ('decoder', {'stage': 2, 'fsdp': 2, 'fsdp_outer': 2}),
     ('decoder', {'tensor': 2, 'context': 2, 'rules': SEQUENCE_PARALLEL}),
     ('encoder_decoder', {'tensor': 2, 'rules': SEQUENCE_PARALLEL}),
     ('moe', {'tensor': 2, 'expert': 2, 'rules': SEQUENCE_PARALLEL}),
@@ -316,11 +336,31 @@ def test_every_choice_comes_to_its_expert_however_full():
     np.testing.assert_allclose(b, a, rtol=0, atol=TOLERANCE * np.abs(a).max())
 
 
-def test_a_pipeline_waits_as_long_as_it_says():
-  schedule = pipeline.Schedule('stage', stages=4, rounds=2, microbatches=8)
-  assert schedule.ticks == 2 * 8 + 3
-  assert schedule.bubble == 3 / 19
-  assert pipeline.Schedule('stage', 4, 1, 8).bubble == 3 / 11
+@pytest.mark.parametrize(
+  ('stages', 'rounds', 'microbatches', 'bubble'),
+  [(4, 1, 8, 3 / 11), (4, 2, 8, 3 / 19), (2, 2, 3, 1 / 7), (2, 1, 2, 1 / 3)],
+)
+def test_a_pipeline_waits_as_long_as_it_says(stages, rounds, microbatches, bubble):
+  """Of the loop that runs: the ticks of the compiled one, and those whose result counts."""
+
+  def block(x, layers, context):
+    return x + jnp.sum(layers), {'counts': 1.0}
+
+  mesh = Mesh(data=1, stage=stages, stage_rounds=rounds, stage_microbatches=microbatches)
+  with mesh.use(jax.devices()[:stages]):
+    schedule = pipeline.schedule_of(2 * stages * rounds)
+    layers = pipeline.over_stages(jnp.ones(2 * stages * rounds))
+    x = jnp.zeros((microbatches, 1, 1))
+    context = Context(positions=jnp.zeros((microbatches, 1), int))
+    run = functools.partial(pipeline.pipelined, schedule, block, context=context)
+    run = jax.jit(run).lower(layers, x).compile()
+    y, penalties = run(layers, x)
+  ticks = max(hlo.trip_counts(run.as_text()).values())
+  # A penalty is the mean over microbatches, of which every stage computes each once a round.
+  busy = float(penalties['counts']) * microbatches / stages
+  assert 1 - busy / ticks == pytest.approx(bubble, abs=1e-6)
+  assert (schedule.ticks, schedule.bubble) == (ticks, pytest.approx(bubble))
+  assert (np.asarray(y) == 2 * stages * rounds).all()
 
 
 @pytest.mark.parametrize(

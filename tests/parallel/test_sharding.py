@@ -22,7 +22,7 @@ def test_a_mesh_fills_the_devices():
 
 def test_slices_multiply_data_or_stages():
   assert Mesh(data=1, fsdp=-1).shape(16, slices=2) == {
-    'data': 2, 'stage': 1, 'fsdp': 8, 'expert': 1, 'context': 1, 'tensor': 1,
+    'data': 2, 'stage': 1, 'fsdp_outer': 1, 'fsdp': 8, 'expert': 1, 'context': 1, 'tensor': 1,
   }  # fmt: skip
   sizes = Mesh(data=2, fsdp=-1, stage=2, dcn_stage=4).shape(32, slices=4)
   assert (sizes['data'], sizes['stage'], sizes['fsdp']) == (2, 8, 2)
@@ -41,6 +41,7 @@ def test_slices_multiply_data_or_stages():
     ({'data': 0}, r'Mesh\.data: 0 is not a number of devices'),
     ({'dcn_stage': -1}, r'Mesh\.dcn_stage: -1 is not a number'),
     ({'dcn_data': 2}, r'Mesh\.dcn_data: data 2 x stage 1 over DCN are not the 1 slices here'),
+    ({'sum_dtype': 'float16'}, r"sum_dtype: 'float16' must be 'float32', 'bfloat16' or None"),
     ({'rules': {'mpl': 'tensor'}}, r"no array axis 'mpl'\. Did you mean mlp\?"),
     ({'rules': {'mlp': 'tensr'}}, r"no mesh axis 'tensr'\. Did you mean tensor\?"),
   ],
@@ -62,6 +63,19 @@ def test_names_become_places_only_where_they_fit():
   # An axis of one device splits nothing.
   with Mesh(data=8).use():
     assert axes.spec('embed', 'mlp') == P(None, None)
+
+
+def test_stages_share_the_vocabulary_where_they_divide_it():
+  with Mesh(data=1, stage=4, tensor=2).use():
+    assert axes.spec('vocab', 'embed', shape=(16, 8)) == P(('tensor', 'stage'), None)
+    assert axes.on_each(16, 'vocab') == 2
+    axes.check({'tokens': (('vocab', 'embed'), (18, 8))})
+    assert axes.spec('vocab', 'embed', shape=(18, 8)) == P('tensor', None)
+    assert axes.on_each(18, 'vocab') == 9
+    with pytest.raises(Invalid, match="tensor 2 does not divide the 17 'vocab'"):
+      axes.check({'tokens': (('vocab', 'embed'), (17, 8))})
+  with Mesh(data=1, fsdp=2, stage=4, rules={'vocab': None}).use():
+    assert axes.spec('vocab', 'embed', shape=(16, 8)) == P(None, 'fsdp')
 
 
 def test_parameters_are_split_over_every_axis_that_would_hold_copies_of_them():
