@@ -34,7 +34,7 @@ class Hosts:
     """SIGKILL to a raylet and to the workers that it started, as if the power of its host failed."""
     self.raylets.remove(raylet)
     first = raylet.all_processes['raylet'][0].process.pid
-    for pid in (first, *_descendants(first)):
+    for pid in (first, *descendants(first)):
       with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
     self._cluster.remove_node(raylet, allow_graceful=False)
@@ -133,10 +133,10 @@ def finish_group(arguments: tuple[str, ...], names: tuple[str, ...], cpus: float
   return group.train_group(arguments, names, cpus)
 
 
-def _descendants(pid: int) -> list[int]:
+def descendants(pid: int) -> list[int]:
   """The processes that a process and its children started."""
   try:
     children = pathlib.Path(f'/proc/{pid}/task/{pid}/children').read_text().split()
   except OSError:
     return []
-  return [p for child in map(int, children) for p in (child, *_descendants(child))]
+  return [p for child in map(int, children) for p in (child, *descendants(child))]
