@@ -97,7 +97,7 @@ def test_a_host_that_cannot_do_a_task_says_why(changed, said, folder_mark):
     place['root'], place['digest'], '', marks, place['module'], 'sqrt', (4,)
   )
   assert re.match(said, ray_tasks._refusal(kind, 'H', value))
-  assert host == socket.gethostname()
+  assert host == (socket.gethostname(), '')
 
 
 def test_a_host_with_all_of_it_answers(folder_mark, monkeypatch):
@@ -105,7 +105,7 @@ def test_a_host_with_all_of_it_answers(folder_mark, monkeypatch):
   root = str(ray_tasks.ROOT)
   call = ray_tasks._entry()
   done = call(root, ray_tasks.project_digest(root), root, (folder_mark,), 'math', 'sqrt', (4,))
-  assert done == ('done', socket.gethostname(), 2.0)
+  assert done == ('done', (socket.gethostname(), ''), 2.0)
 
 
 def finish(made: folder.Folder, run) -> None:
@@ -176,7 +176,7 @@ class NoCluster:
   def finish(self, names) -> ray_tasks.Outcome:
     for name in names:
       finish(self.made, self.runs[name])
-    return ray_tasks.Outcome(names, 'host')
+    return ray_tasks.Outcome(names)
 
 
 def give_out(planned, ends) -> NoCluster:
