@@ -111,6 +111,12 @@ class Rollouts(Experience):
       keys += [losses.VALUES, losses.RETURNS]
     return {key: ((length,), np.dtype(np.float32)) for key in keys}
 
+  def described(self) -> dict:
+    """Fields by name for the identity of a run, which may go on with other samplers of as many parts."""
+    fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+    parts = fields.pop('samplers').parts
+    return fields | ({'parts': parts} if parts > 1 else {})
+
   def open(self, run) -> Rounds:
     self._check(run)
     return Rounds(self, run)

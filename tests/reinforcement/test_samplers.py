@@ -75,6 +75,17 @@ def test_what_is_wrong_with_samplers_is_told(text_file):
     dataclasses.replace(run.train, samplers=2)
 
 
+def test_a_run_may_go_on_with_other_samplers(text_file):
+  run = load(text_file).build()
+
+  def identity(samplers) -> str:
+    rollouts = dataclasses.replace(run.train, samplers=samplers)
+    return dataclasses.replace(run, train=rollouts).identity()
+
+  assert identity(Samplers()) == identity(OnRay())
+  assert identity(Samplers(parts=2)) == identity(OnRay(parts=2, cpus=4)) != identity(Samplers())
+
+
 @pytest.mark.slow
 def test_samplers_on_a_cluster_give_the_rows_of_local_ones(text_file, tmp_path, ray_hosts):
   """With a sampler's host killed in the middle of the run."""

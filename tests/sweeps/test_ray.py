@@ -262,6 +262,18 @@ This process on node 10.0.0.2 was started with:
   assert 'different versions (Ray 2.58.0 and 2.60.0); install the same Python' in said
 
 
+def test_a_machine_outside_of_the_cluster_is_told():
+  nowhere = ConnectionError('Could not find any running Ray instance. Please specify ...')
+  said = ray_cluster._why_not_joined('--address=auto', nowhere)
+  assert said.startswith('--address=auto: no Ray runs on this machine; start one with ray start')
+  outside = RuntimeError("Can't find a node_ip_address.json file\n from /tmp/ray")
+  said = ray_cluster._why_not_joined('--address=head:6379', outside)
+  assert said == (
+    "--address=head:6379: this machine could not join the cluster (Can't find a node_ip_address.json file from "
+    '/tmp/ray); it must be a node of it: ray start --address=HOST:PORT.'
+  )
+
+
 @pytest.mark.slow
 def test_a_sweep_goes_from_one_launcher_to_the_other_and_back(
   ray_hosts, text_file, tmp_path, monkeypatch, user_environment
