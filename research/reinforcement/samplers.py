@@ -86,11 +86,20 @@ class OnRay(Samplers):
     needs = ray_cluster.Needs(cpus=self.cpus, gpus=self.gpus, resources=self.resources)
     tasks = ray_tasks.Tasks('research.reinforcement.samplers', 'sample', needs)
     stored = ray.put(jax.device_get(params))
-    kept = pickle.dumps(sampler)
+    kept = _pickled(sampler)
     parts = self._divided(sampler, prompts, seeds)
     calls = {i: (kept, stored, pickle.dumps(part)) for i, part in enumerate(parts)}
     values = ray_tasks.do_all(tasks, calls)
     return Rows.joined([pickle.loads(values[i]) for i in range(len(parts))])
+
+
+@functools.lru_cache(maxsize=1)
+def _pickled(sampler: Sampler) -> bytes:
+  """The sampler as bytes, the same ones in every round."""
+  # Python's pickle cannot: an activation of a model is a function that jax has wrapped.
+  from ray import cloudpickle
+
+  return cloudpickle.dumps(sampler)
 
 
 def sample(sampler: bytes, params, part: bytes) -> bytes:
