@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 
 from research.data import cleaning
+from research.parallel import ray_cluster, ray_gangs, ray_tasks
 
 STORE = 80 << 20  # bytes of shared memory a raylet; Ray's least is 75 MiB
 
@@ -30,10 +31,11 @@ class Hosts:
     self.jobs = jobs
     self.raylets: list = []
 
-  def add(self):
-    """Starts a raylet and returns it."""
+  def add(self, **resources: float):
+    """Starts a raylet, with these resources of Ray beside its processor, and returns it."""
     with _as_a_user():
-      self.raylets.append(self._cluster.add_node(**_options(), num_cpus=1))
+      added = self._cluster.add_node(**_options(), num_cpus=1, resources=resources)
+    self.raylets.append(added)
     return self.raylets[-1]
 
   @staticmethod
@@ -128,7 +130,9 @@ def _without_agents(port: int | None):
   from ray._private import services
   from ray._private.node import Node
 
-  start, start_process = Node.start_raylet, services.start_ray_process
+  # Within another cluster's block too.
+  start = getattr(Node.start_raylet, 'original', Node.start_raylet)
+  start_process = services.start_ray_process
   agents = [port] if port else []
 
   def start_raylet(node, *arguments, **options):
@@ -144,6 +148,7 @@ def _without_agents(port: int | None):
     command = [f'{agent}sleep 1000000' if word.startswith(agent) else word for word in command]
     return start_process(command, *arguments, **options)
 
+  start_raylet.original = start
   with _patched(Node, 'start_raylet', start_raylet):
     yield
 
@@ -192,6 +197,26 @@ def finish_group(arguments: tuple[str, ...], names: tuple[str, ...], cpus: float
 
   Worker.attempt = nothing
   return group.train_group(arguments, names, cpus)
+
+
+def nodes_of_call(needs: dict) -> list[str]:
+  """A call that takes several hosts: the node of its first, and those of the others."""
+  import ray
+
+  needs = ray_cluster.Needs(**needs)
+  tasks = ray_tasks.Tasks('tests.raylets', 'hold', ray_gangs.others(needs), fresh=True)
+  nodes = [ray.get_runtime_context().get_node_id()]
+  ray_tasks.do_all(
+    tasks,
+    dict.fromkeys(range(1, needs.hosts), ()),
+    ended=lambda outcome: nodes.append(outcome.node),
+  )
+  return nodes
+
+
+def hold() -> None:
+  """Takes the host for a while, so that others of the call must be elsewhere."""
+  time.sleep(3)
 
 
 def _command(pid: int) -> str:

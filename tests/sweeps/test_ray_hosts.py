@@ -1,5 +1,6 @@
 """Runs that take several hosts of a Ray cluster each."""
 
+import dataclasses
 import json
 import os
 import socket
@@ -11,6 +12,7 @@ import pytest
 from test_ray import FOUR, OnRay
 
 from research.core.errors import Invalid
+from research.parallel import ray_cluster, ray_tasks
 from research.parallel.ray_cluster import Needs
 from research.sweeps.launchers import ray
 from tests import raylets
@@ -20,9 +22,9 @@ pytestmark = pytest.mark.filterwarnings(
   'ignore::pytest.PytestUnraisableExceptionWarning',
   'ignore:os.fork:RuntimeWarning',
 )
-# Every step of two processes waits for the other one, so these runs are shorter than those of one.
-TWO = FOUR.replace('(8e3, 16e3)', '(8e3,)').replace('(1e5, 2e5)', '(1e4, 3e4)')
-TWO = TWO.replace('every=40', 'every=10')
+# A single run, and a short one: each step of two processes waits for both.
+ONE = FOUR.replace('(8e3, 16e3)', '(8e3,)').replace('(1e5, 2e5)', '(3e4,)')
+ONE = ONE.replace('every=40', 'every=10')
 
 
 @pytest.mark.parametrize(
@@ -58,6 +60,36 @@ def test_what_is_wrong_with_hosts_is_told():
     Invalid, match=r"Ray\.slice: 'v5litepod-16' goes with the number of its hosts"
   ):
     ray.Ray(slice='v5litepod-16')
+
+
+def nodes_of_call(address: str, needs: Needs) -> list[str]:
+  """The nodes that one call with these needs took."""
+  ray_cluster.connect(address, 'test')
+  try:
+    tasks = ray_tasks.Tasks('tests.raylets', 'nodes_of_call', needs)
+    return ray_tasks.do_all(tasks, {0: (dataclasses.asdict(needs),)})[0]
+  finally:
+    ray_cluster.disconnect()
+
+
+@pytest.mark.slow
+def test_the_hosts_of_a_call_are_different_and_those_of_a_slice_are_its_own(ray_hosts, monkeypatch):
+  """Of two slices of two hosts each, and three other hosts. Their resources are as Ray names those of TPUs."""
+  nodes = nodes_of_call(ray_hosts.address, Needs(cpus=1, hosts=3))
+  assert len(set(nodes)) == 3
+  slices: dict[str, set] = {}
+  kind = 'TPU-v5litepod-8-head'
+  added = []
+  for name in ('a-slice', 'b-slice'):
+    monkeypatch.setenv('TPU_NAME', name)
+    pair = [ray_hosts.add(**{'TPU': 4, name: 1, kind: 1}), ray_hosts.add(**{'TPU': 4, name: 1})]
+    slices[name] = {raylet.node_id for raylet in pair}
+    added += pair
+  needs = Needs(cpus=1, resources={'TPU': 4}, hosts=2, slice='v5litepod-8')
+  nodes = nodes_of_call(ray_hosts.address, needs)
+  for raylet in added:
+    ray_hosts.kill(raylet)
+  assert set(nodes) in slices.values()
 
 
 def train_by_two_processes(config, workdir, environment) -> dict:
@@ -103,11 +135,11 @@ def wait_for_two_hosts_under_way(sweeping: OnRay, hosts: raylets.Hosts) -> list:
 def test_a_run_on_two_hosts_is_that_of_two_processes(
   killed, ray_hosts, text_file, tmp_path, monkeypatch, user_environment
 ):
-  """The host of the first process, or of the second, is killed in the middle of the first run."""
+  """The host of the first process, or of the second, is killed in the middle of the run."""
   for name in set(os.environ) - set(user_environment):
     monkeypatch.delenv(name)
   file = tmp_path / 'sweep.gin'
-  file.write_text(TWO.format(files=text_file))
+  file.write_text(ONE.format(files=text_file))
   sweeping = OnRay(file, tmp_path / 'sweep', ray_hosts.address, hosts=2)
   sweeping.start()
   ray_hosts.kill(wait_for_two_hosts_under_way(sweeping, ray_hosts)[killed])
@@ -115,12 +147,11 @@ def test_a_run_on_two_hosts_is_that_of_two_processes(
   sweeping.join(timeout=400)
   assert not sweeping.is_alive()
   assert sweeping.error is None
-  rows = sweeping.rows()
-  assert [row['status'] for row in rows] == ['finished'] * 2
-  logs = [(sweeping.folder.run(run) / 'log.txt').read_text() for run in sweeping.runs]
-  assert all('2 cpu device(s)' in log for log in logs)
-  assert any('resumed from' in log for log in logs)
-  run = min(sweeping.runs, key=lambda run: run.cost)
+  (run,) = sweeping.runs
+  assert sweeping.folder.row(run)['status'] == 'finished'
+  log = (sweeping.folder.run(run) / 'log.txt').read_text()
+  assert '2 cpu device(s)' in log
+  assert 'resumed from' in log
   config = sweeping.sweep.config(run)
   alone = train_by_two_processes(config, tmp_path / 'local', user_environment)
   mine = sweeping.folder.row(run)

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings(
   'ignore::pytest.PytestUnraisableExceptionWarning',
   'ignore:os.fork:RuntimeWarning',
 )
-ONE = FOUR.replace('(8e3, 16e3)', '(8e3,)').replace('(1e5, 2e5)', '(1e5,)')
+ONE = FOUR.replace('(8e3, 16e3)', '(8e3,)').replace('(1e5, 2e5)', '(2e4,)')
 
 
 def submit(address: str, command: list[str], environment: dict) -> str:
