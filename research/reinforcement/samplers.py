@@ -44,6 +44,8 @@ class Samplers:
       prompts: a multiple of `parts`.
       seeds: int32 [prompts, completions of each].
     """
+    if self.parts == 1:
+      return sampler(params, prompts, seeds)
     parts = self._divided(sampler, prompts, seeds)
     return Rows.joined([sampler(params, *part) for part in parts])
 
