@@ -59,7 +59,9 @@ def test_a_submitted_job_trains_the_sweep(text_file, tmp_path, user_environment,
   workdir = tmp_path / 'sweep'
   command = [sys.executable, '-m', 'research.sweep', f'--gin_file={file}', f'--workdir={workdir}']
   with raylets.started(1, dashboard=True) as hosts:
-    printed = submit(hosts.jobs, [*command, '--launcher=ray'], user_environment)
+    # With the address, because Ray may name another cluster of this machine that has been started since.
+    here = ['--launcher=ray', f'--address={hosts.address}']
+    printed = submit(hosts.jobs, [*command, *here], user_environment)
   # The job itself ends with an error: no law can be fitted to one run.
   assert re.search(r'\[1/1\] fit-16x1-2.00e04: finished, loss', printed), printed
   made = folder.Folder(workdir)
