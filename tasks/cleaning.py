@@ -113,12 +113,13 @@ _RULES = {cleaning.Length: _length, cleaning.C4: _c4, cleaning.Gopher: _gopher}
 def ngrams(text: bytes, n: int) -> np.ndarray:
   """Sorted 64-bit hashes of the distinct n-grams of words; one of the whole where there are fewer."""
   words = re.findall(rb'\w+', text.lower())
-  codes = np.fromiter((zlib.crc32(w) for w in words), np.uint64, len(words))
+  codes = np.fromiter(map(zlib.crc32, words), np.uint64, len(words))
   n = max(1, min(n, len(codes)))
   with np.errstate(over='ignore'):
     total = np.zeros(max(0, len(codes) - n + 1), np.uint64)
+    codes = mixed(codes)
     for i in range(n):
-      total = total * np.uint64(0x100000001B3) + mixed(codes[i : i + len(total)])
+      total = total * np.uint64(0x100000001B3) + codes[i : i + len(total)]
   return np.unique(mixed(total))
 
 
@@ -171,6 +172,16 @@ class MinHash:
     return False
 
 
+def _places(values: np.ndarray, known: np.ndarray) -> np.ndarray:
+  """Where in the sorted `known` those of the values are that it has.
+
+  np.isin would go through all of `known` for each document, and it grows with the text.
+  """
+  places = np.searchsorted(known, values)
+  inside = places < len(known)
+  return places[inside][known[places[inside]] == values[inside]]
+
+
 class Overlap:
   """N-grams of the validation documents, and how many of them training repeats."""
 
@@ -192,15 +203,15 @@ class Overlap:
     """Whether a training document shares an n-gram with validation."""
     if self.known is None:
       self.close()
-    found = np.isin(self.known, ngrams(text, self.rule.ngram), assume_unique=True)
-    self.hit |= found
-    return bool(found.any())
+    found = _places(ngrams(text, self.rule.ngram), self.known)
+    self.hit[found] = True
+    return len(found) > 0
 
   def report(self) -> dict:
     """Validation documents with a repeated n-gram, and the share of n-grams that are repeated."""
     if self.known is None:
       return {'documents': 0, 'ngrams': 0.0, 'of_documents': len(self.parts)}
     repeated = self.known[self.hit]
-    touched = sum(np.isin(p, repeated, assume_unique=True).any() for p in self.parts)
+    touched = sum(len(_places(part, repeated)) > 0 for part in self.parts)
     share = float(self.hit.mean()) if len(self.hit) else 0.0
     return {'documents': int(touched), 'ngrams': share, 'of_documents': len(self.parts)}

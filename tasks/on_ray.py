@@ -65,6 +65,7 @@ class Engine:
 
   def _do(self, tasks: ray_tasks.Tasks, calls: dict, what: str) -> dict:
     done = 0
+    nodes = set()
     last_logged = time.monotonic()
 
     def ended(outcome: ray_tasks.Outcome) -> None:
@@ -73,9 +74,10 @@ class Engine:
         self.log(f'{what}: a task is done again ({outcome.lost})')
         return
       done += 1
+      nodes.add(outcome.node)
       if time.monotonic() - last_logged > 2 or done == len(calls):
         last_logged = time.monotonic()
-        self.log(f'{what}: {done} of {len(calls)} tasks')
+        self.log(f'{what}: {done} of {len(calls)} tasks, on {len(nodes)} nodes')
 
     return ray_tasks.do_all(tasks, calls, ended)
 

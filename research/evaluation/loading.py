@@ -206,5 +206,5 @@ def mesh_for(model) -> Mesh:
   with Mesh().use(devices[:1]):  # parts ask for the mesh even when only shapes are computed
     leaves = jax.tree.leaves(nnx.to_pure_dict(nnx.state(abstract_model(model))))
   size = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
-  memory = (devices[0].memory_stats() or {}).get('bytes_limit')
+  memory = hosts.device_bytes(devices)
   return Mesh(data=1, fsdp=-1) if memory and size > 0.5 * memory else Mesh()

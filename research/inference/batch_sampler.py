@@ -44,6 +44,11 @@ class Drawn:
   stopped: np.ndarray
 
 
+def padded_length(prompts: Sequence[Sequence[int]], room: int) -> int:
+  """Returns the length to which `draw_answers` pads these prompts."""
+  return min(-(-max(map(len, prompts)) // PROMPT_STEP) * PROMPT_STEP, room)
+
+
 def draw_answers(
   graphdef: nnx.GraphDef,
   params: dict,
@@ -54,6 +59,7 @@ def draw_answers(
   most: int,
   room: int,
   stops: Sequence[int],
+  length: int = 0,
 ) -> Drawn:
   """Draws answers, under the mesh in use.
 
@@ -66,9 +72,10 @@ def draw_answers(
     most: the most tokens of an answer.
     room: the most tokens of a prompt and its answer.
     stops: ids that end an answer.
+    length: to which prompts are padded; 0 is `padded_length`.
   """
   graph, params = decode.for_backend(graphdef, params)
-  length = min(-(-max(map(len, prompts)) // PROMPT_STEP) * PROMPT_STEP, room)
+  length = length or padded_length(prompts, room)
   tokens, real = np.zeros((2, len(prompts), length), np.int32)
   for i, prompt in enumerate(prompts):
     tokens[i, : len(prompt)] = prompt

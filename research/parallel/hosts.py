@@ -22,6 +22,12 @@ def host_share() -> tuple[int, int]:
   return (first // count, n // count) if one_piece else (0, 1)
 
 
+def device_bytes(devices) -> int | None:
+  """Returns the memory of a device of a job; None where it does not say. A process can ask its own alone."""
+  own = [device for device in devices if device.process_index == jax.process_index()]
+  return ((own or devices)[0].memory_stats() or {}).get('bytes_limit')
+
+
 def place(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
   """Turns this process's `host_share` of a batch, arrays [batch, length], into global arrays on the mesh."""
   sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), spec('batch', 'length'))

@@ -166,6 +166,21 @@ def _join(cluster: Cluster, timeout: float) -> None:
     ) from error
 
 
+def joined() -> bool:
+  """Returns whether this process has joined a job."""
+  import jax
+
+  return jax.distributed.is_initialized()
+
+
+def leave() -> None:
+  """Leaves the job. It returns when all processes leave, so that the first does not end before the others."""
+  import jax
+
+  if joined():
+    jax.distributed.shutdown()
+
+
 def meet(cluster: Cluster, timeout: float = TIMEOUT) -> None:
   """Waits until all processes have connected to the coordinator.
 

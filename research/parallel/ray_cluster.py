@@ -4,7 +4,7 @@ import dataclasses
 import os
 import socket
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from research.core.errors import UserError
 from research.parallel.addresses import split_address
@@ -20,12 +20,21 @@ class Needs:
     cpus, gpus: as Ray counts them.
     resources: other resources of Ray by name, such as {'TPU': 4}.
     memory: bytes; 0 requests none.
+    hosts: how many hosts a call takes at once, each with these resources.
+    slice: the hosts are those of one TPU slice of this kind, such as 'v5litepod-16'; '' is any hosts.
   """
 
   cpus: float = 1
   gpus: float = 0
   resources: Mapping[str, float] = dataclasses.field(default_factory=dict)
   memory: int = 0
+  hosts: int = 1
+  slice: str = ''
+
+  @property
+  def head(self) -> str:
+    """Ray's name for the first host of a slice, which has one of this resource."""
+    return f'TPU-{self.slice}-head'
 
   def wanted(self) -> dict[str, float]:
     """Returns every resource by the name that it has in `ray.cluster_resources`."""
@@ -36,6 +45,19 @@ class Needs:
     """Returns how many calls fit into these resources of a host at once. A call must need some resource."""
     wanted = self.wanted()
     return int(min(resources.get(name, 0) // amount for name, amount in wanted.items()))
+
+  def slots_on(self, hosts: Sequence[Mapping[str, float]]) -> int:
+    """Returns how many calls fit into hosts with these resources at once."""
+    # Host by host: half a GPU on each of two hosts is not a GPU.
+    each = [self.slots(resources) for resources in hosts]
+    if self.slice:
+      first = [host for host, slots in zip(hosts, each, strict=True) if slots]
+      return int(sum(host.get(self.head, 0) for host in first))
+    calls = sum(each) // self.hosts
+    # A host gives each call one place at most.
+    while (fit := sum(min(slots, calls) for slots in each) // self.hosts) < calls:
+      calls = fit
+    return calls
 
 
 def load_ray(asked_by: str):
@@ -143,8 +165,7 @@ def slots_of(needs: Needs) -> int:
   """Returns how many calls with these needs the joined cluster can answer at once."""
   import ray
 
-  # Host by host: half a GPU on each of two hosts is not a GPU.
-  return sum(needs.slots(node['Resources']) for node in ray.nodes() if node['Alive'])
+  return needs.slots_on([node['Resources'] for node in ray.nodes() if node['Alive']])
 
 
 def check_slots(needs: Needs) -> int:
@@ -165,8 +186,17 @@ def impossible(needs: Needs) -> str:
 
   resources = ray.cluster_resources()
   wanted = ', '.join(f'{amount:g} {name}' for name, amount in needs.wanted().items())
-  has = ', '.join(f'{resources.get(name, 0):g} {name}' for name in needs.wanted())
+  names = [*needs.wanted(), *([needs.head] if needs.slice else [])]
+  has = ', '.join(f'{resources.get(name, 0):g} {name}' for name in names)
+  alive = sum(node['Alive'] for node in ray.nodes())
+  if needs.slice:
+    who = f'no slice {needs.slice} of the cluster'
+  elif needs.hosts > 1:
+    who = f'no {needs.hosts} hosts of the cluster'
+    has += f' on {alive} hosts'
+  else:
+    who = 'no host of the cluster'
   return (
-    f'no host of the cluster can take a task of {wanted}: there are {has} in all. Add hosts (ray start '
-    '--address=...), or ask for less.'
+    f'{who} can take a task of {wanted}: there are {has} in all. Add hosts (ray start --address=...), or ask '
+    'for less.'
   )

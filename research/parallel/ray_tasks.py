@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from research.core import cli, storage
 from research.core.errors import UserError, in_a_line
+from research.parallel import ray_gangs
 from research.parallel.ray_cluster import Needs, impossible, slots_of
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
@@ -33,12 +34,14 @@ class Outcome:
   Attributes:
     key: the key of `Tasks.start`.
     value: the result of the function.
+    node: Ray's name of the node that answered; several nodes may be on one host.
     lost: why there is no value if the host or its process died; '' otherwise.
     error: an exception of the function; None otherwise.
   """
 
   key: object
   value: object = None
+  node: str = ''
   lost: str = ''
   error: Exception | None = None
 
@@ -83,7 +86,9 @@ def _entry():
     import socket
     import sys
 
-    host = socket.gethostname()
+    ray = sys.modules.get('ray')
+    node = ray.get_runtime_context().get_node_id() if ray and ray.is_initialized() else ''
+    host = (socket.gethostname(), node)
     if os.path.isdir(root) and root not in sys.path:
       sys.path.insert(0, root)
     if os.path.isdir(folder):
@@ -115,6 +120,7 @@ class Tasks:
     name: the name of the function.
     needs: the resources of each call.
     shared: folders or buckets that every host must see.
+    fresh: each call has a process of its own. A call that takes several hosts has one.
   """
 
   def __init__(
@@ -123,8 +129,8 @@ class Tasks:
     name: str,
     needs: Needs,
     shared: Iterable = (),
+    fresh: bool = False,
   ):
-    import ray
 
     self.needs = needs
     self.pending: dict = {}  # Ray's reference of a call -> its key
@@ -136,19 +142,13 @@ class Tasks:
     if not needs.gpus:
       # jax starts a thread for each core of the host; a call may use only as many as it has requested.
       variables.setdefault('PJRT_NPROC', str(max(1, math.ceil(needs.cpus))))
-    self._remote = ray.remote(_entry()).options(
-      num_cpus=needs.cpus,
-      num_gpus=needs.gpus,
-      resources=dict(needs.resources),
-      memory=needs.memory or None,
-      max_retries=0,
-      name=name,
-      runtime_env={'env_vars': variables},
-    )
+    self._gangs = ray_gangs.Gangs(needs)
+    self._remote = self._gangs.remote(_entry(), name, variables, fresh)
 
   def start(self, key, *arguments) -> None:
     """Queues a call."""
-    self.pending[self._remote.remote(*self._head, *self._function, arguments)] = key
+    place = (*self._head, *self._function, arguments)
+    self.pending[self._gangs.start(self._remote, place)] = key
 
   def slots(self) -> int:
     """Returns how many calls the cluster can answer at once, with its present hosts."""
@@ -176,6 +176,8 @@ class Tasks:
     if not first:
       return []
     done, _ = ray.wait(list(self.pending), num_returns=len(self.pending), timeout=0)
+    for reference in done:
+      self._gangs.end(reference)
     return [self._outcome(reference, self.pending.pop(reference)) for reference in done]
 
   @staticmethod
@@ -184,7 +186,7 @@ class Tasks:
     from ray import exceptions
 
     try:
-      kind, host, value = ray.get(reference)
+      kind, (host, node), value = ray.get(reference)
     except exceptions.RayTaskError as error:
       return Outcome(key, error=error.cause if isinstance(error.cause, Exception) else error)
     except (exceptions.RuntimeEnvSetupError, exceptions.TaskUnschedulableError) as error:
@@ -192,7 +194,7 @@ class Tasks:
     except exceptions.RayError as error:
       return Outcome(key, lost=in_a_line(error))
     if kind == 'done':
-      return Outcome(key, value)
+      return Outcome(key, value, node)
     if kind == 'refused':
       return Outcome(key, error=UserError(value))
     raise UserError(_refusal(kind, host, value))
@@ -203,6 +205,7 @@ class Tasks:
 
     for reference in self.pending:
       ray.cancel(reference, force=False)
+      self._gangs.end(reference)
     self.pending.clear()
 
 

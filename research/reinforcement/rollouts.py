@@ -20,6 +20,7 @@ from research.reinforcement.penalty import KL
 from research.reinforcement.prompts import Prompts
 from research.reinforcement.reward import Reward
 from research.reinforcement.rounds import Rounds
+from research.reinforcement.samplers import Samplers
 from research.training.experience import Experience
 
 
@@ -45,6 +46,7 @@ class Rollouts(Experience):
     epochs: how often the policy learns from a round.
     resample: samples at most so many times the prompts of a round, to leave out those whose completions all
       have the same score (DAPO's dynamic sampling, arXiv:2503.14476, section 3.2).
+    samplers: where the completions are sampled, and in how many parts: `samplers.OnRay` for a cluster.
   """
 
   prompts: Prompts
@@ -62,13 +64,14 @@ class Rollouts(Experience):
   updates: int = 1
   epochs: int = 1
   resample: int = 1
+  samplers: Samplers = dataclasses.field(default_factory=Samplers)
 
   def __post_init__(self):
     for field in ('group', 'length', 'max_tokens', 'updates', 'epochs', 'resample'):
       value = getattr(self, field)
       if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise Invalid(Rollouts, field, f'{value!r} must be a positive whole number.')
-    kinds = {'prompts': Prompts, 'reward': Reward, 'advantages': Advantages}
+    kinds = {'prompts': Prompts, 'reward': Reward, 'advantages': Advantages, 'samplers': Samplers}
     for field, kind in kinds.items():
       if not isinstance(getattr(self, field), kind):
         why = f'{getattr(self, field)!r} is not of {kind.__name__}: bind one with @ and its parentheses.'
@@ -108,6 +111,12 @@ class Rollouts(Experience):
       keys += [losses.VALUES, losses.RETURNS]
     return {key: ((length,), np.dtype(np.float32)) for key in keys}
 
+  def described(self) -> dict:
+    """Fields by name for the identity of a run, which may go on with other samplers of as many parts."""
+    fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+    parts = fields.pop('samplers').parts
+    return fields | ({'parts': parts} if parts > 1 else {})
+
   def open(self, run) -> Rounds:
     self._check(run)
     return Rounds(self, run)
@@ -130,9 +139,14 @@ class Rollouts(Experience):
       why = f'{self.group} does not divide the {rows} completions of a round.'
       raise Invalid(Rollouts, 'group', why)
     prompts = rows // self.group
+    if prompts % self.samplers.parts:
+      why = f'the {prompts} prompts of a round cannot be divided by {self.samplers.parts}.'
+      raise Invalid(type(self.samplers), 'parts', why)
     devices = axis_size('batch')
-    if prompts % devices:
-      why = f'the {prompts} prompts of a round cannot be divided by the {devices} devices.'
+    if prompts // self.samplers.parts % devices:
+      what = 'round' if self.samplers.parts == 1 else 'part'
+      count = prompts // self.samplers.parts
+      why = f'the {count} prompts of a {what} cannot be divided by the {devices} devices.'
       raise Invalid(type(run), 'batch_size', why)
     # A checkpoint within a round would have to hold its rows.
     for field in ('steps', 'checkpoint_every', 'eval_every'):

@@ -140,7 +140,8 @@ class Rounds(Opened):
       numbers = self.asked + np.arange(self.groups)
       self.asked += self.groups
       prompts = [self.rollouts.prompts.draw(self.seed, int(number)) for number in numbers]
-      rows = sampler(params, prompts, seeds_of(self.seed, numbers, size))
+      seeds = seeds_of(self.seed, numbers, size)
+      rows = self.rollouts.samplers(sampler, params, prompts, seeds)
       scores = self._score(rows).reshape(-1, size)
       metrics.append(_metrics(rows, scores))
       for i in range(self.groups):

@@ -9,7 +9,7 @@ from flax import nnx
 
 from research.core.errors import UserError
 from research.data.encoding import Encoding
-from research.inference.batch_sampler import draw_answers
+from research.inference.batch_sampler import draw_answers, padded_length
 from research.inference.graph import graph_of, merge
 from research.inference.request import Completion
 from research.inference.sampling import Sampling
@@ -105,11 +105,18 @@ class Sampler:
     self.max_tokens = max_tokens
     self.stops = stops
 
-  def __call__(self, params: dict, prompts: list[Prompt], seeds: np.ndarray) -> Rows:
+  def padded(self, prompts: list[Prompt]) -> int:
+    """The length to which these prompts are padded."""
+    return padded_length([(BEGIN, *self._ids(prompt)) for prompt in prompts], self.length + 1)
+
+  def __call__(
+    self, params: dict, prompts: list[Prompt], seeds: np.ndarray, length: int = 0
+  ) -> Rows:
     """Rows of completions: one for each seed of each prompt.
 
     Args:
       seeds: int32 [prompts, completions of each].
+      length: to which the prompts are padded; 0 is `padded`.
 
     Raises:
       UserError: a prompt is empty, or does not leave room for a completion.
@@ -117,7 +124,7 @@ class Sampler:
     prompt_ids = [self._ids(prompt) for prompt in prompts]
     drawn = draw_answers(
       self.graphdef, params, [(BEGIN, *ids) for ids in prompt_ids], seeds, self.settings,
-      most=self.max_tokens, room=self.length + 1, stops=self.stops,
+      most=self.max_tokens, room=self.length + 1, stops=self.stops, length=length,
     )  # fmt: skip
     count = seeds.shape[1]
     shape = seeds.size, self.length

@@ -24,11 +24,15 @@ class Dispatch:
 
   Args:
     runs: of the sweep. Those that have a row are over, and do not take part.
+
+  Attributes:
+    population: the most runs of a group; at first the sweep's.
   """
 
   def __init__(self, sweep: Sweep, folder: Folder, runs: list[Planned]):
     self.sweep = sweep
     self.folder = folder
+    self.population = sweep.population
     self.asks = Worker(sweep, folder)  # whether a run can start; it takes no lease
     waiting = [run for run in runs if folder.row(run) is None]
     # The most expensive first, as a worker does, so that all hosts end at about the same time.
@@ -78,7 +82,7 @@ class Dispatch:
 
   def _size(self, alike: list[Planned], slots: int) -> int:
     """Members of a group: a whole population, unless other slots would then run out of work."""
-    population = self.sweep.population
+    population = self.population
     whole = min(population, len(alike))
     if slots * whole * alike[0].cost <= self.left:
       return whole

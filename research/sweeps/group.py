@@ -24,10 +24,8 @@ def train_group(arguments: tuple[str, ...], names: tuple[str, ...], cpus: float)
   Raises:
     UserError: this host cannot read the sweep's files.
   """
-  worker = _worker(arguments, cpus)
-  # The plan grows when a forecast is registered, so its size tells whether it must be read again.
-  plan = _plan(worker.folder.path, storage.size(worker.folder.path / 'plan.json'))
-  group = [plan[name] for name in names]
+  worker = worker_of(arguments, cpus)
+  group = [planned(worker, name) for name in names]
   worker.alike = {Worker.kind(group[0]): group}
   try:
     for run in group:  # `do` trains the run's companions too, and then passes them by
@@ -38,7 +36,7 @@ def train_group(arguments: tuple[str, ...], names: tuple[str, ...], cpus: float)
 
 
 @functools.cache
-def _worker(arguments: tuple[str, ...], cpus: float) -> Worker:
+def worker_of(arguments: tuple[str, ...], cpus: float) -> Worker:
   """The worker of this process, which trains all groups that the process is given."""
   from research.training.program import keep_compiled
 
@@ -51,6 +49,12 @@ def _worker(arguments: tuple[str, ...], cpus: float) -> Worker:
   worker.shares_cores = alike.share_cores(min(sweep.population, math.floor(cpus)))
   keep_compiled()
   return worker
+
+
+def planned(worker: Worker, name: str) -> Planned:
+  """The run of this name in the worker's sweep."""
+  # The plan grows when a forecast is registered, so its size tells whether it must be read again.
+  return _plan(worker.folder.path, storage.size(worker.folder.path / 'plan.json'))[name]
 
 
 @functools.lru_cache(maxsize=1)

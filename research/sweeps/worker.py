@@ -12,6 +12,7 @@ import math
 import operator
 import os
 import time
+from collections.abc import Callable
 
 from research.checkpoints.folders import copy_checkpoint, saved_steps
 from research.core import cli, storage
@@ -39,9 +40,13 @@ class Worker:
 
   Args:
     peers: how many workers share the runs, including this one.
+
+  Attributes:
+    joined: a context in which a run is trained that is no population, for those that have other processes.
   """
 
   def __init__(self, sweep: Sweep, folder: Folder, peers: int = 1):
+    self.joined: Callable = contextlib.nullcontext
     self.sweep = sweep
     self.folder = folder
     self.peers = peers
@@ -234,8 +239,7 @@ class Worker:
         if run.parent and not run.method and not self.folder.step(run):
           self.branch(run)
         logs.append(stack.enter_context(storage.appending(workdir / 'log.txt')))
-        parent = str(self._parent_folder(run)) if run.method else ''
-        configs.append(self.sweep.config(run, parent))
+        configs.append(self.config(run))
       workdirs = [self.folder.run(run) for run, _ in members]
       with configs[0].explains():
         runs = [config.build() for config in configs]
@@ -243,9 +247,15 @@ class Worker:
         # Where each core is a device (`share_cores`), a single run would spread over all of them. As a
         # population of one it uses one.
         if len(runs) == 1 and not (self.shares_cores and alike_module.possible(runs[0])):
-          loop.train(runs[0], workdirs[0], texts[0], stream=logs[0])
+          with self.joined(members[0][0]):
+            loop.train(runs[0], workdirs[0], texts[0], stream=logs[0])
         else:
           population.train_population(runs, workdirs, texts, logs)
+
+  def config(self, planned: Planned):
+    """The configuration of a run."""
+    parent = str(self._parent_folder(planned)) if planned.method else ''
+    return self.sweep.config(planned, parent)
 
   def branch(self, planned: Planned) -> None:
     """Copies the trunk's checkpoint into the folder of a branch, so that the branch resumes from it."""

@@ -290,8 +290,7 @@ def mesh_of(run: Run, devices, device_bytes: int | None = None) -> Mesh:
     program = make_program(run)
     arrays = jax.tree.leaves((program.abstract, program.abstract_fixed.get(FROZEN)))
   size = sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
-  device_bytes = device_bytes or (devices[0].memory_stats() or {}).get('bytes_limit')
-  return default_mesh(size, device_bytes)
+  return default_mesh(size, device_bytes or hosts.device_bytes(devices))
 
 
 def keep_compiled() -> None:

@@ -378,3 +378,18 @@ def test_an_impossible_pipeline_is_one_sentence(sizes, says):
     batch = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch_of('decoder').items()}
     with pytest.raises(Invalid, match=says):
       jax.eval_shape(program.loss, params, batch)
+
+
+def test_a_process_asks_its_own_devices_for_their_memory():
+  class Device:
+    def __init__(self, process_index, stats):
+      self.process_index = process_index
+      self.stats = stats
+
+    def memory_stats(self):
+      if self.process_index:
+        raise RuntimeError('MemoryStats is only supported for addressable PjRt devices.')
+      return self.stats
+
+  assert hosts.device_bytes([Device(1, {}), Device(0, {'bytes_limit': 7})]) == 7
+  assert hosts.device_bytes([Device(0, None)]) is None

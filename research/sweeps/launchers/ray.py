@@ -30,6 +30,10 @@ class Ray:
     cpus, gpus: what a task takes of a host.
     resources: more of Ray's resources that a task takes, such as {'TPU': 4}.
     memory: bytes that a task takes; 0 asks for none.
+    hosts: how many hosts a run takes, each with all of the above. One process runs on each, and they are
+      one job of jax, so a mesh may span them. Such a run is never a member of a population.
+    slice: with `hosts`, the hosts are those of one TPU slice of this kind, such as 'v5litepod-16', whose first
+      host has Ray's resource TPU-v5litepod-16-head.
     patience: seconds without any host that has what a task takes, after which that is an error. Give an
       autoscaler the time to start one.
   """
@@ -39,9 +43,12 @@ class Ray:
   gpus: float = 0.0
   resources: dict = dataclasses.field(default_factory=dict)
   memory: int = 0
+  hosts: int = 1
+  slice: str = ''
   patience: float = 600.0
 
   FUNCTION: ClassVar[tuple[str, str]] = ('research.sweeps.group', 'train_group')
+  JOINT: ClassVar[tuple[str, str]] = ('research.sweeps.joint', 'train_first')
 
   def __post_init__(self):
     for field in ('cpus', 'gpus', 'memory'):
@@ -51,6 +58,11 @@ class Ray:
       raise Invalid(
         Ray, 'cpus', '0, and nothing else that a task takes: a host would get all tasks.'
       )
+    if not isinstance(self.hosts, int) or self.hosts < 1:
+      raise Invalid(Ray, 'hosts', f'{self.hosts!r} must be a positive whole number.')
+    if self.slice and self.hosts == 1:
+      why = f'{self.slice!r} goes with the number of its hosts: set Ray.hosts, or for one host Ray.resources.'
+      raise Invalid(Ray, 'slice', why)
 
   def slots(self) -> int:
     """How many runs the cluster can train at once, as it is now.
@@ -66,8 +78,9 @@ class Ray:
 
   def _needs(self) -> ray_cluster.Needs:
     return ray_cluster.Needs(
-      cpus=self.cpus, gpus=self.gpus, resources=self.resources, memory=self.memory
-    )
+      cpus=self.cpus, gpus=self.gpus, resources=self.resources, memory=self.memory, hosts=self.hosts,
+      slice=self.slice,
+    )  # fmt: skip
 
   def run(self, job: Job) -> bool:
     """Gives the runs to the cluster until all are over.
@@ -78,7 +91,8 @@ class Ray:
     ray_cluster.connect(self.address, '--launcher=ray')
     try:
       folders = [job.workdir / 'workers']
-      tasks = ray_tasks.Tasks(*self.FUNCTION, self._needs(), folders)
+      function = self.FUNCTION if self.hosts == 1 else self.JOINT
+      tasks = ray_tasks.Tasks(*function, self._needs(), folders)
       try:
         self._give_out(job, tasks)
       finally:
@@ -89,6 +103,10 @@ class Ray:
 
   def _give_out(self, job: Job, tasks: ray_tasks.Tasks) -> None:
     dispatch = job.dispatch()
+    more = ()  # arguments of a task
+    if self.hosts > 1:
+      dispatch.population = 1
+      more = (dataclasses.asdict(self._needs()),)
     errors = collections.Counter()  # of tasks by text, since a run was last over
     log = job.logs / 'ray.log'
     slots, next_look = tasks.slots(), 0.0
@@ -96,7 +114,7 @@ class Ray:
       # Not for each task that ends: it looks at every run that waits.
       if len(tasks.pending) < slots + QUEUE // 2:
         for names in dispatch.groups(slots, slots + QUEUE - len(tasks.pending)):
-          tasks.start(names, job.arguments, names, self.cpus)
+          tasks.start(names, job.arguments, names, self.cpus, *more)
       for outcome in tasks.ended(0.5):
         over = dispatch.ended(outcome.key)
         if isinstance(outcome.error, UserError):
