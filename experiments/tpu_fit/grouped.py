@@ -5,7 +5,7 @@
 Forward and backward of 18,432 rows through 8 experts on one device. Needs libtpu and no TPU.
 """
 
-from research.compilation import chips, hlo
+from research.compilation import chips, traffic
 
 chips.prepare('v5p:2x2x1')  # before jax is imported
 
@@ -44,7 +44,7 @@ def main() -> None:
     for kernel in (jax.lax.ragged_dot, megablox):
       compiled = step(kernel).lower(*arrays).compile()
       flops = compiled.cost_analysis()['flops']
-      moved = hlo.moved_bytes(compiled.as_text()) / 2**30
+      moved = traffic.moved_bytes(compiled.as_text()) / 2**30
       print(f'{kernel.__name__}: {flops:.3e} FLOPs, {moved:.2f} GiB moved', flush=True)
 
 
