@@ -1,4 +1,4 @@
-"""Runs that take several hosts of a Ray cluster each."""
+"""Hosts of a Ray cluster that are killed, and runs that take several hosts each."""
 
 import dataclasses
 import json
@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from test_chaos import Sweeping
 from test_ray import FOUR, OnRay
 
 from research.core.errors import Invalid
@@ -113,8 +114,11 @@ def train_by_two_processes(config, workdir, environment) -> dict:
   return json.loads((workdir / 'run.json').read_text())
 
 
-def wait_for_two_hosts_under_way(sweeping: OnRay, hosts: raylets.Hosts) -> list:
-  """The raylets of a run that has a checkpoint and is not over, that of its first process at the front."""
+def wait_for_hosts_under_way(sweeping: OnRay, hosts: raylets.Hosts, least: int) -> list:
+  """The raylets that train, at least so many, when a run has a checkpoint and is not over.
+
+  That of the run's first process is at the front.
+  """
   end = time.monotonic() + 240
   while time.monotonic() < end and sweeping.is_alive():
     for run in sweeping.runs:
@@ -123,10 +127,38 @@ def wait_for_two_hosts_under_way(sweeping: OnRay, hosts: raylets.Hosts) -> list:
         pid = json.loads(lease.read_text() or '{}').get('pid')
         busy = [each for each in hosts.raylets if hosts.busy(each, 'train_')]
         first = [each for each in busy if pid in raylets.descendants(hosts.pid(each))]
-        if len(busy) == 2 and first:
+        if len(busy) >= least and first:
           return sorted(busy, key=lambda each: each is not first[0])
     time.sleep(0.05)
   raise AssertionError('no run got as far as a checkpoint') from sweeping.error
+
+
+@pytest.mark.slow
+def test_a_sweep_that_loses_a_host_and_gains_another_is_the_local_one(
+  ray_hosts, text_file, tmp_path, monkeypatch, user_environment
+):
+  """The host of a run that has a checkpoint is killed; the run goes on from it on another."""
+  for name in set(os.environ) - set(user_environment):
+    monkeypatch.delenv(name)
+  file = tmp_path / 'sweep.gin'
+  file.write_text(FOUR.format(files=text_file).replace('every=40', 'every=10'))
+  sweeping = OnRay(file, tmp_path / 'sweep', ray_hosts.address)
+  sweeping.start()
+  ray_hosts.kill(wait_for_hosts_under_way(sweeping, ray_hosts, 1)[0])
+  ray_hosts.add()
+  sweeping.join(timeout=400)
+  assert not sweeping.is_alive()
+  assert sweeping.error is None
+  logs = [(sweeping.folder.run(run) / 'log.txt').read_text() for run in sweeping.runs]
+  assert any('resumed from' in log for log in logs)
+  local = Sweeping(file, tmp_path / 'local')
+  local.run()
+  rows, expected = (
+    [{k: v for k, v in row.items() if k != 'seconds'} for row in each.folder.rows(each.runs)]
+    for each in (sweeping, local)
+  )
+  assert [row['status'] for row in rows] == ['finished'] * 4
+  assert rows == expected
 
 
 @pytest.mark.slow
@@ -141,7 +173,7 @@ def test_a_run_on_two_hosts_is_that_of_two_processes(
   file.write_text(ONE.format(files=text_file))
   sweeping = OnRay(file, tmp_path / 'sweep', ray_hosts.address, hosts=2)
   sweeping.start()
-  ray_hosts.kill(wait_for_two_hosts_under_way(sweeping, ray_hosts)[killed])
+  ray_hosts.kill(wait_for_hosts_under_way(sweeping, ray_hosts, 2)[killed])
   ray_hosts.add()
   sweeping.join(timeout=400)
   assert not sweeping.is_alive()
