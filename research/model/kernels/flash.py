@@ -34,7 +34,8 @@ def suits(
     causal: no token sees a later one.
     window: as in `attention.visible`.
     soft_cap: as in `dot_product_attention`; cuDNN has none.
-    bias: there is a bias by distance. cuDNN would read it as a whole, [heads, query, key].
+    bias: there is a bias by distance. cuDNN would round it to bfloat16, which doubles the error of the result
+      (experiments/speed/README.md, "One GPU").
   """
   if platform() == 'gpu':
     sizes = query.shape[3], value.shape[3], query.shape[1], key.shape[1]
