@@ -72,21 +72,22 @@ def read(spec: dict, cache: pathlib.Path):
 
 
 def _write(stream, folder, cache, log, workers, engine=None):
-  if engine and stream.registered:
-    log(
-      f'{stream.name} is a registered task, which one process freezes: seqio cannot begin in its middle'
-    )
-  elif engine:
+  if engine and not stream.registered:
     with shards.locked(cache / 'corpora.lock', log):
       engine.open_store(stream.corpus)
   new = writer(stream, folder, cache, log)
   folder.mkdir(exist_ok=True)
   if not (folder / 'header.json').exists():
     shards.write_json(folder / 'header.json', new.header())
-  if engine and not stream.registered:
+  if engine and new.pieces is None:
+    log(
+      f'{stream.name} is a registered task, which one process freezes: seqio cannot begin in its middle. '
+      'Stream.source_shards has it read in parts'
+    )
+  elif engine:
     engine.write(stream, new)
     return
-  if workers > 1 and not stream.registered and (pool := _pool(workers, stream, new, cache, log)):
+  if workers > 1 and new.pieces is not None and (pool := _pool(workers, stream, new, cache, log)):
     with pool:
       _write_with(pool, workers, stream, new, log)
     return

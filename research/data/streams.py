@@ -42,6 +42,9 @@ class Stream:
     seed: of the shuffling and of the corruption.
     module: Python module to import before looking `task` up in seqio's registries.
     scores: what a model says of the examples, frozen beside them (`research.training.scores`).
+    source_shards: whether a registered task is read shard by shard of its source, each of which is then
+      preprocessed, shuffled and packed alone, as if it were the data of one host of T5X. Several processes can
+      freeze such a task.
   """
 
   task: 'str | Objective' = 'causal_lm'
@@ -56,6 +59,7 @@ class Stream:
   seed: int = 0
   module: str | None = None
   scores: Scores | None = None
+  source_shards: bool = False
 
   def __post_init__(self):
     if isinstance(self.task, str) and self.task in objectives.OBJECTIVES:
@@ -111,6 +115,9 @@ class Stream:
       )
 
   def _check_described(self):
+    if self.source_shards:
+      why = 'is for a registered seqio task; a corpus is read in parts without it.'
+      raise Invalid(Stream, 'source_shards', why)
     if not isinstance(self.task, Objective):
       raise Invalid(Stream, 'task', f'{self.task!r} is neither an objective nor the name of one.')
     if not isinstance(self.corpus, corpora.Corpus):
@@ -145,16 +152,20 @@ class Stream:
     self.task.check(self)
 
   def described(self) -> dict:
-    """Returns the fields in a run's identity; `scores`, which earlier versions lacked, only if it is set."""
+    """Returns the fields in a run's identity; those that earlier versions lacked only if they are set."""
     fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
     if self.scores is None:
       del fields['scores']
+    if not self.source_shards:
+      del fields['source_shards']
     return fields
 
   def spec(self) -> dict:
     """Returns a dict of JSON values, from which `from_spec` makes an equal stream without scores."""
     spec = to_spec(self.unscored)
     del spec['scores']  # the frozen text does not depend on them
+    if not self.source_shards:
+      del spec['source_shards']  # so that streams of earlier versions keep their names
     return spec
 
   @property

@@ -141,6 +141,21 @@ def test_near_duplicates_are_found_across_files_that_different_hosts_read(
   assert many == one
 
 
+@pytest.mark.slow
+def test_hosts_freeze_the_shards_of_a_registered_task(tmp_path, ray_hosts):
+  from tasks import on_ray
+
+  stream = Stream(task='pages', module='tests.pages', lengths={'targets': 128}, source_shards=True)
+  one = frozen(stream, tmp_path / 'one')
+  lines: list[str] = []
+  (tmp_path / 'many').mkdir()
+  engine = on_ray.Engine(ray_hosts.address, tmp_path / 'many', lines.append)
+  many = frozen(stream, tmp_path / 'many', engine, lines.append)
+  assert many == one
+  assert len([name for name in many if name.endswith('.bin')]) == 3
+  assert any(re.match(r'pages train: 3 of 3 tasks', line) for line in lines), lines
+
+
 def test_the_flags_of_an_engine_go_together(tmp_path):
   from research import freeze
 
