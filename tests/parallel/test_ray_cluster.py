@@ -54,7 +54,7 @@ def test_a_machine_outside_of_the_cluster_is_told():
 
 
 @pytest.mark.parametrize(
-  'resources, why',
+  ('resources', 'why'),
   [
     ({'TPU': -4}, "-4 of 'TPU' must be a positive number"),
     ({'TPU': 0}, "0 of 'TPU' must be a positive number"),
