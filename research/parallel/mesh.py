@@ -134,9 +134,11 @@ class Mesh:
     if math.prod(filled.values()) != devices:
       shape = ' x '.join(f'{axis} {size}' for axis, size in sizes.items() if size != 1)
       largest = max(sizes, key=sizes.get)
-      needs = f'a multiple of {stated}' if -1 in sizes.values() else f'{stated}'
+      rest = -1 in sizes.values()
+      needs = f'a multiple of {stated}' if rest else f'{stated}'
       why = f'a mesh of {shape} needs {needs} devices and there are {devices} here; '
-      raise Invalid(Mesh, largest, why + f'change Mesh.{largest} or set one axis to -1.')
+      other = '' if rest else ' or set one axis to -1'
+      raise Invalid(Mesh, largest, why + f'change Mesh.{largest}{other}.')
     return filled
 
   def _across(self, slices: int) -> dict[str, int]:

@@ -6,10 +6,11 @@ import socket
 import warnings
 from collections.abc import Mapping, Sequence
 
-from research.core.errors import UserError
+from research.core.errors import Invalid, UserError
 from research.parallel.addresses import split_address
 
 CONNECT_SECONDS = 5.0  # how long a head may take to accept a connection
+OWN_FIELDS = {'CPU': 'cpus', 'GPU': 'gpus', 'memory': 'memory'}  # of Ray's names
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,29 @@ class Needs:
     while (fit := sum(min(slots, calls) for slots in each) // self.hosts) < calls:
       calls = fit
     return calls
+
+
+def check_amounts(kind: type, cpus: float, gpus: float, resources: Mapping[str, float]) -> None:
+  """Checks what a task is to take of a host.
+
+  Args:
+    kind: the class that has these fields, for the message.
+
+  Raises:
+    Invalid: an amount is none that Ray knows, or there is none at all.
+  """
+  for field, amount in (('cpus', cpus), ('gpus', gpus)):
+    if amount < 0:
+      raise Invalid(kind, field, f'{amount!r} must not be negative.')
+  for name, amount in resources.items():
+    if name in OWN_FIELDS:
+      raise Invalid(kind, 'resources', f'{name!r} is not set here but by {OWN_FIELDS[name]!r}.')
+    if not isinstance(amount, int | float) or isinstance(amount, bool) or amount <= 0:
+      raise Invalid(kind, 'resources', f'{amount!r} of {name!r} must be a positive number.')
+  if not (cpus or gpus or resources):
+    raise Invalid(
+      kind, 'cpus', '0, and nothing else that a task takes: a host would get all tasks.'
+    )
 
 
 def load_ray(asked_by: str):

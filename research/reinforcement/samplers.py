@@ -74,6 +74,10 @@ class OnRay(Samplers):
   gpus: float = 0.0
   resources: dict = dataclasses.field(default_factory=dict)
 
+  def __post_init__(self):
+    super().__post_init__()
+    ray_cluster.check_amounts(OnRay, self.cpus, self.gpus, self.resources)
+
   def __call__(
     self, sampler: Sampler, params: dict, prompts: list[Prompt], seeds: np.ndarray
   ) -> Rows:

@@ -6,7 +6,7 @@ import types
 
 import pytest
 
-from research.core.errors import UserError
+from research.core.errors import Invalid, UserError
 from research.parallel import ray_cluster
 
 
@@ -51,3 +51,17 @@ def test_a_machine_outside_of_the_cluster_is_told():
     "--address=head:6379: this machine could not join the cluster (Can't find a node_ip_address.json file from "
     '/tmp/ray); it must be a node of it: ray start --address=HOST:PORT.'
   )
+
+
+@pytest.mark.parametrize(
+  ('resources', 'why'),
+  [
+    ({'TPU': -4}, "-4 of 'TPU' must be a positive number"),
+    ({'TPU': 0}, "0 of 'TPU' must be a positive number"),
+    ({'TPU': 'four'}, "'four' of 'TPU' must be a positive number"),
+    ({'CPU': 2}, "'CPU' is not set here but by 'cpus'"),
+  ],
+)
+def test_amounts_that_ray_would_refuse_are_told(resources, why):
+  with pytest.raises(Invalid, match=rf'Needs\.resources: {why}'):
+    ray_cluster.check_amounts(ray_cluster.Needs, 1, 0, resources)

@@ -35,7 +35,7 @@ def test_slices_multiply_data_or_stages():
     ({'data': 3}, r'Mesh\.data: a mesh of data 3 needs 3 devices and there are 8 here'),
     (
       {'data': -1, 'fsdp': 3},
-      r'Mesh\.fsdp: .* needs a multiple of 3 devices and there are 8 here; change Mesh\.fsdp',
+      r'Mesh\.fsdp: .* needs a multiple of 3 devices and there are 8 here; change Mesh\.fsdp\.$',
     ),
     ({'data': -1, 'fsdp': -1}, r'only one mesh axis may be -1'),
     ({'data': 0}, r'Mesh\.data: 0 is not a number of devices'),

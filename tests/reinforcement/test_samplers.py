@@ -65,6 +65,10 @@ def test_parts_are_the_rows_of_the_whole(text_file):
 def test_what_is_wrong_with_samplers_is_told(text_file):
   with pytest.raises(Invalid, match=r'OnRay\.parts: 0 must be a positive whole number'):
     OnRay(parts=0)
+  with pytest.raises(Invalid, match=r'OnRay\.cpus: 0, and nothing else that a task takes'):
+    OnRay(cpus=0)
+  with pytest.raises(Invalid, match=r'OnRay\.gpus: -1 must not be negative'):
+    OnRay(gpus=-1)
   run = load(text_file).build()
   rollouts = dataclasses.replace(run.train, samplers=Samplers(parts=1000))
   with pytest.raises(

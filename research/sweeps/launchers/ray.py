@@ -51,13 +51,9 @@ class Ray:
   JOINT: ClassVar[tuple[str, str]] = ('research.sweeps.joint', 'train_first')
 
   def __post_init__(self):
-    for field in ('cpus', 'gpus', 'memory'):
-      if getattr(self, field) < 0:
-        raise Invalid(Ray, field, f'{getattr(self, field)!r} must not be negative.')
-    if not (self.cpus or self.gpus or self.resources):
-      raise Invalid(
-        Ray, 'cpus', '0, and nothing else that a task takes: a host would get all tasks.'
-      )
+    ray_cluster.check_amounts(Ray, self.cpus, self.gpus, self.resources)
+    if self.memory < 0:
+      raise Invalid(Ray, 'memory', f'{self.memory!r} must not be negative.')
     if not isinstance(self.hosts, int) or self.hosts < 1:
       raise Invalid(Ray, 'hosts', f'{self.hosts!r} must be a positive whole number.')
     if self.slice and self.hosts == 1:
