@@ -300,6 +300,8 @@ def main() -> None:
     print(json.dumps(measure(flags.measure, flags.batch[0])))
     return
   if flags.operations:
+    if flags.variant:
+      parser.error('--operations shows ours alone: leave out --variant.')
     for batch in flags.batch or (1, 8, 64):
       call = isoflop(batch)
       call()

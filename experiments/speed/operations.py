@@ -33,10 +33,10 @@ def table(call: Callable[[], object], calls: int = 3) -> str:
       events = json.load(file)
   milliseconds, count = collections.Counter(), collections.Counter()
   for event in events['traceEvents'] if isinstance(events, dict) else events:
-    # Names of Python's functions begin with $; those with two colons are of XLA's own machinery.
-    if event.get('ph') != 'X' or event['name'].startswith(('$', 'end: ')) or '::' in event['name']:
-      continue
+    # Thunks are named as in the HLO, in small letters; Python's functions and jax's machinery otherwise.
     kind = re.sub(r'[.\d]+$', '', event['name'])
+    if event.get('ph') != 'X' or not re.fullmatch(r'[a-z_\-]+', kind):
+      continue
     milliseconds[kind] += event['dur'] / 1e3 / calls
     count[kind] += 1
   lines = [f'{"":40} {"ms":>9} {"operations":>10}']

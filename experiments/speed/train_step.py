@@ -213,6 +213,10 @@ def main() -> None:
     print(json.dumps(result))
     return
   if flags.operations:
+    if flags.before or flags.cores or flags.variant:
+      parser.error(
+        '--operations shows our step here alone: leave out --before, --cores and --variant.'
+      )
     for workload in flags.workload or WORKLOADS:
       print_operations(workload, flags)
     return

@@ -132,7 +132,7 @@ def connect(address: str | None, asked_by: str) -> None:
       ray.init(address=address, log_to_driver=False, logging_level='ERROR')
   # Ray raises RuntimeError, ConnectionError, ValueError and AssertionError here.
   except Exception as error:
-    raise UserError(_why_not_joined(shown, error)) from error
+    raise UserError(_why_not_joined(shown, error, bool(address))) from error
 
 
 def _check_answers(address: str) -> None:
@@ -147,7 +147,7 @@ def _check_answers(address: str) -> None:
     ) from None
 
 
-def _why_not_joined(shown: str, error: Exception) -> str:
+def _why_not_joined(shown: str, error: Exception, named: bool = True) -> str:
   text = ' '.join(str(error).split())
   if 'ersion mismatch' in text:
     return (
@@ -158,6 +158,11 @@ def _why_not_joined(shown: str, error: Exception) -> str:
     return (
       f'{shown}: no Ray runs on this machine; start one with ray start --head, or give '
       '--address=HOST:PORT.'
+    )
+  if not named:
+    return (
+      f'{shown}: the cluster of this machine did not start ({text[:200]}); start one with ray start --head, or '
+      'give the --address=HOST:PORT of another.'
     )
   return (
     f'{shown}: this machine could not join the cluster ({text[:200]}); it must be a node of it: '

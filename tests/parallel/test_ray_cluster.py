@@ -51,6 +51,9 @@ def test_a_machine_outside_of_the_cluster_is_told():
     "--address=head:6379: this machine could not join the cluster (Can't find a node_ip_address.json file from "
     '/tmp/ray); it must be a node of it: ray start --address=HOST:PORT.'
   )
+  slow = RuntimeError('The current node timed out during startup.')
+  said = ray_cluster._why_not_joined('--launcher=ray', slow, named=False)
+  assert said.startswith('--launcher=ray: the cluster of this machine did not start (The current')
 
 
 @pytest.mark.parametrize(
