@@ -17,9 +17,9 @@ FAST_MEMORY = 13.5 * 2**20
 def grouped_matmul(x: jax.Array, w: jax.Array, sizes: jax.Array, block: int) -> jax.Array:
   """Returns y[r] = x[r] w[g] for every row r of group g. Rows after the last group are unspecified.
 
-  On TPUs this is megablox, jax's own Pallas kernels, where they serve (`_suits_megablox`). On other accelerators
-  it is `jax.lax.ragged_dot`. On a CPU that would multiply every row with every matrix, so there a loop goes over
-  the blocks of every group, and the cost is proportional to the rows.
+  On TPUs this is megablox, jax's own Pallas kernels, where they serve (`_suits_megablox`). On other
+  accelerators it is `jax.lax.ragged_dot`. On a CPU that would multiply every row with every matrix, so there a
+  loop goes over the blocks of every group, and the cost is proportional to the rows.
 
   Args:
     x: [rows, inputs]; rows is a multiple of block.
@@ -59,6 +59,8 @@ def _backward(block, residuals, dy):
   def default(x, w, sizes, dy):
     if _suits_megablox(x, w, block):
       dx = _megablox(dy, w, sizes, block, transpose=True)
+      # It leaves the rows after the last group as they were in memory: perhaps no numbers.
+      dx = jnp.where(jnp.arange(dx.shape[0])[:, None] < jnp.sum(sizes), dx, 0)
       return dx, _megablox_outer(x, dy, sizes, w.dtype, block)
     return jax.vjp(lambda x, w: _ragged(x, w, sizes), x, w)[1](dy)
 
@@ -103,7 +105,8 @@ def _megablox(x, w, sizes, block, *, transpose):
 
   inputs, outputs = (w.shape[2], w.shape[1]) if transpose else w.shape[1:]
   # Without any row the kernel's grid would have no step. Rows after the last group may be anything.
-  sizes = sizes.at[0].add(jnp.where(jnp.sum(sizes) == 0, block, 0)).astype(jnp.int32)
+  sizes = jnp.asarray(sizes, jnp.int32)
+  sizes = sizes.at[0].add(jnp.where(jnp.sum(sizes) == 0, block, 0))
   tiles = _tiles(block, inputs, outputs, x.dtype)
   return gmm(x, w, sizes, x.dtype, tiles, transpose_rhs=transpose)
 
@@ -114,7 +117,7 @@ def _megablox_outer(x, dy, sizes, dtype, block):
 
   side = TILE // x.dtype.itemsize
   tiles = (block, _tile(x.shape[1], side), _tile(dy.shape[1], side))
-  return tgmm(x.T, dy, sizes.astype(jnp.int32), dtype, tiles)
+  return tgmm(x.T, dy, jnp.asarray(sizes, jnp.int32), dtype, tiles)
 
 
 def _bounds(sizes, block):
