@@ -45,7 +45,7 @@ add('lines', seqio.TextLineDataSource({'train': str(FOLDER / '?.txt'), 'none': s
 for number in range(3):
   add(f'alone_{number}', seqio.TextLineDataSource({'train': str(FOLDER / f'{number}.txt')}))
 add('made', seqio.FunctionDataSource(dataset, splits=['train']))
-seqio.MixtureRegistry.add('both', [('lines', 1), ('made', 1)])
+seqio.MixtureRegistry.add('lines_and_made', [('lines', 1), ('made', 1)])
 """
 SIZES = (40, 700, 0)  # lines of each file: one block of rows, several, and none
 
@@ -200,7 +200,7 @@ def test_without_it_one_process_writes_and_says_so(module, tmp_path):
 @pytest.mark.parametrize(
   ('fields', 'why'),
   [
-    ({'task': 'both'}, 'both is a mixture: mix streams of its tasks'),
+    ({'task': 'lines_and_made'}, 'lines_and_made is a mixture: mix streams of its tasks'),
     ({'split': 'none'}, 'the source of lines none has no shard'),
   ],
 )

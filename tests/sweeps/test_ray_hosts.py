@@ -141,7 +141,9 @@ def test_a_sweep_that_loses_a_host_and_gains_another_is_the_local_one(
   for name in set(os.environ) - set(user_environment):
     monkeypatch.delenv(name)
   file = tmp_path / 'sweep.gin'
-  file.write_text(FOUR.format(files=text_file).replace('every=40', 'every=10'))
+  # Long enough to be found under way.
+  longer = FOUR.replace('(1e5, 2e5)', '(1e6, 2e6)')
+  file.write_text(longer.format(files=text_file))
   sweeping = OnRay(file, tmp_path / 'sweep', ray_hosts.address)
   sweeping.start()
   ray_hosts.kill(wait_for_hosts_under_way(sweeping, ray_hosts, 1)[0])
