@@ -227,8 +227,10 @@ def _command(pid: int) -> str:
 
 def descendants(pid: int) -> list[int]:
   """The processes that a process and its children started."""
-  try:
-    children = pathlib.Path(f'/proc/{pid}/task/{pid}/children').read_text().split()
-  except OSError:
-    return []
+  children = []
+  for thread in pathlib.Path(f'/proc/{pid}/task').glob(
+    '*/children'
+  ):  # each thread has those it started
+    with contextlib.suppress(OSError):
+      children += thread.read_text().split()
   return [p for child in map(int, children) for p in (child, *descendants(child))]

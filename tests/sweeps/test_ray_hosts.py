@@ -142,7 +142,7 @@ def test_a_sweep_that_loses_a_host_and_gains_another_is_the_local_one(
     monkeypatch.delenv(name)
   file = tmp_path / 'sweep.gin'
   # Long enough to be found under way.
-  longer = FOUR.replace('(1e5, 2e5)', '(1e6, 2e6)')
+  longer = FOUR.replace('(1e5, 2e5)', '(4e5, 6e5)')
   file.write_text(longer.format(files=text_file))
   sweeping = OnRay(file, tmp_path / 'sweep', ray_hosts.address)
   sweeping.start()
