@@ -7,7 +7,6 @@ of the size [query, key] is in memory. A tile has keys in rows and queries in co
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import tpu as pltpu
 
 SUBLANES = 8  # rows of a register
 
@@ -34,6 +33,8 @@ def windows(bias: jax.Array, queries: int, keys: int, block: int) -> jax.Array:
 
 def spread(window: jax.Array) -> jax.Array:
   """Turns a window [1, 2 block] into its tile [block of keys, block of queries], within a kernel."""
+  from jax.experimental.pallas import tpu as pltpu
+
   block = window.shape[1] // 2
   # Row c is the window shifted by c. The first eight rows by the bits of c, the others from those before.
   rows = jnp.broadcast_to(window, (SUBLANES, 2 * block))
@@ -47,6 +48,8 @@ def spread(window: jax.Array) -> jax.Array:
 
 def gathered(tile: jax.Array) -> jax.Array:
   """The transpose of `spread`, but for `finished`: sums a tile into [8, 2 block], within a kernel."""
+  from jax.experimental.pallas import tpu as pltpu
+
   block = tile.shape[0]
   rows = jnp.concatenate([jnp.zeros_like(tile), tile], axis=1)
   while rows.shape[0] > SUBLANES:

@@ -6,13 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from research.model.kernels.tiled import Sight, tiled_attention
+from research.model.kernels.tiled import LANES, Sight, tiled_attention
 from research.model.positions import by_place
 from research.parallel.axes import per_device, spec
 from research.parallel.mesh import platform
 
 BLOCK = 512  # queries and keys per tile of the TPU kernel; a shorter sequence is a single tile
-LANES = 128  # the sizes of its tiles must be multiples of this
 
 
 def suits(

@@ -4,12 +4,12 @@ That is a bias by distance (`distance.py`), prefixes, sizes of heads that are no
 between keys and values, lengths that are no multiple of a tile, and sequences of which a device has a part. The
 forward kernel is FlashAttention-2's (Dao 2023, arXiv:2307.08691). The backward pass computes the weights again,
 in one kernel for the gradient of queries and in one for that of keys and values.
+
+Pallas is imported where a kernel is made: that takes a third of a second, and CPUs and GPUs need none.
 """
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from research.model.kernels import distance
 from research.model.kernels.dot_product import FLOOR
@@ -29,6 +29,9 @@ def forward(
       has zeros and a number below -1e28.
     so_far: the results for other keys, which are updated in place to those for all.
   """
+  from jax.experimental import pallas as pl
+  from jax.experimental.pallas import tpu as pltpu
+
   query, value = operands.query, operands.value
   batch, heads, queries, _ = query.shape
   group = heads // operands.key.shape[1]
@@ -103,6 +106,9 @@ def backward_query(
     so_far: the query's gradient from other keys, which is updated in place.
     d_bias: whether the windows have a gradient.
   """
+  from jax.experimental import pallas as pl
+  from jax.experimental.pallas import tpu as pltpu
+
   _, heads, _, head_dim = operands.query.shape
   group = heads // operands.key.shape[1]
   so_far = None if so_far is None else (so_far,)
@@ -163,6 +169,9 @@ def backward_keys(
   so_far: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Returns the gradients of keys and values. The arguments are those of `backward_query`."""
+  from jax.experimental import pallas as pl
+  from jax.experimental.pallas import tpu as pltpu
+
   _, heads, _, head_dim = operands.query.shape
   kv_heads, width = operands.key.shape[1], operands.value.shape[3]
   group = heads // kv_heads
@@ -207,6 +216,9 @@ def _call(
   grid, kernel, steps, semantics, saved, so_far, out_shape, out_specs, scratch, *, name, products
 ):
   """Runs a kernel: in parallel (P) along some axes of the steps, and in order (A) along the others."""
+  from jax.experimental import pallas as pl
+  from jax.experimental.pallas import tpu as pltpu
+
   kinds = {'P': 'parallel', 'A': 'arbitrary'}
   inputs = (grid.operands, saved, so_far)
   in_place = 0 if so_far is None else len(so_far)

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 
 from research.model.kernels import distance
 from research.model.kernels.dot_product import HIDDEN
@@ -186,6 +185,8 @@ class Grid:
     self.counts = tuple(x.shape[2] // tiles.block for x in (operands.query, operands.key))
 
   def spec(self, shape, index):
+    from jax.experimental import pallas as pl
+
     def where(*args):
       *indices, at = args
       row, *others = self.place(at[0], *indices)
@@ -224,7 +225,7 @@ class Grid:
   def saved(self, saved):
     return self.rows_of_query(saved[0].shape[3]), self.numbers_of_query(), self.numbers_of_query()
 
-  def cost(self, saved, outputs, products: tuple[int, int], *, once: str) -> pl.CostEstimate:
+  def cost(self, saved, outputs, products: tuple[int, int], *, once: str):
     """Returns what a kernel computes, and reads and writes. If `ahead` is no number, all tiles count.
 
     Args:
@@ -233,6 +234,8 @@ class Grid:
       products: of weights and head_dim, and of weights and head_dim of value, as often as a tile has them.
       once: 'query' if the tiles of queries stay while those of keys pass by, or 'key'.
     """
+    from jax.experimental import pallas as pl
+
     x = self.operands
     queries, keys = self.counts
     pairs = [(i, j) for i in range(queries) for j in range(keys)]
