@@ -33,9 +33,12 @@ def table(call: Callable[[], object], calls: int = 3) -> str:
       events = json.load(file)
   milliseconds, count = collections.Counter(), collections.Counter()
   for event in events['traceEvents'] if isinstance(events, dict) else events:
+    # Some events mark a moment or name a thread, and have no duration.
+    if event.get('ph') != 'X':
+      continue
     # Thunks are named as in the HLO, in small letters; Python's functions and jax's machinery otherwise.
-    kind = re.sub(r'[.\d]+$', '', event['name'])
-    if event.get('ph') != 'X' or not re.fullmatch(r'[a-z_\-]+', kind):
+    kind = re.sub(r'[.\d]+$', '', event.get('name', ''))
+    if not re.fullmatch(r'[a-z_\-]+', kind):
       continue
     milliseconds[kind] += event['dur'] / 1e3 / calls
     count[kind] += 1
