@@ -4,8 +4,8 @@
     python experiments/speed/train_step.py --before=CHECKOUT    # ours now and in another version
     python experiments/speed/train_step.py --operations         # where ours spends its time
 
-Every measurement is a process of its own, one at a time and in turns, so that a busy machine slows all alike. A
-step is the whole update: loss, gradients, clipping to norm 1, AdamW. Ours is the step of `research.train`.
+Every variant is a process of its own. They take single steps in turns, so that a busy machine slows all alike.
+A step is the whole update: loss, gradients, clipping to norm 1, AdamW. Ours is the step of `research.train`.
 PyTorch's needs torch and, for W3, transformers (docs/contributing.md).
 """
 
@@ -21,6 +21,12 @@ import sys
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+
+from research.core import cli  # noqa: E402
+
+HUGE_PAGES = {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}
+PAUSE = 0.2  # seconds before a step: the threads of the others have stopped to spin
 VARIANTS = ('isoflop', 'torch', 'torch-compiled')
 BEFORE = 'isoflop-before'  # the step of another checkout, measured by its own copy of this script
 WORKLOADS = {  # sequences in a batch, input length of an encoder (0: a decoder), target length, vocabulary
@@ -48,7 +54,6 @@ def synthetic(workload: str) -> tuple:
 
 def our_step(workload: str, bindings: list[str], packed: bool, mesh: contextlib.ExitStack):
   """(step, number of parameters, FLOPs per target token); the step works until `mesh` is closed."""
-  sys.path.insert(0, str(ROOT))
   import jax
   import numpy as np
 
@@ -74,9 +79,9 @@ def our_step(workload: str, bindings: list[str], packed: bool, mesh: contextlib.
   mesh.enter_context(mesh_of(run, jax.devices()).use())
   program = make_program(run)
   state = jax.jit(program.init)(jax.random.key(0))
-  step = background_jit.jit(program.step, donate_argnums=0)
   batch = hosts.place(batch)
   rate = np.float32(1e-5)
+  step = background_jit.jit(program.step, state, batch, rate, donate_argnums=0)
   size = sum(p.size for p in jax.tree.leaves(state['params']))
 
   def advance():
@@ -97,31 +102,30 @@ def torch_step(workload: str, compiled: bool):
   return lambda: step(inputs, targets).detach(), size
 
 
-def measure(variant: str, workload: str, steps: int, bindings: list[str], packed: bool) -> dict:
-  """One process's figures: wall and processor milliseconds of a step, start-up seconds, first loss."""
+def measure(variant: str, workload: str, bindings: list[str], packed: bool) -> None:
+  """Takes a step for every line that it reads, and prints its wall and processor milliseconds.
+
+  The first line that it prints says what the step is: start-up seconds, first loss, parameters, FLOPs.
+  """
   start = time.monotonic()
   flops = None
-  mesh = contextlib.ExitStack()
-  if variant == 'isoflop':
-    step, size, flops = our_step(workload, bindings, packed, mesh)
-  else:
-    step, size = torch_step(workload, compiled=variant == 'torch-compiled')
-  loss = float(step())
-  first = time.monotonic() - start
-  for _ in range(4):
-    step()
-  walls = []
-  used = processor_seconds()
-  for _ in range(steps):
-    start = time.perf_counter()
-    step()
-    walls.append(time.perf_counter() - start)
-  processor = (processor_seconds() - used) / steps
-  mesh.close()
-  return {
-    'ms': 1e3 * statistics.median(walls), 'best_ms': 1e3 * min(walls), 'cpu_ms': 1e3 * processor,
-    'first_step_s': first, 'loss': loss, 'params': size, 'flops': flops,
-  }  # fmt: skip
+  with contextlib.ExitStack() as mesh:
+    if variant == 'isoflop':
+      step, size, flops = our_step(workload, bindings, packed, mesh)
+    else:
+      step, size = torch_step(workload, compiled=variant == 'torch-compiled')
+    loss = float(step())
+    first = time.monotonic() - start
+    for _ in range(4):
+      step()
+    about = {'first_step_s': first, 'loss': loss, 'params': size, 'flops': flops}
+    print(json.dumps(about), flush=True)
+    for _ in sys.stdin:
+      start = time.perf_counter()
+      used = processor_seconds()
+      step()
+      wall = time.perf_counter() - start
+      print(json.dumps([1e3 * wall, 1e3 * (processor_seconds() - used)]), flush=True)
 
 
 def print_operations(workload: str, flags: argparse.Namespace) -> None:
@@ -140,24 +144,59 @@ def processor_seconds() -> float:
   return sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
 
 
-def in_process(variant: str, workload: str, flags: argparse.Namespace) -> dict:
-  """`measure` in a fresh process, with the huge pages that `research.core.cli` asks for, for PyTorch too."""
-  script = pathlib.Path(__file__).resolve()
-  if variant == BEFORE:
-    variant = 'isoflop'
-    script = flags.before.resolve() / script.relative_to(ROOT)
-  command = [sys.executable, str(script), '--workload', workload, '--steps', str(flags.steps)]
-  command += ['--measure', variant, *(f'--gin.{b}' for b in flags.gin)]
-  command += ['--packed'] if flags.packed else []
-  if flags.cores:
-    command = ['taskset', '-c', flags.cores, *command]
-  environment = {'JAX_PLATFORMS': 'cpu'} | os.environ | {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}
-  # In the root of its version: gin files are looked up from there first.
-  root = script.parents[2]
-  process = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
-  if process.returncode:
-    sys.exit(f'{" ".join(command)} failed:\n{process.stderr}')
-  return json.loads(process.stdout.splitlines()[-1])
+class Measured:
+  """A process that takes steps of a variant when it is asked to, and otherwise waits."""
+
+  def __init__(self, variant: str, workload: str, flags: argparse.Namespace):
+    script = pathlib.Path(__file__).resolve()
+    if variant == BEFORE:
+      variant = 'isoflop'
+      script = flags.before.resolve() / script.relative_to(ROOT)
+    command = [sys.executable, str(script), '--workload', workload]
+    command += ['--measure', variant, *(f'--gin.{b}' for b in flags.gin)]
+    command += ['--packed'] if flags.packed else []
+    if flags.cores:
+      command = ['taskset', '-c', flags.cores, *command]
+    # PyTorch has the huge pages that `research.core.cli` asks for, too.
+    tunables = cli.CPU_ENVIRONMENT if variant == 'isoflop' else HUGE_PAGES
+    environment = {'JAX_PLATFORMS': 'cpu'} | os.environ | tunables
+    # In the root of its version: gin files are looked up from there first.
+    self.process = subprocess.Popen(
+      command, env=environment, cwd=script.parents[2], text=True,
+      stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    self.about = self.read()
+    self.steps = []
+
+  def read(self):
+    line = self.process.stdout.readline()
+    if not line:
+      sys.exit(f'{" ".join(self.process.args)} failed')
+    return json.loads(line)
+
+  def step(self) -> None:
+    time.sleep(PAUSE)
+    self.process.stdin.write('step\n')
+    self.process.stdin.flush()
+    self.steps.append(self.read())
+
+  def end(self) -> dict:
+    """Ends the process; returns the medians of its steps."""
+    self.process.stdin.close()
+    self.process.wait()
+    walls, processor = zip(*self.steps, strict=True)
+    medians = {'ms': statistics.median(walls), 'cpu_ms': statistics.median(processor)}
+    return {**self.about, **medians, 'best_ms': min(walls)}
+
+
+def in_turns(variants: list[str], workload: str, flags: argparse.Namespace) -> dict[str, dict]:
+  """A process of every variant; they take their steps in turns, so that a slow minute slows all alike."""
+  processes = {variant: Measured(variant, workload, flags) for variant in variants}
+  for i in range(flags.steps):
+    # In alternating order, so that no variant always follows the same one.
+    for variant in variants if i % 2 == 0 else variants[::-1]:
+      processes[variant].step()
+  return {variant: process.end() for variant, process in processes.items()}
 
 
 def table(workload: str, results: dict[str, list[dict]]) -> str:
@@ -209,8 +248,7 @@ def main() -> None:
   flags = parser.parse_args(arguments)
   flags.gin = [a.removeprefix('--gin.') for a in sys.argv[1:] if a.startswith('--gin.')]
   if flags.measure:
-    result = measure(flags.measure, flags.workload[0], flags.steps, flags.gin, flags.packed)
-    print(json.dumps(result))
+    measure(flags.measure, flags.workload[0], flags.gin, flags.packed)
     return
   if flags.operations:
     if flags.before or flags.cores or flags.variant:
@@ -224,11 +262,9 @@ def main() -> None:
   variants += [BEFORE] if flags.before else []
   for workload in flags.workload or WORKLOADS:
     results = {variant: [] for variant in variants}
-    for repeat in range(flags.repeats):
-      # In alternating order, so that no variant is always the first.
-      order = variants if repeat % 2 == 0 else variants[::-1]
-      for variant in order:
-        results[variant].append(in_process(variant, workload, flags))
+    for _ in range(flags.repeats):
+      for variant, result in in_turns(variants, workload, flags).items():
+        results[variant].append(result)
     print(table(workload, results), flush=True)
 
 

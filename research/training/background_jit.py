@@ -8,6 +8,8 @@ import os
 
 import jax
 
+from research.training import heap
+
 # Programs are compiled in the order of their requests, at most one per core at once.
 _compilers = concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 8), 'compiler')
 
@@ -31,9 +33,14 @@ def jit(f, *arguments, **options):
     return jitted
   # jax caches the lowered program together with its executable, so the call below finds both.
   compiled = _compilers.submit(jitted.lower(*arguments).compile)
+  called = False
 
   def call(*arguments):
+    nonlocal called
     compiled.result()
+    if not called and jax.default_backend() == 'cpu':
+      heap.keep_freed_memory()
+    called = True
     return jitted(*arguments)
 
   return call

@@ -157,6 +157,9 @@ def _backward(scale, soft_cap, residuals, dy):
   if bias is not None:
     d_bias = ds if bias.shape[0] != 1 else jnp.sum(ds, axis=0, keepdims=True)
     d_bias = d_bias.astype(bias.dtype)
+    if platform() == 'cpu':
+      # Or XLA sums over the batch and over places of one distance in one operation, a tenth of a step of T5.
+      d_bias = jax.lax.optimization_barrier(d_bias)
   if soft_cap is not None:
     ds = ds * (1 - jnp.square(capped / soft_cap))
   weights, ds = weights.astype(dy.dtype), ds.astype(query.dtype)
