@@ -21,6 +21,10 @@ import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+
+from research.core import cli  # noqa: E402
+
 RATES = [1e-4 * 2**i for i in range(8)]
 TOGETHER = """
 import json, pathlib, sys
@@ -61,7 +65,7 @@ def together(bindings: list[str], workdir: pathlib.Path, environment: dict) -> N
 def measure(variant, bindings: list[str], cache: pathlib.Path) -> dict:
   """The wall and processor seconds of a variant, and its losses."""
   environment = os.environ | {'ISOFLOP_CACHE': str(cache), 'PYTHONPATH': str(ROOT)}
-  environment['GLIBC_TUNABLES'] = 'glibc.malloc.hugetlb=1'
+  environment |= cli.CPU_ENVIRONMENT
   shutil.rmtree(cache / 'xla', ignore_errors=True)
   with tempfile.TemporaryDirectory() as workdir:
     start = time.monotonic()
