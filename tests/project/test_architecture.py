@@ -1,6 +1,7 @@
 """The rooms stand in one order and import only what lies below; TensorFlow stays in its two places."""
 
 import ast
+import os
 import pathlib
 import subprocess
 import sys
@@ -149,3 +150,21 @@ def test_help_imports_nothing_heavy(command):
   done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
   assert '--' in done.stdout
+
+
+def test_a_run_on_a_cpu_does_not_import_pallas():
+  """It takes .35 s, and only accelerators need it."""
+  code = (
+    'import sys, jax\n'
+    'from research.core import configs\n'
+    'from research.training.program import make_program, mesh_of\n'
+    'run = configs.load("gin/runs/quickstart.gin", []).build()\n'
+    'with mesh_of(run, jax.devices()).use():\n'
+    '  make_program(run).abstract\n'
+    'assert "jax.experimental.pallas" not in sys.modules'
+  )
+  environment = {**os.environ, 'JAX_PLATFORMS': 'cpu'}
+  done = subprocess.run(
+    [sys.executable, '-c', code], cwd=ROOT, env=environment, capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stderr
