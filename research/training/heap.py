@@ -22,7 +22,7 @@ def keep_freed_memory() -> None:
 
   Call it when a program has been compiled: the compiler leaves more memory free than small programs need. All
   threads must share one heap (`glibc.malloc.arena_max=1` in `core.cli`), or what one thread has freed is not
-  what another needs; then it changes nothing.
+  what another needs, and nothing is gained.
   """
   if sys.platform != 'linux':
     return
