@@ -228,9 +228,8 @@ def _command(pid: int) -> str:
 def descendants(pid: int) -> list[int]:
   """The processes that a process and its children started."""
   children = []
-  for thread in pathlib.Path(f'/proc/{pid}/task').glob(
-    '*/children'
-  ):  # each thread has those it started
+  # Each thread has those that it started.
+  for thread in pathlib.Path(f'/proc/{pid}/task').glob('*/children'):
     with contextlib.suppress(OSError):
       children += thread.read_text().split()
   return [p for child in map(int, children) for p in (child, *descendants(child))]
