@@ -2,11 +2,12 @@
 
     python experiments/speed/decode.py [--batch 1 --batch 8] [--variant isoflop] [--repeats 3]
     python experiments/speed/decode.py --operations --batch 8    # where ours spends its time
+    python experiments/speed/decode.py --gpu    # a LLaMA of 1.1B parameters in bfloat16, against transformers
 
 Every measurement is a process of its own, one at a time and in turns, so that a busy machine slows all alike.
 Each reads `--batch` prompts of 16 random tokens and generates 64 tokens greedily for each. The weights are
-random, of SmolLM2-135M's shape (decode.gin). The time is of the whole call, host and prompt included, the
-median of three calls after one that compiles.
+random, of SmolLM2-135M's shape (decode.gin) or of llama1b.gin's. The time is of the whole call, host and prompt
+included, the median of three calls after one that compiles.
 
 `products` are the matrix products of a step alone, as XLA does them, and so a floor for `isoflop`. Each
 generated token reads all the parameters once, so the table also says how many of their bytes a second that
@@ -31,7 +32,11 @@ import operations
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 PROMPT, NEW, ROOM = 16, 64, 128  # tokens
-VOCAB, EMBED, LAYERS, HEADS, KV_HEADS, HEAD_DIM, MLP = 49152, 576, 30, 9, 3, 64, 1536
+GPU = '--gpu' in sys.argv
+VOCAB, EMBED, LAYERS, HEADS, KV_HEADS, HEAD_DIM, MLP, TIED = (
+  (32000, 2048, 16, 16, 8, 128, 8192, False) if GPU else (49152, 576, 30, 9, 3, 64, 1536, True)
+)
+BYTES = 2 if GPU else 4  # of a parameter
 CALLS = 3  # timed, after one that compiles
 
 
@@ -51,10 +56,12 @@ def isoflop(batch: int) -> Callable[[], int]:
   from research.inference.request import Request
   from research.parallel.mesh import Mesh
 
-  model = configs.load(str(ROOT / 'experiments/speed/decode.gin'), root='MODEL').tree()
+  name = 'llama1b' if GPU else 'decode'
+  model = configs.load(str(ROOT / f'experiments/speed/{name}.gin'), root='MODEL').tree()
 
   def init(key):
-    return nnx.to_pure_dict(nnx.state(model(rngs=nnx.Rngs(params=key))))
+    params = nnx.to_pure_dict(nnx.state(model(rngs=nnx.Rngs(params=key))))
+    return jax.tree.map(lambda x: x.astype('bfloat16'), params) if GPU else params
 
   with Mesh().use(jax.devices()[:1]):
     abstract = jax.eval_shape(lambda key: model(rngs=nnx.Rngs(params=key)), jax.random.key(0))
@@ -123,13 +130,15 @@ def transformers(batch: int, cache: str, compiled: bool) -> Callable[[], int]:
   torch.manual_seed(0)
   config = LlamaConfig(
     vocab_size=VOCAB, hidden_size=EMBED, intermediate_size=MLP, num_hidden_layers=LAYERS,
-    num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, head_dim=HEAD_DIM, tie_word_embeddings=True,
+    num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, head_dim=HEAD_DIM, tie_word_embeddings=TIED,
     max_position_embeddings=ROOM, eos_token_id=None, bos_token_id=None, pad_token_id=0,
   )  # fmt: skip
   model = LlamaForCausalLM(config).eval()
-  if compiled:
-    model.forward = torch.compile(model.forward)
   ids = torch.from_numpy(prompts(batch))
+  if GPU:
+    model, ids = model.to('cuda', torch.bfloat16), ids.to('cuda')
+  if compiled:
+    model.forward = torch.compile(model.forward, mode='reduce-overhead' if GPU else None)
   more = {'cache_implementation': 'static', 'max_length': ROOM} if cache == 'static' else {}
 
   def call() -> int:
@@ -219,15 +228,17 @@ VARIANTS: dict[str, Callable[[int], Callable[[], int]]] = {
   'llama.cpp': llama_cpp,
 }
 
+GPU_VARIANTS = ('isoflop', 'transformers', 'transformers-static', 'transformers-compiled')
+
 
 def bandwidth() -> float:
-  """Bytes a second that all cores read together, the best of several sums over 512 MiB."""
+  """Bytes a second that all cores read together, the best of several sums over 512 MiB; on a GPU over 4 GiB."""
   import torch
 
-  x, best = torch.ones(2**27), np.inf
+  x, best = torch.ones(2**30 if GPU else 2**27, device='cuda' if GPU else 'cpu'), np.inf
   for _ in range(10):
     start = time.perf_counter()
-    x.sum()
+    float(x.sum())
     best = min(best, time.perf_counter() - start)
   return x.numel() * 4 / best
 
@@ -250,7 +261,9 @@ def measure(variant: str, batch: int) -> dict:
 def in_process(variant: str, batch: int) -> dict | None:
   """`measure` in a fresh process, with the huge pages that the commands ask for; None if that fails."""
   command = [sys.executable, __file__, '--measure', variant, '--batch', str(batch)]
-  environment = {'JAX_PLATFORMS': 'cpu'} | os.environ | {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}
+  command += ['--gpu'] if GPU else []
+  environment = {'JAX_PLATFORMS': 'cuda' if GPU else 'cpu'} | os.environ
+  environment |= {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}
   done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
   if done.returncode:
     why = (done.stderr.strip().splitlines() or ['no message'])[-1]
@@ -261,7 +274,7 @@ def in_process(variant: str, batch: int) -> dict | None:
 
 def table(batch: int, results: dict[str, list[dict]], peak: float) -> str:
   """Medians over the repeats."""
-  size = 4 * (
+  size = BYTES * (
     VOCAB * EMBED + LAYERS * (2 * EMBED * (HEADS + KV_HEADS) * HEAD_DIM + 3 * EMBED * MLP)
   )
   theirs = [rows for name, rows in results.items() if name.startswith('transformers')]
@@ -294,6 +307,7 @@ def main() -> None:
   parser.add_argument(
     '--operations', action='store_true', help="XLA's operations by the time they take"
   )
+  parser.add_argument('--gpu', action='store_true', help='the larger model, on a GPU')
   parser.add_argument('--measure', choices=[*VARIANTS, 'bandwidth'], help=argparse.SUPPRESS)
   flags = parser.parse_args()
   if flags.measure:
@@ -311,7 +325,7 @@ def main() -> None:
   for batch in flags.batch or (1, 8, 64):
     results: dict[str, list[dict]] = {}
     for _ in range(flags.repeats):
-      for variant in flags.variant or VARIANTS:
+      for variant in flags.variant or (GPU_VARIANTS if GPU else VARIANTS):
         result = in_process(variant, batch)
         if result:
           results.setdefault(variant, []).append(result)

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 from research.core.errors import UserError
 from research.model.part import Context
-from research.parallel.axes import axes_of, splits
+from research.parallel.axes import axes_of, on_one_cpu
 from research.parallel.mesh import platform
 
 
@@ -123,7 +123,7 @@ class State:
     def put_row(stored, x, slot):  # [layers, ...], [length, ..., n], [length]
       index = [slice(None)] * stored.ndim
       index[0] = self.layer
-      if platform() == 'cpu' and len(positions) == length == 1 and not splits():
+      if len(positions) == length == 1 and on_one_cpu():
         # XLA on a CPU makes an update of one token a part of what reads it, and so updates a copy of the cache
         # once more for the next step. An update of two tokens it leaves alone; the second is beyond the slots.
         slot = jnp.append(slot, slots)

@@ -16,8 +16,8 @@ from flax import nnx
 
 from research.core.errors import Invalid, UserError, did_you_mean
 from research.model.kernels.few_rows import FEW_ROWS, few_rows
-from research.parallel.axes import gather, gathered_by, shard, spec, spec_of, splits
-from research.parallel.mesh import as_tuple, platform
+from research.parallel.axes import gather, gathered_by, on_one_cpu, shard, spec, spec_of
+from research.parallel.mesh import as_tuple
 
 Initializer = Callable[..., jax.Array]
 
@@ -193,7 +193,7 @@ def _project(ins, outs, whole, to, dtype, x, kernel):
   lead = x.ndim - len(ins)
   kernel = gather(kernel.astype(x.dtype), *whole)
   few = math.prod(x.shape[:lead]) <= FEW_ROWS
-  if few and outs[0] == 0 and platform() == 'cpu' and not splits():
+  if few and outs[0] == 0 and on_one_cpu():
     return few_rows(x, kernel, len(ins), to, dtype)
   contract = (tuple(range(lead, x.ndim)), ins)
   return _dot(x, kernel, contract, to, dtype)

@@ -14,6 +14,7 @@ from research.parallel.mesh import (
   MAY_STAY_WHOLE,
   Mesh,
   as_tuple,
+  platform,
   rules_in_use,
   sum_dtype,
 )
@@ -34,6 +35,11 @@ def split_axes() -> list[str]:
 def splits() -> bool:
   """Returns whether the mesh in use splits any array."""
   return bool(split_axes())
+
+
+def on_one_cpu() -> bool:
+  """Returns whether the device in use is a CPU, where XLA needs some help, and no array is split."""
+  return platform() == 'cpu' and not splits()
 
 
 def on_each(size: int, name: str) -> int:

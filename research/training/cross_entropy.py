@@ -11,6 +11,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from research.parallel.axes import on_one_cpu
+
 
 def token_losses(
   logits: jax.Array, targets: jax.Array, z_loss: float
@@ -28,10 +30,29 @@ def token_losses(
     Two arrays [...], in nats.
   """
   log_z = jax.nn.logsumexp(logits, axis=-1)
-  # A masked sum and not a gather: a gather over a sharded vocabulary would bring all logits to every device.
-  hit = jax.lax.broadcasted_iota(jnp.int32, (1,) * targets.ndim + logits.shape[-1:], targets.ndim)
-  target_logit = jnp.sum(jnp.where(hit == targets[..., None], logits, 0.0), axis=-1)
+  target_logit = _at_targets(logits, targets)
   return log_z - target_logit, z_loss * log_z**2
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _at_targets(logits: jax.Array, targets: jax.Array) -> jax.Array:
+  """Returns the logit of every target, [...], of logits [..., vocab]."""
+  if on_one_cpu():
+    return jnp.take_along_axis(logits, targets[..., None], axis=-1, mode='clip')[..., 0]
+  return _masked_sum(logits, targets)
+
+
+@_at_targets.defjvp
+def _change_at_targets(targets, logits, change):
+  # The transpose of a masked sum is a choice, which is made where the gradient of the logits is made. That of a
+  # gather would be a second array of the size of the logits.
+  return _at_targets(*logits, targets), _masked_sum(*change, targets)
+
+
+def _masked_sum(logits: jax.Array, targets: jax.Array) -> jax.Array:
+  # Not a gather, which would bring all logits to every device where the vocabulary is sharded.
+  hit = jax.lax.broadcasted_iota(jnp.int32, (1,) * targets.ndim + logits.shape[-1:], targets.ndim)
+  return jnp.sum(jnp.where(hit == targets[..., None], logits, 0.0), axis=-1)
 
 
 def cross_entropy(

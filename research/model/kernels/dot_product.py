@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from research.parallel.axes import spec, spec_of
+from research.parallel.axes import on_one_cpu, spec, spec_of
 from research.parallel.mesh import platform
 
 # The logit of a key that the query may not see, and a lower bound of the maximum of a row. A row that sees no
@@ -150,16 +150,12 @@ def _backward(scale, soft_cap, residuals, dy):
   s, capped = logits(scale, soft_cap, query, key, mask, bias)
   weights = jnp.exp(s - log_total)
   # d logits = weights (d weights - sum of weights d weights), and that sum is dy . y.
-  mean = jnp.sum(dy.astype(jnp.float32) * y, axis=-1, keepdims=True)
+  mean = _row_products(dy.astype(jnp.float32), y)
   ds = jnp.einsum('bqkgd,bskd->bkqgs', dy, value, preferred_element_type=jnp.float32)
   ds = weights * (ds - jnp.swapaxes(mean, 1, 2))
   d_bias = None
   if bias is not None:
-    d_bias = ds if bias.shape[0] != 1 else jnp.sum(ds, axis=0, keepdims=True)
-    d_bias = d_bias.astype(bias.dtype)
-    if platform() == 'cpu':
-      # Or XLA sums over the batch and over places of one distance in one operation, a tenth of a step of T5.
-      d_bias = jax.lax.optimization_barrier(d_bias)
+    d_bias = (ds if bias.shape[0] != 1 else _sum_over_batch(ds)).astype(bias.dtype)
   if soft_cap is not None:
     ds = ds * (1 - jnp.square(capped / soft_cap))
   weights, ds = weights.astype(dy.dtype), ds.astype(query.dtype)
@@ -167,10 +163,34 @@ def _backward(scale, soft_cap, residuals, dy):
   def dot(letters, a, b, like):
     return jnp.einsum(letters, a, b, out_sharding=spec_of(like))
 
-  d_query = dot('bkqgs,bskd->bqkgd', ds, key, query) * scale
+  if on_one_cpu():
+    # Or XLA moves the transposition of the result into the product, where it transposes ds, which is larger.
+    d_query = jax.lax.optimization_barrier(jnp.einsum('bkqgs,bskd->bkqgd', ds, key))
+    d_query = jnp.swapaxes(d_query, 1, 2) * scale
+  else:
+    d_query = dot('bkqgs,bskd->bqkgd', ds, key, query) * scale
   d_key = dot('bkqgs,bqkgd->bskd', ds, query * scale, key)
   d_value = dot('bkqgs,bqkgd->bskd', weights, dy, value)
   return d_query, d_key, d_value, None, d_bias
 
 
 _product.defvjp(_forward, _backward)
+
+
+# XLA on a CPU is slow to sum over the first axis, and to multiply and sum in one operation: 73 ms for the batch
+# of T5's gradients and 8 ms for the products of rows, where products of matrices take 1 ms
+# (experiments/speed/README.md). Other chips would round the factors of such products to bfloat16.
+
+
+def _sum_over_batch(x: jax.Array) -> jax.Array:
+  """Returns the sum over the first axis, which stays, with one entry."""
+  if on_one_cpu():
+    return jnp.einsum('b,b...->...', jnp.ones(x.shape[0], x.dtype), x)[None]
+  return jnp.sum(x, axis=0, keepdims=True)
+
+
+def _row_products(x: jax.Array, y: jax.Array) -> jax.Array:
+  """Returns sum(x * y) over the last axis, which stays, with one entry."""
+  if on_one_cpu():
+    return jnp.einsum('...d,...d->...', x, y)[..., None]
+  return jnp.sum(x * y, axis=-1, keepdims=True)
