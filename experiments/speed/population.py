@@ -29,8 +29,8 @@ RATES = [1e-4 * 2**i for i in range(8)]
 TOGETHER = """
 import json, pathlib, sys
 from research.core import configs
-from research.training import population
-population.share_cores(8)
+from research.training import alike, population
+alike.share_cores(8)
 bindings, rates = map(json.loads, sys.argv[2:4])
 configurations = [configs.load(sys.argv[1], [*bindings, f'LEARNING_RATE={rate}']) for rate in rates]
 folders = [pathlib.Path(sys.argv[4]) / str(rate) for rate in rates]
