@@ -12,7 +12,7 @@ from research.model.embedder import Embedder
 from research.model.heads import TiedHead, UntiedHead
 from research.parallel.axes import shard
 from research.parallel.mesh import Mesh
-from research.training.cross_entropy import cross_entropy, default_chunks
+from research.training.cross_entropy import cross_entropy, default_chunks, token_losses
 
 # Quick to compile.
 jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
@@ -86,3 +86,19 @@ def test_default_chunks_are_the_fewest_that_fit_and_divide():
   assert default_chunks(8, 512, 32000) == 8
   assert default_chunks(32, 128, 512) == 1
   assert default_chunks(1, 7, 100, limit=200) == 7  # 4 would do, and does not divide 7
+
+
+def test_a_target_outside_the_vocabulary_is_no_nan():
+  # A token without weight may have any number.
+  logits = jax.random.normal(jax.random.key(0), (3, VOCAB))
+  targets = jnp.array([4, -1, VOCAB])
+
+  def total(logits):
+    return jnp.sum(token_losses(logits, targets, 0.0)[0] * jnp.array([1.0, 0.0, 0.0]))
+
+  value, gradient = jax.value_and_grad(total)(logits)
+  np.testing.assert_allclose(value, -jax.nn.log_softmax(logits[0])[4], rtol=1e-6)
+  np.testing.assert_allclose(
+    gradient[0], jax.nn.softmax(logits[0]) - jax.nn.one_hot(4, VOCAB), atol=1e-6
+  )
+  assert not gradient[1:].any()

@@ -3,6 +3,8 @@
 import io
 import json
 import math
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -91,6 +93,21 @@ def test_events_that_cannot_be_written_are_a_sentence_before_the_first_step(tmp_
   monkeypatch.setattr(metrics.importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(UserError, match=r'tensorboardX, which cannot be imported \(it is not'):
     metrics.Rows(tmp_path, 0)
+
+
+def test_writing_events_imports_no_torch_and_no_buckets(tmp_path):
+  # In a process of its own: other tests import torch.
+  program = f"""
+import pathlib, sys
+from research.training import metrics
+rows = metrics.Rows(pathlib.Path({str(tmp_path)!r}), 0)
+rows.write({{'step': 1, 'loss': 2.0}})
+rows.close()
+print([name for name in metrics._NOT_NEEDED if name in sys.modules])
+"""
+  done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, check=True)
+  assert done.stdout == '[]\n'
+  assert list((tmp_path / 'tensorboard').iterdir())
 
 
 def test_numbers_a_person_reads():
