@@ -319,7 +319,10 @@ def main() -> None:
     for batch in flags.batch or (1, 8, 64):
       call = isoflop(batch)
       call()
-      print(f'batch {batch}, a call of {NEW} tokens each:\n{operations.table(call, 1)}', flush=True)
+      print(
+        f'batch {batch}, a call of {NEW} tokens each:\n{operations.table(operations.traced(call, 1), 1)}',
+        flush=True,
+      )
     return
   peak = in_process('bandwidth', 1)['bytes_per_s']
   for batch in flags.batch or (1, 8, 64):

@@ -4,24 +4,36 @@ import collections
 import glob
 import gzip
 import json
+import math
+import pathlib
 import re
 import tempfile
 from collections.abc import Callable
 
-MOST = 25  # kinds that the table has
+MOST = 25  # rows that a table has
+# Bytes a second that a sum over a large array gets here. A slower operation takes longer than its arrays.
+FAST = 20e9
+SIZES = {
+  'pred': 1,
+  's8': 1,
+  'u8': 1,
+  'bf16': 2,
+  'f16': 2,
+  's32': 4,
+  'u32': 4,
+  'f32': 4,
+  's64': 8,
+  'f64': 8,
+}
 
 
-def table(call: Callable[[], object], calls: int = 3) -> str:
-  """Milliseconds that each kind of operation takes in a call, summed over the cores.
+def dumping(folder: str, program: str) -> str:
+  """Returns the flags with which XLA writes the compiled program of this name into a folder, as text."""
+  return f'--xla_dump_to={folder} --xla_dump_hlo_as_text --xla_dump_hlo_module_re={program}'
 
-  Operations are XLA's thunks, by the name of their kind (`ynn_fusion.12` is a `ynn_fusion`). An operation
-  on several cores counts once, from its beginning to its end; operations beside each other count each. So the
-  sum may be more than the time of the call.
 
-  Args:
-    call: runs the program to its end. It has run before, so that nothing compiles.
-    calls: how many times it is called.
-  """
+def traced(call: Callable[[], object], calls: int = 3) -> list[tuple[str, float]]:
+  """Returns (name, milliseconds) of every operation of `calls` calls of a program that has run before."""
   import jax
 
   with tempfile.TemporaryDirectory() as folder:
@@ -31,18 +43,66 @@ def table(call: Callable[[], object], calls: int = 3) -> str:
     (path,) = glob.glob(f'{folder}/**/perfetto_trace.json.gz', recursive=True)
     with gzip.open(path) as file:
       events = json.load(file)
+  events = events['traceEvents'] if isinstance(events, dict) else events
+  # Some events mark a moment or name a thread, and have no duration.
+  return [(e.get('name', ''), e['dur'] / 1e3) for e in events if e.get('ph') == 'X']
+
+
+def table(operations: list[tuple[str, float]], calls: int = 3) -> str:
+  """Milliseconds that each kind of operation takes in a call, summed over the cores.
+
+  Operations are XLA's thunks, by the name of their kind (`ynn_fusion.12` is a `ynn_fusion`). An operation
+  on several cores counts once, from its beginning to its end; operations beside each other count each. So the
+  sum may be more than the time of the call.
+
+  Args:
+    operations: from `traced`.
+    calls: how many calls they are of.
+  """
   milliseconds, count = collections.Counter(), collections.Counter()
-  for event in events['traceEvents'] if isinstance(events, dict) else events:
-    # Some events mark a moment or name a thread, and have no duration.
-    if event.get('ph') != 'X':
-      continue
+  for name, time in operations:
     # Thunks are named as in the HLO, in small letters; Python's functions and jax's machinery otherwise.
-    kind = re.sub(r'[.\d]+$', '', event.get('name', ''))
+    kind = re.sub(r'[.\d]+$', '', name)
     if not re.fullmatch(r'[a-z_\-]+', kind):
       continue
-    milliseconds[kind] += event['dur'] / 1e3 / calls
+    milliseconds[kind] += time / calls
     count[kind] += 1
   lines = [f'{"":40} {"ms":>9} {"operations":>10}']
   for kind, time in milliseconds.most_common(MOST):
     lines.append(f'{kind:40} {time:9.1f} {count[kind] / calls:10.1f}')
   return '\n'.join(lines)
+
+
+def slow(operations: list[tuple[str, float]], folder: str, calls: int = 3) -> str:
+  """The operations without products that take longest beyond what their arrays take at `FAST`.
+
+  Args:
+    operations: from `traced`.
+    folder: where XLA wrote the program's text (`dumping`).
+    calls: how many calls they are of.
+  """
+  (path,) = pathlib.Path(folder).glob('*after_optimizations.txt')
+  text = path.read_text()
+  fused = dict(re.findall(r'^%(\S+) (\(.*?\{\n.*?)^\}', text, re.MULTILINE | re.DOTALL))
+  milliseconds = collections.Counter()
+  for name, time in operations:
+    milliseconds[name] += time / calls
+  rows = []
+  for name, computation in re.findall(r'%(\S+) = .*? fusion\(.*calls=%([^\s,]+)', text):
+    body = fused.get(computation, '')
+    if name in milliseconds and ' dot(' not in body:
+      head = body.partition(' {\n')[0]
+      moved = sum(map(_bytes, re.findall(r'(\w+)\[([\d,]*)\]', head)))
+      rows.append((milliseconds[name] - 1e3 * moved / FAST, milliseconds[name], moved, name, head))
+  lines = [f'{"":32} {"ms":>7} {"MB":>7} {"GB/s":>6}  reads and writes']
+  for _, time, moved, name, head in sorted(rows, reverse=True)[:MOST]:
+    shapes = ' '.join(re.findall(r'\w+\[[\d,]*\]', head))
+    lines.append(
+      f'{name:32} {time:7.1f} {moved / 1e6:7.1f} {moved / time / 1e6:6.1f}  {shapes[:90]}'
+    )
+  return '\n'.join(lines)
+
+
+def _bytes(shape: tuple[str, str]) -> int:
+  """Bytes of an array, of its dtype and its sizes as HLO writes them."""
+  return SIZES.get(shape[0], 4) * math.prod(int(n) for n in shape[1].split(',') if n)

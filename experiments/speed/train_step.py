@@ -18,6 +18,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
@@ -129,14 +130,18 @@ def measure(variant: str, workload: str, bindings: list[str], packed: bool) -> N
 
 
 def print_operations(workload: str, flags: argparse.Namespace) -> None:
-  """Prints which operations our step spends its time on."""
+  """Prints which operations our step spends its time on, and which take longer than their arrays."""
   import operations
 
-  with contextlib.ExitStack() as mesh:
-    step, _, _ = our_step(workload, flags.gin, flags.packed, mesh)
+  with contextlib.ExitStack() as stack:
+    folder = stack.enter_context(tempfile.TemporaryDirectory())
+    os.environ['XLA_FLAGS'] = operations.dumping(folder, 'jit_step')  # XLA reads it once
+    step, _, _ = our_step(workload, flags.gin, flags.packed, stack)
     step()
     step()
-    print(f'{workload}, a step:\n{operations.table(step)}', flush=True)
+    traced = operations.traced(step)
+    print(f'{workload}, a step:\n{operations.table(traced)}\n', flush=True)
+    print(operations.slow(traced, folder), flush=True)
 
 
 def processor_seconds() -> float:
