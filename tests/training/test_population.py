@@ -150,7 +150,9 @@ def test_a_member_is_resumed_alone_and_a_run_in_a_population(both, text_file, on
   for row, whole in zip(rows, many, strict=False):
     assert row['tokens'] == whole['tokens']
     assert row['loss'] == pytest.approx(whole['loss'], rel=2e-5)
-  assert alone['loss'] == rows[2]['loss'] == pytest.approx(many[2]['loss'], rel=2e-5)
+  assert rows[2]['loss'] == pytest.approx(many[2]['loss'], rel=2e-5)
+  # The same parameters, evaluated by the program of a run and by that of a population: one unit of float32.
+  assert rows[2]['loss'] == pytest.approx(alone['loss'], rel=6e-8)
 
 
 @pytest.mark.slow
