@@ -5,6 +5,7 @@ import glob
 import gzip
 import json
 import math
+import os
 import pathlib
 import re
 import tempfile
@@ -13,23 +14,12 @@ from collections.abc import Callable
 MOST = 25  # rows that a table has
 # Bytes a second that a sum over a large array gets here. A slower operation takes longer than its arrays.
 FAST = 20e9
-SIZES = {
-  'pred': 1,
-  's8': 1,
-  'u8': 1,
-  'bf16': 2,
-  'f16': 2,
-  's32': 4,
-  'u32': 4,
-  'f32': 4,
-  's64': 8,
-  'f64': 8,
-}
 
 
-def dumping(folder: str, program: str) -> str:
-  """Returns the flags with which XLA writes the compiled program of this name into a folder, as text."""
-  return f'--xla_dump_to={folder} --xla_dump_hlo_as_text --xla_dump_hlo_module_re={program}'
+def dump(folder: str, program: str) -> None:
+  """Makes XLA write the text of every program of this name into a folder; call it before jax is used."""
+  flags = f'--xla_dump_to={folder} --xla_dump_hlo_as_text --xla_dump_hlo_module_re={program}'
+  os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {flags}'
 
 
 def traced(call: Callable[[], object], calls: int = 3) -> list[tuple[str, float]]:
@@ -78,11 +68,11 @@ def slow(operations: list[tuple[str, float]], folder: str, calls: int = 3) -> st
 
   Args:
     operations: from `traced`.
-    folder: where XLA wrote the program's text (`dumping`).
+    folder: where XLA wrote the program's text (`dump`); the last program that was compiled is taken.
     calls: how many calls they are of.
   """
-  (path,) = pathlib.Path(folder).glob('*after_optimizations.txt')
-  text = path.read_text()
+  texts = pathlib.Path(folder).glob('*after_optimizations.txt')
+  text = max(texts, key=os.path.getmtime).read_text()
   fused = dict(re.findall(r'^%(\S+) (\(.*?\{\n.*?)^\}', text, re.MULTILINE | re.DOTALL))
   milliseconds = collections.Counter()
   for name, time in operations:
@@ -90,7 +80,7 @@ def slow(operations: list[tuple[str, float]], folder: str, calls: int = 3) -> st
   rows = []
   for name, computation in re.findall(r'%(\S+) = .*? fusion\(.*calls=%([^\s,]+)', text):
     body = fused.get(computation, '')
-    if name in milliseconds and ' dot(' not in body:
+    if milliseconds[name] and ' dot(' not in body:
       head = body.partition(' {\n')[0]
       moved = sum(map(_bytes, re.findall(r'(\w+)\[([\d,]*)\]', head)))
       rows.append((milliseconds[name] - 1e3 * moved / FAST, milliseconds[name], moved, name, head))
@@ -104,5 +94,6 @@ def slow(operations: list[tuple[str, float]], folder: str, calls: int = 3) -> st
 
 
 def _bytes(shape: tuple[str, str]) -> int:
-  """Bytes of an array, of its dtype and its sizes as HLO writes them."""
-  return SIZES.get(shape[0], 4) * math.prod(int(n) for n in shape[1].split(',') if n)
+  """Bytes of an array, of its dtype (f32, bf16, pred) and its sizes as HLO writes them."""
+  bits = re.search(r'\d+', shape[0])
+  return (int(bits[0]) if bits else 8) * math.prod(int(n) for n in shape[1].split(',') if n) // 8

@@ -129,14 +129,18 @@ def measure(variant: str, workload: str, bindings: list[str], packed: bool) -> N
       print(json.dumps([1e3 * wall, 1e3 * (processor_seconds() - used)]), flush=True)
 
 
-def print_operations(workload: str, flags: argparse.Namespace) -> None:
-  """Prints which operations our step spends its time on, and which take longer than their arrays."""
+def print_operations(workload: str, flags: argparse.Namespace, folder: str) -> None:
+  """Prints which operations our step spends its time on, and which take longer than their arrays.
+
+  Args:
+    workload: a name in WORKLOADS.
+    flags: of the command.
+    folder: where XLA writes programs (`operations.dump`).
+  """
   import operations
 
-  with contextlib.ExitStack() as stack:
-    folder = stack.enter_context(tempfile.TemporaryDirectory())
-    os.environ['XLA_FLAGS'] = operations.dumping(folder, 'jit_step')  # XLA reads it once
-    step, _, _ = our_step(workload, flags.gin, flags.packed, stack)
+  with contextlib.ExitStack() as mesh:
+    step, _, _ = our_step(workload, flags.gin, flags.packed, mesh)
     step()
     step()
     traced = operations.traced(step)
@@ -260,8 +264,12 @@ def main() -> None:
       parser.error(
         '--operations shows our step here alone: leave out --before, --cores and --variant.'
       )
-    for workload in flags.workload or WORKLOADS:
-      print_operations(workload, flags)
+    import operations
+
+    with tempfile.TemporaryDirectory() as folder:
+      operations.dump(folder, 'jit_step')
+      for workload in flags.workload or WORKLOADS:
+        print_operations(workload, flags, folder)
     return
   variants = flags.variant or (['isoflop'] if flags.before else list(VARIANTS))
   variants += [BEFORE] if flags.before else []

@@ -18,8 +18,8 @@ from research.data import cache
 from research.model.parameters import abstract_model, kinds, named_axes
 from research.parallel import axes as axes_module
 from research.parallel import hosts
-from research.parallel.axes import axis_size, on_each, spec, splits
-from research.parallel.mesh import Mesh, default_mesh, platform, threads
+from research.parallel.axes import axis_size, on_each, on_one_cpu, spec
+from research.parallel.mesh import Mesh, default_mesh, threads
 from research.training import cross_entropy, learning, optimizers, row_seeds
 from research.training.run import Run
 
@@ -236,7 +236,7 @@ class Program:
     """
     n = self.run.microbatches
     # With experts, smaller parts would change the result: their capacity and balance are per part.
-    if platform() != 'cpu' or threads() > 1 or splits() or self.routed:
+    if not on_one_cpu() or threads() > 1 or self.routed:
       return n
     inputs = [x for name, x in batch.items() if name.endswith('_input_tokens')]
     rows = len(inputs[0]) // n
