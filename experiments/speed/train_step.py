@@ -24,9 +24,6 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from research.core import cli  # noqa: E402
-
-HUGE_PAGES = {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}
 PAUSE = 0.2  # seconds before a step: the threads of the others have stopped to spin
 VARIANTS = ('isoflop', 'torch', 'torch-compiled')
 BEFORE = 'isoflop-before'  # the step of another checkout, measured by its own copy of this script
@@ -60,10 +57,11 @@ def our_step(workload: str, bindings: list[str], packed: bool, mesh: contextlib.
 
   from research.core import configs
   from research.model import counts
-  from research.parallel import hosts
+  from research.parallel import dispatch, hosts
   from research.training import background_jit
   from research.training.program import make_program, mesh_of
 
+  dispatch.run_one_program_at_once()
   run = configs.load(f'experiments/speed/{workload.lower()}.gin', bindings).build()
   inputs, targets = synthetic(workload)
   batch = {'decoder_target_tokens': targets, 'decoder_loss_weights': np.ones_like(targets)}
@@ -153,6 +151,13 @@ def processor_seconds() -> float:
   return sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
 
 
+def cpu_environment(root: pathlib.Path) -> dict[str, str]:
+  """Returns the variables that the commands of the version at `root` set. PyTorch has its huge pages, too."""
+  program = 'import json; from research.core import cli; print(json.dumps(cli.CPU_ENVIRONMENT))'
+  command = [sys.executable, '-c', program]
+  return json.loads(subprocess.run(command, cwd=root, capture_output=True, check=True).stdout)
+
+
 class Measured:
   """A process that takes steps of a variant when it is asked to, and otherwise waits."""
 
@@ -166,12 +171,11 @@ class Measured:
     command += ['--packed'] if flags.packed else []
     if flags.cores:
       command = ['taskset', '-c', flags.cores, *command]
-    # PyTorch has the huge pages that `research.core.cli` asks for, too.
-    tunables = cli.CPU_ENVIRONMENT if variant == 'isoflop' else HUGE_PAGES
-    environment = {'JAX_PLATFORMS': 'cpu'} | os.environ | tunables
     # In the root of its version: gin files are looked up from there first.
+    root = script.parents[2]
+    environment = {'JAX_PLATFORMS': 'cpu'} | os.environ | cpu_environment(root)
     self.process = subprocess.Popen(
-      command, env=environment, cwd=script.parents[2], text=True,
+      command, env=environment, cwd=root, text=True,
       stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip
     self.about = self.read()

@@ -19,9 +19,7 @@ PIPE_CLOSED = 141  # the one after writing to a pipe that has no reader any more
 _running: list[Callable] = []  # the command of `run`, unless an error of its own ended it
 
 # Page faults of 4 KiB pages cost jax on a CPU a third of its time. Huge pages are chosen when a process starts.
-# So is a single heap for all threads, in which a step finds the memory that the one before it has freed
-# (`training.heap`).
-CPU_ENVIRONMENT = {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1'}
+CPU_ENVIRONMENT = {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}
 
 
 class _Parser(argparse.ArgumentParser):

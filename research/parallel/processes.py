@@ -125,9 +125,13 @@ def initialize(cluster: Cluster | None, timeout: float = TIMEOUT, log=tell) -> N
   Raises:
     UserError: a process is missing, or a host has other devices. The message names it.
   """
+  import jax
+
+  from research.parallel.dispatch import run_one_program_at_once
+
+  run_one_program_at_once()
   if cluster is not None:
     _join(cluster, timeout)
-  import jax
 
   kind = jax.devices()[0].device_kind
   check_platform(jax.default_backend())

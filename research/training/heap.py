@@ -1,4 +1,4 @@
-"""Keeps the memory that XLA frees on a CPU, for the next step.
+"""Lets every step of a training run on a CPU use the memory that the one before it has freed.
 
 XLA allocates the temporary arrays of a program at its start and frees them at its end. glibc gives so much
 memory back to the system, which fills every page with zeros for the next step.
@@ -12,17 +12,16 @@ import sys
 # least size that is mapped apart from the heap.
 TRIM_THRESHOLD = -1
 MMAP_THRESHOLD = -3
-# Larger blocks go back at once. Small blocks take places between them, and a process whose steps need 1.2 GB
-# grew from 2.0 to 6.7 GB (experiments/speed/README.md).
-LARGEST = 2**28
+LARGEST = 2**31 - 1
 
 
 def keep_freed_memory() -> None:
   """Gives the memory that is free now back to the system, and keeps from then on what is freed, with glibc.
 
-  Call it when a program has been compiled: the compiler leaves more memory free than small programs need. All
-  threads must share one heap (`glibc.malloc.arena_max=1` in `core.cli`), or what one thread has freed is not
-  what another needs, and nothing is gained.
+  Call it when a program has been compiled: the compiler leaves more memory free than small programs need. One
+  program must run at once (`dispatch.run_one_program_at_once`): a step that is called while the one before it
+  still runs allocates its temporary arrays beside those, in places that differ from step to step, and the heap
+  grows to several times what a step needs (experiments/speed/README.md).
   """
   if sys.platform != 'linux':
     return
@@ -30,4 +29,4 @@ def keep_freed_memory() -> None:
     libc = ctypes.CDLL(None)
     libc.malloc_trim(0)
     libc.mallopt(MMAP_THRESHOLD, LARGEST)
-    libc.mallopt(TRIM_THRESHOLD, 4 * LARGEST)
+    libc.mallopt(TRIM_THRESHOLD, LARGEST)

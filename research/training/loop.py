@@ -16,7 +16,7 @@ from research.data import batches as batches_module
 from research.data import cache
 from research.data.batches import batch_at, eval_batches
 from research.model.counts import Counts
-from research.parallel import processes
+from research.parallel import dispatch, processes
 from research.parallel.hosts import host_share, on_mesh, place
 from research.parallel.mesh import describe
 from research.training import background_jit
@@ -47,6 +47,7 @@ def train(run: Run, workdir: str | pathlib.Path, config_text: str = '', stream=s
     Interrupted: the process received SIGTERM; a checkpoint was saved.
   """
   workdir = storage.place(workdir)
+  dispatch.run_one_program_at_once()
   keep_compiled()
   with mesh_of(run, jax.devices()).use() as mesh, open(os.devnull, 'w') as silence:
     stream = stream if jax.process_index() == 0 else silence

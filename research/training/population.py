@@ -18,7 +18,7 @@ from research.core import storage
 from research.data import batches as batches_module
 from research.data import cache
 from research.data.batches import batch_at, eval_batches
-from research.parallel import hosts
+from research.parallel import dispatch, hosts
 from research.training import background_jit, checks, interrupt, schedules
 from research.training.alike import check_alike, inputs_of
 from research.training.interrupt import TerminationSignal
@@ -59,6 +59,7 @@ def train_population(
   workdirs = [storage.place(workdir) for workdir in workdirs]
   texts = texts or [''] * len(runs)
   streams = streams or [sys.stderr] * len(runs)
+  dispatch.run_one_program_at_once()
   keep_compiled()
   devices = jax.devices()[: len(runs)]
   mesh = jax.make_mesh((len(devices),), ('member',), devices=devices)
