@@ -31,6 +31,10 @@ import numpy as np
 import operations
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+
+from research.core import cli  # noqa: E402
+
 PROMPT, NEW, ROOM = 16, 64, 128  # tokens
 GPU = '--gpu' in sys.argv
 VOCAB, EMBED, LAYERS, HEADS, KV_HEADS, HEAD_DIM, MLP, TIED = (
@@ -47,7 +51,6 @@ def prompts(batch: int) -> np.ndarray:
 
 def isoflop(batch: int) -> Callable[[], int]:
   """`inference.engine` with a slot for each prompt."""
-  sys.path.insert(0, str(ROOT))
   import jax
   from flax import nnx
 
@@ -66,7 +69,9 @@ def isoflop(batch: int) -> Callable[[], int]:
   with Mesh().use(jax.devices()[:1]):
     abstract = jax.eval_shape(lambda key: model(rngs=nnx.Rngs(params=key)), jax.random.key(0))
     params = jax.jit(init)(jax.random.key(0))
-    engine = Engine(nnx.graphdef(abstract), params, slots=batch, room=ROOM)
+    engine = Engine(
+      nnx.graphdef(abstract), params, slots=batch, room=ROOM, together=max(1, batch // 4)
+    )
   requests = [Request(prompt=tuple(map(int, row)), max_tokens=NEW) for row in prompts(batch)]
 
   def call() -> int:
@@ -78,7 +83,6 @@ def isoflop(batch: int) -> Callable[[], int]:
 
 def products(batch: int) -> Callable[[], int]:
   """The matrix products of every step of `isoflop`, in order, with nothing between them."""
-  sys.path.insert(0, str(ROOT))
   import jax
   import jax.numpy as jnp
 
@@ -264,7 +268,7 @@ def in_process(variant: str, batch: int) -> dict | None:
   command = [sys.executable, __file__, '--measure', variant, '--batch', str(batch)]
   command += ['--gpu'] if GPU else []
   environment = {'JAX_PLATFORMS': 'cuda' if GPU else 'cpu'} | os.environ
-  environment |= {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}
+  environment |= cli.CPU_ENVIRONMENT
   done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
   if done.returncode:
     why = (done.stderr.strip().splitlines() or ['no message'])[-1]

@@ -1,8 +1,9 @@
 """Continuous batching: requests enter and leave the slots of one cache, and no shape ever changes.
 
-A prompt is read alone, padded to one of a few lengths; a long prompt in chunks. Its row of the cache then goes
-to a free slot, and every step generates a token for all active slots. So few programs are compiled, and a
-request's answer does not depend on the other requests (JetStream; Yu et al. 2022, "Orca").
+A prompt is read alone or in a group of a fixed size, padded to one of a few lengths; a long prompt in chunks.
+Its row of the cache then goes to a free slot, and every step generates a token for all active slots. So few
+programs are compiled, and a request's answer does not depend on the other requests (JetStream; Yu et al. 2022,
+"Orca").
 
     engine = Engine(graphdef, params, slots=8, room=512)
     for completion in engine.run(requests):
@@ -10,7 +11,6 @@ request's answer does not depend on the other requests (JetStream; Yu et al. 202
 """
 
 import collections
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
@@ -24,24 +24,15 @@ from research.inference import decode as decoding
 from research.inference import programs, sampling
 from research.inference.answering import Answering, Event
 from research.inference.graph import graph_of
-from research.inference.padding import for_mesh, padded_length, padded_row
+from research.inference.padding import for_mesh, padded_length, padded_rows
 from research.inference.programs import Plan, Slots
 from research.inference.prompts import PromptReader, Reading, Result
-from research.inference.request import NOT_NUMBERS, Completion, Request
+from research.inference.request import Completion, Request
 from research.inference.request_check import check_model, check_request
 from research.inference.sampling import Sampling
 from research.inference.text import TextStream
+from research.inference.work import Work
 from research.parallel.axes import axis_size
-
-
-@dataclasses.dataclass
-class _Work:
-  """A request in a slot."""
-
-  number: int
-  request: Request
-  completion: Completion
-  stream: TextStream | None
 
 
 class Engine(Answering):
@@ -60,6 +51,9 @@ class Engine(Answering):
     pieces: the most chunks of prompts that a step reads while other requests are active, so that they do not
       wait for long prompts; None for all prompts that have a slot.
     kept: how many prompts stay in the cache, for later prompts that begin with them (`PromptReader`).
+    together: how many prompts of at most `chunk` tokens are read at once. More than one is faster for many
+      requests that are there from the start, and slower for a single one: a group always has so many rows, so
+      that its company does not change an answer. Prompts wait until so many slots are free.
   """
 
   def __init__(
@@ -76,14 +70,21 @@ class Engine(Answering):
     int8: bool = False,
     pieces: int | None = None,
     kept: int = 0,
+    together: int = 1,
   ):
-    for field, value in {'slots': slots, 'room': room, 'chunk': chunk, 'pieces': pieces}.items():
+    counts = {'slots': slots, 'room': room, 'chunk': chunk, 'pieces': pieces, 'together': together}
+    for field, value in counts.items():
       if value is not None and value < 1:
         raise Invalid(Engine, field, f'{value!r} must be 1 or more.')
     split = axis_size('batch')
     if slots % split:
       why = f'{slots} must be a multiple of {split}, because the mesh splits the slots into so many parts.'
       raise Invalid(Engine, 'slots', why)
+    if together > slots:
+      raise Invalid(Engine, 'together', f'{together} must be at most the {slots} slots.')
+    if together > 1 and together % split:
+      why = f'{together} must be 1 or a multiple of {split}, because the mesh splits rows into so many parts.'
+      raise Invalid(Engine, 'together', why)
     self._training_graph = graphdef
     self.decode = decode
     self.room = room
@@ -92,15 +93,18 @@ class Engine(Answering):
     self.chunk = room if prefix else min(chunk, room)
     self.encoder_room = encoder_room
     self.pieces = pieces
+    self.together = together
     # A prompt that sees itself both ways cannot continue the cache of a shorter one.
-    self._reader = PromptReader(self._read, self._read_more, self.chunk, 0 if prefix else kept)
-    self._reading: tuple[_Work, Reading] | None = None
+    self._reader = PromptReader(
+      self._read, self._read_more, self.chunk, 0 if prefix else kept, together
+    )
+    self._reading: tuple[list[Work], Reading] | None = None
     self.load(params)
     model = jax.eval_shape(lambda params: nnx.merge(graphdef, params), params)
     self.vocab = model.vocab
     check_model(Engine, model, room, encoder_room)
-    self._waiting: collections.deque[_Work] = collections.deque()
-    self._active: list[_Work | None] = [None] * slots
+    self._waiting: collections.deque[Work] = collections.deque()
+    self._active: list[Work | None] = [None] * slots
     self._count = 0
     self._changed()
     self.slots = self._empty(slots)
@@ -115,7 +119,7 @@ class Engine(Answering):
   def _empty(self, slots: int) -> Slots:
     """Returns slots without requests. Their shapes are those of a short prompt's cache."""
     request = Request(prompt=(1,), encoder=(1,) if self.encoder_room else ())
-    batch = self._batch(request.prompt, request)
+    batch = self._batch([request.prompt], [request])
     knobs = {'room': self.room, 'ahead': self.chunk, 'int8': self.int8}
     read = functools.partial(programs.read, self.graphdef, batch=batch, **knobs)
     logits, cache = jax.eval_shape(read, self.params)
@@ -144,7 +148,7 @@ class Engine(Answering):
     if self.decode is not None:
       prompt = () if self.encoder_room else request.prompt
       stream = TextStream(self.decode, prompt, request.stop)
-    work = _Work(self._count, request, Completion(), stream)
+    work = Work(self._count, request, Completion(), stream)
     self._waiting.append(work)
     self._count += 1
     return work.number
@@ -174,7 +178,7 @@ class Engine(Answering):
     for slot, work in enumerate(self._active):
       if work is None:
         continue
-      text = self._record(work, {key: value[slot] for key, value in host.items()})
+      text = work.record({key: value[slot] for key, value in host.items()})
       events.append(Event(work.number, text, work.completion))
       if work.completion.finish:
         self._active[slot] = None
@@ -184,19 +188,21 @@ class Engine(Answering):
   def cancel(self, number: int) -> None:
     """Drops a request that waits or is active."""
     self._waiting = collections.deque(work for work in self._waiting if work.number != number)
+    if self._reading and any(work.number == number for work in self._reading[0]):
+      self._reading = None
     for slot, work in enumerate(self._active):
       if work is not None and work.number == number:
         self._active[slot] = None
         self._changed()
 
   def _admit(self) -> None:
-    """Reads waiting prompts into free slots; at most `pieces` chunks while other requests are active."""
+    """Reads waiting prompts into free slots; at most `pieces` pieces while other requests are active."""
     read = 0
-    while self._waiting and None in self._active:
-      new = self._waiting[0]
-      if self._reading is None or self._reading[0] is not new:
-        self._reading = new, self._reader.begin(new.request)
-      reading = self._reading[1]
+    while self._waiting and self._active.count(None) >= min(self.together, len(self._waiting)):
+      if self._reading is None:
+        works = self._next_group()
+        self._reading = works, self._reader.begin([work.request for work in works])
+      works, reading = self._reading
       while not reading.done:
         if self.pieces is not None and any(self._active):
           if read == self.pieces:
@@ -204,9 +210,17 @@ class Engine(Answering):
           read += 1
         reading.step()
       self._reading = None
-      self._put(self._waiting.popleft(), self._active.index(None), reading.result)
+      for work, result in zip(works, reading.results, strict=True):
+        self._waiting.remove(work)
+        self._put(work, self._active.index(None), result)
 
-  def _put(self, new: _Work, slot: int, result: Result) -> None:
+  def _next_group(self) -> list[Work]:
+    """Returns the requests that are read next: the first that waits, and those that can be read with it."""
+    free = self._active.count(None)
+    group = self._reader.group((work.request for work in self._waiting), free)
+    return [self._waiting[place] for place in group]
+
+  def _put(self, new: Work, slot: int, result: Result) -> None:
     """Puts a request whose prompt has been read into a slot."""
     self._reader.keep(new.request, result)
     tokens = np.full(padded_length(len(new.request.prompt), self.room), -1, np.int32)
@@ -215,9 +229,9 @@ class Engine(Answering):
     self._active[slot] = new
     self._changed()
 
-  def _read(self, prompt: tuple[int, ...], request: Request) -> Result:
+  def _read(self, prompts: Sequence[Sequence[int]], requests: Sequence[Request]) -> Result:
     return programs.read(
-      self.graphdef, self.params, self._batch(prompt, request),
+      self.graphdef, self.params, self._batch(prompts, requests),
       room=self.room, ahead=self.chunk, int8=self.int8,
     )  # fmt: skip
 
@@ -225,12 +239,17 @@ class Engine(Answering):
     batch = for_mesh({'decoder_input_tokens': tokens})
     return programs.read_more(self.graphdef, self.params, batch['decoder_input_tokens'], cache)
 
-  def _batch(self, prompt: Sequence[int], request: Request) -> dict[str, np.ndarray]:
-    batch = padded_row('decoder', prompt, padded_length(len(prompt), self.chunk))
+  def _batch(
+    self, prompts: Sequence[Sequence[int]], requests: Sequence[Request]
+  ) -> dict[str, np.ndarray]:
+    """Returns a batch of the beginnings of these requests' prompts."""
+    length = padded_length(max(map(len, prompts)), self.chunk)
+    batch = padded_rows('decoder', prompts, length)
     if self.prefix:
       batch['decoder_causal_attention'] = batch['decoder_segment_ids']
     if self.encoder_room:
-      batch |= padded_row('encoder', request.encoder, self.encoder_room)
+      texts = [request.encoder for request in requests]
+      batch |= padded_rows('encoder', texts, self.encoder_room)
     return for_mesh(batch)
 
   def _changed(self) -> None:
@@ -264,30 +283,3 @@ class Engine(Answering):
           raise Invalid(Request, 'mask', why)
         adjustment[slot, ~allowed] = -np.inf
     return adjustment
-
-  def _record(self, work: _Work, chosen: dict) -> str:
-    """Adds a token to a completion, and ends it if it is complete; returns the text that is now certain."""
-    request, completion = work.request, work.completion
-    if not chosen['numbers']:
-      completion.finish = 'error'
-      completion.error = NOT_NUMBERS
-      return ''
-    token = int(chosen['tokens'])
-    text = ''
-    completion.tokens.append(token)
-    completion.logprobs.append(float(chosen['logprobs']))
-    pairs = zip(chosen['top_tokens'], chosen['top_logprobs'], strict=True)
-    completion.top.append([(int(t), float(p)) for t, p in pairs][: request.top])
-    if token in request.stop_tokens:
-      completion.finish = 'stop_token'
-    elif work.stream is not None:
-      text = work.stream.add(token)
-      if work.stream.stopped:
-        completion.finish = 'stop'
-    if not completion.finish and len(completion.tokens) == request.max_tokens:
-      completion.finish = 'length'
-    if work.stream is not None:
-      if completion.finish:
-        text += work.stream.finish()
-      completion.text = work.stream.text
-    return text

@@ -13,7 +13,7 @@ from research.core.errors import Invalid, UserError
 from research.inference import beams, decode, speculate
 from research.inference.answering import Answering, Event
 from research.inference.ngrams import Ngram
-from research.inference.padding import padded_length, padded_row
+from research.inference.padding import padded_length, padded_rows
 from research.inference.request import NOT_NUMBERS, Completion, Request
 from research.inference.request_check import check_model, check_request
 from research.inference.text import TextStream
@@ -148,11 +148,11 @@ class OneByOne(Answering):
     """Returns the prompt of a request as a padded batch of one row."""
     # The answer follows the padded prompt, so the padding must leave room for it.
     length = padded_length(len(request.prompt), self.room - request.max_tokens)
-    batch = padded_row('decoder', request.prompt, length)
+    batch = padded_rows('decoder', [request.prompt], length)
     if self.prefix:
       batch['decoder_causal_attention'] = batch['decoder_segment_ids']
     if self.encoder_room:
-      batch |= padded_row('encoder', request.encoder, self.encoder_room)
+      batch |= padded_rows('encoder', [request.encoder], self.encoder_room)
     return batch
 
   def _completion(self, request: Request, tokens: list[int] | None) -> Completion:

@@ -21,15 +21,19 @@ def padded_length(length: int, most: int, shortest: int = SHORTEST) -> int:
   return min(padded, most)
 
 
-def padded_row(side: str, tokens: Sequence[int], length: int) -> dict[str, np.ndarray]:
-  """Returns a batch of one row, [1, length], with the tokens of 'decoder' or 'encoder', by seqio's keys."""
-  padded, real = np.zeros((2, 1, length), np.int32)
-  padded[0, : len(tokens)] = tokens
-  real[0, : len(tokens)] = 1
+def padded_rows(side: str, rows: Sequence[Sequence[int]], length: int) -> dict[str, np.ndarray]:
+  """Returns a batch [rows, length] with the tokens of 'decoder' or 'encoder', by seqio's keys."""
+  padded, real = np.zeros((2, len(rows), length), np.int32)
+  for row, tokens in enumerate(rows):
+    padded[row, : len(tokens)] = tokens
+    real[row, : len(tokens)] = 1
   return {f'{side}_input_tokens': padded, f'{side}_segment_ids': real}
 
 
 def for_mesh(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Returns a batch of one row as n equal rows, if the mesh in use splits a batch into n parts."""
+  """Returns a batch of one row as n equal rows, if the mesh in use splits a batch into n parts.
+
+  A batch of several rows stays as it is.
+  """
   parts = axis_size('batch')
-  return {name: np.repeat(row, parts, axis=0) for name, row in batch.items()}
+  return {name: np.repeat(x, parts, axis=0) if len(x) == 1 else x for name, x in batch.items()}

@@ -83,6 +83,24 @@ def read_more(
   return _whole(logits[:, -1]), cache
 
 
+@jax.jit
+def row(logits: jax.Array, cache: Cache, place: jax.Array) -> tuple[jax.Array, Cache]:
+  """Returns the logits and the cache of one of several rows.
+
+  Where the mesh splits rows over n devices, the cache has n copies of the row, as `admit` takes it.
+  """
+  copies = axis_size('batch')
+
+  def take(x):
+    axes = axes_of(x)
+    # The index is the same everywhere, so every device needs all rows.
+    whole = jax.sharding.reshard(x, jax.P(None, *axes[1:]))
+    taken = jax.lax.dynamic_slice_in_dim(whole, place, 1, 0)
+    return jnp.repeat(taken, copies, 0, out_sharding=jax.P(*axes))
+
+  return jax.lax.dynamic_slice_in_dim(logits, place, 1, 0), jax.tree.map(take, cache)
+
+
 def _whole(logits: jax.Array) -> jax.Array:
   """Returns logits [rows, vocab] in float32, whole on every device."""
   return shard(logits.astype(jnp.float32), None, None)

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from research.evaluation import programs
-from research.inference.padding import for_mesh, padded_length, padded_row
+from research.inference.padding import for_mesh, padded_length, padded_rows
 from research.parallel.axes import shard
 from research.training.cross_entropy import default_chunks
 
@@ -42,7 +42,7 @@ def score(
   length = padded_length(len(tokens), room)
   targets = np.zeros((1, length), np.int32)
   targets[0, : len(tokens) - 1] = tokens[1:]
-  batch = for_mesh({**padded_row('decoder', tokens, length), 'decoder_target_tokens': targets})
+  batch = for_mesh({**padded_rows('decoder', [tokens], length), 'decoder_target_tokens': targets})
   host = jax.device_get(_score(graphdef, params, batch, top=top))
   logprobs, top_tokens, top_logprobs = (x[0, : len(tokens) - 1] for x in host)
   pairs = [
@@ -76,7 +76,7 @@ def _score(graphdef: nnx.GraphDef, params: dict, batch: dict, *, top: int):
 
 def embed(graphdef: nnx.GraphDef, params: dict, tokens: Sequence[int], room: int) -> np.ndarray:
   """Returns a text's embedding, float32 [embed] of length 1: the mean of the last layer's features."""
-  batch = for_mesh(padded_row('decoder', tokens, padded_length(len(tokens), room)))
+  batch = for_mesh(padded_rows('decoder', [tokens], padded_length(len(tokens), room)))
   x = jax.device_get(programs.features(graphdef, params, batch))
   # Of the padded tokens only the real ones count. The mean of many float32 numbers is taken in float64.
   mean = np.asarray(x[0, : len(tokens)], np.float64).mean(0)

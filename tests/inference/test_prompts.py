@@ -6,9 +6,11 @@ import jax
 import numpy as np
 import pytest
 
+from research.core.errors import UserError
 from research.inference.engine import Engine
 from research.inference.prompts import PromptReader
 from research.inference.request import Request
+from research.inference.sampling import Sampling
 from research.parallel.mesh import Mesh
 from tests.families import tiny
 from tests.model.test_model import make
@@ -33,7 +35,8 @@ class Recorded:
     self.lengths = []
     self.reader = PromptReader(self.first, self.more, CHUNK, kept)
 
-  def first(self, tokens, request):
+  def first(self, prompts, requests):
+    (tokens,) = prompts
     self.lengths.append(len(tokens))
     return 'logits', {'read': np.array(tokens)}
 
@@ -44,11 +47,12 @@ class Recorded:
   def read(self, tokens, encoder=()) -> list[int]:
     """The lengths of the pieces in which a prompt was read."""
     request = Request(prompt=tokens, encoder=encoder)
-    before, reading = len(self.lengths), self.reader.begin(request)
+    before, reading = len(self.lengths), self.reader.begin([request])
     while not reading.done:
       reading.step()
-    assert tuple(np.asarray(reading.result[1]['read'])) == tokens
-    self.reader.keep(request, reading.result)
+    (result,) = reading.results
+    assert tuple(np.asarray(result[1]['read'])) == tokens
+    self.reader.keep(request, result)
     return self.lengths[before:]
 
 
@@ -105,3 +109,78 @@ def test_a_long_prompt_does_not_hold_up_a_text_under_way():
   alone = dataclasses.replace(Request(prompt=prompt(9, 2)), max_tokens=3)
   (completion,) = engine.run([alone])
   assert completion.tokens == Engine(graphdef, params, slots=2, room=ROOM).run([alone])[0].tokens
+
+
+def test_a_group_has_prompts_of_one_length_that_are_not_known():
+  reader = PromptReader(None, None, 64, kept=2, together=3)
+  short, medium = [[Request(prompt=prompt(n, seed)) for seed in range(5)] for n in (20, 40)]
+  long = Request(prompt=prompt(65))
+  assert reader.group([long, *short], 8) == [0]
+  assert reader.group([short[0], long, medium[0], *short[1:]], 8) == [0, 3, 4]
+  assert reader.group([short[0], medium[0], *short[1:]], 2) == [0, 2]
+  # Samples of one prompt need one row; those that are left over come with the next group.
+  samples = [request for request in short for _ in range(3)]
+  assert reader.group(samples, 64) == list(range(9))
+  assert reader.group(samples, 8) == list(range(8))
+  reader.keep(short[1], 'its result')
+  assert reader.group(short, 8) == [0, 2, 3]
+  assert reader.group(short[1:], 8) == [0]
+  assert PromptReader(None, None, 64).group(short, 8) == [0]
+
+
+@pytest.mark.parametrize(
+  ('family', 'knobs'),
+  [
+    ('llama', {}),
+    ('llama', {'prefix': True}),
+    pytest.param('mixtral', {}, marks=pytest.mark.slow),
+    pytest.param('mamba', {}, marks=pytest.mark.slow),
+    pytest.param('t5', {'encoder_room': 16}, marks=pytest.mark.slow),
+  ],
+)
+def test_an_answer_does_not_depend_on_the_group_of_its_prompt(family, knobs):
+  graphdef, params = make(tiny(family, []))
+  drawn = Sampling(temperature=1.0, seed=3)
+  requests = []
+  for seed, length in enumerate([3, 7, 3, 20, 5, 1, 8, 2]):
+    text = prompt(9, seed) if family == 't5' else ()
+    requests.append(
+      Request(prompt=prompt(length, seed), encoder=text, max_tokens=4 + length % 3, sampling=drawn)
+    )
+  requests.insert(2, requests[1])
+
+  def engine(**more):
+    return Engine(graphdef, params, slots=4, room=ROOM, chunk=CHUNK, **knobs, **more)
+
+  grouped = engine(together=4)
+  among_others = grouped.run(requests)
+  reversed_order = grouped.run(requests[::-1])[::-1]
+  for request, one, other in zip(requests, among_others, reversed_order, strict=True):
+    (alone,) = engine(together=4).run([request])
+    assert one.tokens == other.tokens == alone.tokens
+    assert one.logprobs == other.logprobs == alone.logprobs
+  for one, want in zip(among_others, engine().run(requests), strict=True):
+    assert one.tokens == want.tokens
+    np.testing.assert_allclose(one.logprobs, want.logprobs, atol=1e-5)
+
+
+def test_prompts_wait_until_a_group_has_slots():
+  graphdef, params = make(tiny('llama', ['LAYERS=1']))
+  engine = Engine(graphdef, params, slots=4, room=ROOM, chunk=CHUNK, together=2)
+  # The first of the second group has to wait for the slot of a request of three tokens.
+  lengths = [1, 3, 3, 3, 2, 2]
+  for seed, length in enumerate(lengths):
+    engine.submit(Request(prompt=prompt(5, seed), max_tokens=length))
+  said = []
+  while engine.busy:
+    said.append([event.number for event in engine.step()])
+  assert said == [[0, 1, 2, 3], [1, 2, 3], [1, 2, 3], [4, 5], [4, 5]]
+  # A single one does not wait for company.
+  number = engine.submit(Request(prompt=prompt(5, 9), max_tokens=1))
+  assert [event.number for event in engine.step()] == [number]
+
+
+def test_groups_that_slots_or_a_mesh_cannot_hold_are_refused():
+  graphdef, params = make(tiny('llama', ['LAYERS=1']))
+  with pytest.raises(UserError, match=r'Engine\.together.*at most the 2 slots'):
+    Engine(graphdef, params, slots=2, room=ROOM, chunk=CHUNK, together=4)
