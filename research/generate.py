@@ -49,7 +49,7 @@ def main(flags) -> None:
   with Mesh().use(jax.devices()[:1]):
     generator = load(
       flags.checkpoint, hf=flags.hf, tokenizer_file=flags.tokenizer, room=flags.room,
-      slots=flags.slots, beam_count=flags.beams, **options,
+      slots=flags.slots, together=flags.together, beam_count=flags.beams, **options,
     )  # fmt: skip
     if flags.interactive:
       terminal.converse(generator, samples, settings)

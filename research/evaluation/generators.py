@@ -39,6 +39,7 @@ def load(
   tokenizer_file: str | None = None,
   room: int = 0,
   slots: int = 8,
+  together: int = 1,
   int8: bool = False,
   beam_count: int = 0,
   penalty: str = 'length',
@@ -74,8 +75,8 @@ def load(
   text = tokenizer_of(opened, tokenizer_file, architecture)
   room = room or loading.length_of(opened.run, opened.model)
   return make_generator(
-    opened.model, opened.params, text, architecture, room=room,
-    slots=slots, int8=int8, beams=search, speculation=speculation, source=opened.source,
+    opened.model, opened.params, text, architecture, room=room, slots=slots,
+    together=together, int8=int8, beams=search, speculation=speculation, source=opened.source,
   )  # fmt: skip
 
 

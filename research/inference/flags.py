@@ -15,6 +15,7 @@ NUMBERS = {
   'top': (0, 'report so many of the likeliest tokens at each place'),
   'room': (0, 'the most tokens of a prompt and its answer; 0 is the length that it was trained on'),
   'slots': (8, 'prompts that are answered at once'),
+  'together': (1, 'short prompts that are read at once; a quarter of --slots is fast for many'),
   'beams': (0, 'beam search with so many beams; 0 for none'),
   'ngram': (0, 'guess the tokens that followed an earlier occurrence of the last so many; 0 for none'),
   'guesses': (4, 'tokens that --draft or --ngram guesses per step of the model'),
@@ -83,6 +84,8 @@ def _without_effect(flags: argparse.Namespace) -> str:
     return (
       '--top is written to the answers of --prompts: give --prompts and --out, or leave it out.'
     )
+  if flags.together != 1 and not flags.prompts:
+    return '--together is for the many prompts of --prompts: give that, or leave it out.'
   if flags.temperature == 0:
     if flags.samples > 1:
       return '--samples gives different answers only with --temperature above 0; set it.'
@@ -103,9 +106,12 @@ def _conflict(flags: argparse.Namespace) -> str:
   whole = [name for name in ('beams', 'draft', 'ngram') if getattr(flags, name)]
   if len(whole) > 1:
     return f'give one of --{" and --".join(whole)}.'
-  for name in ('top', 'int8') if whole else ():
-    if getattr(flags, name):
+  defaults = {'top': 0, 'int8': False, 'together': 1}
+  for name, default in defaults.items() if whole else ():
+    if getattr(flags, name) != default:
       return f'--{name} does not work with --{whole[0]}; leave one of the two out.'
+  if flags.together > flags.slots:
+    return f'--together={flags.together} must be at most --slots={flags.slots}.'
   if bool(flags.best_of) != bool(flags.reward):
     return '--best_of and --reward go together.'
   if flags.best_of and (flags.best_of < 2 or flags.samples > 1 or flags.interactive or whole):

@@ -113,6 +113,7 @@ def make_generator(
   *,
   room: int,
   slots: int = 8,
+  together: int = 1,
   int8: bool = False,
   pieces: int | None = None,
   kept: int = 0,
@@ -127,7 +128,7 @@ def make_generator(
     params: its parameters.
     tokenizer: its tokenizer.
     architecture: 'decoder', 'prefix' (the prompt sees itself both ways) or 'encoder_decoder'.
-    room, slots, int8, pieces, kept: as for `Engine`.
+    room, slots, together, int8, pieces, kept: as for `Engine`.
     beams, speculation: answers one request at a time by this method, without slots.
     source: where the parameters come from, in words.
 
@@ -144,6 +145,7 @@ def make_generator(
     engine = OneByOne(method, **knobs)
   else:
     engine = Engine(
-      nnx.graphdef(model), params, slots=slots, int8=int8, pieces=pieces, kept=kept, **knobs
-    )
+      nnx.graphdef(model), params, slots=slots, together=together, int8=int8, pieces=pieces, kept=kept,
+      **knobs,
+    )  # fmt: skip
   return Generator(engine, tokenizer, source)

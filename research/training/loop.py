@@ -103,7 +103,8 @@ def open_data(run: Run, log: Callable[[str], None]) -> list:
 class Loop:
   """Dispatches the steps of a run, and reads the metrics of each step one step later.
 
-  That way the device already computes the next step while the host waits for the metrics.
+  That way the device already computes the next step while the host waits for the metrics. A CPU computes a step
+  while it is dispatched (`dispatch.run_one_program_at_once`), so that there the metrics are read at once.
   """
 
   def __init__(self, run: Run, program: Program, workdir, frozen, validation, count, stream):
@@ -114,6 +115,7 @@ class Loop:
     self.rates = rates([run])[0]
     self.fixed = program.fixed()
     self.signal = TerminationSignal()
+    self.is_done_at_once = jax.default_backend() == 'cpu'
     # XLA compiles in the background while the checkpoint is read.
     self.compile(workdir)
     self.record = Record(
@@ -181,11 +183,13 @@ class Loop:
         return record.row(step, 'nan')
       pending = step, scalars
       stop = self.signal.check(step) and self.may_stop(step)
-      if stop or record.pauses_at(step):
-        # Nothing is saved or evaluated before the metrics say that the state is finite.
+      pauses = stop or record.pauses_at(step)
+      # Nothing is saved or evaluated before the metrics say that the state is finite.
+      if pauses or self.is_done_at_once:
         pending = None
         if not record.log_step(step, scalars):
           return record.row(step, 'nan')
+      if pauses:
         record.pause(step, self.state, save=stop or record.saves_at(step))
       if stop and step < run.steps:
         record.checkpoints.wait()
