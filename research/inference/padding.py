@@ -6,7 +6,7 @@ import numpy as np
 
 from research.parallel.axes import axis_size
 
-SHORTEST = 32  # the smallest padded length
+SHORTEST = 16  # the smallest padded length
 
 
 def padded_length(length: int, most: int, shortest: int = SHORTEST) -> int:

@@ -193,8 +193,14 @@ def _project(ins, outs, whole, to, dtype, x, kernel):
   lead = x.ndim - len(ins)
   kernel = gather(kernel.astype(x.dtype), *whole)
   few = math.prod(x.shape[:lead]) <= FEW_ROWS
-  if few and outs[0] == 0 and on_one_cpu():
+  by_output = outs[0] == 0 and on_one_cpu()
+  if by_output and few:
     return few_rows(x, kernel, len(ins), to, dtype)
+  if by_output:
+    # With one axis of inputs XLA reads the kernel as it lies. With several it turns it in every call.
+    x = x.reshape(*x.shape[:lead], -1)
+    kernel = kernel.reshape(*kernel.shape[: len(outs)], -1)
+    ins = (len(outs),)
   contract = (tuple(range(lead, x.ndim)), ins)
   return _dot(x, kernel, contract, to, dtype)
 

@@ -39,6 +39,17 @@ def test_a_turned_matrix_gives_the_same_product(rows, inputs, outputs):
   np.testing.assert_allclose(linear(x), want, atol=1e-6 * scale)
 
 
+def test_many_rows_read_a_matrix_with_several_axes_of_inputs_as_it_lies():
+  linear = Linear({'heads': 3, 'head_dim': 32}, {'embed': 160}, rngs=nnx.Rngs(params=0))
+  turn_matrices(linear)
+  graphdef, state = nnx.split(linear)
+  x = jax.random.normal(jax.random.key(1), (1, 2 * FEW_ROWS, 3, 32))
+  product = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))
+  program = product.lower(state, x).compile().as_text()
+  turned = re.findall(r'f32\[(?:3,32|96),160\]\S* (?:transpose|copy|fusion)\(', program)
+  assert not turned
+
+
 @pytest.mark.parametrize(
   ('rows', 'outputs', 'divided'),
   # One column and a size that XLA gives to one core; two columns; not divisible; too small; large enough.
