@@ -94,9 +94,8 @@ class PromptReader:
     for place, request in enumerate(waiting, 1):
       if len(places) == most:
         break
-      if padded_length(len(request.prompt), self.chunk) != length or not self._fits_a_group(
-        request
-      ):
+      same_length = padded_length(len(request.prompt), self.chunk) == length
+      if not same_length or not self._fits_a_group(request):
         continue
       if _key(request) not in different:
         if len(different) == self.together:
@@ -110,8 +109,7 @@ class PromptReader:
     return self.together > 1 and is_short and self._longest(request) is None
 
   def begin(self, requests: Sequence[Request]) -> Reading:
-    """Begins to read the prompts of a `group`; that of one request after the longest kept prompt that it begins
-    with."""
+    """Begins to read the prompts of a `group`; a known prompt goes on from what is kept of it."""
     request = requests[0]
     if self._fits_a_group(request):
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from research.core.errors import UserError
 from research.inference import beams, decode
 from research.inference.engine import Engine
 from research.inference.request import Request
@@ -94,7 +95,7 @@ def test_beams_are_those_of_one_device():
   np.testing.assert_allclose(scores, want_scores, rtol=1e-5)
 
 
-def completions(family, mesh: Mesh, devices) -> list:
+def completions(family, mesh: Mesh, devices, **knobs) -> list:
   """What an engine answers to more requests than it has slots: greedy ones, a drawn one, one with penalties."""
   rng = np.random.default_rng(1)
   settings = [Sampling()] * 4 + [
@@ -113,8 +114,8 @@ def completions(family, mesh: Mesh, devices) -> list:
       for number, sampling in enumerate(settings)
     ]  # fmt: skip
     engine = Engine(
-      graphdef, params, slots=4, room=32, chunk=8, encoder_room=8 * two_sided, pieces=1, kept=2
-    )
+      graphdef, params, slots=4, room=32, chunk=8, encoder_room=8 * two_sided, pieces=1, kept=2, **knobs
+    )  # fmt: skip
     return engine.run(requests)
 
 
@@ -132,6 +133,18 @@ def test_an_engine_on_a_mesh_answers_as_on_one_device(family, mesh):
   assert [one.tokens for one in found] == [one.tokens for one in wanted]
   for one, want in zip(found, wanted, strict=True):
     np.testing.assert_allclose(one.logprobs, want.logprobs, atol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('mesh', ['data x tensor', 'fsdp x tensor'])
+def test_prompts_read_together_on_a_mesh_have_the_answers_of_one_device(mesh):
+  found = completions('llama2', FOUR[mesh], jax.local_devices()[:4], together=2)
+  wanted = alone_in_slots('llama2')
+  assert [one.tokens for one in found] == [one.tokens for one in wanted]
+  for one, want in zip(found, wanted, strict=True):
+    np.testing.assert_allclose(one.logprobs, want.logprobs, atol=2e-5)
+  with pytest.raises(UserError, match=r'Engine\.together.*3 must be 1 or a multiple of 2'):
+    completions('llama2', FOUR[mesh], jax.local_devices()[:4], together=3)
 
 
 @functools.cache

@@ -180,7 +180,7 @@ def test_prompts_wait_until_a_group_has_slots():
   assert [event.number for event in engine.step()] == [number]
 
 
-def test_groups_that_slots_or_a_mesh_cannot_hold_are_refused():
+def test_a_group_larger_than_the_slots_is_refused():
   graphdef, params = make(tiny('llama', ['LAYERS=1']))
   with pytest.raises(UserError, match=r'Engine\.together.*at most the 2 slots'):
     Engine(graphdef, params, slots=2, room=ROOM, chunk=CHUNK, together=4)
