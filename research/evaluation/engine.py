@@ -269,8 +269,7 @@ class Engine:
     engine = slots.Engine(
       self.graphdef, params, decode=self.encoding.decode, slots=self.batch_size,
       room=group.length, encoder_room=group.encoder, prefix=self.settings.architecture == 'prefix',
-      # Larger groups would leave more slots without work while they fill.
-      together=max(1, self.batch_size // 4),
+      together=max(1, self.batch_size // 4),  # larger groups would leave more slots without work
     )  # fmt: skip
     row_by_number = {}
     for row in rows:
