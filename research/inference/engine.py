@@ -53,7 +53,7 @@ class Engine(Answering):
     kept: how many prompts stay in the cache, for later prompts that begin with them (`PromptReader`).
     together: how many prompts of at most `chunk` tokens are read at once. More than one is faster for many
       requests that are there from the start, and slower for a single one: a group always has so many rows, so
-      that its company does not change an answer. Prompts wait until so many slots are free.
+      that its company does not change an answer. Short prompts wait until so many slots are free.
   """
 
   def __init__(
@@ -198,7 +198,7 @@ class Engine(Answering):
   def _admit(self) -> None:
     """Reads waiting prompts into free slots; at most `pieces` pieces while other requests are active."""
     read = 0
-    while self._waiting and self._active.count(None) >= min(self.together, len(self._waiting)):
+    while self._waiting and self._active.count(None) >= self._slots_wanted():
       if self._reading is None:
         works = self._next_group()
         self._reading = works, self._reader.begin([work.request for work in works])
@@ -213,6 +213,11 @@ class Engine(Answering):
       for work, result in zip(works, reading.results, strict=True):
         self._waiting.remove(work)
         self._put(work, self._active.index(None), result)
+
+  def _slots_wanted(self) -> int:
+    """Returns how many slots must be free before the next prompts are read."""
+    in_group = self._reader.fits_a_group(self._waiting[0].request)
+    return min(self.together, len(self._waiting)) if in_group else 1
 
   def _next_group(self) -> list[Work]:
     """Returns the requests that are read next: the first that waits, and those that can be read with it."""

@@ -110,7 +110,9 @@ def _conflict(flags: argparse.Namespace) -> str:
   for name, default in defaults.items() if whole else ():
     if getattr(flags, name) != default:
       return f'--{name} does not work with --{whole[0]}; leave one of the two out.'
-  if flags.together > flags.slots:
+  if flags.together < 1:
+    return f'--together={flags.together} must be 1 or more.'
+  if flags.together > max(flags.slots, 1):
     return f'--together={flags.together} must be at most --slots={flags.slots}.'
   if bool(flags.best_of) != bool(flags.reward):
     return '--best_of and --reward go together.'

@@ -87,7 +87,7 @@ class PromptReader:
     waiting = iter(waiting)
     first = next(waiting)
     places = [0]
-    if not self._fits_a_group(first):
+    if not self.fits_a_group(first):
       return places
     length = padded_length(len(first.prompt), self.chunk)
     different = {_key(first)}
@@ -95,7 +95,7 @@ class PromptReader:
       if len(places) == most:
         break
       same_length = padded_length(len(request.prompt), self.chunk) == length
-      if not same_length or not self._fits_a_group(request):
+      if not same_length or not self.fits_a_group(request):
         continue
       if _key(request) not in different:
         if len(different) == self.together:
@@ -104,14 +104,15 @@ class PromptReader:
       places.append(place)
     return places
 
-  def _fits_a_group(self, request: Request) -> bool:
+  def fits_a_group(self, request: Request) -> bool:
+    """Returns whether a request's prompt is read with others: it is short, and nothing is known of it."""
     is_short = len(request.prompt) <= self.chunk
     return self.together > 1 and is_short and self._longest(request) is None
 
   def begin(self, requests: Sequence[Request]) -> Reading:
     """Begins to read the prompts of a `group`; a known prompt goes on from what is kept of it."""
     request = requests[0]
-    if self._fits_a_group(request):
+    if self.fits_a_group(request):
 
       def read_group(_):
         return self._read_group(requests)

@@ -4,9 +4,10 @@ import jax
 
 
 def run_one_program_at_once() -> None:
-  """Makes calls on a CPU return when their results are there, so that two steps never need memory at once.
+  """Makes calls on a CPU that is one device return when their results are there.
 
-  The thread that calls is then the one that allocates, and finds what it has freed (`training.heap`). Call it
-  before jax starts its client; later it changes nothing.
+  So two steps never need memory at once. The thread that calls is then also the one that allocates, and finds
+  what it has freed (`training.heap`). Call it before jax starts its client; later it changes nothing. Programs
+  for several devices, such as those of a population, return at once as before.
   """
   jax.config.update('jax_cpu_enable_async_dispatch', False)

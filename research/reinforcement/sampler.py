@@ -16,8 +16,7 @@ from research.inference.sampling import Sampling
 from research.parallel import hosts
 from research.reinforcement.losses import OLD
 from research.reinforcement.prompts import Prompt
-from research.training.cross_entropy import log_probabilities
-from research.training.program import choose_chunks
+from research.training.cross_entropy import choose_chunks, log_probabilities
 
 BEGIN = 0  # the id that every row of this project begins with
 

@@ -11,7 +11,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from research.parallel.axes import on_one_cpu
+from research.parallel.axes import axis_size, on_each, on_one_cpu
+
+# The most logits of a chunk. After each chunk the gradient of the table of vectors is added up, which takes a
+# CPU longer than larger logits (experiments/speed/README.md).
+LOGITS = 2**24
+LOGITS_ON_ONE_CPU = 2**27
 
 
 def token_losses(
@@ -254,7 +259,19 @@ def _scaled(gradient: jax.Array, factor: jax.Array, dtype) -> jax.Array:
   return (factor * gradient).astype(dtype)
 
 
-def default_chunks(batch: int, length: int, vocab: int, limit: int = 2**24) -> int:
+def choose_chunks(rows: int, length: int, vocab: int) -> int:
+  """Returns how many parts the length is cut into for the logits of a step if the run does not say."""
+  # The limit is on the logits of one device. Every chunk has an equal part of every device's share of the
+  # length.
+  rows = on_each(rows, 'batch')
+  parts = axis_size('sequence')
+  limit = LOGITS_ON_ONE_CPU if on_one_cpu() else LOGITS
+  return default_chunks(
+    rows * parts // axis_size('length'), length // parts, on_each(vocab, 'vocab'), limit
+  )
+
+
+def default_chunks(batch: int, length: int, vocab: int, limit: int = LOGITS) -> int:
   """Returns the fewest chunks that divide the length and have at most `limit` logits each."""
   for chunks in range(1, length + 1):
     if length % chunks == 0 and batch * length * vocab <= chunks * limit:

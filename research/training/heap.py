@@ -8,10 +8,11 @@ import contextlib
 import ctypes
 import sys
 
-# Parameters of mallopt (malloc.h): how much free memory at the end of the heap goes back to the system, and the
-# least size that is mapped apart from the heap.
+# Parameters of mallopt (malloc.h): how much free memory at the end of the heap goes back to the system, the
+# least size that is mapped apart from the heap, and how many blocks may be.
 TRIM_THRESHOLD = -1
 MMAP_THRESHOLD = -3
+MMAP_MAX = -4
 LARGEST = 2**31 - 1
 
 
@@ -28,5 +29,6 @@ def keep_freed_memory() -> None:
   with contextlib.suppress(OSError, AttributeError):  # another C library
     libc = ctypes.CDLL(None)
     libc.malloc_trim(0)
-    libc.mallopt(MMAP_THRESHOLD, LARGEST)
+    if not libc.mallopt(MMAP_THRESHOLD, LARGEST):  # some versions accept 32 MB at the most
+      libc.mallopt(MMAP_MAX, 0)
     libc.mallopt(TRIM_THRESHOLD, LARGEST)

@@ -103,8 +103,8 @@ def open_data(run: Run, log: Callable[[str], None]) -> list:
 class Loop:
   """Dispatches the steps of a run, and reads the metrics of each step one step later.
 
-  That way the device already computes the next step while the host waits for the metrics. A CPU computes a step
-  while it is dispatched (`dispatch.run_one_program_at_once`), so that there the metrics are read at once.
+  That way the device already computes the next step while the host waits for the metrics. On a CPU there is
+  nothing to wait for: it computes a step while it is dispatched (`dispatch.run_one_program_at_once`).
   """
 
   def __init__(self, run: Run, program: Program, workdir, frozen, validation, count, stream):

@@ -18,7 +18,7 @@ from research.data import cache
 from research.model.parameters import abstract_model, kinds, named_axes
 from research.parallel import axes as axes_module
 from research.parallel import hosts
-from research.parallel.axes import axis_size, on_each, on_one_cpu, spec
+from research.parallel.axes import on_one_cpu, spec
 from research.parallel.mesh import Mesh, default_mesh, threads
 from research.training import cross_entropy, learning, optimizers, row_seeds
 from research.training.run import Run
@@ -157,7 +157,7 @@ class Program:
     model = nnx.merge(self.graphdef, self.whole(params, fixed))
     features, penalties = model.features(batch)
     batch = row_seeds.without_seeds(batch)
-    chunks = self.run.logits_chunks or choose_chunks(*features.shape[:2], model.vocab)
+    chunks = self.run.logits_chunks or cross_entropy.choose_chunks(*features.shape[:2], model.vocab)
     others = {name: nnx.merge(self.others[name], fixed[name]) for name in self.run.loss.models}
     terms, counts = self.run.loss(model, features, batch, chunks, **others)
     # Penalties are means over tokens. Weighted by tokens, microbatches add up to the batch.
@@ -263,17 +263,6 @@ def make_program(run: Run) -> Program:
   frozen = learning.frozen_names(abstract, run.learns)
   of_run = graphdef, others, abstract.vocab, inputs, routed
   return Program(run, *of_run, kinds(abstract), frozen, row_seeds.are_needed(abstract))
-
-
-def choose_chunks(rows: int, length: int, vocab: int) -> int:
-  """Returns how many parts the length is cut into for the logits if the run does not say."""
-  # The limit is on the logits of one device. Every chunk has an equal part of every device's share of the
-  # length.
-  rows = on_each(rows, 'batch')
-  parts = axis_size('sequence')
-  return cross_entropy.default_chunks(
-    rows * parts // axis_size('length'), length // parts, on_each(vocab, 'vocab')
-  )
 
 
 def mesh_of(run: Run, devices, device_bytes: int | None = None) -> Mesh:

@@ -231,7 +231,7 @@ class Record:
       columns = self._evaluation_columns(step)
     if status == 'nan':
       self.progress.say(
-        f'step {step:,}: the loss is not finite; stopped, the last good checkpoint is kept'
+        f'step {step:,}: the loss or the norm of its gradient is not finite; stopped. Earlier checkpoints stay.'
       )
     run = self.run
     counted = vars(self.count)

@@ -97,6 +97,7 @@ def test_the_model_guesses_for_itself(run, expected, folder):
     (['--penalty=wu'], '--penalty is of beams'),
     (['--guesses=2'], '--guesses needs --draft or --ngram'),
     (['--together=2'], '--together is for the many prompts of --prompts'),
+    (['--together=0'], '--together=0 must be 1 or more.'),
     (['--together=9'], '--together=9 must be at most --slots=8'),
     (['--together=2', '--beams=2'], '--together does not work with --beams'),
     (['--samples=3'], '--samples gives different answers only with --temperature'),

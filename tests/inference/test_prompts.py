@@ -175,6 +175,11 @@ def test_prompts_wait_until_a_group_has_slots():
   while engine.busy:
     said.append([event.number for event in engine.step()])
   assert said == [[0, 1, 2, 3], [1, 2, 3], [1, 2, 3], [4, 5], [4, 5]]
+  # Prompts that are not read in groups take the first slot that is free.
+  for seed, length in enumerate([1, 3, 3, 3, 2]):
+    engine.submit(Request(prompt=prompt(CHUNK + 1, seed), max_tokens=length))
+  said = [[event.number for event in engine.step()] for _ in range(3)]
+  assert said == [[6, 7, 8, 9], [10, 7, 8, 9], [10, 7, 8, 9]]
   # A single one does not wait for company.
   number = engine.submit(Request(prompt=prompt(5, 9), max_tokens=1))
   assert [event.number for event in engine.step()] == [number]

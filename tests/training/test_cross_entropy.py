@@ -12,7 +12,12 @@ from research.model.embedder import Embedder
 from research.model.heads import TiedHead, UntiedHead
 from research.parallel.axes import shard
 from research.parallel.mesh import Mesh
-from research.training.cross_entropy import cross_entropy, default_chunks, token_losses
+from research.training.cross_entropy import (
+  choose_chunks,
+  cross_entropy,
+  default_chunks,
+  token_losses,
+)
 
 # Quick to compile.
 jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
@@ -86,6 +91,14 @@ def test_default_chunks_are_the_fewest_that_fit_and_divide():
   assert default_chunks(8, 512, 32000) == 8
   assert default_chunks(32, 128, 512) == 1
   assert default_chunks(1, 7, 100, limit=200) == 7  # 4 would do, and does not divide 7
+
+
+def test_one_cpu_takes_larger_chunks():
+  with Mesh().use(jax.devices()[:1]):
+    assert choose_chunks(8, 512, 32000) == 1
+    assert choose_chunks(8, 4096, 32000) == 8
+  with Mesh(data=2).use(jax.devices()[:2]):
+    assert choose_chunks(8, 512, 32000) == 4  # of the four rows of a device
 
 
 def test_a_target_outside_the_vocabulary_is_no_nan():
