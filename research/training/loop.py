@@ -180,7 +180,7 @@ class Loop:
       scalars |= row_metrics
       # The metrics of the step before: the device has the next step to compute while the host waits for them.
       if pending is not None and not record.log_step(*pending):
-        return record.row(step, 'nan')
+        return record.row(pending[0], 'nan')
       pending = step, scalars
       stop = self.signal.check(step) and self.may_stop(step)
       pauses = stop or record.pauses_at(step)

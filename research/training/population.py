@@ -276,6 +276,7 @@ class Population:
     for member, step, _ in pending:
       i = self.members.index(member)
       if not member.record.log_step(step, {name: value[i] for name, value in scalars.items()}):
+        member.step = step  # and not that of the update after it, which is under way
         member.end('nan')
 
   def pause(self, due: list[Member], stop: bool = False) -> None:
