@@ -75,14 +75,16 @@ def slow(operations: list[tuple[str, float]], folder: str, calls: int = 3) -> st
   text = max(texts, key=os.path.getmtime).read_text()
   fused = dict(re.findall(r'^%(\S+) (\(.*?\{\n.*?)^\}', text, re.MULTILINE | re.DOTALL))
   milliseconds = collections.Counter()
+  runs = collections.Counter()  # more than one in a call for what is in a loop
   for name, time in operations:
     milliseconds[name] += time / calls
+    runs[name] += 1
   rows = []
   for name, computation in re.findall(r'%(\S+) = .*? fusion\(.*calls=%([^\s,]+)', text):
     body = fused.get(computation, '')
     if milliseconds[name] and ' dot(' not in body:
       head = body.partition(' {\n')[0]
-      moved = sum(map(_bytes, re.findall(r'(\w+)\[([\d,]*)\]', head)))
+      moved = sum(map(_bytes, re.findall(r'(\w+)\[([\d,]*)\]', head))) * runs[name] / calls
       rows.append((milliseconds[name] - 1e3 * moved / FAST, milliseconds[name], moved, name, head))
   lines = [f'{"":32} {"ms":>7} {"MB":>7} {"GB/s":>6}  reads and writes']
   for _, time, moved, name, head in sorted(rows, reverse=True)[:MOST]:

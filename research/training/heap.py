@@ -19,10 +19,11 @@ LARGEST = 2**31 - 1
 def keep_freed_memory() -> None:
   """Gives the memory that is free now back to the system, and keeps from then on what is freed, with glibc.
 
-  Call it when a program has been compiled: the compiler leaves more memory free than small programs need. One
-  program must run at once (`dispatch.run_one_program_at_once`): a step that is called while the one before it
-  still runs allocates its temporary arrays beside those, in places that differ from step to step, and the heap
-  grows to several times what a step needs (experiments/speed/README.md).
+  Call it when a program has been compiled: the compiler leaves more memory free than small programs need. On
+  one device a program must run alone (`dispatch.run_one_program_at_once`): a step that is called while the one
+  before it still runs allocates its temporary arrays beside those, in places that differ from step to step, and
+  the heap grows to several times what a step needs (experiments/speed/README.md). Over several devices, as in a
+  population, two steps may still be under way.
   """
   if sys.platform != 'linux':
     return

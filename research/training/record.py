@@ -222,7 +222,7 @@ class Record:
 
     Args:
       step: the last step.
-      status: 'finished', or 'nan' for a loss that was not finite.
+      status: 'finished', or 'nan' for a loss or a gradient that was not finite.
     """
     evaluation = {}
     columns = {}
@@ -231,7 +231,8 @@ class Record:
       columns = self._evaluation_columns(step)
     if status == 'nan':
       self.progress.say(
-        f'step {step:,}: the loss or the norm of its gradient is not finite; stopped. Earlier checkpoints stay.'
+        f'step {step:,}: the loss or the norm of its gradient is not finite; stopped. '
+        'Try a lower learning rate. Earlier checkpoints stay.'
       )
     run = self.run
     counted = vars(self.count)
