@@ -16,6 +16,7 @@ from flax import nnx
 
 from research.core.errors import Invalid, UserError, did_you_mean
 from research.model.kernels.few_rows import FEW_ROWS, few_rows
+from research.model.kernels.large_table import is_large, sum_of_products, turned
 from research.parallel.axes import gather, gathered_by, on_one_cpu, shard, spec, spec_of
 from research.parallel.mesh import as_tuple
 
@@ -206,6 +207,8 @@ def _project(ins, outs, whole, to, dtype, x, kernel):
 
 
 def _project_forward(ins, outs, whole, to, dtype, x, kernel):
+  if on_one_cpu() and (ins, outs) == ((1,), (0,)) and is_large(x, 1, kernel):
+    return _project(outs, ins, whole[::-1], to, dtype, x, turned(kernel)), (x, kernel)
   return _project(ins, outs, whole, to, dtype, x, kernel), (x, kernel)
 
 
@@ -213,6 +216,9 @@ def _project_backward(ins, outs, whole, to, dtype, residuals, dy):
   x, kernel = residuals
   lead = x.ndim - len(ins)
   dy = dy.astype(x.dtype)
+  large = on_one_cpu() and is_large(x, len(ins), kernel)
+  if large:
+    dy = jax.lax.optimization_barrier(dy)  # or XLA computes it twice, in the shape of each product
   gathered, back = jax.vjp(lambda kernel: gather(kernel.astype(x.dtype), *whole), kernel)
   dx = _dot(dy, gathered, (tuple(range(lead, dy.ndim)), outs), spec_of(x), x.dtype)
   # A CPU transposes the first operand of this product, so the smaller one comes first. The gradient is
@@ -224,7 +230,10 @@ def _project_backward(ins, outs, whole, to, dtype, residuals, dy):
   if sharding is not None:
     # FSDP: every device has the gradient of its own examples, and `back` adds them up.
     sharding = jax.P(*(sharding.partitions[i] for i in order), unreduced=sharding.reduced)
-  dkernel = _dot(*pair, (tuple(range(lead)),) * 2, sharding, x.dtype)
+  if large:
+    dkernel = sum_of_products(*pair, lead, x.dtype)
+  else:
+    dkernel = _dot(*pair, (tuple(range(lead)),) * 2, sharding, x.dtype)
   if order != tuple(sorted(order)):
     dkernel = jax.lax.optimization_barrier(dkernel)
     dkernel = jnp.transpose(dkernel, np.argsort(order))

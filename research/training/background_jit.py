@@ -13,6 +13,13 @@ from research.training import heap
 # Programs are compiled in the order of their requests, at most one per core at once.
 _compilers = concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 8), 'compiler')
 
+# Options of XLA (experiments/speed/README.md). Level 3 makes compilation a sixth slower and the step no faster.
+# Sums alone go to YNNPACK, so that products go to Eigen: they compile faster, and most are faster.
+ON_A_CPU = {
+  'xla_backend_optimization_level': 2,
+  'xla_cpu_experimental_ynn_fusion_type': 'LIBRARY_FUSION_TYPE_REDUCE',
+}
+
 
 def jit(f, *arguments, **options):
   """Returns `jax.jit(f, **options)` and starts to compile it for `arguments`, under the mesh in use.
@@ -26,8 +33,7 @@ def jit(f, *arguments, **options):
     **options: options of `jax.jit`.
   """
   if jax.default_backend() == 'cpu':
-    # Level 3 makes compilation a sixth slower and the step no faster (experiments/speed).
-    options['compiler_options'] = {'xla_backend_optimization_level': 2}
+    options['compiler_options'] = ON_A_CPU
   jitted = jax.jit(f, **options)
   if not arguments:
     return jitted

@@ -8,12 +8,17 @@ import contextlib
 import ctypes
 import sys
 
-# Parameters of mallopt (malloc.h): how much free memory at the end of the heap goes back to the system, the
-# least size that is mapped apart from the heap, and how many blocks may be.
+# Parameters of mallopt (malloc.h): how much free memory at the end of the heap goes back to the system, how
+# much stays there when some goes back, the least size that is mapped apart from the heap, and how many blocks
+# may be.
 TRIM_THRESHOLD = -1
+TOP_PAD = -2
 MMAP_THRESHOLD = -3
 MMAP_MAX = -4
 LARGEST = 2**31 - 1
+# The size of a thread's heap in glibc. Whatever the threshold, a heap that is free goes back to the system
+# unless this much is to stay (heap_trim in arena.c). A thread allocates what a product of Eigen packs.
+HEAP_OF_A_THREAD = 2**26
 
 
 def keep_freed_memory() -> None:
@@ -33,3 +38,4 @@ def keep_freed_memory() -> None:
     if not libc.mallopt(MMAP_THRESHOLD, LARGEST):  # some versions accept 32 MB at the most
       libc.mallopt(MMAP_MAX, 0)
     libc.mallopt(TRIM_THRESHOLD, LARGEST)
+    libc.mallopt(TOP_PAD, HEAP_OF_A_THREAD)

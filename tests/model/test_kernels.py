@@ -83,8 +83,10 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize('at_once', [dot_product.LOGITS_AT_ONCE, 1])
 @pytest.mark.parametrize('case', CASES)
-def test_product_is_its_definition(case):
+def test_product_is_its_definition(case, at_once, monkeypatch):
+  monkeypatch.setattr(dot_product, 'LOGITS_AT_ONCE', at_once)  # 1: a row of the batch at a time
   shapes, options = CASES[case]
   q, k, v, dy, bias = inputs(**shapes)
   segments, window = options.get('segments'), options.get('window')
@@ -94,6 +96,38 @@ def test_product_is_its_definition(case):
   with Mesh(data=1).use(jax.devices()[:1]):
     got = jax.jit(lambda *xs: ours(*xs, causal=causal, **same))(q, k, v, dy, bias)
   agree(got, reference(q, k, v, dy, bias=bias, **same))
+
+
+def test_as_many_rows_as_fit_are_computed_at_once(monkeypatch):
+  """Four rows have two at a time, or all where two are small; other platforms have all."""
+
+  def rows():
+    query = jnp.zeros((4, 8, 2, 1, 16))
+    with Mesh(data=1).use(jax.devices()[:1]):
+      return dot_product._rows_at_once(query, jnp.zeros((4, 8, 2, 16)))
+
+  logits_of_row = 8 * 2 * 8
+  found = {}
+  for at_once in (1, logits_of_row, 3 * logits_of_row, 5 * logits_of_row):
+    monkeypatch.setattr(dot_product, 'LOGITS_AT_ONCE', at_once)
+    found[at_once] = rows()
+  assert list(found.values()) == [1, 1, 2, 4]
+  monkeypatch.setattr(dot_product, 'LOGITS_AT_ONCE', 1)
+  monkeypatch.setattr(dot_product, 'on_one_cpu', lambda: False)
+  assert rows() == 4
+
+
+def test_rows_with_a_bias_of_all_or_of_each(monkeypatch):
+  """Two rows of four at a time: the gradient of one bias is the sum over both pairs."""
+  monkeypatch.setattr(dot_product, 'LOGITS_AT_ONCE', 2 * 4 * 64 * 64)
+  for bias_batch in (1, 4):
+    q, k, v, dy, bias = inputs(batch=4, bias_batch=bias_batch)
+    options = {'mask': None, 'scale': 0.3, 'soft_cap': None}
+    with Mesh(data=1).use(jax.devices()[:1]):
+      program = jax.jit(lambda *xs, options=options: ours(*xs, **options))
+      assert 'while' in program.lower(q, k, v, dy, bias).as_text()
+      got = program(q, k, v, dy, bias)
+    agree(got, reference(q, k, v, dy, bias=bias, **options))
 
 
 def test_a_query_that_sees_nothing_is_zero_and_moves_nothing():
@@ -173,8 +207,8 @@ def test_only_one_query_on_a_cpu_has_another_program(monkeypatch):
 
 
 def test_the_causal_half_that_is_not_computed_costs_nothing():
-  q, k, v, *_ = inputs(length=(512, 512))
-  mask = visible(None, None, (512, 512), causal=True)
+  q, k, v, *_ = inputs(length=(256, 256))  # all rows at once: XLA counts one round of a loop
+  mask = visible(None, None, (256, 256), causal=True)
   flops = {}
   with Mesh(data=1).use(jax.devices()[:1]):
     for causal in (False, True):

@@ -1,6 +1,7 @@
 """The product of attention. Its backward pass computes the weights again instead of storing them."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,10 @@ from research.parallel.mesh import platform
 # key then has exp(HIDDEN - FLOOR) = 0 everywhere: its result and its gradient are zero and not NaN.
 HIDDEN = -1e30
 FLOOR = -1e29
+
+# One CPU computes the product for as many rows of the batch at once as have this many logits, 4 MB: what one
+# operation writes is still in the cache when the next one reads it (experiments/speed/README.md).
+LOGITS_AT_ONCE = 2**20
 
 
 def dot_product_attention(
@@ -132,7 +137,14 @@ def _product(scale, soft_cap, query, key, value, mask, bias):
   return _forward(scale, soft_cap, query, key, value, mask, bias)[0]
 
 
-def _forward(scale, soft_cap, query, key, value, mask, bias):
+def _forward(scale, soft_cap, *inputs):
+  of_rows = functools.partial(_forward_of_rows, scale, soft_cap)
+  y, log_total = _by_rows(of_rows, inputs, _rows_at_once(*inputs[:2]))
+  return y, (*inputs, y, log_total)
+
+
+def _forward_of_rows(scale, soft_cap, query, key, value, mask, bias):
+  """Returns the product and the logarithm of the sum of every query's weights."""
   # Less the maximum of its row, exp cannot overflow.
   s, _ = logits(scale, soft_cap, query, key, mask, bias)
   top = jnp.maximum(jnp.max(s, axis=-1, keepdims=True), FLOOR)
@@ -142,11 +154,23 @@ def _forward(scale, soft_cap, query, key, value, mask, bias):
     'bkqgs,bskd->bkqgd', weights.astype(value.dtype), value, preferred_element_type=jnp.float32
   )
   y = jnp.swapaxes((y / total).astype(value.dtype), 1, 2)
-  return y, (query, key, value, mask, bias, y, top + jnp.log(total))
+  return y, top + jnp.log(total)
 
 
 def _backward(scale, soft_cap, residuals, dy):
-  query, key, value, mask, bias, y, log_total = residuals
+  query, key, bias = residuals[0], residuals[1], residuals[4]
+  of_rows = functools.partial(_backward_of_rows, scale, soft_cap)
+  *gradients, d_bias = _by_rows(
+    of_rows,
+    (*residuals, dy),
+    _rows_at_once(query, key),
+    sum_last=bias is not None and len(bias) == 1,
+  )
+  return *gradients, None, None if bias is None else d_bias.astype(bias.dtype)
+
+
+def _backward_of_rows(scale, soft_cap, query, key, value, mask, bias, y, log_total, dy):
+  """Returns the gradients by query, key, value and bias; the last in float32, or None."""
   s, capped = logits(scale, soft_cap, query, key, mask, bias)
   weights = jnp.exp(s - log_total)
   # d logits = weights (d weights - sum of weights d weights), and that sum is dy . y.
@@ -155,7 +179,7 @@ def _backward(scale, soft_cap, residuals, dy):
   ds = weights * (ds - jnp.swapaxes(mean, 1, 2))
   d_bias = None
   if bias is not None:
-    d_bias = (ds if bias.shape[0] != 1 else _sum_over_batch(ds)).astype(bias.dtype)
+    d_bias = ds if bias.shape[0] != 1 else _sum_over_batch(ds)
   if soft_cap is not None:
     ds = ds * (1 - jnp.square(capped / soft_cap))
   weights, ds = weights.astype(dy.dtype), ds.astype(query.dtype)
@@ -171,10 +195,57 @@ def _backward(scale, soft_cap, residuals, dy):
     d_query = dot('bkqgs,bskd->bqkgd', ds, key, query) * scale
   d_key = dot('bkqgs,bqkgd->bskd', ds, query * scale, key)
   d_value = dot('bkqgs,bqkgd->bskd', weights, dy, value)
-  return d_query, d_key, d_value, None, d_bias
+  return d_query, d_key, d_value, d_bias
 
 
 _product.defvjp(_forward, _backward)
+
+
+def _rows_at_once(query: jax.Array, key: jax.Array) -> int:
+  """Returns how many rows of the batch are computed at once: a divisor of the batch, or all of it."""
+  batch, queries, kv_heads, group, _ = query.shape
+  of_row = queries * kv_heads * group * key.shape[1]
+  if not on_one_cpu():
+    return batch
+  rows = max(
+    n for n in range(1, batch + 1) if batch % n == 0 and (n == 1 or n * of_row <= LOGITS_AT_ONCE)
+  )
+  # Many small operations would take longer than few that do not fit into the cache.
+  return rows if rows * of_row >= LOGITS_AT_ONCE // 2 else batch
+
+
+def _by_rows(f: Callable, arrays: tuple, rows: int, *, sum_last: bool = False) -> tuple:
+  """Applies f to `rows` rows of the batch at a time.
+
+  Args:
+    f: maps the rows of arrays to a tuple of arrays, the last of which may be None.
+    arrays: [batch or 1, ...] or None. The first has the whole batch.
+    rows: divides the batch.
+    sum_last: the last result is [1, ...], and is summed over all calls.
+
+  Returns:
+    The results of f for the whole batch.
+  """
+  batch = len(arrays[0])
+  if rows == batch:
+    return f(*arrays)
+  cut = [x is not None and len(x) == batch for x in arrays]
+
+  def step(total, parts):
+    results = f(*(part if whole else x for part, x, whole in zip(parts, arrays, cut, strict=True)))
+    if not sum_last:
+      return total, results
+    return total + results[-1], results[:-1]
+
+  parts = [
+    x.reshape(-1, rows, *x.shape[1:]) if whole else None
+    for x, whole in zip(arrays, cut, strict=True)
+  ]
+  shape = jax.eval_shape(f, *arrays)[-1]
+  total = jnp.zeros(shape.shape, shape.dtype) if sum_last else None
+  total, results = jax.lax.scan(step, total, parts)
+  results = jax.tree.map(lambda x: x.reshape(batch, *x.shape[2:]), results)
+  return (*results, total) if sum_last else results
 
 
 # XLA on a CPU is slow to sum over the first axis, and to multiply and sum in one operation: 73 ms for the batch
