@@ -14,8 +14,8 @@ from research.parallel.mesh import platform
 HIDDEN = -1e30
 FLOOR = -1e29
 
-# One CPU computes the product for as many rows of the batch at once as have this many logits, 4 MB: what one
-# operation writes is still in the cache when the next one reads it (experiments/speed/README.md).
+# In training one CPU computes the product for as many rows of the batch at once as have this many logits, 4 MB:
+# what one operation writes is still in the cache when the next one reads it (experiments/speed/README.md).
 LOGITS_AT_ONCE = 2**20
 
 
@@ -134,7 +134,7 @@ def logits(scale, soft_cap, query, key, mask, bias):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _product(scale, soft_cap, query, key, value, mask, bias):
   """Returns [batch, query, kv_heads, group, head_dim]; mask and bias broadcast against `logits`."""
-  return _forward(scale, soft_cap, query, key, value, mask, bias)[0]
+  return _forward_of_rows(scale, soft_cap, query, key, value, mask, bias)[0]
 
 
 def _forward(scale, soft_cap, *inputs):
