@@ -43,7 +43,8 @@ def table(operations: list[tuple[str, float]], calls: int = 3) -> str:
 
   Operations are XLA's thunks, by the name of their kind (`ynn_fusion.12` is a `ynn_fusion`). An operation
   on several cores counts once, from its beginning to its end; operations beside each other count each. So the
-  sum may be more than the time of the call.
+  sum may be more than the time of the call. A product of Eigen (`dot`) ends in the trace when the
+  cores have been given it; a line says so.
 
   Args:
     operations: from `traced`.
@@ -60,6 +61,10 @@ def table(operations: list[tuple[str, float]], calls: int = 3) -> str:
   lines = [f'{"":40} {"ms":>9} {"operations":>10}']
   for kind, time in milliseconds.most_common(MOST):
     lines.append(f'{kind:40} {time:9.1f} {count[kind] / calls:10.1f}')
+  if milliseconds['dot']:
+    lines.append(
+      '"dot" may be less than products take: the profiler sees them only until the cores have them.'
+    )
   return '\n'.join(lines)
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from research.core.divisors import largest_divisor
 from research.core.errors import Invalid, UserError, did_you_mean
 
 # The 16 values of NF4: quantiles of a normal distribution, with an exact 0 (Dettmers et al. 2023,
@@ -203,6 +204,4 @@ def namespace(x):
 
 def group_size(size: int, largest: int | None) -> int:
   """The largest divisor of an axis's size that is at most `largest`; None is the whole axis."""
-  if largest is None:
-    return size
-  return next(n for n in range(min(size, largest), 0, -1) if size % n == 0)
+  return size if largest is None else largest_divisor(size, largest)

@@ -13,6 +13,7 @@ import optax
 from flax import nnx
 
 from research.checkpoints.manager import names
+from research.core.divisors import largest_divisor
 from research.core.errors import Invalid
 from research.data import cache
 from research.model.parameters import abstract_model, kinds, named_axes
@@ -241,10 +242,7 @@ class Program:
     inputs = [x for name, x in batch.items() if name.endswith('_input_tokens')]
     rows = len(inputs[0]) // n
     length = sum(x.shape[1] for x in inputs)
-    for k in range(1, rows):
-      if rows % k == 0 and rows // k * length <= CACHED_TOKENS:
-        return n * k
-    return n * rows
+    return n * (rows // largest_divisor(rows, max(1, CACHED_TOKENS // length)))
 
 
 def make_program(run: Run) -> Program:

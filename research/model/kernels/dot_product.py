@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from research.core.divisors import largest_divisor
 from research.parallel.axes import on_one_cpu, spec, spec_of
 from research.parallel.mesh import platform
 
@@ -204,12 +205,10 @@ _product.defvjp(_forward, _backward)
 def _rows_at_once(query: jax.Array, key: jax.Array) -> int:
   """Returns how many rows of the batch are computed at once: a divisor of the batch, or all of it."""
   batch, queries, kv_heads, group, _ = query.shape
-  of_row = queries * kv_heads * group * key.shape[1]
   if not on_one_cpu():
     return batch
-  rows = max(
-    n for n in range(1, batch + 1) if batch % n == 0 and (n == 1 or n * of_row <= LOGITS_AT_ONCE)
-  )
+  of_row = queries * kv_heads * group * key.shape[1]
+  rows = largest_divisor(batch, max(1, LOGITS_AT_ONCE // of_row))
   # Many small operations would take longer than few that do not fit into the cache.
   return rows if rows * of_row >= LOGITS_AT_ONCE // 2 else batch
 
