@@ -68,6 +68,9 @@ class Stack(nnx.Module):
     if remat_layers > 1 and not (scan and remat == 'full'):
       why = f"{remat_layers} needs Stack.scan = True and Stack.remat = 'full'."
       raise Invalid(Stack, 'remat_layers', why)
+    if repeats % remat_layers:
+      why = f'{remat_layers} does not divide the {repeats} layers.'
+      raise Invalid(Stack, 'remat_layers', why)
     self.repeats = repeats
     self.scan = scan
     self.remat = remat
@@ -154,7 +157,7 @@ class Stack(nnx.Module):
     """Returns a function of `remat_layers` layers that stores only their input, and the parameters for it."""
     n = jax.tree.leaves(stacked)[0].shape[0]
     if n % self.remat_layers:
-      why = f'{self.remat_layers} does not divide the {n} layers in a row.'
+      why = f'{self.remat_layers} does not divide the {n} layers of a block of the pipeline.'
       raise Invalid(Stack, 'remat_layers', why)
 
     def group(x, layers):

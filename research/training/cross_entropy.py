@@ -1,7 +1,8 @@
 """Cross-entropy, and other functions of logits, without the logits of a whole batch in memory.
 
 With a vocabulary of 32,000 the logits are the largest array of a small model's step. Here they exist for a
-chunk of the length at a time.
+chunk of the length at a time. One CPU takes up to 512 MB of them in one chunk (`LOGITS_ON_ONE_CPU`), since that
+is faster; `Run.logits_chunks` asks for more chunks where memory is short.
 """
 
 import functools
@@ -11,6 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from research.core.divisors import largest_divisor
 from research.parallel.axes import axis_size, on_each, on_one_cpu
 
 # The most logits of a chunk. After each chunk the gradient of the table of vectors is added up, which takes a
@@ -39,7 +41,7 @@ def token_losses(
   return log_z - target_logit, z_loss * log_z**2
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+@jax.custom_jvp
 def _at_targets(logits: jax.Array, targets: jax.Array) -> jax.Array:
   """Returns the logit of every target, [...], of logits [..., vocab]."""
   if on_one_cpu():
@@ -48,10 +50,10 @@ def _at_targets(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 @_at_targets.defjvp
-def _change_at_targets(targets, logits, change):
+def _change_at_targets(values, changes):
   # The transpose of a masked sum is a choice, which is made where the gradient of the logits is made. That of a
   # gather would be a second array of the size of the logits.
-  return _at_targets(*logits, targets), _masked_sum(*change, targets)
+  return _at_targets(*values), _masked_sum(changes[0], values[1])
 
 
 def _masked_sum(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -121,17 +123,18 @@ def sum_over_tokens(
 
   if x.shape[1] % chunks:
     raise ValueError(f'{chunks} chunks do not divide the length {x.shape[1]}')
+  arrays = jax.lax.stop_gradient(arrays)  # in one piece, too
   split = functools.partial(_split, chunks=chunks)
-  # A custom_vjp cannot differentiate by what its function closes over, so the head's parameters become
-  # arguments. The head is traced at a chunk's shape: gradients that it defines itself keep the shape they were
-  # traced at.
+  # A custom_vjp cannot differentiate by what its function closes over, and cannot read it if a jax.jit or a
+  # scan around it is differentiated. So the head's parameters become arguments, and the arrays too. The head is
+  # traced at a chunk's shape: gradients that it defines itself keep the shape they were traced at.
   head_fn, consts = jax.closure_convert(head, x if chunks == 1 else split(x)[0])
   if chunks == 1:
     return of_chunk(consts, x, *arrays)[1]
 
   dtypes = [c.dtype for c in consts], x.dtype
 
-  def zeros(consts, x):
+  def zeros(consts, x, arrays):
     def of_first(consts, *chunks):
       first = (a[0] for a in chunks)
       return of_chunk(consts, *first)[1]
@@ -140,14 +143,14 @@ def sum_over_tokens(
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
   @jax.custom_vjp
-  def total(consts, x):
+  def total(consts, x, arrays):
     def body(carry, chunk):
       _, parts = of_chunk(consts, *chunk)
       return jax.tree.map(jnp.add, carry, parts), None
 
-    return jax.lax.scan(body, zeros(consts, x), (split(x), *map(split, arrays)))[0]
+    return jax.lax.scan(body, zeros(consts, x, arrays), (split(x), *map(split, arrays)))[0]
 
-  def forward(consts, x):
+  def forward(consts, x, arrays):
     def body(carry, chunk):
       parts, d_consts = carry
       gradient = jax.value_and_grad(of_chunk, argnums=(0, 1), has_aux=True)
@@ -157,7 +160,7 @@ def sum_over_tokens(
     def cast(gradient, dtype):
       return gradient.astype(dtype)
 
-    zero = (zeros(consts, x), jax.tree.map(_no_gradient, consts))
+    zero = (zeros(consts, x, arrays), jax.tree.map(_no_gradient, consts))
     (parts, d_consts), dx = jax.lax.scan(body, zero, (split(x), *map(split, arrays)))
     return parts, (jax.tree.map(cast, d_consts, dtypes[0]), _join(dx, x))
 
@@ -168,10 +171,10 @@ def sum_over_tokens(
     def scaled(gradient, dtype):
       return _scaled(gradient, factor, dtype)
 
-    return jax.tree.map(scaled, residuals, dtypes)
+    return *jax.tree.map(scaled, residuals, dtypes), None
 
   total.defvjp(forward, backward)
-  return total(consts, x)
+  return total(consts, x, arrays)
 
 
 def log_probabilities(
@@ -194,7 +197,7 @@ def log_probabilities(
   head_fn, consts = jax.closure_convert(head, split(x)[0])
 
   @jax.custom_vjp
-  def of_all(consts, x):
+  def of_all(consts, x, targets):
     def of_chunk(chunk):
       return -token_losses(head_fn(chunk[0], *consts), chunk[1], 0.0)[0]
 
@@ -202,19 +205,21 @@ def log_probabilities(
 
   def backward(residuals, cotangent):
     # The gradient of sum(cotangent * log p) is that of a cross-entropy with weights -cotangent.
+    *inputs, targets = residuals
+
     def weighted(consts, x):
       def head_of_chunk(chunk):
         return head_fn(chunk, *consts)
 
       return cross_entropy(head_of_chunk, x, targets, -cotangent, chunks=chunks)[0]
 
-    return jax.grad(weighted, argnums=(0, 1))(*residuals)
+    return *jax.grad(weighted, argnums=(0, 1))(*inputs), None
 
-  def forward(consts, x):
-    return of_all(consts, x), (consts, x)
+  def forward(*inputs):
+    return of_all(*inputs), inputs
 
   of_all.defvjp(forward, backward)
-  return of_all(consts, x)
+  return of_all(consts, x, targets)
 
 
 def _split(a: jax.Array, chunks: int) -> jax.Array:
@@ -273,7 +278,5 @@ def choose_chunks(rows: int, length: int, vocab: int) -> int:
 
 def default_chunks(batch: int, length: int, vocab: int, limit: int = LOGITS) -> int:
   """Returns the fewest chunks that divide the length and have at most `limit` logits each."""
-  for chunks in range(1, length + 1):
-    if length % chunks == 0 and batch * length * vocab <= chunks * limit:
-      return chunks
-  return length
+  of_chunk = largest_divisor(length, max(1, limit // max(1, batch * vocab)))
+  return length // of_chunk

@@ -103,8 +103,9 @@ def open_data(run: Run, log: Callable[[str], None]) -> list:
 class Loop:
   """Dispatches the steps of a run, and reads the metrics of each step one step later.
 
-  That way the device already computes the next step while the host waits for the metrics. On a CPU there is
-  nothing to wait for: it computes a step while it is dispatched (`dispatch.run_one_program_at_once`).
+  That way the device already computes the next step while the host waits for the metrics. On a CPU
+  the metrics are read at once: one device computes a step while it is dispatched
+  (`dispatch.run_one_program_at_once`), and several would hold the memory of two steps.
   """
 
   def __init__(self, run: Run, program: Program, workdir, frozen, validation, count, stream):
@@ -115,7 +116,7 @@ class Loop:
     self.rates = rates([run])[0]
     self.fixed = program.fixed()
     self.signal = TerminationSignal()
-    self.is_done_at_once = jax.default_backend() == 'cpu'
+    self.reads_at_once = jax.default_backend() == 'cpu'
     # XLA compiles in the background while the checkpoint is read.
     self.compile(workdir)
     self.record = Record(
@@ -185,7 +186,7 @@ class Loop:
       stop = self.signal.check(step) and self.may_stop(step)
       pauses = stop or record.pauses_at(step)
       # Nothing is saved or evaluated before the metrics say that the state is finite.
-      if pauses or self.is_done_at_once:
+      if pauses or self.reads_at_once:
         pending = None
         if not record.log_step(step, scalars):
           return record.row(step, 'nan')

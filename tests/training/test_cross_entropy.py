@@ -16,6 +16,7 @@ from research.training.cross_entropy import (
   choose_chunks,
   cross_entropy,
   default_chunks,
+  log_probabilities,
   token_losses,
 )
 
@@ -115,3 +116,50 @@ def test_a_target_outside_the_vocabulary_is_no_nan():
     gradient[0], jax.nn.softmax(logits[0]) - jax.nn.one_hot(4, VOCAB), atol=1e-6
   )
   assert not gradient[1:].any()
+
+
+def checkpointed(loss):
+  return jax.checkpoint(loss)
+
+
+def scanned(loss):
+  def total(matrix, *arrays):
+    return jax.lax.scan(lambda sum, a: (sum + loss(matrix, *a), None), 0.0, arrays)[0]
+
+  # The arrays of each round of the loop are halves of the batch.
+  return lambda matrix, *arrays: total(matrix, *(a.reshape(2, -1, *a.shape[1:]) for a in arrays))
+
+
+@pytest.mark.parametrize('around', [jax.jit, checkpointed, scanned])
+@pytest.mark.parametrize('chunks', [1, 3])
+@pytest.mark.parametrize('of', ['cross_entropy', 'log_probabilities'])
+def test_the_gradient_passes_through_a_transformation_around_the_loss(around, chunks, of):
+  x, targets, weights = arrays()
+  matrix = jax.random.normal(jax.random.key(4), (EMBED, VOCAB))
+
+  def loss(matrix, x, targets, weights):
+    head = lambda x: x @ matrix
+    if of == 'cross_entropy':
+      return cross_entropy(head, x, targets, weights, chunks=chunks)[0]
+    return -jnp.sum(weights * log_probabilities(head, x, targets, chunks=chunks))
+
+  def defined(matrix):
+    log_p = jax.nn.log_softmax(x @ matrix)
+    return -jnp.sum(weights * jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0])
+
+  with Mesh(data=1).use(jax.devices()[:1]):
+    got = jit(jax.grad(around(loss)))(matrix, x, targets, weights)
+    want = jit(jax.grad(defined))(matrix)
+  np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * jnp.abs(want).max())
+
+
+@pytest.mark.parametrize('chunks', [1, 3])
+def test_the_arrays_beside_the_logits_have_no_gradient(chunks):
+  x, targets, weights = arrays()
+
+  def loss(weights):
+    return cross_entropy(
+      lambda x: x @ jnp.ones((EMBED, VOCAB)), x, targets, weights, chunks=chunks
+    )[0]
+
+  assert not jit(jax.grad(loss))(weights).any()

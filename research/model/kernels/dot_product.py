@@ -205,9 +205,9 @@ _product.defvjp(_forward, _backward)
 def _rows_at_once(query: jax.Array, key: jax.Array) -> int:
   """Returns how many rows of the batch are computed at once: a divisor of the batch, or all of it."""
   batch, queries, kv_heads, group, _ = query.shape
-  if not on_one_cpu():
-    return batch
   of_row = queries * kv_heads * group * key.shape[1]
+  if not on_one_cpu() or not batch * of_row:
+    return batch
   rows = largest_divisor(batch, max(1, LOGITS_AT_ONCE // of_row))
   # Many small operations would take longer than few that do not fit into the cache.
   return rows if rows * of_row >= LOGITS_AT_ONCE // 2 else batch

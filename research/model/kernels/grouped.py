@@ -5,9 +5,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from research.model.kernels.tiled import LANES
 from research.parallel.mesh import platform
 
-LANES = 128  # a TPU's tile of a longer axis is a multiple of this
 TILE = 2048  # bytes along each side of a tile of a matrix: 1,024 numbers of bfloat16
 # Bytes of fast memory for the tiles of a step. With what the compiler adds they come to 14.8 MiB at most on v4
 # and v5e, which have 16 for a kernel.
