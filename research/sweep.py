@@ -76,6 +76,7 @@ from research.sweeps.estimate import show_estimate
 from research.sweeps.findings import Refused
 from research.sweeps.folder import Folder
 from research.sweeps.forecast import register_forecast, show_forecast
+from research.sweeps.launchers import by_name
 from research.sweeps.status import Table, show_plan, show_status
 from research.sweeps.sweep import check_fresh, make_folder, make_plan, open_data
 
@@ -93,6 +94,9 @@ def main(flags) -> int:
     return 0
   if not flags.plan and (flags.fleet is not None or flags.preemptions):
     raise UserError('--fleet and --preemptions go with --plan.')
+  by_name.chosen(
+    flags, sweep.launcher
+  )  # a misspelt name is told before anything is planned or frozen
   rungs, runs, base = make_plan(sweep)
   show_plan(sweep, runs)
   if flags.plan:

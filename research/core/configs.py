@@ -38,6 +38,7 @@ class Config:
     self._names = Names()
     self._lines: list[str] = []
     self._open_files: list[pathlib.Path] = []
+    self._files_of_model: list[pathlib.Path] = []  # those that were open where MODEL was bound
 
   @property
   def text(self) -> str:
@@ -118,6 +119,8 @@ class Config:
       if reference.selector.partition('.')[0] in names.paths:
         names.path(reference.selector)  # records names of earlier versions
     if not statement.arg_name:
+      if statement.selector == 'MODEL' and self._open_files:
+        self._check_one_model(where)
       self.macros[statement.selector] = binding
       return
     target = self._find(statement.selector, names, where)
@@ -134,6 +137,17 @@ class Config:
         + did_you_mean(statement.arg_name, options)
       )
     self.bindings[statement.scope, target, statement.arg_name] = binding
+
+  def _check_one_model(self, where: str) -> None:
+    """Refuses the model of a second family: what the first bound would stay, such as its rotary positions."""
+    file = self._open_files[-1]
+    if self._files_of_model and file not in self._files_of_model:
+      first = self.macros['MODEL'].where
+      raise UserError(
+        f'{where}: this is a second model beside that of {first}, whose bindings would stay; write a gin file '
+        "with the lines of the run's, and include one model's file alone."
+      )
+    self._files_of_model = list(self._open_files)
 
   def _find(self, selector: str, names: Names, where: str):
     """Returns the class or function that a selector names, by the imports of its file.

@@ -18,9 +18,7 @@ from research.training import interrupt
 
 def get_done(flags, sweep: Sweep, runs: list[Planned], folder: Folder, table: Table) -> bool:
   """Starts workers by the launcher until every run is over; False where the user must start them."""
-  launcher = by_name.named(flags.launcher) if flags.launcher else sweep.launcher
-  if flags.address:
-    launcher = by_name.with_address(launcher, flags.address)
+  launcher = by_name.chosen(flags, sweep.launcher)
 
   def waiting() -> list[Planned]:
     return [run for run in runs if folder.row(run) is None]

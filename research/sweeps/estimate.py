@@ -207,10 +207,7 @@ def fleet_hosts(flags, sweep: Sweep) -> int | None:
   """
   if flags.fleet is not None or not flags.address:
     return flags.fleet
-  launcher = by_name.with_address(
-    by_name.named(flags.launcher) if flags.launcher else sweep.launcher, flags.address
-  )
-  return launcher.slots()
+  return by_name.chosen(flags, sweep.launcher).slots()
 
 
 def on_fleet(

@@ -190,8 +190,8 @@ class Loop:
         pending = None
         if not record.log_step(step, scalars):
           return record.row(step, 'nan')
-      if pauses:
-        record.pause(step, self.state, save=stop or record.saves_at(step))
+      if pauses and not record.pause(step, self.state, save=stop or record.saves_at(step)):
+        return record.row(step, 'nan')
       if stop and step < run.steps:
         record.checkpoints.wait()
         why = (

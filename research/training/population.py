@@ -285,9 +285,10 @@ class Population:
     for member in due:
       i = self.members.index(member)
       state = jax.tree.map(lambda x, i=i: np.array(x[i]), host)
-      member.record.pause(member.step, state, save=stop or member.record.saves_at(member.step))
-      if member.step == member.run.steps:
-        member.end('finished')
+      record = member.record
+      finite = record.pause(member.step, state, save=stop or record.saves_at(member.step))
+      if not finite or member.step == member.run.steps:
+        member.end('finished' if finite else 'nan')
 
   def sum_losses(self, i: int, frozen) -> dict[str, float]:
     """Returns member i's sums over a whole stream. The first call computes those of all members in training."""

@@ -147,11 +147,17 @@ class Record:
     self.rows.write(row)
     self.progress.show(row, last=step == self.run.steps)
 
-  def pause(self, step: int, state: dict, save: bool) -> None:
-    """Between two steps: evaluates if an evaluation is due, and saves `state` if `save` is True."""
+  def pause(self, step: int, state: dict, save: bool) -> bool:
+    """Between two steps: evaluates if an evaluation is due, and saves `state` if `save` is True.
+
+    Returns:
+      False if the validation loss is not finite. Then nothing is saved.
+    """
     began = time.monotonic()
     if self.evaluates_at(step):
       self._validate(step)
+      if not math.isfinite(self.last_evaluation['loss']):
+        return False
       # `row` does the evaluations of the last step, after its checkpoint is saved.
       if step < self.run.steps:
         columns = self._evaluation_columns(step)
@@ -167,6 +173,7 @@ class Record:
         meta['base'] = self.base
       self.checkpoints.save(step, state, meta)
     self.clock += time.monotonic() - began  # tokens per second count training alone
+    return True
 
   def _validate(self, step: int) -> None:
     """Evaluates on the validation stream, writes a row, and prints the losses."""
@@ -222,13 +229,17 @@ class Record:
 
     Args:
       step: the last step.
-      status: 'finished', or 'nan' for a loss or a gradient that was not finite.
+      status: 'finished', or 'nan' for a loss or a gradient that was not finite. A run whose validation loss is
+        not finite has not finished, either.
     """
     evaluation = {}
     columns = {}
     if status == 'finished':
       evaluation = self.last_evaluation or self.evaluate()
-      columns = self._evaluation_columns(step)
+      if math.isfinite(evaluation['loss']):
+        columns = self._evaluation_columns(step)
+      else:
+        status, evaluation = 'nan', {}
     if status == 'nan':
       self.progress.say(
         f'step {step:,}: the loss or the norm of its gradient is not finite; stopped. '

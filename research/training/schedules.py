@@ -19,7 +19,11 @@ Schedule = Callable[[int], float]
 
 
 def rates(runs: list[Run]) -> list[np.ndarray]:
-  """Returns the learning rate of every step of each run, float32 [steps]."""
+  """Returns the learning rate of every step of each run, float32 [steps].
+
+  Raises:
+    Invalid: a rate is negative or no number.
+  """
   schedules = [run.schedule(run.steps) for run in runs]
 
   # One program for all runs: a program for each run, or for each operation, takes a second each to compile.
@@ -27,7 +31,15 @@ def rates(runs: list[Run]) -> list[np.ndarray]:
   def all_rates(*steps):
     return [jax.vmap(f)(x) for f, x in zip(schedules, steps, strict=True)]
 
-  return [np.asarray(x, np.float32) for x in all_rates(*(jnp.arange(run.steps) for run in runs))]
+  found = [np.asarray(x, np.float32) for x in all_rates(*(jnp.arange(run.steps) for run in runs))]
+  for of_run in found:
+    wrong = np.flatnonzero(~(np.isfinite(of_run) & (of_run >= 0)))
+    if wrong.size:
+      why = (
+        f'the rate of step {wrong[0] + 1} is {of_run[wrong[0]]:g}; it must be a number from 0 up.'
+      )
+      raise Invalid(Run, 'schedule', why)
+  return found
 
 
 def _warmup_steps(owner, steps: int, warmup: float) -> int:

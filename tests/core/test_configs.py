@@ -202,3 +202,25 @@ def test_the_saved_text_needs_no_command_line(write, tmp_path):
   again = configs.load(str(tmp_path / 'saved.gin'), root='ROOT')
   assert describe.describe(again.tree()) == describe.describe(config.tree())
   assert again.tree().keywords['activations'][0].keywords == {'epsilon': 1e-3}
+
+
+def test_a_second_family_of_models_is_refused_and_a_model_of_ones_own_is_not(write, tmp_path):
+  first = write('MODEL = @layers.LayerNorm\nlayers.LayerNorm.epsilon = 1e-4\n', 'first.gin')
+  second = write('MODEL = @attention.Attention\n', 'second.gin')
+  with pytest.raises(
+    UserError, match=r'second.gin:8: this is a second model beside .*first.gin:8, whose'
+  ):
+    configs.load([first, second], root='MODEL')
+  both = write(f"include '{first}'\ninclude '{second}'\n", 'both.gin')
+  with pytest.raises(UserError, match=r'second.gin:8: this is a second model'):
+    configs.load(both, root='MODEL')
+  # Another size of the same family, and what a file says after its include.
+  size = write(f"include '{first}'\nlayers.LayerNorm.epsilon = 1e-3\n", 'size.gin')
+  assert configs.load([first, size], root='MODEL').tree().keywords['epsilon'] == 1e-3
+  own = write(f"include '{first}'\nMODEL = @layers.RMSNorm\n", 'own.gin')
+  config = configs.load(own, root='MODEL')
+  assert config.tree() is layers.RMSNorm
+  # A workdir's one text of it is read as before.
+  again = tmp_path / 'config.gin'
+  again.write_text(config.text)
+  assert configs.load(str(again), root='MODEL').tree() is layers.RMSNorm

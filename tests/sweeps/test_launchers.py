@@ -106,6 +106,15 @@ def test_what_is_wrong_with_a_launcher_is_told():
     local.Local(workers=0)
 
 
+def test_a_sweep_asks_for_its_launcher_before_it_plans(tmp_path):
+  command = [sys.executable, '-m', 'research.sweep', '--gin_file=gin/sweeps/quickstart.gin']
+  command += [f'--workdir={tmp_path / "sweep"}', '--launcher=slrum', '--plan']
+  done = subprocess.run(command, capture_output=True, text=True, check=False)
+  assert (done.returncode, done.stdout) == (2, '')
+  assert 'no such launcher. Did you mean slurm?' in done.stderr
+  assert not (tmp_path / 'sweep').exists()
+
+
 def test_workers_that_cannot_start_are_not_started_for_ever(tmp_path):
   started = tmp_path / 'started'
   started.write_text('')

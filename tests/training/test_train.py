@@ -205,6 +205,21 @@ def test_a_run_that_diverges_stops_with_its_last_good_checkpoint(text_file, one_
     assert step < row['steps']
 
 
+def test_a_last_step_without_a_finite_validation_loss_is_not_saved_or_finished(
+  text_file, one_device, tmp_path
+):
+  # The second moment is negative after the last step alone: no loss of training is NaN.
+  row = run('decoder', text_file, tmp_path, LAYERS=1, **{'Run.steps': 2, 'adamw.b2': -0.5})
+  assert row['status'] == 'nan'
+  assert row['loss'] is None
+  assert not [p for p in (tmp_path / 'checkpoints').iterdir() if p.name.isdigit()]
+
+
+def test_a_negative_rate_is_refused(text_file, one_device, tmp_path):
+  with pytest.raises(UserError, match=r'schedule: the rate of step \d+ is -[\d.]+; it must be'):
+    run('decoder', text_file, tmp_path, LEARNING_RATE=-1.0)
+
+
 def test_microbatches_are_one_batch(text_file, monkeypatch):
   """Those of `Run.microbatches`, on two devices, and those that a single core makes."""
   config = load('decoder', text_file, LAYERS=1, **{'Run.batch_size': 128})

@@ -22,6 +22,16 @@ NAMED = {
 }
 
 
+def chosen(flags, of_sweep: Launcher) -> Launcher:
+  """The launcher of --launcher, or else of the sweep, with the cluster of --address.
+
+  Raises:
+    UserError: there is no such launcher, it is none, or it takes no address.
+  """
+  launcher = named(flags.launcher) if flags.launcher else of_sweep
+  return with_address(launcher, flags.address) if flags.address else launcher
+
+
 def named(name: str) -> Launcher:
   """The launcher of that name, with its defaults.
 
