@@ -94,9 +94,8 @@ def main(flags) -> int:
     return 0
   if not flags.plan and (flags.fleet is not None or flags.preemptions):
     raise UserError('--fleet and --preemptions go with --plan.')
-  by_name.chosen(
-    flags, sweep.launcher
-  )  # a misspelt name is told before anything is planned or frozen
+  # A misspelt name is told before anything is planned or frozen.
+  by_name.chosen(flags, sweep.launcher)
   rungs, runs, base = make_plan(sweep)
   show_plan(sweep, runs)
   if flags.plan:

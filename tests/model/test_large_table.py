@@ -55,6 +55,15 @@ def test_only_a_large_table_has_them(monkeypatch):
   assert of_table(transposed=True)[0].as_text() != small
 
 
+def test_a_matrix_of_long_vectors_has_none(monkeypatch):
+  monkeypatch.setattr(large_table, 'ROWS', 10)
+  monkeypatch.setattr(large_table, 'WEIGHTS', 24 * 8)
+  monkeypatch.setattr(large_table, 'VECTOR', 8)
+  special = of_table(transposed=True)[0].as_text()
+  monkeypatch.setattr(large_table, 'VECTOR', 7)
+  assert of_table(transposed=True)[0].as_text() != special
+
+
 def test_an_odd_number_of_rows_has_no_halves(tables_are_large):
   assert large_table.is_large(jnp.zeros((2, 5, 8)), 1, jnp.zeros((24, 8)))
   assert not large_table.is_large(jnp.zeros((3, 5, 8)), 1, jnp.zeros((24, 8)))

@@ -9,15 +9,18 @@ import math
 import jax
 import jax.numpy as jnp
 
-# A product of fewer weights or fewer rows is not worth a special form.
+# A product of fewer weights or fewer rows is not worth a special form. With longer vectors it is slower.
 WEIGHTS = 2**21
 ROWS = 2048
+VECTOR = 256
 
 
 def is_large(x: jax.Array, inputs: int, kernel: jax.Array) -> bool:
   """Returns whether the product of x, whose last `inputs` axes are contracted, has a special form."""
   rows = math.prod(x.shape[: x.ndim - inputs])
-  return kernel.size >= WEIGHTS and rows >= ROWS and rows % 2 == 0
+  contracted = math.prod(x.shape[x.ndim - inputs :])
+  is_narrow = min(contracted, kernel.size // contracted) <= VECTOR
+  return is_narrow and kernel.size >= WEIGHTS and rows >= ROWS and rows % 2 == 0
 
 
 def turned(kernel: jax.Array) -> jax.Array:
