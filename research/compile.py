@@ -34,7 +34,11 @@ if __name__ == '__main__':
     help='of --decode: tokens of a prompt (default half of the room)',
   )
   FLAGS = cli.parse(_parser)
-  if FLAGS.decode and not (FLAGS.batch and FLAGS.room):
+  for _name, _least in (('batch', 1), ('room', 2)):
+    _given = getattr(FLAGS, _name)
+    if _given is not None and _given < _least:
+      _parser.error(f'--{_name}={_given} must be {_least} or more.')
+  if FLAGS.decode and None in (FLAGS.batch, FLAGS.room):
     _parser.error('--decode needs --batch and --room.')
   if FLAGS.decode and (FLAGS.search or FLAGS.hlo):
     _parser.error('--decode goes with neither --search nor --hlo.')

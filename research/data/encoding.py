@@ -8,10 +8,11 @@ from research.core.errors import UserError
 from research.data import vocabularies
 
 BYTE_OFFSET = 3  # ids 0 to 2 are padding, end of text and unknown
+PARTS = ('encode', 'decode', 'end', 'size')  # of an `Encoding`
 
 
 class Encoding(Protocol):
-  """A tokenizer.
+  """A tokenizer. A vocabulary from outside the project that has all four of these is its own.
 
   Attributes:
     end: the id of the end-of-text token.
@@ -26,7 +27,7 @@ class Encoding(Protocol):
     ...
 
   def decode(self, ids: list[int]) -> str:
-    """Returns the text of ids, without special tokens."""
+    """Returns the text of ids, without special tokens and ids beyond the size."""
     ...
 
 
@@ -104,13 +105,30 @@ class HuggingFaceEncoding:
 def make_encoding(vocabulary: vocabularies.Vocabulary) -> Encoding:
   """Returns the tokenizer of a vocabulary.
 
+  A vocabulary from outside the project has a method `build` for freezing, which needs TensorFlow. Elsewhere it
+  is its own tokenizer.
+
   Raises:
-    UserError: the vocabulary is a SentencePiece model without a file, which freezing has trained.
+    UserError: the vocabulary is a SentencePiece model without a file, which freezing has trained; or it is from
+      outside the project and lacks a part of an `Encoding`.
   """
-  if isinstance(vocabulary, vocabularies.Bytes):
-    return ByteEncoding()
-  if isinstance(vocabulary, vocabularies.HuggingFaceTokenizer):
-    return HuggingFaceEncoding(vocabulary)
+  if not hasattr(vocabulary, 'build'):
+    if isinstance(vocabulary, vocabularies.Bytes):
+      return ByteEncoding()
+    if isinstance(vocabulary, vocabularies.HuggingFaceTokenizer):
+      return HuggingFaceEncoding(vocabulary)
+    if isinstance(vocabulary, vocabularies.SentencePiece):
+      return _of_sentencepiece(vocabulary)
+  missing = [name for name in PARTS if not hasattr(vocabulary, name)]
+  if missing:
+    raise UserError(
+      f'{type(vocabulary).__name__} cannot encode and decode text outside of freezing: add '
+      f'{", ".join(missing)} to the class, as docs/data.md says of a vocabulary of your own.'
+    )
+  return vocabulary
+
+
+def _of_sentencepiece(vocabulary: vocabularies.SentencePiece) -> SentencePieceEncoding:
   if vocabulary.file is None:
     raise UserError(
       'Suite.vocabulary: this run trained its own SentencePiece model; bind a '

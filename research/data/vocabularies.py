@@ -23,7 +23,8 @@ class Vocabulary:
   """Base class of vocabularies.
 
   To add one, write a subclass in a module that the gin file imports. The freezing process calls its method
-  `build()`, which returns a `seqio.Vocabulary`.
+  `build()`, which returns a `seqio.Vocabulary`. Whatever turns text into tokens after training uses the class
+  itself as an `encoding.Encoding`: its `encode`, `decode`, `end` and `size`.
   """
 
   name: ClassVar[str]

@@ -62,6 +62,8 @@ class Suite:
       raise Invalid(Suite, 'tasks', 'must be one or more tasks: (@corpus_tasks.Perplexity(),).')
     if self.batch_size < 1:
       raise Invalid(Suite, 'batch_size', f'{self.batch_size!r} must be positive.')
+    if self.length is not None and self.length < 2:
+      raise Invalid(Suite, 'length', f'{self.length!r} must be 2 or more.')
     if isinstance(self.begin, str) and self.begin != 'own':
       raise Invalid(Suite, 'begin', f"{self.begin!r} is not an id, None or 'own'.")
     if not re.fullmatch(r'[\w.-]+', self.name):
@@ -146,15 +148,19 @@ def _settings(
       begin = encoding.decoder_start if architecture == 'encoder_decoder' else encoding.begin
     start = encoding.start
     template = template or encoding.template
-  return Settings(
-    length=suite.length or loading.length_of(run, model),
-    architecture=architecture,
-    begin=begin,
-    start=start,
-    template=template,
-    too_long=suite.too_long,
-    stride=suite.stride,
-  )
+  length = suite.length or loading.length_of(run, model)
+  try:
+    return Settings(
+      length=length,
+      architecture=architecture,
+      begin=begin,
+      start=start,
+      template=template,
+      too_long=suite.too_long,
+      stride=suite.stride,
+    )
+  except Invalid as error:  # the suite is what was written
+    raise Invalid(Suite, error.field, error.why) from None
 
 
 def _sha256(template: str | None) -> str | None:

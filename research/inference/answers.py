@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from research.core import storage
 from research.core.errors import UserError
 from research.inference.flags import SETTINGS
-from research.inference.generator import Generator
+from research.inference.generator import EMPTY, Generator
 from research.inference.request import Completion
 
 # Chooses one of the completions of a prompt; returns it, and the scores of all.
@@ -23,7 +23,7 @@ def read_prompts(path: pathlib.Path) -> list[str]:
   Other keys of an object, such as an id, are ignored, unless they are names of flags.
 
   Raises:
-    UserError: there is no such file, it has no prompts, or a line is neither of the two.
+    UserError: there is no such file, it has no prompts, or a line is neither of the two or has no text.
   """
   prompts = []
   for number, line in enumerate(_lines(path, '--prompts'), 1):
@@ -34,7 +34,9 @@ def read_prompts(path: pathlib.Path) -> list[str]:
     except ValueError as error:
       raise UserError(f'{path}:{number}: not JSON ({error}).') from error
     prompt = value.get('prompt') if isinstance(value, dict) else value
-    if not isinstance(prompt, str) or not prompt:
+    if prompt == '':
+      raise UserError(f'{path}:{number}: {EMPTY}')
+    if not isinstance(prompt, str):
       raise UserError(
         f'{path}:{number}: write a string, or an object with a "prompt", on every line.'
       )

@@ -19,6 +19,7 @@ from research.inference.sampling import Sampling
 from research.inference.tokenizer import Tokenizer, check_belongs
 
 MAX_TOKENS = 128  # of an answer, unless a request says otherwise
+EMPTY = 'the prompt is empty: give some text to continue.'
 
 
 class Generator:
@@ -44,7 +45,7 @@ class Generator:
       UserError: the prompt is empty, or is not a text.
     """
     if not prompt:
-      raise UserError('the prompt is empty: give some text to continue.')
+      raise UserError(EMPTY)
     try:
       prompt.encode()
     except UnicodeEncodeError as error:

@@ -16,7 +16,7 @@ from research.model.kernels.split_sequence import is_split
 from research.model.layers import Linear
 from research.model.parameters import check_sizes, size
 from research.model.part import Context, Cost, Factory
-from research.model.positions import by_place
+from research.model.positions import by_place, check_rotary
 from research.parallel.axes import shard, spec
 
 
@@ -185,6 +185,7 @@ class Attention(nnx.Module):
     kv_heads = kv_heads or heads
     if heads % kv_heads:
       raise Invalid(type(self), 'kv_heads', f'{kv_heads} does not divide the {heads} heads.')
+    check_rotary(type(self), 'head_dim', head_dim, rotary)
     self.heads = heads
     self.kv_heads = kv_heads
     self.head_dim = head_dim

@@ -12,6 +12,7 @@ from research.model.kernels.dot_product import dot_product_attention
 from research.model.layers import Linear
 from research.model.parameters import check_sizes
 from research.model.part import Context, Cost, Factory
+from research.model.positions import check_rotary
 from research.parallel.axes import shard, spec
 
 
@@ -49,6 +50,7 @@ class LatentAttention(nnx.Module):
       LatentAttention, heads=heads, head_dim=head_dim, rotary_dim=rotary_dim, value_dim=value_dim,
       key_rank=key_rank, query_rank=query_rank,
     )  # fmt: skip
+    check_rotary(LatentAttention, 'rotary_dim', rotary_dim, rotary)
     self.heads = heads
     self.head_dim = head_dim
     self.rotary_dim = rotary_dim

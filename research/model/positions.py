@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from research.core.errors import Invalid
 from research.model.parameters import check_sizes, normal, param
 
 # What a scaling of rotary frequencies returns: the new frequencies [rotated / 2], and a factor of cos and sin.
@@ -32,7 +33,7 @@ def rotary(
     x: [batch, length, heads, head_dim].
     positions: [batch, length].
     base: the longest wavelength is 2 pi base.
-    fraction: the fraction of head_dim that is rotated; the other channels are unchanged.
+    fraction: the fraction of head_dim that is rotated, an even number of channels; the others are unchanged.
     interleaved: pairs are (0, 1), (2, 3), ... as in the paper, GPT-J, GLM and DeepSeek; otherwise
       (0, n/2), (1, n/2 + 1), ... as in GPT-NeoX and LLaMA.
     scaling: changes the frequencies for a longer context than in training (`linear_scaling` and the others).
@@ -62,6 +63,35 @@ def rotary(
   else:
     y = jnp.concatenate(pair, axis=-1)
   return jnp.concatenate([y, x[..., rotated:]], axis=-1) if rotated < x.shape[-1] else y
+
+
+def check_rotary(
+  owner: type, field: str, size: int, rotate: Callable[..., jax.Array] | None
+) -> None:
+  """Raises `Invalid` if `rotary` cannot rotate vectors of this size, before any is made.
+
+  Args:
+    owner: the class that rotates.
+    field: its argument that is the size.
+    size: the channels that are given to `rotate`.
+    rotate: `rotary`, or a `functools.partial` of it. Of any other function nothing is known.
+  """
+  if getattr(rotate, 'func', rotate) is not rotary:
+    return
+  fraction = getattr(rotate, 'keywords', {}).get('fraction', 1.0)
+  rotated = int(size * fraction)
+  if rotated % 2 == 0 and 0 < rotated <= size:
+    return
+  if fraction == 1:
+    raise Invalid(
+      owner, field, f'{size} is odd, and rotary positions turn pairs of channels: make it even.'
+    )
+  raise Invalid(
+    owner,
+    field,
+    f'rotary positions turn pairs of channels, and rotary.fraction = {fraction} of {size} is {rotated}: change '
+    f'one of the two, so that it is an even number from 2 to {size}.',
+  )
 
 
 def linear_scaling(frequency: np.ndarray, *, factor: float) -> Scaled:

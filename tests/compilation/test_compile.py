@@ -250,6 +250,22 @@ def command(*flags, **environment):
   )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+  ('flags', 'says'),
+  [
+    (['--batch=0', '--room=32'], '--batch=0 must be 1 or more.'),
+    (['--batch=-2'], '--batch=-2 must be 1 or more.'),
+    (['--batch=4', '--room=-3'], '--room=-3 must be 2 or more.'),
+    (['--batch=4', '--room=1'], '--room=1 must be 2 or more.'),
+    (['--batch=4'], '--decode needs --batch and --room.'),
+  ],
+)
+def test_sizes_of_decoding_that_are_none_are_named(flags, says):
+  done = command('--gin_file=gin/runs/tiny.gin', '--topology=cpu:8', '--decode', *flags)
+  assert done.returncode == 2
+  assert done.stderr == f'python -m research.compile: {says}\n'
+
+
 # How a small model is split over a slice: (gin files and bindings, slice, how many, what must be there).
 SMALL = ['EMBED=256', 'HEADS=2', 'HEAD_DIM=128', 'MLP=512', 'Run.batch_size=16']
 SMALL += ["streams.Stream.lengths={'targets': 512}", "LanguageModel.dtype='bfloat16'"]

@@ -6,16 +6,42 @@ import sys
 
 import pytest
 
-from research import freeze
+from research import freeze, generate
+from research.core import configs
 from research.core.errors import Invalid, UserError
-from research.data import objectives
+from research.data import objectives, vocabularies
 from research.data.cache import open_stream
+from research.data.encoding import make_encoding
 from research.data.spec import from_spec, to_spec
 from research.data.streams import Stream
+from research.inference import flags as flags_module
+from research.training import loop, program
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # TensorFlow's own, at import
 PAGE = pathlib.Path(__file__).resolve().parent.parent.parent / 'docs' / 'data.md'
 MODULES = ('my_objective', 'my_corpus', 'my_vocabulary')
+
+MY_RUN = """
+from __gin__ import dynamic_registration
+from research.data import streams
+from research.evaluation import corpus_tasks
+from research.evaluation import suite
+from research.training import run
+import my_corpus
+include '{root}/gin/runs/tiny.gin'
+include '{here}/my_stream.gin'
+VOCAB = 16
+train/streams.Stream.examples = None
+validation/streams.Stream.examples = None
+run.Run:
+  steps = 2
+  batch_size = 4
+  evaluations = (@suite.Suite(),)
+suite.Suite.tasks = (@corpus_tasks.Perplexity(),)
+corpus_tasks.Perplexity:
+  corpus = @my_corpus.Sums()
+  examples = 4
+"""
 
 
 @pytest.fixture
@@ -28,6 +54,67 @@ def outside(tmp_path, monkeypatch):
   yield tmp_path
   for name in MODULES:
     sys.modules.pop(name, None)
+
+
+def test_the_vocabulary_of_the_page_is_its_own_tokenizer(outside):
+  import my_vocabulary
+
+  encoding = make_encoding(my_vocabulary.Digits())
+  ids = encoding.encode('1+2=3?')
+  assert ids == [4, 13, 5, 14, 6, 2]
+  assert encoding.decode([0, *ids, encoding.end, encoding.size, 99]) == '1+2=3'
+  assert (encoding.end, encoding.size) == (1, 15)
+  built = my_vocabulary.Digits().build()
+  assert (built.encode('1+2=3?'), built.eos_id, built.vocab_size) == (ids, 1, 15)
+  assert built.decode(ids[:-1]) == '1+2=3'
+
+
+def test_a_vocabulary_that_only_freezes_says_what_it_needs_to_decode(outside):
+  import my_vocabulary
+
+  class OnlyBuilds(vocabularies.Vocabulary):
+    def build(self):
+      raise NotImplementedError
+
+  class Half(OnlyBuilds):
+    end = 1
+
+    def encode(self, text):
+      return []
+
+  class Changed(vocabularies.Bytes):
+    """Its own ids are not those of `Bytes`."""
+
+    build = my_vocabulary.Digits.build
+
+  with pytest.raises(
+    UserError, match=r'OnlyBuilds cannot .*: add encode, decode, end, size to the class'
+  ):
+    make_encoding(OnlyBuilds())
+  with pytest.raises(UserError, match=r'Half cannot .*: add decode, size to the class'):
+    make_encoding(Half())
+  with pytest.raises(UserError, match=r'Changed cannot .*: add encode'):
+    make_encoding(Changed())
+
+
+@pytest.mark.slow
+def test_a_run_over_the_recipes_of_the_page_evaluates_itself_and_generates(
+  outside, monkeypatch, capsys, one_device
+):
+  monkeypatch.setenv('ISOFLOP_CACHE', str(outside / 'cache'))
+  monkeypatch.setattr(program, 'keep_compiled', lambda: None)
+  (outside / 'my_run.gin').write_text(MY_RUN.format(root=configs.ROOT, here=outside))
+  workdir = outside / 'run'
+  config = configs.load(str(outside / 'my_run.gin'))
+  row = loop.train(config.build(), workdir, config.text)
+  assert row['eval/perplexity-sums/failed'] == 0
+  assert row['eval/perplexity-sums/items'] == 4
+  capsys.readouterr()
+  monkeypatch.setattr(
+    sys, 'argv', ['generate', f'--checkpoint={workdir}', '--prompt=1+2=', '--max_tokens=5']
+  )
+  generate.main(flags_module.parse(generate.__doc__))
+  assert re.fullmatch(r'[0-9+=]{0,5}', capsys.readouterr().out.strip())
 
 
 @pytest.mark.slow

@@ -183,6 +183,8 @@ def one_task(**settings):
   [
     (lambda: one_task(begin='bos'), r"Suite\.begin: 'bos' is not an id, None or 'own'"),
     (lambda: one_task(name='a/b'), r"Suite\.name: 'a/b' names a folder"),
+    (lambda: one_task(length=-4), r'Suite\.length: -4 must be 2 or more'),
+    (lambda: one_task(length=0), r'Suite\.length: 0 must be 2 or more'),
     (lambda: suite.Suite(tasks=()), r'Suite\.tasks: must be one or more tasks'),
     (
       lambda: suite.Suite(tasks=2 * (generated_tasks.Copying(),)),
@@ -372,6 +374,8 @@ def test_the_command_evaluates_a_run(trained, command, tmp_path):
   assert rows[0]['eval/copying-5-0shot-direct/nats'] != row['eval/copying-5-0shot-direct/nats']
   for words, message in (
     (['--gin.Suite.batch_size=0'], 'batch_size'),
+    (['--gin.Suite.length=-4'], '--gin.Suite.length=-4: Suite.length: -4 must be 2 or more'),
+    (['--gin.Suite.stride=0'], '--gin.Suite.stride=0: Suite.stride: 0 must be from 1'),
     (['--step=7'], 'has no checkpoint of step 7'),
     ([f'--hf={tmp_path}'], 'give one of --checkpoint, --hf and --workdir'),
   ):

@@ -22,7 +22,9 @@ def row(number, prompt, identity='one') -> str:
   [
     (b'{"prompet": "a"}', r'prompts\.jsonl:2: write a string, or an object with'),
     (b'3', r'prompts\.jsonl:2: write a string'),
-    (b'""', r'prompts\.jsonl:2: write a string'),
+    (b'""', r'prompts\.jsonl:2: the prompt is empty: give some text to continue\.'),
+    (b'{"prompt": ""}', r'prompts\.jsonl:2: the prompt is empty: give some text to continue\.'),
+    (b'{"prompt": null}', r'prompts\.jsonl:2: write a string'),
     (b'{', r'prompts\.jsonl:2: not JSON'),
     (b'{"prompt": "a", "temperature": 1}', r'prompts\.jsonl:2: "temperature" is a setting of all prompts'),
     (b'"\xff"', r'not UTF-8 \(byte 8\)'),

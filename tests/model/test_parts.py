@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from research.core.errors import Invalid
-from research.model import layers, mamba, mamba2, moe, positions
+from research.model import attention, latent, layers, mamba, mamba2, moe, positions
 from research.model.part import Context
 from research.parallel.mesh import Mesh
 
@@ -263,6 +263,43 @@ def test_rotations_depend_on_the_distance_alone():
     product = lambda i, j, rotate=rotate: float(jnp.sum(rotate(q, i) * rotate(k, j)))
     assert product(9, 4) == pytest.approx(product(25, 20), abs=1e-4)
     assert product(9, 4) != pytest.approx(product(9, 5), abs=1e-3)
+
+
+def test_rotary_positions_of_an_odd_number_of_channels_are_refused():
+  def sizes(**changed):
+    latent_sizes = {'heads': 2, 'head_dim': 5, 'rotary_dim': 4, 'value_dim': 8, 'key_rank': 8}
+    return {**latent_sizes, 'norm': layers.RMSNorm, 'rotary': positions.rotary, **changed}
+
+  odd = r'is odd, and rotary positions turn pairs of channels: make it even\.'
+  for part in (attention.Attention, attention.CrossAttention):
+    with pytest.raises(Invalid, match=rf'{part.__name__}\.head_dim: 15 {odd}'):
+      build(part, heads=2, head_dim=15, rotary=positions.rotary)
+  with pytest.raises(Invalid, match=rf'LatentAttention\.rotary_dim: 3 {odd}'):
+    build(latent.LatentAttention, **sizes(rotary_dim=3))
+  build(latent.LatentAttention, **sizes())
+  build(attention.Attention, heads=2, head_dim=15)
+  # What counts is the part of a head that is rotated.
+  for size, fraction, rotated in (
+    (12, 0.25, 3),
+    (16, 0.1, 1),
+    (16, 0.01, 0),
+    (16, 1.25, 20),
+    (16, -0.5, -8),
+  ):
+    rotary = functools.partial(positions.rotary, base=100.0, fraction=fraction)
+    why = (
+      rf'rotary\.fraction = {fraction} of {size} is {rotated}: .* even number from 2 to {size}\.'
+    )
+    with pytest.raises(Invalid, match=rf'Attention\.head_dim: .*{why}'):
+      build(attention.Attention, heads=2, head_dim=size, rotary=rotary)
+    with pytest.raises(Invalid, match=rf'LatentAttention\.rotary_dim: .*{why}'):
+      build(latent.LatentAttention, **sizes(rotary_dim=size, rotary=rotary))
+  build(
+    attention.Attention,
+    heads=2,
+    head_dim=15,
+    rotary=functools.partial(positions.rotary, fraction=0.4),
+  )
 
 
 def test_sinusoids_are_sines_and_cosines():
