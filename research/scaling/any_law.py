@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from research.core.errors import did_you_mean
-from research.scaling import binomial, bootstrap, cells, fitted, law_fit
+from research.scaling import binomial, bootstrap, cells, fitted, held, law_fit
 from research.scaling import columns as columns_module
 from research.scaling.cells import RowError
 from research.scaling.laws.base import Law, LawError
@@ -122,6 +122,7 @@ def fit_law(
     values = _with_anchor(law, values, anchor)
     runs = None if runs is None else np.append(runs, 'an anchor')
     examples = np.append(examples, np.median(examples)) if np.ndim(examples) else examples
+  held.check(law, options.fixed, options.tied, values[law.output])
   fit, spread = _fit(law, values, examples, runs, options, len(anchors))
   shown = {
     name: column if isinstance(column, str) else ', '.join(column.values())

@@ -6,6 +6,7 @@ compiles nothing.
 """
 
 import operator
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -111,8 +112,12 @@ def _least_squares(rows: Observations, free: np.ndarray) -> float:
   return best
 
 
-def sentence(compared: list[Compared]) -> str | None:
-  """What the comparison says, in one sentence; None where fewer than two laws could be compared."""
+def sentence(compared: list[Compared], fixed: Collection[str] = ()) -> str | None:
+  """What the comparison says, in one sentence; None where fewer than two laws could be compared.
+
+  Args:
+    fixed: the parameters that the fit holds; they are free in the comparison, and the sentence says so.
+  """
   if len(compared) < 2:
     return None
   first, *others = compared
@@ -120,7 +125,8 @@ def sentence(compared: list[Compared]) -> str | None:
   sure = 'clearly' if others[0].aicc - first.aicc > 6 else 'not clearly'
   return (
     f'AICc is lowest for {first.law} ({100 * first.rms:.2g}% rms), {sure}: {gaps}; '
-    'a difference of 2 is nothing, one of 10 decides.'
+    'a difference of 2 is nothing, one of 10 decides'
+    + (f'; they leave {", ".join(fixed)} free.' if fixed else '.')
   )
 
 

@@ -18,6 +18,7 @@ from research.scaling import (
   fitted,
   forecasting,
   groups,
+  held,
   law_fit,
   laws,
 )
@@ -63,7 +64,7 @@ def fit_results(
     rows: a path (see `tables.read`), a list of dicts, or Observations.
     columns: the columns of N, D, C and the loss, and their units.
     law: what approach 3 fits. Where the rows do not determine it, TiedChinchilla takes its place, unless that
-      fits significantly worse; `Analysis.refusals` has the reasons.
+      fits significantly worse or cannot hold what is fixed; `Analysis.refusals` has the reasons.
     profile, noise: approach 2's interpolation and noise between seeds; see `approaches.isoflop`.
     curves: the training curve of each run, [(tokens, loss), ...], for approach 1.
     role: fit only rows of this role, or of none; None for all.
@@ -131,10 +132,11 @@ def analyse(rows: table.Observations, options: Options, curves: Mapping | None =
     )
   rows = _without_highest(rows, options.drop_highest)
   _check_law(options.law, rows)
+  held.check(options.law, options.fixed, options.tied, rows.loss)
   cost = fit_cost(rows.params, rows.tokens, rows.flops)
   refusals: dict[str, str] = {}
   rule = options.rule or _default_rule(options)
-  forecasting.check(rule)
+  forecasting.check(rule, holds=(*(options.fixed or ()), *(options.tied or ())))
   envelope_of_curves = _approach1(curves, rows, cost, refusals)
   isoflop = _approach2(rows, cost, options, refusals)
   fit = _approach3(rows, options, refusals)
@@ -159,7 +161,10 @@ def analyse(rows: table.Observations, options: Options, curves: Mapping | None =
     rule=rule,
     doubts=about_groups,
   )
-  return dataclasses.replace(result, notes=tuple(diagnostics.notes(result)))
+  notes = diagnostics.notes(result)
+  if isoflop is not None and rule != 'law' and (sentence := held.unheard(options.fixed)):
+    notes.insert(0, sentence)
+  return dataclasses.replace(result, notes=tuple(notes))
 
 
 def _default_rule(options: Options) -> str:
@@ -241,12 +246,13 @@ def _approach3(rows, options: Options, refusals) -> fitted.Fit | None:
     refusals['approach 3'] = str(error)
   if law == tied:
     return None
-  # Fixed and tied parameters and explicit starts have the names of the other law.
+  # Explicit starts have the names of the other law.
   grid = options.starts if isinstance(options.starts, str) else 'grid'
-  arguments = options.of_the_law() | {'fixed': None, 'tied': None, 'starts': grid}
   try:
+    fixed, ties = held.in_place_of(law, options.fixed, options.tied)
+    arguments = options.of_the_law() | {'fixed': fixed, 'tied': ties, 'starts': grid}
     fit = law_fit.fit(tied, rows.inputs, rows.loss, **arguments)
-  except fitted.NotIdentifiable as error:
+  except (fitted.NotIdentifiable, LawError) as error:
     refusals['approach 3, tied'] = str(error)
     return None
   if (worse := _how_much_worse(fit, rows, options)) is not None:

@@ -144,10 +144,12 @@ def of_a_law(chosen: dict) -> dict:
 
 
 def pairs(flag: str, items: list[str], kind: Callable) -> dict:
-  """['a=1'] as {'a': kind('1')}; raises UserError for an item that is not NAME=VALUE."""
+  """['a=1'] as {'a': kind('1')}; raises UserError for an item that is not NAME=VALUE or a name twice."""
   result = {}
   for item in items:
     name, equals, value = item.partition('=')
+    if name in result:
+      raise UserError(f'{flag}={item}: {name} is given twice; give it once.')
     try:
       result[name] = kind(value)
     except ValueError:

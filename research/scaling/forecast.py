@@ -34,6 +34,7 @@ class Forecast:
     method: the rule, in words.
     extrapolation: flops over the largest budget that was fitted.
     parts: the loss by each approach, for a rule that takes the mean of several.
+    of_smallest: flops over the smallest budget that was fitted; None in files from before it was kept.
   """
 
   flops: float
@@ -50,14 +51,24 @@ class Forecast:
   method: str
   extrapolation: float
   parts: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  of_smallest: float | None = None
+
+  @property
+  def distance(self) -> tuple[float, str]:
+    """How far the budget is from those fitted: (0.01, 'smallest') below them, else (10.0, 'largest')."""
+    # C of the runs of one budget differs by a little.
+    if self.of_smallest is not None and self.of_smallest < 0.95:
+      return self.of_smallest, 'smallest'
+    return self.extrapolation, 'largest'
 
   def error(self, outcome: float) -> float:
     """(forecast - outcome) / outcome."""
     return self.loss / outcome - 1
 
   def __str__(self) -> str:
+    times, end = self.distance
     return (
-      f'C = {self.flops:.3g} ({self.extrapolation:.2g}x the largest fitted): '
+      f'C = {self.flops:.3g} ({times:.2g}x the {end} fitted): '
       f'N* = {self.params:.3g} [{self.params_low:.3g}, {self.params_high:.3g}], '
       f'D* = {self.tokens:.3g} [{self.tokens_low:.3g}, {self.tokens_high:.3g}], '
       f'loss {self.loss:.4f} [{self.loss_low:.4f}, {self.loss_high:.4f}] ({self.method})'

@@ -54,6 +54,7 @@ class Mean:
     return Forecast(
       float(flops), *map(float, best), float(loss), *spans[0], *spans[1], *spans[2],
       analysis.level, self.method(analysis), float(flops / analysis.rows.flops.max()), parts,
+      float(flops / analysis.rows.flops.min()),
     )  # fmt: skip
 
   def shares(self, analysis) -> dict[str, float]:
@@ -118,6 +119,7 @@ class Learned:
     return Forecast(
       flops, n, d, float(np.exp(fit.predict(n, d, flops)[0][0])), float(low[0]), float(high[0]),
       *spans[0], *spans[1], level, self.method(analysis), float(flops / analysis.rows.flops.max()),
+      of_smallest=float(flops / analysis.rows.flops.min()),
     )  # fmt: skip
 
   def method(self, analysis) -> str:
@@ -129,10 +131,15 @@ RULES: Mapping = {rule.name: rule for rule in (Learned(), Mean(), Law(), PowerLa
 DEFAULT = 'learned priors'
 
 
-def check(name: str) -> None:
-  """Raises UserError for an unknown rule."""
+def check(name: str, holds: tuple[str, ...] = ()) -> None:
+  """Raises UserError for an unknown rule, or for one that ignores the parameters that the fit `holds`."""
   if name not in RULES:
     raise UserError(f'There is no rule {name!r}.{did_you_mean(name, RULES)}')
+  if holds and name == Learned.name:
+    raise UserError(
+      f'--rule="{name}" fits a law of its own, which does not hold {", ".join(holds)}; '
+      'leave out --fix and --tie, or name --rule=law.'
+    )
 
 
 def list_rules() -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from research.core.errors import did_you_mean
-from research.scaling import curvature, projection, solver
+from research.scaling import curvature, held, projection, solver
 from research.scaling.fit_data import make_data
 from research.scaling.fitted import Fit, Minimum, NotIdentifiable, cure, near_zero, unidentified
 from research.scaling.laws.base import Law, LawError
@@ -59,6 +59,8 @@ def fit(
   """
   robust = law.robust if robust is None else robust
   residuals = law.residuals if residuals is None else residuals
+  if check:
+    held.check(law, fixed, tied, loss)
   problem = Problem(
     law, robust, residuals, _pairs(law, fixed or {}), _pairs(law, tied or {}, names=True)
   )
@@ -113,6 +115,8 @@ def _no_better_than_zero(result: Fit) -> list[str]:
   freedom for normal errors, and for Laplace errors half of that: the threshold of 5% is the cautious one.
   """
   reasons = []
+  if len(result.problem.free) == 1:  # nothing would be left to fit
+    return reasons
   for name in near_zero(result):
     parameter = result.law.parameters[name]
     value = max(0.0, parameter.low)

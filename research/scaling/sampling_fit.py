@@ -97,9 +97,13 @@ def fit_coverage(
   ln(-ln coverage), in which it is a straight line.
 
   Raises:
-    UserError: fewer than 5 problems, or no coverage between 0 and 1 at two k.
+    UserError: fewer than 5 problems, no coverage between 0 and 1 at two k, or a parameter is held.
   """
   law = CoverageOfSamples()
+  if options.fixed or options.tied:
+    raise UserError(
+      'A fit to counts of attempts holds and ties no parameter; leave out fixed and tied.'
+    )
   read = any_law.read(list(rows), COUNTS, law, columns, role)
   samples, correct = (read[name] for name in COUNTS)
   if len(samples) < 5:

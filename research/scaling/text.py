@@ -62,7 +62,7 @@ def _approach3(a) -> list[str]:
     low, high = spread[name]
     lines.append(f'  {name:6s} {value:<11.5g} [{low:.4g}, {high:.4g}]')
   lines += fitted.show_minima(fit)
-  if sentence := comparison.sentence(a.compared):
+  if sentence := comparison.sentence(a.compared, dict(fit.problem.fixed)):
     lines.append(f'  {sentence}')
   return lines
 

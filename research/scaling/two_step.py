@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from research.core.errors import did_you_mean
-from research.scaling import any_law, binomial, bootstrap
+from research.scaling import any_law, binomial, bootstrap, held
 from research.scaling.any_law import FittedLaw
 from research.scaling.columns import Columns
 from research.scaling.emergence import Emergence, judge
@@ -111,7 +111,7 @@ def fit_two_steps(
 
   Raises:
     LawError: the input of the second law is not the output of the first, or a fixed or tied parameter is in
-      neither law or in both.
+      neither law or in both, or its value is impossible.
   """
   rows = list(rows)
   second_rows = rows if second_rows is None else list(second_rows)
@@ -123,6 +123,8 @@ def fit_two_steps(
   columns = _same_unit(rows, first, columns)
   of_the_first = _options_of(options, first, second, examples=None)
   of_the_second = _options_of(options, second, first)
+  for law, of_the_law in ((first, of_the_first), (second, of_the_second)):
+    held.check(law, of_the_law.fixed, of_the_law.tied)
   steps = (
     any_law.fit_law(rows, first, columns, role, of_the_first),
     any_law.fit_law(second_rows, second, columns, role, of_the_second, anchors),

@@ -15,7 +15,7 @@ from research.core.errors import UserError
 from research.core.text import clock
 from research.designs.plan import Planned
 from research.parallel import hosts
-from research.scaling import NoForecast, fit_results, laws
+from research.scaling import NoForecast, fit_results, held, laws
 from research.scaling.rows import CONVENTIONS
 from research.sweeps import findings, fleet
 from research.sweeps.launchers import by_name
@@ -127,16 +127,22 @@ def compiled(path: str) -> Speed:
   return Speed(0.0, flops / seconds, chips, hardware)
 
 
-def usual_law(runs: list[Planned]) -> dict[str, float]:
+def usual_law(runs: list[Planned], known: Mapping[str, float] | None = None) -> dict[str, float]:
   """Chinchilla's law with its published exponents, and with the optimum at the centre of these runs.
 
   The centre is the geometric mean of N and of D. The loss there is 2.5 nats, of which 1.5 are irreducible.
+
+  Args:
+    known: parameters of Chinchilla that have these values in place of the usual ones.
   """
+  known = dict(known or {})
+  alpha = known.get('alpha', ALPHA)
+  beta = known.get('beta', BETA)
   n = math.exp(np.mean([math.log(run.size.params) for run in runs]))
   d = math.exp(np.mean([math.log(run.tokens) for run in runs]))
-  by_size = BETA / (ALPHA + BETA)  # so that alpha A / N^alpha = beta B / D^beta
-  law = {'A': by_size * n**ALPHA, 'B': (1 - by_size) * d**BETA, 'E': 1.5}
-  return {**law, 'alpha': ALPHA, 'beta': BETA}
+  by_size = beta / (alpha + beta)  # so that alpha A / N^alpha = beta B / D^beta
+  law = {'A': by_size * n**alpha, 'B': (1 - by_size) * d**beta, 'E': 1.5}
+  return {**law, 'alpha': alpha, 'beta': beta, **known}
 
 
 def simulated_rows(
@@ -162,15 +168,16 @@ def simulated_rows(
 def informative(sweep: Sweep, runs: list[Planned], draws: int = 3) -> str:
   """The exponents that a fit of the runs would give, by simulation: a line for each.
 
-  The losses follow `Sweep.law` with the parameters `Sweep.prior`, or without a prior `usual_law`. `Sweep.law`
-  is then fitted to them just as it will be to the real rows.
+  The losses follow `Sweep.law` with the parameters `Sweep.prior`, or without a prior `usual_law` with
+  the parameters that `Sweep.fixed` knows. `Sweep.law` is then fitted to them just as it will be to the real
+  rows.
 
   Args:
     draws: how many sweeps to simulate; the line shows the interval of median width.
   """
   runs = [run for run in runs if run.role == 'fit']
   truth = sweep.law if sweep.prior else laws.Chinchilla()
-  parameters = sweep.prior or usual_law(runs)
+  parameters = sweep.prior or usual_law(runs, held.of_chinchilla(sweep.law, sweep.fixed))
   options = {'columns': findings.columns(sweep), 'law': sweep.law, 'fixed': sweep.fixed}
   drawn = []
   why = ''
@@ -178,7 +185,7 @@ def informative(sweep: Sweep, runs: list[Planned], draws: int = 3) -> str:
     rows = simulated_rows(runs, sweep.design.flops, truth, parameters, sweep.noise, seed)
     try:
       analysis = fit_results(rows, **options, replicates=200, conventions=False, seed=seed)
-    except NoForecast as error:
+    except (NoForecast, laws.LawError) as error:
       why = str(error)
       continue
     drawn.append({k: v for k, v in analysis.exponents().items() if k.startswith('a,')})

@@ -14,7 +14,7 @@ from research.designs.base import Design
 from research.designs.isoflop import IsoFlop
 from research.designs.plan import Planned, Size
 from research.model import counts
-from research.scaling import laws
+from research.scaling import held, laws
 from research.sweeps.folder import Folder
 from research.sweeps.launchers import local
 from research.sweeps.launchers.job import Launcher
@@ -96,6 +96,9 @@ class Sweep:
       if unknown := sorted(set(values) - set(names)):
         why = f'{self.law.name} has no {unknown[0]!r}; it has {", ".join(names)}.'
         raise Invalid(Sweep, field, why)
+    for name, value in (self.fixed or {}).items():
+      if why := held.why_not(self.law, name, value):
+        raise Invalid(Sweep, 'fixed', why)
     if self.prior and (missing := [name for name in names if name not in self.prior]):
       raise Invalid(Sweep, 'prior', f'{self.law.name} also needs {", ".join(missing)}.')
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from research import scaling
-from research.scaling import Columns, NoForecast, RowError, laws, planning, serial
+from research.scaling import Columns, NoForecast, RowError, approaches, laws, planning, serial
+from research.scaling.allocation import NoAllocation
 from research.scaling.report import plots, sections
 
 # Of forecasts this tests how they are made of the two approaches; test_prior_fit.py has the default rule.
@@ -116,10 +117,8 @@ def test_an_asymptote_that_is_known_is_that_of_both_approaches(rows, analysis):
   assert f.loss_low < truth < f.loss_high
   assert f.loss_high - f.loss_low < (free.loss_high - free.loss_low) / 2
   assert serial.from_json(serial.to_json(known)).forecast(1e15) == f
-  with pytest.raises(
-    NoForecast, match=r'The isoFLOP minimum 2\.\d+ is not above E, which is fixed at 9'
-  ):
-    fit_results(rows, law=laws.by_name('TiedChinchilla'), fixed={'E': 9.0}, conventions=False)
+  with pytest.raises(NoAllocation, match=r'minimum 2\.\d+ is not above E, which is fixed at 9'):
+    approaches.isoflop(known.rows, known.cost, floor=9.0)
 
 
 def test_both_approaches_find_the_exponent(analysis):

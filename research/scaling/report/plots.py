@@ -157,7 +157,8 @@ def forecast(a: Analysis, forecast: Forecast, outcome: float | None = None):
     )
   log_scale(ax, 'x')
   log_scale(ax, 'y', plain=True)
-  title = f'Forecast at {forecast.extrapolation:.2g}x the largest fitted budget'
+  times, end = forecast.distance
+  title = f'Forecast at {times:.2g}x the {end} fitted budget'
   ax.set(xlabel='training FLOPs $C$', ylabel='loss (nats per token)', title=title)
   ax.legend(frameon=False, fontsize=8)
   return figure

@@ -95,7 +95,8 @@ def _headline(a: Analysis, forecast, outcome) -> str:
     f'of tokens as <b>{grows[1]} ({which}). {_best_split(a)}'
   )
   if forecast is not None:
-    scale = f'{forecast.extrapolation:.2g} times the largest budget'
+    times, end = forecast.distance
+    scale = f'{times:.2g} times the {end} budget'
     interval = page.interval(forecast.loss_low, forecast.loss_high, 4)
     loss = f'forecast as <b>{forecast.loss:.4f}</b> {interval}'
     if outcome is None:
@@ -169,7 +170,7 @@ def _law(a: Analysis) -> str:
   fit, spread = a.approach3, a.bootstrap.intervals(a.level)
   source = f'<span class="small">({page.text(fit.law.source)})</span>'
   out += f'<p><i>L</i> = {page.formula(fit.law.form)} {source}</p>'
-  if sentence := comparison.sentence(a.compared):
+  if sentence := comparison.sentence(a.compared, dict(fit.problem.fixed)):
     out += f'<p>{page.text(sentence)}</p>'
   rows = []
   for name, value in fit.parameters.items():
