@@ -269,7 +269,8 @@ class Record:
       'learning_rate': float(self.rates.max()),
       'seed': run.seed,
       'task': run.train.name,
-      'seconds': time.monotonic() - self.began,
+      # A finished run that is started again trains no longer.
+      'seconds': self.seconds if self.start == step else time.monotonic() - self.began,
       'devices': jax.device_count(),
       **columns,
     }

@@ -109,6 +109,8 @@ def test_stopped_by_sigterm_and_resumed_is_bit_identical(text_file, one_device, 
   assert row['tokens'] == resumed['tokens'] == loss_rows(parts)[-1]['tokens']
   assert 0.9 < row['tokens'] / ((20 * 2 + 20 * 8) * 32) <= 1
   assert row['epochs'] == resumed['epochs']
+  # The command once more trains nothing and takes no time.
+  assert run('decoder', text_file, parts, **more)['seconds'] <= resumed['seconds']
   model = config.build().model
   per_token = lambda length: counts.count(model, {'targets': length}).flops_attention_full
   mean = (per_token(8) * 40 + per_token(32) * 160) / 200
