@@ -4,6 +4,7 @@ Writes into --workdir: runs/<run>/ (as research.train does), results.csv, fit.js
 run that tests it starts), the figures and report.html. Started again, it does only the missing parts.
 """
 
+import dataclasses
 import os
 import pathlib
 
@@ -95,7 +96,7 @@ def main(flags) -> int:
   if not flags.plan and (flags.fleet is not None or flags.preemptions):
     raise UserError('--fleet and --preemptions go with --plan.')
   # A misspelt name is told before anything is planned or frozen.
-  by_name.chosen(flags, sweep.launcher)
+  sweep = dataclasses.replace(sweep, launcher=by_name.chosen(flags, sweep.launcher))
   rungs, runs, base = make_plan(sweep)
   show_plan(sweep, runs)
   if flags.plan:

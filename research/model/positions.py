@@ -41,7 +41,7 @@ def rotary(
   Returns:
     An array of the shape and dtype of x.
   """
-  rotated = int(x.shape[-1] * fraction)
+  rotated = _rotated(x.shape[-1], fraction)
   frequency = base ** (-np.arange(0, rotated, 2, dtype=np.float32) / rotated)
   frequency, magnitude = scaling(frequency) if scaling else (frequency, 1.0)
   angle = positions.astype(jnp.float32)[..., None, None] * frequency.astype(np.float32)
@@ -65,6 +65,11 @@ def rotary(
   return jnp.concatenate([y, x[..., rotated:]], axis=-1) if rotated < x.shape[-1] else y
 
 
+def _rotated(size: int, fraction: float) -> int:
+  """Returns how many of `size` channels are rotated."""
+  return int(size * fraction)
+
+
 def check_rotary(
   owner: type, field: str, size: int, rotate: Callable[..., jax.Array] | None
 ) -> None:
@@ -79,7 +84,7 @@ def check_rotary(
   if getattr(rotate, 'func', rotate) is not rotary:
     return
   fraction = getattr(rotate, 'keywords', {}).get('fraction', 1.0)
-  rotated = int(size * fraction)
+  rotated = _rotated(size, fraction)
   if rotated % 2 == 0 and 0 < rotated <= size:
     return
   if fraction == 1:

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from research.core.errors import did_you_mean
 from research.scaling.laws.base import Law, LawError, Parameter
 from research.scaling.laws.loss import Chinchilla, TiedChinchilla
 
@@ -31,7 +30,7 @@ def check(law: Law, fixed: Mapping | None, tied: Mapping | None = None, output=N
   for name, other in tied.items():
     for known in (name, other):
       if known not in law.parameters:
-        raise LawError(f'--tie={name}={other}: {_unknown(law, known)}')
+        raise LawError(f'--tie={name}={other}: {law.no_parameter(known)}')
     if other in tied:
       raise LawError(
         f'--tie={name}={other}: {other} is tied itself; tie {name} to one that is not.'
@@ -49,7 +48,7 @@ def why_not(law: Law, name: str, value: float, output=None) -> str | None:
     output: as in `check`.
   """
   if name not in law.parameters:
-    return _unknown(law, name)
+    return law.no_parameter(name)
   parameter = law.parameters[name]
   try:
     value = float(value)
@@ -144,10 +143,6 @@ def unheard(fixed: Mapping | None) -> str | None:
     f'approach 2 does not hold {_names(names)}, which only a law has: with --rule=law a forecast is by '
     'the law alone.'
   )
-
-
-def _unknown(law: Law, name: str) -> str:
-  return f'{law.name} has no parameter {name!r}.{did_you_mean(name, law.parameters)}'
 
 
 def _names(names) -> str:

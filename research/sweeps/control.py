@@ -8,7 +8,6 @@ from research.designs.plan import Planned
 from research.sweeps import leases
 from research.sweeps.dispatch import Dispatch
 from research.sweeps.folder import Folder
-from research.sweeps.launchers import by_name
 from research.sweeps.launchers.job import Job
 from research.sweeps.status import Table
 from research.sweeps.sweep import Sweep
@@ -18,7 +17,6 @@ from research.training import interrupt
 
 def get_done(flags, sweep: Sweep, runs: list[Planned], folder: Folder, table: Table) -> bool:
   """Starts workers by the launcher until every run is over; False where the user must start them."""
-  launcher = by_name.chosen(flags, sweep.launcher)
 
   def waiting() -> list[Planned]:
     return [run for run in runs if folder.row(run) is None]
@@ -39,7 +37,7 @@ def get_done(flags, sweep: Sweep, runs: list[Planned], folder: Folder, table: Ta
     hung=functools.partial(hung, sweep, runs, folder),
     dispatch=functools.partial(Dispatch, sweep, folder, runs),
   )
-  if waiting() and not launcher.run(job):
+  if waiting() and not sweep.launcher.run(job):
     return False
   table(runs, last=True)
   return True

@@ -18,7 +18,6 @@ from research.parallel import hosts
 from research.scaling import NoForecast, fit_results, held, laws
 from research.scaling.rows import CONVENTIONS
 from research.sweeps import findings, fleet
-from research.sweeps.launchers import by_name
 from research.sweeps.sweep import Sweep
 from research.training.program import keep_compiled, make_program, mesh_of
 from research.training.run import Run
@@ -210,11 +209,11 @@ def fleet_hosts(flags, sweep: Sweep) -> int | None:
   """How many runs the stated fleet trains at a time, or the cluster of --address; None without either.
 
   Raises:
-    UserError: the cluster cannot be joined, or the launcher takes no address.
+    UserError: the cluster cannot be joined.
   """
   if flags.fleet is not None or not flags.address:
     return flags.fleet
-  return by_name.chosen(flags, sweep.launcher).slots()
+  return sweep.launcher.slots()
 
 
 def on_fleet(

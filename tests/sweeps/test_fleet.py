@@ -11,7 +11,7 @@ from research.core import configs
 from research.core.errors import UserError
 from research.sweeps import estimate, fleet
 from research.sweeps.fleet import Fleet, Job, simulate
-from research.sweeps.launchers import local
+from research.sweeps.launchers import by_name, local
 
 HOUR = 3600.0
 
@@ -92,7 +92,9 @@ def plan(monkeypatch, **flags) -> None:
   built = types.SimpleNamespace(build=lambda: types.SimpleNamespace(checkpoint_every=25))
   monkeypatch.setattr(configs, 'load', lambda run, bindings: built)
   given = {'measure': False, 'compiled': None, 'fleet': None, 'preemptions': 0.0, 'address': None}
-  estimate.show_estimate(types.SimpleNamespace(launcher=None, **given | flags), sweep, runs)
+  flags = types.SimpleNamespace(launcher=None, **given | flags)
+  sweep.launcher = by_name.chosen(flags, sweep.launcher)  # as the command does
+  estimate.show_estimate(flags, sweep, runs)
 
 
 def test_a_plan_says_how_long_a_fleet_takes(compiled, monkeypatch, capsys):

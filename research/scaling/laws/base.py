@@ -200,9 +200,11 @@ class Law:
     """Raises LawError for a name that is not one of the law's parameters."""
     for name in parameters:
       if name not in self.parameters:
-        raise LawError(
-          f'{self.name} has no parameter {name!r}.{did_you_mean(name, self.parameters)}'
-        )
+        raise LawError(self.no_parameter(name))
+
+  def no_parameter(self, name: str) -> str:
+    """The sentence about a name that is not one of the law's parameters."""
+    return f'{self.name} has no parameter {name!r}.{did_you_mean(name, self.parameters)}'
 
   def natural(self, z: Mapping, center: Mapping[str, float], exp, fixed=(), tied=()) -> dict:
     """Natural values of all parameters at dimensionless coordinates `z` of the free ones.
